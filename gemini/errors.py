@@ -1,0 +1,40 @@
+"""The exceptions of gemini-memory.
+
+::
+
+    GeminiError
+    +-- OutOfMemory          also torch.OutOfMemoryError (hence RuntimeError)
+    +-- StateError           a chunk was asked for a transition that does not exist
+    +-- CheckpointError      a file that cannot be read or does not match the model
+    +-- LazyInitError        a lazy tensor was used in a way that cannot be replayed
+    +-- OffloadError         the disk tier could not read or write
+
+This file is the bottom of the import order: it imports nothing of ours, so ``chunk`` and ``lazy`` may use it.
+User mistakes (a bad argument) are ``ValueError`` and ``TypeError``.
+"""
+
+import torch
+
+
+class GeminiError(Exception):
+    """Base of every error raised by gemini-memory itself."""
+
+
+class OutOfMemory(GeminiError, torch.OutOfMemoryError):
+    """A tier has no room left. The message names the tier, the need, what is free and what to change."""
+
+
+class StateError(GeminiError, RuntimeError):
+    """A chunk was asked for a state transition that its table does not allow: a bug of ours."""
+
+
+class CheckpointError(GeminiError, RuntimeError):
+    """A checkpoint cannot be read, or does not match the model. Nothing has been changed when it is raised."""
+
+
+class LazyInitError(GeminiError, RuntimeError):
+    """A lazy tensor was used in a way that cannot be recorded and replayed."""
+
+
+class OffloadError(GeminiError, OSError):
+    """Reading or writing the disk tier failed. Parameters and optimizer states are as they were before the call."""
