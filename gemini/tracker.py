@@ -1,0 +1,299 @@
+"""How many bytes each tier may hold, and how many of them the user's own data (non-model data) need.
+
+A budget is the room left under the *tightest* limit that applies to this process. Free RAM alone is the wrong number in
+a container, under a batch system or after ``ulimit``: the process is killed long before the RAM is full.
+
+All files are read below one ``root``, so the tests run on made-up ``/proc`` and ``/sys`` trees.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from gemini.sizes import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path("/")
+
+# cgroup v1 writes "no limit" as a number near 2**63; no machine has an exbibyte of RAM.
+_UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a tier may hold, and the limit they come from."""
+
+    bytes: int
+    source: str
+    """For people, such as ``"80% of RLIMIT_DATA headroom (1.2 GiB of 2.0 GiB)"``."""
+
+
+@dataclass(frozen=True)
+class _Headroom:
+    """One limit: how much of it is left."""
+
+    name: str
+    free: int
+    total: int
+    shared: bool
+    """True when all local ranks live under this limit together, False when each has its own."""
+
+    def per_rank(self, ranks: int) -> int:
+        return self.free // ranks if self.shared else self.free
+
+
+def host_budget(fraction: float = 0.8, *, root: Path = ROOT) -> Budget:
+    """Room for model data in RAM: ``fraction`` of the smallest headroom of cgroup v2 and v1, RLIMIT_DATA, RLIMIT_AS and
+    MemAvailable. What the machine shares is divided by ``LOCAL_WORLD_SIZE``.
+
+    The headroom is what is left *now*: the interpreter, the libraries and the user's data are already outside it.
+    """
+    _check_fraction(fraction)
+    ranks = _local_world_size()
+    limits = [*_cgroup_headrooms(root), *_rlimit_headrooms(root), *_available_ram(root)]
+    tightest = min(limits, key=lambda limit: limit.per_rank(ranks))
+    return _budget(tightest, fraction, ranks)
+
+
+def disk_budget(path: str | os.PathLike[str], fraction: float = 0.9) -> Budget:
+    """Room on the file system of ``path`` (which need not exist yet), divided by ``LOCAL_WORLD_SIZE``."""
+    _check_fraction(fraction)
+    existing = Path(path).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    stat = os.statvfs(existing)
+    # f_bavail, not f_bfree: the blocks reserved for root are not ours.
+    room = _Headroom(f"free disk of {path}", stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize, shared=True)
+    return _budget(room, fraction, _local_world_size())
+
+
+def device_budget(device: "torch.device | str | int", fraction: float = 0.9) -> Budget:
+    """Room on a CUDA device: ``fraction`` of what is free, where other processes count as used.
+
+    What torch's allocator holds in its cache but has not handed out is ours and counts as free.
+
+    Raises
+    ------
+    ValueError
+        The device is not a CUDA device; without one, DEVICE is RAM and :func:`host_budget` bounds it.
+    """
+    import torch
+
+    _check_fraction(fraction)
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"expected a CUDA device, got {device}; for RAM use host_budget()")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    measured = _nvml_memory(index)
+    free, total = torch.cuda.mem_get_info(index) if measured is None else measured
+    cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    reader = "CUDA" if measured is None else "NVML"
+    return _budget(
+        _Headroom(f"free memory of cuda:{index} by {reader}", free + cached, total, shared=False), fraction, 1
+    )
+
+
+def _nvml_memory(index: int) -> tuple[int, int] | None:
+    """Free and total bytes by NVML, or None where NVML cannot tell (no library, MIG slices, WSL)."""
+    import torch
+
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            # NVML numbers every device of the machine, torch only the visible ones: the UUID is common to both.
+            uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+            memory: Any = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+            return int(memory.free), int(memory.total)
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # NVML's errors are many and none of them may stop training: CUDA's own number is nearly as good
+        return None
+
+
+class NonModelMeter:
+    """Measures the peak of non-model data: activations, temporaries, workspaces, the user's own tensors.
+
+    Time is cut into intervals in which the amount of model data does not change. In the warm-up step, at every moment::
+
+        meter.sample(model_bytes)   # ends the interval: model_bytes is what was there during it
+        ...evict, fetch...
+        meter.mark()                # begins the next one, so that moves are not mistaken for activations
+
+    On CUDA an interval's non-model data are the allocator's peak minus ``model_bytes``, which must then be bytes that
+    came from torch's allocator on that device. Sampling resets the allocator's peak statistics.
+
+    On CPU they are what the peak resident set grew by since :meth:`start`, minus what the model data grew by. The
+    interpreter and its libraries thereby drop out, as they do in :func:`host_budget`. The kernel keeps the peak (VmHWM)
+    and lets us reset it; where it does not (``exact`` is then False), the current resident set stands in and
+    temporaries inside an interval are missed. RSS counts touched pages only: ``model_bytes`` should leave out memory
+    that was allocated but never written. Memory that malloc keeps after a free stays counted: that errs on the safe
+    side.
+
+    One sample costs some 50 microseconds of system calls on CPU: for warm-up, not for every step.
+    """
+
+    def __init__(self, device: "torch.device | str" = "cpu", *, root: Path = ROOT) -> None:
+        import torch
+
+        self._device = torch.device(device)
+        self._proc = root / "proc/self"
+        self._baseline = 0
+        self.exact = True
+        self.peak_bytes = 0
+        self.last_bytes = 0
+        """Of the latest interval alone."""
+
+    def start(self, model_bytes: int = 0) -> None:
+        """Begin measuring, with ``model_bytes`` of model data on the device now."""
+        self.peak_bytes = self.last_bytes = 0
+        self.mark()
+        # On CUDA whatever else is allocated already *is* non-model data and takes room from the chunks: no baseline.
+        self._baseline = 0 if self._device.type == "cuda" else _resident_bytes(self._proc) - model_bytes
+
+    def mark(self) -> None:
+        """Begin an interval here; without it an interval begins at the previous sample."""
+        if self._device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self.exact = _reset_peak_resident(self._proc)
+
+    def sample(self, model_bytes: int) -> None:
+        """End the interval during which ``model_bytes`` of model data were on the device."""
+        if self._device.type == "cuda":
+            import torch
+
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = _peak_resident_bytes(self._proc) if self.exact else _resident_bytes(self._proc)
+        self.last_bytes = max(0, peak - self._baseline - model_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.last_bytes)
+        self.mark()
+
+
+def _budget(room: _Headroom, fraction: float, ranks: int) -> Budget:
+    of_ranks = f", shared by {ranks} local ranks" if room.shared and ranks > 1 else ""
+    source = f"{fraction:.0%} of {room.name} ({format_bytes(room.free)} of {format_bytes(room.total)}{of_ranks})"
+    return Budget(int(room.per_rank(ranks) * fraction), source)
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
+
+
+def _local_world_size() -> int:
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    try:
+        return max(1, int(text))
+    except ValueError:
+        raise ValueError(f"environment variable LOCAL_WORLD_SIZE must be a whole number, got {text!r}") from None
+
+
+def _cgroup_headrooms(root: Path) -> Iterator[_Headroom]:
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            # A pure v2 machine, and the v2 half of a mixed one (there the memory controller usually belongs to v1).
+            for mount in ("sys/fs/cgroup", "sys/fs/cgroup/unified"):
+                yield from _walk_up(root / mount, path, "cgroup v2", ("memory.max", "memory.high"), "memory.current")
+        elif "memory" in controllers.split(","):
+            limits = ("memory.limit_in_bytes",)
+            yield from _walk_up(root / "sys/fs/cgroup/memory", path, "cgroup v1", limits, "memory.usage_in_bytes")
+
+
+def _walk_up(mount: Path, path: str, name: str, limits: tuple[str, ...], usage: str) -> Iterator[_Headroom]:
+    """Every limit from the process's group to the top: any of them kills.
+
+    Inside a container /proc names the group as the host sees it, a path that may not exist below the container's
+    mount. Going up skips what is missing and ends at the mount itself, which is then the container's own group.
+    """
+    relative = PurePosixPath(path.lstrip("/"))
+    for folder in (mount / relative, *(mount / parent for parent in relative.parents)):
+        for file in limits:
+            limit = _number(_read(folder / file))
+            used = _number(_read(folder / usage))
+            if limit is None or used is None or limit >= _UNLIMITED:
+                continue
+            # File cache that nobody used lately is dropped before anyone is killed.
+            reclaimable = _field(_read(folder / "memory.stat"), "total_inactive_file", "inactive_file")
+            yield _Headroom(f"{name} headroom", max(0, limit - max(0, used - reclaimable)), limit, shared=True)
+
+
+def _rlimit_headrooms(root: Path) -> Iterator[_Headroom]:
+    status = _read(root / "proc/self/status")
+    for line in _read(root / "proc/self/limits").splitlines():
+        for title, name, usage in (
+            ("Max data size", "RLIMIT_DATA", "VmData:"),
+            ("Max address space", "RLIMIT_AS", "VmSize:"),
+        ):
+            if not line.startswith(title):
+                continue
+            soft = _number(line[len(title) :].split()[0])  # "unlimited" is no number
+            if soft is not None:
+                used = _field(status, usage) * 1024
+                yield _Headroom(f"{name} headroom", max(0, soft - used), soft, shared=False)
+
+
+def _available_ram(root: Path) -> Iterator[_Headroom]:
+    meminfo = _read(root / "proc/meminfo")
+    available = _field(meminfo, "MemAvailable:") * 1024
+    if available:
+        yield _Headroom("available RAM", available, _field(meminfo, "MemTotal:") * 1024, shared=True)
+    else:  # not Linux
+        import psutil
+
+        memory = psutil.virtual_memory()
+        yield _Headroom("available RAM", memory.available, memory.total, shared=True)
+
+
+def _peak_resident_bytes(proc: Path) -> int:
+    return _field(_read(proc / "status"), "VmHWM:") * 1024
+
+
+def _resident_bytes(proc: Path) -> int:
+    resident = _field(_read(proc / "status"), "VmRSS:") * 1024
+    if resident:
+        return resident
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _reset_peak_resident(proc: Path) -> bool:
+    """Make VmHWM start again from the present RSS (``5``, Linux 4.0 and newer). False where that is not allowed."""
+    try:
+        (proc / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _read(path: Path) -> str:
+    """A file's text, or nothing: a limit that cannot be read is no limit."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _number(text: str) -> int | None:
+    text = text.strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _field(text: str, *names: str) -> int:
+    """The number after the first of ``names`` that begins a line, 0 when there is none."""
+    values = {words[0]: words[1] for line in text.splitlines() if len(words := line.split()) >= 2}
+    for name in names:
+        if name in values:
+            return _number(values[name]) or 0
+    return 0
