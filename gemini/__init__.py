@@ -1,0 +1,54 @@
+"""gemini-memory: train PyTorch models larger than the device.
+
+``import gemini`` loads nothing: each public name is imported from its home on first use (PEP 562). Therefore
+``gemini-stat``, which lives in :mod:`gemini.stat` and reads files only, starts without importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemini import errors as errors
+    from gemini.booster import Booster
+    from gemini.booster.plugin import GeminiPlugin
+    from gemini.checkpoint import named_tensors
+    from gemini.launch import launch_from_torch
+    from gemini.lazy import LazyInitContext
+    from gemini.nn.optimizer import HybridAdam
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Booster",
+    "GeminiPlugin",
+    "HybridAdam",
+    "LazyInitContext",
+    "__version__",
+    "launch_from_torch",
+    "named_tensors",
+]
+
+_HOMES = {
+    "Booster": "gemini.booster",
+    "GeminiPlugin": "gemini.booster.plugin",
+    "HybridAdam": "gemini.nn.optimizer",
+    "LazyInitContext": "gemini.lazy",
+    "launch_from_torch": "gemini.launch",
+    "named_tensors": "gemini.checkpoint",
+}
+_SUBMODULES = frozenset({"errors"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _SUBMODULES:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})
