@@ -1,0 +1,44 @@
+"""Chunks: fixed-size pieces of model data that live on tiers and move between them.
+
+Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or policies.
+"""
+
+from .buffer import Buffer, MemoryBuffer
+from .chunk import Chunk
+from .communicator import Communicator, SingleProcess
+from .disk import DiskBackend
+from .gradient import GradientBuffer
+from .layout import ChunkLayout, Slot, TensorSpec, pack
+from .ledger import Ledger
+from .manager import ChunkManager, ChunkPlan
+from .memory import CudaBackend, DeviceBackend, RamBackend, Staging
+from .search import ChunkSearch, search_chunk_numel
+from .state import ChunkState
+from .tier import STATE_ROLES, Role, Tier
+
+__all__ = [
+    "STATE_ROLES",
+    "Buffer",
+    "Chunk",
+    "ChunkLayout",
+    "ChunkManager",
+    "ChunkPlan",
+    "ChunkSearch",
+    "ChunkState",
+    "Communicator",
+    "CudaBackend",
+    "DeviceBackend",
+    "DiskBackend",
+    "GradientBuffer",
+    "Ledger",
+    "MemoryBuffer",
+    "RamBackend",
+    "Role",
+    "SingleProcess",
+    "Slot",
+    "Staging",
+    "TensorSpec",
+    "Tier",
+    "pack",
+    "search_chunk_numel",
+]

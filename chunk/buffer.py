@@ -1,0 +1,54 @@
+"""One role of one chunk on one tier: a flat run of elements that can be read and written in parts."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .tier import Tier
+
+
+class Buffer(Protocol):
+    """A chunk's home for one role.
+
+    Attributes
+    ----------
+    tensor
+        The memory itself (flat), or None where it is a file.
+    """
+
+    tier: Tier
+    numel: int
+    dtype: torch.dtype
+    tensor: Tensor | None
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def read(self, start: int, out: Tensor) -> None:
+        """Copy elements ``[start, start + out.numel())`` into ``out`` (flat, contiguous)."""
+
+    def write(self, start: int, source: Tensor) -> None:
+        """Copy ``source`` (flat, contiguous) to the elements from ``start`` on."""
+
+
+class MemoryBuffer:
+    """A home in RAM or on the device."""
+
+    def __init__(self, tier: Tier, tensor: Tensor) -> None:
+        self.tier = tier
+        self.tensor: Tensor | None = tensor
+        self.numel = tensor.numel()
+        self.dtype = tensor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def read(self, start: int, out: Tensor) -> None:
+        assert self.tensor is not None
+        out.copy_(self.tensor[start : start + out.numel()])
+
+    def write(self, start: int, source: Tensor) -> None:
+        assert self.tensor is not None
+        self.tensor[start : start + source.numel()].copy_(source)

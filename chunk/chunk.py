@@ -1,0 +1,147 @@
+"""One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .buffer import Buffer
+from .gradient import GradientBuffer
+from .layout import ChunkLayout
+from .memory import Transfer
+from .state import ChunkState, transition
+from .tier import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A parameter and the two things its data may be."""
+
+    parameter: Tensor
+    view: Tensor
+    """Its slot in the full copy."""
+    poison: Tensor
+    """A NaN scalar expanded to the same shape: no memory, and a use without the chunk cannot go unnoticed."""
+
+
+class Chunk:
+    """A chunk's memory and state. It does what it is told; the manager accounts, the runtime decides.
+
+    ``full`` is one storage, resized 0 <-> n and never replaced: autograd may have saved views of it. Where home and
+    full copy would be the same bytes (same dtype, same memory), they are: ``full_is_home``, and nothing moves.
+    """
+
+    def __init__(self, layout: ChunkLayout, homes: dict[Role, Buffer], full: Tensor, full_is_home: bool) -> None:
+        self.layout = layout
+        self.homes = homes
+        self.full = full
+        self.full_is_home = full_is_home
+        with torch.no_grad():
+            # Made now and kept: a view of a storage that is 0 bytes long cannot be made, but it can be held.
+            self.views = tuple(
+                full.as_strided(slot.shape, slot.stride, full.storage_offset() + slot.offset) for slot in layout.slots
+            )
+        self.gradient: GradientBuffer | None = None
+        self.bindings: list[Binding] = []
+        self.state = ChunkState.HOME
+        self.pins = 0
+        self.last_used = 0
+        self.was_prefetched = False
+        self.update: Transfer | None = None
+        self._transfer: Transfer | None = None
+        self._poisoned = True
+
+    @property
+    def index(self) -> int:
+        return self.layout.index
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that the full copy takes on DEVICE beside the homes."""
+        return 0 if self.full_is_home else self.full.numel() * self.full.element_size()
+
+    @property
+    def is_resident(self) -> bool:
+        """True if the full copy exists or is arriving."""
+        return self.state is not ChunkState.HOME
+
+    def begin_fetch(self, transfer: Transfer) -> None:
+        """HOME -> FETCHING; the manager has given ``full`` its memory."""
+        self._move_to(ChunkState.FETCHING)
+        self._transfer = transfer
+
+    def finish_fetch(self) -> None:
+        """FETCHING -> READY, when the data are there.
+
+        Raises
+        ------
+        OffloadError
+            If the move failed; the chunk is then at HOME again, without its memory.
+        """
+        transfer, self._transfer = self._transfer, None
+        assert transfer is not None
+        try:
+            transfer.wait()
+        except BaseException:
+            self._move_to(ChunkState.HOME)
+            raise
+        self._move_to(ChunkState.READY)
+
+    @property
+    def has_arrived(self) -> bool:
+        """True if `finish_fetch` would not wait."""
+        return self._transfer is None or self._transfer.done()
+
+    def pin(self) -> None:
+        """READY or IN_USE -> IN_USE; parameters are readable until the last `unpin`."""
+        self.settle()
+        if self.pins == 0:
+            self._move_to(ChunkState.IN_USE)
+        self.pins += 1
+        if self._poisoned:
+            for binding in self.bindings:
+                binding.parameter.data = binding.view
+            self._poisoned = False
+
+    def unpin(self) -> None:
+        assert self.pins > 0, f"chunk {self.index} is not pinned"
+        self.pins -= 1
+        if self.pins == 0:
+            self._move_to(ChunkState.READY)
+
+    def evict(self) -> None:
+        """READY -> HOME. Copies nothing: the full copy is clean."""
+        self._move_to(ChunkState.HOME)
+        self.poison()
+
+    def poison(self) -> None:
+        """Point the parameters at NaN (the full copy is gone, or an update is rewriting it)."""
+        if not self._poisoned:
+            for binding in self.bindings:
+                binding.parameter.data = binding.poison
+            self._poisoned = True
+
+    def reveal(self) -> None:
+        """Point the parameters of a READY chunk at their values again, outside of any visit."""
+        if self._poisoned and self.state is ChunkState.READY:
+            self.settle()
+            for binding in self.bindings:
+                binding.parameter.data = binding.view
+            self._poisoned = False
+
+    def settle(self) -> None:
+        """Wait for the pending update of this chunk; raise what went wrong in it (again at each call)."""
+        if self.update is not None:
+            self.update.wait()
+            self.update = None
+
+    def bind(self, position: int, parameter: Tensor) -> None:
+        """Make ``parameter`` follow this chunk from now on."""
+        view = self.views[position]
+        nan = torch.full((), float("nan"), dtype=view.dtype, device=view.device)
+        binding = Binding(parameter, view, nan.expand(view.shape))
+        self.bindings.append(binding)
+        parameter.data = binding.poison if self._poisoned else view
+
+    def _move_to(self, state: ChunkState) -> None:
+        self.state = transition(self.index, self.state, state)

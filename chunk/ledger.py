@@ -1,0 +1,79 @@
+"""How many bytes each tier may hold and holds. Pure; every allocation of ours asks here first."""
+
+from collections.abc import Mapping
+from threading import Lock
+
+from gemini.errors import OutOfMemory
+
+from .tier import Tier
+
+
+def mib(nbytes: int) -> str:
+    """Bytes as text for messages."""
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+class Ledger:
+    """Used and peak bytes per tier, never above capacity.
+
+    Parameters
+    ----------
+    capacities
+        Bytes each tier may hold; a tier left out holds nothing.
+    unified
+        DEVICE and HOST are the same RAM: both together must stay within the capacity of HOST, and what is
+        reported for HOST includes DEVICE.
+    """
+
+    def __init__(self, capacities: Mapping[Tier, int], unified: bool) -> None:
+        self.unified = unified
+        self._capacities = {tier: int(capacities.get(tier, 0)) for tier in Tier}
+        if unified:
+            self._capacities[Tier.DEVICE] = self._capacities[Tier.HOST]
+        self._used = dict.fromkeys(Tier, 0)
+        self._peak = dict.fromkeys(Tier, 0)
+        self._lock = Lock()
+
+    def capacity(self, tier: Tier) -> int:
+        return self._capacities[tier]
+
+    def used(self, tier: Tier) -> int:
+        if self.unified and tier is Tier.HOST:
+            return self._used[Tier.HOST] + self._used[Tier.DEVICE]
+        return self._used[tier]
+
+    def peak(self, tier: Tier) -> int:
+        return self._peak[tier]
+
+    def free(self, tier: Tier) -> int:
+        shared = Tier.HOST if self.unified and tier is Tier.DEVICE else tier
+        return self._capacities[shared] - self.used(shared)
+
+    def take(self, tier: Tier, nbytes: int, what: str) -> None:
+        """Count ``nbytes`` as used.
+
+        Raises
+        ------
+        OutOfMemory
+            If the tier would exceed its capacity; nothing is counted then.
+        """
+        with self._lock:
+            if nbytes > self.free(tier):
+                raise OutOfMemory(
+                    f"{tier.value} tier out of memory. {what} needs {mib(nbytes)}, {mib(self.free(tier))} of "
+                    f"{mib(self.capacity(tier))} are free; raise {tier.value}_memory by {mib(nbytes - self.free(tier))}"
+                )
+            self._used[tier] += nbytes
+            for each in Tier:
+                self._peak[each] = max(self._peak[each], self.used(each))
+
+    def give(self, tier: Tier, nbytes: int) -> None:
+        """Count ``nbytes`` as free again."""
+        with self._lock:
+            self._used[tier] -= nbytes
+            assert self._used[tier] >= 0, f"{tier.value}: gave back more than was taken"
+
+    def resize(self, tier: Tier, capacity_bytes: int) -> None:
+        """Change a capacity (after warm-up has measured the non-model data). Never below what is used."""
+        with self._lock:
+            self._capacities[tier] = max(capacity_bytes, self.used(tier))

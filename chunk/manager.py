@@ -1,0 +1,259 @@
+"""All chunks of a model: builds them, gives them memory, and finds a parameter's place."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemini.errors import OutOfMemory
+
+from .buffer import Buffer
+from .chunk import Chunk
+from .disk import DiskBackend
+from .gradient import GradientBuffer
+from .layout import ChunkLayout, Slot
+from .ledger import Ledger, mib
+from .memory import Arrived, DeviceBackend
+from .state import ChunkState
+from .tier import STATE_ROLES, Role, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """What to build for one chunk."""
+
+    layout: ChunkLayout
+    homes: Mapping[Role, Tier]
+    """The tier of each role that this chunk has; a frozen chunk has a MASTER only."""
+    compute_dtype: torch.dtype
+    """Of the full copy and the gradient."""
+
+    def dtype(self, role: Role) -> torch.dtype:
+        """fp32 for the states of a trainable chunk, the compute dtype for everything else."""
+        trainable = Role.EXP_AVG in self.homes
+        return torch.float32 if trainable and role in STATE_ROLES else self.compute_dtype
+
+
+@dataclass(slots=True)
+class MoveCounts:
+    """What moved since the start."""
+
+    fetch_count: int = 0
+    fetch_bytes: int = 0
+    demand_count: int = 0
+    """Fetches that a unit had to ask for itself, because nothing had prefetched them."""
+    prefetch_count: int = 0
+    prefetch_used: int = 0
+    evict_count: int = 0
+
+
+class ChunkManager:
+    """Owns the chunks and moves them, within the ledger's capacities.
+
+    Parameters
+    ----------
+    plans
+        One per chunk, in chunk order.
+    ledger, device, disk
+        Who counts, who computes, who stores. ``disk`` may be None if no home is on DISK.
+
+    Raises
+    ------
+    OutOfMemory, OffloadError
+        If a home gets no room.
+    """
+
+    def __init__(
+        self, plans: Sequence[ChunkPlan], ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None
+    ) -> None:
+        self.ledger = ledger
+        self.device = device
+        self.disk = disk
+        self.moves = MoveCounts()
+        self._clock = 0
+        self.chunks = tuple(self._build(plan) for plan in plans)
+        self._places: dict[int, tuple[Chunk, int]] = {}
+
+    # -- building
+
+    def _build(self, plan: ChunkPlan) -> Chunk:
+        homes = {role: self._home(plan, role, tier) for role, tier in plan.homes.items() if role is not Role.GRADIENT}
+        master = homes[Role.MASTER]
+        shares_memory = master.tier is Tier.DEVICE or (master.tier is Tier.HOST and self.ledger.unified)
+        if shares_memory and master.dtype is plan.compute_dtype:
+            assert master.tensor is not None
+            chunk = Chunk(plan.layout, homes, master.tensor, full_is_home=True)
+            chunk.begin_fetch(Arrived())
+            chunk.finish_fetch()
+            chunk.reveal()
+        else:
+            full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
+            chunk = Chunk(plan.layout, homes, full, full_is_home=False)
+            self.device.shrink(full)
+        if Role.GRADIENT in plan.homes:
+            buffer = self._home(plan, Role.GRADIENT, plan.homes[Role.GRADIENT])
+            chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
+        return chunk
+
+    def _home(self, plan: ChunkPlan, role: Role, tier: Tier) -> Buffer:
+        numel, dtype = plan.layout.numel, plan.dtype(role)
+        what = f"{role.value} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
+        if tier is Tier.DISK:
+            assert self.disk is not None
+            return self.disk.allocate(numel, dtype, what)
+        self.ledger.take(tier, numel * dtype.itemsize, what)
+        return self.device.home(tier, numel, dtype)
+
+    def bind(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
+        """Make ``parameter`` live in a slot: from now on its data is its chunk's view, or NaN while the chunk is away."""
+        chunk.bind(position, parameter)
+        self._places[id(parameter)] = (chunk, position)
+
+    # -- finding
+
+    def find(self, parameter: Tensor) -> tuple[Chunk, int] | None:
+        """The chunk and the position of a parameter in it, or None if it is not managed."""
+        return self._places.get(id(parameter))
+
+    def slot(self, parameter: Tensor) -> Slot:
+        chunk, position = self._places[id(parameter)]
+        return chunk.layout.slots[position]
+
+    # -- moving
+
+    def fetch(self, chunk: Chunk, victims: Iterable[Chunk] = (), background: bool = False) -> None:
+        """HOME -> FETCHING: make room (evicting ``victims`` in order, then the least recently used) and start the move.
+
+        Raises
+        ------
+        OutOfMemory
+            If there is no room and nothing left to evict.
+        """
+        if chunk.state is not ChunkState.HOME:
+            return
+        self.make_room(chunk, victims)
+        self.ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
+        self.device.grow(chunk.full)
+        chunk.begin_fetch(self.device.upload(chunk.full, chunk.homes[Role.MASTER], chunk.update, background))
+        chunk.was_prefetched = background
+        self.moves.fetch_count += 1
+        self.moves.fetch_bytes += chunk.full_nbytes
+        if background:
+            self.moves.prefetch_count += 1
+        else:
+            self.moves.demand_count += 1
+
+    def pin(self, chunk: Chunk) -> None:
+        """Wait for the chunk (it must have been fetched) and keep it until `unpin`."""
+        if chunk.state is ChunkState.FETCHING:
+            self._arrive(chunk)
+        if chunk.was_prefetched:
+            self.moves.prefetch_used += 1
+            chunk.was_prefetched = False
+        chunk.pin()
+        self._clock += 1
+        chunk.last_used = self._clock
+
+    def unpin(self, chunk: Chunk) -> None:
+        chunk.unpin()
+
+    def evict(self, chunk: Chunk) -> None:
+        """Free a full copy that nothing uses. Does nothing where it is the home itself."""
+        if chunk.full_is_home:
+            return
+        if chunk.state is ChunkState.FETCHING:
+            self._arrive(chunk)
+        if chunk.update is not None:
+            chunk.settle()  # the update may be writing through to the full copy
+        chunk.evict()
+        self._free(chunk)
+        self.moves.evict_count += 1
+
+    def _arrive(self, chunk: Chunk) -> None:
+        try:
+            chunk.finish_fetch()
+        except BaseException:
+            self._free(chunk)
+            raise
+
+    def _free(self, chunk: Chunk) -> None:
+        self.device.shrink(chunk.full)
+        self.ledger.give(Tier.DEVICE, chunk.full_nbytes)
+
+    def make_room(self, chunk: Chunk, victims: Iterable[Chunk] = ()) -> None:
+        """Evict until ``chunk`` fits.
+
+        Raises
+        ------
+        OutOfMemory
+            If it does not fit beside what is in use.
+        """
+        need = chunk.full_nbytes
+        for victim in victims:
+            if self.ledger.free(Tier.DEVICE) >= need:
+                return
+            if victim.state is ChunkState.READY and not victim.full_is_home:
+                self.evict(victim)
+        while self.ledger.free(Tier.DEVICE) < need:
+            idle = [
+                c for c in self.chunks
+                if c.state in (ChunkState.READY, ChunkState.FETCHING) and not c.full_is_home and c is not chunk
+            ]
+            if not idle:
+                raise self._no_room(chunk)
+            self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
+
+    def _no_room(self, chunk: Chunk) -> OutOfMemory:
+        held = sum(c.full_nbytes for c in self.chunks if c.state is ChunkState.IN_USE)
+        free = self.ledger.free(Tier.DEVICE)
+        tier = Tier.HOST if self.ledger.unified else Tier.DEVICE
+        enough = self.ledger.capacity(tier) + chunk.full_nbytes - free
+        return OutOfMemory(
+            f"{tier.value} tier out of memory. Chunk {chunk.index} (with {chunk.layout.slots[0].name}) needs "
+            f"{mib(chunk.full_nbytes)}, {mib(free)} are free, chunks in use hold {mib(held)} and nothing is left to evict; "
+            f"set {tier.value}_memory to {enough} bytes ({mib(enough)}) or more"
+        )
+
+    # -- values
+
+    def read(self, parameter: Tensor, role: Role) -> Tensor:
+        """A copy, on CPU, of what one role holds for a parameter, in its shape (waits for a pending update)."""
+        chunk, position = self._places[id(parameter)]
+        chunk.settle()
+        slot, home = chunk.layout.slots[position], chunk.homes[role]
+        flat = torch.empty(slot.numel, dtype=home.dtype)
+        home.read(slot.offset, flat)
+        return flat.as_strided(slot.shape, slot.stride)
+
+    def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
+        """Replace what one role holds for a parameter; a full copy made before is dropped."""
+        chunk, position = self._places[id(parameter)]
+        chunk.settle()
+        if role is Role.MASTER and chunk.is_resident and not chunk.full_is_home:
+            self.evict(chunk)
+        self.write_slot(chunk, position, role, value)
+
+    def write_slot(self, chunk: Chunk, position: int, role: Role, value: Tensor) -> None:
+        """Put ``value`` (any dtype, the slot's shape) into a home."""
+        slot, home = chunk.layout.slots[position], chunk.homes[role]
+        with torch.no_grad():
+            if home.tensor is not None:
+                home.tensor.as_strided(slot.shape, slot.stride, home.tensor.storage_offset() + slot.offset).copy_(value)
+                return
+            value = value.detach().to("cpu", home.dtype)
+            if value.stride() != slot.stride:
+                value = torch.empty(slot.numel, dtype=home.dtype).as_strided(slot.shape, slot.stride).copy_(value)
+            home.write(slot.offset, value.as_strided((slot.numel,), (1,)))
+
+    def settle(self) -> None:
+        """Wait for every pending update, and show the parameters of resident chunks their values again."""
+        for chunk in self.chunks:
+            chunk.settle()
+            chunk.reveal()
+
+    def close(self) -> None:
+        """End worker threads and give the disk file back. The chunks are unusable afterwards."""
+        self.device.close()
+        if self.disk is not None:
+            self.disk.close()

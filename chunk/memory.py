@@ -1,0 +1,263 @@
+"""The only code that touches a device or a stream: memory of the DEVICE and HOST tiers, and moves between tiers.
+
+Two implementations of one interface. On `RamBackend` the device is RAM: moves out of RAM happen at once, moves from
+disk on worker threads. On `CudaBackend` homes are page-locked and moves run on two side streams, ordered with the
+compute stream by events (never ``record_stream``, which keeps memory for as long as the allocator likes).
+"""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .buffer import Buffer, MemoryBuffer
+from .tier import Tier
+
+FETCH_WORKERS = 2
+"""Threads that read from disk: one reads while the other converts."""
+
+
+class Transfer(Protocol):
+    """A move under way."""
+
+    def wait(self) -> None:
+        """Return when the data may be used by what is called next; raise what went wrong."""
+
+    def done(self) -> bool:
+        """True if `wait` would return at once."""
+
+
+class Arrived:
+    """A move that is over."""
+
+    def wait(self) -> None:
+        pass
+
+    def done(self) -> bool:
+        return True
+
+
+class Underway:
+    """A move made by a worker thread."""
+
+    def __init__(self, future: "Future[None]") -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+    def done(self) -> bool:
+        return self._future.done()
+
+
+class DeviceBackend(Protocol):
+    """What the chunk manager needs of the memory that computes."""
+
+    device: torch.device
+    is_ram: bool
+
+    def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
+        """Zeroed memory for a home on DEVICE or HOST."""
+
+    def grow(self, full: Tensor) -> None:
+        """Give a full copy its memory: the same storage object, 0 -> n bytes."""
+
+    def shrink(self, full: Tensor) -> None:
+        """Take the memory away again: n -> 0 bytes. Every view sees it go."""
+
+    def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
+        """Fill ``full`` from its home, converting the dtype, once ``after`` (a pending update) is over."""
+
+    def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
+        """Copy (or add) a gradient to memory of another tier; `synchronize` makes it readable."""
+
+    def synchronize(self) -> None:
+        """Wait for all downloads."""
+
+    def close(self) -> None:
+        """End worker threads."""
+
+
+class Staging:
+    """A fixed set of equal fp32 blocks in RAM that worker threads borrow."""
+
+    def __init__(self, count: int, block_numel: int, pin: bool = False) -> None:
+        self.block_numel = block_numel
+        self.nbytes = count * block_numel * 4
+        self._free: SimpleQueue[Tensor] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(torch.empty(block_numel, dtype=torch.float32, pin_memory=pin))
+
+    def borrow(self) -> Tensor:
+        """A block; blocks until one is free (holders never wait for another block)."""
+        return self._free.get()
+
+    def give_back(self, block: Tensor) -> None:
+        self._free.put(block)
+
+
+def fill_from_disk(full: Tensor, source: Buffer, staging: Staging) -> None:
+    """Read a disk home into a full copy, in blocks through staging when the bytes need converting."""
+    if source.dtype is full.dtype and full.device.type == "cpu":
+        source.read(0, full)
+        return
+    block = staging.borrow()
+    try:
+        typed = block.view(source.dtype)
+        for start in range(0, full.numel(), typed.numel()):
+            part = full[start : start + typed.numel()]
+            source.read(start, typed[: part.numel()])
+            part.copy_(typed[: part.numel()])
+    finally:
+        staging.give_back(block)
+
+
+class RamBackend:
+    """DEVICE is RAM: a box without an accelerator, or an emulated one."""
+
+    device = torch.device("cpu")
+    is_ram = True
+
+    def __init__(self, staging: Staging | None) -> None:
+        self._staging = staging
+        self._workers = ThreadPoolExecutor(FETCH_WORKERS, thread_name_prefix="gemini-memory-fetch")
+
+    def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
+        return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype))  # calloc: pages come when they are touched
+
+    def grow(self, full: Tensor) -> None:
+        full.untyped_storage().resize_(full.numel() * full.element_size())
+
+    def shrink(self, full: Tensor) -> None:
+        full.untyped_storage().resize_(0)
+
+    def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
+        if not background and source.tensor is not None:
+            self._fill(full, source, after)
+            return Arrived()
+        return Underway(self._workers.submit(self._fill, full, source, after))
+
+    def _fill(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
+        if after is not None:
+            after.wait()
+        with torch.no_grad(), torch.profiler.record_function("gemini::fetch"):
+            if source.tensor is not None:
+                full.copy_(source.tensor)
+            else:
+                assert self._staging is not None
+                fill_from_disk(full, source, self._staging)
+
+    def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
+        into.add_(gradient) if accumulate else into.copy_(gradient)
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._workers.shutdown(wait=True, cancel_futures=True)
+
+
+class _Recorded:
+    """A move on a side stream: waiting orders the current stream behind it, without stopping the CPU."""
+
+    def __init__(self, event: torch.cuda.Event, keep: tuple[Tensor, ...]) -> None:
+        self._event = event
+        self._keep = keep  # memory the copy stream still reads or writes
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._event)
+
+    def done(self) -> bool:
+        return bool(self._event.query())
+
+
+class CudaBackend:
+    """DEVICE is a CUDA device; HOST homes are page-locked where the system allows it."""
+
+    is_ram = False
+
+    def __init__(self, device: torch.device, staging: Staging | None, pin_homes: bool) -> None:
+        self.device = device
+        self._staging = staging
+        self._pin_homes = pin_homes
+        self._to_device = torch.cuda.Stream(device)
+        self._to_host = torch.cuda.Stream(device)
+        self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._workers = ThreadPoolExecutor(FETCH_WORKERS, thread_name_prefix="gemini-memory-fetch")
+
+    def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
+        if tier is Tier.DEVICE:
+            return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype, device=self.device))
+        tensor = torch.zeros(numel, dtype=dtype)
+        if self._pin_homes and tensor.numel():
+            # Registered, not allocated pinned: torch's host allocator rounds each block up to a power of two.
+            status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0)
+            self._pin_homes = int(status) == 0  # a low lock limit: go on unpinned, copies are then synchronous
+        return MemoryBuffer(tier, tensor)
+
+    def grow(self, full: Tensor) -> None:
+        full.untyped_storage().resize_(full.numel() * full.element_size())
+
+    def shrink(self, full: Tensor) -> None:
+        full.untyped_storage().resize_(0)
+
+    def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
+        # The memory came from the compute stream's pool: what that stream did with it before must be over.
+        self._to_device.wait_stream(torch.cuda.current_stream(self.device))
+        if source.tensor is None or (after is not None and not after.done()):
+            return Underway(self._workers.submit(self._fill_from_worker, full, source, after))
+        if after is not None:
+            after.wait()
+        with torch.cuda.stream(self._to_device), torch.profiler.record_function("gemini::fetch"):
+            keep = self._copy_in(full, source.tensor)
+            event = torch.cuda.Event()
+            event.record(self._to_device)
+        return _Recorded(event, keep)
+
+    def _copy_in(self, full: Tensor, home: Tensor) -> tuple[Tensor, ...]:
+        if home.dtype is full.dtype:
+            full.copy_(home, non_blocking=True)
+            return ()
+        arrived = home.to(self.device, non_blocking=True)  # convert on the device: the link is not the slow part
+        full.copy_(arrived)
+        return (arrived,)
+
+    def _fill_from_worker(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
+        if after is not None:
+            after.wait()
+        with torch.no_grad(), torch.cuda.stream(self._to_device):
+            if source.tensor is not None:
+                self._copy_in(full, source.tensor)
+            else:
+                assert self._staging is not None
+                fill_from_disk(full, source, self._staging)
+            self._to_device.synchronize()
+
+    def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
+        if into.device == gradient.device:
+            into.add_(gradient) if accumulate else into.copy_(gradient)
+            return
+        if accumulate:
+            self.synchronize()
+            into.add_(gradient.to(into.device))
+            return
+        self._to_host.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._to_host):
+            into.copy_(gradient, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._to_host)
+        self._leaving.append((event, gradient))  # the compute stream must not reuse it before the copy is over
+        while self._leaving and self._leaving[0][0].query():
+            self._leaving.popleft()
+
+    def synchronize(self) -> None:
+        for event, _ in self._leaving:
+            event.synchronize()
+        self._leaving.clear()
+
+    def close(self) -> None:
+        self.synchronize()
+        self._workers.shutdown(wait=True, cancel_futures=True)

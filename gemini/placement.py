@@ -1,0 +1,165 @@
+"""Where each chunk's homes live. Pure: frozen values in, frozen values out; no torch, no device, no clock.
+
+12 bytes a parameter are the floor (master and both moments, fp32), plus the gradient between backward and step. The
+full copies stream through a ring on DEVICE, whose room is taken off first. What is left is filled fastest tier first:
+
+- DEVICE, where it is memory of its own, takes whole chunks (all roles together, so that the update runs there);
+- HOST takes the masters of all other chunks first (they are read twice a step and written once, so a byte of RAM
+  saves most traffic there), then gradients, then the moments;
+- DISK takes the rest.
+
+Within each, chunks go in the order of their first use.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .chunk.tier import Role, Tier
+
+TRAINABLE_ORDER = (Role.MASTER, Role.GRADIENT, Role.EXP_AVG, Role.EXP_AVG_SQ)
+"""Roles by bytes moved per byte held, most first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkNeed:
+    """What one chunk asks for."""
+
+    roles: Mapping[Role, int]
+    """Bytes of each role that it has."""
+    full_nbytes: int
+    """Bytes of its full copy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What there is."""
+
+    capacities: Mapping[Tier, int]
+    """Bytes per tier; DISK is 0 without an offload folder."""
+    unified: bool
+    """DEVICE and HOST are the same RAM."""
+    ring_bytes: int
+    """Room for full copies, kept free on DEVICE (on HOST when unified)."""
+    staging_bytes: int
+    """Room on HOST for the blocks through which DISK homes are read, taken only if there are any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The decision."""
+
+    homes: tuple[Mapping[Role, Tier], ...]
+    """One per chunk."""
+    nbytes: Mapping[Tier, int]
+    """Bytes of homes on each tier."""
+
+    @property
+    def uses_disk(self) -> bool:
+        return self.nbytes[Tier.DISK] > 0
+
+
+class DoesNotFit(Exception):
+    """The homes do not fit in all tiers together.
+
+    Attributes
+    ----------
+    missing_bytes
+        By how much.
+    """
+
+    def __init__(self, missing_bytes: int) -> None:
+        super().__init__(f"{missing_bytes} bytes do not fit")
+        self.missing_bytes = missing_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AutoPlacementPolicy:
+    """Fill DEVICE, then HOST, then DISK."""
+
+    def device_share(self, total_bytes: int) -> int:
+        """Bytes of homes wanted on DEVICE at most."""
+        return total_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticPlacementPolicy:
+    """Keep a fixed fraction of the homes off DEVICE.
+
+    The fractions are of bytes, exact to one chunk.
+    """
+
+    offload_optim_frac: float = 0.0
+    """Share of the homes (masters, moments, gradients) that live on HOST or DISK."""
+    offload_param_frac: float = 0.0
+    """Share of the full copies that do not stay on DEVICE between uses."""
+
+    def __post_init__(self) -> None:
+        for name in ("offload_optim_frac", "offload_param_frac"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+    def device_share(self, total_bytes: int) -> int:
+        return round(total_bytes * (1.0 - self.offload_optim_frac))
+
+
+PlacementPolicy = AutoPlacementPolicy | StaticPlacementPolicy
+
+
+def place(needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy) -> Placement:
+    """Give every role of every chunk a home.
+
+    Parameters
+    ----------
+    needs
+        The chunks, in the order of their first use.
+
+    Raises
+    ------
+    DoesNotFit
+        If the tiers together are too small.
+    """
+    without_disk = _fill(needs, room, policy, staging_bytes=0, disk_bytes=0)
+    if isinstance(without_disk, Placement):
+        return without_disk
+    with_disk = _fill(needs, room, policy, room.staging_bytes, room.capacities.get(Tier.DISK, 0))
+    if isinstance(with_disk, Placement):
+        return with_disk
+    raise DoesNotFit(with_disk if room.capacities.get(Tier.DISK, 0) else without_disk)
+
+
+def _fill(
+    needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy, staging_bytes: int, disk_bytes: int
+) -> Placement | int:
+    """A placement, or the bytes that have no place."""
+    free = {
+        Tier.DEVICE: 0 if room.unified else room.capacities[Tier.DEVICE] - room.ring_bytes,
+        Tier.HOST: room.capacities[Tier.HOST] - staging_bytes - (room.ring_bytes if room.unified else 0),
+        Tier.DISK: disk_bytes,
+    }
+    used = dict.fromkeys(Tier, 0)
+    homes: list[dict[Role, Tier]] = [{} for _ in needs]
+    missing = 0
+
+    def put(index: int, role: Role, tiers: Sequence[Tier]) -> int:
+        nbytes = needs[index].roles[role]
+        for tier in tiers:
+            if nbytes <= free[tier]:
+                free[tier] -= nbytes
+                used[tier] += nbytes
+                homes[index][role] = tier
+                return 0
+        return nbytes
+
+    share = policy.device_share(sum(sum(need.roles.values()) for need in needs))
+    for index, need in enumerate(needs):
+        whole = sum(need.roles.values())
+        if whole > free[Tier.DEVICE] or used[Tier.DEVICE] + whole > share:
+            break  # the first ones, without gaps: they are the ones needed soonest after the step
+        for role in need.roles:
+            put(index, role, (Tier.DEVICE,))
+    for role in TRAINABLE_ORDER:
+        for index, need in enumerate(needs):
+            if role in need.roles and role not in homes[index]:
+                missing += put(index, role, (Tier.HOST, Tier.DISK))
+    return missing or Placement(tuple(homes), used)

@@ -1,0 +1,48 @@
+"""What one step did: the moments of the clock. Pure: no torch."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Phase(Enum):
+    """Which side of a step a moment belongs to."""
+
+    FORWARD = "forward"
+    """Also a recomputation in backward: the unit's forward runs."""
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A unit enters."""
+
+    unit: int
+    phase: Phase
+    in_use: frozenset[int]
+    """Chunks pinned from here on: this unit's and those of every visit still open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The moments of one cycle (a forward, and its backward when training), in order."""
+
+    moments: tuple[Moment, ...]
+
+    def first_uses(self) -> tuple[int, ...]:
+        """Chunks in the order in which they are first needed."""
+        return tuple(dict.fromkeys(c for moment in self.moments for c in sorted(moment.in_use)))
+
+
+@dataclass(slots=True)
+class TraceRecorder:
+    """Collects moments; every cycle is recorded, so that a step that left the plan can become the next plan."""
+
+    moments: list[Moment] = field(default_factory=list)
+
+    def add(self, moment: Moment) -> None:
+        self.moments.append(moment)
+
+    def take(self) -> Trace:
+        """The trace so far; recording starts anew."""
+        trace, self.moments = Trace(tuple(self.moments)), []
+        return trace
