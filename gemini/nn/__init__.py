@@ -1,0 +1,1 @@
+"""Parts of ``torch.nn`` and ``torch.optim`` that gemini-memory replaces."""

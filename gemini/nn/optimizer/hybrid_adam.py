@@ -1,0 +1,364 @@
+"""``HybridAdam``: Adam and AdamW for parameters on any tier."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from .arithmetic import AdamHyper, AdamScalars, scalars
+from .group_options import TORCH_DEFAULTS, completed, refuse_options
+from .layout import copy_back, flatten, memory_order
+from .managed import ManagedStep
+from .parameter_state import PARAM_DTYPES, check_saved, complete_state, needs_master, restored
+from .reference import adam_float64
+from .update import adam_update
+
+_Self = TypeVar("_Self", bound="HybridAdam")
+
+# Registered hooks live in these dicts; handing the dicts over keeps the users' removable handles working.
+_HOOK_DICTS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class _SavedState:
+    """Wraps a saved state on its way through ``Optimizer.load_state_dict``, which would cast it to the parameter's dtype.
+
+    For a bfloat16 parameter that would round the float32 moments and the master.
+    """
+
+    def __init__(self, saved: Mapping[str, Any]) -> None:
+        self.saved = saved
+
+
+class HybridAdam(Optimizer):
+    """Adam or AdamW, on its own for CPU and CUDA parameters, or for the chunks of a boosted model.
+
+    In float32 the numbers are those of ``torch.optim.AdamW(fused=True)`` on CPU, bit for bit where every tensor's length
+    is a multiple of 16. Parameters in bfloat16 and float16 train through a float32 master copy, which starts from the
+    parameter's value. Parameters whose gradient is None are not touched at all.
+
+    Parameters
+    ----------
+    model_params
+        Parameters, named parameters, or dicts that define groups; each group may have its own of the values below.
+    lr
+        Learning rate.
+    bias_correction
+        Whether the moments are divided by ``1 - beta**step``.
+    betas
+        Decay of the first and of the second moment.
+    eps
+        Added to the denominator.
+    weight_decay
+        See ``adamw_mode``.
+    adamw_mode
+        True: AdamW, the parameter shrinks by ``lr * weight_decay``. False: Adam, an L2 term joins the gradient.
+    nvme_offload_fraction, nvme_offload_dir
+        Accepted for ColossalAI's users; the fraction must be 0. Where states live is decided for the whole model by
+        ``GeminiPlugin``.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range or ``nvme_offload_fraction`` is not 0.
+    TypeError
+        If a parameter is complex or of another dtype that Adam cannot train.
+
+    Notes
+    -----
+    State dicts load into and from ``torch.optim.Adam`` and ``AdamW``. Loading copies.
+    """
+
+    _managed: ManagedStep | None = None
+    """Who does the work once boosted. On the class because ``Optimizer.__init__`` already calls our methods."""
+
+    nvme_offload_fraction: float = 0.0
+    nvme_offload_dir: str | None = None
+
+    def __init__(
+        self,
+        model_params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adamw_mode: bool = True,
+        nvme_offload_fraction: float = 0.0,
+        nvme_offload_dir: str | None = None,
+    ) -> None:
+        if nvme_offload_fraction != 0.0:
+            raise ValueError(
+                f"nvme_offload_fraction={nvme_offload_fraction}: the optimizer does not place its states, the plugin does. "
+                "Leave it at 0 and give the plugin a folder: GeminiPlugin(offload_dir=...)"
+            )
+        self.nvme_offload_fraction = nvme_offload_fraction
+        self.nvme_offload_dir = nvme_offload_dir
+        own = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "adamw_mode": adamw_mode,
+        }
+        super().__init__(model_params, completed(own, TORCH_DEFAULTS))
+
+    @classmethod
+    def from_torch(cls: type[_Self], optimizer: torch.optim.Adam) -> _Self:
+        """Take over a ``torch.optim.Adam`` or ``AdamW``: its groups, states and hooks.
+
+        The groups are the same dict objects, so learning rate schedulers made for ``optimizer`` go on working. The
+        states move: ``optimizer`` has none afterwards and should not be used any more.
+
+        Raises
+        ------
+        TypeError
+            If ``optimizer`` is something else, subclasses included: they may compute something else.
+        ValueError
+            If it uses ``amsgrad``, ``maximize`` or ``differentiable``.
+        """
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+            raise TypeError(f"expected a torch.optim.Adam or torch.optim.AdamW, got {type(optimizer).__qualname__}")
+        for group in optimizer.param_groups:
+            refuse_options(group)
+            for param in group["params"]:
+                if optimizer.state.get(param):
+                    check_saved(optimizer.state[param], param, "from_torch")
+        hybrid = cls.__new__(cls)
+        defaults = {name: value for name, value in optimizer.defaults.items() if name != "adamw_mode"}
+        own = completed({"bias_correction": True, **defaults}, {**TORCH_DEFAULTS, "adamw_mode": True})
+        # The groups themselves, not copies: register_param_group completes them in place.
+        Optimizer.__init__(hybrid, optimizer.param_groups, own)
+        for param, saved in optimizer.state.items():
+            if saved:
+                hybrid.state[param] = restored(saved, param, copy=False)
+        optimizer.state.clear()
+        for name in _HOOK_DICTS:
+            setattr(hybrid, name, getattr(optimizer, name))
+        # A scheduler made for the torch optimizer asks it whether step() ran before its own step(), and warns if not.
+        setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it
+        return hybrid
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters that have a gradient.
+
+        Parameters
+        ----------
+        closure
+            Called first, with gradients enabled; its result is returned.
+
+        Raises
+        ------
+        TypeError
+            If a gradient is sparse or of a dtype that cannot be used. No parameter has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._managed is not None:
+            self._managed.step(self)
+            return loss
+        # Everything that can be wrong is looked at before the first parameter changes.
+        work = [(AdamHyper.of_group(group), _updatable(group["params"])) for group in self.param_groups]
+        for hyper, params in work:
+            self._update(hyper, params, 1.0)
+        return loss
+
+    @torch.no_grad()
+    def update_parameters(self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0) -> None:
+        """Do one step for some parameters, with the hyperparameters of ``group``: the part of ``step`` after the closure.
+
+        Parameters
+        ----------
+        group
+            One of ``param_groups``.
+        params
+            Parameters of that group; those without a gradient are not touched.
+        grad_scale
+            Multiplied into the gradients on the fly; they are not changed.
+        """
+        self._update(AdamHyper.of_group(group), _updatable(params), grad_scale)
+
+    def _update(self, hyper: AdamHyper, params: list[Tensor], grad_scale: float) -> None:
+        of_step: dict[int, AdamScalars] = {}  # parameters may have seen different numbers of gradients
+        for param in params:
+            assert param.grad is not None
+            state = self.state[param]
+            complete_state(state, param)
+            state["step"] += 1
+            step = int(state["step"].item())
+            if param.dtype == torch.float64:
+                adam_float64(param, state["exp_avg"], state["exp_avg_sq"], param.grad, hyper, step, grad_scale)
+                continue
+            if step not in of_step:
+                of_step[step] = scalars(hyper, step, grad_scale)
+            _update_parameter(param, param.grad, state, of_step[step])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        if self._managed is not None:
+            self._managed.zero_grad(self)
+        else:
+            super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; what it does not say is taken from the constructor's arguments."""
+        if self._managed is not None:
+            self._managed.add_param_group(self, param_group)
+        else:
+            self.register_param_group(param_group)
+
+    def register_param_group(self, group: dict[str, Any]) -> None:
+        """Validate and add a group, managed or not; for the manager.
+
+        Raises
+        ------
+        TypeError
+            If a parameter cannot be trained.
+        ValueError
+            If a hyperparameter is out of range. In both cases no group has been added.
+        """
+        group.update(completed(group, self.defaults))
+        super().add_param_group(group)
+        try:
+            for param in group["params"]:
+                _check_parameter(param)
+        except TypeError:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return states and groups, in the layout of ``torch.optim.AdamW``."""
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = group["adamw_mode"]  # users change the one, torch reads the other
+        if self._managed is not None:
+            return self._managed.state_dict(self)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of a ``HybridAdam``, ``torch.optim.Adam`` or ``AdamW``. Tensors are copied.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit these parameters or asks for an option that is not supported. Nothing has changed then.
+        """
+        if self._managed is not None:
+            self._managed.load_state_dict(self, state_dict)
+            return
+        # Last of the pre-hooks, so that it sees what the users' hooks made of the dict.
+        handle = self.register_load_state_dict_pre_hook(HybridAdam._wrap_saved)  # type: ignore[arg-type]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def _wrap_saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                f"the loaded state has groups of {[len(g['params']) for g in saved_groups]} parameters, "
+                f"this optimizer {[len(g['params']) for g in self.param_groups]}"
+            )
+        groups, states = [], dict(state_dict["state"])
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            present = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            groups.append(completed(saved_group, present))
+            for index, param in zip(saved_group["params"], group["params"], strict=True):
+                if index in states:
+                    check_saved(states[index], param, f"parameter {index}")
+                    states[index] = _SavedState(states[index])
+        return {**state_dict, "state": states, "param_groups": groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for param, saved in state["state"].items():
+            if isinstance(saved, _SavedState):
+                state["state"][param] = restored(saved.saved, param, copy=True)
+        super().__setstate__(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._managed is not None:
+            raise TypeError(
+                "a boosted optimizer cannot be pickled or deep-copied: its states are in chunks; "
+                "use booster.save_optimizer, or optimizer.state_dict()"
+            )
+        return {
+            **super().__getstate__(),
+            "nvme_offload_fraction": self.nvme_offload_fraction,
+            "nvme_offload_dir": self.nvme_offload_dir,
+        }
+
+    def clip_grad_by_norm(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale the gradients of all parameters so that their norm together is at most ``max_norm``.
+
+        Returns
+        -------
+        Tensor
+            The norm before clipping.
+        """
+        if self._managed is not None:
+            return self._managed.clip_grad_by_norm(self, max_norm, norm_type, error_if_nonfinite)
+        return torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
+
+    def clip_grad_by_value(self, clip_value: float) -> None:
+        """Clamp every gradient element to ``[-clip_value, clip_value]``."""
+        if self._managed is not None:
+            self._managed.clip_grad_by_value(self, clip_value)
+        else:
+            torch.nn.utils.clip_grad_value_(self._parameters(), clip_value)
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+
+def _check_parameter(param: Tensor) -> None:
+    if param.dtype not in PARAM_DTYPES:
+        hint = "; view it as real (torch.view_as_real)" if param.is_complex() else ""
+        raise TypeError(
+            f"HybridAdam trains {', '.join(map(str, PARAM_DTYPES))} parameters, got {param.dtype} of shape "
+            f"{tuple(param.shape)}{hint}"
+        )
+
+
+def _updatable(params: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that have a gradient, all of them usable."""
+    updatable = [param for param in params if param.grad is not None]
+    for param in updatable:
+        assert param.grad is not None
+        if param.grad.layout != torch.strided:
+            raise TypeError(
+                f"HybridAdam does not support sparse gradients (parameter of shape {tuple(param.shape)}); "
+                "use Embedding(sparse=False), or torch.optim.SparseAdam for these parameters"
+            )
+        if param.grad.dtype not in PARAM_DTYPES or (param.grad.dtype == torch.float64) != (
+            param.dtype == torch.float64
+        ):
+            raise TypeError(f"a gradient of {param.grad.dtype} cannot update a parameter of {param.dtype}")
+    return updatable
+
+
+def _update_parameter(param: Tensor, grad: Tensor, state: dict[str, Any], step_scalars: AdamScalars) -> None:
+    order = memory_order(param)
+    # Without a master the parameter is its own.
+    tensors = [state["master"] if needs_master(param) else param, state["exp_avg"], state["exp_avg_sq"]]
+    flat = [flatten(tensor, order) for tensor in tensors]
+    out = flatten(param, order) if needs_master(param) else None
+    adam_update(*flat, flatten(grad, order), step_scalars, out)
+    if out is not None:
+        tensors.append(param)
+        flat.append(out)
+    for flat_tensor, tensor in zip(flat, tensors, strict=True):
+        copy_back(flat_tensor, tensor, order)
+    # Kernels write behind autograd's back: let it notice a graph that still needs the old value.
+    torch.autograd.graph.increment_version(param)

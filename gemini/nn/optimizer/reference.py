@@ -1,0 +1,94 @@
+"""Adam in plain torch operations, bit-equal to the kernels: what they are tested against and fall back to.
+
+See [Note: Adam arithmetic] in ``arithmetic.py`` for the order of operations.
+"""
+
+import torch
+from torch import Tensor
+
+from .arithmetic import AdamHyper, AdamScalars
+
+
+def fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
+    """Compute ``a * b + c`` of float32 values, rounded once.
+
+    The product of two float32 is exact in float64, the sum is not, and rounding it to float64 and then to float32 can
+    land one float32 off when the first rounding produces a tie. So the float64 sum is rounded *to odd*: where it is
+    inexact (Knuth's two-sum gives the error exactly) and its last bit is 0, it moves one step towards the exact value,
+    whose neighbour there has last bit 1. An odd 53-bit value is never a tie for 24 bits, so the second rounding is
+    right (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008). No float64 operation here can
+    overflow or underflow: exponents stay within +-300.
+    """
+    x = a.double() * (b.double() if isinstance(b, Tensor) else b)
+    y = c.double()
+    total = x + y
+    y_seen = total - x
+    error = (x - (total - y_seen)) + (y - y_seen)
+    bits = total.view(torch.int64)
+    inexact_and_even = torch.isfinite(total) & (error != 0) & ((bits & 1) == 0)
+    towards = torch.where((error > 0) == (total > 0), 1, -1)  # in units of magnitude
+    odd = torch.where(inexact_and_even, bits + towards, bits).view(torch.float64)
+    return odd.float()
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Compute the correctly rounded float32 square root.
+
+    ``torch.sqrt`` on a float32 CPU tensor calls MKL, which is 1 ulp off for some values. In float64 an ulp does not
+    matter: the root of a float32 is never within 2**-50 (relative) of a float32 rounding boundary.
+    """
+    return x.double().sqrt().float()
+
+
+def adam_reference(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    scalars: AdamScalars,
+    out: Tensor | None = None,
+) -> None:
+    """Update flat buffers in place; same contract as ``update.adam_update``, without its validation."""
+    s = scalars
+    with torch.no_grad():
+        g = grad.float() * s.grad_scale
+        p = param * s.decay
+        if s.l2 != 0.0:
+            g = fma(p, s.l2, g)
+        m = fma(g - exp_avg, s.lerp, g if s.lerp_from_grad else exp_avg)
+        v = fma(g * s.grad_sq, g, exp_avg_sq * s.beta2)
+        p = p + (m * s.step_size) / (sqrt(v) / s.bias2_sqrt + s.eps)
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        param.copy_(p)
+        if out is not None:
+            out.copy_(p)
+
+
+def adam_float64(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    hyper: AdamHyper,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update float64 tensors of any layout in place, with the operations of torch's single-tensor Adam.
+
+    Float64 parameters are for checking other things (gradients, convergence), so no kernel of ours serves them.
+    """
+    bias1 = 1.0 - hyper.beta1**step if hyper.bias_correction else 1.0
+    bias2 = 1.0 - hyper.beta2**step if hyper.bias_correction else 1.0
+    with torch.no_grad():
+        if grad_scale != 1.0:
+            grad = grad * grad_scale
+        if hyper.weight_decay != 0.0:
+            if hyper.decoupled:
+                param.mul_(1.0 - hyper.lr * hyper.weight_decay)
+            else:
+                grad = grad.add(param, alpha=hyper.weight_decay)
+        exp_avg.lerp_(grad, 1.0 - hyper.beta1)
+        exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1.0 - hyper.beta2)
+        denominator = (exp_avg_sq.sqrt() / bias2**0.5).add_(hyper.eps)
+        param.addcdiv_(exp_avg, denominator, value=-(hyper.lr / bias1))
