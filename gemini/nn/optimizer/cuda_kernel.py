@@ -6,7 +6,7 @@ and division are the correctly rounded ones (Triton's ``/`` and ``tl.sqrt`` on f
 conversions round to nearest even, as ``tl`` casts do by default.
 """
 
-# mypy: disable-error-code="misc,attr-defined,import-not-found,import-untyped,no-any-unimported"
+# mypy: disable-error-code="untyped-decorator,attr-defined,import-not-found,import-untyped,no-any-unimported"
 
 from typing import Any
 

@@ -28,8 +28,10 @@ def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     ValueError
         If a hyperparameter is out of range, or an option asks for what this optimizer does not do.
     """
-    decoupled = group.get("adamw_mode", group.get("decoupled_weight_decay", defaults["adamw_mode"]))
-    full = {**defaults, **group, "adamw_mode": bool(decoupled), "decoupled_weight_decay": bool(decoupled)}
+    full = {**defaults, **group}
+    if "adamw_mode" not in group and "decoupled_weight_decay" in group:
+        full["adamw_mode"] = bool(group["decoupled_weight_decay"])
+    full["decoupled_weight_decay"] = full["adamw_mode"]
     refuse_options(full)
     AdamHyper.of_group(full)
     return full

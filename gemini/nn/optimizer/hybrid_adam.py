@@ -29,7 +29,7 @@ _HOOK_DICTS = (
 
 
 class _SavedState:
-    """Wraps a saved state on its way through ``Optimizer.load_state_dict``, which would cast it to the parameter's dtype.
+    """Wraps a saved state while ``Optimizer.load_state_dict`` has it, which would cast it to the parameter's dtype.
 
     For a bfloat16 parameter that would round the float32 moments and the master.
     """
@@ -41,9 +41,9 @@ class _SavedState:
 class HybridAdam(Optimizer):
     """Adam or AdamW, on its own for CPU and CUDA parameters, or for the chunks of a boosted model.
 
-    In float32 the numbers are those of ``torch.optim.AdamW(fused=True)`` on CPU, bit for bit where every tensor's length
-    is a multiple of 16. Parameters in bfloat16 and float16 train through a float32 master copy, which starts from the
-    parameter's value. Parameters whose gradient is None are not touched at all.
+    In float32 the numbers are those of ``torch.optim.AdamW(fused=True)`` on CPU, bit for bit where every tensor's
+    length is a multiple of 16. Parameters in bfloat16 and float16 train through a float32 master copy, which starts
+    from the parameter's value. Parameters whose gradient is None are not touched at all.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class HybridAdam(Optimizer):
     ) -> None:
         if nvme_offload_fraction != 0.0:
             raise ValueError(
-                f"nvme_offload_fraction={nvme_offload_fraction}: the optimizer does not place its states, the plugin does. "
+                f"nvme_offload_fraction={nvme_offload_fraction}: placing states on disk is the plugin's work. "
                 "Leave it at 0 and give the plugin a folder: GeminiPlugin(offload_dir=...)"
             )
         self.nvme_offload_fraction = nvme_offload_fraction
@@ -149,7 +149,7 @@ class HybridAdam(Optimizer):
         return hybrid
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
 
         Parameters
@@ -177,7 +177,7 @@ class HybridAdam(Optimizer):
 
     @torch.no_grad()
     def update_parameters(self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0) -> None:
-        """Do one step for some parameters, with the hyperparameters of ``group``: the part of ``step`` after the closure.
+        """Do one step for some parameters, with the hyperparameters of ``group``.
 
         Parameters
         ----------
@@ -341,9 +341,8 @@ def _updatable(params: Iterable[Tensor]) -> list[Tensor]:
                 f"HybridAdam does not support sparse gradients (parameter of shape {tuple(param.shape)}); "
                 "use Embedding(sparse=False), or torch.optim.SparseAdam for these parameters"
             )
-        if param.grad.dtype not in PARAM_DTYPES or (param.grad.dtype == torch.float64) != (
-            param.dtype == torch.float64
-        ):
+        known = param.grad.dtype in PARAM_DTYPES
+        if not known or (param.grad.dtype == torch.float64) != (param.dtype == torch.float64):
             raise TypeError(f"a gradient of {param.grad.dtype} cannot update a parameter of {param.dtype}")
     return updatable
 
@@ -351,14 +350,12 @@ def _updatable(params: Iterable[Tensor]) -> list[Tensor]:
 def _update_parameter(param: Tensor, grad: Tensor, state: dict[str, Any], step_scalars: AdamScalars) -> None:
     order = memory_order(param)
     # Without a master the parameter is its own.
-    tensors = [state["master"] if needs_master(param) else param, state["exp_avg"], state["exp_avg_sq"]]
-    flat = [flatten(tensor, order) for tensor in tensors]
-    out = flatten(param, order) if needs_master(param) else None
-    adam_update(*flat, flatten(grad, order), step_scalars, out)
-    if out is not None:
-        tensors.append(param)
-        flat.append(out)
-    for flat_tensor, tensor in zip(flat, tensors, strict=True):
+    written: list[Tensor] = [state["master"] if needs_master(param) else param, state["exp_avg"], state["exp_avg_sq"]]
+    if needs_master(param):
+        written.append(param)
+    flat = [flatten(tensor, order) for tensor in written]
+    adam_update(flat[0], flat[1], flat[2], flatten(grad, order), step_scalars, flat[3] if len(flat) > 3 else None)
+    for flat_tensor, tensor in zip(flat, written, strict=True):
         copy_back(flat_tensor, tensor, order)
     # Kernels write behind autograd's back: let it notice a graph that still needs the old value.
     torch.autograd.graph.increment_version(param)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-# Large enough that starting a slice (microseconds) does not count, small enough to balance threads that other work slows.
+# Large enough that starting a slice (microseconds) does not count, small enough to balance threads that others slow.
 _SLICE_NUMEL = 1 << 20
 # Below this, waking another thread costs more than it saves.
 _SMALLEST_SLICE_NUMEL = 1 << 16

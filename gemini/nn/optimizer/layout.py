@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Dimensions from the slowest to the fastest in memory, e.g. (0, 2, 3, 1) for channels_last; None if that is their order.
+# Dimensions from the slowest to the fastest in memory, e.g. (0, 2, 3, 1) for channels_last; None if already sorted.
 Order = tuple[int, ...] | None
 
 
@@ -11,7 +11,8 @@ def memory_order(tensor: Tensor) -> Order:
     """Find the order of dimensions in which ``tensor`` lies in memory."""
     if tensor.is_contiguous():
         return None
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim)))
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
 
 
 def flatten(tensor: Tensor, order: Order) -> Tensor:

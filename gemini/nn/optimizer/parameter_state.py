@@ -43,9 +43,7 @@ def check_saved(saved: Mapping[str, Any], param: Tensor, where: str) -> None:
     """Raise ``ValueError`` if ``saved`` cannot be the Adam state of ``param``; ``where`` names it in the message."""
     missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in saved]
     if missing:
-        raise ValueError(
-            f"{where}: the loaded state has no {', '.join(missing)}; it is not the state of an Adam optimizer"
-        )
+        raise ValueError(f"{where}: the loaded state has no {', '.join(missing)}; it is not that of an Adam optimizer")
     for name in ("exp_avg", "exp_avg_sq", "master"):
         if name in saved and saved[name].shape != param.shape:
             raise ValueError(

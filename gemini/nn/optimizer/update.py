@@ -73,7 +73,8 @@ def _check(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, out
             raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
         if tensor.dim() != 1 or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} must be one-dimensional and contiguous, got shape {tuple(tensor.shape)}, stride {tensor.stride()}"
+                f"{name} must be one-dimensional and contiguous, got shape {tuple(tensor.shape)}, "
+                f"stride {tensor.stride()}"
             )
         if tensor.numel() != numel:
             raise ValueError(f"{name} has {tensor.numel()} elements, param has {numel}")
@@ -91,8 +92,7 @@ def _kernel_of(device_type: str) -> _Kernel:
     except ImportError as error:
         # Cached, hence said once.
         _logger.warning(
-            "%s cannot be used (%s): Adam on %s runs in plain torch operations, with the same results but several times "
-            "slower",
+            "%s cannot be used (%s): Adam on %s runs in plain torch operations, with the same results but slower",
             compiler,
             error,
             device_type,
