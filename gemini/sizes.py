@@ -42,7 +42,7 @@ def parse_bytes(size: int | str) -> int:
     scale = _UNITS[match[2].upper()]
     whole, _, fraction = match[1].partition(".")
     # Integer arithmetic: a float has 53 bits, too few for "0.3TiB" to come out the same everywhere.
-    return int(whole) * scale + int(fraction or "0") * scale // 10 ** len(fraction)
+    return int(whole) * scale + int(fraction or "0") * scale // int(10 ** len(fraction))
 
 
 def format_bytes(nbytes: float) -> str:

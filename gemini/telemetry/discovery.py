@@ -1,0 +1,78 @@
+"""Finding runs: all of this user's, or the one that a person means."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder
+from gemini.telemetry.reader import RunView, Unreadable, read_run
+
+
+class NoRun(Exception):
+    """No run matches what was asked for."""
+
+
+def list_runs(folder: Path | None = None) -> list[RunView]:
+    """Every readable run in the common folder (or in ``folder``), newest first."""
+    runs: dict[Path, RunView] = {}
+    for path in _candidates(runs_folder() if folder is None else folder):
+        try:
+            run = read_run(path)
+        except Unreadable:
+            continue
+        # A folder that several runs used one after another has a link for each; they all show its last run.
+        runs.setdefault(path.resolve(), run)
+    return sorted(runs.values(), key=lambda run: run.started or 0.0, reverse=True)
+
+
+def find_run(target: str | None = None) -> tuple[Path, str]:
+    """The folder of the run that ``target`` names, and a remark on the choice (empty when it was no choice).
+
+    ``target`` is a run's folder, a folder of runs, a run id or an unambiguous beginning of one, or a process id. None
+    means ``$GEMINI_MEMORY_RUN_DIR`` if that is set, else the newest live run, else the newest run.
+
+    Raises
+    ------
+    NoRun
+        With what was looked for, where, and what to do.
+    """
+    if target is None and (chosen := os.environ.get(RUN_DIR_VARIABLE)):
+        if (Path(chosen) / RUN_FILE).exists():
+            return Path(chosen), f"the run in ${RUN_DIR_VARIABLE}"
+        raise NoRun(f"no run in {chosen}, the folder that {RUN_DIR_VARIABLE} names")
+    if target is None:
+        return _newest(list_runs(), runs_folder())
+    folder = Path(target)
+    if (folder / RUN_FILE).exists():
+        return folder, ""
+    if folder.is_dir():
+        return _newest(list_runs(folder), folder)
+    by_id = runs_folder() / target
+    if os.sep not in target and (by_id / RUN_FILE).exists():
+        return by_id, ""
+    runs = list_runs()
+    matches = [run for run in runs if str(run.pid) == target] or [run for run in runs if run.run_id.startswith(target)]
+    if len(matches) > 1 and str(matches[0].pid) != target:
+        raise NoRun(f"{target} begins {len(matches)} run ids: give more of it")
+    if matches:
+        return matches[0].path, ""
+    raise NoRun(f"{target} is no run folder, run id or process id of a run (looked in {runs_folder()})")
+
+
+def _newest(runs: list[RunView], folder: Path) -> tuple[Path, str]:
+    if not runs:
+        raise NoRun(f"no runs in {folder}; train with GeminiPlugin(), or name a run folder")
+    live = [run for run in runs if run.is_live]
+    if len(live) > 1:
+        return live[0].path, f"the newest of {len(live)} live runs"
+    return (live[0].path, "the live run") if live else (runs[0].path, "no run is live, this is the newest")
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    try:
+        names = sorted(os.listdir(folder), reverse=True)
+    except OSError:
+        return
+    for name in names:
+        if (folder / name / RUN_FILE).exists():
+            yield folder / name

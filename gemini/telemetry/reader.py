@@ -1,0 +1,263 @@
+"""Reading runs from their folders: by any process, at any time, without torch and without disturbing the writer.
+
+The newest records count, so only the tail of a file is read: a run of many days opens as fast as a short one. Files may
+be torn, old, newer or not ours at all. What cannot be understood is skipped; what must be understood and cannot be raises
+:class:`Unreadable`.
+"""
+
+import json
+import math
+import os
+import socket
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from gemini.telemetry.layout import HEARTBEAT_SECONDS, RUN_FILE, VERSION, lock_file, records_file
+from gemini.telemetry.liveness import is_locked
+
+TAIL_BYTES = 1 << 20
+TIERS = ("device", "host", "disk")
+
+
+class RunStatus(Enum):
+    """What became of a run."""
+
+    RUNNING = "running"
+    """Its process lives and its newest record is young."""
+    STALLED = "stalled"
+    """Its process lives but has made no step for long."""
+    FINISHED = "finished"
+    """It said that it ended."""
+    CRASHED = "crashed"
+    """It said that an exception ended it, or its process is gone without a word."""
+    UNKNOWN = "unknown"
+    """It runs or ran on another host, and its heartbeat is old."""
+
+
+class Unreadable(Exception):
+    """Telemetry that is damaged beyond use, or that a newer major version wrote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """What the files of one rank say."""
+
+    path: Path
+    run_id: str
+    name: str
+    pid: int | None
+    host: str
+    rank: int
+    world_size: int
+    facts: Mapping[str, Any]
+    status: RunStatus
+    reason: str
+    """Why the status is what it is, when that needs a word; else empty."""
+    started: float | None
+    """Seconds since the epoch, as all times here."""
+    updated: float | None
+    """Of the newest record."""
+    stats: Mapping[str, float]
+    """Of the newest step record. Only numbers that are finite."""
+    peaks: Mapping[str, float]
+    """Highest ``peak_bytes`` of each tier in what was read: a peak that was reset meanwhile is not forgotten."""
+    summary: Mapping[str, float]
+    dropped_count: int
+
+    @property
+    def step(self) -> int | None:
+        count = self.stats.get("step/count")
+        return None if count is None else int(count)
+
+    @property
+    def is_live(self) -> bool:
+        return self.status in (RunStatus.RUNNING, RunStatus.STALLED)
+
+
+def read_run(path: Path, rank: int | None = None, *, now: float | None = None) -> RunView:
+    """Read one rank of the run in folder ``path``: the given one, or the lowest there is.
+
+    Raises
+    ------
+    Unreadable
+        ``run.json`` is missing or damaged, the rank has no file, or a newer major version wrote them.
+    """
+    now = time.time() if now is None else now
+    run_file = _read_run_file(path)
+    rank = _lowest_rank(path) if rank is None else rank
+    records = _of_this_run(_read_tail(records_file(path, rank)))
+    start = next((record for record in records if record["type"] == "start"), {})
+    steps = [_numbers(record.get("stats")) for record in records if record["type"] == "step"]
+    end = records[-1] if records and records[-1]["type"] == "end" else None
+    identity = {**run_file, **{key: start[key] for key in ("pid", "host", "started") if key in start}}
+    pid = _number(identity.get("pid"))
+    stats = steps[-1] if steps else {}
+    updated = _number(records[-1].get("t")) if records else None
+    host = str(identity.get("host", ""))
+    status, reason = _judge(
+        path, rank, None if pid is None else int(pid), host, end, now - updated if updated else None, stats
+    )
+    world_size = _number(identity.get("world_size"))
+    return RunView(
+        path=path,
+        run_id=str(run_file.get("run_id", path.name)),
+        name=str(run_file.get("name", "")),
+        pid=None if pid is None else int(pid),
+        host=host,
+        rank=rank,
+        world_size=1 if world_size is None else int(world_size),
+        facts=run_file["facts"] if isinstance(run_file.get("facts"), dict) else {},
+        status=status,
+        reason=reason,
+        started=_number(identity.get("started")),
+        updated=updated,
+        stats=stats,
+        peaks=_peaks(steps),
+        summary=_numbers(end.get("summary")) if end else {},
+        dropped_count=int(_number(records[-1].get("dropped")) or 0) if records else 0,
+    )
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
+    file = path / RUN_FILE
+    try:
+        content = json.loads(_read_regular(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unreadable(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise Unreadable(f"{file} holds no JSON object")
+    _check_version(content, file)
+    return content
+
+
+def _check_version(record: Mapping[str, Any], file: Path) -> None:
+    version = _number(record.get("v"))
+    if version is not None and version >= VERSION + 1:
+        raise Unreadable(
+            f"{file} has version {version:g}, this gemini-stat reads up to {VERSION}: update gemini-memory to read it"
+        )
+
+
+def _lowest_rank(path: Path) -> int:
+    try:
+        names = sorted(name for name in os.listdir(path) if name.startswith("rank") and name.endswith(".jsonl"))
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be listed: {error}") from error
+    for name in names:
+        digits = name.removeprefix("rank").removesuffix(".jsonl")
+        if digits.isdecimal():
+            return int(digits)
+    return 0
+
+
+def _read_tail(file: Path) -> list[dict[str, Any]]:
+    """The records of the last mebibyte, oldest first. Torn or foreign lines are left out."""
+    try:
+        data = _read_regular(file, TAIL_BYTES)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Unreadable(f"{file} cannot be read: {error}") from error
+    lines = data.split(b"\n")
+    complete = lines[:-1]  # what follows the last newline is being written right now, or was torn by a crash
+    records = []
+    for line in complete:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("type"), str):
+            _check_version(record, file)
+            records.append(record)
+    return records
+
+
+def _read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
+    # O_NONBLOCK: opening a FIFO that somebody put there must not hang.
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if tail_bytes is not None and status.st_size > tail_bytes:
+            stream.seek(-tail_bytes, os.SEEK_END)
+            stream.readline()  # the rest of a line whose beginning is cut off
+        return stream.read()
+
+
+def _of_this_run(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out what an earlier run wrote into the same folder. Types we do not know are left out too."""
+    begin = 0
+    for index, record in enumerate(records):
+        previous = records[index - 1]["type"] if index else None
+        if record["type"] == "start" and (previous == "end" or record.get("run_id") != records[begin].get("run_id")):
+            begin = index
+    return [record for record in records[begin:] if record["type"] in ("start", "step", "end")]
+
+
+def _judge(
+    path: Path,
+    rank: int,
+    pid: int | None,
+    host: str,
+    end: Mapping[str, Any] | None,
+    age: float | None,
+    stats: Mapping[str, float],
+) -> tuple[RunStatus, str]:
+    if end is not None:
+        status = RunStatus.CRASHED if end.get("status") == "crashed" else RunStatus.FINISHED
+        return status, str(end.get("error") or "") if status is RunStatus.CRASHED else ""
+    lock = lock_file(path, rank)
+    if host != socket.gethostname():
+        # A lock cannot be asked for across hosts; the heartbeat is the file's time.
+        heartbeat = _age_of(lock)
+        if heartbeat is not None and heartbeat < 3 * HEARTBEAT_SECONDS:
+            return RunStatus.RUNNING, f"on host {host}, judged by its heartbeat"
+        return RunStatus.UNKNOWN, f"on host {host}, whose last heartbeat is {_seconds(heartbeat)} old"
+    # Within this process a lock neither conflicts nor survives our closing the file: see is_locked.
+    if pid != os.getpid() and not is_locked(lock):
+        return RunStatus.CRASHED, "its process is gone and wrote no end"
+    limit = max(30.0, 5 * stats.get("step/seconds", 0.0))
+    # Until the first step there is no pace to judge by: building a large model may take long.
+    if stats and age is not None and age > limit:
+        return RunStatus.STALLED, f"no step for {_seconds(age)}"
+    return RunStatus.RUNNING, ""
+
+
+def _age_of(file: Path) -> float | None:
+    try:
+        return max(0.0, time.time() - file.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def _seconds(seconds: float | None) -> str:
+    return "an unknown time" if seconds is None else f"{seconds:.0f} s"
+
+
+def _peaks(steps: list[dict[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for tier in TIERS:
+        values = [stats[key] for stats in steps if (key := f"{tier}/peak_bytes") in stats]
+        if values:
+            found[tier] = max(values)
+    return found
+
+
+def _numbers(value: object) -> dict[str, float]:
+    if not isinstance(value, dict):
+        return {}
+    return {str(key): number for key, item in value.items() if (number := _number(item)) is not None}
+
+
+def _number(value: object) -> float | None:
+    """A finite number that fits 63 bits, so that nothing downstream can overflow; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if abs(value) < 1 << 63 else None

@@ -1,0 +1,80 @@
+"""Making the folder of a run, and keeping the number of old ones bounded."""
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gemini.telemetry.encoding import encode
+from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder
+from gemini.telemetry.liveness import is_locked
+
+_KEEP_RUNS = 100
+_RUN_ID = re.compile(r"\d{8}T\d{6}Z-\d+(-\d+)?")
+_OUR_FILES = re.compile(r"run\.json|rank\d+(\.old)?\.jsonl|rank\d+\.lock")
+
+
+def make_run_folder(run_dir: Path | None, run_id: str) -> tuple[Path, str]:
+    """Make the folder; one that lies elsewhere gets a link among the others so that ``gemini-stat`` finds it."""
+    runs = runs_folder()
+    chosen = run_dir or os.environ.get(RUN_DIR_VARIABLE)
+    runs_error = None
+    try:
+        runs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        runs_error = error
+    if chosen is None and runs_error is not None:
+        raise runs_error
+    run = Path(chosen).absolute() if chosen else None
+    if run is not None:
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for attempt in range(1, 1000):  # two runs of one process may begin in the same second
+        candidate = run_id if attempt == 1 else f"{run_id}-{attempt}"
+        try:
+            if run is None:
+                (runs / candidate).mkdir(mode=0o700)
+                return runs / candidate, candidate
+            (runs / candidate).symlink_to(run)
+            return run, candidate
+        except FileExistsError:
+            continue
+        except OSError:
+            if run is None:
+                raise
+            return run, candidate  # no link: `gemini-stat FOLDER` still works
+    raise OSError(f"no free name for {run_id} in {runs}")
+
+
+def write_run_file(run: Path, rank: int, content: dict[str, Any]) -> None:
+    """Atomic, so that a reader never sees half of it. Rank 0 has the say; another rank writes only where none is."""
+    draft = run / f".{RUN_FILE}.{os.getpid()}"
+    with open(draft, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        file.write(encode(content))
+    if rank == 0:
+        os.replace(draft, run / RUN_FILE)
+    else:
+        with suppress(FileExistsError):
+            os.link(draft, run / RUN_FILE)
+        draft.unlink()
+
+
+def prune(keep: int = _KEEP_RUNS) -> None:
+    """Forget the oldest runs of the common folder. Folders that the user chose stay; only their links go.
+
+    Only what we made is removed: folders named like a run, and in them files named like ours.
+    """
+    runs = runs_folder()
+    names = sorted((entry.name for entry in os.scandir(runs) if _RUN_ID.fullmatch(entry.name)), reverse=True)
+    for name in names[keep:]:
+        run = runs / name
+        if any(is_locked(lock) for lock in run.glob("rank*.lock")):
+            continue
+        with suppress(OSError):  # another process prunes too, or the folder holds something of the user's
+            if run.is_symlink():
+                run.unlink()
+                continue
+            for file in list(run.iterdir()):
+                if _OUR_FILES.fullmatch(file.name):
+                    file.unlink()
+            run.rmdir()
