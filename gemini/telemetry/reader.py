@@ -1,8 +1,8 @@
 """Reading runs from their folders: by any process, at any time, without torch and without disturbing the writer.
 
-The newest records count, so only the tail of a file is read: a run of many days opens as fast as a short one. Files may
-be torn, old, newer or not ours at all. What cannot be understood is skipped; what must be understood and cannot be raises
-:class:`Unreadable`.
+The newest records count, so only the tail of a file is read: a run of many days opens as fast as a short one. Files
+may be torn, old, newer or not ours at all. What cannot be understood is skipped; what must be understood and cannot be
+raises :class:`Unreadable`.
 """
 
 import json
@@ -90,11 +90,11 @@ def read_run(path: Path, rank: int | None = None, *, now: float | None = None) -
     now = time.time() if now is None else now
     run_file = _read_run_file(path)
     rank = _lowest_rank(path) if rank is None else rank
-    records = _of_this_run(_read_tail(records_file(path, rank)))
+    records = _of_this_run(_read_tail(records_file(path, rank)), run_file if run_file.get("rank") == rank else {})
     start = next((record for record in records if record["type"] == "start"), {})
     steps = [_numbers(record.get("stats")) for record in records if record["type"] == "step"]
     end = records[-1] if records and records[-1]["type"] == "end" else None
-    identity = {**run_file, **{key: start[key] for key in ("pid", "host", "started") if key in start}}
+    identity: dict[str, Any] = {**run_file, **{key: start[key] for key in ("pid", "host", "started") if key in start}}
     pid = _number(identity.get("pid"))
     stats = steps[-1] if steps else {}
     updated = _number(records[-1].get("t")) if records else None
@@ -189,13 +189,15 @@ def _read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
         return stream.read()
 
 
-def _of_this_run(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out what an earlier run wrote into the same folder. Types we do not know are left out too."""
+def _of_this_run(records: list[dict[str, Any]], run_file: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Leave out what an earlier run wrote into the same folder, and the types that we do not know."""
     begin = 0
+    run_id = None
     for index, record in enumerate(records):
-        previous = records[index - 1]["type"] if index else None
-        if record["type"] == "start" and (previous == "end" or record.get("run_id") != records[begin].get("run_id")):
-            begin = index
+        if record["type"] == "start" and record.get("run_id") != run_id:
+            begin, run_id = index, record.get("run_id")
+    if run_id is not None and run_id != run_file.get("run_id", run_id):
+        return []  # a new run has written run.json and not yet its first record
     return [record for record in records[begin:] if record["type"] in ("start", "step", "end")]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,17 @@ def write_run_file(run: Path, rank: int, content: dict[str, Any]) -> None:
         draft.unlink()
 
 
-def prune(keep: int = _KEEP_RUNS) -> None:
+def prune(mine: Set[Path], keep: int = _KEEP_RUNS) -> None:
     """Forget the oldest runs of the common folder. Folders that the user chose stay; only their links go.
 
-    Only what we made is removed: folders named like a run, and in them files named like ours.
+    Only what we made is removed: folders named like a run, and in them files named like ours. ``mine`` are the folders
+    of this process's own runs: looking at their locks would drop them.
     """
     runs = runs_folder()
     names = sorted((entry.name for entry in os.scandir(runs) if _RUN_ID.fullmatch(entry.name)), reverse=True)
     for name in names[keep:]:
         run = runs / name
-        if any(is_locked(lock) for lock in run.glob("rank*.lock")):
+        if run.resolve() in mine or any(is_locked(lock) for lock in run.glob("rank*.lock")):
             continue
         with suppress(OSError):  # another process prunes too, or the folder holds something of the user's
             if run.is_symlink():

@@ -225,11 +225,11 @@ def _open_channel(run_dir: Path | None, rank: int, facts: dict[str, Any]) -> _Ch
             "world_size": int(os.environ.get("WORLD_SIZE") or 1),
             "started": started,
         }
-        write_run_file(run, rank, {"v": VERSION, **header, "facts": facts})
+        write_run_file(run, rank, {"v": VERSION, "rank": rank, **header, "facts": facts})
         channel = _live[path] = _Channel(run, rank, header, lock)
         if rank == 0:
             with suppress(OSError):
-                prune()
+                prune({lock.parent.resolve() for lock in _live})
     except BaseException:
         os.close(lock)
         raise
