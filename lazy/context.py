@@ -1,0 +1,137 @@
+"""LazyInitContext: what a user enters to build a model without memory."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .materialize import materialize
+from .record import check_device, dispatch
+from .tape import Tape
+from .tensor import LazyTensor, _set_data, assign_data
+
+
+class _Session(threading.local):
+    """What this thread is recording on, and, weakly, what it recorded on last."""
+
+    tape: Tape | None = None
+    last: Callable[[], Tape | None] = staticmethod(lambda: None)
+
+
+_session = _Session()
+
+
+def active_tape() -> Tape | None:
+    """Return the tape that this thread records on, or None outside of a context."""
+    return _session.tape
+
+
+class LazyInitContext:
+    """Build modules without allocating their parameters.
+
+    Inside the context every op that creates or changes tensors is recorded instead of run. :func:`materialize` (or ``booster.boost``)
+    makes the model real later, with the values that eager construction would have given at the same seed.
+
+    Parameters
+    ----------
+    default_device : str or torch.device, optional
+        Where tensors made without an explicit device will live; torch's current default device if not given.
+
+    Raises
+    ------
+    ValueError
+        If `default_device` is not usable on this machine.
+
+    Notes
+    -----
+    Contexts may be nested, and several may follow each other: they share one tape as long as nobody moved the random
+    generator in between. While a lazy model waits, the state of the random generator differs from what it was in bits that no draw
+    ever reads (see ``rng.py``); the numbers it gives are unchanged.
+
+    Arrays from ``tensor.numpy()`` inside the context are read-only copies. Real tensors that are copied into lazy ones are cloned.
+
+    Examples
+    --------
+    >>> with LazyInitContext():
+    ...     model = nn.Linear(4, 4)
+    >>> model = LazyInitContext.materialize(model)
+    """
+
+    def __init__(self, default_device: str | torch.device | None = None) -> None:
+        self._device = None if default_device is None else torch.device(default_device)
+        if self._device is not None:
+            if self._device.type == "meta":
+                raise ValueError("default_device='meta' has no memory to materialise into; lazy tensors need none before that")
+            check_device(self._device)
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> LazyInitContext:
+        if self._stack is not None:
+            raise RuntimeError("this LazyInitContext is already entered; nest a new one instead")
+        with ExitStack() as stack:
+            if _session.tape is None:
+                tape = _last_tape() or Tape()
+                stack.callback(setattr, _session, "tape", None)
+                _session.tape, _session.last = tape, weakref.ref(tape)
+                stack.enter_context(_FunctionMode())
+                stack.enter_context(_RecordingMode(tape))
+            if self._device is not None:
+                stack.enter_context(self._device)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._stack is not None
+        stack, self._stack = self._stack, None
+        stack.close()
+
+    @staticmethod
+    def materialize(module: nn.Module) -> nn.Module:
+        """Make every lazy tensor of `module` real, in place; the plain form of :func:`gemini.lazy.materialize`.
+
+        Parameters
+        ----------
+        module : nn.Module
+            Built inside a context.
+        """
+        return materialize(module)
+
+
+def _last_tape() -> Tape | None:
+    """Return the previous context's tape if the random numbers go on where it stopped: then it is the same program."""
+    tape = _session.last()
+    return tape if tape is not None and tape.generators.untouched(torch.default_generator) else None
+
+
+class _RecordingMode(TorchDispatchMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(self._tape, func, args, kwargs or {}, inside=True)
+
+
+class _FunctionMode(TorchFunctionMode):
+    """Sees what never reaches the dispatcher: devices torch would try to initialise, ``real.data = lazy``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None and isinstance(kwargs["device"], str | torch.device):
+            check_device(torch.device(kwargs["device"]))
+        if func == _set_data and isinstance(args[1], LazyTensor):
+            return assign_data(args[0], args[1])
+        return func(*args, **kwargs)
+
+

@@ -1,0 +1,142 @@
+"""From a lazy module to a real one: the same objects, now with memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .replay import Replay, Resolve, undisturbed
+from .tape import Storage, Tape
+from .tensor import LazyTensor
+
+Sink = Callable[[nn.Parameter, Tensor], Tensor]
+M = TypeVar("M", bound=nn.Module)
+
+_SEARCH_DEPTH = 4  # containers in containers in module attributes
+
+
+def materialize(module: M, sink: Sink | None = None) -> M:
+    """Make every lazy parameter, buffer and tensor attribute of a module real, in place.
+
+    The tensor objects stay the same, so whatever refers to them (optimizers, ties, ``nn.LSTM``'s weight lists) stays valid.
+    Values are those of eager initialisation at the same seed. Memory streams: about the largest tensor and its
+    temporaries at a time, besides what the module itself (or the sink) keeps.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Built inside a :class:`LazyInitContext`. Real tensors in it are left alone; without lazy ones nothing happens.
+    sink : callable, optional
+        ``sink(parameter, value) -> data``. Called once for each distinct lazy parameter as soon as its value is final, in an order
+        that is not that of ``named_parameters()``. `parameter` is the lazy parameter (the object that will become real), `value` its
+        real content, which the sink copies where it wants and must not keep. ``parameter.data`` becomes `data`: a
+        tensor of the same shape, of any dtype and strides. Parameters that share a storage are handed over one after the
+        other with values that share a storage; the sink decides whether they go on sharing. Buffers are not
+        handed over.
+
+    Returns
+    -------
+    nn.Module
+        `module` itself.
+
+    Raises
+    ------
+    ValueError
+        If `sink` returns a tensor of another shape.
+
+    Notes
+    -----
+    If anything raises (the sink included), tensors already handed over are real, the rest are still lazy, and the generators are as
+    before the call: calling it again goes on with the rest.
+
+    The global generator ends where eager initialisation would have left it, unless it was moved after the last recorded draw;
+    then it is left alone.
+    """
+    for tape, lazies in _lazies_by_tape(module):
+        _materialize_tape(tape, lazies, sink)
+    return module
+
+
+def _materialize_tape(tape: Tape, lazies: list[LazyTensor], sink: Sink | None) -> None:
+    by_storage: dict[Storage, list[LazyTensor]] = {}
+    for lazy in lazies:
+        by_storage.setdefault(lazy._lazy.value.storage, []).append(lazy)
+    values = [lazy._lazy.value for lazy in lazies]
+    lazies.clear()
+
+    def deliver(storage: Storage, resolve: Resolve) -> None:
+        for lazy in by_storage.pop(storage):
+            value = resolve(lazy._lazy.value)
+            if not getattr(lazy, "_is_param", False):
+                _become(lazy, value)
+            elif sink is None:
+                _become(lazy, nn.Parameter(value, lazy.requires_grad))
+            else:
+                _hand_over(lazy, value, sink)
+
+    before = {generator: generator.get_state() for generator in tape.generators.generators()}
+    advance = [generator for generator in before if tape.generators.untouched(generator)]
+    try:
+        with undisturbed(tape):
+            Replay(tape, values, deliver, all_draws=bool(advance)).run()
+        for generator in advance:
+            del before[generator]
+    finally:
+        for generator, state in before.items():
+            generator.set_state(state)
+
+
+def _hand_over(lazy: LazyTensor, value: Tensor, sink: Sink) -> None:
+    data = sink(lazy, value)  # type: ignore[arg-type]  # an nn.Parameter by isinstance
+    if data.shape != value.shape:
+        raise ValueError(f"the sink returned shape {tuple(data.shape)} for a parameter of shape {tuple(value.shape)}")
+    _become(lazy, nn.Parameter(data, lazy.requires_grad))
+
+
+def _become(lazy: LazyTensor, real: Tensor) -> None:
+    """Give the object `lazy` the class and content of `real`.
+
+    ``torch.utils.swap_tensors`` does this, but refuses objects with weak references, which here are as welcome as any other reference:
+    they stay with the object. `real` must be referenced by the caller only.
+    """
+    if real.__class__ is Tensor:
+        real = real.detach()  # a new object: the replay may still hold the one it made
+        if lazy.requires_grad:
+            real.requires_grad_()
+    state = {name: value for name, value in vars(lazy).items() if name not in ("_lazy", "_is_param")}
+    hooks = {name: getattr(lazy, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    cls = type(real)
+    real.__class__, lazy.__class__ = LazyTensor, cls  # type: ignore[assignment]
+    vars(lazy).clear()
+    vars(lazy).update(state)
+    torch._C._swap_tensor_impl(lazy, real)  # type: ignore[attr-defined]
+    for name, value in hooks.items():
+        if value:
+            setattr(lazy, name, value)  # hooks live half in C++; this ties them to the new tensor
+
+
+def _lazies_by_tape(module: nn.Module) -> list[tuple[Tape, list[LazyTensor]]]:
+    tapes: dict[int, tuple[Tape, list[LazyTensor]]] = {}
+    seen: set[int] = set()
+    for child in module.modules():
+        for lazy in _find(vars(child), _SEARCH_DEPTH):
+            if id(lazy) not in seen:
+                seen.add(id(lazy))
+                tape = lazy._lazy.tape
+                tapes.setdefault(id(tape), (tape, []))[1].append(lazy)
+    return list(tapes.values())
+
+
+def _find(owner: Any, depth: int) -> Iterator[LazyTensor]:
+    """Find lazy tensors in nested containers; other objects, modules too, are not looked into."""
+    if isinstance(owner, LazyTensor):
+        yield owner
+    elif depth and isinstance(owner, dict):
+        for item in owner.values():
+            yield from _find(item, depth - 1)
+    elif depth and isinstance(owner, list | tuple | set):
+        for item in owner:
+            yield from _find(item, depth - 1)

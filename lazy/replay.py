@@ -1,0 +1,211 @@
+"""Runs a plan: every tensor exists from the first record that needs it to the last.
+
+Draws run in program order. Deterministic records run as early as their inputs allow once one of their inputs has been
+written: ``model.half()`` after the context puts all its casts at the end of the tape, and in program order the whole fp32 model would be
+alive by then. Views, allocations and records without inputs (``zeros``) run when something asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .liveness import Plan, Role, plan_replay, touched
+from .tape import Kind, Record, Storage, Tape, Value
+
+Resolve = Callable[[Value], Tensor]
+Deliver = Callable[[Storage, Resolve], None]
+
+
+class Replay:
+    """One run over a tape. Leaves the generators where the run leaves them.
+
+    Parameters
+    ----------
+    tape : Tape
+        What to replay; it is not changed.
+    targets : list of Value
+        What is wanted.
+    deliver : callable
+        ``deliver(storage, resolve)`` is called once for each storage of `targets`, when it has its final content; ``resolve(value)``
+        gives the real views. The storage is let go of right after.
+    all_draws : bool
+        See :func:`plan_replay`.
+    """
+
+    def __init__(self, tape: Tape, targets: list[Value], deliver: Deliver, *, all_draws: bool) -> None:
+        self._records = tape.records[:]
+        self._plan: Plan = plan_replay(self._records, targets, all_draws=all_draws)
+        self._uses = self._plan.uses
+        self._targets = dict.fromkeys(value.storage for value in targets)
+        self._deliver = deliver
+        self._live: dict[Storage, dict[Value, Tensor]] = {}
+        self._ran = bytearray(len(self._records))
+        self._after: dict[int, list[int]] = {}
+        self._pending: dict[int, int] = {}
+        self._states = {
+            r.seed.after: None for r in self._records if r.seed is not None and r.seed.after is not None
+        }  # type: dict[int, Tensor | None]
+
+    def run(self) -> None:
+        """Run it all."""
+        self._order()
+        for index, role in enumerate(self._plan.roles):
+            record = self._records[index]
+            if role is Role.RUN and not self._ran[index]:
+                if not record.is_source or all(self._uses[storage] == 1 for storage in record.writes):
+                    self._run_chain(index)
+            elif role is Role.SCRATCH:
+                self._scratch(record)
+            elif role is Role.SEED:
+                self._seed(record)
+            if index in self._states and record.generator is not None:
+                self._states[index] = record.generator.get_state()
+        for storage in list(self._targets):  # never written: torch.empty
+            self._release(storage)
+
+    def _order(self) -> None:
+        """Count what each record to run has to wait for: the usual read and write hazards per storage."""
+        writer: dict[Storage, int] = {}
+        readers: dict[Storage, list[int]] = {}
+        for index, role in enumerate(self._plan.roles):
+            record = self._records[index]
+            if role is not Role.RUN or record.is_source:
+                continue
+            before: set[int] = set()
+            for storage in touched(record):
+                if storage in writer:
+                    before.add(writer[storage])
+                if storage in record.writes:
+                    before.update(readers.pop(storage, ()))
+                    writer[storage] = index
+                else:
+                    readers.setdefault(storage, []).append(index)
+            self._pending[index] = len(before)
+            for earlier in before:
+                self._after.setdefault(earlier, []).append(index)
+
+    def _run_chain(self, index: int) -> None:
+        stack = [index]
+        while stack:
+            index = stack.pop()
+            self._execute(index)
+            for later in self._after.pop(index, ()):
+                self._pending[later] -= 1
+                if not self._pending[later] and self._records[later].generator is None:
+                    stack.append(later)
+            # Only now: what waits for this record has had its say in `uses`.
+
+    def _execute(self, index: int) -> None:
+        record = self._records[index]
+        self._ran[index] = True
+        self._call(record)
+        for storage in touched(record):
+            self._uses[storage] -= 1
+            if not self._uses[storage]:
+                self._release(storage)
+
+    def _call(self, record: Record) -> None:
+        assert record.call is not None
+        args, kwargs = tree_map(self._real, (record.args, record.kwargs or {}))
+        if torch.get_default_dtype() != record.dtype:
+            torch.set_default_dtype(record.dtype)
+        leaves = tree_leaves(record.call(*args, **kwargs))
+        for value, leaf in zip(record.outputs, leaves, strict=False):
+            if value is not None:
+                self._live.setdefault(value.storage, {})[value] = leaf
+
+    def _real(self, leaf: Any) -> Any:
+        return self._resolve(leaf) if isinstance(leaf, Value) else leaf
+
+    def _resolve(self, value: Value) -> Tensor:
+        """Return the real tensor of a value: made earlier, or a view, or memory to be filled."""
+        tensor = self._live.get(value.storage, {}).get(value)
+        if tensor is not None:
+            return tensor
+        index = value.creator
+        record = self._records[index]
+        if record.kind is Kind.VIEW:
+            self._call(record)
+        elif self._plan.roles[index] is Role.RUN and record.is_source and not self._ran[index]:
+            self._ran[index] = True
+            self._call(record)
+            self._uses[value.storage] -= 1
+        else:  # its content is dead, the memory is not
+            assert self._plan.roles[index] is not Role.RUN, "a record ran before the one that makes its input"
+            fresh = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
+            self._live.setdefault(value.storage, {})[value] = fresh
+        return self._live[value.storage][value]
+
+    def _release(self, storage: Storage) -> None:
+        if storage in self._targets:
+            del self._targets[storage]
+            self._deliver(storage, self._resolve)
+        self._live.pop(storage, None)
+
+    def _scratch(self, record: Record) -> None:
+        assert record.call is not None and record.scratch is not None
+        value = record.scratch
+        scratch = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
+        args, kwargs = tree_map(lambda leaf: scratch if isinstance(leaf, Value) else leaf, (record.args, record.kwargs))
+        record.call(*args, **kwargs)
+
+    def _seed(self, record: Record) -> None:
+        seed = record.seed
+        assert seed is not None
+        state = seed.state if seed.after is None else self._states[seed.after]
+        assert state is not None
+        seed.generator.set_state(state)
+
+
+def read_values(tape: Tape, values: list[Value]) -> list[Tensor]:
+    """Return real copies of values as they are now; the generators are put back."""
+    found: dict[Value, Tensor] = {}
+
+    def deliver(storage: Storage, resolve: Resolve) -> None:
+        found.update((value, resolve(value)) for value in values if value.storage is storage)
+
+    with undisturbed(tape), keep_generators(tape):
+        Replay(tape, values, deliver, all_draws=False).run()
+    return [found[value] for value in values]
+
+
+def generator_state(tape: Tape, generator: torch.Generator) -> Tensor:
+    """Return the state that `generator` has after the tape so far."""
+    with undisturbed(tape), keep_generators(tape):
+        Replay(tape, [], lambda storage, resolve: None, all_draws=True).run()
+        return generator.get_state()
+
+
+@contextmanager
+def keep_generators(tape: Tape) -> Iterator[None]:
+    """Put every generator of the tape back at the end."""
+    states = [(generator, generator.get_state()) for generator in tape.generators.generators()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+@contextmanager
+def undisturbed(tape: Tape) -> Iterator[None]:
+    """Shield a replay from the caller's modes (recording, grad, inference, autocast, default dtype) and undo its own."""
+    dtype, paused = torch.get_default_dtype(), tape.paused
+    tape.paused = True
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            tape.paused = paused

@@ -1,0 +1,116 @@
+"""Where the random numbers of a recorded op come from.
+
+Nothing is drawn while recording, so the tape must know, for each random op, which generator state it will see at replay:
+that of the previous random op, unless somebody moved the generator in between (``manual_seed``, ``set_rng_state``, a draw
+outside of the tape). Comparing states is not enough to see that: ``manual_seed(0)`` right before the context and again
+inside it leaves two equal states that mean different things.
+
+So after each recorded draw the generator is *tagged* with a number nobody else writes. The CPU generator is an MT19937 whose
+state word 0 has 31 dead bits (the recurrence uses the top bit only, and the word itself has been handed out already,
+or is regenerated before it is handed out). The tag lives there: **it changes no number that is ever drawn**, it only makes the
+state recognisable. A saved state that comes back (``fork_rng``) is recognised by its tag too and means "the state after that draw".
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+_STATE_NBYTES = 5056  # of at::CPUGeneratorImplState; another size means another layout, which is then left untagged
+_HEADER = struct.Struct("<QiiQ")  # seed, left, seeded, next; then 624 words of 8 bytes
+_DEAD_BITS = 0x7FFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class SeedPoint:
+    """The generator was moved by someone else: at replay it is set to `state`, or to where it was after record `after`."""
+
+    generator: torch.Generator
+    state: Tensor | None
+    after: int | None
+
+
+@dataclass(slots=True)
+class _Track:
+    base: Tensor
+    """The last state that was not ours."""
+    expected: Tensor
+    """What the generator holds if nobody moved it since the last recorded draw."""
+    marks: dict[bytes, int] = field(default_factory=dict)
+    """Digest of a tagged state -> index of the record after which it was set."""
+
+
+class GeneratorLog:
+    """Watches the generators that recorded ops draw from."""
+
+    def __init__(self) -> None:
+        self._tracks: dict[torch.Generator, _Track] = {}
+        # A random start keeps the tags of two tapes apart.
+        self._next_tag = int.from_bytes(os.urandom(4), "little") & _DEAD_BITS
+
+    def observe(self, generator: torch.Generator) -> SeedPoint | None:
+        """Return the seed point to record before a draw, or None if the generator is where the last draw left it."""
+        state = generator.get_state()
+        track = self._tracks.get(generator)
+        if track is None:
+            self._tracks[generator] = _Track(state, state)
+            return SeedPoint(generator, state, None)
+        if torch.equal(state, track.expected):
+            return None
+        after = track.marks.get(_digest(state))
+        if after is not None:
+            return SeedPoint(generator, None, after)
+        track.base = state
+        return SeedPoint(generator, state, None)
+
+    def tag(self, generator: torch.Generator, index: int) -> None:
+        """Mark the generator as being "after record `index`"."""
+        track = self._tracks[generator]
+        self._next_tag = (self._next_tag + 1) & _DEAD_BITS
+        track.expected = _tagged(track.base, self._next_tag)
+        track.marks[_digest(track.expected)] = index
+        generator.set_state(track.expected)
+
+    def rebase(self, generator: torch.Generator, state: Tensor) -> None:
+        """Take `state` for what the next tag is written on."""
+        self._tracks[generator].base = state
+
+    def untouched(self, generator: torch.Generator) -> bool:
+        """Whether nobody moved the generator since the last recorded draw."""
+        track = self._tracks.get(generator)
+        return track is not None and torch.equal(generator.get_state(), track.expected)
+
+    def generators(self) -> list[torch.Generator]:
+        """Every generator that a recorded op draws from."""
+        return list(self._tracks)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """Return the generator that ops on `device` draw from when none is given."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    index = module.current_device() if device.index is None else device.index
+    generator: torch.Generator = module.default_generators[index]
+    return generator
+
+
+def _digest(state: Tensor) -> bytes:
+    return blake2b(state.numpy().tobytes(), digest_size=16).digest()
+
+
+def _tagged(state: Tensor, tag: int) -> Tensor:
+    if state.numel() != _STATE_NBYTES:
+        return state  # not an MT19937: told apart by its offset alone
+    raw = bytearray(state.numpy().tobytes())
+    _, left, _, position = _HEADER.unpack_from(raw)
+    if left != 1 and position == 0:
+        return state  # word 0 is still to be drawn
+    (word,) = struct.unpack_from("<I", raw, _HEADER.size)
+    struct.pack_into("<I", raw, _HEADER.size, (word & ~_DEAD_BITS & 0xFFFFFFFF) | tag)
+    return torch.frombuffer(raw, dtype=torch.uint8).clone()

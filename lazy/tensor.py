@@ -1,0 +1,161 @@
+"""LazyTensor: the object a user holds until its value is known."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from gemini.errors import LazyInitError
+
+from .tape import Tape, Value
+
+REMEDY = "make the model real first with LazyInitContext.materialize(model) or booster.boost(model, ...)"
+
+_set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class LazyState:
+    """What a lazy tensor is on its tape."""
+
+    __slots__ = ("meta", "tape", "value")
+
+    def __init__(self, tape: Tape, value: Value, meta: Tensor) -> None:
+        self.tape = tape
+        self.value = value
+        self.meta = meta
+
+
+class LazyTensor(torch.Tensor):
+    """A tensor without memory that reports the geometry and device it will have.
+
+    It runs below autograd: a graph or a view relation would hold C++ references to the tensor, and then the object could not
+    become real in place. Initialisation needs neither.
+    """
+
+    _lazy: LazyState
+
+    @staticmethod
+    def make(state: LazyState) -> LazyTensor:
+        meta, value = state.meta, state.value
+        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            LazyTensor, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
+            dtype=meta.dtype, device=value.device, requires_grad=False,
+        )  # fmt: skip
+        lazy._lazy = state
+        return lazy
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == _set_data:
+            return assign_data(*args)
+        with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowADInplaceOrView():  # type: ignore[attr-defined]
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from .record import dispatch  # record.py makes lazy tensors; this is the one upward step
+
+        return dispatch(_tape_of(args, kwargs), func, args, kwargs or {}, inside=False)
+
+    def rebind(self, value: Value, meta: Tensor) -> None:
+        """Point the object at another value, as ``p.data = q`` and ``t_()`` do."""
+        self._lazy = LazyState(self._lazy.tape, value, meta)
+        with torch._C.DisableTorchFunctionSubclass():
+            _set_data(self, LazyTensor.make(self._lazy))
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return a storage without memory; lazy tensors that will share memory share it."""
+        return self._lazy.meta.untyped_storage()
+
+    def data_ptr(self) -> int:
+        """Return 0: there is no memory yet."""
+        return 0
+
+    def tolist(self) -> Any:
+        return self._read().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        array = self._read().numpy(force=force)
+        array.flags.writeable = False  # it is a copy; a silent write into it would be lost
+        return array
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self._read().numpy().astype(dtype) if dtype is not None else self._read().numpy()
+
+    def _read(self) -> Tensor:
+        from .record import read
+
+        return read(self)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        kind = "Parameter" if getattr(self, "_is_param", False) else "Tensor"
+        return f"Lazy{kind}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise LazyInitError(f"{self!r} has no value to save or pickle; {REMEDY}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        if getattr(self, "_is_param", False):
+            new = self.detach().clone(memory_format=torch.preserve_format)
+        else:
+            new = self._deepcopy_storage(memo)
+        new.requires_grad_(self.requires_grad)
+        memo[id(self)] = new
+        for name, attribute in vars(self).items():
+            if name != "_lazy":
+                setattr(new, name, copy.deepcopy(attribute, memo))
+        return new
+
+    def _deepcopy_storage(self, memo: dict[int, Any]) -> Tensor:
+        """Copy the whole storage once, as torch does for tensors that are not parameters: views of it stay views of the copy."""
+        storage = self._lazy.value.storage
+        if id(storage) not in memo:
+            memo[id(storage)] = self.detach().as_strided((storage.nbytes // self.element_size(),), (1,), 0).clone()
+        whole: Tensor = memo[id(storage)]
+        if whole.dtype != self.dtype:
+            whole = whole.view(self.dtype)
+        return whole.as_strided(self.shape, self.stride(), self.storage_offset())
+
+
+def is_lazy(tensor: object) -> bool:
+    """Whether `tensor` is a lazy tensor, that is, has no memory yet.
+
+    Parameters
+    ----------
+    tensor : object
+        Anything.
+    """
+    return isinstance(tensor, LazyTensor)
+
+
+def assign_data(target: Tensor, source: Tensor) -> None:
+    """``target.data = source`` where at least one of them is lazy."""
+    from .record import as_lazy
+
+    if not isinstance(target, LazyTensor):
+        raise LazyInitError(f"a real tensor's .data cannot be set to a lazy tensor (shape {tuple(source.shape)}); {REMEDY}")
+    lazy = source if isinstance(source, LazyTensor) else as_lazy(target._lazy.tape, source)
+    if lazy._lazy.tape is not target._lazy.tape:
+        raise LazyInitError("tensors made in two separate LazyInitContexts cannot share memory; build both in one context")
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # type: ignore[attr-defined]
+        target.rebind(lazy._lazy.value, lazy._lazy.meta.detach())
+
+
+def _tape_of(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Tape:
+    for leaf in torch.utils._pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, LazyTensor):
+            return leaf._lazy.tape
+    raise AssertionError("dispatched to LazyTensor without one")
