@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 _F32, _F16, _I32, _I16 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c`` of float32, rounded once."""
 
@@ -47,7 +47,7 @@ def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     return types.float32(types.float32, types.float32, types.float32), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _widen(typingctx: Any, value: Any) -> Any:
     """A float32, bfloat16 (int16) or float16 (uint16) as float32, exactly."""
 
@@ -62,7 +62,7 @@ def _widen(typingctx: Any, value: Any) -> Any:
     return types.float32(value), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _narrow(typingctx: Any, value: Any, array: Any) -> Any:
     """A float32 in the format of ``array``, rounded to nearest even; NaN stays NaN."""
 
