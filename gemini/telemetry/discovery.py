@@ -7,6 +7,8 @@ from pathlib import Path
 from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder
 from gemini.telemetry.reader import RunView, Unreadable, read_run
 
+_LISTING_TAIL_BYTES = 32 << 10  # some records are enough for one line of a list of many runs
+
 
 class NoRun(Exception):
     """No run matches what was asked for."""
@@ -17,7 +19,7 @@ def list_runs(folder: Path | None = None) -> list[RunView]:
     runs: dict[Path, RunView] = {}
     for path in _candidates(runs_folder() if folder is None else folder):
         try:
-            run = read_run(path)
+            run = read_run(path, tail_bytes=_LISTING_TAIL_BYTES)
         except Unreadable:
             continue
         # A folder that several runs used one after another has a link for each; they all show its last run.

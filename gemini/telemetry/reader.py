@@ -79,7 +79,7 @@ class RunView:
         return self.status in (RunStatus.RUNNING, RunStatus.STALLED)
 
 
-def read_run(path: Path, rank: int | None = None, *, now: float | None = None) -> RunView:
+def read_run(path: Path, rank: int | None = None, *, tail_bytes: int = TAIL_BYTES) -> RunView:
     """Read one rank of the run in folder ``path``: the given one, or the lowest there is.
 
     Raises
@@ -87,10 +87,10 @@ def read_run(path: Path, rank: int | None = None, *, now: float | None = None) -
     Unreadable
         ``run.json`` is missing or damaged, the rank has no file, or a newer major version wrote them.
     """
-    now = time.time() if now is None else now
     run_file = _read_run_file(path)
     rank = _lowest_rank(path) if rank is None else rank
-    records = _of_this_run(_read_tail(records_file(path, rank)), run_file if run_file.get("rank") == rank else {})
+    current = run_file.get("run_id") if run_file.get("rank") == rank else None
+    records = _of_this_run(_read_tail(records_file(path, rank), tail_bytes), current)
     start = next((record for record in records if record["type"] == "start"), {})
     steps = [_numbers(record.get("stats")) for record in records if record["type"] == "step"]
     end = records[-1] if records and records[-1]["type"] == "end" else None
@@ -100,7 +100,7 @@ def read_run(path: Path, rank: int | None = None, *, now: float | None = None) -
     updated = _number(records[-1].get("t")) if records else None
     host = str(identity.get("host", ""))
     status, reason = _judge(
-        path, rank, None if pid is None else int(pid), host, end, now - updated if updated else None, stats
+        path, rank, None if pid is None else int(pid), host, end, time.time() - updated if updated else None, stats
     )
     world_size = _number(identity.get("world_size"))
     return RunView(
@@ -155,10 +155,10 @@ def _lowest_rank(path: Path) -> int:
     return 0
 
 
-def _read_tail(file: Path) -> list[dict[str, Any]]:
-    """The records of the last mebibyte, oldest first. Torn or foreign lines are left out."""
+def _read_tail(file: Path, tail_bytes: int) -> list[dict[str, Any]]:
+    """The records in the last ``tail_bytes``, oldest first. Torn or foreign lines are left out."""
     try:
-        data = _read_regular(file, TAIL_BYTES)
+        data = _read_regular(file, tail_bytes)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -189,14 +189,14 @@ def _read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
         return stream.read()
 
 
-def _of_this_run(records: list[dict[str, Any]], run_file: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _of_this_run(records: list[dict[str, Any]], current: str | None) -> list[dict[str, Any]]:
     """Leave out what an earlier run wrote into the same folder, and the types that we do not know."""
     begin = 0
     run_id = None
     for index, record in enumerate(records):
         if record["type"] == "start" and record.get("run_id") != run_id:
             begin, run_id = index, record.get("run_id")
-    if run_id is not None and run_id != run_file.get("run_id", run_id):
+    if current is not None and run_id is not None and run_id != current:
         return []  # a new run has written run.json and not yet its first record
     return [record for record in records[begin:] if record["type"] in ("start", "step", "end")]
 

@@ -1,0 +1,33 @@
+"""Many runs, a line each: ``gemini-stat ls``."""
+
+import time
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from gemini.stat.snapshot import STATUS_STYLES
+from gemini.stat.text import UNKNOWN, duration, printable, seconds
+from gemini.telemetry.reader import RunView
+
+_HEADINGS = ("status", "step", "time/step", "began", "pid", "run", "script")
+
+
+def render(runs: Sequence[RunView]) -> Table:
+    table = Table.grid(padding=(0, 2), pad_edge=False)
+    for justify in ("left", "right", "right", "right", "right"):
+        table.add_column(justify=justify, no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_row(*(Text(word, style="dim") for word in _HEADINGS))
+    for run in runs:
+        table.add_row(
+            Text(run.status.name, style=STATUS_STYLES[run.status].split()[-1]),
+            UNKNOWN if run.step is None else f"{run.step:,}",
+            seconds(run.stats.get("step/seconds")),
+            UNKNOWN if run.started is None else f"{duration(time.time() - run.started).split()[0]} ago",
+            UNKNOWN if run.pid is None else str(run.pid),
+            Text(printable(run.run_id, 40), style="cyan"),
+            printable(run.name, 40),
+        )
+    return table
