@@ -1,0 +1,445 @@
+"""The life of a run's files: written without disturbing training, read whatever state they are in."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemini.telemetry import reader, writer
+from gemini.telemetry.discovery import NoRun, find_run, list_runs
+from gemini.telemetry.layout import VERSION, lock_file, older_records_file, records_file, runs_folder
+from gemini.telemetry.reader import RunStatus, Unreadable, read_run
+from gemini.telemetry.run_folder import prune
+from gemini.telemetry.writer import TelemetryWriter
+
+STEP = {"step/count": 3, "step/seconds": 0.5, "device/used_bytes": 10, "device/peak_bytes": 20}
+
+
+@pytest.fixture(autouse=True)
+def state_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("GEMINI_MEMORY_RUN_DIR", raising=False)
+    return tmp_path / "state"
+
+
+def open_writer(run_dir: Path | None = None, **facts: object) -> TelemetryWriter:
+    return TelemetryWriter(run_dir, 0, facts, min_interval_seconds=0)
+
+
+def folder_of(telemetry: TelemetryWriter) -> Path:
+    assert telemetry.run_dir is not None
+    return telemetry.run_dir
+
+
+def records_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in records_file(run, 0).read_bytes().splitlines() if line]
+
+
+def script(body: str, *, check: bool = False) -> "subprocess.CompletedProcess[str]":
+    """Run ``body`` in a child that has a writer ``w`` and has recorded a step."""
+    code = (
+        "import os, sys, signal\nfrom gemini.telemetry.writer import TelemetryWriter\n"
+        f"w = TelemetryWriter(min_interval_seconds=0)\nw.record_step({STEP!r})\n{body}\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=check)
+
+
+@contextmanager
+def living_child() -> Iterator["subprocess.Popen[str]"]:
+    """A run in another process that has written its step and waits for its stdin to close."""
+    code = (
+        "import sys, time\nfrom gemini.telemetry.writer import TelemetryWriter\n"
+        f"w = TelemetryWriter(min_interval_seconds=0)\nw.record_step({STEP!r})\n"
+        "while w._channel._queue.qsize(): time.sleep(0.001)\n"
+        "w._channel.put('flushed', {})\n"  # the step is in the file once this was taken from the queue
+        "while w._channel._queue.qsize(): time.sleep(0.001)\n"
+        "print(w.run_dir, flush=True)\nsys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+            child.communicate(timeout=30)
+
+
+def test_a_closed_run_is_finished_and_shows_its_last_step() -> None:
+    telemetry = open_writer(model="gpt", ratio=math.nan)
+    telemetry.record_step({**STEP, "device/peak_bytes": 99})
+    telemetry.record_step(STEP)
+    run = folder_of(telemetry)
+    telemetry.close(summary={"tokens": 7})
+    view = read_run(run)
+    assert view.status is RunStatus.FINISHED
+    assert view.step == 3
+    assert view.stats == STEP
+    assert view.peaks == {"device": 99}
+    assert view.summary == {"tokens": 7}
+    assert view.facts == {"model": "gpt", "ratio": None}
+    assert view.pid == os.getpid()
+    assert [record["type"] for record in records_of(run)] == ["start", "step", "step", "end"]
+
+
+def test_closing_twice_writes_one_end() -> None:
+    telemetry = open_writer()
+    run = folder_of(telemetry)
+    telemetry.close("crashed")
+    telemetry.close("finished")
+    telemetry.record_step(STEP)
+    assert [record["type"] for record in records_of(run)] == ["start", "end"]
+    assert read_run(run).status is RunStatus.CRASHED
+
+
+def test_an_open_run_is_running_also_seen_from_its_own_process() -> None:
+    telemetry = open_writer()
+    run = folder_of(telemetry)
+    assert read_run(run).status is RunStatus.RUNNING
+    # Reading must not have dropped the lock: another process still sees the run alive.
+    code = "import sys, pathlib, gemini.telemetry.reader as r; print(r.read_run(pathlib.Path(sys.argv[1])).status)"
+    seen = subprocess.run(
+        [sys.executable, "-c", code, run], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "RUNNING" in seen
+    telemetry.close()
+
+
+def test_a_collected_writer_has_finished() -> None:
+    telemetry = open_writer()
+    telemetry.record_step(STEP)
+    run = folder_of(telemetry)
+    thread = telemetry._channel._thread  # type: ignore[union-attr]
+    del telemetry
+    thread.join(10)
+    assert read_run(run).status is RunStatus.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "reason"),
+    [
+        ("pass", RunStatus.FINISHED, ""),
+        ("sys.exit(3)", RunStatus.FINISHED, ""),
+        ("raise ValueError('no data')", RunStatus.CRASHED, "ValueError: no data"),
+        ("os._exit(0)", RunStatus.CRASHED, "its process is gone and wrote no end"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", RunStatus.CRASHED, "its process is gone and wrote no end"),
+    ],
+)
+def test_how_a_script_ended_is_known(ending: str, status: RunStatus, reason: str) -> None:
+    script(ending)
+    (view,) = list_runs()
+    assert (view.status, view.reason) == (status, reason)
+
+
+def test_kill_9_turns_a_running_run_into_a_crashed_one() -> None:
+    with living_child() as child:
+        assert child.stdout is not None
+        run = Path(child.stdout.readline().strip())
+        view = read_run(run)
+        assert view.status is RunStatus.RUNNING
+        assert view.pid == child.pid
+        assert view.step == 3
+        child.send_signal(signal.SIGKILL)
+        child.wait(30)
+        assert read_run(run).status is RunStatus.CRASHED
+
+
+def test_a_live_run_without_new_steps_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    with living_child() as child:
+        assert child.stdout is not None
+        run = Path(child.stdout.readline().strip())
+        assert read_run(run).updated is not None
+        later = reader.time.time() + 31
+        monkeypatch.setattr(reader.time, "time", lambda: later)
+        view = read_run(run)
+        assert view.status is RunStatus.STALLED
+        assert view.is_live
+        assert "no step for" in view.reason
+
+
+def test_a_run_of_another_host_is_judged_by_its_heartbeat() -> None:
+    telemetry = open_writer()
+    run = folder_of(telemetry)
+    telemetry.close()
+    file = records_file(run, 0)
+    file.write_bytes(b'{"v":1,"type":"start","host":"elsewhere","pid":1,"t":1}\n')
+    assert read_run(run).status is RunStatus.RUNNING
+    os.utime(lock_file(run, 0), (0, 0))
+    view = read_run(run)
+    assert view.status is RunStatus.UNKNOWN
+    assert "elsewhere" in view.reason
+
+
+def test_a_forked_child_does_not_speak_for_its_parent() -> None:
+    done = script("pid = os.fork()\nif pid == 0:\n    w.record_step({'step/count': 99})\n    w.close('crashed')\n"
+                  "    sys.exit(0)\nos.waitpid(pid, 0)\n")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (view,) = list_runs()
+    assert view.step == 3
+    assert view.status is RunStatus.FINISHED
+
+
+def test_a_full_disk_switches_telemetry_off_and_leaves_whole_lines() -> None:
+    done = script(
+        "import resource, logging\nlogging.basicConfig()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "for i in range(100): w.record_step({'step/count': i})\n"
+        "w._channel.join()\n"
+        "assert w.run_dir is None\n"
+        "w.record_step({'step/count': 1}); w.close(); print('training went on')",
+        check=True,
+    )
+    assert "training went on" in done.stdout
+    assert done.stderr.count("is off from here on") == 1
+    (view,) = list_runs()
+    data = records_file(view.path, 0).read_bytes()
+    assert 0 < len(data) <= 3000
+    assert data.endswith(b"\n")
+    assert (view.step or 0) > 0
+
+
+def test_a_folder_that_cannot_be_made_switches_telemetry_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        telemetry = open_writer(tmp_path / "file" / "run")
+    assert telemetry.run_dir is None
+    assert len(caplog.records) == 1
+    telemetry.record_step(STEP)
+    telemetry.close()
+
+
+def test_a_full_queue_drops_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_QUEUE_LENGTH", 0)
+    telemetry = open_writer()
+    telemetry.record_step(STEP)
+    telemetry.record_step(STEP)
+    assert telemetry.dropped_count == 2
+    run = folder_of(telemetry)
+    telemetry.close()
+    assert read_run(run).dropped_count == 2
+
+
+def test_steps_in_quick_succession_are_thinned_out_but_the_last_one_is_kept() -> None:
+    telemetry = TelemetryWriter(min_interval_seconds=3600)
+    for count in range(50):
+        telemetry.record_step({"step/count": count})
+    run = folder_of(telemetry)
+    telemetry.close()
+    steps = [record["stats"]["step/count"] for record in records_of(run) if record["type"] == "step"]
+    assert steps == [0, 49]
+
+
+def test_what_json_cannot_say_becomes_null_or_text() -> None:
+    class Scalar:
+        def __float__(self) -> float:
+            return 0.5
+
+    telemetry = open_writer(path=Path("x"), scalar=Scalar())
+    telemetry.record_step({"step/count": 1, "move/prefetch_hit_ratio": math.inf})
+    run = folder_of(telemetry)
+    telemetry.close()
+    view = read_run(run)
+    assert view.facts == {"path": "x", "scalar": 0.5}
+    assert view.stats == {"step/count": 1}
+
+
+def test_a_long_run_keeps_two_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_ROTATE_BYTES", 2000)
+    monkeypatch.setattr(writer, "_QUEUE_LENGTH", 1000)
+    telemetry = open_writer()
+    for count in range(100):
+        telemetry.record_step({"step/count": count})
+    run = folder_of(telemetry)
+    telemetry.close()
+    assert records_file(run, 0).stat().st_size <= 2500
+    assert older_records_file(run, 0).stat().st_size <= 2500
+    view = read_run(run)
+    assert view.step == 99
+    assert view.status is RunStatus.FINISHED
+
+
+def test_folders_and_files_are_for_the_user_alone(state_home: Path) -> None:
+    telemetry = open_writer()
+    run = folder_of(telemetry)
+    telemetry.close()
+    assert run.parent == runs_folder()
+    assert run.is_relative_to(state_home)
+    assert run.stat().st_mode & 0o777 == 0o700
+    for file in run.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_chosen_folder_is_found_by_run_id_too(tmp_path: Path) -> None:
+    telemetry = open_writer(tmp_path / "mine")
+    telemetry.record_step(STEP)
+    telemetry.close()
+    (view,) = list_runs()
+    assert view.path.resolve() == (tmp_path / "mine").resolve()
+    assert find_run(view.run_id)[0].resolve() == (tmp_path / "mine").resolve()
+
+
+def test_the_environment_chooses_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMINI_MEMORY_RUN_DIR", str(tmp_path / "env"))
+    with pytest.raises(NoRun, match="GEMINI_MEMORY_RUN_DIR"):
+        find_run()
+    telemetry = open_writer()
+    telemetry.close()
+    assert find_run()[0] == tmp_path / "env"
+
+
+def test_a_second_run_in_one_folder_hides_the_first(tmp_path: Path) -> None:
+    first = open_writer(tmp_path / "run", number=1)
+    first.record_step({"step/count": 100, "device/peak_bytes": 100})
+    second = open_writer(tmp_path / "run", number=2)  # the first one is still open: it makes room
+    second.record_step({"step/count": 1, "device/peak_bytes": 1})
+    first.record_step({"step/count": 101})
+    first.close()
+    second.close()
+    view = read_run(tmp_path / "run")
+    assert view.facts == {"number": 2}
+    assert view.peaks == {"device": 1}
+    assert view.step == 1
+    assert len(list_runs()) == 1
+
+
+def test_a_folder_in_use_by_another_process_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with living_child() as child:
+        assert child.stdout is not None
+        run = Path(child.stdout.readline().strip())
+        with caplog.at_level(logging.WARNING):
+            assert open_writer(run).run_dir is None
+        assert "in use by another run" in caplog.text
+        assert read_run(run).status is RunStatus.RUNNING
+
+
+@pytest.mark.parametrize("tail", [b'{"v":1,"type":"step","stats":{"step/cou', b"\xff\xfe\n", b"[]\n3\n", b"\n\n"])
+def test_a_torn_or_foreign_tail_is_skipped(tail: bytes) -> None:
+    telemetry = open_writer()
+    telemetry.record_step(STEP)
+    run = folder_of(telemetry)
+    telemetry.close()
+    with open(records_file(run, 0), "ab") as file:
+        file.write(tail)
+    view = read_run(run)
+    assert view.step == 3
+    assert view.status is RunStatus.FINISHED
+
+
+def test_a_writer_that_follows_a_torn_tail_starts_a_line_of_its_own(tmp_path: Path) -> None:
+    tmp_path.joinpath("run").mkdir()
+    records_file(tmp_path / "run", 0).write_bytes(b'{"v":1,"type":"st')
+    telemetry = open_writer(tmp_path / "run")
+    telemetry.record_step(STEP)
+    telemetry.close()
+    assert read_run(tmp_path / "run").step == 3
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"type": "from the future", "v": VERSION},
+        {"type": "step", "v": VERSION + 0.5, "stats": {**STEP, "new/thing": {"a": 1}, "bad": "text", "huge": 10**400}},
+        {"type": "step", "v": VERSION, "stats": None},
+    ],
+)
+def test_newer_minor_versions_and_strange_values_are_read(record: dict[str, Any]) -> None:
+    telemetry = open_writer()
+    run = folder_of(telemetry)
+    telemetry.close()
+    with open(records_file(run, 0), "a") as file:
+        file.write(json.dumps(record) + "\n")
+    assert set(read_run(run).stats) <= set(STEP)
+
+
+def test_a_newer_major_version_is_refused() -> None:
+    telemetry = open_writer()
+    run = folder_of(telemetry)
+    telemetry.close()
+    with open(records_file(run, 0), "a") as file:
+        file.write(json.dumps({"type": "step", "v": VERSION + 1}) + "\n")
+    with pytest.raises(Unreadable, match="update gemini-memory"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\x00" * 10, b"[" * 100_000, b'{"v": 2}'])
+def test_a_damaged_run_file_is_unreadable_and_does_not_hide_other_runs(content: bytes) -> None:
+    good, bad = open_writer(), open_writer()
+    run = folder_of(bad)
+    good.close()
+    bad.close()
+    (run / "run.json").write_bytes(content)
+    with pytest.raises(Unreadable):
+        read_run(run)
+    assert len(list_runs()) == 1
+
+
+def test_a_fifo_in_place_of_a_file_does_not_hang() -> None:
+    telemetry = open_writer()
+    run = folder_of(telemetry)
+    telemetry.close()
+    records_file(run, 0).unlink()
+    os.mkfifo(records_file(run, 0))
+    with pytest.raises(Unreadable, match="not a regular file"):
+        read_run(run)
+
+
+def test_only_the_tail_of_a_long_file_is_read() -> None:
+    telemetry = open_writer()
+    run = folder_of(telemetry)
+    telemetry.record_step(STEP)
+    telemetry.close()
+    whole = records_file(run, 0).read_bytes()
+    records_file(run, 0).write_bytes(b"x" * (reader.TAIL_BYTES * 3) + whole)
+    assert read_run(run).step == 3
+
+
+def test_old_runs_are_pruned_but_never_live_or_foreign_ones(tmp_path: Path) -> None:
+    for _ in range(4):
+        open_writer().close()
+    telemetry = open_writer()
+    (runs_folder() / "notes").mkdir()
+    with living_child() as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        prune({folder_of(telemetry).resolve()}, keep=0)
+        left = {view.pid for view in list_runs()}
+        assert left == {os.getpid(), child.pid}
+    assert (runs_folder() / "notes").is_dir()
+    assert len(list_runs()) == 2
+    telemetry.close()
+
+
+def test_runs_are_found_by_pid_id_beginning_and_age() -> None:
+    with pytest.raises(NoRun, match="GeminiPlugin"):
+        find_run()
+    with living_child() as child:
+        assert child.stdout is not None
+        run = Path(child.stdout.readline().strip())
+        newer = open_writer()
+        newest = folder_of(newer)
+        newer.close()
+        assert find_run() == (run, "the live run")
+        assert find_run(str(child.pid))[0] == run
+        assert find_run(run.name)[0] == run
+        assert find_run(str(run))[0] == run
+        assert find_run(str(runs_folder()))[0] == run
+    assert find_run()[0] == newest
+    assert "newest" in find_run()[1]
+    with pytest.raises(NoRun, match="begins 2 run ids"):
+        find_run("20")
+    with pytest.raises(NoRun, match="no run folder"):
+        find_run("top")
+
+
+def test_neither_side_imports_torch() -> None:
+    code = "import sys, gemini.telemetry.writer, gemini.telemetry.discovery; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
