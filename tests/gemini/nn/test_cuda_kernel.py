@@ -1,0 +1,52 @@
+"""The Triton kernel: bit-equal to the reference on CPU."""
+
+import itertools
+
+import pytest
+import torch
+from adam_cases import GRAD_DTYPES, OUT_DTYPES, Draw, Update, buffers, hyper, random_bits, result, same_bits, spread
+
+from gemini.nn.optimizer.arithmetic import scalars
+from gemini.nn.optimizer.hybrid_adam import HybridAdam
+from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer.update import adam_update
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+HYPERS = [hyper(), hyper(weight_decay=0.1), hyper(weight_decay=0.1, decoupled=False), hyper(beta1=0.3, beta2=0.5)]
+
+
+@pytest.mark.parametrize("update", [adam_update, adam_reference])
+@pytest.mark.parametrize("draw", [spread, random_bits])
+def test_on_cuda_both_realisations_give_the_bits_of_the_cpu(update: Update, draw: Draw) -> None:
+    for h, grad_dtype, out_dtype in itertools.product(HYPERS, GRAD_DTYPES, OUT_DTYPES):
+        tensors = buffers(10_007, seed=0, draw=draw)
+        tensors[3] = tensors[3].to(grad_dtype)
+        s = scalars(h, 3, grad_scale=0.3)
+        expected = result(adam_reference, tensors, s, out_dtype)
+        got = result(update, [t.cuda() for t in tensors], s, out_dtype)
+        assert all(same_bits(a.cpu(), b) for a, b in zip(got, expected, strict=True)), (h, grad_dtype, out_dtype)
+
+
+def test_cuda_runs_the_kernel_and_not_the_reference() -> None:
+    from gemini.nn.optimizer.cuda_kernel import adam_cuda
+    from gemini.nn.optimizer.update import _kernel_of
+
+    assert _kernel_of("cuda") is adam_cuda
+
+
+def test_training_on_cuda_gives_the_weights_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        start = torch.randn(33, 65).to(dtype)
+        params = [start.clone().requires_grad_(), start.clone().cuda().requires_grad_()]
+        optimizers = [HybridAdam([p], weight_decay=0.1) for p in params]
+        for _ in range(10):
+            grad = torch.randn(33, 65).to(dtype)
+            for param, optimizer in zip(params, optimizers, strict=True):
+                param.grad = grad.to(param.device)
+                optimizer.step()
+        assert torch.equal(params[0].detach(), params[1].detach().cpu())

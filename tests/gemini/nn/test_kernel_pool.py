@@ -1,0 +1,80 @@
+"""Cutting a buffer and sharing it between threads."""
+
+import os
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemini.nn.optimizer import kernel_pool
+from gemini.nn.optimizer.kernel_pool import KernelPool, available_threads, default_pool, slice_numel
+
+
+@given(numel=st.integers(1, 1 << 32), threads=st.integers(1, 256))
+def test_slices_are_whole_cache_lines_and_not_too_large(numel: int, threads: int) -> None:
+    step = slice_numel(numel, threads)
+    assert step % 64 == 0
+    assert 64 <= step <= 1 << 20
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("numel", [0, 1, 63, 1 << 16, (1 << 17) + 1, (1 << 22) + 3])
+def test_every_element_is_visited_once(threads: int, numel: int) -> None:
+    pool, ranges, lock = KernelPool(threads), [], threading.Lock()
+
+    def work(start: int, stop: int) -> None:
+        with lock:
+            ranges.append((start, stop))
+
+    pool.run(work, numel)
+    pool.close()
+    position = 0
+    for start, stop in sorted(ranges):
+        assert start == position < stop
+        position = stop
+    assert position == numel
+
+
+def test_an_error_comes_out_after_every_slice_has_ended() -> None:
+    pool, running, lock = KernelPool(4), 0, threading.Lock()
+
+    def work(start: int, stop: int) -> None:
+        nonlocal running
+        with lock:
+            running += 1
+        try:
+            if start > 0:
+                raise RuntimeError("broken slice")
+        finally:
+            with lock:
+                running -= 1
+
+    with pytest.raises(RuntimeError, match="broken slice"):
+        pool.run(work, 1 << 23)
+    assert running == 0
+    pool.close()
+
+
+def test_threads_are_the_cores_of_this_process_shared_with_the_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert available_threads() == 8
+    for ranks, threads in [("2", 4), ("3", 2), ("100", 1), ("0", 8), ("nonsense", 8)]:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert available_threads() == threads
+
+
+def test_a_pool_without_threads_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        KernelPool(0)
+
+
+def test_a_forked_process_makes_its_own_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = default_pool()
+    assert default_pool() is parent
+    monkeypatch.setattr(kernel_pool.os, "getpid", lambda: -1)
+    child = default_pool()
+    assert child is not parent
+    monkeypatch.undo()
+    assert default_pool() is not child
