@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .materialize import materialize
-from .record import check_device, dispatch
+from .record import check_device, dispatch, is_composite
 from .tape import Tape
 from .tensor import LazyTensor, _set_data, assign_data
 
@@ -120,6 +120,9 @@ class _RecordingMode(TorchDispatchMode):
         self._tape = tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_composite(func):
+            with self:  # a mode is off while it handles a call
+                return func.decompose(*args, **kwargs or {})
         return dispatch(self._tape, func, args, kwargs or {}, inside=True)
 
 

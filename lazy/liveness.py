@@ -3,7 +3,8 @@
 Models initialise most parameters twice (a layer's own default, then the model's ``_init_weights``). Walking the tape backwards from
 the storages that are wanted, a record is needed if it writes a storage whose content is still asked for; a record that
 fills a storage without reading it ends the asking. What is left over is skipped, except that draws must advance their
-generator as they did in eager: those run on a scratch tensor.
+generator as they did in eager: those run on a scratch tensor. A seed point with a known state ends the asking for a
+generator in the same way.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import torch
+
 from .tape import Kind, Record, Storage, Value
 
 
 class Role(Enum):
-    """What a replay does with a record."""
+    """What a replay does with a record that it does not skip."""
 
-    SKIP = auto()
-    """Nobody needs it."""
     RUN = auto()
     """Its effect is needed."""
     SCRATCH = auto()
@@ -30,14 +31,19 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a replay does, record by record."""
+    """What a replay does."""
 
-    roles: list[Role]
+    roles: dict[int, Role]
+    """Index of a record -> its role, in program order; what is not here is skipped."""
     uses: dict[Storage, int]
     """Storage -> how many of the records to run touch it."""
+    marks: frozenset[int]
+    """Records after which the state of their generator is needed again later."""
+    draws: bool
+    """Whether the wanted content depends on random numbers."""
 
 
-def plan_replay(records: Sequence[Record], targets: Iterable[Value], *, all_draws: bool) -> Plan:
+def plan_replay(records: Sequence[Record], targets: Iterable[Value], advance: Iterable[torch.Generator] = ()) -> Plan:
     """Decide what to run for the content of `targets`.
 
     Parameters
@@ -46,24 +52,45 @@ def plan_replay(records: Sequence[Record], targets: Iterable[Value], *, all_draw
         The tape.
     targets : iterable of Value
         The values that are wanted as they are after the last record.
-    all_draws : bool
-        Whether the generators shall end where the whole tape leaves them. Otherwise draws after the last needed one, or all if
-        none is needed, are left out.
+    advance : iterable of torch.Generator
+        Generators that shall end where the tape leaves them, whether or not a target needs it.
     """
     wanted = {value.storage for value in targets}
-    roles = _walk(records, wanted, last_draw=-1)
-    if all_draws:
-        last = len(records) - 1
-    else:
-        last = max((i for i, role in enumerate(roles) if role is Role.RUN and _draws(records[i])), default=-1)
-    if last >= 0:
-        roles = _walk(records, wanted, last)
-    uses: dict[Storage, int] = {}
-    for i, role in enumerate(roles):
-        if role is Role.RUN:
-            for storage in touched(records[i]):
-                uses[storage] = uses.get(storage, 0) + 1
-    return Plan(roles, uses)
+    asked = set(advance)  # generators whose state before the present record matters
+    marks: set[int] = set()
+    roles: dict[int, Role] = {}
+    draws = False
+    for index in range(len(records) - 1, -1, -1):
+        if not wanted and not asked and not marks:
+            break
+        record = records[index]
+        if index in marks and record.generator is not None:
+            asked.add(record.generator)
+        if record.kind is Kind.VIEW:
+            continue  # made on demand
+        if record.seed is not None:
+            if record.seed.generator in asked:
+                asked.remove(record.seed.generator)
+                roles[index] = Role.SEED
+                if record.seed.after is not None:
+                    marks.add(record.seed.after)
+            continue
+        needed = not wanted.isdisjoint(record.writes)
+        if not needed:
+            if record.generator not in asked:
+                continue
+            if record.scratch is not None:
+                roles[index] = Role.SCRATCH
+                continue
+            # How far it moves the generator may depend on what it reads, so it runs in full.
+        roles[index] = Role.RUN
+        if record.generator is not None:
+            asked.add(record.generator)
+            draws |= needed
+        wanted -= record.kills
+        wanted |= record.reads
+    roles = dict(sorted(roles.items()))
+    return Plan(roles, _uses(records, roles), frozenset(marks), draws)
 
 
 def touched(record: Record) -> set[Storage]:
@@ -71,29 +98,10 @@ def touched(record: Record) -> set[Storage]:
     return {value.storage for value in record.inputs} | record.writes
 
 
-def _draws(record: Record) -> bool:
-    return record.kind is Kind.COMPUTE and record.generator is not None
-
-
-def _walk(records: Sequence[Record], targets: set[Storage], last_draw: int) -> list[Role]:
-    """Draws up to `last_draw` keep their effect on the generator; dead ones after it are skipped."""
-    wanted = set(targets)
-    roles = [Role.SKIP] * len(records)
-    for i in range(len(records) - 1, -1, -1):
-        record = records[i]
-        if record.kind is Kind.VIEW:
-            continue  # made on demand
-        if record.kind is Kind.SEED:
-            roles[i] = Role.SEED if i <= last_draw else Role.SKIP
-            continue
-        if wanted.isdisjoint(record.writes):
-            if record.generator is None or i > last_draw:
-                continue
-            if record.scratch is not None:
-                roles[i] = Role.SCRATCH
-                continue
-            # How far it moves the generator may depend on what it reads, so it runs in full.
-        roles[i] = Role.RUN
-        wanted -= record.kills
-        wanted |= record.reads
-    return roles
+def _uses(records: Sequence[Record], roles: dict[int, Role]) -> dict[Storage, int]:
+    uses: dict[Storage, int] = {}
+    for index, role in roles.items():
+        if role is Role.RUN:
+            for storage in touched(records[index]):
+                uses[storage] = uses.get(storage, 0) + 1
+    return uses

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gemini.errors import LazyInitError
+
 from .replay import Replay, Resolve, undisturbed
 from .tape import Storage, Tape
 from .tensor import LazyTensor
@@ -81,7 +83,7 @@ def _materialize_tape(tape: Tape, lazies: list[LazyTensor], sink: Sink | None) -
     advance = [generator for generator in before if tape.generators.untouched(generator)]
     try:
         with undisturbed(tape):
-            Replay(tape, values, deliver, all_draws=bool(advance)).run()
+            Replay(tape, values, deliver, advance).run()
         for generator in advance:
             del before[generator]
     finally:
@@ -106,6 +108,8 @@ def _become(lazy: LazyTensor, real: Tensor) -> None:
         real = real.detach()  # a new object: the replay may still hold the one it made
         if lazy.requires_grad:
             real.requires_grad_()
+    if lazy._use_count() > 1:  # type: ignore[attr-defined]
+        raise LazyInitError(f"{lazy!r} cannot become real: something in C++ holds it, such as an autograd graph or a gradient edge")
     state = {name: value for name, value in vars(lazy).items() if name not in ("_lazy", "_is_param")}
     hooks = {name: getattr(lazy, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
     cls = type(real)

@@ -53,15 +53,23 @@ _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 def dispatch(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, inside: bool) -> Any:
     """Run, record or refuse one aten call; `inside` says whether a context is active."""
     if tape.paused:
+        if any(isinstance(leaf, LazyTensor) for leaf in tree_leaves((args, kwargs))):
+            raise LazyInitError(f"{func} was called on a lazy tensor while it is being materialised; use the value instead")
         return func(*args, **kwargs)
+    if is_composite(func):
+        return func.decompose(*args, **kwargs)
     leaves = tree_leaves((args, kwargs))
     lazies = [leaf for leaf in leaves if isinstance(leaf, LazyTensor)]
     reals = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, LazyTensor)]
     draws = torch.Tag.nondeterministic_seeded in func.tags
     target = _device_argument(kwargs)
-    mutated = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
-    mutated = [leaf for leaf in tree_leaves(mutated) if isinstance(leaf, Tensor)]
+    written = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
+    mutated = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
 
+    if func is aten.empty_like.default and reals and reals[0].is_meta and target is not None and target.type != "meta":
+        shape = func(*args, **{**kwargs, "device": torch.device("meta")})  # to_empty(), skip_init()
+        func, args = aten.empty_strided.default, (shape.shape, shape.stride())
+        kwargs, lazies, reals = {"dtype": shape.dtype, "device": target}, [], []
     if not lazies and (any(real.is_meta for real in reals) or (target is not None and target.type == "meta")):
         return func(*args, **kwargs)  # the user asked for meta tensors
     if not lazies and reals and not draws:
@@ -120,6 +128,12 @@ def check_device(device: torch.device) -> None:
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     arguments = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+@lru_cache(maxsize=None)
+def is_composite(func: Any) -> bool:
+    """Whether torch itself would take the op apart before it reaches a backend; we sit below autograd, where it usually does."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _device_argument(kwargs: dict[str, Any]) -> torch.device | None:

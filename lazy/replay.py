@@ -7,7 +7,7 @@ alive by then. Views, allocations and records without inputs (``zeros``) run whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .liveness import Plan, Role, plan_replay, touched
+from .rng import SeedPoint
 from .tape import Kind, Record, Storage, Tape, Value
 
 Resolve = Callable[[Value], Tensor]
@@ -34,37 +35,42 @@ class Replay:
     deliver : callable
         ``deliver(storage, resolve)`` is called once for each storage of `targets`, when it has its final content; ``resolve(value)``
         gives the real views. The storage is let go of right after.
-    all_draws : bool
+    advance : iterable of torch.Generator
         See :func:`plan_replay`.
     """
 
-    def __init__(self, tape: Tape, targets: list[Value], deliver: Deliver, *, all_draws: bool) -> None:
-        self._records = tape.records[:]
-        self._plan: Plan = plan_replay(self._records, targets, all_draws=all_draws)
+    def __init__(
+        self, tape: Tape, targets: list[Value], deliver: Deliver, advance: Iterable[torch.Generator] = ()
+    ) -> None:
+        self._records = tape.records
+        self._plan: Plan = plan_replay(self._records, targets, advance)
         self._uses = self._plan.uses
         self._targets = dict.fromkeys(value.storage for value in targets)
         self._deliver = deliver
         self._live: dict[Storage, dict[Value, Tensor]] = {}
-        self._ran = bytearray(len(self._records))
+        self._ran: set[int] = set()
         self._after: dict[int, list[int]] = {}
         self._pending: dict[int, int] = {}
-        self._states = {
-            r.seed.after: None for r in self._records if r.seed is not None and r.seed.after is not None
-        }  # type: dict[int, Tensor | None]
+        self._states: dict[int, Tensor] = {}
+
+    @property
+    def draws(self) -> bool:
+        """Whether the targets depend on random numbers."""
+        return self._plan.draws
 
     def run(self) -> None:
         """Run it all."""
         self._order()
-        for index, role in enumerate(self._plan.roles):
+        for index, role in self._plan.roles.items():
             record = self._records[index]
-            if role is Role.RUN and not self._ran[index]:
+            if role is Role.RUN and index not in self._ran:
                 if not record.is_source or all(self._uses[storage] == 1 for storage in record.writes):
                     self._run_chain(index)
             elif role is Role.SCRATCH:
                 self._scratch(record)
             elif role is Role.SEED:
                 self._seed(record)
-            if index in self._states and record.generator is not None:
+            if index in self._plan.marks and record.generator is not None:
                 self._states[index] = record.generator.get_state()
         for storage in list(self._targets):  # never written: torch.empty
             self._release(storage)
@@ -73,7 +79,7 @@ class Replay:
         """Count what each record to run has to wait for: the usual read and write hazards per storage."""
         writer: dict[Storage, int] = {}
         readers: dict[Storage, list[int]] = {}
-        for index, role in enumerate(self._plan.roles):
+        for index, role in self._plan.roles.items():
             record = self._records[index]
             if role is not Role.RUN or record.is_source:
                 continue
@@ -99,11 +105,10 @@ class Replay:
                 self._pending[later] -= 1
                 if not self._pending[later] and self._records[later].generator is None:
                     stack.append(later)
-            # Only now: what waits for this record has had its say in `uses`.
 
     def _execute(self, index: int) -> None:
         record = self._records[index]
-        self._ran[index] = True
+        self._ran.add(index)
         self._call(record)
         for storage in touched(record):
             self._uses[storage] -= 1
@@ -113,9 +118,7 @@ class Replay:
     def _call(self, record: Record) -> None:
         assert record.call is not None
         args, kwargs = tree_map(self._real, (record.args, record.kwargs or {}))
-        if torch.get_default_dtype() != record.dtype:
-            torch.set_default_dtype(record.dtype)
-        leaves = tree_leaves(record.call(*args, **kwargs))
+        leaves = tree_leaves(_call_with_dtype(record.dtype, record.call, args, kwargs))
         for value, leaf in zip(record.outputs, leaves, strict=False):
             if value is not None:
                 self._live.setdefault(value.storage, {})[value] = leaf
@@ -132,12 +135,12 @@ class Replay:
         record = self._records[index]
         if record.kind is Kind.VIEW:
             self._call(record)
-        elif self._plan.roles[index] is Role.RUN and record.is_source and not self._ran[index]:
-            self._ran[index] = True
+        elif record.is_source and index in self._plan.roles and index not in self._ran:
+            self._ran.add(index)
             self._call(record)
             self._uses[value.storage] -= 1
         else:  # its content is dead, the memory is not
-            assert self._plan.roles[index] is not Role.RUN, "a record ran before the one that makes its input"
+            assert self._plan.roles.get(index) is not Role.RUN, "a record ran before the one that makes its input"
             fresh = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
             self._live.setdefault(value.storage, {})[value] = fresh
         return self._live[value.storage][value]
@@ -159,26 +162,49 @@ class Replay:
         seed = record.seed
         assert seed is not None
         state = seed.state if seed.after is None else self._states[seed.after]
-        assert state is not None
+        assert state is not None, "a seed point is either a state or a mark"
         seed.generator.set_state(state)
 
 
+def _call_with_dtype(dtype: torch.dtype, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    current = torch.get_default_dtype()
+    if dtype == current:
+        return call(*args, **kwargs)
+    torch.set_default_dtype(dtype)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        torch.set_default_dtype(current)
+
+
 def read_values(tape: Tape, values: list[Value]) -> list[Tensor]:
-    """Return real copies of values as they are now; the generators are put back."""
+    """Return real copies of values as they are now; the generators are put back.
+
+    If random numbers were drawn for it, the states they led to are noted on the tape, so that the next read starts there.
+    Rejection sampling (``trunc_normal_``) reads once for each parameter.
+    """
     found: dict[Value, Tensor] = {}
 
     def deliver(storage: Storage, resolve: Resolve) -> None:
         found.update((value, resolve(value)) for value in values if value.storage is storage)
 
     with undisturbed(tape), keep_generators(tape):
-        Replay(tape, values, deliver, all_draws=False).run()
+        replay = Replay(tape, values, deliver)
+        if replay.draws:
+            generators = tape.generators.generators()
+            Replay(tape, values, deliver, generators).run()
+            tape.records += [
+                Record(kind=Kind.SEED, generator=g, seed=SeedPoint(g, g.get_state(), None)) for g in generators
+            ]
+        else:
+            replay.run()
     return [found[value] for value in values]
 
 
 def generator_state(tape: Tape, generator: torch.Generator) -> Tensor:
     """Return the state that `generator` has after the tape so far."""
     with undisturbed(tape), keep_generators(tape):
-        Replay(tape, [], lambda storage, resolve: None, all_draws=True).run()
+        Replay(tape, [], lambda storage, resolve: None, [generator]).run()
         return generator.get_state()
 
 
@@ -195,8 +221,8 @@ def keep_generators(tape: Tape) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(tape: Tape) -> Iterator[None]:
-    """Shield a replay from the caller's modes (recording, grad, inference, autocast, default dtype) and undo its own."""
-    dtype, paused = torch.get_default_dtype(), tape.paused
+    """Shield a replay from the caller's modes: recording, grad, inference, autocast."""
+    paused = tape.paused
     tape.paused = True
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -207,5 +233,4 @@ def undisturbed(tape: Tape) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_default_dtype(dtype)
             tape.paused = paused
