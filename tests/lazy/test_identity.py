@@ -1,0 +1,76 @@
+"""A parameter stays the same object, so whatever refers to it stays valid."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import nn
+
+from gemini.lazy import LazyInitContext, is_lazy, materialize
+
+
+def test_an_optimizer_built_on_lazy_parameters_trains_the_materialised_model():
+    def train(model, optimizer):
+        for step in range(3):
+            torch.manual_seed(step)
+            model(torch.randn(4, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 2))
+    train(eager, torch.optim.AdamW(eager.parameters(), lr=0.1))
+    torch.manual_seed(0)
+    with LazyInitContext():
+        lazy = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 2))
+    optimizer = torch.optim.AdamW(lazy.parameters(), lr=0.1)
+    materialize(lazy)
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in lazy.parameters()}
+    train(lazy, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(eager.parameters(), lazy.parameters(), strict=True))
+
+
+def test_weight_lists_of_recurrent_layers_stay_bound():
+    with LazyInitContext():
+        model = nn.LSTM(3, 4)
+    materialize(model)
+    assert all(a is b for a, b in zip(model._flat_weights, model.parameters(), strict=True))
+    model(torch.randn(2, 1, 3))[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_attributes_weak_references_and_hooks_stay_on_the_parameter():
+    calls = []
+    with LazyInitContext():
+        model = nn.Linear(3, 3)
+    model.weight.tag = {"shard": 1}
+    reference = weakref.ref(model.weight)
+    model.weight.register_hook(lambda grad: calls.append("grad"))
+    model.bias.register_post_accumulate_grad_hook(lambda p: calls.append("accumulated"))
+    materialize(model)
+    assert model.weight.tag == {"shard": 1} and reference() is model.weight
+    model(torch.ones(1, 3)).sum().backward()
+    assert sorted(calls) == ["accumulated", "grad"]
+
+
+def test_a_lazy_parameter_reports_what_it_will_be():
+    with LazyInitContext():
+        model = nn.Conv2d(2, 4, 3, dtype=torch.float64)
+    weight = model.weight
+    assert is_lazy(weight) and isinstance(weight, nn.Parameter) and weight.requires_grad and weight.is_leaf
+    assert (tuple(weight.shape), weight.stride()) == ((4, 2, 3, 3), (18, 9, 3, 1))
+    assert (weight.dtype, weight.device, weight.is_meta) == (torch.float64, torch.device("cpu"), False)
+    assert (weight.numel(), weight.element_size(), weight.untyped_storage().nbytes()) == (72, 8, 576)
+    assert repr(weight) == "LazyParameter(shape=(4, 2, 3, 3), dtype=torch.float64, device=cpu)"
+    assert is_lazy(model.state_dict()["weight"])
+    assert not is_lazy(torch.ones(2)) and not is_lazy(None)
+
+
+def test_a_model_without_lazy_tensors_is_left_alone():
+    model = nn.Linear(3, 3)
+    state = torch.get_rng_state()
+    weight = model.weight.clone()
+    assert LazyInitContext.materialize(model) is model and materialize(model) is model
+    assert torch.equal(model.weight, weight) and torch.equal(torch.get_rng_state(), state)
