@@ -11,12 +11,13 @@ from .gradient import GradientBuffer
 from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager, ChunkPlan
-from .memory import CudaBackend, DeviceBackend, RamBackend, Staging
+from .memory import FETCH_WORKERS, CudaBackend, DeviceBackend, RamBackend, Staging
 from .search import ChunkSearch, search_chunk_numel
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
 
 __all__ = [
+    "FETCH_WORKERS",
     "STATE_ROLES",
     "Buffer",
     "Chunk",

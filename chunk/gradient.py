@@ -58,13 +58,16 @@ class GradientBuffer:
             else:
                 shaped.copy_(gradient)
         self.buffer.write(slot.offset, flat)
-        self._norms[position] = _norm(flat.as_strided(slot.shape, slot.stride))  # while it is in RAM
+        self._norms[position] = _norm(flat.as_strided(slot.shape, slot.stride), 2.0)  # while it is in RAM
 
-    def norms(self) -> list[Tensor]:
-        """The 2-norm of each gradient present, fp32 scalars, in slot order."""
-        return [
-            _norm(self._views[i]) if self._views else self._norms[i] for i in sorted(self.present)
-        ]
+    def norms(self, order: float = 2.0) -> list[Tensor]:
+        """The norm of each gradient present, fp32 scalars on CPU, in slot order."""
+        return [self._norm_of(position, order) for position in sorted(self.present)]
+
+    def _norm_of(self, position: int, order: float) -> Tensor:
+        if self._views:
+            return _norm(self._views[position], order)
+        return self._norms[position] if order == 2.0 else _norm(self.read(position), order)
 
     def read(self, position: int) -> Tensor:
         """A copy of one gradient, in its parameter's shape."""
@@ -88,5 +91,5 @@ def _shaped(flat: Tensor, slot: Slot) -> Tensor:
     return flat.as_strided(slot.shape, slot.stride, flat.storage_offset() + slot.offset)
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).cpu()
+def _norm(tensor: Tensor, order: float) -> Tensor:
+    return torch.linalg.vector_norm(tensor, order, dtype=torch.float32).cpu()

@@ -1,0 +1,241 @@
+"""Boosting a model: from a plain (or lazy) module and its optimizer to chunks, hooks and a managed step."""
+
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capacity import Capacities, find_capacities
+from .chunk import (
+    FETCH_WORKERS,
+    STATE_ROLES,
+    Chunk,
+    ChunkManager,
+    CudaBackend,
+    DeviceBackend,
+    DiskBackend,
+    Ledger,
+    RamBackend,
+    Role,
+    SingleProcess,
+    Staging,
+    Tier,
+)
+from .config import GeminiConfig
+from .hooks import Hooks, watch_gradients
+from .lazy import is_lazy, materialize
+from .managed_step import ChunkedStep
+from .module import GeminiModule, mix_in
+from .nn.optimizer import HybridAdam
+from .packing import Packing, decide, managed_parameters
+from .runtime import Runtime
+from .scaler import LossScaler
+from .stats import manager_stats
+from .telemetry.writer import TelemetryWriter
+from .tracker import NonModelMeter
+from .units import Units
+from .update_queue import BLOCK_SETS, UPDATE_ROLES, UpdateQueue
+
+
+@dataclass(eq=False)
+class Boosted:
+    """All that belongs to one boosted model."""
+
+    config: GeminiConfig
+    capacities: Capacities
+    packing: Packing
+    manager: ChunkManager
+    runtime: Runtime
+    hooks: Hooks
+    step: ChunkedStep
+    meter: NonModelMeter
+    telemetry: TelemetryWriter | None
+    step_count: int = 0
+    step_seconds: float = 0.0
+    _last_step: float = field(default_factory=time.perf_counter)
+
+    def stats(self) -> dict[str, int | float]:
+        """See `GeminiModule.memory_stats`."""
+        stats = manager_stats(self.manager)
+        stats["move/stall_seconds"] = self.runtime.stall_seconds
+        stats["non_model/peak_bytes"] = self.meter.peak_bytes
+        stats["step/count"] = self.step_count
+        stats["step/seconds"] = self.step_seconds
+        stats["step/skipped_count"] = self.step.skipped_steps
+        if self.step.scaler is not None:
+            stats["step/loss_scale"] = self.step.scaler.scale
+        if self.step.grad_norm is not None:
+            stats["step/grad_norm"] = self.step.grad_norm
+        return stats
+
+    def after_step(self) -> None:
+        """Count the step and tell the telemetry."""
+        now = time.perf_counter()
+        self.step_count += 1
+        self.step_seconds = now - self._last_step
+        self._last_step = now
+        if self.telemetry is not None:
+            self.telemetry.record_step(self.stats())
+
+
+def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiConfig) -> GeminiModule:
+    """Put a model under management, in place.
+
+    Parameters
+    ----------
+    model
+        Plain or lazy; parameters keep their identity, names and ties.
+    optimizer
+        Built on the model's parameters; None for inference, where no parameter gets states or a gradient buffer.
+    config
+        What the user asked for.
+
+    Raises
+    ------
+    OutOfMemory, OffloadError, ValueError
+        If it cannot work. Model and optimizer are as they were before then.
+    """
+    _refuse(model)
+    param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
+    capacities = find_capacities(config)
+    packing = decide(model, param_groups, config, capacities)
+    manager, queue = _build(packing, config, capacities)
+
+    device = capacities.device
+    meter = NonModelMeter(device)
+    _fill(model, packing, manager, device)
+    if optimizer is not None:
+        _take_over_states(optimizer, manager)
+
+    runtime = Runtime(manager, config.max_prefetch, meter)
+    scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
+    step = ChunkedStep(manager, runtime, queue, SingleProcess(), scaler, config.max_norm)
+    hooks = Hooks(
+        model,
+        Units(model, manager),
+        runtime,
+        cast_inputs=config.compute_dtype if config.precision != "fp32" else None,
+        force_outputs_fp32=config.force_outputs_fp32,
+        on_abandoned_backward=step.drop_gradients,
+    )
+    watch_gradients(manager, list(packing.parameters))
+    telemetry = _telemetry(model, config, capacities, packing)
+    state = Boosted(config, capacities, packing, manager, runtime, hooks, step, meter, telemetry)
+    mix_in(model)
+    assert isinstance(model, GeminiModule)
+    model._gemini = state
+    if optimizer is not None:
+        for parameter, saved in optimizer.state.items():
+            if manager.find(parameter) is not None and "step" in saved:
+                step.steps[id(parameter)] = int(saved["step"])
+        for parameter in packing.parameters:
+            optimizer.state.pop(parameter, None)
+        optimizer._managed = step
+        optimizer.register_step_post_hook(_counting(weakref.ref(state)))
+    weakref.finalize(model, _close, queue, manager, telemetry)
+    meter.start()
+    return model
+
+
+def _refuse(model: nn.Module) -> None:
+    if isinstance(model, GeminiModule):
+        raise ValueError("this model has been boosted already; boost it once, with its optimizer")
+    sparse = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+    if sparse:
+        raise ValueError(f"sparse gradients cannot live in chunks: build {', '.join(sparse)} with sparse=False")
+
+
+def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tuple[ChunkManager, UpdateQueue]:
+    ledger = Ledger(capacities.nbytes, capacities.unified)
+    disk = fetch_staging = update_staging = None
+    if packing.staging_block_numel:
+        assert config.offload_dir is not None
+        disk = DiskBackend(config.offload_dir, ledger)
+        pin = capacities.device.type == "cuda" and config.pin_memory
+        fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
+        update_staging = Staging(BLOCK_SETS * len(UPDATE_ROLES), packing.staging_block_numel, pin)
+        ledger.take(Tier.HOST, fetch_staging.nbytes + update_staging.nbytes, "staging for the disk tier")
+    device: DeviceBackend
+    if capacities.device.type == "cuda":
+        device = CudaBackend(capacities.device, fetch_staging, config.pin_memory)
+    else:
+        device = RamBackend(fetch_staging)
+    return ChunkManager(packing.plans, ledger, device, disk), UpdateQueue(update_staging)
+
+
+def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torch.device) -> None:
+    """Values into homes, one parameter at a time; then every parameter follows its chunk."""
+    places: dict[int, tuple[Chunk, int]] = {}
+    for chunk in manager.chunks:
+        for position, slot in enumerate(chunk.layout.slots):
+            places[id(packing.parameters[slot.key])] = (chunk, position)
+
+    def write(parameter: Tensor, value: Tensor) -> Tensor:
+        place = places.get(id(parameter))
+        if place is None:
+            return value.to(device)
+        manager.write_slot(*place, Role.MASTER, value)
+        return value.new_full((), float("nan")).expand(value.shape)
+
+    lazy = {id(p) for p in model.parameters() if is_lazy(p)}
+    materialize(model, write)
+    for parameter in model.parameters():
+        if id(parameter) not in lazy:
+            parameter.data = write(parameter, parameter.data)
+    for parameter in packing.parameters:
+        manager.bind(parameter, *places[id(parameter)])
+    if device.type != "cpu":
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+
+def _take_over_states(optimizer: HybridAdam, manager: ChunkManager) -> None:
+    """An optimizer that has stepped before goes on where it was."""
+    for parameter, saved in optimizer.state.items():
+        place = manager.find(parameter)
+        if place is None or Role.EXP_AVG not in place[0].homes:
+            continue
+        for role in STATE_ROLES:
+            if role.value in saved:
+                manager.write_slot(*place, role, saved[role.value])
+
+
+def _telemetry(
+    model: nn.Module, config: GeminiConfig, capacities: Capacities, packing: Packing
+) -> TelemetryWriter | None:
+    if config.telemetry is False:
+        return None
+    facts = {
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in managed_parameters(model).values()),
+        "precision": config.precision,
+        "placement_policy": type(config.policy).__name__,
+        "chunk_numel": packing.search.numel,
+        "capacities": {tier.value: budget.source for tier, budget in capacities.budgets.items()},
+        "offload_dir": str(config.offload_dir) if config.offload_dir is not None else None,
+    }
+    return TelemetryWriter(config.telemetry if isinstance(config.telemetry, Path) else None, rank=0, facts=facts)
+
+
+def _counting(state: "weakref.ref[Boosted]") -> Any:
+    def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+        target = state()
+        if target is not None:
+            target.after_step()
+
+    return after_step
+
+
+def _close(queue: UpdateQueue, manager: ChunkManager, telemetry: TelemetryWriter | None) -> None:
+    """When the model is gone: end threads, give the disk file back, end the telemetry."""
+    queue.close()
+    manager.close()
+    if telemetry is not None:
+        telemetry.close()

@@ -1,0 +1,186 @@
+"""`Booster`: wraps the objects of a training loop with what its plugin does."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .plugin import GeminiPlugin
+
+KINDS = ("model", "optimizer", "criterion", "dataloader", "lr_scheduler")
+
+
+class Booster:
+    """Applies a plugin to a training loop, with ColossalAI's interface.
+
+    Parameters
+    ----------
+    device
+        Accepted for ColossalAI's sake; the plugin decides where things run.
+    mixed_precision
+        Only without a plugin: the precision of the default one.
+    plugin
+        None: ``GeminiPlugin()``.
+    """
+
+    def __init__(
+        self, device: str | torch.device | None = None, mixed_precision: str | None = None, plugin: GeminiPlugin | None = None
+    ) -> None:
+        if plugin is not None and not isinstance(plugin, GeminiPlugin):
+            raise TypeError(f"plugin must be a GeminiPlugin or None, got {type(plugin).__name__}")
+        if plugin is not None and mixed_precision is not None:
+            raise ValueError("the plugin controls the precision: give GeminiPlugin(precision=...) instead of mixed_precision")
+        self.plugin = plugin or (GeminiPlugin(precision=mixed_precision) if mixed_precision else GeminiPlugin())
+
+    def boost(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        criterion: Any = None,
+        dataloader: Any = None,
+        lr_scheduler: Any = None,
+    ) -> tuple[Any, ...]:
+        """Put the model under management and bind the optimizer to it.
+
+        Given in this order, the five come back in this order (None where nothing was given). Given in another order,
+        exactly the objects given come back in the order given.
+
+        Parameters
+        ----------
+        model
+            Plain or built inside ``LazyInitContext``. Changed in place.
+        optimizer
+            `HybridAdam`, ``torch.optim.Adam`` or ``AdamW`` over the model's parameters; the latter two come back as
+            a `HybridAdam` with the same groups. None: inference only.
+        criterion, dataloader
+            Come back as they are.
+        lr_scheduler
+            Made to follow the optimizer that comes back.
+
+        Raises
+        ------
+        TypeError
+            If an object is of no known kind, or two are of the same.
+        OutOfMemory, OffloadError, ValueError
+            See `GeminiPlugin`; nothing has been changed then.
+        """
+        given = [model, optimizer, criterion, dataloader, lr_scheduler]
+        while given and given[-1] is None:
+            given.pop()
+        kinds = _kinds(given)
+        by_kind = {kind: value for kind, value in zip(kinds, given, strict=True) if kind is not None}
+        if "model" not in by_kind:
+            raise TypeError("boost needs a model (torch.nn.Module), got " + (", ".join(type(g).__name__ for g in given) or "nothing"))
+        result = dict(zip(KINDS, self.plugin.configure(*(by_kind.get(kind) for kind in KINDS)), strict=True))
+        in_order = all(kind is None or kind == place for kind, place in zip(kinds, KINDS, strict=False))
+        if in_order:
+            return tuple(result[kind] for kind in KINDS)
+        return tuple(result[kind] if kind is not None else None for kind in kinds)
+
+    def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
+        """Run backward; with fp16, on the scaled loss.
+
+        After an exception nothing stays pinned and the gradients of this backward are dropped.
+        """
+        self.plugin.backward(loss, optimizer)
+
+    def no_sync(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
+        """Gradients add up over several backwards (with or without this context); no exchange between ranks inside."""
+        return self.plugin.no_sync(model, optimizer)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        checkpoint: str,
+        shard: bool = False,
+        prefix: str | None = None,
+        size_per_shard: int = 1024,
+        use_safetensors: bool = True,
+        use_async: bool = False,
+    ) -> None:
+        """Write the model in the Hugging Face layout; see `gemini.checkpoint.save_model`."""
+        from gemini import checkpoint as io
+
+        io.save_model(model, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard,
+                      use_safetensors=use_safetensors, use_async=use_async)
+
+    def load_model(self, model: nn.Module, checkpoint: str, strict: bool = True) -> None:
+        """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`."""
+        from gemini import checkpoint as io
+
+        io.load_model(model, checkpoint, strict=strict)
+
+    def save_optimizer(
+        self,
+        optimizer: Optimizer,
+        checkpoint: str,
+        shard: bool = False,
+        prefix: str | None = None,
+        size_per_shard: int = 1024,
+    ) -> None:
+        """Write states, groups and loss scale; see `gemini.checkpoint.save_optimizer`."""
+        from gemini import checkpoint as io
+
+        io.save_optimizer(optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard)
+
+    def load_optimizer(self, optimizer: Optimizer, checkpoint: str) -> None:
+        """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`."""
+        from gemini import checkpoint as io
+
+        io.load_optimizer(optimizer, checkpoint)
+
+    def save_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
+        """Write a scheduler's state."""
+        from gemini import checkpoint as io
+
+        io.save_lr_scheduler(lr_scheduler, checkpoint)
+
+    def load_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
+        """Read what `save_lr_scheduler` wrote."""
+        from gemini import checkpoint as io
+
+        io.load_lr_scheduler(lr_scheduler, checkpoint)
+
+    def enable_lora(self, model: nn.Module, pretrained_dir: str | None = None, lora_config: Any = None) -> nn.Module:
+        """Wrap a model (before `boost`) with LoRA adapters by the package ``peft``; frozen weights then have no states."""
+        try:
+            from peft import PeftModel, get_peft_model
+        except ImportError as error:
+            raise ImportError("enable_lora needs the package peft: pip install peft") from error
+        if pretrained_dir is not None:
+            return PeftModel.from_pretrained(model, pretrained_dir, is_trainable=True)  # type: ignore[no-any-return]
+        if lora_config is None:
+            raise ValueError("give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters")
+        return get_peft_model(model, lora_config)  # type: ignore[no-any-return]
+
+
+def _kinds(given: list[Any]) -> list[str | None]:
+    """What each object is; a module after the first is a criterion."""
+    kinds: list[str | None] = []
+    for value in given:
+        kind = None if value is None else _kind(value, has_model="model" in kinds)
+        if kind is not None and kind in kinds:
+            raise TypeError(f"boost got two objects that are a {kind}; the second is a {type(value).__name__}")
+        kinds.append(kind)
+    return kinds
+
+
+def _kind(value: Any, has_model: bool) -> str:
+    if isinstance(value, Optimizer):
+        return "optimizer"
+    if isinstance(value, LRScheduler) or (hasattr(value, "get_last_lr") and hasattr(value, "step")):
+        return "lr_scheduler"
+    if isinstance(value, nn.Module):
+        return "criterion" if has_model else "model"
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Tensor):
+        return "dataloader"
+    if callable(value) and not isinstance(value, type):
+        return "criterion"
+    raise TypeError(
+        f"boost got {value!r} of type {type(value).__name__}; expected a model (torch.nn.Module), an optimizer, "
+        "a criterion (callable), a dataloader (iterable) or a learning rate scheduler"
+    )

@@ -1,0 +1,293 @@
+"""`GeminiPlugin`: ColossalAI's keywords, translated into a `GeminiConfig`."""
+
+import logging
+import random
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from gemini.boost import boost_model
+from gemini.config import GeminiConfig
+from gemini.managed_step import ChunkedStep
+from gemini.nn.optimizer import HybridAdam
+from gemini.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.sizes import parse_bytes
+
+logger = logging.getLogger(__name__)
+
+_MEBI = 1 << 20
+
+
+class GeminiPlugin:
+    """Trains a model in chunks on device, host and disk. ``GeminiPlugin()`` finds everything out by itself.
+
+    Parameters
+    ----------
+    chunk_config_dict
+        ``{world size: {"chunk_size": elements}}``: skips the search.
+    placement_policy
+        ``"auto"`` fills device, host and disk in this order; ``"static"`` keeps fixed fractions on the device.
+    enable_gradient_accumulation
+        Accepted: gradients always add up until ``zero_grad``.
+    max_prefetch
+        How many chunks may be on their way ahead of use.
+    shard_param_frac
+        Accepted: on one rank there is nothing to shard.
+    offload_optim_frac, offload_param_frac
+        With ``"static"``: share of the bytes of homes (of full copies) kept off the device, exact to one chunk.
+    warmup_non_model_data_ratio, steady_cuda_cap_ratio
+        Where ``device_memory`` is not given: the share of the device's free memory that a run may use, and the share of
+        that kept for activations.
+    precision
+        ``"bf16"``, ``"fp16"`` (with a dynamic loss scale) or ``"fp32"``: dtype of parameters in use and of gradients.
+        Masters and moments are fp32 always.
+    pin_memory
+        Page-lock homes in RAM (CUDA).
+    search_range_m, hidden_dim, min_chunk_size_m
+        Chunk sizes to try: from ``min_chunk_size_m`` over ``search_range_m`` (in 2**20 elements) in steps of
+        ``hidden_dim`` elements. By default the range follows the model and the room there is.
+    initial_scale, min_scale, growth_factor, backoff_factor, growth_interval, hysteresis, max_scale
+        The loss scale of fp16.
+    max_norm, norm_type
+        Clip the gradients' 2-norm in every step; 0 for never.
+    verbose
+        Log what was decided.
+    force_outputs_fp32
+        Convert the model's floating-point outputs to fp32.
+    device_memory, host_memory, disk_memory
+        Bytes of model data per tier, as a number or ``"24GiB"``; None finds out.
+    offload_dir
+        Folder of the disk tier; None: no disk tier.
+    telemetry
+        True writes a run for ``gemini-stat``, a path says where, False writes nothing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments that make no sense.
+    NotImplementedError
+        For ColossalAI's arguments that mean something this package does not do; the message names the alternative.
+    """
+
+    def __init__(
+        self,
+        chunk_config_dict: Mapping[int, Mapping[str, Any]] | None = None,
+        chunk_init_device: torch.device | None = None,
+        placement_policy: str = "auto",
+        enable_gradient_accumulation: bool = False,
+        max_prefetch: int = 2,
+        shard_param_frac: float = 1.0,
+        offload_optim_frac: float = 0.0,
+        offload_param_frac: float = 0.0,
+        warmup_non_model_data_ratio: float = 0.5,
+        steady_cuda_cap_ratio: float = 0.9,
+        precision: str = "bf16",
+        master_weights: bool = True,
+        pin_memory: bool = True,
+        force_outputs_fp32: bool = False,
+        strict_ddp_mode: bool = False,
+        search_range_m: int = 32,
+        hidden_dim: int | None = None,
+        min_chunk_size_m: float | None = None,
+        memstats: Any = None,
+        gpu_margin_mem_ratio: float = 0.0,
+        initial_scale: float = 2**16,
+        min_scale: float = 1,
+        growth_factor: float = 2,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 1000,
+        hysteresis: int = 2,
+        max_scale: float = 2**32,
+        max_norm: float = 0.0,
+        norm_type: float = 2.0,
+        tp_size: int = 1,
+        extra_dp_size: int = 1,
+        enable_all_optimization: bool = False,
+        enable_fused_normalization: bool = False,
+        enable_flash_attention: bool = False,
+        enable_sequence_parallelism: bool = False,
+        enable_jit_fused: bool = False,
+        enable_async_reduce: bool = True,
+        use_fp8: bool = False,
+        fp8_communication: bool = False,
+        verbose: bool = False,
+        *,
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        disk_memory: int | str | None = None,
+        offload_dir: str | Path | None = None,
+        telemetry: bool | str | Path = True,
+    ) -> None:
+        _refuse_foreign(
+            tp_size=(tp_size != 1, "split the model with torch.distributed.tensor before boosting it"),
+            extra_dp_size=(extra_dp_size != 1, "there is one data-parallel dimension"),
+            enable_all_optimization=(enable_all_optimization, "use torch.compile and attn_implementation='sdpa'"),
+            enable_fused_normalization=(enable_fused_normalization, "use torch.compile on the blocks"),
+            enable_flash_attention=(enable_flash_attention, "build the model with attn_implementation='sdpa'"),
+            enable_sequence_parallelism=(enable_sequence_parallelism, "use shorter sequences or activation checkpointing"),
+            enable_jit_fused=(enable_jit_fused, "use torch.compile on the blocks"),
+            use_fp8=(use_fp8, "use precision='bf16'"),
+            fp8_communication=(fp8_communication, "use precision='bf16'"),
+            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
+            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
+        )
+        search_range = None
+        if min_chunk_size_m is not None:
+            low = int(min_chunk_size_m * _MEBI)
+            search_range = (low, low + search_range_m * _MEBI)
+        self.config = GeminiConfig(
+            precision=precision,
+            policy=_policy(placement_policy, offload_optim_frac, offload_param_frac),
+            device_memory=_bytes("device_memory", device_memory),
+            host_memory=_bytes("host_memory", host_memory),
+            disk_memory=_bytes("disk_memory", disk_memory),
+            offload_dir=Path(offload_dir) if offload_dir is not None else None,
+            chunk_numel=_chunk_numel(chunk_config_dict),
+            search_range=search_range,
+            search_step=hidden_dim,
+            max_prefetch=max_prefetch,
+            pin_memory=pin_memory,
+            max_norm=max_norm,
+            force_outputs_fp32=force_outputs_fp32,
+            steady_device_ratio=steady_cuda_cap_ratio,
+            warmup_non_model_ratio=warmup_non_model_data_ratio,
+            scaler={
+                "scale": float(initial_scale),
+                "min_scale": float(min_scale),
+                "max_scale": float(max_scale),
+                "growth_factor": float(growth_factor),
+                "backoff_factor": backoff_factor,
+                "growth_interval": growth_interval,
+                "hysteresis": hysteresis,
+            },
+            telemetry=Path(telemetry) if isinstance(telemetry, str) else telemetry,
+            verbose=verbose,
+        )
+
+    def configure(
+        self, model: nn.Module, optimizer: Optimizer | None, criterion: Any, dataloader: Any, lr_scheduler: Any
+    ) -> tuple[Any, Any, Any, Any, Any]:
+        """What `Booster.boost` calls, with each object in its place."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise NotImplementedError(
+                f"this version trains on one rank, got world size {torch.distributed.get_world_size()}; start one process, "
+                "its device, host and disk are pooled"
+            )
+        hybrid = _hybrid(optimizer)
+        boosted = boost_model(model, hybrid, self.config)
+        if lr_scheduler is not None and hybrid is not optimizer:
+            _follow(lr_scheduler, optimizer, hybrid)
+        if self.config.verbose:
+            logger.info("boosted\n%s", boosted.memory_summary())
+        return boosted, hybrid, criterion, dataloader, lr_scheduler
+
+    def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
+        """See `Booster.backward`."""
+        step = getattr(optimizer, "_managed", None)
+        if not isinstance(step, ChunkedStep):
+            raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
+        step.backward(loss)
+
+    def no_sync(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
+        """See `Booster.no_sync`."""
+        return nullcontext()
+
+    def prepare_dataloader(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 1024,
+        drop_last: bool = False,
+        pin_memory: bool = False,
+        num_workers: int = 0,
+        **kwargs: Any,
+    ) -> DataLoader[Any]:
+        """A ``DataLoader`` whose order depends on ``seed`` alone, with differently seeded workers."""
+        generator = torch.Generator()
+        generator.manual_seed(seed)
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            pin_memory=pin_memory,
+            num_workers=num_workers,
+            generator=generator,
+            worker_init_fn=_seed_worker,
+            **kwargs,
+        )
+
+
+def _seed_worker(worker: int) -> None:
+    seed = torch.initial_seed() % 2**32  # the loader's generator, plus the worker's number
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _refuse_foreign(**asked: tuple[bool, str]) -> None:
+    for name, (is_asked, alternative) in asked.items():
+        if is_asked:
+            raise NotImplementedError(f"{name} is not supported; {alternative}")
+
+
+def _bytes(name: str, value: int | str | None) -> int | None:
+    try:
+        return None if value is None else parse_bytes(value)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _policy(name: str, offload_optim_frac: float, offload_param_frac: float) -> PlacementPolicy:
+    if name == "auto":
+        return AutoPlacementPolicy()
+    if name == "static":
+        return StaticPlacementPolicy(offload_optim_frac=offload_optim_frac, offload_param_frac=offload_param_frac)
+    if name in ("cpu", "cuda"):
+        share = 1.0 if name == "cpu" else 0.0
+        warnings.warn(
+            f"placement_policy={name!r} is ColossalAI's old name; write placement_policy='static', "
+            f"offload_optim_frac={share}, offload_param_frac={share}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return StaticPlacementPolicy(offload_optim_frac=share, offload_param_frac=share)
+    raise ValueError(f"placement_policy must be 'auto' or 'static', got {name!r}")
+
+
+def _chunk_numel(chunk_config_dict: Mapping[int, Mapping[str, Any]] | None) -> int | None:
+    if chunk_config_dict is None:
+        return None
+    try:
+        return int(chunk_config_dict[1]["chunk_size"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"chunk_config_dict must be {{1: {{'chunk_size': elements}}}} for one rank, got {chunk_config_dict!r}"
+        ) from error
+
+
+def _hybrid(optimizer: Optimizer | None) -> HybridAdam | None:
+    if optimizer is None or isinstance(optimizer, HybridAdam):
+        return optimizer
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        return HybridAdam.from_torch(optimizer)  # type: ignore[arg-type]
+    raise TypeError(
+        f"optimizer must be a HybridAdam, torch.optim.Adam or torch.optim.AdamW, got {type(optimizer).__name__}; "
+        "its update must be element-wise to run on chunks"
+    )
+
+
+def _follow(lr_scheduler: Any, old: Any, new: Any) -> None:
+    """Point a scheduler (and those inside it) from one optimizer to another with the same groups."""
+    if getattr(lr_scheduler, "optimizer", None) is old:
+        lr_scheduler.optimizer = new
+    for inner in getattr(lr_scheduler, "_schedulers", ()):
+        _follow(inner, old, new)

@@ -1,0 +1,59 @@
+"""How much each tier may hold: what the user said, or what the tracker found."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .chunk import Tier
+from .config import GeminiConfig
+from .tracker import Budget, device_budget, disk_budget, host_budget
+
+
+@dataclass(frozen=True, slots=True)
+class Capacities:
+    """Bytes per tier, and where each number comes from."""
+
+    device: torch.device
+    """What computes."""
+    unified: bool
+    """DEVICE and HOST are the same RAM, and HOST's number bounds both."""
+    budgets: Mapping[Tier, Budget]
+
+    @property
+    def nbytes(self) -> dict[Tier, int]:
+        return {tier: budget.bytes for tier, budget in self.budgets.items()}
+
+
+def find_capacities(config: GeminiConfig) -> Capacities:
+    """Resolve the capacities of all tiers on this machine."""
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+    unified = not has_cuda and config.device_memory is None
+    host = _said("host_memory", config.host_memory) or host_budget()
+    if config.offload_dir is None:
+        disk = Budget(0, "no offload_dir")
+    else:
+        disk = _said("disk_memory", config.disk_memory) or _free_disk(config)
+    return Capacities(device, unified, {Tier.DEVICE: _device(config, device, host, unified), Tier.HOST: host, Tier.DISK: disk})
+
+
+def _device(config: GeminiConfig, device: torch.device, host: Budget, unified: bool) -> Budget:
+    if unified:
+        return Budget(host.bytes, f"the same RAM as host: {host.source}")
+    said = _said("device_memory", config.device_memory)
+    if said is not None:
+        return said
+    return device_budget(device, config.steady_device_ratio * (1.0 - config.warmup_non_model_ratio))
+
+
+def _said(name: str, nbytes: int | None) -> Budget | None:
+    return None if nbytes is None else Budget(nbytes, f"argument {name}")
+
+
+def _free_disk(config: GeminiConfig) -> Budget:
+    assert config.offload_dir is not None
+    folder = config.offload_dir.absolute()
+    while not folder.exists() and folder != folder.parent:  # it is made when it is first used
+        folder = folder.parent
+    return disk_budget(folder)

@@ -1,0 +1,68 @@
+"""What the user asked for, validated, in one frozen value."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .placement import AutoPlacementPolicy, PlacementPolicy
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeminiConfig:
+    """The options of one boosted model."""
+
+    precision: str = "bf16"
+    """``"bf16"``, ``"fp16"`` or ``"fp32"``: the dtype of full copies and gradients."""
+    policy: PlacementPolicy = field(default_factory=AutoPlacementPolicy)
+    device_memory: int | None = None
+    """Bytes of model data on DEVICE; None finds out. On a box without an accelerator a number emulates one."""
+    host_memory: int | None = None
+    """Bytes of model data in RAM; None finds out."""
+    disk_memory: int | None = None
+    """Bytes on DISK; None takes what is free in ``offload_dir``."""
+    offload_dir: Path | None = None
+    """Folder of the DISK tier; None: there is none."""
+    chunk_numel: int | None = None
+    """Elements a chunk holds; None searches."""
+    search_range: tuple[int, int] | None = None
+    """Chunk sizes to try, in elements; None derives them from the model and the room there is."""
+    search_step: int | None = None
+    """Distance between chunk sizes tried, in elements; None picks one."""
+    max_prefetch: int = 2
+    """How many chunks may be on their way ahead of use."""
+    pin_memory: bool = True
+    """Page-lock the homes on HOST (CUDA only)."""
+    max_norm: float = 0.0
+    """Clip the gradients' 2-norm in every step; 0 for never."""
+    force_outputs_fp32: bool = False
+    steady_device_ratio: float = 0.9
+    """Share of the free device memory that a run may use (CUDA, when ``device_memory`` is None)."""
+    warmup_non_model_ratio: float = 0.5
+    """Share of that kept for activations before they have been measured."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the fp16 loss scaler."""
+    telemetry: bool | Path = True
+    """Write a run's records to the default folder, nowhere, or to this folder."""
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {self.precision!r}")
+        for name in ("device_memory", "host_memory", "disk_memory", "chunk_numel"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.max_prefetch < 0:
+            raise ValueError(f"max_prefetch must be 0 or more, got {self.max_prefetch}")
+        if self.max_norm < 0:
+            raise ValueError(f"max_norm must be 0 (no clipping) or positive, got {self.max_norm}")
+        if self.disk_memory is not None and self.offload_dir is None:
+            raise ValueError("disk_memory is given but there is no disk tier; set offload_dir to a folder as well")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]

@@ -1,0 +1,306 @@
+"""What a boosted `HybridAdam` does: unscale, clip, and hand each chunk's update to the queue."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunk import STATE_ROLES, Chunk, ChunkManager, ChunkState, Communicator, Role, Tier
+from .nn.optimizer import HybridAdam
+from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
+from .runtime import Runtime
+from .scaler import LossScaler
+from .update_queue import ChunkUpdate, Run, UpdateQueue
+
+logger = logging.getLogger(__name__)
+
+_NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+class ChunkedStep:
+    """The optimizer step over chunks (a `ManagedStep`).
+
+    Parameters
+    ----------
+    manager, runtime, queue, communicator
+        Where gradients and states are, who knows the order of use, who updates, who agrees among ranks.
+    scaler
+        The loss scale of fp16; None for dtypes that need none.
+    max_norm
+        Clip the gradients' 2-norm in every step; 0 for never.
+    """
+
+    def __init__(
+        self,
+        manager: ChunkManager,
+        runtime: Runtime,
+        queue: UpdateQueue,
+        communicator: Communicator,
+        scaler: LossScaler | None,
+        max_norm: float,
+    ) -> None:
+        self.manager = manager
+        self.scaler = scaler
+        self.steps: dict[int, int] = {}
+        """id of a parameter -> how many steps it has taken."""
+        self.skipped_steps = 0
+        self.grad_norm: float | None = None
+        """The last norm computed, unscaled."""
+        self._runtime = runtime
+        self._queue = queue
+        self._communicator = communicator
+        self._max_norm = max_norm
+        self._is_scaled = False
+        self._coefficient = 1.0
+
+    # -- backward
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
+        if self.scaler is not None:
+            self._is_scaled = True
+            loss = loss * self.scaler.scale
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._runtime.abort()
+            self.drop_gradients()
+            raise
+
+    def drop_gradients(self) -> None:
+        """After a failed backward: what it left is worth nothing."""
+        self.manager.device.synchronize()
+        for chunk in self.manager.chunks:
+            if chunk.gradient is not None:
+                chunk.gradient.clear()
+        self._coefficient = 1.0
+
+    # -- ManagedStep
+
+    def step(self, optimizer: HybridAdam) -> None:
+        hypers = [AdamHyper.of_group(group) for group in optimizer.param_groups]  # a bad value raises before any change
+        chunks = self._chunks_with_gradients()
+        plain = self._plain_parameters(optimizer)
+        scale = self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
+        self.manager.device.synchronize()
+        if self.scaler is not None or self._max_norm > 0:
+            norm = self._total_norm(chunks, plain, 2.0) / scale
+            self.grad_norm = float(norm)
+            if self.scaler is not None and self._overflowed(norm, chunks):
+                return
+            if self._max_norm > 0:
+                self._coefficient *= _clip_coefficient(norm, self._max_norm)
+        grad_scale = self._coefficient / scale
+        self._coefficient = 1.0
+
+        updates = [self._plan_update(hypers[chunk.layout.group.param_group], chunk, grad_scale) for chunk in chunks]
+        order = self._runtime.use_order()
+        updates.sort(key=lambda update: order[update.chunk.index])
+        for group_index, parameters in plain.items():
+            optimizer.update_parameters(optimizer.param_groups[group_index], parameters, grad_scale)
+        for update, ticket in zip(updates, self._queue.submit(updates), strict=True):
+            update.chunk.update = ticket
+            update.chunk.poison()  # nobody may see half of an update; the next pin or `settle` shows the values again
+        self._runtime.prefetch_next_cycle()
+
+    def _chunks_with_gradients(self) -> list[Chunk]:
+        chunks = [c for c in self.manager.chunks if c.gradient is not None and c.gradient.present]
+        for chunk in chunks:
+            chunk.settle()  # an error of the last step surfaces before anything of this one is changed
+        return chunks
+
+    def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
+        assert self.scaler is not None
+        overflow = bool(self._communicator.agree_max((~torch.isfinite(norm)).float()))
+        before = self.scaler.scale
+        self.scaler.update(overflow)
+        if overflow:
+            self.skipped_steps += 1
+            logger.info(
+                "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
+                self._first_nonfinite(chunks), before, self.scaler.scale,
+            )
+            self._coefficient = 1.0
+        return overflow
+
+    def _first_nonfinite(self, chunks: list[Chunk]) -> str:
+        for chunk in chunks:
+            assert chunk.gradient is not None
+            for position, norm in zip(sorted(chunk.gradient.present), chunk.gradient.norms(), strict=True):
+                if not torch.isfinite(norm):
+                    return chunk.layout.slots[position].name
+        return "a parameter outside of the chunks"
+
+    def _plan_update(self, hyper: AdamHyper, chunk: Chunk, grad_scale: float) -> ChunkUpdate:
+        of_step: dict[int, AdamScalars] = {}
+        runs: list[Run] = []
+        assert chunk.gradient is not None
+        previous = -2
+        for position in sorted(chunk.gradient.present):
+            slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
+            step = self.steps[id(parameter)] = self.steps.get(id(parameter), 0) + 1
+            at_step = of_step.setdefault(step, scalars(hyper, step, grad_scale))
+            if runs and position == previous + 1 and runs[-1].scalars is at_step:
+                runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
+            else:
+                runs.append(Run(slot.offset, slot.stop, at_step))
+            previous = position
+        return ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk))
+
+    def _refreshed(self, chunk: Chunk) -> Tensor | None:
+        """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
+        if chunk.full_is_home or not chunk.is_resident:
+            return None
+        if self.manager.device.is_ram or chunk.homes[Role.MASTER].tier is Tier.DEVICE:
+            if chunk.state is ChunkState.FETCHING:
+                self.manager.pin(chunk)
+                self.manager.unpin(chunk)
+            return chunk.full
+        self.manager.evict(chunk)
+        return None
+
+    def zero_grad(self, optimizer: HybridAdam) -> None:
+        for chunk in self.manager.chunks:
+            if chunk.gradient is not None:
+                chunk.gradient.clear()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        self._is_scaled = False
+        self._coefficient = 1.0
+
+    def add_param_group(self, optimizer: HybridAdam, group: dict[str, Any]) -> None:
+        parameters = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
+        if any(self.manager.find(p) is not None for p in parameters):
+            raise ValueError(
+                "add_param_group after boost: these parameters are in chunks that were packed without optimizer states; "
+                "add the group to the optimizer before booster.boost"
+            )
+        optimizer.register_param_group(group)
+
+    def clip_grad_by_norm(
+        self, optimizer: HybridAdam, max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> Tensor:
+        self.manager.device.synchronize()
+        scale = self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
+        norm = self._total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / scale
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped")
+        self.grad_norm = float(norm)
+        self._coefficient *= _clip_coefficient(norm, max_norm)
+        return norm
+
+    def clip_grad_by_value(self, optimizer: HybridAdam, value: float) -> None:
+        self.manager.device.synchronize()
+        bound = value * (self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0)
+        for chunk in self._chunks_with_gradients():
+            assert chunk.gradient is not None
+            for position in sorted(chunk.gradient.present):
+                chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
+        for parameters in self._plain_parameters(optimizer).values():
+            torch.nn.utils.clip_grad_value_(parameters, bound)
+
+    def state_dict(self, optimizer: HybridAdam) -> dict[str, Any]:
+        groups, states, index = [], {}, 0
+        for group in optimizer.param_groups:
+            packed = {key: value for key, value in group.items() if key != "params"}
+            packed["params"] = list(range(index, index + len(group["params"])))
+            groups.append(packed)
+            for parameter in group["params"]:
+                state = self.state_of(optimizer, parameter)
+                if state:
+                    states[index] = state
+                index += 1
+        return {"state": states, "param_groups": groups}
+
+    def state_of(self, optimizer: HybridAdam, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of one parameter in torch's layout, on CPU; empty before its first step."""
+        if self.manager.find(parameter) is None:
+            return dict(optimizer.state.get(parameter, {}))
+        steps = self.steps.get(id(parameter), 0)
+        if steps == 0:
+            return {}
+        return {
+            "step": torch.tensor(float(steps)),
+            "exp_avg": self.manager.read(parameter, Role.EXP_AVG),
+            "exp_avg_sq": self.manager.read(parameter, Role.EXP_AVG_SQ),
+        }
+
+    def load_state_of(self, optimizer: HybridAdam, parameter: Tensor, state: dict[str, Tensor]) -> None:
+        """Put one parameter's state (torch's layout) where it belongs."""
+        if self.manager.find(parameter) is None:
+            optimizer.state[parameter] = {
+                key: torch.as_tensor(value).to(parameter.device if key != "step" else "cpu", copy=True) for key, value in state.items()
+            }
+            return
+        self.steps[id(parameter)] = int(state["step"])
+        self.manager.write(parameter, Role.EXP_AVG, state["exp_avg"])
+        self.manager.write(parameter, Role.EXP_AVG_SQ, state["exp_avg_sq"])
+        if "master" in state:
+            self.manager.write(parameter, Role.MASTER, state["master"])
+
+    def load_state_dict(self, optimizer: HybridAdam, state_dict: dict[str, Any]) -> None:
+        saved_groups = state_dict["param_groups"]
+        check_groups(optimizer, saved_groups, state_dict["state"])
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                if index in state_dict["state"]:
+                    self.load_state_of(optimizer, parameter, state_dict["state"][index])
+
+    # -- helpers
+
+    def _plain_parameters(self, optimizer: HybridAdam) -> dict[int, list[Tensor]]:
+        """Parameters with a gradient that are in no chunk (fp64, say), by group."""
+        return {
+            i: parameters
+            for i, group in enumerate(optimizer.param_groups)
+            if (parameters := [p for p in group["params"] if p.grad is not None and self.manager.find(p) is None])
+        }
+
+    def _total_norm(self, chunks: list[Chunk], plain: dict[int, list[Tensor]], norm_type: float) -> Tensor:
+        norms = list(self._norms(chunks, plain, norm_type))
+        return torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros(())
+
+    def _norms(self, chunks: list[Chunk], plain: dict[int, list[Tensor]], norm_type: float) -> Iterator[Tensor]:
+        # One norm a parameter, then the norm of the norms, in the order of the parameters: as torch does it.
+        found: list[tuple[int, Tensor]] = []
+        for chunk in chunks:
+            assert chunk.gradient is not None
+            keys = [chunk.layout.slots[position].key for position in sorted(chunk.gradient.present)]
+            found += zip(keys, chunk.gradient.norms(norm_type), strict=True)
+        yield from (norm for _, norm in sorted(found, key=lambda item: item[0]))
+        for parameters in plain.values():
+            for parameter in parameters:
+                assert parameter.grad is not None
+                yield torch.linalg.vector_norm(parameter.grad, norm_type, dtype=torch.float32).cpu()
+
+
+def check_groups(optimizer: HybridAdam, saved_groups: list[dict[str, Any]], states: dict[int, Any]) -> None:
+    """Compare a saved state with the optimizer before anything is changed.
+
+    Raises
+    ------
+    ValueError
+        If the groups or shapes differ, or an option is not supported; all in one message.
+    """
+    ours, theirs = [len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in saved_groups]
+    if ours != theirs:
+        raise ValueError(f"the saved optimizer has groups of {theirs} parameters, this one has groups of {ours}")
+    faults = [f"{option}=True" for group in saved_groups for option in ("amsgrad", "maximize") if group.get(option)]
+    if faults:
+        raise ValueError(f"the saved optimizer uses {', '.join(faults)}, which HybridAdam does not support")
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        for parameter, index in zip(group["params"], saved["params"], strict=True):
+            for role in STATE_ROLES[1:]:
+                value = states.get(index, {}).get(role.value)
+                if value is not None and tuple(value.shape) != tuple(parameter.shape):
+                    faults.append(f"{role.value} of parameter {index}: saved {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+    if faults:
+        raise ValueError("the saved optimizer does not fit: " + "; ".join(faults))
+
+
+def _clip_coefficient(norm: Tensor, max_norm: float) -> float:
+    return float((max_norm / (norm + _NORM_EPS)).clamp(max=1.0))

@@ -1,0 +1,105 @@
+"""What a boosted model can do besides what it could before."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .stats import summary
+
+if TYPE_CHECKING:
+    from .boost import Boosted
+
+
+class GeminiModule(nn.Module):
+    """Mixed into the class of a boosted model; the object, its attributes, hooks and names stay the user's.
+
+    Parameters are readable through the model's accessors (`named_parameters`, `state_dict`, `gemini.named_tensors`).
+    A parameter whose chunk is not on DEVICE reads as NaN when it is reached in another way.
+    """
+
+    _gemini: "Boosted"
+
+    def memory_stats(self) -> dict[str, int | float]:
+        """Bytes, counts and seconds as a flat dict, for loggers; `memory_summary` explains them in words."""
+        return self._gemini.stats()
+
+    def memory_summary(self) -> str:
+        """The statistics as a table, for people."""
+        return summary(self._gemini.stats())
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._gemini.manager.settle()
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Gather every parameter (fp32 master where there is one) and buffer on CPU, ties under each of their names.
+
+        This holds the whole model in RAM; `gemini.named_tensors` and `booster.save_model` do not.
+        """
+        from .checkpoint import full_state_dict
+
+        return full_state_dict(self, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy values into the homes (masters, then full copies made anew). ``assign`` makes no difference."""
+        from .checkpoint import load_named
+
+        return load_named(self, state_dict, strict)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GeminiModule":
+        raise RuntimeError(
+            "a boosted model cannot be moved or converted with .to(), .cuda(), .half() and the like: its chunks decide "
+            "where parameters are. Convert before booster.boost, or choose GeminiPlugin(precision=...)"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError(
+            "a boosted model cannot be copied: its parameters live in chunks. Build a second model and load "
+            "model.state_dict() into it"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(
+            "a boosted model cannot be pickled: its parameters live in chunks. Save it with booster.save_model, "
+            "or pickle model.state_dict()"
+        )
+
+
+def boosted(model: nn.Module) -> "Boosted":
+    """The manager's side of a boosted model.
+
+    Raises
+    ------
+    TypeError
+        If the model has not been through `Booster.boost`.
+    """
+    if not isinstance(model, GeminiModule):
+        raise TypeError(f"expected a model that booster.boost returned, got a plain {type(model).__name__}")
+    return model._gemini
+
+
+def mix_in(model: nn.Module) -> None:
+    """Make ``model`` a `GeminiModule` in place, keeping the name of its class (it is written into checkpoints)."""
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (GeminiModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def original_class(model: nn.Module) -> type[nn.Module]:
+    """The user's class of a boosted model."""
+    return type(model).__mro__[2] if isinstance(model, GeminiModule) else type(model)
+
+
+def full_names(model: nn.Module) -> "OrderedDict[str, Tensor]":
+    """Every parameter and persistent buffer by name, ties under each of their names, in ``state_dict``'s order."""
+    found: OrderedDict[str, Tensor] = OrderedDict()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[dot + name] = parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[dot + name] = buffer
+    return found

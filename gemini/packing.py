@@ -1,0 +1,225 @@
+"""From parameters to a placed set of chunks: the decisions of `boost`, before anything is changed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .capacity import Capacities
+from .chunk import FETCH_WORKERS, ChunkLayout, ChunkPlan, ChunkSearch, Role, TensorSpec, Tier, pack, search_chunk_numel
+from .chunk.search import bounds
+from .config import GeminiConfig
+from .errors import OutOfMemory
+from .placement import ChunkNeed, DoesNotFit, Placement, Room, place
+from .sizes import format_bytes
+from .units import nested_chunks
+from .update_queue import BLOCK_SETS, UPDATE_ROLES
+
+MANAGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_BLOCK_NUMEL = 4096
+LARGEST_BLOCK_NUMEL = 1 << 20
+"""4 MiB in fp32: past the latency of any disk, and three blocks of four roles are still only 48 MiB."""
+STAGING_SHARE = 8
+"""Staging takes at most one part in so many of the HOST capacity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters of different groups do not share a chunk."""
+
+    param_group: int
+    """Index of the optimizer's group; -1 without one."""
+    trainable: bool
+    """Has a gradient and optimizer states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """The decision."""
+
+    parameters: tuple[nn.Parameter, ...]
+    """The managed ones; a slot's ``key`` is an index into these."""
+    plans: tuple[ChunkPlan, ...]
+    search: ChunkSearch
+    placement: Placement
+    staging_block_numel: int
+    """0 where nothing is on DISK."""
+
+
+def managed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that chunks can hold, each once, by name: dense floating-point ones of up to 32 bits."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in MANAGED_DTYPES and parameter.layout is torch.strided
+    }
+
+
+def decide(
+    model: nn.Module, param_groups: Sequence[Mapping[str, object]], config: GeminiConfig, capacities: Capacities
+) -> Packing:
+    """Choose the chunk size, pack, and place. Changes nothing.
+
+    Parameters
+    ----------
+    param_groups
+        Of the optimizer; empty without one (nothing is trainable then).
+
+    Raises
+    ------
+    OutOfMemory
+        If the tiers together are too small, or DEVICE is too small for one unit. The message says what to change.
+    """
+    named = managed_parameters(model)
+    group_of = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}  # type: ignore[attr-defined]
+    specs = []
+    for name, parameter in named.items():
+        group = group_of.get(id(parameter), -1)
+        trainable = parameter.requires_grad and group >= 0
+        specs.append(TensorSpec(name, tuple(parameter.shape), _dense_stride(parameter), Group(group if trainable else -1, trainable)))
+    search = _chunk_size(config, capacities, [spec.numel for spec in specs])
+    layouts = pack(specs, search.numel)
+    parameters = tuple(named.values())
+    units = _units(model, layouts, parameters)
+    block = _staging_block(layouts, capacities)
+    placement = _place(layouts, units, config, capacities, _staging_bytes(block))
+    plans = tuple(
+        ChunkPlan(layout, homes, config.compute_dtype) for layout, homes in zip(layouts, placement.homes, strict=True)
+    )
+    return Packing(parameters, plans, search, placement, block if placement.uses_disk else 0)
+
+
+def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's own strides where they are a permutation of contiguous ones (channels_last), else contiguous."""
+    expected = 1
+    for size, stride in sorted(zip(parameter.shape, parameter.stride(), strict=True), key=lambda d: (d[1], d[0])):
+        if size != 1 and stride != expected:
+            return torch.empty(parameter.shape, device="meta").stride()
+        expected *= size
+    return tuple(parameter.stride())
+
+
+def _chunk_size(config: GeminiConfig, capacities: Capacities, sizes: list[int]) -> ChunkSearch:
+    if config.chunk_numel is not None:
+        return ChunkSearch(config.chunk_numel, 0.0)
+    room = capacities.nbytes[Tier.DEVICE] // config.compute_dtype.itemsize
+    if capacities.unified:
+        room //= 4  # most of this RAM is for homes
+    low, high = config.search_range or bounds(sizes, room)
+    return search_chunk_numel(sizes, low, high, config.search_step)
+
+
+def _units(
+    model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[nn.Parameter]
+) -> list[tuple[str, frozenset[int]]]:
+    chunk_of = {id(parameters[slot.key]): layout.index for layout in layouts for slot in layout.slots}
+    owned = {
+        module: frozenset(chunk_of[id(p)] for p in module.parameters(recurse=False) if id(p) in chunk_of)
+        for module in model.modules()
+    }
+    return nested_chunks(model, owned)
+
+
+def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities) -> int:
+    largest = max((layout.numel for layout in layouts), default=0)
+    affordable = capacities.nbytes[Tier.HOST] // STAGING_SHARE // _staging_bytes(1)
+    return max(min(largest, affordable, LARGEST_BLOCK_NUMEL) // 1024 * 1024, SMALLEST_BLOCK_NUMEL)
+
+
+def _staging_bytes(block_numel: int) -> int:
+    return (FETCH_WORKERS + BLOCK_SETS * len(UPDATE_ROLES)) * block_numel * 4
+
+
+def _need(layout: ChunkLayout, compute_dtype: torch.dtype) -> ChunkNeed:
+    low = layout.numel * compute_dtype.itemsize
+    if not layout.group.trainable:  # type: ignore[attr-defined]
+        return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
+    full = layout.numel * 4
+    roles = {Role.MASTER: full, Role.EXP_AVG: full, Role.EXP_AVG_SQ: full, Role.GRADIENT: low}
+    return ChunkNeed(roles=roles, full_nbytes=low)
+
+
+def _place(
+    layouts: Sequence[ChunkLayout],
+    units: list[tuple[str, frozenset[int]]],
+    config: GeminiConfig,
+    capacities: Capacities,
+    staging_bytes: int,
+) -> Placement:
+    """Place homes around a ring for full copies, as large as prefetching likes, or as small as the units allow."""
+    needs = [_need(layout, config.compute_dtype) for layout in layouts]
+    largest = max((need.full_nbytes for need in needs), default=0)
+
+    def ring(placement: Placement | None, ahead: int) -> tuple[str, int]:
+        """The unit that needs most room for full copies, given which of them are homes."""
+        copies = [need.full_nbytes for need in needs]
+        if placement is not None:
+            for i, homes in enumerate(placement.homes):
+                if _full_is_home(layouts[i], homes, config, capacities):
+                    copies[i] = 0
+        name, nbytes = max(
+            ((name, sum(copies[i] for i in chunks)) for name, chunks in units), key=lambda u: u[1], default=("", 0)
+        )
+        return name, min(nbytes + ahead * largest, sum(copies)) if nbytes else 0
+
+    def attempt(ring_bytes: int) -> Placement:
+        room = Room(
+            capacities=capacities.nbytes, unified=capacities.unified, ring_bytes=ring_bytes, staging_bytes=staging_bytes
+        )
+        return place(needs, room, config.policy)
+
+    name, least = ring(None, 0)
+    if not capacities.unified and least > capacities.nbytes[Tier.DEVICE]:
+        raise _unit_too_large(name, least, capacities)
+    # A ring of nothing may do: where each home is the full copy, nothing streams.
+    sizes = (0, *(ring(None, ahead)[1] for ahead in (config.max_prefetch, 1, 0)))
+    fault: DoesNotFit | None = None
+    for ring_bytes in sizes:
+        if ring_bytes > capacities.nbytes[Tier.DEVICE]:
+            continue
+        try:
+            placement = attempt(ring_bytes)
+        except DoesNotFit as error:
+            fault = error
+            continue
+        if ring(placement, 0)[1] <= ring_bytes:
+            return placement
+    if fault is None:
+        raise _unit_too_large(name, least, capacities)
+    raise _too_small(sum(sum(need.roles.values()) for need in needs), fault.missing_bytes, capacities)
+
+
+def _full_is_home(
+    layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, capacities: Capacities
+) -> bool:
+    tier = homes[Role.MASTER]
+    in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and capacities.unified)
+    return in_reach and (config.precision == "fp32" or not layout.group.trainable)  # type: ignore[attr-defined]
+
+
+def _unit_too_large(name: str, nbytes: int, capacities: Capacities) -> OutOfMemory:
+    tier = Tier.HOST if capacities.unified else Tier.DEVICE
+    budget = capacities.budgets[tier]
+    return OutOfMemory(
+        f"{tier.value} tier out of memory. Unit {name!r} alone needs {format_bytes(nbytes)} of parameters at once, "
+        f"{tier.value}_memory is {format_bytes(budget.bytes)} ({budget.source}); "
+        f"set {tier.value}_memory to {nbytes} bytes or more, or make chunks smaller (chunk_config_dict)"
+    )
+
+
+def _too_small(total: int, missing: int, capacities: Capacities) -> OutOfMemory:
+    budgets = capacities.budgets
+    tiers = (Tier.HOST, Tier.DISK) if capacities.unified else tuple(Tier)
+    have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in tiers)
+    if budgets[Tier.DISK].bytes == 0:
+        remedy = (
+            f"give a folder with {format_bytes(missing)} or more free: GeminiPlugin(offload_dir=...), "
+            f"or set host_memory to {budgets[Tier.HOST].bytes + missing} bytes or more"
+        )
+    else:
+        remedy = f"set disk_memory to {budgets[Tier.DISK].bytes + missing} bytes or more, or raise host_memory by {format_bytes(missing)}"
+    return OutOfMemory(
+        f"all tiers out of memory. The model data need {format_bytes(total)} and room to work; "
+        f"there are {have}; {format_bytes(missing)} have no place; {remedy}"
+    )

@@ -1,0 +1,214 @@
+"""The orchestrator: applies the plan as units enter and leave, and keeps working when a step leaves the plan."""
+
+import time
+from collections.abc import Sequence
+
+from .chunk import Chunk, ChunkManager, ChunkState, Tier
+from .planner import Actions, Schedule, plan
+from .trace import Moment, Phase, TraceRecorder
+from .tracker import NonModelMeter
+from .units import Visit
+
+
+class Cycle:
+    """Where the current forward (and backward) stands against the plan of its kind.
+
+    A kind of cycle (with gradients, without) has its own trace and schedule. A cycle that leaves its plan goes on
+    without one, and its recording becomes the next plan.
+    """
+
+    def __init__(self) -> None:
+        self.schedules: dict[bool, Schedule] = {}
+        self.with_gradients = False
+        self._recorder = TraceRecorder()
+        self._position = 0
+        self._schedule: Schedule | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """True while the current kind of cycle has no plan yet: this is its warm-up."""
+        return self.with_gradients not in self.schedules
+
+    def advance(self, moment: Moment) -> Actions | None:
+        """Record a moment; its actions, if the cycle is on plan."""
+        self._recorder.add(moment)
+        schedule, position = self._schedule, self._position
+        if schedule is None:
+            return None
+        self._position += 1
+        expected = schedule.trace.moments[position] if position < len(schedule.trace.moments) else None
+        if expected != moment:
+            self._schedule = None
+            return None
+        return schedule.actions[position]
+
+    def restart(self, with_gradients: bool, nbytes: dict[int, int], capacity_bytes: int, depth: int) -> None:
+        """The next cycle begins: turn what was recorded into a plan if it differs from the one there is."""
+        trace = self._recorder.take()
+        known = self.schedules.get(self.with_gradients)
+        complete = not self.with_gradients or any(m.phase is Phase.BACKWARD for m in trace.moments)
+        if complete and trace.moments and (known is None or known.trace != trace):
+            try:
+                self.schedules[self.with_gradients] = plan(trace, nbytes, capacity_bytes, depth)
+            except ValueError:  # a moment outgrew the device since; fetching on demand will say so, or manage
+                self.schedules.pop(self.with_gradients, None)
+        self.with_gradients = with_gradients
+        self._schedule = self.schedules.get(with_gradients)
+        self._position = 0
+
+
+class Runtime:
+    """Brings chunks before units run and lets them go after.
+
+    Parameters
+    ----------
+    manager
+        The chunks.
+    depth
+        How many chunks may be on their way ahead of use.
+    meter
+        Samples the non-model data at each moment of a warm-up cycle.
+    """
+
+    def __init__(self, manager: ChunkManager, depth: int, meter: NonModelMeter) -> None:
+        self.manager = manager
+        self.cycle = Cycle()
+        self.depth = depth
+        self.stall_seconds = 0.0
+        self._meter = meter
+        self.full_capacity_bytes = manager.ledger.free(Tier.DEVICE)
+        self._open: dict[Visit, None] = {}
+        self._backward_visits: dict[int, list[Visit]] = {}
+
+    # -- units
+
+    def enter(self, visit: Visit, phase: Phase) -> None:
+        """Have the unit's chunks on DEVICE and pinned.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            If that is impossible; nothing of this visit stays pinned then.
+        """
+        if visit.is_open:
+            return
+        chunks = visit.unit.chunks
+        in_use = frozenset(c.index for group in (chunks, *(v.pinned for v in self._open)) for c in group)
+        actions = self.cycle.advance(Moment(visit.unit.index, phase, in_use)) or Actions()
+        if self.cycle.is_first:
+            self._meter.sample(self._model_bytes())
+        visit.is_open = True
+        self._open[visit] = None
+        try:
+            self._evict(actions.evict)
+            for chunk in chunks:
+                if chunk.state is ChunkState.HOME:
+                    self.manager.fetch(chunk)
+                # Pin at once what is there: the next fetch must not evict it.
+                if chunk.state is not ChunkState.FETCHING:
+                    self._pin(chunk, visit)
+            self._prefetch(actions.prefetch)
+            for chunk in chunks:
+                if chunk not in visit.pinned:
+                    self._pin(chunk, visit)
+        except BaseException:
+            self.leave(visit)
+            raise
+
+    def leave(self, visit: Visit) -> None:
+        """Let the unit's chunks go. Idempotent: a recomputation and the end of backward may both say so."""
+        if not visit.is_open:
+            return
+        visit.is_open = False
+        del self._open[visit]
+        for chunk in visit.pinned:
+            self.manager.unpin(chunk)
+        visit.pinned.clear()
+
+    def add_to_open(self, visit: Visit, chunks: Sequence[Chunk]) -> None:
+        """Bring chunks that an open (or new) visit turned out to need; its unit lists them already."""
+        if visit.is_open:
+            for chunk in chunks:
+                self.manager.fetch(chunk)
+                self._pin(chunk, visit)
+        else:
+            self.enter(visit, Phase.FORWARD)
+
+    def _model_bytes(self) -> int:
+        """What the model data have grown by since boost: full copies, and the gradients there are."""
+        gradients = sum(
+            slot.numel * chunk.gradient.buffer.dtype.itemsize
+            for chunk in self.manager.chunks
+            if chunk.gradient is not None and chunk.gradient.buffer.tensor is not None
+            for position, slot in enumerate(chunk.layout.slots)
+            if position in chunk.gradient.present
+        )
+        return gradients + sum(c.full_nbytes for c in self.manager.chunks if c.is_resident)
+
+    def _pin(self, chunk: Chunk, visit: Visit) -> None:
+        waits = chunk.update is not None or chunk.state is ChunkState.FETCHING
+        begin = time.perf_counter() if waits else 0.0
+        self.manager.pin(chunk)
+        if waits:
+            self.stall_seconds += time.perf_counter() - begin
+        visit.pinned.append(chunk)
+
+    def _evict(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            chunk = self.manager.chunks[index]
+            if chunk.state is ChunkState.READY:
+                self.manager.evict(chunk)
+
+    def _prefetch(self, indices: Sequence[int]) -> None:
+        for index in indices:
+            chunk = self.manager.chunks[index]
+            if chunk.state is ChunkState.HOME and self.manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
+                self.manager.fetch(chunk, background=True)
+
+    # -- cycles
+
+    def begin_forward(self, with_gradients: bool) -> None:
+        """The model's forward begins, outside of any backward: a new cycle of the clock."""
+        nbytes = {c.index: c.full_nbytes for c in self.manager.chunks if not c.full_is_home}
+        self.cycle.restart(with_gradients, nbytes, self.full_capacity_bytes, self.depth)
+
+    def prefetch_next_cycle(self) -> None:
+        """Start the first fetches of the next training cycle behind the optimizer's updates."""
+        schedule = self.cycle.schedules.get(True)
+        if schedule is not None:
+            self._prefetch(schedule.prologue)
+
+    def use_order(self) -> dict[int, int]:
+        """Chunk index -> rank in the order of first use in a training cycle (by index while unknown)."""
+        schedule = self.cycle.schedules.get(True)
+        used = schedule.trace.first_uses() if schedule is not None else ()
+        order = dict.fromkeys((*used, *(c.index for c in self.manager.chunks)))
+        return {index: rank for rank, index in enumerate(order)}
+
+    # -- backward
+
+    @property
+    def is_in_backward(self) -> bool:
+        """True from the first unit of a backward to its end, and after a backward that never ended."""
+        return bool(self._backward_visits)
+
+    @property
+    def has_open_visits(self) -> bool:
+        return bool(self._open)
+
+    def join_backward(self, task: int, visit: Visit) -> bool:
+        """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
+        is_first = task not in self._backward_visits
+        self._backward_visits.setdefault(task, []).append(visit)
+        return is_first
+
+    def end_backward(self, task: int) -> None:
+        """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
+        for visit in self._backward_visits.pop(task, ()):
+            self.leave(visit)
+
+    def abort(self) -> None:
+        """After an exception in user code: close every visit, so that no pin is left."""
+        self._backward_visits.clear()
+        for visit in list(self._open):
+            self.leave(visit)

@@ -1,0 +1,48 @@
+"""Dynamic loss scale for fp16."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class LossScaler:
+    """Grows the scale while gradients stay finite, backs off when they overflow (ColossalAI's parameters)."""
+
+    scale: float = 2.0**16
+    min_scale: float = 1.0
+    max_scale: float = 2.0**32
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 1000
+    """Finite steps in a row before the scale grows."""
+    hysteresis: int = 2
+    """Overflows in a row that are tolerated before the scale backs off is one less than this."""
+    good_steps: int = 0
+    overflows: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_scale <= self.scale <= self.max_scale:
+            raise ValueError(f"expected 0 < min_scale <= initial_scale <= max_scale, got {self.min_scale}, {self.scale}, {self.max_scale}")
+        if self.growth_factor < 1.0 or not 0.0 < self.backoff_factor < 1.0:
+            raise ValueError(f"expected growth_factor >= 1 and 0 < backoff_factor < 1, got {self.growth_factor}, {self.backoff_factor}")
+
+    def update(self, overflow: bool) -> None:
+        """Adapt to one step."""
+        if overflow:
+            self.good_steps = 0
+            self.overflows += 1
+            if self.overflows >= self.hysteresis:
+                self.scale = max(self.scale * self.backoff_factor, self.min_scale)
+            return
+        self.overflows = 0
+        self.good_steps += 1
+        if self.good_steps >= self.growth_interval:
+            self.good_steps = 0
+            self.scale = min(self.scale * self.growth_factor, self.max_scale)
+
+    def state_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

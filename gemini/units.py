@@ -1,0 +1,88 @@
+"""Units: the modules whose forward brackets the uses of their parameters."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .chunk import Chunk, ChunkManager
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """A module and the chunks that must be on DEVICE while it runs."""
+
+    index: int
+    name: str
+    module: nn.Module
+    chunks: tuple[Chunk, ...]
+    visits: list["Visit"] = field(default_factory=list)
+    """Forward calls under way, innermost last."""
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One call of a unit; backward sees the same object again."""
+
+    unit: Unit
+    is_open: bool = False
+    pinned: list[Chunk] = field(default_factory=list)
+    """What this visit holds; not ``unit.chunks``, which may grow while the visit is open."""
+    input_nodes: tuple[object, ...] = ()
+    """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
+
+
+class Units:
+    """The units of a model, growing when a parameter is seen in use outside of its own."""
+
+    def __init__(self, model: nn.Module, manager: ChunkManager) -> None:
+        self._manager = manager
+        self._names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+        self.all: list[Unit] = []
+        self.of: dict[nn.Module, Unit] = {}
+        for module in model.modules():
+            chunks = self.chunks_of(module.parameters(recurse=False))
+            if chunks:
+                self._add(module, chunks)
+
+    def chunks_of(self, parameters: "object") -> tuple[Chunk, ...]:
+        """The chunks that hold these parameters, in chunk order; unmanaged ones are left out."""
+        found = {}
+        for parameter in parameters:  # type: ignore[attr-defined]
+            place = self._manager.find(parameter)
+            if place is not None:
+                found[place[0].index] = place[0]
+        return tuple(found[i] for i in sorted(found))
+
+    def extend(self, module: nn.Module, parameter: Tensor) -> tuple[Unit, bool]:
+        """Make ``module`` bracket ``parameter`` too; True if it was no unit before."""
+        unit = self.of.get(module)
+        is_new = unit is None
+        if unit is None:
+            unit = self._add(module, ())
+        chunks = {chunk.index: chunk for chunk in (*unit.chunks, *self.chunks_of([parameter]))}
+        unit.chunks = tuple(chunks[i] for i in sorted(chunks))
+        return unit, is_new
+
+    def _add(self, module: nn.Module, chunks: tuple[Chunk, ...]) -> Unit:
+        unit = Unit(len(self.all), self._names.get(module, type(module).__name__), module, chunks)
+        self.all.append(unit)
+        self.of[module] = unit
+        return unit
+
+
+def nested_chunks(model: nn.Module, chunks_of_module: "dict[nn.Module, frozenset[int]]") -> list[tuple[str, frozenset[int]]]:
+    """For each unit, by name, the chunks in use while it runs: its own and those of the units around it.
+
+    ``chunks_of_module`` maps modules to the chunks of the parameters that they own directly.
+    """
+    found = []
+
+    def walk(module: nn.Module, name: str, outer: frozenset[int]) -> None:
+        own = chunks_of_module.get(module, frozenset())
+        if own:
+            found.append((name, outer | own))
+        for child_name, child in module.named_children():
+            walk(child, f"{name}.{child_name}".lstrip("."), outer | own)
+
+    walk(model, "", frozenset())
+    return found
