@@ -14,8 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .device import check_device, check_requested_device
 from .materialize import materialize
-from .record import check_device, dispatch, is_composite
+from .record import dispatch, is_composite
 from .tape import Tape
 from .tensor import LazyTensor, _set_data, assign_data
 
@@ -131,8 +132,7 @@ class _FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if kwargs.get("device") is not None and isinstance(kwargs["device"], str | torch.device):
-            check_device(torch.device(kwargs["device"]))
+        check_requested_device(func, args, kwargs)
         if func == _set_data and isinstance(args[1], LazyTensor):
             return assign_data(args[0], args[1])
         return func(*args, **kwargs)

@@ -83,7 +83,7 @@ def _materialize_tape(tape: Tape, lazies: list[LazyTensor], sink: Sink | None) -
     advance = [generator for generator in before if tape.generators.untouched(generator)]
     try:
         with undisturbed(tape):
-            Replay(tape, values, deliver, advance).run()
+            Replay(tape, values, deliver, advance, transient=sink is not None).run()
         for generator in advance:
             del before[generator]
     finally:

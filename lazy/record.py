@@ -13,7 +13,7 @@ What is recorded, what is run at once and what is refused:
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from gemini.errors import LazyInitError
 
+from .device import check_device
 from .replay import generator_state, read_values
 from .rng import SeedPoint, default_generator
 from .tape import Kind, Record, Storage, Tape, Value, describe
@@ -112,25 +113,13 @@ def recording(tape: Tape) -> bool:
     return active_tape() is not None
 
 
-@lru_cache(maxsize=64)
-def check_device(device: torch.device) -> None:
-    """Raise ValueError unless tensors can live on `device`."""
-    if device.type in ("cpu", "meta"):
-        return
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} is not usable on this machine ({str(error).splitlines()[0]}); "
-                         "use default_device='cpu' or leave it out") from error  # fmt: skip
-
-
-@lru_cache(maxsize=None)
+@cache
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     arguments = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_composite(func: Any) -> bool:
     """Whether torch itself would take the op apart before it reaches a backend; we sit below autograd, where it usually does."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .liveness import Plan, Role, plan_replay, touched
+from .memory import Scratchpad, empty
 from .rng import SeedPoint
 from .tape import Kind, Record, Storage, Tape, Value
 
@@ -37,16 +38,26 @@ class Replay:
         gives the real views. The storage is let go of right after.
     advance : iterable of torch.Generator
         See :func:`plan_replay`.
+    transient : bool
+        Whether values are freed soon after they have been delivered.
     """
 
     def __init__(
-        self, tape: Tape, targets: list[Value], deliver: Deliver, advance: Iterable[torch.Generator] = ()
+        self,
+        tape: Tape,
+        targets: list[Value],
+        deliver: Deliver,
+        advance: Iterable[torch.Generator] = (),
+        *,
+        transient: bool = False,
     ) -> None:
         self._records = tape.records
         self._plan: Plan = plan_replay(self._records, targets, advance)
         self._uses = self._plan.uses
         self._targets = dict.fromkeys(value.storage for value in targets)
         self._deliver = deliver
+        self._transient = transient
+        self._scratchpad = Scratchpad()
         self._live: dict[Storage, dict[Value, Tensor]] = {}
         self._ran: set[int] = set()
         self._after: dict[int, list[int]] = {}
@@ -141,8 +152,7 @@ class Replay:
             self._uses[value.storage] -= 1
         else:  # its content is dead, the memory is not
             assert self._plan.roles.get(index) is not Role.RUN, "a record ran before the one that makes its input"
-            fresh = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
-            self._live.setdefault(value.storage, {})[value] = fresh
+            self._live.setdefault(value.storage, {})[value] = empty(value, transient=self._transient)
         return self._live[value.storage][value]
 
     def _release(self, storage: Storage) -> None:
@@ -153,8 +163,7 @@ class Replay:
 
     def _scratch(self, record: Record) -> None:
         assert record.call is not None and record.scratch is not None
-        value = record.scratch
-        scratch = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
+        scratch = self._scratchpad.empty(record.scratch)
         args, kwargs = tree_map(lambda leaf: scratch if isinstance(leaf, Value) else leaf, (record.args, record.kwargs))
         record.call(*args, **kwargs)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gemini.errors import LazyInitError
 
+from .device import check_requested_device
 from .tape import Tape, Value
 
 REMEDY = "make the model real first with LazyInitContext.materialize(model) or booster.boost(model, ...)"
@@ -54,6 +55,7 @@ class LazyTensor(torch.Tensor):
     ) -> Any:
         if func == _set_data:
             return assign_data(*args)
+        check_requested_device(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowADInplaceOrView():  # type: ignore[attr-defined]
             return func(*args, **(kwargs or {}))
 

@@ -220,8 +220,8 @@ def test_a_failing_sink_leaves_a_model_that_can_be_materialised_again():
 
 def test_a_lazy_model_that_is_dropped_takes_its_tape_with_it():
     with LazyInitContext():
-        model = nn.Transformer(16, 2, 1, 1, 32)
-    tape = weakref.ref(model.encoder.norm.weight._lazy.tape)
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    tape = weakref.ref(model.layers[0].norm1.weight._lazy.tape)
     del model
     gc.collect()
     assert tape() is None
