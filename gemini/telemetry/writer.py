@@ -102,12 +102,17 @@ class TelemetryWriter:
         channel.pending = None
         channel.put("step", {"stats": dict(stats)})
 
-    def close(self, status: str = "finished", summary: Stats | None = None) -> None:
-        """Write the end record and wait for the thread, two seconds at most. Only the first call counts."""
+    def close(self, status: str | None = None, summary: Stats | None = None) -> None:
+        """Write the end record and wait for the thread, two seconds at most. Only the first call counts.
+
+        ``status`` is ``"finished"`` or ``"crashed"``. None means finished, unless an uncaught exception is ending the
+        interpreter, so this may be called by an exit handler without knowing how the script ended.
+        """
         if self._channel is None or os.getpid() != self._pid:
             return
         self._finalizer.detach()
-        self._channel.request_end(status, summary)
+        found, error = _outcome()
+        self._channel.request_end(status or found, summary, error if status is None else None)
         self._channel.join()
 
 
@@ -236,16 +241,22 @@ def _open_channel(run_dir: Path | None, rank: int, facts: dict[str, Any]) -> _Ch
     return channel
 
 
-def _end_all_at_exit() -> None:
-    """A script that ran to its end has finished; one that an exception ended has crashed. atexit runs after both.
+def _outcome() -> tuple[str, str | None]:
+    """A script that ran to its end has finished; one that an exception ended has crashed. Exit handlers run after both.
 
-    The interpreter leaves an uncaught exception in ``sys.last_value``. In an interactive session that may be any
-    earlier mistake, so there it says nothing.
+    The interpreter leaves an uncaught exception in ``sys.last_value``. Before its end, and in an interactive session,
+    that may be any earlier mistake and says nothing. The main thread is marked as ended before exit handlers run.
     """
-    error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
-    text = f"{type(error).__name__}: {error}"[:500] if error is not None else None
+    error = getattr(sys, "last_value", None)
+    if error is None or hasattr(sys, "ps1") or threading.main_thread().is_alive():
+        return "finished", None
+    return "crashed", f"{type(error).__name__}: {error}"[:500]
+
+
+def _end_all_at_exit() -> None:
+    status, error = _outcome()
     for channel in list(_live.values()):
-        channel.request_end("finished" if error is None else "crashed", None, text)
+        channel.request_end(status, None, error)
     for channel in list(_live.values()):
         channel.join()
 

@@ -130,6 +130,12 @@ def test_a_collected_writer_has_finished() -> None:
         ("pass", RunStatus.FINISHED, ""),
         ("sys.exit(3)", RunStatus.FINISHED, ""),
         ("raise ValueError('no data')", RunStatus.CRASHED, "ValueError: no data"),
+        (
+            "import atexit; atexit.register(w.close); raise ValueError('no data')",
+            RunStatus.CRASHED,
+            "ValueError: no data",
+        ),
+        ("sys.last_value = ValueError('earlier'); w.close()", RunStatus.FINISHED, ""),
         ("os._exit(0)", RunStatus.CRASHED, "its process is gone and wrote no end"),
         ("os.kill(os.getpid(), signal.SIGKILL)", RunStatus.CRASHED, "its process is gone and wrote no end"),
     ],
