@@ -130,12 +130,13 @@ def _compiled() -> Callable[..., None]:
 _kernel = _compiled()
 
 
+_ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.uint16}
+
+
 def _array(tensor: Tensor) -> Any:
-    if tensor.dtype == torch.bfloat16:
-        return tensor.detach().view(torch.int16).numpy()
-    if tensor.dtype == torch.float16:
-        return tensor.detach().view(torch.uint16).numpy()
-    return tensor.detach().numpy()
+    # Not ``tensor.numpy()``: that makes the storage unresizable for good, and full copies of chunks are resized.
+    raw = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    return np.frombuffer(raw, dtype=_ELEMENTS[tensor.dtype])
 
 
 def adam_cpu(

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars
 
+# A dozen float64 temporaries are alive at once: small slices keep them few bytes, and in the cache of a CPU core.
+_CPU_SLICE_NUMEL = 1 << 15
+_SLICE_NUMEL = 1 << 22
+
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
     """Compute ``a * b + c`` of float32 values, rounded once.
@@ -49,20 +53,27 @@ def adam_reference(
     out: Tensor | None = None,
 ) -> None:
     """Update flat buffers in place; same contract as ``update.adam_update``, without its validation."""
-    s = scalars
+    slice_numel = _CPU_SLICE_NUMEL if param.device.type == "cpu" else _SLICE_NUMEL
     with torch.no_grad():
-        g = grad.float() * s.grad_scale
-        p = param * s.decay
-        if s.l2 != 0.0:
-            g = fma(p, s.l2, g)
-        m = fma(g - exp_avg, s.lerp, g if s.lerp_from_grad else exp_avg)
-        v = fma(g * s.grad_sq, g, exp_avg_sq * s.beta2)
-        p = p + (m * s.step_size) / (sqrt(v) / s.bias2_sqrt + s.eps)
-        exp_avg.copy_(m)
-        exp_avg_sq.copy_(v)
-        param.copy_(p)
-        if out is not None:
-            out.copy_(p)
+        for start in range(0, param.numel(), slice_numel):
+            p, m, v, g = (t[start : start + slice_numel] for t in (param, exp_avg, exp_avg_sq, grad))
+            p_new, m_new, v_new = _adam(p, m, v, g.float(), scalars)
+            m.copy_(m_new)
+            v.copy_(v_new)
+            p.copy_(p_new)
+            if out is not None:
+                out[start : start + slice_numel].copy_(p_new)
+
+
+def _adam(p: Tensor, m: Tensor, v: Tensor, g: Tensor, s: AdamScalars) -> tuple[Tensor, Tensor, Tensor]:
+    g = g * s.grad_scale
+    p = p * s.decay
+    if s.l2 != 0.0:
+        g = fma(p, s.l2, g)
+    m = fma(g - m, s.lerp, g if s.lerp_from_grad else m)
+    v = fma(g * s.grad_sq, g, v * s.beta2)
+    p = p + (m * s.step_size) / (sqrt(v) / s.bias2_sqrt + s.eps)
+    return p, m, v
 
 
 def adam_float64(
