@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
@@ -21,6 +22,8 @@ STATUS_STYLES = {
 
 _FULL_RATIO = 0.95
 _HIGH_RATIO = 0.85
+_MAX_FACTS = 12
+_UNIFIED = " device and host are one RAM: host counts both, device only the full copies"
 
 
 def render(run: RunView, console: Console) -> RenderableType:
@@ -30,7 +33,11 @@ def render(run: RunView, console: Console) -> RenderableType:
     if run.stats:
         parts += [_heading("memory by tier", plain), _tiers(run, console.width, plain)]
         if run.stats.get("memory/unified"):
-            parts.append(Text(" device and host are the same RAM", style="dim"))
+            parts.append(
+                Text(
+                    " device and host are the same RAM: host counts both, device is the full copies' part", style="dim"
+                )
+            )
         parts += [_heading("chunks and data", plain), _cells(run.stats)]
     else:
         parts.append(Text(" no step recorded yet", style="dim"))
@@ -175,7 +182,21 @@ def _facts(facts: Mapping[str, object]) -> Table:
     table = Table.grid(padding=(0, 2), pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in list(facts.items())[:12]:
-        text = str(value)
-        table.add_row(Text(f" {printable(str(name), 24)}", style="dim"), printable(text, 160) if text else UNKNOWN)
+    for name, value in islice(_flat(facts), _MAX_FACTS):
+        table.add_row(Text(f" {printable(name, 24)}", style="dim"), _fact(value))
     return table
+
+
+def _flat(facts: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Groups as ``group.name``: one level, whatever is deeper is shown as it is written."""
+    for name, value in facts.items():
+        if isinstance(value, dict) and not prefix:
+            yield from _flat(value, f"{name}.")
+        elif value is not None and value != "":
+            yield f"{prefix}{name}", value
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63:
+        return count(value)
+    return printable(str(value), 160)

@@ -95,6 +95,16 @@ def test_a_snapshot_shows_every_number_in_80_columns_and_24_lines(capsys: pytest
     assert "no run is live" in err
 
 
+def test_facts_are_shown_by_name_also_those_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(parameters=1_300_000_000, capacities={"host": "80% of RAM", "device": None}, offload_dir=None, lazy=True)
+    main([])
+    out = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["parameters", "1.3", "G"] in out
+    assert ["capacities.host", "80%", "of", "RAM"] in out
+    assert ["lazy", "True"] in out
+    assert not any(line[:1] == ["offload_dir"] for line in out)
+
+
 def test_unknown_numbers_are_shown_as_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
     make_run({"step/count": 1, "device/used_bytes": 5})
     assert main([]) == 0
@@ -120,7 +130,7 @@ def test_a_nearly_full_tier_is_marked_without_colour(capsys: pytest.CaptureFixtu
 def test_one_ram_for_device_and_host_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     make_run({**STATS, "memory/unified": 1})
     main([])
-    assert "device and host are the same RAM" in capsys.readouterr().out
+    assert "device and host are one RAM" in capsys.readouterr().out
 
 
 def test_a_crashed_run_is_printed_and_exits_5(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +240,7 @@ def test_strings_from_files_cannot_steer_the_terminal(capsys: pytest.CaptureFixt
 def test_absurd_numbers_do_not_break_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
     make_run({key: (-1 if index % 2 else 2**62) for index, key in enumerate(STATS)})
     assert main([]) == 0
-    make_run({**STATS, "device/used_bytes": 500 * GIB})
+    make_run({**STATS, "device/used_bytes": 500 * GIB}, huge=10**400, nested={"a": {"b": [1]}})
     assert main([]) == 0
     capsys.readouterr()
 
