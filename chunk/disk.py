@@ -5,6 +5,7 @@ never a signal in the middle of it (a sparse memory map dies of SIGBUS). The fil
 unlinked at once), so nothing is left behind by a crash.
 """
 
+import ctypes
 import errno
 import os
 import tempfile
@@ -139,7 +140,9 @@ class DiskBuffer:
 
     def _bytes_of(self, tensor: Tensor) -> memoryview:
         assert tensor.dtype is self.dtype and tensor.is_contiguous() and tensor.device.type == "cpu"
-        return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+        # Not ``tensor.numpy()``: that makes the storage unresizable for good, and full copies are resized.
+        raw = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+        return memoryview(raw).cast("B")
 
 
 def _open_nameless(folder: Path) -> int:

@@ -19,7 +19,7 @@ class GeminiModule(nn.Module):
     A parameter whose chunk is not on DEVICE reads as NaN when it is reached in another way.
     """
 
-    _gemini: "Boosted"
+    _gemini: Any  # a Boosted; not written as such, because transformers evaluates the hints of a model's class
 
     def memory_stats(self) -> dict[str, int | float]:
         """Bytes, counts and seconds as a flat dict, for loggers; `memory_summary` explains them in words."""

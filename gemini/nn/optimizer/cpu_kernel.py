@@ -15,6 +15,7 @@ operation is the same in the vector body and in the scalar remainder of a loop, 
 is cut.
 """
 
+import ctypes
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -130,12 +131,13 @@ def _compiled() -> Callable[..., None]:
 _kernel = _compiled()
 
 
-_ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.uint16}
+_ELEMENTS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.uint16}
 
 
 def _array(tensor: Tensor) -> Any:
     # Not ``tensor.numpy()``: that makes the storage unresizable for good, and full copies of chunks are resized.
-    raw = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    # The array does not keep the memory alive: the caller holds the tensor while it uses the array.
+    raw: Any = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
     return np.frombuffer(raw, dtype=_ELEMENTS[tensor.dtype])
 
 
