@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars
 
-# A dozen float64 temporaries are alive at once: small slices keep them few bytes, and in the cache of a CPU core.
-_CPU_SLICE_NUMEL = 1 << 15
-_SLICE_NUMEL = 1 << 22
+# A dozen float64 temporaries are alive at once: slices keep them small, and near the caches of a CPU.
+_SLICE_NUMEL = 1 << 16
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
@@ -53,16 +52,15 @@ def adam_reference(
     out: Tensor | None = None,
 ) -> None:
     """Update flat buffers in place; same contract as ``update.adam_update``, without its validation."""
-    slice_numel = _CPU_SLICE_NUMEL if param.device.type == "cpu" else _SLICE_NUMEL
     with torch.no_grad():
-        for start in range(0, param.numel(), slice_numel):
-            p, m, v, g = (t[start : start + slice_numel] for t in (param, exp_avg, exp_avg_sq, grad))
+        for start in range(0, param.numel(), _SLICE_NUMEL):
+            p, m, v, g = (t[start : start + _SLICE_NUMEL] for t in (param, exp_avg, exp_avg_sq, grad))
             p_new, m_new, v_new = _adam(p, m, v, g.float(), scalars)
             m.copy_(m_new)
             v.copy_(v_new)
             p.copy_(p_new)
             if out is not None:
-                out[start : start + slice_numel].copy_(p_new)
+                out[start : start + _SLICE_NUMEL].copy_(p_new)
 
 
 def _adam(p: Tensor, m: Tensor, v: Tensor, g: Tensor, s: AdamScalars) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,6 +29,15 @@ def test_buffers_that_require_gradients_are_fine() -> None:
     assert torch.equal(tensors[0].detach(), expected[0])
 
 
+def test_updated_buffers_can_still_be_resized() -> None:
+    # tensor.numpy() would forbid it for good, and full copies of chunks are resized between 0 and their size.
+    tensors = [*buffers(100, seed=0), torch.empty(100, dtype=torch.bfloat16)]
+    adam_update(*tensors[:4], SCALARS, tensors[4])
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
+        assert tensor.untyped_storage().nbytes() == 0
+
+
 def test_empty_buffers_are_fine() -> None:
     adam_update(*buffers(0, seed=0), SCALARS, torch.empty(0, dtype=torch.bfloat16))
 
