@@ -33,11 +33,7 @@ def render(run: RunView, console: Console) -> RenderableType:
     if run.stats:
         parts += [_heading("memory by tier", plain), _tiers(run, console.width, plain)]
         if run.stats.get("memory/unified"):
-            parts.append(
-                Text(
-                    " device and host are the same RAM: host counts both, device is the full copies' part", style="dim"
-                )
-            )
+            parts.append(Text(_UNIFIED, style="dim"))
         parts += [_heading("chunks and data", plain), _cells(run.stats)]
     else:
         parts.append(Text(" no step recorded yet", style="dim"))

@@ -224,7 +224,7 @@ def _open_channel(run_dir: Path | None, rank: int, facts: dict[str, Any]) -> _Ch
             raise OSError(f"{run} is in use by another run; give each run a folder of its own") from error
         header = {
             "run_id": run_id,
-            "name": Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python",
+            "name": _program(),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "world_size": int(os.environ.get("WORLD_SIZE") or 1),
@@ -239,6 +239,12 @@ def _open_channel(run_dir: Path | None, rank: int, facts: dict[str, Any]) -> _Ch
         os.close(lock)
         raise
     return channel
+
+
+def _program() -> str:
+    """The script's name, or the package's where ``python -m package`` was run."""
+    path = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("python")
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def _outcome() -> tuple[str, str | None]:
