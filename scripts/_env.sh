@@ -40,6 +40,12 @@ _make_venv() {
     if ! "$VENV_PYTHON" -c 'import pip' 2>/dev/null; then
         "$python" -m pip --python "$VENV_PYTHON" install --quiet pip || return 1
     fi
+    # --system-site-packages means those of the base interpreter. When $python is itself in an environment, its own
+    # packages are not among them, so they are named here.
+    if [ "${#flags[@]}" -gt 0 ] && ! _has_torch "$VENV_PYTHON"; then
+        "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+            >"$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer-environment.pth"
+    fi
 }
 
 _pip_install() {
