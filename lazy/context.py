@@ -39,8 +39,9 @@ def active_tape() -> Tape | None:
 class LazyInitContext:
     """Build modules without allocating their parameters.
 
-    Inside the context every op that creates or changes tensors is recorded instead of run. :func:`materialize` (or ``booster.boost``)
-    makes the model real later, with the values that eager construction would have given at the same seed.
+    Inside the context every op that creates or changes tensors is recorded instead of run. :func:`materialize` (or
+    ``booster.boost``) makes the model real later, with the values that eager construction would have given at the same
+    seed.
 
     Parameters
     ----------
@@ -54,11 +55,12 @@ class LazyInitContext:
 
     Notes
     -----
-    Contexts may be nested, and several may follow each other: they share one tape as long as nobody moved the random
-    generator in between. While a lazy model waits, the state of the random generator differs from what it was in bits that no draw
-    ever reads (see ``rng.py``); the numbers it gives are unchanged.
+    Contexts may be nested, and several may follow each other: they share one tape as long as nobody moved the
+    random generator in between. While a lazy model waits, the state of the random generator differs from what it was in
+    bits that no draw ever reads (see ``rng.py``); the numbers it gives are unchanged.
 
-    Arrays from ``tensor.numpy()`` inside the context are read-only copies. Real tensors that are copied into lazy ones are cloned.
+    Arrays from ``tensor.numpy()`` inside the context are read-only copies. Real tensors that are copied into lazy ones
+    are cloned.
 
     Examples
     --------
@@ -71,7 +73,7 @@ class LazyInitContext:
         self._device = None if default_device is None else torch.device(default_device)
         if self._device is not None:
             if self._device.type == "meta":
-                raise ValueError("default_device='meta' has no memory to materialise into; lazy tensors need none before that")
+                raise ValueError("default_device='meta' has no memory to materialise into; leave default_device out")
             check_device(self._device)
         self._stack: ExitStack | None = None
 
@@ -112,7 +114,10 @@ class LazyInitContext:
 def _last_tape() -> Tape | None:
     """Return the previous context's tape if the random numbers go on where it stopped: then it is the same program."""
     tape = _session.last()
-    return tape if tape is not None and tape.generators.untouched(torch.default_generator) else None
+    if tape is None:
+        return None
+    tape.settle()
+    return tape if tape.generators.untouched(torch.default_generator) else None
 
 
 class _RecordingMode(TorchDispatchMode):

@@ -1,10 +1,10 @@
 """Which records of a tape matter for which storages: a pure function of the tape.
 
-Models initialise most parameters twice (a layer's own default, then the model's ``_init_weights``). Walking the tape backwards from
-the storages that are wanted, a record is needed if it writes a storage whose content is still asked for; a record that
-fills a storage without reading it ends the asking. What is left over is skipped, except that draws must advance their
-generator as they did in eager: those run on a scratch tensor. A seed point with a known state ends the asking for a
-generator in the same way.
+Models initialise most parameters twice (a layer's own default, then the model's ``_init_weights``). Walking the tape
+backwards from the storages that are wanted, a record is needed if it writes a storage whose content is still asked for;
+a record that fills a storage without reading it ends the asking. What is left over is skipped, except that draws must
+advance their generator as they did in eager: those run on a scratch tensor. A seed point with a known state ends the
+asking for a generator in the same way.
 """
 
 from __future__ import annotations

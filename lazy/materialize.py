@@ -23,8 +23,8 @@ _SEARCH_DEPTH = 4  # containers in containers in module attributes
 def materialize(module: M, sink: Sink | None = None) -> M:
     """Make every lazy parameter, buffer and tensor attribute of a module real, in place.
 
-    The tensor objects stay the same, so whatever refers to them (optimizers, ties, ``nn.LSTM``'s weight lists) stays valid.
-    Values are those of eager initialisation at the same seed. Memory streams: about the largest tensor and its
+    The tensor objects stay the same, so whatever refers to them (optimizers, ties, ``nn.LSTM``'s weight lists) stays
+    valid. Values are those of eager initialisation at the same seed. Memory streams: about the largest tensor and its
     temporaries at a time, besides what the module itself (or the sink) keeps.
 
     Parameters
@@ -32,12 +32,12 @@ def materialize(module: M, sink: Sink | None = None) -> M:
     module : nn.Module
         Built inside a :class:`LazyInitContext`. Real tensors in it are left alone; without lazy ones nothing happens.
     sink : callable, optional
-        ``sink(parameter, value) -> data``. Called once for each distinct lazy parameter as soon as its value is final, in an order
-        that is not that of ``named_parameters()``. `parameter` is the lazy parameter (the object that will become real), `value` its
-        real content, which the sink copies where it wants and must not keep. ``parameter.data`` becomes `data`: a
-        tensor of the same shape, of any dtype and strides. Parameters that share a storage are handed over one after the
-        other with values that share a storage; the sink decides whether they go on sharing. Buffers are not
-        handed over.
+        ``sink(parameter, value) -> data``. Called once for each distinct lazy parameter as soon as its value is final,
+        in an order that is not that of ``named_parameters()``. `parameter` is the lazy parameter (the object that will
+        become real), `value` its real content, which the sink copies where it wants and must not keep.
+        ``parameter.data`` becomes `data`: a tensor of the same shape, of any dtype and strides. Parameters that share a
+        storage are handed over one after the other with values that share a storage; the sink decides whether they go
+        on sharing. Buffers are not handed over.
 
     Returns
     -------
@@ -51,11 +51,11 @@ def materialize(module: M, sink: Sink | None = None) -> M:
 
     Notes
     -----
-    If anything raises (the sink included), tensors already handed over are real, the rest are still lazy, and the generators are as
-    before the call: calling it again goes on with the rest.
+    If anything raises (the sink included), tensors already handed over are real, the rest are still lazy, and the
+    generators are as before the call: calling it again goes on with the rest.
 
-    The global generator ends where eager initialisation would have left it, unless it was moved after the last recorded draw;
-    then it is left alone.
+    The global generator ends where eager initialisation would have left it, unless it was moved after the last recorded
+    draw; then it is left alone.
     """
     for tape, lazies in _lazies_by_tape(module):
         _materialize_tape(tape, lazies, sink)
@@ -79,6 +79,7 @@ def _materialize_tape(tape: Tape, lazies: list[LazyTensor], sink: Sink | None) -
             else:
                 _hand_over(lazy, value, sink)
 
+    tape.settle()
     before = {generator: generator.get_state() for generator in tape.generators.generators()}
     advance = [generator for generator in before if tape.generators.untouched(generator)]
     try:
@@ -101,22 +102,22 @@ def _hand_over(lazy: LazyTensor, value: Tensor, sink: Sink) -> None:
 def _become(lazy: LazyTensor, real: Tensor) -> None:
     """Give the object `lazy` the class and content of `real`.
 
-    ``torch.utils.swap_tensors`` does this, but refuses objects with weak references, which here are as welcome as any other reference:
-    they stay with the object. `real` must be referenced by the caller only.
+    ``torch.utils.swap_tensors`` does this, but refuses objects with weak references, which here are as welcome as any
+    other reference: they stay with the object. `real` must be referenced by the caller only.
     """
     if real.__class__ is Tensor:
         real = real.detach()  # a new object: the replay may still hold the one it made
         if lazy.requires_grad:
             real.requires_grad_()
     if lazy._use_count() > 1:  # type: ignore[attr-defined]
-        raise LazyInitError(f"{lazy!r} cannot become real: something in C++ holds it, such as an autograd graph or a gradient edge")
+        raise LazyInitError(f"{lazy!r} cannot become real: an autograd graph or something else in C++ holds it")
     state = {name: value for name, value in vars(lazy).items() if name not in ("_lazy", "_is_param")}
     hooks = {name: getattr(lazy, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
     cls = type(real)
     real.__class__, lazy.__class__ = LazyTensor, cls  # type: ignore[assignment]
     vars(lazy).clear()
     vars(lazy).update(state)
-    torch._C._swap_tensor_impl(lazy, real)  # type: ignore[attr-defined]
+    torch._C._swap_tensor_impl(lazy, real)
     for name, value in hooks.items():
         if value:
             setattr(lazy, name, value)  # hooks live half in C++; this ties them to the new tensor

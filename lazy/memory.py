@@ -1,8 +1,8 @@
 """Memory for values that live for a moment.
 
-malloc keeps freed blocks of up to 32 MB on its heap, where the small objects that outlive them pin the pages: for GPT2 with 100M
-parameters, discarding every value, that left 175 MiB behind (measured), growing with the number of layers. Anonymous maps go back to
-the system when they are dropped.
+malloc keeps freed blocks of up to 32 MB on its heap, where the small objects that outlive them pin the pages: for GPT2
+with 100M parameters, discarding every value, that left 175 MiB behind (measured), growing with the number of layers.
+Anonymous maps go back to the system when they are dropped.
 """
 
 from __future__ import annotations

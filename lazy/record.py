@@ -7,8 +7,9 @@ What is recorded, what is run at once and what is refused:
 * a call whose result decides what Python does next (``item``, ``nonzero``) gets its inputs replayed and runs at once,
   inside a context; outside it is refused;
 * outside a context (after it), in-place ops, views, copies and casts of lazy tensors are recorded, because that is what
-  initialisation consists of (``model.half()``, ``nn.init``, ``load_state_dict``). Refused are value reads, functional ops that mix
-  a lazy with a real non-scalar tensor, and matrix products and other layers: those mean that somebody runs a forward.
+  initialisation consists of (``model.half()``, ``nn.init``, ``load_state_dict``). Refused are value reads, functional
+  ops that mix a lazy with a real non-scalar tensor, and matrix products and other layers: those mean that somebody runs
+  a forward.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ _LIKE = frozenset((
     "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided",
 ))  # fmt: skip
 _LAYERS = frozenset((
-    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "embedding", "native_layer_norm", "native_batch_norm",
-    "native_group_norm", "_softmax", "_log_softmax", "_scaled_dot_product_flash_attention_for_cpu", "mkldnn_linear",
+    "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "embedding", "native_layer_norm",
+    "native_batch_norm", "native_group_norm", "_softmax", "_log_softmax",
 ))  # fmt: skip
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -55,7 +56,7 @@ def dispatch(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     """Run, record or refuse one aten call; `inside` says whether a context is active."""
     if tape.paused:
         if any(isinstance(leaf, LazyTensor) for leaf in tree_leaves((args, kwargs))):
-            raise LazyInitError(f"{func} was called on a lazy tensor while it is being materialised; use the value instead")
+            raise LazyInitError(f"{func} was called on a tensor that is being materialised; use the value instead")
         return func(*args, **kwargs)
     if is_composite(func):
         return func.decompose(*args, **kwargs)
@@ -121,7 +122,7 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 
 @cache
 def is_composite(func: Any) -> bool:
-    """Whether torch itself would take the op apart before it reaches a backend; we sit below autograd, where it usually does."""
+    """Whether torch itself takes the op apart; it does so at the autograd level, which we skip."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
@@ -263,11 +264,9 @@ class _Entry:
     ) -> Record:
         writes = frozenset(lazy._lazy.value.storage for lazy in mutated) | frozenset(self.fresh.values())
         kills = frozenset(self.fresh.values())
-        others = {value.storage for value in self.inputs if not mutated or value is not mutated[0]._lazy.value}
-        overwrites = self.func in _OVERWRITES and len(mutated) == 1
-        if overwrites:
-            written = mutated[0]._lazy.value
-            if written.covers and written.storage not in others:
+        if self.func in _OVERWRITES:
+            written, *sources = self.inputs  # in all of them the target comes first
+            if written.covers and all(source.storage is not written.storage for source in sources):
                 kills |= {written.storage}
         like = self.func._overloadpacket.__name__ in _LIKE
         return Record(

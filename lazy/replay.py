@@ -1,8 +1,9 @@
 """Runs a plan: every tensor exists from the first record that needs it to the last.
 
 Draws run in program order. Deterministic records run as early as their inputs allow once one of their inputs has been
-written: ``model.half()`` after the context puts all its casts at the end of the tape, and in program order the whole fp32 model would be
-alive by then. Views, allocations and records without inputs (``zeros``) run when something asks for them.
+written: ``model.half()`` after the context puts all its casts at the end of the tape, and in program order the whole
+fp32 model would be alive by then. Views, allocations and records without inputs (``zeros``) run when something asks for
+them.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Replay:
     targets : list of Value
         What is wanted.
     deliver : callable
-        ``deliver(storage, resolve)`` is called once for each storage of `targets`, when it has its final content; ``resolve(value)``
-        gives the real views. The storage is let go of right after.
+        ``deliver(storage, resolve)`` is called once for each storage of `targets`, when it has its final content;
+        ``resolve(value)`` gives the real views. The storage is let go of right after.
     advance : iterable of torch.Generator
         See :func:`plan_replay`.
     transient : bool
@@ -189,8 +190,8 @@ def _call_with_dtype(dtype: torch.dtype, call: Callable[..., Any], args: Any, kw
 def read_values(tape: Tape, values: list[Value]) -> list[Tensor]:
     """Return real copies of values as they are now; the generators are put back.
 
-    If random numbers were drawn for it, the states they led to are noted on the tape, so that the next read starts there.
-    Rejection sampling (``trunc_normal_``) reads once for each parameter.
+    If random numbers were drawn for it, the states they led to are noted on the tape, so that the next read starts
+    there. Rejection sampling (``trunc_normal_``) reads once for each parameter.
     """
     found: dict[Value, Tensor] = {}
 

@@ -1,14 +1,15 @@
 """Where the random numbers of a recorded op come from.
 
-Nothing is drawn while recording, so the tape must know, for each random op, which generator state it will see at replay:
-that of the previous random op, unless somebody moved the generator in between (``manual_seed``, ``set_rng_state``, a draw
-outside of the tape). Comparing states is not enough to see that: ``manual_seed(0)`` right before the context and again
-inside it leaves two equal states that mean different things.
+Nothing is drawn while recording, so the tape must know, for each random op, which generator state it will see at
+replay: that of the previous random op, unless somebody moved the generator in between (``manual_seed``,
+``set_rng_state``, a draw outside of the tape). Comparing states is not enough to see that: ``manual_seed(0)`` right
+before the context and again inside it leaves two equal states that mean different things.
 
-So after each recorded draw the generator is *tagged* with a number nobody else writes. The CPU generator is an MT19937 whose
-state word 0 has 31 dead bits (the recurrence uses the top bit only, and the word itself has been handed out already,
-or is regenerated before it is handed out). The tag lives there: **it changes no number that is ever drawn**, it only makes the
-state recognisable. A saved state that comes back (``fork_rng``) is recognised by its tag too and means "the state after that draw".
+So after each recorded draw the generator is *tagged* with a number nobody else writes. The CPU generator is an MT19937
+whose state word 0 has 31 dead bits (the recurrence uses the top bit only, and the word itself has been handed out
+already, or is regenerated before it is handed out). The tag lives there: **it changes no number that is ever drawn**,
+it only makes the state recognisable. A saved state that comes back (``fork_rng``) is recognised by its tag too and
+means "the state after that draw".
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _DEAD_BITS = 0x7FFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class SeedPoint:
-    """The generator was moved by someone else: at replay it is set to `state`, or to where it was after record `after`."""
+    """Someone else moved the generator: replay sets it to `state`, or to where it was after record `after`."""
 
     generator: torch.Generator
     state: Tensor | None
@@ -62,11 +63,20 @@ class GeneratorLog:
             return SeedPoint(generator, state, None)
         if torch.equal(state, track.expected):
             return None
-        after = track.marks.get(_digest(state))
-        if after is not None:
-            return SeedPoint(generator, None, after)
+        recalled = self.recall(generator)
+        if recalled is not None:
+            return recalled
         track.base = state
         return SeedPoint(generator, state, None)
+
+    def recall(self, generator: torch.Generator) -> SeedPoint | None:
+        """Return the seed point for a state of ours that somebody has put back, or None if there is none to record."""
+        track, state = self._tracks[generator], generator.get_state()
+        after = track.marks.get(_digest(state))
+        if after is None or torch.equal(state, track.expected):
+            return None
+        track.expected = state
+        return SeedPoint(generator, None, after)
 
     def tag(self, generator: torch.Generator, index: int) -> None:
         """Mark the generator as being "after record `index`"."""

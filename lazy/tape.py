@@ -1,8 +1,8 @@
 """The tape: what has been done to lazy tensors, as plain data.
 
-A *storage* is a piece of memory that will exist at replay, a *value* one view of it, a *record* one aten call in which every
-tensor argument has been replaced by its value. Values never change; a tensor object that is re-pointed
-(``p.data = q``, ``t_()``) takes another value. In-place ops write storages. So aliasing needs no special cases: a record names
+A *storage* is a piece of memory that will exist at replay, a *value* one view of it, a *record* one aten call in which
+every tensor argument has been replaced by its value. Values never change; a tensor object that is re-pointed (``p.data
+= q``, ``t_()``) takes another value. In-place ops write storages. So aliasing needs no special cases: a record names
 values, values name storages, and liveness is asked per storage.
 
 Records hold no tensor objects of the user, so a tape dies with the last lazy tensor made on it.
@@ -78,7 +78,7 @@ class Record:
     generator: torch.Generator | None = None
     """What it draws from; None for a deterministic call."""
     scratch: Value | None = None
-    """For a draw into `scratch` whose effect on the generator depends on its geometry alone: it may run on another tensor of that geometry."""
+    """What a draw fills, if its effect on the generator depends on that geometry alone: then any such tensor does."""
     dtype: torch.dtype = torch.float32
     """The default dtype at the time of the call: it decides type promotion."""
     seed: SeedPoint | None = None
@@ -98,31 +98,24 @@ class Tape:
         self.paused = False
         """True while we run ops for ourselves, which the context's modes must then let through."""
 
-    def append(self, record: Record) -> None:
-        """Add a record; a draw is put after the seed point it needs and then tagged."""
-        if record.generator is not None:
-            raise AssertionError("draws go through append_draw, which looks at the generator first")
-        self.records.append(record)
-
-    def append_draw(self, make: Callable[[int], Record], generator: torch.Generator) -> Record:
-        """Add the random record that ``make(index)`` returns, after a seed point if `generator` was moved."""
-        self.note_seed(generator)
-        record = make(len(self.records))
-        self.records.append(record)
-        self.generators.tag(generator, len(self.records) - 1)
-        return record
-
     def note_seed(self, generator: torch.Generator) -> None:
         """Record a seed point if `generator` is not where the last record left it."""
         seed = self.generators.observe(generator)
         if seed is not None:
             self.records.append(Record(kind=Kind.SEED, generator=generator, seed=seed))
 
+    def settle(self) -> None:
+        """Record that a generator has been put back to where an earlier record left it (the end of ``fork_rng``)."""
+        for generator in self.generators.generators():
+            seed = self.generators.recall(generator)
+            if seed is not None:
+                self.records.append(Record(kind=Kind.SEED, generator=generator, seed=seed))
+
     def append_constant(self, tensor: Tensor, geometry: Tensor) -> Value:
         """Add a real tensor, which becomes the tape's own, and return its value."""
         storage = Storage(geometry.untyped_storage().nbytes())
         value = describe(geometry, storage, tensor.device, len(self.records), 0)
-        self.append(Record(
+        self.records.append(Record(
             kind=Kind.COMPUTE,
             call=Constant(tensor),
             outputs=(value,),

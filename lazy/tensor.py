@@ -33,8 +33,8 @@ class LazyState:
 class LazyTensor(torch.Tensor):
     """A tensor without memory that reports the geometry and device it will have.
 
-    It runs below autograd: a graph or a view relation would hold C++ references to the tensor, and then the object could not
-    become real in place. Initialisation needs neither.
+    It runs below autograd: a graph or a view relation would hold C++ references to the tensor, and then the object
+    could not become real in place. Initialisation needs neither.
     """
 
     _lazy: LazyState
@@ -42,7 +42,7 @@ class LazyTensor(torch.Tensor):
     @staticmethod
     def make(state: LazyState) -> LazyTensor:
         meta, value = state.meta, state.value
-        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(
             LazyTensor, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
             dtype=meta.dtype, device=value.device, requires_grad=False,
         )  # fmt: skip
@@ -56,11 +56,11 @@ class LazyTensor(torch.Tensor):
         if func == _set_data:
             return assign_data(*args)
         check_requested_device(func, args, kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowADInplaceOrView():  # type: ignore[attr-defined]
+        with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowADInplaceOrView():
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         from .record import dispatch  # record.py makes lazy tensors; this is the one upward step
@@ -97,7 +97,7 @@ class LazyTensor(torch.Tensor):
 
         return read(self)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = "Parameter" if getattr(self, "_is_param", False) else "Tensor"
         return f"Lazy{kind}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
@@ -122,7 +122,7 @@ class LazyTensor(torch.Tensor):
         return new
 
     def _deepcopy_storage(self, memo: dict[int, Any]) -> Tensor:
-        """Copy the whole storage once, as torch does for tensors that are not parameters: views of it stay views of the copy."""
+        """Copy the whole storage once, as torch does for plain tensors, so that views stay views of the copy."""
         storage = self._lazy.value.storage
         if id(storage) not in memo:
             memo[id(storage)] = self.detach().as_strided((storage.nbytes // self.element_size(),), (1,), 0).clone()
@@ -148,11 +148,11 @@ def assign_data(target: Tensor, source: Tensor) -> None:
     from .record import as_lazy
 
     if not isinstance(target, LazyTensor):
-        raise LazyInitError(f"a real tensor's .data cannot be set to a lazy tensor (shape {tuple(source.shape)}); {REMEDY}")
+        raise LazyInitError(f"the .data of a real tensor cannot be {source!r}; {REMEDY}")
     lazy = source if isinstance(source, LazyTensor) else as_lazy(target._lazy.tape, source)
     if lazy._lazy.tape is not target._lazy.tape:
-        raise LazyInitError("tensors made in two separate LazyInitContexts cannot share memory; build both in one context")
-    with torch._C._AutoDispatchBelowADInplaceOrView():  # type: ignore[attr-defined]
+        raise LazyInitError("tensors made in separate LazyInitContexts cannot share memory; build both in one context")
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         target.rebind(lazy._lazy.value, lazy._lazy.meta.detach())
 
 

@@ -17,7 +17,8 @@ CONFIG_SEEDS = [0, 1]
 def sizes(seed: int) -> dict[str, int]:
     rng = random.Random(seed)
     heads = rng.choice([1, 2, 4])
-    return {"heads": heads, "hidden": heads * rng.choice([4, 6, 8]), "layers": rng.randint(1, 3), "vocab": rng.randint(17, 99),
+    hidden = heads * rng.choice([4, 6, 8])
+    return {"heads": heads, "hidden": hidden, "layers": rng.randint(1, 3), "vocab": rng.randint(17, 99),
             "inner": rng.randint(5, 40)}  # fmt: skip
 
 
@@ -27,8 +28,8 @@ def gpt2(s):
 
 
 def common(s):
-    return dict(hidden_size=s["hidden"], num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
-                intermediate_size=s["inner"])  # fmt: skip
+    return {"hidden_size": s["hidden"], "num_hidden_layers": s["layers"], "num_attention_heads": s["heads"],
+            "intermediate_size": s["inner"]}  # fmt: skip
 
 
 def llama(s):
@@ -42,8 +43,8 @@ def bert(s):
 
 def t5(s):
     return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        d_model=s["hidden"], d_ff=s["inner"], d_kv=4, num_layers=s["layers"], num_heads=s["heads"], vocab_size=s["vocab"]
-    ))  # fmt: skip
+        d_model=s["hidden"], d_ff=s["inner"], d_kv=4, num_layers=s["layers"], num_heads=s["heads"],
+        vocab_size=s["vocab"]))  # fmt: skip
 
 
 def mixtral(s):
@@ -57,8 +58,9 @@ def vit(s):
 
 def whisper(s):
     return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
-        d_model=s["hidden"], encoder_layers=s["layers"], decoder_layers=s["layers"], encoder_attention_heads=s["heads"],
-        decoder_attention_heads=s["heads"], encoder_ffn_dim=s["inner"], decoder_ffn_dim=s["inner"], vocab_size=s["vocab"],
+        d_model=s["hidden"], encoder_layers=s["layers"], decoder_layers=s["layers"],
+        encoder_attention_heads=s["heads"], decoder_attention_heads=s["heads"], encoder_ffn_dim=s["inner"],
+        decoder_ffn_dim=s["inner"], vocab_size=s["vocab"],
         max_source_positions=16, max_target_positions=16, pad_token_id=0, decoder_start_token_id=1))  # fmt: skip
 
 
@@ -95,8 +97,9 @@ class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.stack = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3), nn.GroupNorm(2, 4), nn.PReLU(4)
-        )
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3), nn.GroupNorm(2, 4),
+            nn.PReLU(4),
+        )  # fmt: skip
         self.stack.to(memory_format=torch.channels_last)
 
 

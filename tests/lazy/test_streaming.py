@@ -38,19 +38,20 @@ class Discard:
 
 def gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=50, n_positions=8))
+    config = transformers.GPT2Config(n_embd=48, n_layer=3, n_head=2, vocab_size=50, n_positions=8)
+    return transformers.GPT2LMHeadModel(config)
 
 
 def rescaled() -> nn.Module:
     """Initialised layer by layer, then gone over again, as BEiT and DeepNorm do."""
-    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
     for i, layer in enumerate(net):
         layer.weight.data.div_(i + 2.0)
     return net
 
 
 def cast() -> nn.Module:
-    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))).to(torch.bfloat16)
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("build", [gpt2, rescaled, cast])
@@ -67,7 +68,7 @@ def test_at_most_two_values_are_alive_at_a_time(build):
 
 
 class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Sums the storages that ops have made and that still exist: sees the temporaries too, not only what reaches the sink."""
+    """Sums the storages that ops have made and that still exist, temporaries included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,8 +96,8 @@ def test_all_tensors_of_a_replay_together_stay_near_the_largest_one(build):
     fixed = sum(b.numel() * b.element_size() for b in model.buffers())
     with LiveBytes() as live:
         materialize(model, lambda parameter, value: torch.zeros((), dtype=value.dtype).expand(value.shape))
-    assert live.peak <= 2 * largest + fixed + 64 * len(list(model.parameters()))
-    assert live.peak < total
+    assert live.peak <= 2 * largest + fixed + 16384  # copies of the generator state are 5 kB each
+    assert live.peak < total / 2
 
 
 CHILD = r"""
