@@ -1,6 +1,6 @@
 """All chunks of a model: builds them, gives them memory, and finds a parameter's place."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,8 +122,8 @@ class ChunkManager:
 
     # -- moving
 
-    def fetch(self, chunk: Chunk, victims: Iterable[Chunk] = (), background: bool = False) -> None:
-        """HOME -> FETCHING: make room (evicting ``victims`` in order, then the least recently used) and start the move.
+    def fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), background: bool = False) -> None:
+        """HOME -> FETCHING: make room (evicting the least recently used, but none of ``keep``) and start the move.
 
         Raises
         ------
@@ -132,7 +132,7 @@ class ChunkManager:
         """
         if chunk.state is not ChunkState.HOME:
             return
-        self.make_room(chunk, victims)
+        self.make_room(chunk, keep)
         self.ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
         self.device.grow(chunk.full)
         chunk.begin_fetch(self.device.upload(chunk.full, chunk.homes[Role.MASTER], chunk.update, background))
@@ -181,31 +181,26 @@ class ChunkManager:
         self.device.shrink(chunk.full)
         self.ledger.give(Tier.DEVICE, chunk.full_nbytes)
 
-    def make_room(self, chunk: Chunk, victims: Iterable[Chunk] = ()) -> None:
+    def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
         """Evict until ``chunk`` fits.
 
         Raises
         ------
         OutOfMemory
-            If it does not fit beside what is in use.
+            If it does not fit beside what is in use and what is to be kept.
         """
-        need = chunk.full_nbytes
-        for victim in victims:
-            if self.ledger.free(Tier.DEVICE) >= need:
-                return
-            if victim.state is ChunkState.READY and not victim.full_is_home:
-                self.evict(victim)
-        while self.ledger.free(Tier.DEVICE) < need:
+        while self.ledger.free(Tier.DEVICE) < chunk.full_nbytes:
             idle = [
-                c for c in self.chunks
-                if c.state in (ChunkState.READY, ChunkState.FETCHING) and not c.full_is_home and c is not chunk
+                c
+                for c in self.chunks
+                if c.state in (ChunkState.READY, ChunkState.FETCHING) and not c.full_is_home and c not in keep
             ]
             if not idle:
                 raise self._no_room(chunk)
             self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
 
     def _no_room(self, chunk: Chunk) -> OutOfMemory:
-        held = sum(c.full_nbytes for c in self.chunks if c.state is ChunkState.IN_USE)
+        held = sum(c.full_nbytes for c in self.chunks if c.is_resident)
         free = self.ledger.free(Tier.DEVICE)
         tier = Tier.HOST if self.ledger.unified else Tier.DEVICE
         enough = self.ledger.capacity(tier) + chunk.full_nbytes - free

@@ -57,11 +57,12 @@ class Hooks:
         self._foreign: dict[nn.Module, Visit] = {}
         for unit in units.all:
             self._install(unit)
-        # Prepended after the units, so that a new cycle begins before the root, as a unit, enters.
         model.register_forward_pre_hook(self._before_model, with_kwargs=True, prepend=True)
-        model.register_forward_hook(self._after_model, always_call=True)
+        model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
 
     def _install(self, unit: Unit) -> None:
+        if unit.module is self._model:
+            return  # its hooks are the model's, so that a new cycle begins before it enters
         unit.module.register_forward_pre_hook(partial(self._before_unit, unit), with_kwargs=True, prepend=True)
         unit.module.register_forward_hook(partial(self._after_unit, unit), with_kwargs=True, always_call=True)
 
@@ -74,9 +75,12 @@ class Hooks:
             self._runtime.begin_forward(grad)
             if (grad, model.training) not in self._observed_kinds:
                 self._observer = Observer(model, self._on_use, self._on_foreign_leave).__enter__()
-        if self._cast_inputs is None:
-            return None
-        return _cast(args, self._cast_inputs), _cast(kwargs, self._cast_inputs)
+        if self._cast_inputs is not None:
+            args, kwargs = _cast(args, self._cast_inputs), _cast(kwargs, self._cast_inputs)
+        root = self._units.of.get(model)
+        if root is not None:
+            self._before_unit(root, model, args, kwargs)
+        return args, kwargs
 
     def _recover(self) -> None:
         """Clean up after a forward or backward that an exception ended."""
@@ -96,7 +100,10 @@ class Hooks:
             unit.visits.clear()
         self._runtime.abort()
 
-    def _after_model(self, model: nn.Module, args: Any, output: Any) -> Any:
+    def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        root = self._units.of.get(model)
+        if root is not None:
+            self._after_unit(root, model, args, kwargs, output)
         if self._observer is not None and torch._C._current_graph_task_id() == -1:
             observer, self._observer = self._observer, None
             observer.__exit__(None, None, None)

@@ -102,15 +102,10 @@ class Runtime:
         try:
             self._evict(actions.evict)
             for chunk in chunks:
-                if chunk.state is ChunkState.HOME:
-                    self.manager.fetch(chunk)
-                # Pin at once what is there: the next fetch must not evict it.
-                if chunk.state is not ChunkState.FETCHING:
-                    self._pin(chunk, visit)
-            self._prefetch(actions.prefetch)
+                self.manager.fetch(chunk, keep=chunks)
+            self._prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
-                if chunk not in visit.pinned:
-                    self._pin(chunk, visit)
+                self._pin(chunk, visit)
         except BaseException:
             self.leave(visit)
             raise
