@@ -106,6 +106,8 @@ class Runtime:
             self._prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
                 self._pin(chunk, visit)
+            if self.cycle.is_first:
+                self._meter.mark()
         except BaseException:
             self.leave(visit)
             raise

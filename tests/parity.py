@@ -1,0 +1,180 @@
+"""The bar of most tests: a managed run equals an unmanaged one, bit for bit."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk import ChunkState, Role, Tier
+from gemini.errors import OutOfMemory
+from gemini.lazy import LazyInitContext
+from gemini.module import boosted
+from gemini.nn.optimizer import HybridAdam
+
+Build = Callable[[], nn.Module]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run left: everything that must be equal."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its data and how to train it."""
+
+    build: Build
+    batches: Sequence[Any]
+    loss: Loss
+    precision: str = "fp32"
+    lr: float = 1e-2
+    weight_decay: float = 0.1
+    prepare: Callable[[nn.Module], None] = lambda model: None
+    """Applied to the model before training starts (activation checkpointing)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+
+
+def hybrid(parameters: Any, task: Task) -> HybridAdam:
+    return HybridAdam(parameters, lr=task.lr, weight_decay=task.weight_decay)
+
+
+def torch_fused(parameters: Any, task: Task) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=task.lr, weight_decay=task.weight_decay, fused=True)
+
+
+def run_plain(task: Task, optimizer: Callable[[Any, Task], torch.optim.Optimizer] = hybrid) -> Run:
+    """Train without management; in bf16 the parameters are bf16 and HybridAdam keeps masters from the rounded values."""
+    model = _seeded(task, lazy=False)
+    if task.precision != "fp32":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(task.dtype)
+    opt = optimizer(model.parameters(), task)
+    losses = []
+    torch.manual_seed(5)
+    for batch in task.batches:
+        loss = task.loss(model, batch)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    state = {name: opt.state.get(p, {}) for name, p in model.named_parameters()}
+    return Run(
+        losses,
+        {name: state[name].get("master", p).detach().clone() for name, p in model.named_parameters()},
+        {name: s["exp_avg"] for name, s in state.items() if "exp_avg" in s},
+        {name: s["exp_avg_sq"] for name, s in state.items() if "exp_avg_sq" in s},
+        {name: b.clone() for name, b in model.named_buffers()},
+    )
+
+
+def run_managed(task: Task, lazy: bool = False, **plugin: Any) -> tuple[Run, nn.Module]:
+    """Train under management; the model comes back for a look at its statistics."""
+    model = _seeded(task, lazy)
+    booster = Booster(plugin=GeminiPlugin(precision=task.precision, telemetry=False, **plugin))
+    model, opt, *_ = booster.boost(model, hybrid(model.parameters(), task))
+    losses = []
+    torch.manual_seed(5)
+    for batch in task.batches:
+        loss = task.loss(model, batch)
+        booster.backward(loss, opt)
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    check_at_rest(model)
+    return Run(losses, *(read_all(model, role) for role in (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)),
+               {name: b.clone() for name, b in model.named_buffers()}), model
+
+
+def read_all(model: nn.Module, role: Role) -> dict[str, Tensor]:
+    """What a role holds for each parameter; of parameters outside of the chunks only their values."""
+    manager = boosted(model).manager
+    values = {}
+    for name, parameter in model.named_parameters():
+        place = manager.find(parameter)
+        if place is None and role is Role.MASTER:
+            values[name] = parameter.detach().clone()
+        elif place is not None and role in place[0].homes and boosted(model).step.steps.get(id(parameter), role is Role.MASTER):
+            values[name] = manager.read(parameter, role)
+    return values
+
+
+def check_at_rest(model: nn.Module) -> None:
+    """No pin is left, and the ledger says what the chunks say."""
+    manager = boosted(model).manager
+    manager.settle()
+    assert [c.pins for c in manager.chunks] == [0] * len(manager.chunks)
+    assert not [c for c in manager.chunks if c.state is ChunkState.IN_USE]
+    homes = [home for c in manager.chunks for home in c.homes.values()]
+    homes += [c.gradient.buffer for c in manager.chunks if c.gradient is not None]
+    full = sum(c.full_nbytes for c in manager.chunks if c.is_resident)
+    on_device = full + sum(home.nbytes for home in homes if home.tier is Tier.DEVICE)
+    assert manager.ledger._used[Tier.DEVICE] == on_device
+    assert manager.ledger.used(Tier.DISK) == sum(home.nbytes for home in homes if home.tier is Tier.DISK)
+    for tier in Tier:
+        assert manager.ledger.peak(tier) <= manager.ledger.capacity(tier)
+
+
+def check_equal(run: Run, expected: Run) -> None:
+    """Bit for bit: losses, weights, both moments, buffers."""
+    assert run.losses == expected.losses
+    for ours, theirs in zip(
+        (run.weights, run.exp_avg, run.exp_avg_sq, run.buffers),
+        (expected.weights, expected.exp_avg, expected.exp_avg_sq, expected.buffers),
+        strict=True,
+    ):
+        assert set(ours) >= set(theirs)
+        different = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+        assert not different
+
+
+def check_parity(task: Task, lazy: bool = False, **plugin: Any) -> nn.Module:
+    """A managed run with these plugin arguments equals the plain one."""
+    run, model = run_managed(task, lazy, **plugin)
+    check_equal(run, run_plain(task))
+    return model
+
+
+def tightest(task: Task, tier: str, **plugin: Any) -> int:
+    """The smallest capacity that works, found by doing what the error messages say."""
+    capacity = 1
+    for _ in range(8):
+        try:
+            run_managed(task, **{**plugin, f"{tier}_memory": capacity})
+        except OutOfMemory as error:
+            named = re.search(rf"set {tier}_memory to (\d+) bytes", str(error))
+            assert named is not None, f"the message names no remedy: {error}"
+            assert int(named[1]) > capacity
+            capacity = int(named[1])
+        else:
+            return capacity
+    raise AssertionError(f"the messages did not lead to a capacity that works; the last was {capacity}")
+
+
+def _seeded(task: Task, lazy: bool) -> nn.Module:
+    torch.manual_seed(0)
+    if lazy:
+        with LazyInitContext():
+            model = task.build()
+    else:
+        model = task.build()
+        if task.precision != "fp32":  # so that masters start equal: ours from the fp32 values, the plain from the rounded
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(task.dtype).to(parameter.dtype)
+    task.prepare(model)
+    model.train()
+    return model
