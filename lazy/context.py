@@ -60,7 +60,12 @@ class LazyInitContext:
     bits that no draw ever reads (see ``rng.py``); the numbers it gives are unchanged.
 
     Arrays from ``tensor.numpy()`` inside the context are read-only copies. Real tensors that are copied into lazy ones
-    are cloned.
+    are cloned, so a ``load_state_dict`` into a lazy model holds a copy of the loaded tensors until it is materialised.
+    A value that is read (``item``, ``trunc_normal_``'s rejection test) is computed at once, its draws included.
+
+    Not supported: uninitialised parameters (``nn.LazyLinear``), and subclasses of ``nn.Parameter``, which become plain
+    parameters. ``from_pretrained`` makes real tensors as always. Lazy tensors have no autograd graph, so an in-place op
+    on a parameter outside of ``no_grad`` is recorded where eager would raise.
 
     Examples
     --------
@@ -129,7 +134,8 @@ class _RecordingMode(TorchDispatchMode):
         if is_composite(func):
             with self:  # a mode is off while it handles a call
                 return func.decompose(*args, **kwargs or {})
-        return dispatch(self._tape, func, args, kwargs or {}, inside=True)
+        with torch._C.DisableTorchFunction():  # our own calls are nobody's business, and faster unseen
+            return dispatch(self._tape, func, args, kwargs or {}, inside=True)
 
 
 class _FunctionMode(TorchFunctionMode):
