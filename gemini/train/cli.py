@@ -1,0 +1,50 @@
+"""Entry of the command: options in, an exit code out, one readable line for what went wrong."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from gemini.errors import GeminiError
+from gemini.train.job import run
+from gemini.train.options import Options, parse
+from gemini.train.report import Report
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job and return its exit code."""
+    options = parse(arguments)
+    try:
+        code, content = run(options, Report(sys.stderr if options.json else sys.stdout))
+    except KeyboardInterrupt:
+        return _fail(options, INTERRUPTED, "interrupted; no checkpoint was written")
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        return _fail(options, 1, _message(error))
+    if options.json:
+        print(json.dumps(content, indent=2))
+    return code
+
+
+def _is_expected(error: Exception) -> bool:
+    """What is no bug: too little memory, a disk that fails, a file that is no checkpoint, something not offered."""
+    if isinstance(error, (GeminiError, torch.OutOfMemoryError, MemoryError, OSError, ValueError, NotImplementedError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator for RAM
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, GeminiError | OSError | ValueError | NotImplementedError):
+        return str(error)
+    return f"out of memory: {error or 'the system gave none'}; lower --batch-size or --seq-len"
+
+
+def _fail(options: Options, code: int, message: str) -> int:
+    if options.json:
+        print(json.dumps({"error": {"code": code, "message": message}}, indent=2))
+    print(f"gemini.train: {message}", file=sys.stderr)
+    return code

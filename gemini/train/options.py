@@ -1,0 +1,206 @@
+"""The command line of the job, checked, as one frozen value."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gemini.sizes import parse_bytes
+from gemini.train.model import GPTConfig
+
+STATE_FILE = "training_state.json"
+"""What a checkpoint holds besides weights and optimizer states."""
+
+_EPILOG = """\
+examples:
+  python -m gemini.train                                     a small GPT, about a minute
+  python -m gemini.train --layers 12 --hidden 768 --heads 12 --host-memory 500MiB
+  python -m gemini.train --resume DIR --steps 400            go on where DIR ended
+
+SIZE is bytes or text: 24GiB is binary, 24GB decimal. Ctrl-C finishes the step,
+writes the checkpoint and exits with 130; pressed twice it ends at once.
+exit codes: 0 ok, 1 it could not be done, 2 wrong usage, 130 interrupted
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What to train, on what, with how much memory."""
+
+    layers: int = 6
+    hidden: int = 384
+    heads: int = 6
+    seq_len: int = 128
+    batch_size: int = 8
+    steps: int = 100
+    lr: float = 1e-3
+    seed: int = 0
+    precision: str = "bf16"
+    text: Path | None = None
+    """None: the Python reference."""
+    placement_policy: str = "auto"
+    device_memory: int | None = None
+    host_memory: int | None = None
+    disk_memory: int | None = None
+    offload_dir: Path | None = None
+    """None: a temporary folder."""
+    checkpoint: Path | None = None
+    """None: a new folder below ``gemini_memory_runs``."""
+    resume: Path | None = None
+    sample_length: int = 64
+    json: bool = False
+
+    @property
+    def model(self) -> GPTConfig:
+        return GPTConfig(layers=self.layers, hidden=self.hidden, heads=self.heads, seq_len=self.seq_len)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        if self.checkpoint is not None:
+            return self.checkpoint
+        return self.resume or Path("gemini_memory_runs") / f"train-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+
+    def as_json(self) -> dict[str, Any]:
+        """For a checkpoint and for ``--json``; paths as text."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+SHAPE = ("layers", "hidden", "heads", "seq_len")
+"""What a checkpoint fixes."""
+REMEMBERED = (*SHAPE, "batch_size", "steps", "lr", "seed", "precision", "text")
+"""What ``--resume`` takes from the checkpoint where the command line does not say otherwise."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Options from the command line; a mistake ends the program with exit code 2 and one line that names it."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))  # only what was given: every default is SUPPRESS
+    try:
+        options = Options(**{**_remembered(given), **given})
+        _check(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = {field.name: field.default for field in fields(Options)}
+    parser = argparse.ArgumentParser(
+        prog="python -m gemini.train",
+        usage="python -m gemini.train [options]",
+        description="Train a GPT on text in less memory than its model data need, and show that it is so.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+    def add(group: Any, flag: str, kind: Callable[[str], Any], metavar: str, text: str) -> None:
+        default = defaults[flag[2:].replace("-", "_")]
+        shown = "" if default is None else f" [{default:g}]" if isinstance(default, float) else f" [{default}]"
+        group.add_argument(flag, type=kind, metavar=metavar, help=text + shown)
+
+    model = parser.add_argument_group("model and training")
+    add(model, "--layers", _positive, "N", "transformer blocks")
+    add(model, "--hidden", _positive, "N", "width; a multiple of the heads")
+    add(model, "--heads", _positive, "N", "attention heads")
+    add(model, "--seq-len", _positive, "N", "bytes a sequence")
+    add(model, "--batch-size", _positive, "N", "sequences a step")
+    add(model, "--steps", _positive, "N", "steps in all")
+    add(model, "--lr", _rate, "X", "highest learning rate; warms up, then falls along a cosine")
+    add(model, "--seed", _natural, "N", "of the weights and of the order of the data")
+    model.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the computation [bf16]")
+    add(model, "--text", Path, "FILE", "train on this file [Python's own reference]")
+    memory = parser.add_argument_group("memory for model data")
+    add(memory, "--device-memory", _size, "SIZE", "on the device; without a GPU, emulates one")
+    add(memory, "--host-memory", _size, "SIZE", "in RAM [without a GPU: half of the model data]")
+    add(memory, "--disk-memory", _size, "SIZE", "in the offload folder [what is free]")
+    add(memory, "--offload-dir", Path, "DIR", "folder of the disk tier [a temporary one]")
+    memory.add_argument("--placement-policy", choices=("auto", "static"), help="[auto]")
+    output = parser.add_argument_group("output")
+    add(output, "--checkpoint", Path, "DIR", "write here [a new folder in gemini_memory_runs]")
+    add(output, "--resume", Path, "DIR", "go on from this checkpoint (and write there)")
+    add(output, "--sample-length", _natural, "N", "bytes of text to generate at the end")
+    output.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
+    return parser
+
+
+def _remembered(given: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint to resume says; ``ValueError`` if the command line asks for another model."""
+    folder: Path | None = given.get("resume")
+    if folder is None:
+        return {}
+    saved = read_state(folder)["options"]
+    for name in SHAPE:
+        if given.get(name, saved[name]) != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {given[name]} does not fit {folder}, whose model has {saved[name]}; leave it out")
+    known = {name: saved[name] for name in REMEMBERED if saved.get(name) is not None}
+    if "text" in known:
+        known["text"] = Path(known["text"])
+    return known
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The small file of a checkpoint; ``ValueError`` if the folder is no checkpoint of this job."""
+    path = folder / STATE_FILE
+    try:
+        content = json.loads(path.read_text())
+        if content["version"] != 1 or not set(SHAPE) <= set(content["options"]):
+            raise KeyError("version")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint of this job: it has no {STATE_FILE}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or from another version: {error}") from None
+    checked: dict[str, Any] = content
+    return checked
+
+
+def _check(options: Options) -> None:
+    _ = options.model  # hidden and heads fit
+    if options.text is not None and not options.text.is_file():
+        raise ValueError(f"--text {options.text}: no such file")
+    if options.offload_dir is not None and options.offload_dir.exists() and not options.offload_dir.is_dir():
+        raise ValueError(f"--offload-dir {options.offload_dir}: not a folder")
+    target = options.checkpoint_folder
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"--checkpoint {target}: not a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / STATE_FILE).exists():
+        raise ValueError(f"--checkpoint {target}: holds other files; give an empty or a new folder")
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _natural(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 10:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 10, got {text!r}")
+    return number
+
+
+def _size(text: str) -> int:
+    try:
+        nbytes = parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if nbytes == 0:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return nbytes
