@@ -96,21 +96,19 @@ def run_managed(task: Task, lazy: bool = False, **plugin: Any) -> tuple[Run, nn.
         opt.zero_grad()
         losses.append(loss.item())
     check_at_rest(model)
-    return Run(losses, *(read_all(model, role) for role in (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)),
-               {name: b.clone() for name, b in model.named_buffers()}), model
+    states = opt.state_dict()["state"]  # numbered in the order of the parameters
+    names = [name for name, _ in model.named_parameters()]
+    moments = [{names[i]: state[key] for i, state in states.items()} for key in ("exp_avg", "exp_avg_sq")]
+    return Run(losses, masters(model), *moments, {name: b.clone() for name, b in model.named_buffers()}), model
 
 
-def read_all(model: nn.Module, role: Role) -> dict[str, Tensor]:
-    """What a role holds for each parameter; of parameters outside of the chunks only their values."""
+def masters(model: nn.Module) -> dict[str, Tensor]:
+    """The truth of each parameter; of those outside of the chunks their values."""
     manager = boosted(model).manager
-    values = {}
-    for name, parameter in model.named_parameters():
-        place = manager.find(parameter)
-        if place is None and role is Role.MASTER:
-            values[name] = parameter.detach().clone()
-        elif place is not None and role in place[0].homes and boosted(model).step.steps.get(id(parameter), role is Role.MASTER):
-            values[name] = manager.read(parameter, role)
-    return values
+    return {
+        name: p.detach().clone() if manager.find(p) is None else manager.read(p, Role.MASTER)
+        for name, p in model.named_parameters()
+    }
 
 
 def check_at_rest(model: nn.Module) -> None:
