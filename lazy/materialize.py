@@ -34,7 +34,8 @@ def materialize(module: M, sink: Sink | None = None) -> M:
     sink : callable, optional
         ``sink(parameter, value) -> data``. Called once for each distinct lazy parameter as soon as its value is final,
         in an order that is not that of ``named_parameters()``. `parameter` is the lazy parameter (the object that will
-        become real), `value` its real content, which the sink copies where it wants and must not keep.
+        become real), `value` its real content, which the sink copies where it wants and does not keep
+        (returning `value` itself is fine, but it may lie in a private memory map that cannot be resized).
         ``parameter.data`` becomes `data`: a tensor of the same shape, of any dtype and strides. Parameters that share a
         storage are handed over one after the other with values that share a storage; the sink decides whether they go
         on sharing. Buffers are not handed over.
