@@ -71,7 +71,9 @@ class ChunkLayout:
         end = 0
         for slot in self.slots:
             if slot.offset < end or slot.stop > self.numel:
-                raise ValueError(f"chunk {self.index}: slot {slot.name} [{slot.offset}, {slot.stop}) overlaps or overruns")
+                raise ValueError(
+                    f"chunk {self.index}: slot {slot.name} [{slot.offset}, {slot.stop}) overlaps or overruns"
+                )
             end = slot.stop
 
     @property
@@ -114,4 +116,6 @@ def pack(specs: Sequence[TensorSpec], chunk_numel: int) -> tuple[ChunkLayout, ..
 
     # Chunk numbers follow first use, so that "the first chunks" means the same to placement and to people.
     done.sort(key=lambda item: item[1][0].key)
-    return tuple(ChunkLayout(i, group, max(end, ALIGN_NUMEL), tuple(slots)) for i, (group, slots, end) in enumerate(done))
+    return tuple(
+        ChunkLayout(i, group, max(end, ALIGN_NUMEL), tuple(slots)) for i, (group, slots, end) in enumerate(done)
+    )
