@@ -28,14 +28,16 @@ class Ledger:
     def __init__(self, capacities: Mapping[Tier, int], unified: bool) -> None:
         self.unified = unified
         self._capacities = {tier: int(capacities.get(tier, 0)) for tier in Tier}
-        if unified:
-            self._capacities[Tier.DEVICE] = self._capacities[Tier.HOST]
         self._used = dict.fromkeys(Tier, 0)
         self._peak = dict.fromkeys(Tier, 0)
         self._lock = Lock()
 
+    def bounded_by(self, tier: Tier) -> Tier:
+        """The tier whose capacity bounds this one."""
+        return Tier.HOST if self.unified and tier is Tier.DEVICE else tier
+
     def capacity(self, tier: Tier) -> int:
-        return self._capacities[tier]
+        return self._capacities[self.bounded_by(tier)]
 
     def used(self, tier: Tier) -> int:
         if self.unified and tier is Tier.HOST:
@@ -46,8 +48,7 @@ class Ledger:
         return self._peak[tier]
 
     def free(self, tier: Tier) -> int:
-        shared = Tier.HOST if self.unified and tier is Tier.DEVICE else tier
-        return self._capacities[shared] - self.used(shared)
+        return self.capacity(tier) - self.used(self.bounded_by(tier))
 
     def take(self, tier: Tier, nbytes: int, what: str) -> None:
         """Count ``nbytes`` as used.
@@ -58,10 +59,12 @@ class Ledger:
             If the tier would exceed its capacity; nothing is counted then.
         """
         with self._lock:
-            if nbytes > self.free(tier):
+            free = self.free(tier)
+            if nbytes > free:
+                bound, enough = self.bounded_by(tier).value, self.capacity(tier) + nbytes - free
                 raise OutOfMemory(
-                    f"{tier.value} tier out of memory. {what} needs {mib(nbytes)}, {mib(self.free(tier))} of "
-                    f"{mib(self.capacity(tier))} are free; raise {tier.value}_memory by {mib(nbytes - self.free(tier))}"
+                    f"{bound} tier out of memory. {what} needs {mib(nbytes)}, {mib(free)} of {mib(self.capacity(tier))} are "
+                    f"free; set {bound}_memory to {enough} bytes ({mib(enough)}) or more"
                 )
             self._used[tier] += nbytes
             for each in Tier:
@@ -70,10 +73,11 @@ class Ledger:
     def give(self, tier: Tier, nbytes: int) -> None:
         """Count ``nbytes`` as free again."""
         with self._lock:
+            assert nbytes <= self._used[tier], f"{tier.value}: gave back more than was taken"
             self._used[tier] -= nbytes
-            assert self._used[tier] >= 0, f"{tier.value}: gave back more than was taken"
 
     def resize(self, tier: Tier, capacity_bytes: int) -> None:
         """Change a capacity (after warm-up has measured the non-model data). Never below what is used."""
         with self._lock:
-            self._capacities[tier] = max(capacity_bytes, self.used(tier))
+            bound = self.bounded_by(tier)
+            self._capacities[bound] = max(capacity_bytes, self.used(bound))

@@ -202,7 +202,7 @@ class ChunkManager:
     def _no_room(self, chunk: Chunk) -> OutOfMemory:
         held = sum(c.full_nbytes for c in self.chunks if c.is_resident)
         free = self.ledger.free(Tier.DEVICE)
-        tier = Tier.HOST if self.ledger.unified else Tier.DEVICE
+        tier = self.ledger.bounded_by(Tier.DEVICE)
         enough = self.ledger.capacity(tier) + chunk.full_nbytes - free
         return OutOfMemory(
             f"{tier.value} tier out of memory. Chunk {chunk.index} (with {chunk.layout.slots[0].name}) needs "
