@@ -1,0 +1,29 @@
+"""Checkpoints: weights in the Hugging Face layout, optimizer states, schedulers; streamed, atomic, without pickle.
+
+How the files build on each other (imports go down only)::
+
+    model_io.py  optimizer_io.py  scheduler_io.py    what a user calls
+    hugging_face.py  weight_files.py                 configuration and names of transformers; files of a checkpoint
+    match.py                                         which stored tensor goes where, checked before anything changes
+    names.py                                         what a model holds, one tensor at a time
+    safetensors_stream.py  torch_file.py             formats
+    stage.py  output.py  raw.py                      atomic files, one file, bytes
+"""
+
+from .match import load_named
+from .model_io import load_model, save_model
+from .names import full_state_dict, named_tensors
+from .optimizer_io import load_optimizer, save_optimizer
+from .scheduler_io import load_lr_scheduler, save_lr_scheduler
+
+__all__ = [
+    "full_state_dict",
+    "load_lr_scheduler",
+    "load_model",
+    "load_named",
+    "load_optimizer",
+    "named_tensors",
+    "save_lr_scheduler",
+    "save_model",
+    "save_optimizer",
+]

@@ -1,0 +1,127 @@
+"""Which stored tensor goes where: everything is compared before anything is changed."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from gemini.errors import CheckpointError
+
+from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stored tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, value: Tensor) -> "Source":
+        return cls(tuple(value.shape), value.dtype, lambda: value)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What to load."""
+
+    pairs: tuple[tuple[Entry, Source], ...]
+    extra: Mapping[str, Any]
+    """Extra states, by name."""
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misfits: tuple[str, ...]
+    """Stored tensors that are found and cannot be loaded, in words."""
+
+    def check(self, strict: bool, what: str) -> None:
+        """Raise one error about everything that is wrong.
+
+        Raises
+        ------
+        CheckpointError
+            If a tensor does not fit; with ``strict``, also if names are missing or unexpected.
+        """
+        faults = list(self.misfits)
+        if strict and self.missing:
+            faults.append(f"missing ({len(self.missing)}): {', '.join(self.missing)}")
+        if strict and self.unexpected:
+            faults.append(f"unexpected ({len(self.unexpected)}): {', '.join(self.unexpected)}")
+        if faults:
+            raise CheckpointError(f"{what} does not fit the model, which is as it was:\n    " + "\n    ".join(faults))
+
+    def load(self, model: nn.Module) -> None:
+        """Copy everything into the model, one tensor at a time."""
+        for entry, source in self.pairs:
+            entry.write(source.read())
+        for name, value in self.extra.items():
+            model.get_submodule(name.removesuffix(EXTRA_STATE).removesuffix(".")).set_extra_state(value)
+
+
+def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:
+    """Compare what is stored (`Source` for tensors, anything for extra states) with what the model has.
+
+    One name of a tied tensor is enough; its other names are accepted.
+    """
+    held = entries(model)
+    pairs: list[tuple[Entry, Source]] = []
+    missing: list[str] = []
+    misfits: list[str] = []
+    for entry in held:
+        name = next((name for name in entry.names if isinstance(stored.get(name), Source)), None)
+        if name is None:
+            missing.append(entry.name)
+            continue
+        source = stored[name]
+        if source.shape != entry.shape:
+            misfits.append(f"{name}: stored with shape {source.shape}, the model has {entry.shape}")
+        elif source.dtype.is_complex and not entry.dtype.is_complex:
+            misfits.append(f"{name}: stored as {source.dtype}, the model has {entry.dtype}")
+        else:
+            pairs.append((entry, source))
+    extras = extra_states(model)
+    missing += [name for name in extras if name not in stored]
+    expected = {name for entry in held for name in entry.names} | set(extras)
+    extra = {name: _plain(stored[name]) for name in extras if name in stored}
+    return Match(tuple(pairs), extra, tuple(missing), _unexpected(stored, expected), tuple(misfits))
+
+
+def load_named(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+    """``load_state_dict`` of a boosted model.
+
+    Parameters
+    ----------
+    strict
+        Whether missing and unexpected names are an error.
+
+    Returns
+    -------
+    NamedTuple
+        ``missing_keys`` and ``unexpected_keys``, as torch does.
+
+    Raises
+    ------
+    CheckpointError
+        If names (with ``strict``) or shapes do not fit; all of them are named and nothing has been changed.
+    """
+    stored = {
+        name: Source.of(value) if isinstance(value, Tensor) and not is_extra_state(name) else value
+        for name, value in state_dict.items()
+    }
+    found = match(model, stored)
+    found.check(strict, f"the state dict for {type(model).__name__}")
+    found.load(model)
+    return _IncompatibleKeys(list(found.missing), list(found.unexpected))
+
+
+def _unexpected(stored: Iterable[str], expected: set[str]) -> tuple[str, ...]:
+    names: Sequence[str] = [name for name in stored if name not in expected]
+    return tuple(names)
+
+
+def _plain(value: Any) -> Any:
+    return value.read() if isinstance(value, Source) else value

@@ -1,0 +1,189 @@
+"""What a model holds under which name, one tensor at a time: boosted, plain, or a boosted model inside a plain one."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemini.chunk import ChunkManager, Role
+from gemini.errors import CheckpointError
+from gemini.lazy import is_lazy
+from gemini.module import GeminiModule
+
+EXTRA_STATE = "_extra_state"
+_wants_objects: ContextVar[bool] = ContextVar("gemini_memory_wants_objects", default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One distinct parameter or persistent buffer."""
+
+    names: tuple[str, ...]
+    """In the order of ``state_dict()``; more than one where it is tied."""
+    tensor: Tensor
+    """The object in the model. A managed parameter may read as NaN: use `read`."""
+    manager: ChunkManager | None
+    """Who holds the values; None: the object itself."""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored value: fp32 where there is a master."""
+        if self.manager is None:
+            return self.tensor.dtype
+        place = self.manager.find(self.tensor)
+        assert place is not None
+        return place[0].homes[Role.MASTER].dtype
+
+    @property
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """A copy of the value, on CPU."""
+        if self.manager is None:
+            return self.tensor.detach().to("cpu", copy=True)
+        return self.manager.read(self.tensor, Role.MASTER)
+
+    def write(self, value: Tensor) -> None:
+        """Replace the value; ``value`` has its shape and any dtype."""
+        if self.manager is None:
+            with torch.no_grad():
+                self.tensor.copy_(value)
+        else:
+            self.manager.write(self.tensor, Role.MASTER, value)
+
+
+def entries(model: nn.Module) -> tuple[Entry, ...]:
+    """Every distinct parameter and persistent buffer, in the order of ``state_dict()``. Reads no values.
+
+    Raises
+    ------
+    CheckpointError
+        If a ``state_dict`` hook puts a tensor of its own there, which could be neither read nor written through the
+        chunks.
+    ValueError
+        If the model has no values yet.
+    """
+    known = {id(t) for t in (*_all_parameters(model), *model.buffers())}
+    managers = [module._gemini.manager for module in model.modules() if isinstance(module, GeminiModule)]
+    names: dict[int, list[str]] = {}
+    found: dict[int, Tensor] = {}
+    for name, value in named_objects(model).items():
+        if not isinstance(value, Tensor) or is_extra_state(name):
+            continue
+        if is_lazy(value) or value.is_meta:
+            raise ValueError(
+                f"{name} has no value yet: booster.boost the model first, or make it real with "
+                "LazyInitContext.materialize(model)"
+            )
+        if id(value) not in known:
+            raise CheckpointError(f"{name} is made by a state_dict hook of the model and has no place in it")
+        names.setdefault(id(value), []).append(name)
+        found[id(value)] = value
+    return tuple(
+        Entry(tuple(names[key]), tensor, next((m for m in managers if m.find(tensor) is not None), None))
+        for key, tensor in found.items()
+    )
+
+
+def extra_states(model: nn.Module) -> dict[str, Any]:
+    """What modules with ``get_extra_state`` want to be saved, by name."""
+    return {name: value for name, value in named_objects(model).items() if is_extra_state(name)}
+
+
+def is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def named_objects(model: nn.Module) -> Mapping[str, Any]:
+    """``model.state_dict()`` with the model's own parameter and buffer objects in it: names, order and ties, no values.
+
+    Asking the model itself keeps what its hooks do to names (an activation checkpoint wrapper strips its prefix).
+    """
+    with _objects_wanted():
+        return model.state_dict(keep_vars=True)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and persistent buffer as a full tensor on CPU, one at a time.
+
+    Nothing holds the whole model. The tensors are copies: training on does not change them.
+
+    Parameters
+    ----------
+    model
+        Boosted or plain.
+
+    Yields
+    ------
+    tuple of str and Tensor
+        In the order of ``model.state_dict()``, each tensor once, tied ones under their first name. Parameters that
+        train are fp32 masters; frozen ones have the dtype they are kept in.
+    """
+    for entry in entries(model):
+        yield entry.name, entry.read()
+
+
+def full_state_dict(
+    model: GeminiModule,
+    *args: Any,
+    destination: dict[str, Any] | None = None,
+    prefix: str = "",
+    keep_vars: bool = False,
+) -> dict[str, Any]:
+    """``state_dict`` of a boosted model, with the values gathered from the chunks.
+
+    Takes what ``nn.Module.state_dict`` takes. The values are copies even with ``keep_vars``, since the parameters
+    themselves may be without their chunk; names of one tied tensor share one object.
+    """
+    given = dict(zip(("destination", "prefix", "keep_vars"), args, strict=False))  # torch still takes them by position
+    destination, prefix = given.get("destination", destination), given.get("prefix", prefix)
+    plain_state_dict: Callable[..., dict[str, Any]] = super(GeminiModule, model).state_dict
+    if _wants_objects.get():
+        return plain_state_dict(destination=destination, prefix=prefix, keep_vars=True)
+    with _objects_wanted():
+        gathered = plain_state_dict(prefix=prefix, keep_vars=True)
+    held = {id(entry.tensor): entry for entry in entries(model)}
+    values: dict[int, Tensor] = {}
+    for name, value in gathered.items():
+        if id(value) in held:
+            if id(value) not in values:
+                values[id(value)] = held[id(value)].read()
+            gathered[name] = values[id(value)]
+    if destination is None:
+        return gathered
+    destination.update(gathered)
+    if hasattr(destination, "_metadata"):
+        destination._metadata.update(gathered._metadata)  # type: ignore[attr-defined]
+    return destination
+
+
+def _all_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    # Not model.parameters(): on a boosted model that waits for updates, and here no value is read.
+    for module in model.modules():
+        yield from (p for p in module._parameters.values() if p is not None)
+
+
+@contextmanager
+def _objects_wanted() -> Iterator[None]:
+    token = _wants_objects.set(True)
+    try:
+        yield
+    finally:
+        _wants_objects.reset(token)

@@ -1,0 +1,387 @@
+"""Saving and loading optimizer states.
+
+A folder holds the tensors in safetensors files and everything else in one JSON, which is also their index::
+
+    optimizer.json          {"format": "gemini-memory optimizer", "version": 1, "param_groups": [{"lr": ..., "params":
+                             [0, 1], "param_names": ["wte.weight", null]}], "steps": {"0": 3}, "loss_scaler": {...},
+                             "weight_map": {"0.exp_avg": "optimizer.safetensors", ...}}
+    optimizer.safetensors   "0.exp_avg", "0.exp_avg_sq" and, for an optimizer of its own on half parameters, "0.master"
+
+No pickle. The numbers are those of ``optimizer.state_dict()``. Masters of a boosted model are saved with the model.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gemini.chunk import Role
+from gemini.errors import CheckpointError
+from gemini.managed_step import ChunkedStep, check_groups
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.parameter_state import restored
+from gemini.sizes import parse_bytes
+
+from .match import Source
+from .safetensors_stream import SafetensorsWriter, TensorRecord
+from .stage import Stage, remove
+from .torch_file import read_torch, write_torch
+from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_indexed, read_json, shard_names
+
+JSON_NAME = "optimizer.json"
+TENSORS_NAME = "optimizer.safetensors"
+FORMAT = "gemini-memory optimizer"
+VERSION = 1
+_TENSORS = ("exp_avg", "exp_avg_sq", "master")
+_MEBI = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """An optimizer's checkpoint, checked; tensors unread."""
+
+    param_groups: list[dict[str, Any]]
+    states: dict[int, dict[str, Any]]
+    """By the index that ``params`` of the groups use: ``step`` as a number, tensors as `Source`."""
+    loss_scaler: Mapping[str, Any] | None
+
+
+# -- saving
+
+
+def save_optimizer(
+    optimizer: Optimizer,
+    checkpoint: str | Path,
+    *,
+    shard: bool = False,
+    prefix: str | None = None,
+    size_per_shard: int | str = 1024,
+) -> None:
+    """Write states, groups and loss scale.
+
+    Parameters
+    ----------
+    optimizer
+        Boosted or not.
+    checkpoint
+        A name that ends in ``.pt``, ``.pth`` or ``.bin``: ``torch.save`` of the state dict, which
+        ``torch.optim.AdamW`` loads as well; gathers everything in RAM. Anything else: a folder (it may be the model's),
+        written one tensor at a time.
+    shard
+        Into a folder: cut the tensors into files of ``size_per_shard``.
+    prefix
+        Put before the names of the files, with a dot.
+    size_per_shard
+        MiB as a number, or ``"5GB"``.
+
+    Raises
+    ------
+    CheckpointError
+        If the files cannot be written, or a group has an option that is not a plain value.
+    TypeError
+        If a folder is given for an optimizer that is not a `HybridAdam`.
+    """
+    path = Path(checkpoint).absolute()
+    if path.suffix in FILE_SUFFIXES and not path.is_dir():
+        if shard or path.suffix == ".safetensors":
+            raise ValueError(f"an optimizer is saved to a folder, or to one .pt, .pth or .bin file; got {str(path)!r}")
+        _save_file(optimizer, path)
+        return
+    if path.is_file():
+        raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in .pt, .pth or .bin")
+    if not isinstance(optimizer, HybridAdam):
+        raise TypeError(f"only a HybridAdam is saved to a folder, got {type(optimizer).__name__}; give a .pt file")
+    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
+    if limit <= 0:
+        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
+    _save_folder(optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
+
+
+def _save_file(optimizer: Optimizer, path: Path) -> None:
+    state = optimizer.state_dict()
+    scaler = _loss_scaler(optimizer)
+    if scaler is not None:
+        state["loss_scaler"] = scaler.state_dict()
+    with Stage(path.parent, path.name) as stage:
+        with stage.create(path.name) as out:
+            write_torch(state, out)
+        stage.commit([path.name])
+
+
+def _save_folder(optimizer: HybridAdam, folder: Path, prefix: str, limit: int | None) -> None:
+    parameters = _parameters(optimizer)
+    steps = {i: step for i, p in enumerate(parameters) if (step := _step_of(optimizer, p))}
+    records = [record for i in steps for record in _records(optimizer, i, parameters[i])]
+    parts = into_shards(records, [r.nbytes for r in records], limit) if limit is not None and records else [records]
+    name, tensors = prefix + JSON_NAME, prefix + TENSORS_NAME
+    files = shard_names(tensors, len(parts)) if len(parts) > 1 else [tensors]
+    scaler = _loss_scaler(optimizer)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "param_groups": _groups(optimizer, folder / name),
+        "steps": steps,
+        "loss_scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    homes = {record.name: file for file, part in zip(files, parts, strict=True) for record in part}
+
+    def text(where: Mapping[str, str]) -> str:
+        return json.dumps({**content, "weight_map": {n: where[file] for n, file in homes.items()}}, indent=1) + "\n"
+
+    before = _files_of(folder / name)
+    with Stage(folder, name) as stage:
+        for file, part in zip(files, parts, strict=True):
+            writer = SafetensorsWriter(part, {"format": "pt"})
+            with stage.create(file, writer.nbytes) as out:
+                writer.begin(out)
+                for record in writer.records:
+                    index, _, key = record.name.partition(".")
+                    writer.append(out, record, _read(optimizer, parameters[int(index)], key))
+        stage.commit_indexed(files, name, text)
+    now = _files_of(folder / name)
+    remove(folder / file for file in before if file not in now)
+
+
+def _records(optimizer: HybridAdam, index: int, parameter: Tensor) -> list[TensorRecord]:
+    step = _managed(optimizer)
+    if step is not None and step.manager.find(parameter) is not None:
+        return [TensorRecord(f"{index}.{key}", torch.float32, tuple(parameter.shape)) for key in _TENSORS[:2]]
+    state = optimizer.state[parameter]
+    return [TensorRecord(f"{index}.{k}", state[k].dtype, tuple(state[k].shape)) for k in _TENSORS if k in state]
+
+
+def _read(optimizer: HybridAdam, parameter: Tensor, key: str) -> Tensor:
+    """One tensor of a state, on CPU. Not ``state_of``, which gathers both moments at once."""
+    step = _managed(optimizer)
+    if step is not None and step.manager.find(parameter) is not None:
+        return step.manager.read(parameter, Role(key))
+    value: Tensor = optimizer.state[parameter][key]
+    return value.detach().cpu()
+
+
+def _groups(optimizer: HybridAdam, path: Path) -> list[dict[str, Any]]:
+    """The groups as plain values; indices count through all groups, as in ``state_dict()``."""
+    groups, count = [], 0
+    for group in optimizer.param_groups:
+        plain = {key: _plain(value, key, path) for key, value in group.items() if key not in ("params", "param_names")}
+        plain["decoupled_weight_decay"] = plain["adamw_mode"]  # as HybridAdam.state_dict does
+        plain["params"] = list(range(count, count + len(group["params"])))
+        plain["param_names"] = _names(optimizer, group)
+        groups.append(plain)
+        count += len(group["params"])
+    return groups
+
+
+def _plain(value: Any, key: str, path: Path) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: option {key!r} of a parameter group is a {type(value).__name__} and cannot be written; "
+            "save to a .pt file instead"
+        ) from error
+    return value
+
+
+# -- loading
+
+
+def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
+    """Read what `save_optimizer` wrote, or a state dict of ``torch.optim.Adam`` or ``AdamW`` from a file.
+
+    Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
+    anything changes. Parameters that had not been stepped when the checkpoint was written lose their states.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint is not whole or does not fit.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder")
+    with ExitStack() as files:
+        if path.is_dir():
+            saved = _read_folder(_find_json(path), files)
+        elif path.suffix == ".json":
+            saved = _read_folder(path, files)
+        else:
+            saved = _read_file(path)
+        if isinstance(optimizer, HybridAdam):
+            _load(optimizer, _in_our_order(optimizer, saved, path), path)
+        else:
+            optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
+
+
+def _load(optimizer: HybridAdam, saved: _Saved, path: Path) -> None:
+    try:
+        check_groups(optimizer, saved.param_groups, saved.states)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _check_states(optimizer, saved, path)
+    for group, of in zip(optimizer.param_groups, saved.param_groups, strict=True):
+        group.update({key: value for key, value in of.items() if key not in ("params", "param_names")})
+        for parameter, index in zip(group["params"], of["params"], strict=True):
+            _load_state(optimizer, parameter, saved.states.get(index))
+    scaler = _loss_scaler(optimizer)
+    if scaler is not None and saved.loss_scaler is not None:
+        scaler.load_state_dict(saved.loss_scaler)
+
+
+def _load_state(optimizer: HybridAdam, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
+    step = _managed(optimizer)
+    if step is None or step.manager.find(parameter) is None:
+        if state is None:
+            optimizer.state.pop(parameter, None)
+        else:
+            optimizer.state[parameter] = restored(_tensors(state), parameter, copy=False)
+    elif state is not None:
+        step.load_state_of(optimizer, parameter, _tensors(state))
+    elif step.steps.pop(id(parameter), 0):
+        zeros = torch.zeros(()).expand(parameter.shape)
+        step.manager.write(parameter, Role.EXP_AVG, zeros)
+        step.manager.write(parameter, Role.EXP_AVG_SQ, zeros)
+
+
+def _read_folder(path: Path, files: ExitStack) -> _Saved:
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not the state of an optimizer")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {content.get('version')!r}; this package reads version {VERSION}")
+    weight_map = checked_weight_map(path, content.get("weight_map"))
+    sources = read_indexed(path, weight_map, files)
+    try:
+        states: dict[int, dict[str, Any]] = {int(i): {"step": float(n)} for i, n in content["steps"].items()}
+        for name, source in sources.items():
+            index, _, key = name.partition(".")
+            states[int(index)][key] = source
+        groups = [_group_from_json(group) for group in content["param_groups"]]
+        return _Saved(groups, states, content["loss_scaler"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not the state of an optimizer: {type(error).__name__} {error}") from error
+
+
+def _read_file(path: Path) -> _Saved:
+    stored = read_torch(path, mmap=True)
+    try:
+        states = {
+            int(i): {k: Source.of(v) if isinstance(v, Tensor) and k in _TENSORS else v for k, v in state.items()}
+            for i, state in stored["state"].items()
+        }
+        groups = [{**group, "params": list(group["params"])} for group in stored["param_groups"]]
+        return _Saved(groups, states, stored.get("loss_scaler"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not hold the state dict of an optimizer") from error
+
+
+def _group_from_json(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {**group, "params": list(group["params"]), "betas": tuple(group["betas"])}
+
+
+def _find_json(folder: Path) -> Path:
+    if (folder / JSON_NAME).is_file():
+        return folder / JSON_NAME
+    found = sorted(path for path in folder.glob(f"*.{JSON_NAME}") if not path.name.startswith("."))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(f"{folder} holds several optimizers: give one of {', '.join(map(str, found))}")
+    raise CheckpointError(f"{folder} holds no optimizer: there is no {JSON_NAME}")
+
+
+def _in_our_order(optimizer: HybridAdam, saved: _Saved, path: Path) -> _Saved:
+    """Order each saved group as ours, where all names are known on both sides."""
+    ours = [_names(optimizer, group) for group in optimizer.param_groups]
+    theirs = [group.get("param_names") or [None] for group in saved.param_groups]
+    if len(ours) != len(theirs) or any(name is None for names in (*ours, *theirs) for name in names):
+        return saved
+    groups, faults = [], []
+    for i, (mine, other, group) in enumerate(zip(ours, theirs, saved.param_groups, strict=True)):
+        faults += [f"{name} is missing from group {i}" for name in mine if name not in other]
+        faults += [f"{name} is unexpected in group {i}" for name in other if name not in mine]
+        place = dict(zip(other, group["params"], strict=False))
+        groups.append({**group, "params": [place.get(name) for name in mine]})
+    if faults:
+        raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {'; '.join(faults)}")
+    return _Saved(groups, saved.states, saved.loss_scaler)
+
+
+def _check_states(optimizer: HybridAdam, saved: _Saved, path: Path) -> None:
+    faults = []
+    for group, of in zip(optimizer.param_groups, saved.param_groups, strict=True):
+        for parameter, index in zip(group["params"], of["params"], strict=True):
+            state = saved.states.get(index)
+            if state is None:
+                continue
+            faults += [f"{index}.{key} is missing" for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+            master = state.get("master")
+            if master is not None and master.shape != tuple(parameter.shape):
+                faults.append(f"{index}.master: stored with shape {master.shape}, expected {tuple(parameter.shape)}")
+            step = _managed(optimizer)
+            place = step.manager.find(parameter) if step is not None else None
+            if place is not None and Role.EXP_AVG not in place[0].homes:
+                faults.append(f"{index} ({place[0].layout.slots[place[1]].name}) is frozen here and has a state there")
+    if faults:
+        raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {'; '.join(faults)}")
+
+
+# -- both
+
+
+def _managed(optimizer: Optimizer) -> ChunkedStep | None:
+    step = getattr(optimizer, "_managed", None)
+    return step if isinstance(step, ChunkedStep) else None
+
+
+def _loss_scaler(optimizer: Optimizer) -> Any:
+    step = _managed(optimizer)
+    return step.scaler if step is not None else None
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _step_of(optimizer: HybridAdam, parameter: Tensor) -> int:
+    """How many steps a parameter has taken."""
+    step = _managed(optimizer)
+    if step is not None and step.manager.find(parameter) is not None:
+        return step.steps.get(id(parameter), 0)
+    return int(optimizer.state[parameter]["step"]) if optimizer.state.get(parameter) else 0
+
+
+def _names(optimizer: HybridAdam, group: Mapping[str, Any]) -> Sequence[str | None]:
+    """Full names in the model; None where nobody knows them."""
+    step = _managed(optimizer)
+    given: Sequence[str | None] = group.get("param_names") or [None] * len(group["params"])
+    if step is None:
+        return list(given)
+    known = (step.manager.slot(p).name if step.manager.find(p) is not None else None for p in group["params"])
+    return [name or other for name, other in zip(known, given, strict=True)]
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.read() if isinstance(value, Source) else value for key, value in state.items()}
+
+
+def _gathered(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {i: {**_tensors(state), "step": torch.tensor(float(state.get("step", 0)))} for i, state in states.items()}
+
+
+def _files_of(path: Path) -> Iterable[str]:
+    """The files that the optimizer's JSON at ``path`` names, if there is one."""
+    if not path.is_file():
+        return []
+    try:
+        return list(dict.fromkeys(checked_weight_map(path, read_json(path).get("weight_map")).values()))
+    except CheckpointError:
+        return []  # what cannot be read names nothing

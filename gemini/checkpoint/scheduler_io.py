@@ -1,0 +1,53 @@
+"""Saving and loading a learning rate scheduler."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from gemini.errors import CheckpointError
+
+from .stage import Stage
+from .torch_file import read_torch, write_torch
+
+
+def save_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None:
+    """Write a scheduler's ``state_dict()`` as one file of ``torch.save``.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be written, or would not load again because it holds more than plain values.
+    """
+    path = Path(checkpoint).absolute()
+    state = lr_scheduler.state_dict()
+    try:
+        copy = io.BytesIO()
+        torch.save(state, copy)
+        copy.seek(0)
+        torch.load(copy, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: the state of {type(lr_scheduler).__name__} holds more than plain values and would not load again"
+        ) from error
+    with Stage(path.parent, path.name) as stage:
+        with stage.create(path.name) as out:
+            write_torch(state, out)
+        stage.commit([path.name])
+
+
+def load_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None:
+    """Read what `save_lr_scheduler` wrote. The learning rates themselves are in the optimizer's checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is not the state of a scheduler. The scheduler is as it was.
+    """
+    state: Any = read_torch(Path(checkpoint), mmap=False)
+    if not isinstance(state, dict) or "last_epoch" not in state:
+        raise CheckpointError(f"{checkpoint} is not the state of a learning rate scheduler")
+    lr_scheduler.load_state_dict(state)
