@@ -32,6 +32,13 @@ class Group:
     """Index of the optimizer's group; -1 without one."""
     trainable: bool
     """Has a gradient and optimizer states."""
+    keeps_fp32: bool = False
+    """Computes in fp32 whatever the precision: its module has running statistics, which keep their dtype, and takes
+    low-precision inputs beside fp32 weights."""
+
+    def dtype(self, config: GeminiConfig) -> torch.dtype:
+        """Of the full copy and the gradient."""
+        return torch.float32 if self.keeps_fp32 else config.compute_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +80,15 @@ def decide(
     """
     named = managed_parameters(model)
     group_of = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}  # type: ignore[attr-defined]
+    with_statistics = {
+        id(p) for m in model.modules() if getattr(m, "running_mean", None) is not None for p in m.parameters(recurse=False)
+    }
     specs = []
     for name, parameter in named.items():
-        group = group_of.get(id(parameter), -1)
-        trainable = parameter.requires_grad and group >= 0
-        specs.append(TensorSpec(name, tuple(parameter.shape), _dense_stride(parameter), Group(group if trainable else -1, trainable)))
+        index = group_of.get(id(parameter), -1)
+        trainable = parameter.requires_grad and index >= 0
+        group = Group(index if trainable else -1, trainable, id(parameter) in with_statistics)
+        specs.append(TensorSpec(name, tuple(parameter.shape), _dense_stride(parameter), group))
     search = _chunk_size(config, capacities, [spec.numel for spec in specs])
     layouts = pack(specs, search.numel)
     parameters = tuple(named.values())
@@ -85,7 +96,7 @@ def decide(
     block = _staging_block(layouts, capacities)
     placement = _place(layouts, units, config, capacities, _staging_bytes(block))
     plans = tuple(
-        ChunkPlan(layout, homes, config.compute_dtype) for layout, homes in zip(layouts, placement.homes, strict=True)
+        ChunkPlan(layout, homes, layout.group.dtype(config)) for layout, homes in zip(layouts, placement.homes, strict=True)
     )
     return Packing(parameters, plans, search, placement, block if placement.uses_disk else 0)
 
@@ -148,7 +159,7 @@ def _place(
     staging_bytes: int,
 ) -> Placement:
     """Place homes around a ring for full copies, as large as prefetching likes, or as small as the units allow."""
-    needs = [_need(layout, config.compute_dtype) for layout in layouts]
+    needs = [_need(layout, layout.group.dtype(config)) for layout in layouts]
     largest = max((need.full_nbytes for need in needs), default=0)
 
     def ring(placement: Placement | None, ahead: int) -> tuple[str, int]:
@@ -195,7 +206,8 @@ def _full_is_home(
 ) -> bool:
     tier = homes[Role.MASTER]
     in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and capacities.unified)
-    return in_reach and (config.precision == "fp32" or not layout.group.trainable)  # type: ignore[attr-defined]
+    group = layout.group
+    return in_reach and (group.dtype(config) is torch.float32 or not group.trainable)  # type: ignore[attr-defined]
 
 
 def _unit_too_large(name: str, nbytes: int, capacities: Capacities) -> OutOfMemory:

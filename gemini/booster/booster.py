@@ -56,10 +56,8 @@ class Booster:
         optimizer
             `HybridAdam`, ``torch.optim.Adam`` or ``AdamW`` over the model's parameters; the latter two come back as
             a `HybridAdam` with the same groups. None: inference only.
-        criterion, dataloader
-            Come back as they are.
-        lr_scheduler
-            Made to follow the optimizer that comes back.
+        criterion, dataloader, lr_scheduler
+            Come back as they are; the scheduler steers the optimizer that comes back.
 
         Raises
         ------

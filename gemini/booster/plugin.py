@@ -183,8 +183,7 @@ class GeminiPlugin:
             )
         hybrid = _hybrid(optimizer)
         boosted = boost_model(model, hybrid, self.config)
-        if lr_scheduler is not None and hybrid is not optimizer:
-            _follow(lr_scheduler, optimizer, hybrid)
+        # A scheduler made for a torch optimizer goes on as it is: both optimizers have the same group objects.
         if self.config.verbose:
             logger.info("boosted\n%s", boosted.memory_summary())
         return boosted, hybrid, criterion, dataloader, lr_scheduler
@@ -284,10 +283,3 @@ def _hybrid(optimizer: Optimizer | None) -> HybridAdam | None:
         "its update must be element-wise to run on chunks"
     )
 
-
-def _follow(lr_scheduler: Any, old: Any, new: Any) -> None:
-    """Point a scheduler (and those inside it) from one optimizer to another with the same groups."""
-    if getattr(lr_scheduler, "optimizer", None) is old:
-        lr_scheduler.optimizer = new
-    for inner in getattr(lr_scheduler, "_schedulers", ()):
-        _follow(inner, old, new)
