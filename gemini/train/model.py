@@ -1,7 +1,7 @@
-"""GPT-2, small and plain. Names and layouts are transformers' ``GPT2LMHeadModel``'s, which loads what we save."""
+"""GPT-2, small and plain. Names and layouts are those of transformers, which loads what we save."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class GPTConfig:
     """Sizes of a GPT. Feed-forward layers are four times as wide as ``hidden``; there is no dropout."""
 
@@ -20,6 +20,10 @@ class GPTConfig:
     seq_len: int
     """Longest sequence: the number of position embeddings."""
     vocab_size: int = 256
+    architectures: list[str] = field(default_factory=lambda: ["GPT2LMHeadModel"])
+    """Name of the class in transformers that loads it. This and ``dtype`` are set by what writes a checkpoint."""
+    dtype: torch.dtype | None = None
+    """Of the saved weights."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "seq_len", "vocab_size"):
@@ -37,7 +41,8 @@ class GPTConfig:
         """Write ``config.json`` for transformers' ``GPT2LMHeadModel.from_pretrained``."""
         content = {
             "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
+            "architectures": self.architectures,
+            "dtype": str(self.dtype or torch.float32).removeprefix("torch."),
             "activation_function": "gelu_new",
             "n_layer": self.layers,
             "n_embd": self.hidden,
@@ -128,8 +133,8 @@ class Transformer(nn.Module):
         return out
 
 
-class GPT(nn.Module):
-    """The language model.
+class GPT2LMHeadModel(nn.Module):
+    """The language model. Named as transformers names it, because checkpoints tell the name of the class.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.lazy import LazyInitContext
 from gemini.module import boosted
 from gemini.nn.optimizer import HybridAdam
-from gemini.train.model import GPT
+from gemini.train.model import GPT2LMHeadModel
 from gemini.train.options import STATE_FILE, Options, read_state
 
 _STATE_BYTES = 12  # master, exp_avg and exp_avg_sq, fp32 each
@@ -35,7 +35,7 @@ class Session:
     options: Options
     booster: Booster
     model: Any
-    """The `GPT`; Any, because boosting adds methods to its class."""
+    """The `GPT2LMHeadModel`; Any, because boosting adds methods to its class."""
     optimizer: HybridAdam
     schedule: LambdaLR
     step: int = 0
@@ -134,7 +134,7 @@ def build(options: Options, offload_dir: Path) -> Session:
     """
     torch.manual_seed(options.seed)
     with LazyInitContext():
-        model = GPT(options.model)
+        model = GPT2LMHeadModel(options.model)
     optimizer = HybridAdam(model.parameters(), lr=options.lr, weight_decay=0.01)
     schedule = LambdaLR(optimizer, _cosine(options.steps))
     device_memory, host_memory = _budget(options)

@@ -1,0 +1,70 @@
+"""``scripts/oom_regression``: what must hold when memory is short, tried out in capped child processes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import baseline
+import scenarios
+import table
+from outcome import Failure, Report, Settings
+
+_EPILOG = """\
+A baseline is a peak that was measured once; a later run may be above it by the
+tolerance that stands beside it in baselines.json. exit codes: 0 all as expected,
+1 a regression or a scenario that could not be run, 2 wrong usage.
+"""
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    chosen = [s for s in scenarios.ALL if (not options.quick or s.quick) and options.only in (None, s.name)]
+    if options.list:
+        table.list_scenarios(scenarios.ALL)
+        return 0
+    if not chosen:
+        print(f"no scenario {options.only!r}" + (" among the quick ones" if options.quick else ""), file=sys.stderr)
+        return 2
+    settings = Settings(small=options.small, headroom_ratio=options.headroom_ratio)
+    known = {} if options.update_baseline else baseline.load(settings)
+    reports = []
+    for scenario in chosen:
+        print(f"{scenario.name}: {scenario.summary} ...", file=sys.stderr, flush=True)
+        try:
+            report = scenario.run(settings)
+        except Failure as error:
+            report = Report.failed(scenario.name, str(error))
+        reports.append(baseline.compared(report, known.get(scenario.name, {}), updating=options.update_baseline))
+    table.show(reports)
+    passed = all(report.passed for report in reports)
+    if options.json is not None:
+        content = {"passed": passed, "scenarios": [report.as_json() for report in reports]}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    if options.update_baseline and passed:
+        baseline.update(settings, reports)
+        print(f"baselines written to {baseline.FILE}", file=sys.stderr)
+    return 0 if passed else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/oom_regression",
+        description="Run scenarios under a hard memory cap, each in processes of its own.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--list", action="store_true", help="name the scenarios and end")
+    parser.add_argument("--quick", action="store_true", help="only those that continuous integration runs")
+    parser.add_argument("--only", metavar="NAME", choices=[s.name for s in scenarios.ALL], help="only this one")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything measured to FILE")
+    parser.add_argument("--update-baseline", action="store_true", help="take what is measured as the new baseline")
+    parser.add_argument("--small", action="store_true", help="small models: to test this script, not the package")
+    parser.add_argument(
+        "--headroom-ratio", type=float, metavar="X", help="cap at X times the parameters' bytes: to see a check fail"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Peaks measured once and kept in the repository; later ones may not be much above them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from outcome import Check, Report, Settings
+
+from gemini.sizes import format_bytes
+
+FILE = Path(__file__).resolve().parent / "baselines.json"
+
+_TOLERANCE_RATIO = 0.10
+_TOLERANCE_BYTES = 8 << 20
+"""Thread stacks and malloc's arenas come in pieces of this size."""
+
+
+def load(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Baselines by scenario and peak."""
+    if not FILE.exists():
+        return {}
+    content: dict[str, dict[str, Any]] = json.loads(FILE.read_text()).get(_size(settings), {})
+    return content
+
+
+def compared(report: Report, known: Mapping[str, Any], *, updating: bool) -> Report:
+    """The report with a check for each of its peaks."""
+    checks = []
+    for name, peak in report.peaks.items():
+        if name in known:
+            limit = known[name]["peak_bytes"] + known[name]["tolerance_bytes"]
+            checks.append(Check(name, f"at most {format_bytes(limit)}", format_bytes(peak), peak <= limit))
+        elif not updating:
+            checks.append(Check(name, "a baseline", "none: run with --update-baseline", False))
+        else:
+            checks.append(Check(name, "new baseline", format_bytes(peak), True))
+    return report.with_checks(*checks)
+
+
+def update(settings: Settings, reports: Sequence[Report]) -> None:
+    """Write the peaks of ``reports``; other scenarios keep theirs."""
+    content = json.loads(FILE.read_text()) if FILE.exists() else {}
+    section = content.setdefault(_size(settings), {})
+    for report in reports:
+        section[report.name] = {
+            name: {"peak_bytes": peak, "tolerance_bytes": int(peak * _TOLERANCE_RATIO) + _TOLERANCE_BYTES}
+            for name, peak in report.peaks.items()
+        }
+    FILE.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _size(settings: Settings) -> str:
+    return "small" if settings.small else "full"

@@ -1,0 +1,32 @@
+"""Results for people, on stdout."""
+
+from collections.abc import Sequence
+
+from outcome import Report, Scenario
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def list_scenarios(scenarios: Sequence[Scenario]) -> None:
+    width = max(len(scenario.name) for scenario in scenarios)
+    for scenario in scenarios:
+        print(f"{scenario.name:<{width}}  {'quick' if scenario.quick else '     '}  {scenario.summary}")
+
+
+def show(reports: Sequence[Report]) -> None:
+    console = Console(markup=False, highlight=False, emoji=False)
+    for report in reports:
+        table = Table.grid(padding=(0, 2), pad_edge=False)
+        for _ in range(4):
+            table.add_column(overflow="fold")
+        table.add_row(*(Text(word, style="dim") for word in ("", "what", "expected", "got")))
+        for check in report.checks:
+            verdict = Text("ok", style="green") if check.passed else Text("FAIL", style="bold red")
+            table.add_row(verdict, check.what, check.expected, check.got)
+        console.print()
+        console.print(Text(report.name, style="bold"))
+        console.print(table)
+    failed = [report.name for report in reports if not report.passed]
+    console.print()
+    console.print(Text(f"FAILED: {', '.join(failed)}", style="bold red") if failed else Text("all as expected"))
