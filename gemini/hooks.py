@@ -6,13 +6,13 @@ has run). Where an input is a leaf, needs no gradient or was changed in place, t
 when the backward is over. No ``autograd.Function``, no tensor subclass.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 
 from .chunk import Chunk, ChunkManager
 from .observer import Observer, tensors_in
@@ -137,16 +137,24 @@ class Hooks:
             node.register_prehook(partial(self._before_backward, visit))
         unchanged = all(t.grad_fn is not None and t.grad_fn in visit.input_nodes for t in inputs)
         if nodes and inputs and unchanged:
-            register_multi_grad_hook(inputs, partial(self._after_backward, visit), mode="all")
+            # Not register_multi_grad_hook: its closure holds the nodes that hold it, and such graphs are never freed.
+            visit.input_count = len({id(t) for t in inputs})
+            for tensor in {id(t): t for t in inputs}.values():
+                tensor.register_hook(partial(self._after_input, visit))
 
     def _before_backward(self, visit: Visit, gradients: Any) -> None:
         task = torch._C._current_graph_task_id()
         if self._runtime.join_backward(task, visit):
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._runtime.end_backward, task))
-        self._runtime.enter(visit, Phase.BACKWARD)
+        if not visit.is_open:
+            visit.inputs_missing = visit.input_count
+            self._runtime.enter(visit, Phase.BACKWARD)
 
-    def _after_backward(self, visit: Visit, gradients: Any) -> None:
-        self._runtime.leave(visit)
+    def _after_input(self, visit: Visit, gradient: Any) -> None:
+        # An input without a gradient in this backward never comes: the visit then ends with the backward.
+        visit.inputs_missing -= 1
+        if visit.inputs_missing == 0:
+            self._runtime.leave(visit)
 
     # -- uses outside of a parameter's own unit, seen by the observer
 
@@ -180,12 +188,14 @@ def watch_gradients(manager: ChunkManager, parameters: list[nn.Parameter]) -> No
     for parameter in parameters:
         place = manager.find(parameter)
         if place is not None and place[0].gradient is not None:
-            parameter.register_post_accumulate_grad_hook(partial(_take_gradient, *place))
+            chunk, position = place
+            # Weak: the garbage collector does not see through hooks that live in C++, and the chunk has the parameter.
+            parameter.register_post_accumulate_grad_hook(partial(_take_gradient, weakref.ref(chunk), position))
 
 
-def _take_gradient(chunk: Chunk, position: int, parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if gradient is None:
+def _take_gradient(reference: "weakref.ref[Chunk]", position: int, parameter: Tensor) -> None:
+    gradient, chunk = parameter.grad, reference()
+    if gradient is None or chunk is None:
         return
     assert chunk.gradient is not None
     chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)

@@ -29,6 +29,10 @@ class Visit:
     """What this visit holds; not ``unit.chunks``, which may grow while the visit is open."""
     input_nodes: tuple[object, ...] = ()
     """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
+    input_count: int = 0
+    """How many inputs tell when their gradient is complete; 0 where that says nothing about the unit."""
+    inputs_missing: int = 0
+    """How many of them have not, in the backward under way."""
 
 
 class Units:
