@@ -162,7 +162,7 @@ def _kinds(given: list[Any]) -> list[str | None]:
     for value in given:
         kind = None if value is None else _kind(value, has_model="model" in kinds)
         if kind is not None and kind in kinds:
-            raise TypeError(f"boost got two objects that are a {kind}; the second is a {type(value).__name__}")
+            raise TypeError(f"boost got two objects of the kind {kind}; the second is a {type(value).__name__}")
         kinds.append(kind)
     return kinds
 
