@@ -11,7 +11,9 @@ from torch import nn
 
 from gemini.module import original_class
 
-from .names import entries
+from .conversion import Conversions
+from .match import Source
+from .names import entries, extra_states
 
 
 def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> list[str]:
@@ -43,29 +45,32 @@ def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype | None
 
 
 def resolve_names(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Give stored tensors the names that the model has for them.
+    """Give stored tensors the names, and the form, that the model has for them.
 
-    A name that the model has is kept. Otherwise the renamings of the installed transformers are tried (old names of
-    norms and submodules), and the prefix of the base model, missing in a checkpoint of ``GPT2Model`` that goes into
-    ``GPT2LMHeadModel`` and too much in the other direction. Names that the model's class lists as ignorable are left
-    out. Plain modules keep all names.
+    A name that the model has is kept. Otherwise the renamings and conversions of the installed transformers are tried
+    (old names of norms and submodules, experts stored one by one), and the prefix of the base model, missing in a
+    checkpoint of ``GPT2Model`` that goes into ``GPT2LMHeadModel`` and too much in the other direction. Left out are
+    names that the model's class lists as ignorable and buffers that are not persistent any more. Plain modules keep all
+    names.
     """
-    expected = {name for entry in entries(model) for name in entry.names}
+    expected = {name for entry in entries(model) for name in entry.names} | set(extra_states(model))
+    found = {name: value for name, value in stored.items() if name in expected}
+    rest = {name: value for name, value in stored.items() if name not in expected}
+    if not rest:
+        return found
+    conversions = Conversions.of(model)
+    made, used = conversions.converted(model, {n: v for n, v in rest.items() if isinstance(v, Source)})
+    rest = {name: value for name, value in rest.items() if name not in used} | made
     prefix = getattr(model, "base_model_prefix", "")
     dot = f"{prefix}." if isinstance(prefix, str) and prefix else ""
-    ignorable = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    renamings = _renamings(model) if any(name not in expected for name in stored) else []
-    found: dict[str, Any] = {name: value for name, value in stored.items() if name in expected}
-    for name, value in stored.items():
-        if name in expected:
-            continue
-        renamed = name
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        candidates = [c for r in (renamed, name) for c in (r, dot + r, r.removeprefix(dot)) if c in expected]
-        if candidates:
-            found.setdefault(candidates[0], value)
-        elif not any(pattern.search(name) for pattern in ignorable):
+    ignorable = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, value in rest.items():
+        candidates = [c for r in (conversions.rename(name), name) for c in (r, dot + r, r.removeprefix(dot))]
+        known = next((candidate for candidate in candidates if candidate in expected), None)
+        if known is not None:
+            found.setdefault(known, value)
+        elif not any(pattern.search(name) for pattern in ignorable) and buffers.isdisjoint(candidates):
             found[name] = value
     return found
 
@@ -73,16 +78,3 @@ def resolve_names(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any]
 def may_be_missing(model: nn.Module, name: str) -> bool:
     """True if the model's class says that a checkpoint need not have this tensor."""
     return any(re.search(p, name) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-
-
-def _renamings(model: nn.Module) -> list[Any]:
-    """Those of transformers for this model; none where they cannot be had."""
-    if not hasattr(model, "base_model_prefix"):
-        return []
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        return [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
-    except (ImportError, AttributeError, TypeError):  # before transformers 5, or not transformers' model
-        return []

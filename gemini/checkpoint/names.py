@@ -152,8 +152,8 @@ def full_state_dict(
     Takes what ``nn.Module.state_dict`` takes. The values are copies even with ``keep_vars``, since the parameters
     themselves may be without their chunk; names of one tied tensor share one object.
     """
-    given = dict(zip(("destination", "prefix", "keep_vars"), args, strict=False))  # torch still takes them by position
-    destination, prefix = given.get("destination", destination), given.get("prefix", prefix)
+    if args:  # torch still takes them by position
+        destination, prefix = (*args, prefix)[:2]
     plain_state_dict: Callable[..., dict[str, Any]] = super(GeminiModule, model).state_dict
     if _wants_objects.get():
         return plain_state_dict(destination=destination, prefix=prefix, keep_vars=True)
