@@ -2,7 +2,7 @@
 
 ``submit`` returns at once; whoever needs a chunk waits for that chunk's ticket. A step is all or nothing for as long
 as the process lives: when reading or writing the disk fails, the update stops at that block with nothing lost (what
-was computed but not written is kept), the error surfaces at the next wait, and the wait after that tries again.
+was computed but not written is kept), the error surfaces at the next wait, which also has it tried again.
 """
 
 import threading
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -45,33 +46,39 @@ class ChunkUpdate:
 class Ticket:
     """The promise that one chunk's update will be over. What `Chunk.update` holds while it is not."""
 
-    def __init__(self, queue: "UpdateQueue") -> None:
+    def __init__(self, queue: "UpdateQueue", block_count: int) -> None:
         self._queue = queue
-        self._over = threading.Event()
+        self._blocks_left = block_count
+        self._changed = threading.Condition()
         self._error: BaseException | None = None
 
     def wait(self) -> None:
-        """Return when the update is over; raise what stopped it, and have it tried again by the next wait."""
-        self._over.wait()
-        if self._error is not None:
+        """Return when the update is over; raise what stopped it, and have it tried again meanwhile."""
+        with self._changed:
+            # A condition, not an event: a waiter that wakes after another has begun the retry must wait for that.
+            self._changed.wait_for(self.done)
             error = self._error
+        if error is not None:
             self._queue.retry()
             raise error
 
     def done(self) -> bool:
-        return self._over.is_set()
+        """True if `wait` would return or raise at once."""
+        return self._blocks_left == 0 or self._error is not None
 
-    def finish(self) -> None:
-        self._error = None
-        self._over.set()
+    def finish_block(self) -> None:
+        with self._changed:
+            self._blocks_left -= 1
+            self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        self._error = error
-        self._over.set()
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
 
     def reopen(self) -> None:
-        self._error = None
-        self._over.clear()
+        with self._changed:
+            self._error = None
 
 
 @dataclass(slots=True, eq=False)
@@ -83,11 +90,10 @@ class _Block:
     start: int
     stop: int
     scalars: AdamScalars
-    is_last: bool
-    """The ticket is over when this block is."""
     staged: dict[Role, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     is_computed: bool = False
+    is_written: bool = False
 
     def buffers(self) -> dict[Role, Buffer]:
         chunk = self.update.chunk
@@ -102,33 +108,37 @@ class _Block:
 
 
 class UpdateQueue:
-    """Runs updates on a background thread, one step after the other.
+    """Runs updates on a background thread, one step after the other, also when one of them has to be tried again.
 
     Parameters
     ----------
     staging
-        Blocks for disk homes, at least ``2 * len(UPDATE_ROLES)``; None if there are none.
+        Blocks for disk homes, ``BLOCK_SETS * len(UPDATE_ROLES)`` of them; None if there are none.
     """
 
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gemini-memory-update")
         self._disk = ThreadPoolExecutor(2, thread_name_prefix="gemini-memory-update-io")
-        self._stopped: list[_Block] = []
         self._lock = threading.Lock()
+        self._steps: deque[list[_Block]] = deque()
+        """What waits to be done. One step may read what the one before writes, so they are never mixed."""
+        self._error: BaseException | None = None
+        """What stopped the first of them. The others wait behind it: staging may hold what it has not written."""
+        self._is_closed = False
 
     def submit(self, updates: Sequence[ChunkUpdate]) -> list[Ticket]:
         """Start updating, in the order given; one ticket per chunk."""
         blocks: list[_Block] = []
         tickets = []
         for update in updates:
-            ticket = Ticket(self)
-            tickets.append(ticket)
             pieces = self._pieces(update)
-            for i, (start, stop, scalars) in enumerate(pieces):
-                blocks.append(_Block(update, ticket, start, stop, scalars, i == len(pieces) - 1))
-        if blocks:
-            self._thread.submit(self._work, blocks)
+            ticket = Ticket(self, len(pieces))
+            tickets.append(ticket)
+            blocks += [_Block(update, ticket, start, stop, scalars) for start, stop, scalars in pieces]
+        with self._lock:
+            self._steps.append(blocks)
+            self._thread.submit(self._work)
         return tickets
 
     def _pieces(self, update: ChunkUpdate) -> list[tuple[int, int, AdamScalars]]:
@@ -145,36 +155,57 @@ class UpdateQueue:
     def retry(self) -> None:
         """Go on where a failed step stopped."""
         with self._lock:
-            blocks, self._stopped = self._stopped, []
-        for block in blocks:
-            block.ticket.reopen()
-        if blocks:
-            self._thread.submit(self._work, blocks)
+            if self._error is None or self._is_closed:
+                return
+            self._error = None
+            for block in chain(*self._steps):
+                block.ticket.reopen()
+            self._thread.submit(self._work)
 
-    def _work(self, blocks: list[_Block]) -> None:
-        """Read ahead, compute, write behind. Runs on the update thread; only this thread borrows staging."""
+    def _work(self) -> None:
+        """Do all steps there are. Runs on the update thread; only this thread borrows staging."""
+        while True:
+            with self._lock:
+                if self._error is not None:
+                    self._fail_all(self._error)
+                    return
+                if not self._steps:
+                    return
+                blocks = self._steps.popleft()
+            try:
+                self._run(blocks)
+            except BaseException as error:  # whatever it is, it surfaces at the waits
+                with self._lock:
+                    self._error = error
+                    self._steps.appendleft(blocks)
+                    self._fail_all(error)
+                return
+
+    def _fail_all(self, error: BaseException) -> None:
+        for block in chain(*self._steps):
+            block.ticket.fail(error)
+
+    def _run(self, blocks: list[_Block]) -> None:
+        """Read ahead, compute, write behind. When it raises, what is left in ``blocks`` is not done, in order."""
         reads: deque[Future[None]] = deque()
         writes: deque[tuple[_Block, Future[None]]] = deque()
         ahead = 0
-        error: BaseException | None = None
-        i = 0
-        with torch.no_grad():
-            while i < len(blocks) and error is None:
-                try:
+        try:
+            with torch.no_grad():
+                for i, block in enumerate(blocks):
                     while ahead < min(i + 2, len(blocks)):
                         self._borrow(blocks[ahead], writes)
                         reads.append(self._disk.submit(self._read, blocks[ahead]))
                         ahead += 1
                     reads.popleft().result()
-                    self._compute(blocks[i])
-                    writes.append((blocks[i], self._disk.submit(self._write, blocks[i])))
-                    i += 1
-                    while writes and (len(writes) > 1 or i == len(blocks)):
+                    self._compute(block)
+                    writes.append((block, self._disk.submit(self._write, block)))
+                    while len(writes) > 1:
                         self._finish(writes)
-                except BaseException as raised:  # whatever it is, it surfaces at the waits
-                    error = raised
-        if error is not None:
-            self._stop(blocks, reads, writes, error)
+                while writes:
+                    self._finish(writes)
+        finally:
+            self._settle(blocks, reads, writes)
 
     def _borrow(self, block: _Block, writes: deque[tuple[_Block, "Future[None]"]]) -> None:
         roles = [role for role, buffer in block.buffers().items() if buffer.tensor is None and role not in block.staged]
@@ -214,8 +245,8 @@ class UpdateQueue:
         future.result()
         writes.popleft()
         self._release(block)
-        if block.is_last:
-            block.ticket.finish()
+        block.is_written = True
+        block.ticket.finish_block()
 
     def _release(self, block: _Block) -> None:
         for staged in block.staged.values():
@@ -223,35 +254,28 @@ class UpdateQueue:
             self._staging.give_back(staged)
         block.staged.clear()
 
-    def _stop(
+    def _settle(
         self,
         blocks: list[_Block],
         reads: deque["Future[None]"],
         writes: deque[tuple[_Block, "Future[None]"]],
-        error: BaseException,
     ) -> None:
-        """Settle what is in flight, keep what is not written, and tell every chunk that is not done."""
+        """Wait for what is in flight, and keep of ``blocks`` what is not done: a computed block with its staging."""
         for read in reads:
             read.exception()
-        unwritten = []
-        for block, future in writes:
-            if future.exception() is None:
-                self._release(block)
-                if block.is_last:
-                    block.ticket.finish()
+        while writes:
+            if writes[0][1].exception() is None:
+                self._finish(writes)
             else:
-                unwritten.append(block)
-        written = {id(block) for block, _ in writes if block not in unwritten}
-        rest = [b for b in blocks if b in unwritten or (not b.is_computed and id(b) not in written)]
-        for block in rest:
+                writes.popleft()
+        blocks[:] = [block for block in blocks if not block.is_written]
+        for block in blocks:
             if not block.is_computed:
-                self._release(block)  # read again by the retry
-        with self._lock:
-            self._stopped = rest
-        for ticket in {id(b.ticket): b.ticket for b in rest}.values():
-            ticket.fail(error)
+                self._release(block)  # the retry reads it again
 
     def close(self) -> None:
         """End the threads. Pending updates are finished first."""
+        with self._lock:
+            self._is_closed = True
         self._thread.shutdown(wait=True)
         self._disk.shutdown(wait=True)
