@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_expected(error):
             raise
-        return _fail(options, 1, _message(error))
+        # A ValueError says that what was asked for makes no sense; the rest, that it could not be done here.
+        return _fail(options, 2 if isinstance(error, ValueError | NotImplementedError) else 1, _message(error))
     if options.json:
         print(json.dumps(content, indent=2))
     return code
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_expected(error: Exception) -> bool:
     """What is no bug: too little memory, a disk that fails, a file that is no checkpoint, something not offered."""
-    if isinstance(error, (GeminiError, torch.OutOfMemoryError, MemoryError, OSError, ValueError, NotImplementedError)):
+    if isinstance(
+        error, GeminiError | torch.OutOfMemoryError | MemoryError | OSError | ValueError | NotImplementedError
+    ):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator for RAM
 
