@@ -105,6 +105,9 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     capacities = find_capacities(config)
     packing = decide(model, param_groups, config, capacities)
     manager, queue = _build(packing, config, capacities)
+    if packing.full_copies_limit_bytes is not None:
+        on_device = manager.ledger.used(Tier.DEVICE)
+        manager.ledger.resize(Tier.DEVICE, min(on_device + packing.full_copies_limit_bytes, capacities.nbytes[Tier.DEVICE]))
 
     device = capacities.device
     meter = NonModelMeter(device)
@@ -112,7 +115,7 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     if optimizer is not None:
         _take_over_states(optimizer, manager)
 
-    runtime = Runtime(manager, config.max_prefetch, meter)
+    runtime = Runtime(manager, config.max_prefetch, meter, capacities.device_limit_bytes)
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     step = ChunkedStep(manager, runtime, queue, SingleProcess(), scaler, config.max_norm)
     hooks = Hooks(

@@ -19,6 +19,9 @@ class Capacities:
     unified: bool
     """DEVICE and HOST are the same RAM, and HOST's number bounds both."""
     budgets: Mapping[Tier, Budget]
+    device_limit_bytes: int | None
+    """What model and non-model data may take on DEVICE together, where its budget is a guess until the warm-up has
+    measured the latter; None where the user gave the budget."""
 
     @property
     def nbytes(self) -> dict[Tier, int]:
@@ -35,16 +38,15 @@ def find_capacities(config: GeminiConfig) -> Capacities:
         disk = Budget(0, "no offload_dir")
     else:
         disk = _said("disk_memory", config.disk_memory) or _free_disk(config)
-    return Capacities(device, unified, {Tier.DEVICE: _device(config, device, host, unified), Tier.HOST: host, Tier.DISK: disk})
-
-
-def _device(config: GeminiConfig, device: torch.device, host: Budget, unified: bool) -> Budget:
+    limit = None
     if unified:
-        return Budget(host.bytes, f"the same RAM as host: {host.source}")
-    said = _said("device_memory", config.device_memory)
-    if said is not None:
-        return said
-    return device_budget(device, config.steady_device_ratio * (1.0 - config.warmup_non_model_ratio))
+        on_device = Budget(host.bytes, f"the same RAM as host: {host.source}")
+    elif config.device_memory is not None:
+        on_device = Budget(config.device_memory, "argument device_memory")
+    else:
+        on_device = device_budget(device, config.steady_device_ratio * (1.0 - config.warmup_non_model_ratio))
+        limit = device_budget(device, config.steady_device_ratio).bytes
+    return Capacities(device, unified, {Tier.DEVICE: on_device, Tier.HOST: host, Tier.DISK: disk}, limit)
 
 
 def _said(name: str, nbytes: int | None) -> Budget | None:

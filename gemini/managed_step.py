@@ -70,16 +70,18 @@ class ChunkedStep:
             raise
 
     def drop_gradients(self) -> None:
-        """After a failed backward: what it left is worth nothing."""
+        """Forget what is in the chunks (a failed backward's gradients are worth nothing)."""
         self.manager.device.synchronize()
         for chunk in self.manager.chunks:
             if chunk.gradient is not None:
                 chunk.gradient.clear()
+        self._is_scaled = False
         self._coefficient = 1.0
 
     # -- ManagedStep
 
     def step(self, optimizer: HybridAdam) -> None:
+        self._refuse_unfrozen(optimizer)
         hypers = [AdamHyper.of_group(group) for group in optimizer.param_groups]  # a bad value raises before any change
         chunks = self._chunks_with_gradients()
         plain = self._plain_parameters(optimizer)
@@ -110,6 +112,16 @@ class ChunkedStep:
         for chunk in chunks:
             chunk.settle()  # an error of the last step surfaces before anything of this one is changed
         return chunks
+
+    def _refuse_unfrozen(self, optimizer: HybridAdam) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and (place := self.manager.find(parameter)) is not None:
+                    chunk, position = place
+                    raise ValueError(
+                        f"{chunk.layout.slots[position].name} has a gradient but was frozen when the model was boosted, so "
+                        "it has no optimizer state; unfreeze parameters before booster.boost"
+                    )
 
     def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
         assert self.scaler is not None
@@ -162,14 +174,10 @@ class ChunkedStep:
         return None
 
     def zero_grad(self, optimizer: HybridAdam) -> None:
-        for chunk in self.manager.chunks:
-            if chunk.gradient is not None:
-                chunk.gradient.clear()
+        self.drop_gradients()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        self._is_scaled = False
-        self._coefficient = 1.0
 
     def add_param_group(self, optimizer: HybridAdam, group: dict[str, Any]) -> None:
         parameters = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]

@@ -33,6 +33,11 @@ class GeminiModule(nn.Module):
         self._gemini.manager.settle()
         return super().named_parameters(*args, **kwargs)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those in the chunks too."""
+        self._gemini.step.drop_gradients()
+        super().zero_grad(set_to_none)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Gather every parameter (fp32 master where there is one) and buffer on CPU, ties under each of their names.
 

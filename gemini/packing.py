@@ -11,7 +11,7 @@ from .chunk import FETCH_WORKERS, ChunkLayout, ChunkPlan, ChunkSearch, Role, Ten
 from .chunk.search import bounds
 from .config import GeminiConfig
 from .errors import OutOfMemory
-from .placement import ChunkNeed, DoesNotFit, Placement, Room, place
+from .placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
 from .sizes import format_bytes
 from .units import nested_chunks
 from .update_queue import BLOCK_SETS, UPDATE_ROLES
@@ -52,6 +52,8 @@ class Packing:
     placement: Placement
     staging_block_numel: int
     """0 where nothing is on DISK."""
+    full_copies_limit_bytes: int | None
+    """What full copies may take on DEVICE, where the policy says less than what is free."""
 
 
 def managed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,7 +100,12 @@ def decide(
     plans = tuple(
         ChunkPlan(layout, homes, layout.group.dtype(config)) for layout, homes in zip(layouts, placement.homes, strict=True)
     )
-    return Packing(parameters, plans, search, placement, block if placement.uses_disk else 0)
+    copies = _copies(layouts, config, capacities, placement)
+    return Packing(
+        parameters, plans, search, placement,
+        staging_block_numel=block if placement.uses_disk else 0,
+        full_copies_limit_bytes=_full_copies_limit(copies, units, config, capacities),
+    )  # fmt: skip
 
 
 def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -160,19 +167,8 @@ def _place(
 ) -> Placement:
     """Place homes around a ring for full copies, as large as prefetching likes, or as small as the units allow."""
     needs = [_need(layout, layout.group.dtype(config)) for layout in layouts]
-    largest = max((need.full_nbytes for need in needs), default=0)
-
-    def ring(placement: Placement | None, ahead: int) -> tuple[str, int]:
-        """The unit that needs most room for full copies, given which of them are homes."""
-        copies = [need.full_nbytes for need in needs]
-        if placement is not None:
-            for i, homes in enumerate(placement.homes):
-                if _full_is_home(layouts[i], homes, config, capacities):
-                    copies[i] = 0
-        name, nbytes = max(
-            ((name, sum(copies[i] for i in chunks)) for name, chunks in units), key=lambda u: u[1], default=("", 0)
-        )
-        return name, min(nbytes + ahead * largest, sum(copies)) if nbytes else 0
+    streamed = _copies(layouts, config, capacities, None)
+    ahead = max(streamed, default=0)
 
     def attempt(ring_bytes: int) -> Placement:
         room = Room(
@@ -180,11 +176,11 @@ def _place(
         )
         return place(needs, room, config.policy)
 
-    name, least = ring(None, 0)
+    name, least = _largest_unit(units, streamed)
     if not capacities.unified and least > capacities.nbytes[Tier.DEVICE]:
         raise _unit_too_large(name, least, capacities)
     # A ring of nothing may do: where each home is the full copy, nothing streams.
-    sizes = (0, *(ring(None, ahead)[1] for ahead in (config.max_prefetch, 1, 0)))
+    sizes = (0, *(min(least + depth * ahead, sum(streamed)) for depth in (config.max_prefetch, 1, 0)))
     fault: DoesNotFit | None = None
     for ring_bytes in sizes:
         if ring_bytes > capacities.nbytes[Tier.DEVICE]:
@@ -194,11 +190,36 @@ def _place(
         except DoesNotFit as error:
             fault = error
             continue
-        if ring(placement, 0)[1] <= ring_bytes:
+        if _largest_unit(units, _copies(layouts, config, capacities, placement))[1] <= ring_bytes:
             return placement
     if fault is None:
         raise _unit_too_large(name, least, capacities)
     raise _too_small(sum(sum(need.roles.values()) for need in needs), fault.missing_bytes, capacities)
+
+
+def _copies(
+    layouts: Sequence[ChunkLayout], config: GeminiConfig, capacities: Capacities, placement: Placement | None
+) -> list[int]:
+    """Bytes of each chunk's full copy beside its home; before placement, of all that could have one."""
+    return [
+        0
+        if placement is not None and _full_is_home(layout, placement.homes[i], config, capacities)
+        else layout.numel * layout.group.dtype(config).itemsize  # type: ignore[attr-defined]
+        for i, layout in enumerate(layouts)
+    ]
+
+
+def _largest_unit(units: list[tuple[str, frozenset[int]]], copies: Sequence[int]) -> tuple[str, int]:
+    """The unit that needs most room for full copies at once, and how much."""
+    return max(((name, sum(copies[i] for i in chunks)) for name, chunks in units), key=lambda u: u[1], default=("", 0))
+
+
+def _full_copies_limit(
+    copies: Sequence[int], units: list[tuple[str, frozenset[int]]], config: GeminiConfig, capacities: Capacities
+) -> int | None:
+    if isinstance(config.policy, AutoPlacementPolicy) or capacities.unified:
+        return None
+    return max(round((1.0 - config.policy.offload_param_frac) * sum(copies)), _largest_unit(units, copies)[1])
 
 
 def _full_is_home(

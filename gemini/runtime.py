@@ -29,6 +29,11 @@ class Cycle:
         """True while the current kind of cycle has no plan yet: this is its warm-up."""
         return self.with_gradients not in self.schedules
 
+    @property
+    def is_measured(self) -> bool:
+        """True if a whole forward and backward lies in the recording."""
+        return any(moment.phase is Phase.BACKWARD for moment in self._recorder.moments)
+
     def advance(self, moment: Moment) -> Actions | None:
         """Record a moment; its actions, if the cycle is on plan."""
         self._recorder.add(moment)
@@ -68,14 +73,20 @@ class Runtime:
         How many chunks may be on their way ahead of use.
     meter
         Samples the non-model data at each moment of a warm-up cycle.
+    device_limit_bytes
+        What model and non-model data may take on DEVICE together: once the warm-up has measured the latter, the rest
+        goes to full copies. None: the capacity of DEVICE is what the user said.
     """
 
-    def __init__(self, manager: ChunkManager, depth: int, meter: NonModelMeter) -> None:
+    def __init__(
+        self, manager: ChunkManager, depth: int, meter: NonModelMeter, device_limit_bytes: int | None = None
+    ) -> None:
         self.manager = manager
         self.cycle = Cycle()
         self.depth = depth
         self.stall_seconds = 0.0
         self._meter = meter
+        self._device_limit_bytes = device_limit_bytes
         self.full_capacity_bytes = manager.ledger.free(Tier.DEVICE)
         self._open: dict[Visit, None] = {}
         self._backward_visits: dict[int, list[Visit]] = {}
@@ -97,6 +108,8 @@ class Runtime:
         actions = self.cycle.advance(Moment(visit.unit.index, phase, in_use)) or Actions()
         if self.cycle.is_first:
             self._meter.sample(self._model_bytes())
+        waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
+        begin = time.perf_counter() if waits else 0.0
         visit.is_open = True
         self._open[visit] = None
         try:
@@ -106,6 +119,8 @@ class Runtime:
             self._prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
                 self._pin(chunk, visit)
+            if waits:
+                self.stall_seconds += time.perf_counter() - begin
             if self.cycle.is_first:
                 self._meter.mark()
         except BaseException:
@@ -143,11 +158,7 @@ class Runtime:
         return gradients + sum(c.full_nbytes for c in self.manager.chunks if c.is_resident)
 
     def _pin(self, chunk: Chunk, visit: Visit) -> None:
-        waits = chunk.update is not None or chunk.state is ChunkState.FETCHING
-        begin = time.perf_counter() if waits else 0.0
         self.manager.pin(chunk)
-        if waits:
-            self.stall_seconds += time.perf_counter() - begin
         visit.pinned.append(chunk)
 
     def _evict(self, indices: Sequence[int]) -> None:
@@ -166,8 +177,17 @@ class Runtime:
 
     def begin_forward(self, with_gradients: bool) -> None:
         """The model's forward begins, outside of any backward: a new cycle of the clock."""
+        if self._device_limit_bytes is not None and self.cycle.is_measured:
+            self._grow_device(self._device_limit_bytes - self._meter.peak_bytes)
+            self._device_limit_bytes = None
         nbytes = {c.index: c.full_nbytes for c in self.manager.chunks if not c.full_is_home}
         self.cycle.restart(with_gradients, nbytes, self.full_capacity_bytes, self.depth)
+
+    def _grow_device(self, capacity_bytes: int) -> None:
+        ledger = self.manager.ledger
+        more = max(capacity_bytes - ledger.capacity(Tier.DEVICE), 0)
+        ledger.resize(Tier.DEVICE, ledger.capacity(Tier.DEVICE) + more)
+        self.full_capacity_bytes += more
 
     def prefetch_next_cycle(self) -> None:
         """Start the first fetches of the next training cycle behind the optimizer's updates."""

@@ -23,7 +23,7 @@ def token_batches(count: int) -> list[dict[str, torch.Tensor]]:
 def test_the_first_snippet_of_the_contract_runs() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=96, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=96, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None
     )
     dataloader = token_batches(1) * 6
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
 from gemini.module import boosted
@@ -412,6 +413,58 @@ def test_copying_pickling_and_moving_a_boosted_model_are_refused_with_the_way_to
     ):
         with pytest.raises(RuntimeError, match=hint):
             forbidden()
+
+
+def test_zero_grad_of_the_model_forgets_the_gradients_in_the_chunks() -> None:
+    ours, plain = Trained({}), Trained(None)
+    for run in (ours, plain):
+        torch.manual_seed(7)
+        run.backward(run.loss(0))
+        run.model.zero_grad()
+        run.step(1)
+    check_same(ours, plain)
+
+
+def test_a_parameter_unfrozen_after_boost_is_named_instead_of_silently_not_trained() -> None:
+    model: Any = build()
+    model[0].requires_grad_(False)
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False))
+    model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
+    model[0].requires_grad_(True)
+    booster.backward(model(batch(0)).sum(), optimizer)
+    before = masters(model)
+    with pytest.raises(ValueError, match=r"0\.weight .*before booster\.boost"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in masters(model).items())
+
+
+def test_static_fractions_bound_what_is_on_the_device() -> None:
+    for optim, param in ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.0)):
+        plugin = {"placement_policy": "static", "offload_optim_frac": optim, "offload_param_frac": param}
+        run = Trained({"device_memory": "4MiB", **SMALL}, precision="bf16", **plugin)
+        for step in range(3):
+            run.step(step)
+        stats = run.model.memory_stats()
+        manager = boosted(run.model).manager
+        homes = sum(h.nbytes for c in manager.chunks for h in c.homes.values() if h.tier is Tier.DEVICE)
+        homes += sum(c.gradient.buffer.nbytes for c in manager.chunks if c.gradient.buffer.tier is Tier.DEVICE)
+        chunk = max(stats["model_data/total_bytes"] * c.layout.numel // sum(d.layout.numel for d in manager.chunks) for c in manager.chunks)
+        assert (1 - optim) * stats["model_data/total_bytes"] - chunk <= homes <= (1 - optim) * stats["model_data/total_bytes"]
+        copies = sum(c.full_nbytes for c in manager.chunks)
+        assert stats["device/peak_bytes"] - homes <= max((1 - param) * copies, 2 * max(c.full_nbytes for c in manager.chunks))
+
+
+def test_the_device_grows_by_what_the_warm_up_shows_to_be_free() -> None:
+    run = Trained({"device_memory": "36KiB", **SMALL})
+    state = boosted(run.model)
+    state.runtime._device_limit_bytes = 200 << 10
+    run.step(0)
+    state.meter.peak_bytes = 50 << 10
+    run.step(1)
+    assert run.model.memory_stats()["device/capacity_bytes"] == 150 << 10
+    for step in range(2, 5):
+        run.step(step)
+    assert 36 << 10 < run.model.memory_stats()["device/peak_bytes"] <= 150 << 10
 
 
 def test_add_param_group_after_boost_says_what_to_do() -> None:
