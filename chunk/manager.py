@@ -129,13 +129,20 @@ class ChunkManager:
         ------
         OutOfMemory
             If there is no room and nothing left to evict.
+        OffloadError
+            If the move or the update before it failed. The chunk is at HOME then, and a later fetch tries again.
         """
         if chunk.state is not ChunkState.HOME:
             return
         self.make_room(chunk, keep)
         self.ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
-        self.device.grow(chunk.full)
-        chunk.begin_fetch(self.device.upload(chunk.full, chunk.homes[Role.MASTER], chunk.update, background))
+        try:
+            self.device.grow(chunk.full)
+            transfer = self.device.upload(chunk.full, chunk.homes[Role.MASTER], chunk.update, background)
+        except BaseException:  # also the error of a pending update, where upload waited for it
+            self._free(chunk)
+            raise
+        chunk.begin_fetch(transfer)
         chunk.was_prefetched = background
         self.moves.fetch_count += 1
         self.moves.fetch_bytes += chunk.full_nbytes
@@ -237,7 +244,7 @@ class ChunkManager:
                 home.tensor.as_strided(slot.shape, slot.stride, home.tensor.storage_offset() + slot.offset).copy_(value)
                 return
             value = value.detach().to("cpu", home.dtype)
-            if value.stride() != slot.stride:
+            if (value.shape, value.stride()) != (slot.shape, slot.stride):
                 value = torch.empty(slot.numel, dtype=home.dtype).as_strided(slot.shape, slot.stride).copy_(value)
             home.write(slot.offset, value.as_strided((slot.numel,), (1,)))
 
