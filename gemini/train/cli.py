@@ -12,6 +12,8 @@ from gemini.train.options import Options, parse
 from gemini.train.report import Report
 
 INTERRUPTED = 130
+EXPECTED = (GeminiError, torch.OutOfMemoryError, MemoryError, OSError, ValueError, NotImplementedError)
+"""No bugs: too little memory, a disk that fails, a file that is no checkpoint, something not offered."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

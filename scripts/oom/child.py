@@ -107,7 +107,8 @@ def _watch(process: "subprocess.Popen[bytes]", deadline: float) -> Ended | None:
     process.wait()
     errors = err.decode(errors="replace")[-2000:]
     if base is None:
-        raise Failure(f"the child ended with {process.returncode} before it was warm: {errors.strip()[-500:]}")
+        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        raise Failure(f"the child ended with {process.returncode} before it was warm: {last}")
     return Ended(_said(out, _RESULT), process.returncode, errors, *base, *peak)
 
 
