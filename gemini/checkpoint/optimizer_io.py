@@ -208,13 +208,10 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     path = Path(checkpoint)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
+    if path.is_dir():
+        path = _find_json(path)
     with ExitStack() as files:
-        if path.is_dir():
-            saved = _read_folder(_find_json(path), files)
-        elif path.suffix == ".json":
-            saved = _read_folder(path, files)
-        else:
-            saved = _read_file(path)
+        saved = _read_folder(path, files) if path.suffix == ".json" else _read_file(path)
         if isinstance(optimizer, HybridAdam):
             _load(optimizer, _in_our_order(optimizer, saved, path), path)
         else:
@@ -299,17 +296,23 @@ def _find_json(folder: Path) -> Path:
 
 
 def _in_our_order(optimizer: HybridAdam, saved: _Saved, path: Path) -> _Saved:
-    """Order each saved group as ours, where all names are known on both sides."""
+    """Order each saved group as ours: by name where all names are known on both sides, else names must agree."""
     ours = [_names(optimizer, group) for group in optimizer.param_groups]
-    theirs = [group.get("param_names") or [None] for group in saved.param_groups]
-    if len(ours) != len(theirs) or any(name is None for names in (*ours, *theirs) for name in names):
-        return saved
+    theirs = [group.get("param_names") or [None] * len(group["params"]) for group in saved.param_groups]
+    if [len(names) for names in ours] != [len(names) for names in theirs]:
+        return saved  # the numbers of parameters are compared later
+    by_name = not any(name is None for names in (*ours, *theirs) for name in names)
     groups, faults = [], []
     for i, (mine, other, group) in enumerate(zip(ours, theirs, saved.param_groups, strict=True)):
-        faults += [f"{name} is missing from group {i}" for name in mine if name not in other]
-        faults += [f"{name} is unexpected in group {i}" for name in other if name not in mine]
-        place = dict(zip(other, group["params"], strict=False))
-        groups.append({**group, "params": [place.get(name) for name in mine]})
+        if by_name:
+            faults += [f"{name} is missing from group {i}" for name in mine if name not in other]
+            faults += [f"{name} is unexpected in group {i}" for name in other if name not in mine]
+            place = dict(zip(other, group["params"], strict=True))
+            groups.append({**group, "params": [place.get(name) for name in mine]})
+        else:
+            pairs = zip(mine, other, strict=True)
+            faults += [f"{b} in group {i} is in the place of {a}" for a, b in pairs if a and b and a != b]
+            groups.append(group)
     if faults:
         raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {'; '.join(faults)}")
     return _Saved(groups, saved.states, saved.loss_scaler)

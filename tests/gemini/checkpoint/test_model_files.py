@@ -96,7 +96,9 @@ def test_the_index_says_what_hugging_faces_says(tmp_path) -> None:
     _, model, _ = boost(gpt2())
     save_model(model, tmp_path, shard=True, size_per_shard="10KiB")
     gpt2().save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
-    ours, theirs = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (tmp_path, tmp_path / "theirs"))
+    ours, theirs = (
+        json.loads((f / "model.safetensors.index.json").read_text()) for f in (tmp_path, tmp_path / "theirs")
+    )
     assert ours["metadata"] == theirs["metadata"]
     assert ours["weight_map"].keys() == theirs["weight_map"].keys()
     count = len(set(ours["weight_map"].values()))
@@ -138,7 +140,11 @@ def test_overwriting_in_any_form_leaves_only_the_new_checkpoint_and_foreign_file
         load_model(plain, tmp_path)
         assert_same(plain.state_dict(), values(model))
         kind = "pytorch_model" if "use_safetensors" in options else "model"
-        weights = [n for n in without_configuration(tmp_path) if not n.startswith("optimizer") and n not in ("notes.txt", "sub")]
+        weights = [
+            n
+            for n in without_configuration(tmp_path)
+            if not n.startswith("optimizer") and n not in ("notes.txt", "sub")
+        ]
         assert all(name.startswith((f"{kind}.", f"{kind}-")) for name in weights), weights
         assert (len(weights) > 1) == ("shard" in options)
     assert not [name for name in names(tmp_path) if name.startswith(".")]
@@ -150,15 +156,12 @@ def test_a_checkpoint_on_a_file_system_without_links_stays_where_its_index_says(
 
     monkeypatch.setattr("os.link", no_links)
     _, model, _ = boost(gpt2(seed=0))
-    for _ in range(3):
+    for hidden in (0, 1, 0, 1):  # the names that an index in the hidden folder leaves unused are free the next time
         save_model(model, tmp_path, shard=True, size_per_shard="10KiB")
         other = gpt2(seed=1)
         load_model(other, tmp_path)
         assert_same(other.state_dict(), values(model))
-    assert len([name for name in names(tmp_path) if name.startswith(".")]) == 1
-    monkeypatch.undo()
-    save_model(model, tmp_path, shard=True, size_per_shard="10KiB")
-    assert not [name for name in names(tmp_path) if name.startswith(".")]
+        assert len([name for name in names(tmp_path) if name.startswith(".")]) == hidden
 
 
 @pytest.mark.parametrize(
