@@ -9,18 +9,18 @@ from outcome import Check, Report, Settings
 
 from gemini.sizes import format_bytes
 
-FILE = Path(__file__).resolve().parent / "baselines.json"
+DEFAULT = Path(__file__).resolve().parent / "baselines.json"
 
 _TOLERANCE_RATIO = 0.10
 _TOLERANCE_BYTES = 8 << 20
 """Thread stacks and malloc's arenas come in pieces of this size."""
 
 
-def load(settings: Settings) -> dict[str, dict[str, Any]]:
+def load(file: Path, settings: Settings) -> dict[str, dict[str, Any]]:
     """Baselines by scenario and peak."""
-    if not FILE.exists():
+    if not file.exists():
         return {}
-    content: dict[str, dict[str, Any]] = json.loads(FILE.read_text()).get(_size(settings), {})
+    content: dict[str, dict[str, Any]] = json.loads(file.read_text()).get(_size(settings), {})
     return content
 
 
@@ -38,16 +38,16 @@ def compared(report: Report, known: Mapping[str, Any], *, updating: bool) -> Rep
     return report.with_checks(*checks)
 
 
-def update(settings: Settings, reports: Sequence[Report]) -> None:
+def update(file: Path, settings: Settings, reports: Sequence[Report]) -> None:
     """Write the peaks of ``reports``; other scenarios keep theirs."""
-    content = json.loads(FILE.read_text()) if FILE.exists() else {}
+    content = json.loads(file.read_text()) if file.exists() else {}
     section = content.setdefault(_size(settings), {})
     for report in reports:
         section[report.name] = {
             name: {"peak_bytes": peak, "tolerance_bytes": int(peak * _TOLERANCE_RATIO) + _TOLERANCE_BYTES}
             for name, peak in report.peaks.items()
         }
-    FILE.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _size(settings: Settings) -> str:

@@ -16,7 +16,7 @@ class Settings:
     small: bool = False
     """Small models, with baselines of their own."""
     headroom_ratio: float | None = None
-    """Overrides the cap: times the bytes of the parameters."""
+    """Overrides the limit: times the bytes of the parameters, or of the chunks in RAM."""
 
 
 @dataclass(frozen=True, slots=True)
