@@ -51,7 +51,8 @@ class DiskBackend:
             self._fd = _open_nameless(folder)
         except OSError as error:
             raise OffloadError(
-                error.errno, f"offload_dir {str(folder)!r} cannot be used ({error.strerror}); give a folder that you may write to"
+                error.errno,
+                f"offload_dir {str(folder)!r} cannot be used ({error.strerror}); give a folder that you may write to",
             ) from error
 
     def allocate(self, numel: int, dtype: torch.dtype, what: str) -> "DiskBuffer":
@@ -72,10 +73,12 @@ class DiskBackend:
         except OSError as error:
             self._ledger.give(Tier.DISK, nbytes)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OffloadError(error.errno, f"{self.folder}: {error.strerror}, taking {mib(nbytes)} for {what}") from error
+                raise OffloadError(
+                    error.errno, f"{self.folder}: {error.strerror}, taking {mib(nbytes)} for {what}"
+                ) from error
             raise OutOfMemory(
-                f"disk tier out of memory. {what} needs {mib(nbytes)} in {str(self.folder)!r}, and the file system is full "
-                f"after {mib(offset)} of ours ({error.strerror}); free some room there, or set offload_dir to another disk"
+                f"disk tier out of memory. {what} needs {mib(nbytes)} in {str(self.folder)!r}, the file system is full "
+                f"after {mib(offset)} of ours ({error.strerror}); free some room, or set offload_dir to another disk"
             ) from error
         self._end = offset + room
         return DiskBuffer(self, offset, numel, dtype)
@@ -86,7 +89,9 @@ class DiskBackend:
         while done < len(out):
             count = self._attempt("reading", os.preadv, [out[done:]], offset + done)
             if count == 0:
-                raise OffloadError(errno.EIO, f"{self.folder}: the offload file ends at byte {offset + done}; was it truncated?")
+                raise OffloadError(
+                    errno.EIO, f"{self.folder}: the offload file ends at byte {offset + done}; was it truncated?"
+                )
             done += count
         with self._lock:
             self.read_bytes += done
@@ -103,7 +108,9 @@ class DiskBackend:
         try:
             return int(call(self._fd, buffers, offset))
         except OSError as error:
-            raise OffloadError(error.errno, f"{self.folder}: {verb} at byte {offset} failed: {error.strerror}") from error
+            raise OffloadError(
+                error.errno, f"{self.folder}: {verb} at byte {offset} failed: {error.strerror}"
+            ) from error
 
     def close(self) -> None:
         """Give the file back to the system. Idempotent."""

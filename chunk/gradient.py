@@ -92,4 +92,5 @@ def _shaped(flat: Tensor, slot: Slot) -> Tensor:
 
 
 def _norm(tensor: Tensor, order: float) -> Tensor:
-    return torch.linalg.vector_norm(tensor, order, dtype=torch.float32).cpu()
+    norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=torch.float32)
+    return norm.cpu()

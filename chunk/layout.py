@@ -14,6 +14,7 @@ A chunk is as long as what was packed into it, so packing wastes alignment gaps 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 ALIGN_NUMEL = 32
 """Slots start at multiples of this many elements: 64 bytes in bf16, 128 in fp32, so views are cache-line aligned."""
@@ -33,8 +34,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     """Strides in elements; dense (a permutation of contiguous), so that the tensor spans exactly its numel."""
-    group: Hashable = None
-    """Tensors of different groups never share a chunk."""
+    group: Any = None
+    """Hashable; tensors of different groups never share a chunk."""
 
     @property
     def numel(self) -> int:
@@ -63,7 +64,7 @@ class ChunkLayout:
     """The slots of one chunk, in order, without overlap."""
 
     index: int
-    group: Hashable
+    group: Any
     numel: int
     slots: tuple[Slot, ...]
 

@@ -78,7 +78,9 @@ class ChunkManager:
     # -- building
 
     def _build(self, plan: ChunkPlan) -> Chunk:
-        homes = {role: self._home(plan, role, tier) for role, tier in plan.homes.items() if role is not Role.GRADIENT}
+        homes: dict[Role, Buffer] = {
+            role: self._home(plan, role, tier) for role, tier in plan.homes.items() if role is not Role.GRADIENT
+        }
         master = homes[Role.MASTER]
         shares_memory = master.tier is Tier.DEVICE or (master.tier is Tier.HOST and self.ledger.unified)
         if shares_memory and master.dtype is plan.compute_dtype:
@@ -106,7 +108,7 @@ class ChunkManager:
         return self.device.home(tier, numel, dtype)
 
     def bind(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
-        """Make ``parameter`` live in a slot: from now on its data is its chunk's view, or NaN while the chunk is away."""
+        """Make ``parameter`` live in a slot: its data is its chunk's view from now on, or NaN while that is away."""
         chunk.bind(position, parameter)
         self._places[id(parameter)] = (chunk, position)
 
@@ -213,7 +215,7 @@ class ChunkManager:
         enough = self.ledger.capacity(tier) + chunk.full_nbytes - free
         return OutOfMemory(
             f"{tier.value} tier out of memory. Chunk {chunk.index} (with {chunk.layout.slots[0].name}) needs "
-            f"{mib(chunk.full_nbytes)}, {mib(free)} are free, chunks in use hold {mib(held)} and nothing is left to evict; "
+            f"{mib(chunk.full_nbytes)}, {mib(free)} are free, chunks in use hold {mib(held)}, none is left to evict; "
             f"set {tier.value}_memory to {enough} bytes ({mib(enough)}) or more"
         )
 

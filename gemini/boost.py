@@ -107,7 +107,9 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     manager, queue = _build(packing, config, capacities)
     if packing.full_copies_limit_bytes is not None:
         on_device = manager.ledger.used(Tier.DEVICE)
-        manager.ledger.resize(Tier.DEVICE, min(on_device + packing.full_copies_limit_bytes, capacities.nbytes[Tier.DEVICE]))
+        manager.ledger.resize(
+            Tier.DEVICE, min(on_device + packing.full_copies_limit_bytes, capacities.nbytes[Tier.DEVICE])
+        )
 
     device = capacities.device
     meter = NonModelMeter(device)

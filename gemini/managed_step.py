@@ -63,7 +63,7 @@ class ChunkedStep:
             self._is_scaled = True
             loss = loss * self.scaler.scale
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         except BaseException:
             self._runtime.abort()
             self.drop_gradients()
@@ -119,8 +119,8 @@ class ChunkedStep:
                 if parameter.grad is not None and (place := self.manager.find(parameter)) is not None:
                     chunk, position = place
                     raise ValueError(
-                        f"{chunk.layout.slots[position].name} has a gradient but was frozen when the model was boosted, so "
-                        "it has no optimizer state; unfreeze parameters before booster.boost"
+                        f"{chunk.layout.slots[position].name} has a gradient but was frozen when boosted, "
+                        "so it has no optimizer state; unfreeze parameters before booster.boost"
                     )
 
     def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
@@ -132,7 +132,9 @@ class ChunkedStep:
             self.skipped_steps += 1
             logger.info(
                 "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
-                self._first_nonfinite(chunks), before, self.scaler.scale,
+                self._first_nonfinite(chunks),
+                before,
+                self.scaler.scale,
             )
             self._coefficient = 1.0
         return overflow
@@ -183,7 +185,7 @@ class ChunkedStep:
         parameters = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
         if any(self.manager.find(p) is not None for p in parameters):
             raise ValueError(
-                "add_param_group after boost: these parameters are in chunks that were packed without optimizer states; "
+                "add_param_group after boost: these parameters are in chunks packed without optimizer states; "
                 "add the group to the optimizer before booster.boost"
             )
         optimizer.register_param_group(group)
@@ -195,7 +197,9 @@ class ChunkedStep:
         scale = self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
         norm = self._total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / scale
         if error_if_nonfinite and not torch.isfinite(norm):
-            raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped")
+            raise RuntimeError(
+                f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped"
+            )
         self.grad_norm = float(norm)
         self._coefficient *= _clip_coefficient(norm, max_norm)
         return norm
@@ -240,7 +244,8 @@ class ChunkedStep:
         """Put one parameter's state (torch's layout) where it belongs."""
         if self.manager.find(parameter) is None:
             optimizer.state[parameter] = {
-                key: torch.as_tensor(value).to(parameter.device if key != "step" else "cpu", copy=True) for key, value in state.items()
+                key: torch.as_tensor(value).to(parameter.device if key != "step" else "cpu", copy=True)
+                for key, value in state.items()
             }
             return
         self.steps[id(parameter)] = int(state["step"])
@@ -305,7 +310,8 @@ def check_groups(optimizer: HybridAdam, saved_groups: list[dict[str, Any]], stat
             for role in STATE_ROLES[1:]:
                 value = states.get(index, {}).get(role.value)
                 if value is not None and tuple(value.shape) != tuple(parameter.shape):
-                    faults.append(f"{role.value} of parameter {index}: saved {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+                    shapes = f"saved {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+                    faults.append(f"{role.value} of parameter {index}: {shapes}")
     if faults:
         raise ValueError("the saved optimizer does not fit: " + "; ".join(faults))
 

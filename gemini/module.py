@@ -23,7 +23,8 @@ class GeminiModule(nn.Module):
 
     def memory_stats(self) -> dict[str, int | float]:
         """Bytes, counts and seconds as a flat dict, for loggers; `memory_summary` explains them in words."""
-        return self._gemini.stats()
+        stats: dict[str, int | float] = self._gemini.stats()
+        return stats
 
     def memory_summary(self) -> str:
         """The statistics as a table, for people."""
@@ -38,7 +39,7 @@ class GeminiModule(nn.Module):
         self._gemini.step.drop_gradients()
         super().zero_grad(set_to_none)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Gather every parameter (fp32 master where there is one) and buffer on CPU, ties under each of their names.
 
         This holds the whole model in RAM; `gemini.named_tensors` and `booster.save_model` do not.
@@ -82,7 +83,8 @@ def boosted(model: nn.Module) -> "Boosted":
     """
     if not isinstance(model, GeminiModule):
         raise TypeError(f"expected a model that booster.boost returned, got a plain {type(model).__name__}")
-    return model._gemini
+    found: Boosted = model._gemini
+    return found
 
 
 def mix_in(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ def managed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def decide(
-    model: nn.Module, param_groups: Sequence[Mapping[str, object]], config: GeminiConfig, capacities: Capacities
+    model: nn.Module, param_groups: Sequence[Mapping[str, Any]], config: GeminiConfig, capacities: Capacities
 ) -> Packing:
     """Choose the chunk size, pack, and place. Changes nothing.
 
@@ -81,9 +82,12 @@ def decide(
         If the tiers together are too small, or DEVICE is too small for one unit. The message says what to change.
     """
     named = managed_parameters(model)
-    group_of = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}  # type: ignore[attr-defined]
+    group_of = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}
     with_statistics = {
-        id(p) for m in model.modules() if getattr(m, "running_mean", None) is not None for p in m.parameters(recurse=False)
+        id(p)
+        for m in model.modules()
+        if getattr(m, "running_mean", None) is not None
+        for p in m.parameters(recurse=False)
     }
     specs = []
     for name, parameter in named.items():
@@ -98,7 +102,8 @@ def decide(
     block = _staging_block(layouts, capacities)
     placement = _place(layouts, units, config, capacities, _staging_bytes(block))
     plans = tuple(
-        ChunkPlan(layout, homes, layout.group.dtype(config)) for layout, homes in zip(layouts, placement.homes, strict=True)
+        ChunkPlan(layout, homes, layout.group.dtype(config))
+        for layout, homes in zip(layouts, placement.homes, strict=True)
     )
     copies = _copies(layouts, config, capacities, placement)
     return Packing(
@@ -151,7 +156,7 @@ def _staging_bytes(block_numel: int) -> int:
 
 def _need(layout: ChunkLayout, compute_dtype: torch.dtype) -> ChunkNeed:
     low = layout.numel * compute_dtype.itemsize
-    if not layout.group.trainable:  # type: ignore[attr-defined]
+    if not layout.group.trainable:
         return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
     full = layout.numel * 4
     roles = {Role.MASTER: full, Role.EXP_AVG: full, Role.EXP_AVG_SQ: full, Role.GRADIENT: low}
@@ -204,7 +209,7 @@ def _copies(
     return [
         0
         if placement is not None and _full_is_home(layout, placement.homes[i], config, capacities)
-        else layout.numel * layout.group.dtype(config).itemsize  # type: ignore[attr-defined]
+        else layout.numel * layout.group.dtype(config).itemsize
         for i, layout in enumerate(layouts)
     ]
 
@@ -228,7 +233,7 @@ def _full_is_home(
     tier = homes[Role.MASTER]
     in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and capacities.unified)
     group = layout.group
-    return in_reach and (group.dtype(config) is torch.float32 or not group.trainable)  # type: ignore[attr-defined]
+    return in_reach and (group.dtype(config) is torch.float32 or not group.trainable)
 
 
 def _unit_too_large(name: str, nbytes: int, capacities: Capacities) -> OutOfMemory:
@@ -251,7 +256,10 @@ def _too_small(total: int, missing: int, capacities: Capacities) -> OutOfMemory:
             f"or set host_memory to {budgets[Tier.HOST].bytes + missing} bytes or more"
         )
     else:
-        remedy = f"set disk_memory to {budgets[Tier.DISK].bytes + missing} bytes or more, or raise host_memory by {format_bytes(missing)}"
+        remedy = (
+            f"set disk_memory to {budgets[Tier.DISK].bytes + missing} bytes or more, "
+            f"or raise host_memory by {format_bytes(missing)}"
+        )
     return OutOfMemory(
         f"all tiers out of memory. The model data need {format_bytes(total)} and room to work; "
         f"there are {have}; {format_bytes(missing)} have no place; {remedy}"

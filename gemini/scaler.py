@@ -22,9 +22,15 @@ class LossScaler:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.min_scale <= self.scale <= self.max_scale:
-            raise ValueError(f"expected 0 < min_scale <= initial_scale <= max_scale, got {self.min_scale}, {self.scale}, {self.max_scale}")
+            raise ValueError(
+                f"expected 0 < min_scale <= initial_scale <= max_scale, "
+                f"got {self.min_scale}, {self.scale}, {self.max_scale}"
+            )
         if self.growth_factor < 1.0 or not 0.0 < self.backoff_factor < 1.0:
-            raise ValueError(f"expected growth_factor >= 1 and 0 < backoff_factor < 1, got {self.growth_factor}, {self.backoff_factor}")
+            raise ValueError(
+                f"expected growth_factor >= 1 and 0 < backoff_factor < 1, "
+                f"got {self.growth_factor}, {self.backoff_factor}"
+            )
 
     def update(self, overflow: bool) -> None:
         """Adapt to one step."""

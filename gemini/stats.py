@@ -52,7 +52,9 @@ def summary(stats: Mapping[str, int | float]) -> str:
     for tier in Tier:
         used, peak, capacity = (int(stats[f"{tier.value}/{key}_bytes"]) for key in ("used", "peak", "capacity"))
         share = f"{peak / capacity:.0%}" if capacity else "-"
-        lines.append(f"{tier.value:<8}{format_bytes(used):>12}{format_bytes(peak):>12}{format_bytes(capacity):>12}{share:>15}")
+        lines.append(
+            f"{tier.value:<8}{format_bytes(used):>12}{format_bytes(peak):>12}{format_bytes(capacity):>12}{share:>15}"
+        )
     if stats["memory/unified"]:
         lines.append("device and host are the same RAM: host covers both, device is the full copies' part")
     homes = ", ".join(f"{stats[f'chunk/{tier.value}_count']} on {tier.value}" for tier in Tier)

@@ -74,7 +74,9 @@ class Units:
         return unit
 
 
-def nested_chunks(model: nn.Module, chunks_of_module: "dict[nn.Module, frozenset[int]]") -> list[tuple[str, frozenset[int]]]:
+def nested_chunks(
+    model: nn.Module, chunks_of_module: "dict[nn.Module, frozenset[int]]"
+) -> list[tuple[str, frozenset[int]]]:
     """For each unit, by name, the chunks in use while it runs: its own and those of the units around it.
 
     ``chunks_of_module`` maps modules to the chunks of the parameters that they own directly.

@@ -227,11 +227,9 @@ class UpdateQueue:
             return
         tensors = {role: block.tensor(role, buffer) for role, buffer in block.buffers().items()}
         out = block.update.out
-        adam_update(
-            *(tensors[role] for role in UPDATE_ROLES),
-            block.scalars,
-            None if out is None else out[block.start : block.stop],
-        )
+        master, exp_avg, exp_avg_sq, gradient = (tensors[role] for role in UPDATE_ROLES)
+        refreshed = None if out is None else out[block.start : block.stop]
+        adam_update(master, exp_avg, exp_avg_sq, gradient, block.scalars, refreshed)
         block.is_computed = True
 
     def _write(self, block: _Block) -> None:

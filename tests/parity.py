@@ -58,7 +58,7 @@ def torch_fused(parameters: Any, task: Task) -> torch.optim.AdamW:
 
 
 def run_plain(task: Task, optimizer: Callable[[Any, Task], torch.optim.Optimizer] = hybrid) -> Run:
-    """Train without management; in bf16 the parameters are bf16 and HybridAdam keeps masters from the rounded values."""
+    """Train without management; bf16 parameters have masters that start from their rounded values."""
     model = _seeded(task, lazy=False)
     if task.precision != "fp32":
         for parameter in model.parameters():
@@ -170,7 +170,7 @@ def _seeded(task: Task, lazy: bool) -> nn.Module:
             model = task.build()
     else:
         model = task.build()
-        if task.precision != "fp32":  # so that masters start equal: ours from the fp32 values, the plain from the rounded
+        if task.precision != "fp32":  # then masters start equal: ours from fp32 values, the plain ones from rounded
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(task.dtype).to(parameter.dtype)
     task.prepare(model)

@@ -28,12 +28,17 @@ class Booster:
     """
 
     def __init__(
-        self, device: str | torch.device | None = None, mixed_precision: str | None = None, plugin: GeminiPlugin | None = None
+        self,
+        device: str | torch.device | None = None,
+        mixed_precision: str | None = None,
+        plugin: GeminiPlugin | None = None,
     ) -> None:
         if plugin is not None and not isinstance(plugin, GeminiPlugin):
             raise TypeError(f"plugin must be a GeminiPlugin or None, got {type(plugin).__name__}")
         if plugin is not None and mixed_precision is not None:
-            raise ValueError("the plugin controls the precision: give GeminiPlugin(precision=...) instead of mixed_precision")
+            raise ValueError(
+                "the plugin controls the precision: give GeminiPlugin(precision=...) instead of mixed_precision"
+            )
         self.plugin = plugin or (GeminiPlugin(precision=mixed_precision) if mixed_precision else GeminiPlugin())
 
     def boost(
@@ -72,8 +77,12 @@ class Booster:
         kinds = _kinds(given)
         by_kind = {kind: value for kind, value in zip(kinds, given, strict=True) if kind is not None}
         if "model" not in by_kind:
-            raise TypeError("boost needs a model (torch.nn.Module), got " + (", ".join(type(g).__name__ for g in given) or "nothing"))
-        result = dict(zip(KINDS, self.plugin.configure(*(by_kind.get(kind) for kind in KINDS)), strict=True))
+            raise TypeError(
+                "boost needs a model (torch.nn.Module), got "
+                + (", ".join(type(g).__name__ for g in given) or "nothing")
+            )
+        configured = self.plugin.configure(by_kind["model"], *(by_kind.get(kind) for kind in KINDS[1:]))
+        result = dict(zip(KINDS, configured, strict=True))
         in_order = all(kind is None or kind == place for kind, place in zip(kinds, KINDS, strict=False))
         if in_order:
             return tuple(result[kind] for kind in KINDS)
@@ -86,7 +95,9 @@ class Booster:
         """
         self.plugin.backward(loss, optimizer)
 
-    def no_sync(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
+    def no_sync(
+        self, model: nn.Module | None = None, optimizer: Optimizer | None = None
+    ) -> AbstractContextManager[None]:
         """Gradients add up over several backwards (with or without this context); no exchange between ranks inside."""
         return self.plugin.no_sync(model, optimizer)
 
@@ -103,8 +114,15 @@ class Booster:
         """Write the model in the Hugging Face layout; see `gemini.checkpoint.save_model`."""
         from gemini import checkpoint as io
 
-        io.save_model(model, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard,
-                      use_safetensors=use_safetensors, use_async=use_async)
+        io.save_model(
+            model,
+            checkpoint,
+            shard=shard,
+            prefix=prefix,
+            size_per_shard=size_per_shard,
+            use_safetensors=use_safetensors,
+            use_async=use_async,
+        )
 
     def load_model(self, model: nn.Module, checkpoint: str, strict: bool = True) -> None:
         """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`."""
@@ -144,7 +162,7 @@ class Booster:
         io.load_lr_scheduler(lr_scheduler, checkpoint)
 
     def enable_lora(self, model: nn.Module, pretrained_dir: str | None = None, lora_config: Any = None) -> nn.Module:
-        """Wrap a model (before `boost`) with LoRA adapters by the package ``peft``; frozen weights then have no states."""
+        """Wrap a model (before `boost`) with LoRA adapters of ``peft``; frozen weights then have no states."""
         try:
             from peft import PeftModel, get_peft_model
         except ImportError as error:

@@ -132,7 +132,10 @@ class GeminiPlugin:
             enable_all_optimization=(enable_all_optimization, "use torch.compile and attn_implementation='sdpa'"),
             enable_fused_normalization=(enable_fused_normalization, "use torch.compile on the blocks"),
             enable_flash_attention=(enable_flash_attention, "build the model with attn_implementation='sdpa'"),
-            enable_sequence_parallelism=(enable_sequence_parallelism, "use shorter sequences or activation checkpointing"),
+            enable_sequence_parallelism=(
+                enable_sequence_parallelism,
+                "use shorter sequences or activation checkpointing",
+            ),
             enable_jit_fused=(enable_jit_fused, "use torch.compile on the blocks"),
             use_fp8=(use_fp8, "use precision='bf16'"),
             fp8_communication=(fp8_communication, "use precision='bf16'"),
@@ -178,7 +181,7 @@ class GeminiPlugin:
         """What `Booster.boost` calls, with each object in its place."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise NotImplementedError(
-                f"this version trains on one rank, got world size {torch.distributed.get_world_size()}; start one process, "
+                f"this version trains on one rank, got world size {torch.distributed.get_world_size()}; start one, "
                 "its device, host and disk are pooled"
             )
         hybrid = _hybrid(optimizer)
@@ -195,7 +198,9 @@ class GeminiPlugin:
             raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
         step.backward(loss)
 
-    def no_sync(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> AbstractContextManager[None]:
+    def no_sync(
+        self, model: nn.Module | None = None, optimizer: Optimizer | None = None
+    ) -> AbstractContextManager[None]:
         """See `Booster.no_sync`."""
         return nullcontext()
 
@@ -282,4 +287,3 @@ def _hybrid(optimizer: Optimizer | None) -> HybridAdam | None:
         f"optimizer must be a HybridAdam, torch.optim.Adam or torch.optim.AdamW, got {type(optimizer).__name__}; "
         "its update must be element-wise to run on chunks"
     )
-

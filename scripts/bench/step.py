@@ -68,11 +68,17 @@ def main() -> None:
         rows: dict[str, tuple[Callable[[], None], nn.Module | None]] = {
             "plain fp32": (plain(build(), batch), None),
             "managed fp32, all in RAM": managed(build(), batch, precision="fp32"),
-            "managed fp32, emulated device of 1/4 of the parameters": managed(build(), batch, precision="fp32", device_memory=parameters),
-            "managed fp32, half of the model data on disk": managed(build(), batch, precision="fp32", host_memory=half, offload_dir=folder),
+            "managed fp32, emulated device of 1/4 of the parameters": managed(
+                build(), batch, precision="fp32", device_memory=parameters
+            ),
+            "managed fp32, half of the model data on disk": managed(
+                build(), batch, precision="fp32", host_memory=half, offload_dir=folder
+            ),
             "plain bf16 (no masters)": (plain(build().to(torch.bfloat16), batch), None),
             "managed bf16, all in RAM": managed(build(), batch),
-            "managed bf16, half of the model data on disk": managed(build(), batch, host_memory=parameters * 14 // 2, offload_dir=folder),
+            "managed bf16, half of the model data on disk": managed(
+                build(), batch, host_memory=parameters * 14 // 2, offload_dir=folder
+            ),
         }
         seconds: dict[str, list[float]] = {name: [] for name in rows}
         for round_ in range(options.steps + 3):
@@ -81,14 +87,16 @@ def main() -> None:
                 step()
                 if round_ >= 3:  # compile, warm-up cycle, first planned cycle
                     seconds[name].append(time.perf_counter() - begin)
-        print(f"{parameters / 1e6:.1f}M parameters, batch {options.batch_size} x {options.seq_len}, {torch.get_num_threads()} threads")
+        shape = f"batch {options.batch_size} x {options.seq_len}"
+        print(f"{parameters / 1e6:.1f}M parameters, {shape}, {torch.get_num_threads()} threads")
         for name, (_, model) in rows.items():
             base = seconds["plain bf16 (no masters)" if "bf16" in name else "plain fp32"]
             ratio = statistics.median(s / b for s, b in zip(seconds[name], base, strict=True))
             line = f"{name:<58}{1e3 * statistics.median(seconds[name]):9.1f} ms{ratio:8.2f} x"
             if model is not None:
                 stats = model.memory_stats()
-                line += f"   prefetched {stats['move/prefetch_hit_ratio']:.0%}, waited {stats['move/stall_seconds'] / (options.steps + 3) * 1e3:.0f} ms a step"
+                waited = stats["move/stall_seconds"] / (options.steps + 3)
+                line += f"   prefetched {stats['move/prefetch_hit_ratio']:.0%}, waited {1e3 * waited:.0f} ms a step"
             print(line)
 
 

@@ -52,7 +52,9 @@ def test_the_first_snippet_of_the_contract_runs() -> None:
     assert all(isinstance(value, int | float) for value in stats.values())
     for tier in ("device", "host", "disk"):
         assert 0 <= stats[f"{tier}/used_bytes"] <= stats[f"{tier}/peak_bytes"] <= stats[f"{tier}/capacity_bytes"]
-    assert {"chunk/count", "chunk/numel", "chunk/waste_ratio", "move/fetch_count", "move/prefetch_hit_ratio"} <= set(stats)
+    assert {"chunk/count", "chunk/numel", "chunk/waste_ratio", "move/fetch_count", "move/prefetch_hit_ratio"} <= set(
+        stats
+    )
     assert stats["non_model/peak_bytes"] >= 0
     assert "host" in model.memory_summary()
 
@@ -60,8 +62,15 @@ def test_the_first_snippet_of_the_contract_runs() -> None:
 def test_generating_equals_the_unmanaged_model_when_everything_streams() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=None,
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=None,
     )
     outputs = []
     for managed in (True, False):
@@ -136,7 +145,9 @@ def test_boost_returns_exactly_what_it_was_given_in_another_order(order: tuple[s
 
 def test_a_plain_function_is_a_criterion() -> None:
     objects = make()
-    result = Booster(plugin=GeminiPlugin(telemetry=False)).boost(objects["model"], objects["optimizer"], torch.nn.functional.mse_loss)
+    result = Booster(plugin=GeminiPlugin(telemetry=False)).boost(
+        objects["model"], objects["optimizer"], torch.nn.functional.mse_loss
+    )
     assert result[2] is torch.nn.functional.mse_loss
 
 

@@ -21,8 +21,13 @@ def gpt2() -> nn.Module:
 
 def llama() -> nn.Module:
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32,
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
     )
     return transformers.LlamaForCausalLM(config)  # type: ignore[no-any-return]
 
@@ -39,7 +44,9 @@ def loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def checkpointing(use_reentrant: bool | None) -> Any:
     def prepare(model: Any) -> None:
         if use_reentrant is not None:
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its old name
+            enable = getattr(
+                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+            )  # its old name
             enable({"use_reentrant": use_reentrant})
 
     return prepare
