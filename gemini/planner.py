@@ -6,11 +6,14 @@ generation are cyclic, where LRU would miss every time and OPT keeps a fixed par
 copies are clean), so the only cost counted is fetches.
 """
 
-from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
-from .trace import Moment, Trace
+from .trace import Trace
+
+LAPS = 8
+"""After so many attempts to find a state that a lap leads back to, take the one that always works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Actions:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The plan of one cycle."""
+    """The plan of one cycle. Played again and again, each lap begins with the chunks that it expects."""
 
     trace: Trace
     actions: tuple[Actions, ...]
@@ -52,92 +55,139 @@ def plan(trace: Trace, nbytes: Mapping[int, int], capacity_bytes: int, depth: in
     ValueError
         If a moment needs more than ``capacity_bytes``.
     """
-    moments = [Moment(m.unit, m.phase, frozenset(c for c in m.in_use if c in nbytes)) for m in trace.moments]
-    for moment in moments:
-        need = sum(nbytes[c] for c in moment.in_use)
+    in_use = [frozenset(c for c in moment.in_use if c in nbytes) for moment in trace.moments]
+    for moment, chunks in zip(trace.moments, in_use, strict=True):
+        need = sum(nbytes[c] for c in chunks)
         if need > capacity_bytes:
-            raise ValueError(f"unit {moment.unit} needs {need} bytes of full copies at once, capacity is {capacity_bytes}")
+            raise ValueError(
+                f"unit {moment.unit} needs {need} bytes of full copies at once, capacity is {capacity_bytes}"
+            )
+    if not in_use:
+        return Schedule(trace, (), ())
 
-    simulation = _Simulation(moments, nbytes, capacity_bytes, depth)
-    simulation.lap()  # from nothing to the steady state
-    prologue = simulation.look_ahead(-1, frozenset())[1]
-    return Schedule(trace, tuple(simulation.lap()), tuple(prologue))
+    uses = _Uses(in_use, depth)
+    start: frozenset[int] = frozenset()
+    lap = _Lap(uses, nbytes, capacity_bytes, start)
+    # A state that a lap leads back to, with nothing missing. Optimal laps may never repeat (of three chunks in a room
+    # of two, a cycle keeps another one each time), so leave out what a lap does not keep until all of it is kept.
+    for attempt in range(LAPS + 1):
+        start = lap.resident if attempt == 0 else start & lap.resident if attempt < LAPS else in_use[-1]
+        lap = _Lap(uses, nbytes, capacity_bytes, start)
+        if start <= lap.resident:
+            break
+    return lap.schedule(trace, start)
 
 
-class _Simulation:
-    """Plays laps of the cycle over a set of resident chunks."""
+class _Uses:
+    """When each chunk is used; the same for all laps."""
 
-    def __init__(self, moments: list[Moment], nbytes: Mapping[int, int], capacity: int, depth: int) -> None:
-        self.moments = moments
-        self.nbytes = nbytes
-        self.capacity = capacity
-        self.depth = depth
-        self.resident: set[int] = set()
-        self.used = 0
-        self.positions: dict[int, list[int]] = {}
-        for i, moment in enumerate(moments):
-            for chunk in moment.in_use:
-                self.positions.setdefault(chunk, []).append(i)
+    def __init__(self, in_use: Sequence[frozenset[int]], depth: int) -> None:
+        self.in_use = in_use
+        self.first: dict[int, int] = {}
+        """The first moment of the lap that uses a chunk."""
+        self.next: list[dict[int, int]] = [{} for _ in in_use]
+        """Per moment, the next use of each of its chunks, counted into the next lap."""
+        for i in reversed(range(len(in_use))):
+            self.first.update(dict.fromkeys(in_use[i], i))
+        upcoming = {chunk: i + len(in_use) for chunk, i in self.first.items()}
+        # Per moment, the chunks used next; not past the end of a lap, because the optimizer step lies there, and what
+        # it rewrites would be fetched in vain. The prologue looks from the end to the beginning.
+        self._ahead: list[tuple[int, ...]] = [()] * len(in_use)
+        enough = depth + max(map(len, in_use))
+        ahead: tuple[int, ...] = ()
+        for i in reversed(range(len(in_use))):
+            self._ahead[i] = tuple([c for c in ahead if c not in in_use[i]][:depth])
+            self.next[i] = {chunk: upcoming[chunk] for chunk in in_use[i]}
+            upcoming.update(dict.fromkeys(in_use[i], i))
+            ahead = tuple(dict.fromkeys((*sorted(in_use[i]), *ahead)))[:enough]
+        self._ahead[-1] = tuple([c for c in ahead if c not in in_use[-1]][:depth])
 
-    def next_use(self, chunk: int, now: int) -> int:
-        """The first moment after ``now`` that uses the chunk, counted into the next lap."""
-        positions = self.positions[chunk]
-        i = bisect_right(positions, now)
-        return positions[i] if i < len(positions) else positions[0] + len(self.moments)
+    def ahead(self, now: int) -> tuple[int, ...]:
+        """The chunks that are used next after the moment ``now`` and not in it, at most ``depth``, in order."""
+        return self._ahead[now]
 
-    def lap(self) -> list[Actions]:
-        return [self.step(now) for now in range(len(self.moments))]
 
-    def step(self, now: int) -> Actions:
-        in_use = self.moments[now].in_use
-        missing = sorted(in_use - self.resident)
-        evicted = self.evict_for(sum(self.nbytes[c] for c in missing), now, in_use, limit=None)
+class _Lap:
+    """One lap of the cycle, beginning with the chunks of ``start``."""
+
+    def __init__(self, uses: _Uses, nbytes: Mapping[int, int], capacity: int, start: frozenset[int]) -> None:
+        self._nbytes = nbytes
+        self._room = capacity - sum(nbytes[c] for c in start)
+        self._resident = set(start)
+        self._next_use = dict(uses.first)
+        self._farthest = [(-self._next_use[c], c) for c in start]
+        """A heap of the resident chunks; entries that are out of date are skipped."""
+        heapify(self._farthest)
+        self._actions: list[Actions] = []
+        for now, in_use in enumerate(uses.in_use):
+            self._step(in_use, uses.next[now], uses.ahead(now))
+
+    @property
+    def resident(self) -> frozenset[int]:
+        """What is there when the next lap begins."""
+        return frozenset(self._resident)
+
+    def schedule(self, trace: Trace, start: frozenset[int]) -> Schedule:
+        """The lap as a schedule that ends with the chunks of ``start``, which it began with."""
+        *actions, last = self._actions
+        surplus = self._resident - start - set(last.prefetch)
+        actions.append(Actions((*last.evict, *sorted(surplus)), last.fetch))
+        return Schedule(trace, tuple(actions), tuple(c for c in last.prefetch if c in start))
+
+    def _step(self, in_use: frozenset[int], next_use: Mapping[int, int], ahead: Sequence[int]) -> None:
+        self._next_use.update(next_use)
+        for chunk in in_use & self._resident:
+            heappush(self._farthest, (-self._next_use[chunk], chunk))
+        missing = sorted(in_use - self._resident)
+        evicted = self._evict_for(sum(self._nbytes[c] for c in missing), in_use, limit=None)
         assert evicted is not None
         for chunk in missing:
-            self.add(chunk)
-        more, prefetched = self.look_ahead(now, in_use)
-        return Actions(tuple(evicted + more), tuple(missing), tuple(prefetched))
-
-    def look_ahead(self, now: int, in_use: frozenset[int]) -> tuple[list[int], list[int]]:
-        """Start the next fetches early, as long as what they displace is needed later than they are."""
-        evicted: list[int] = []
-        prefetched: list[int] = []
-        ahead: dict[int, int] = {}
-        # Not past the end: the optimizer step lies there, and what it rewrites would be fetched in vain.
-        for i in range(now + 1, len(self.moments)):
-            for chunk in sorted(self.moments[i].in_use):
-                ahead.setdefault(chunk, i)
-            if len(ahead) > self.depth:
-                break
-        for chunk, when in list(ahead.items())[: self.depth]:
-            if chunk in self.resident:
+            self._add(chunk)
+        prefetched = []
+        for chunk in ahead:
+            if chunk in self._resident:
                 continue
-            gone = self.evict_for(self.nbytes[chunk], now, in_use | set(prefetched), limit=when)
+            # As long as what it displaces is needed later than it is.
+            gone = self._evict_for(self._nbytes[chunk], in_use, limit=self._next_use[chunk])
             if gone is None:
                 break
             evicted += gone
-            self.add(chunk)
+            self._add(chunk)
             prefetched.append(chunk)
-        return evicted, prefetched
+        self._actions.append(Actions(tuple(evicted), tuple(missing), tuple(prefetched)))
 
-    def evict_for(self, need: int, now: int, keep: frozenset[int], limit: int | None) -> list[int] | None:
-        """Make room of ``need`` bytes; None (and nothing done) if only chunks used before ``limit`` could go."""
+    def _evict_for(self, need: int, keep: Collection[int], limit: int | None) -> list[int] | None:
+        """Make room of ``need`` bytes; None (and nothing done) if only chunks used up to ``limit`` could go."""
         gone: list[int] = []
-        room = self.capacity - self.used
-        for chunk in sorted(self.resident - keep, key=lambda c: (-self.next_use(c, now), c)):
-            if room >= need:
+        back: list[int] = []
+        room = self._room
+        while room < need and self._farthest:
+            when, chunk = heappop(self._farthest)
+            if chunk not in self._resident or when != -self._next_use[chunk]:
+                continue
+            if chunk in keep:
+                back.append(chunk)
+            elif limit is not None and -when <= limit:
+                back.append(chunk)
                 break
-            if limit is not None and self.next_use(chunk, now) <= limit:
-                return None
-            gone.append(chunk)
-            room += self.nbytes[chunk]
-        if room < need:
+            else:
+                gone.append(chunk)
+                room += self._nbytes[chunk]
+        fits = room >= need
+        for chunk in reversed(gone):  # a large one that came last may have made smaller ones needless
+            if not fits or room - self._nbytes[chunk] >= need:
+                room -= self._nbytes[chunk]
+                back.append(chunk)
+        for chunk in back:
+            heappush(self._farthest, (-self._next_use[chunk], chunk))
+        if not fits:
             return None
-        for chunk in gone:
-            self.resident.remove(chunk)
-            self.used -= self.nbytes[chunk]
+        self._room = room
+        gone = [chunk for chunk in gone if chunk not in back]
+        self._resident.difference_update(gone)
         return gone
 
-    def add(self, chunk: int) -> None:
-        self.resident.add(chunk)
-        self.used += self.nbytes[chunk]
+    def _add(self, chunk: int) -> None:
+        self._resident.add(chunk)
+        self._room -= self._nbytes[chunk]
+        heappush(self._farthest, (-self._next_use[chunk], chunk))
