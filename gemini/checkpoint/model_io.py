@@ -1,7 +1,7 @@
 """Saving and loading a model's weights."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -203,12 +203,13 @@ def _write_safetensors(stage: Stage, file: str, held: Sequence[Entry], extra: Ma
             f"{stage.folder / file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
             "save with use_safetensors=False"
         )
-    by_name = {entry.name: entry for entry in held}
+    reads: dict[str, Callable[[], Tensor]] = {entry.name: entry.read for entry in held}
+    reads.update({name: value.detach().cpu for name, value in extra.items()})
     records = [TensorRecord(entry.name, entry.dtype, entry.shape) for entry in held]
     records += [TensorRecord(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
     writer = SafetensorsWriter(records, _METADATA)
     with stage.create(file, writer.nbytes) as out:
         writer.begin(out)
         for record in writer.records:
-            value = by_name[record.name].read() if record.name in by_name else extra[record.name].detach().cpu()
-            writer.append(out, record, value)
+            # Not through a variable, which would hold one tensor while the next is read.
+            writer.append(out, record, reads[record.name]())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gemini.chunk import Role
+from gemini.chunk import STATE_ROLES, Role
 from gemini.errors import CheckpointError
 from gemini.managed_step import ChunkedStep, check_groups
 from gemini.nn.optimizer import HybridAdam
@@ -241,7 +241,10 @@ def _load_state(optimizer: HybridAdam, parameter: Tensor, state: Mapping[str, An
         else:
             optimizer.state[parameter] = restored(_tensors(state), parameter, copy=False)
     elif state is not None:
-        step.load_state_of(optimizer, parameter, _tensors(state))
+        step.steps[id(parameter)] = int(state["step"])
+        for role in STATE_ROLES:  # not ``load_state_of``, which takes both moments at once
+            if role.value in state:
+                step.manager.write(parameter, role, state[role.value].read())
     elif step.steps.pop(id(parameter), 0):
         zeros = torch.zeros(()).expand(parameter.shape)
         step.manager.write(parameter, Role.EXP_AVG, zeros)
