@@ -63,8 +63,8 @@ class Ledger:
             if nbytes > free:
                 bound, enough = self.bounded_by(tier).value, self.capacity(tier) + nbytes - free
                 raise OutOfMemory(
-                    f"{bound} tier out of memory. {what} needs {mib(nbytes)}; of {mib(self.capacity(tier))} {mib(free)} "
-                    f"are free; set {bound}_memory to {enough} bytes ({mib(enough)}) or more"
+                    f"{bound} tier out of memory. {what} needs {mib(nbytes)}, {mib(free)} of "
+                    f"{mib(self.capacity(tier))} are free; set {bound}_memory to {enough} bytes ({mib(enough)}) or more"
                 )
             self._used[tier] += nbytes
             for each in Tier:
