@@ -45,7 +45,8 @@ def run(options: Options, report: Report, on_step: OnStep | None = None) -> tupl
     corpus.check(options.seq_len)
     with offload_folder(options.offload_dir) as folder:
         _announce(options, corpus, report)
-        session = build(options, folder)
+        with report.working("making the model"):
+            session = build(options, folder)
         try:
             return _train_and_report(session, corpus, report, on_step)
         except BaseException as error:
@@ -68,7 +69,8 @@ def _train_and_report(
     if session.losses:
         report.facts(_outcome(session, stats, seconds, speed))
     checkpoint = options.checkpoint_folder
-    session.save(checkpoint)
+    with report.working("writing the checkpoint"):
+        session.save(checkpoint)
     report.facts([("checkpoint", f"{checkpoint} (transformers' GPT2LMHeadModel loads it)")])
     sample = None
     if interrupt.signal is None and options.sample_length:
@@ -131,7 +133,6 @@ def _announce(options: Options, corpus: Corpus, report: Report) -> None:
             ),
         ]
     )
-    report.flush()
 
 
 def _show_budget(session: Session, report: Report) -> None:
@@ -161,9 +162,15 @@ def _check_peaks(stats: Mapping[str, int | float]) -> None:
 def _outcome(
     session: Session, stats: Mapping[str, int | float], seconds: float, speed: float
 ) -> list[tuple[str, str | Text]]:
-    first, last = session.losses[0], session.losses[-1]
+    # One batch is small: its loss alone would say more of the batch than of the model.
+    several = max(1, len(session.losses) // 10)
+    first, last = session.losses[0], sum(session.losses[-several:]) / several
+    over = f" over the last {several} steps" if several > 1 else ""
     rows: list[tuple[str, str | Text]] = [
-        ("loss", Text.assemble(f"{first:.3f} -> ", (f"{last:.3f}", "bold green" if last < first else "bold red"))),
+        (
+            "loss",
+            Text.assemble(f"{first:.3f} -> ", (f"{last:.3f}", "bold green" if last < first else "bold red"), over),
+        ),
         ("speed", f"{speed:,.0f} tokens/s after the first step; {len(session.losses)} steps, {seconds:.0f} s"),
     ]
     for tier in _TIERS:
@@ -178,15 +185,16 @@ def _outcome(
 
 def _sample(session: Session, report: Report) -> str:
     options = session.options
-    made = generate(
-        session.model,
-        _PROMPT,
-        options.sample_length,
-        context=options.seq_len,
-        seed=options.seed,
-        device=session.device,
-        limit_seconds=_SAMPLE_SECONDS,
-    )
+    with report.working("writing a text"):
+        made = generate(
+            session.model,
+            _PROMPT,
+            options.sample_length,
+            context=options.seq_len,
+            seed=options.seed,
+            device=session.device,
+            limit_seconds=_SAMPLE_SECONDS,
+        )
     report.heading("a sample of what it writes")
     text = made.decode("utf-8", errors="replace")
     for number, line in enumerate(_printable(text).splitlines() or [""]):

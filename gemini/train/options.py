@@ -36,7 +36,7 @@ class Options:
     seq_len: int = 128
     batch_size: int = 8
     steps: int = 100
-    lr: float = 1e-3
+    lr: float = 3e-4
     seed: int = 0
     precision: str = "bf16"
     text: Path | None = None

@@ -4,8 +4,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.rule import Rule
@@ -62,8 +63,9 @@ class Report:
     def line(self, text: str | Text, style: str = "") -> None:
         self._print(Text.assemble(" ", (text, style) if isinstance(text, str) else text))
 
-    def flush(self) -> None:
-        self._file.flush()
+    def working(self, what: str) -> AbstractContextManager[Any]:
+        """Say on a terminal what takes a while, and take it back when it is over."""
+        return self._console.status(what) if self._file.isatty() else nullcontext()
 
     def _print(self, renderable: RenderableType) -> None:
         with self._console.capture() as capture:

@@ -68,6 +68,10 @@ class Session:
                 sources[tier] = f"--{tier}-memory"
             elif source == f"argument {tier}_memory":
                 sources[tier] = "half of the model data (the default)"
+        if self.options.offload_dir is None:  # the name of a temporary folder tells nothing
+            folder = boosted(self.model).config.offload_dir
+            assert folder is not None
+            sources["disk"] = sources["disk"].replace(str(folder), str(folder.parent))
         if boosted(self.model).capacities.unified:
             sources["device"] = "the same RAM as host"
         return sources
@@ -135,7 +139,7 @@ def build(options: Options, offload_dir: Path) -> Session:
     torch.manual_seed(options.seed)
     with LazyInitContext():
         model = GPT2LMHeadModel(options.model)
-    optimizer = HybridAdam(model.parameters(), lr=options.lr, weight_decay=0.01)
+    optimizer = HybridAdam(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = LambdaLR(optimizer, _cosine(options.steps))
     device_memory, host_memory = _budget(options)
     plugin = GeminiPlugin(

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--headroom-ratio",
         type=float,
         metavar="X",
-        help="another limit, as a multiple of what the scenario reckons with: to see it fail",
+        help="another limit, to see a scenario fail",
     )
     return parser
 
