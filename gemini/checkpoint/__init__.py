@@ -4,6 +4,7 @@ How the files build on each other (imports go down only)::
 
     model_io.py  optimizer_io.py  scheduler_io.py    what a user calls
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
+    optimizer_files.py                               the format of a saved optimizer
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     safetensors_stream.py  torch_file.py             formats

@@ -1,19 +1,8 @@
-"""Saving and loading optimizer states.
-
-A folder holds the tensors in safetensors files and everything else in one JSON, which is also their index::
-
-    optimizer.json          {"format": "gemini-memory optimizer", "version": 1, "param_groups": [{"lr": ..., "params":
-                             [0, 1], "param_names": ["wte.weight", null]}], "steps": {"0": 3}, "loss_scaler": {...},
-                             "weight_map": {"0.exp_avg": "optimizer.safetensors", ...}}
-    optimizer.safetensors   "0.exp_avg", "0.exp_avg_sq" and, for an optimizer of its own on half parameters, "0.master"
-
-No pickle. The numbers are those of ``optimizer.state_dict()``. Masters of a boosted model are saved with the model.
-"""
+"""Saving and loading optimizer states. Masters of a boosted model are saved with the model."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +18,22 @@ from gemini.nn.optimizer.parameter_state import restored
 from gemini.sizes import parse_bytes
 
 from .match import Source
+from .optimizer_files import (
+    FORMAT,
+    JSON_NAME,
+    TENSOR_KEYS,
+    TENSORS_NAME,
+    VERSION,
+    SavedOptimizer,
+    find_json,
+    read_optimizer,
+)
 from .safetensors_stream import SafetensorsWriter, TensorRecord
 from .stage import Stage, remove
-from .torch_file import read_torch, write_torch
-from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_indexed, read_json, shard_names
+from .torch_file import write_torch
+from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_json, shard_names
 
-JSON_NAME = "optimizer.json"
-TENSORS_NAME = "optimizer.safetensors"
-FORMAT = "gemini-memory optimizer"
-VERSION = 1
-_TENSORS = ("exp_avg", "exp_avg_sq", "master")
 _MEBI = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """An optimizer's checkpoint, checked; tensors unread."""
-
-    param_groups: list[dict[str, Any]]
-    states: dict[int, dict[str, Any]]
-    """By the index that ``params`` of the groups use: ``step`` as a number, tensors as `Source`."""
-    loss_scaler: Mapping[str, Any] | None
 
 
 # -- saving
@@ -151,9 +135,9 @@ def _save_folder(optimizer: HybridAdam, folder: Path, prefix: str, limit: int | 
 def _records(optimizer: HybridAdam, index: int, parameter: Tensor) -> list[TensorRecord]:
     step = _managed(optimizer)
     if step is not None and step.manager.find(parameter) is not None:
-        return [TensorRecord(f"{index}.{key}", torch.float32, tuple(parameter.shape)) for key in _TENSORS[:2]]
+        return [TensorRecord(f"{index}.{key}", torch.float32, tuple(parameter.shape)) for key in TENSOR_KEYS[:2]]
     state = optimizer.state[parameter]
-    return [TensorRecord(f"{index}.{k}", state[k].dtype, tuple(state[k].shape)) for k in _TENSORS if k in state]
+    return [TensorRecord(f"{index}.{k}", state[k].dtype, tuple(state[k].shape)) for k in TENSOR_KEYS if k in state]
 
 
 def _read(optimizer: HybridAdam, parameter: Tensor, key: str) -> Tensor:
@@ -209,16 +193,16 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if path.is_dir():
-        path = _find_json(path)
+        path = find_json(path)
     with ExitStack() as files:
-        saved = _read_folder(path, files) if path.suffix == ".json" else _read_file(path)
+        saved = read_optimizer(path, files)
         if isinstance(optimizer, HybridAdam):
             _load(optimizer, _in_our_order(optimizer, saved, path), path)
         else:
             optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
 
 
-def _load(optimizer: HybridAdam, saved: _Saved, path: Path) -> None:
+def _load(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> None:
     try:
         check_groups(optimizer, saved.param_groups, saved.states)
     except ValueError as error:
@@ -251,54 +235,7 @@ def _load_state(optimizer: HybridAdam, parameter: Tensor, state: Mapping[str, An
         step.manager.write(parameter, Role.EXP_AVG_SQ, zeros)
 
 
-def _read_folder(path: Path, files: ExitStack) -> _Saved:
-    content = read_json(path)
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not the state of an optimizer")
-    if content.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {content.get('version')!r}; this package reads version {VERSION}")
-    weight_map = checked_weight_map(path, content.get("weight_map"))
-    sources = read_indexed(path, weight_map, files)
-    try:
-        states: dict[int, dict[str, Any]] = {int(i): {"step": float(n)} for i, n in content["steps"].items()}
-        for name, source in sources.items():
-            index, _, key = name.partition(".")
-            states[int(index)][key] = source
-        groups = [_group_from_json(group) for group in content["param_groups"]]
-        return _Saved(groups, states, content["loss_scaler"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not the state of an optimizer: {type(error).__name__} {error}") from error
-
-
-def _read_file(path: Path) -> _Saved:
-    stored = read_torch(path, mmap=True)
-    try:
-        states = {
-            int(i): {k: Source.of(v) if isinstance(v, Tensor) and k in _TENSORS else v for k, v in state.items()}
-            for i, state in stored["state"].items()
-        }
-        groups = [{**group, "params": list(group["params"])} for group in stored["param_groups"]]
-        return _Saved(groups, states, stored.get("loss_scaler"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not hold the state dict of an optimizer") from error
-
-
-def _group_from_json(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {**group, "params": list(group["params"]), "betas": tuple(group["betas"])}
-
-
-def _find_json(folder: Path) -> Path:
-    if (folder / JSON_NAME).is_file():
-        return folder / JSON_NAME
-    found = sorted(path for path in folder.glob(f"*.{JSON_NAME}") if not path.name.startswith("."))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise CheckpointError(f"{folder} holds several optimizers: give one of {', '.join(map(str, found))}")
-    raise CheckpointError(f"{folder} holds no optimizer: there is no {JSON_NAME}")
-
-
-def _in_our_order(optimizer: HybridAdam, saved: _Saved, path: Path) -> _Saved:
+def _in_our_order(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """Order each saved group as ours: by name where all names are known on both sides, else names must agree."""
     ours = [_names(optimizer, group) for group in optimizer.param_groups]
     theirs = [group.get("param_names") or [None] * len(group["params"]) for group in saved.param_groups]
@@ -318,10 +255,10 @@ def _in_our_order(optimizer: HybridAdam, saved: _Saved, path: Path) -> _Saved:
             groups.append(group)
     if faults:
         raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {'; '.join(faults)}")
-    return _Saved(groups, saved.states, saved.loss_scaler)
+    return SavedOptimizer(groups, saved.states, saved.loss_scaler)
 
 
-def _check_states(optimizer: HybridAdam, saved: _Saved, path: Path) -> None:
+def _check_states(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> None:
     faults = []
     for group, of in zip(optimizer.param_groups, saved.param_groups, strict=True):
         for parameter, index in zip(group["params"], of["params"], strict=True):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import gemini
-from gemini.checkpoint import named_tensors, save_model
+from gemini.checkpoint import load_model, named_tensors, save_model
 from gemini.errors import CheckpointError
 from gemini.lazy import LazyInitContext
 
@@ -122,12 +122,15 @@ def test_prefix_and_destination_work_as_in_torch() -> None:
         assert_same(model.state_dict(**arguments), expected)
 
 
-def test_a_boosted_model_inside_a_plain_one_is_read_and_written() -> None:
+def test_a_boosted_model_inside_a_plain_one_is_read_and_written(tmp_path) -> None:
     _, model, _ = boost(mixed(seed=0))
     outer = nn.Sequential(model, nn.Linear(2, 2))
     expected = nn.Sequential(mixed(seed=0), outer[1])
     assert_same(outer.state_dict(), expected.state_dict())
     assert [name for name, _ in named_tensors(outer)][:2] == ["0.scale", "0.frozen"]
+    save_model(nn.Sequential(mixed(seed=1), nn.Linear(2, 2)), tmp_path)
+    load_model(outer, tmp_path)
+    assert_same(model.state_dict(), values(mixed(seed=1)))
 
 
 def test_the_prefix_of_an_activation_checkpoint_wrapper_is_not_seen() -> None:
