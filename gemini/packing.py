@@ -1,7 +1,8 @@
 """From parameters to a placed set of chunks: the decisions of `boost`, before anything is changed."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import nn
 
 from .capacity import Capacities
 from .chunk import FETCH_WORKERS, ChunkLayout, ChunkPlan, ChunkSearch, Role, TensorSpec, Tier, pack, search_chunk_numel
-from .chunk.search import bounds
+from .chunk.search import bounds, waste_ratio
 from .config import GeminiConfig
 from .errors import OutOfMemory
 from .placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
 from .sizes import format_bytes
+from .tracker import Budget
 from .units import nested_chunks
 from .update_queue import BLOCK_SETS, UPDATE_ROLES
 
@@ -23,6 +25,8 @@ LARGEST_BLOCK_NUMEL = 1 << 20
 """4 MiB in fp32: past the latency of any disk, and three blocks of four roles are still only 48 MiB."""
 STAGING_SHARE = 8
 """Staging takes at most one part in so many of the HOST capacity."""
+REMEDY_ATTEMPTS = 32
+"""Each changes a capacity by what the one before lacked; two or three do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,19 @@ def decide(
         If the tiers together are too small, or DEVICE is too small for one unit. The message says what to change.
     """
     named = managed_parameters(model)
+    specs = _specs(model, named, param_groups)
+    attempt = partial(_decide, model, specs, tuple(named.values()), config)
+    try:
+        return attempt(capacities)
+    except _TooSmall as error:
+        remedies = [_remedy(tier, error, attempt, capacities) for tier in (Tier.DISK, Tier.HOST)]
+        failure = _out_of_memory(error, [remedy for remedy in remedies if remedy is not None], capacities)
+    raise failure
+
+
+def _specs(
+    model: nn.Module, named: Mapping[str, nn.Parameter], param_groups: Sequence[Mapping[str, Any]]
+) -> list[TensorSpec]:
     group_of = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}
     with_statistics = {
         id(p)
@@ -95,9 +112,18 @@ def decide(
         trainable = parameter.requires_grad and index >= 0
         group = Group(index if trainable else -1, trainable, id(parameter) in with_statistics)
         specs.append(TensorSpec(name, tuple(parameter.shape), _dense_stride(parameter), group))
+    return specs
+
+
+def _decide(
+    model: nn.Module,
+    specs: Sequence[TensorSpec],
+    parameters: tuple[nn.Parameter, ...],
+    config: GeminiConfig,
+    capacities: Capacities,
+) -> Packing:
     search = _chunk_size(config, capacities, [spec.numel for spec in specs])
     layouts = pack(specs, search.numel)
-    parameters = tuple(named.values())
     units = _units(model, layouts, parameters)
     block = _staging_block(layouts, capacities)
     placement = _place(layouts, units, config, capacities, _staging_bytes(block))
@@ -125,7 +151,7 @@ def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def _chunk_size(config: GeminiConfig, capacities: Capacities, sizes: list[int]) -> ChunkSearch:
     if config.chunk_numel is not None:
-        return ChunkSearch(config.chunk_numel, 0.0)
+        return ChunkSearch(config.chunk_numel, waste_ratio(sizes, config.chunk_numel))
     room = capacities.nbytes[Tier.DEVICE] // config.compute_dtype.itemsize
     if capacities.unified:
         room //= 4  # most of this RAM is for homes
@@ -182,14 +208,9 @@ def _place(
         return place(needs, room, config.policy)
 
     name, least = _largest_unit(units, streamed)
-    if not capacities.unified and least > capacities.nbytes[Tier.DEVICE]:
-        raise _unit_too_large(name, least, capacities)
     # A ring of nothing may do: where each home is the full copy, nothing streams.
     sizes = (0, *(min(least + depth * ahead, sum(streamed)) for depth in (config.max_prefetch, 1, 0)))
-    fault: DoesNotFit | None = None
     for ring_bytes in sizes:
-        if ring_bytes > capacities.nbytes[Tier.DEVICE]:
-            continue
         try:
             placement = attempt(ring_bytes)
         except DoesNotFit as error:
@@ -197,9 +218,7 @@ def _place(
             continue
         if _largest_unit(units, _copies(layouts, config, capacities, placement))[1] <= ring_bytes:
             return placement
-    if fault is None:
-        raise _unit_too_large(name, least, capacities)
-    raise _too_small(sum(sum(need.roles.values()) for need in needs), fault.missing_bytes, capacities)
+    raise _TooSmall(sum(sum(need.roles.values()) for need in needs), name, least, fault)
 
 
 def _copies(
@@ -236,31 +255,67 @@ def _full_is_home(
     return in_reach and (group.dtype(config) is torch.float32 or not group.trainable)
 
 
-def _unit_too_large(name: str, nbytes: int, capacities: Capacities) -> OutOfMemory:
-    tier = Tier.HOST if capacities.unified else Tier.DEVICE
-    budget = capacities.budgets[tier]
-    return OutOfMemory(
-        f"{tier.value} tier out of memory. Unit {name!r} alone needs {format_bytes(nbytes)} of parameters at once, "
-        f"{tier.value}_memory is {format_bytes(budget.bytes)} ({budget.source}); "
-        f"set {tier.value}_memory to {nbytes} bytes or more, or make chunks smaller (chunk_config_dict)"
-    )
+class _TooSmall(Exception):
+    """What was tried last, with the smallest ring, and what it lacks."""
+
+    def __init__(self, homes_bytes: int, unit: str, unit_bytes: int, fault: DoesNotFit) -> None:
+        super().__init__(str(fault))
+        self.homes_bytes = homes_bytes
+        self.unit = unit
+        self.unit_bytes = unit_bytes
+        self.fault = fault
 
 
-def _too_small(total: int, missing: int, capacities: Capacities) -> OutOfMemory:
+def _remedy(
+    tier: Tier, error: _TooSmall, attempt: Callable[[Capacities], Packing], capacities: Capacities
+) -> dict[Tier, int] | None:
+    """Capacities that are enough when homes without a place go to ``tier``; None if none was found.
+
+    Found by trying: other capacities make other chunks and other staging, so no formula is exact.
+    """
+    enough: dict[Tier, int] = {}
+    for _ in range(REMEDY_ATTEMPTS):
+        more = dict(error.fault.working_bytes)
+        more[tier] = more.get(tier, 0) + error.fault.homes_bytes
+        enough |= {t: enough.get(t, capacities.nbytes[t]) + nbytes for t, nbytes in more.items() if nbytes}
+        budgets = {**capacities.budgets, **{t: Budget(nbytes, "tried") for t, nbytes in enough.items()}}
+        if capacities.unified:
+            budgets[Tier.DEVICE] = budgets[Tier.HOST]
+        try:
+            attempt(replace(capacities, budgets=budgets))
+            return enough
+        except _TooSmall as again:
+            error = again
+    return None
+
+
+def _out_of_memory(error: _TooSmall, remedies: Sequence[Mapping[Tier, int]], capacities: Capacities) -> OutOfMemory:
     budgets = capacities.budgets
     tiers = (Tier.HOST, Tier.DISK) if capacities.unified else tuple(Tier)
     have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in tiers)
-    if budgets[Tier.DISK].bytes == 0:
-        remedy = (
-            f"give a folder with {format_bytes(missing)} or more free: GeminiPlugin(offload_dir=...), "
-            f"or set host_memory to {budgets[Tier.HOST].bytes + missing} bytes or more"
+    where_units_run = Tier.HOST if capacities.unified else Tier.DEVICE
+    if error.unit_bytes > budgets[where_units_run].bytes:
+        problem = (
+            f"{where_units_run.value} tier out of memory. Unit {error.unit!r} alone needs "
+            f"{format_bytes(error.unit_bytes)} of parameters at once"
         )
     else:
-        remedy = (
-            f"set disk_memory to {budgets[Tier.DISK].bytes + missing} bytes or more, "
-            f"or raise host_memory by {format_bytes(missing)}"
+        problem = (
+            f"all tiers out of memory. The model data need {format_bytes(error.homes_bytes)} and room to work, "
+            f"{format_bytes(error.fault.missing_bytes)} have no place"
         )
-    return OutOfMemory(
-        f"all tiers out of memory. The model data need {format_bytes(total)} and room to work; "
-        f"there are {have}; {format_bytes(missing)} have no place; {remedy}"
-    )
+    told = list(dict.fromkeys(_told(remedy, budgets[Tier.DISK].bytes > 0) for remedy in remedies))
+    if error.unit_bytes > budgets[where_units_run].bytes:
+        told.append("make chunks smaller (chunk_config_dict)")
+    return OutOfMemory(f"{problem}; there are {have}; {', or '.join(told)}")
+
+
+def _told(remedy: Mapping[Tier, int], has_disk: bool) -> str:
+    parts = [f"{tier.value}_memory to {nbytes} bytes" for tier, nbytes in remedy.items() if tier is not Tier.DISK]
+    if Tier.DISK not in remedy:
+        return f"set {' and '.join(parts)} or more"
+    disk = f"disk_memory to {remedy[Tier.DISK]} bytes"
+    if has_disk:
+        return f"set {' and '.join((disk, *parts))} or more"
+    folder = f"give a folder of the disk tier, GeminiPlugin(offload_dir=...), and set {disk}"
+    return f"{' and '.join((folder, *parts))} or more"

@@ -59,17 +59,23 @@ class Placement:
 
 
 class DoesNotFit(Exception):
-    """The homes do not fit in all tiers together.
+    """The tiers are too small.
 
     Attributes
     ----------
+    working_bytes
+        What ring and staging exceed their tier by. Only more room on that tier helps.
+    homes_bytes
+        Homes without a place beside them. That much more room on DISK, or on HOST where there is no disk, is enough.
     missing_bytes
-        By how much.
+        All together.
     """
 
-    def __init__(self, missing_bytes: int) -> None:
-        super().__init__(f"{missing_bytes} bytes do not fit")
-        self.missing_bytes = missing_bytes
+    def __init__(self, working_bytes: Mapping[Tier, int], homes_bytes: int) -> None:
+        self.working_bytes = working_bytes
+        self.homes_bytes = homes_bytes
+        self.missing_bytes = homes_bytes + sum(working_bytes.values())
+        super().__init__(f"{self.missing_bytes} bytes do not fit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,24 +125,25 @@ def place(needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy) -> Pl
     DoesNotFit
         If the tiers together are too small.
     """
-    without_disk = _fill(needs, room, policy, staging_bytes=0, disk_bytes=0)
-    if isinstance(without_disk, Placement):
-        return without_disk
-    with_disk = _fill(needs, room, policy, room.staging_bytes, room.capacities.get(Tier.DISK, 0))
-    if isinstance(with_disk, Placement):
-        return with_disk
-    raise DoesNotFit(with_disk if room.capacities.get(Tier.DISK, 0) else without_disk)
+    disk_bytes = room.capacities.get(Tier.DISK, 0)
+    try:
+        return _fill(needs, room, policy, staging_bytes=0, disk_bytes=0)
+    except DoesNotFit:
+        if not disk_bytes:
+            raise
+        return _fill(needs, room, policy, room.staging_bytes, disk_bytes)
 
 
 def _fill(
     needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy, staging_bytes: int, disk_bytes: int
-) -> Placement | int:
-    """A placement, or the bytes that have no place."""
+) -> Placement:
     free = {
         Tier.DEVICE: 0 if room.unified else room.capacities[Tier.DEVICE] - room.ring_bytes,
         Tier.HOST: room.capacities[Tier.HOST] - staging_bytes - (room.ring_bytes if room.unified else 0),
         Tier.DISK: disk_bytes,
     }
+    working = {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}
+    free = {tier: max(nbytes, 0) for tier, nbytes in free.items()}
     used = dict.fromkeys(Tier, 0)
     homes: list[dict[Role, Tier]] = [{} for _ in needs]
     missing = 0
@@ -162,4 +169,6 @@ def _fill(
         for index, need in enumerate(needs):
             if role in need.roles and role not in homes[index]:
                 missing += put(index, role, (Tier.HOST, Tier.DISK))
-    return missing or Placement(tuple(homes), used)
+    if missing or working:
+        raise DoesNotFit(working, missing)
+    return Placement(tuple(homes), used)

@@ -1,0 +1,192 @@
+"""Where homes live: within the room, whole chunks on DEVICE, masters first on HOST."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemini.chunk import Role, Tier
+from gemini.placement import (
+    TRAINABLE_ORDER,
+    AutoPlacementPolicy,
+    ChunkNeed,
+    DoesNotFit,
+    Placement,
+    PlacementPolicy,
+    Room,
+    StaticPlacementPolicy,
+    place,
+)
+
+
+def trainable(numel: int) -> ChunkNeed:
+    roles = {Role.MASTER: 4 * numel, Role.EXP_AVG: 4 * numel, Role.EXP_AVG_SQ: 4 * numel, Role.GRADIENT: 2 * numel}
+    return ChunkNeed(roles=roles, full_nbytes=2 * numel)
+
+
+def frozen(numel: int) -> ChunkNeed:
+    return ChunkNeed(roles={Role.MASTER: 2 * numel}, full_nbytes=2 * numel)
+
+
+def room_of(device: int, host: int, disk: int = 0, unified: bool = False, ring: int = 0, staging: int = 0) -> Room:
+    capacities = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
+    return Room(capacities=capacities, unified=unified, ring_bytes=ring, staging_bytes=staging)
+
+
+needs_of_models = st.lists(
+    st.builds(trainable, st.integers(1, 50)) | st.builds(frozen, st.integers(1, 50)), max_size=12
+)
+rooms = st.builds(
+    room_of,
+    device=st.integers(0, 3000),
+    host=st.integers(0, 5000),
+    disk=st.just(0) | st.integers(0, 6000),
+    unified=st.booleans(),
+    ring=st.integers(0, 400),
+    staging=st.integers(0, 400),
+)
+policies = st.just(AutoPlacementPolicy()) | st.builds(StaticPlacementPolicy, offload_optim_frac=st.floats(0, 1))
+
+
+def whole(need: ChunkNeed) -> int:
+    return sum(need.roles.values())
+
+
+def try_place(needs: list[ChunkNeed], room: Room, policy: PlacementPolicy) -> Placement | DoesNotFit:
+    try:
+        return place(needs, room, policy)
+    except DoesNotFit as error:
+        return error
+
+
+@settings(deadline=None, max_examples=1000)
+@given(needs=needs_of_models, room=rooms, policy=policies)
+def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
+    needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
+) -> None:
+    placement = try_place(needs, room, policy)
+    if isinstance(placement, DoesNotFit):
+        return
+    assert [set(homes) for homes in placement.homes] == [set(need.roles) for need in needs]
+    for tier in Tier:
+        held = sum(
+            need.roles[role]
+            for need, homes in zip(needs, placement.homes, strict=True)
+            for role in homes
+            if homes[role] is tier
+        )
+        assert placement.nbytes[tier] == held
+    assert placement.uses_disk == (placement.nbytes[Tier.DISK] > 0)
+    host = placement.nbytes[Tier.HOST] + (room.staging_bytes if placement.uses_disk else 0)
+    device = placement.nbytes[Tier.DEVICE]
+    if room.unified:
+        assert device == 0 and host + room.ring_bytes <= room.capacities[Tier.HOST]
+    else:
+        assert host <= room.capacities[Tier.HOST] and device + room.ring_bytes <= room.capacities[Tier.DEVICE]
+    assert placement.nbytes[Tier.DISK] <= room.capacities[Tier.DISK]
+
+
+@settings(deadline=None, max_examples=1000)
+@given(needs=needs_of_models, room=rooms, policy=policies)
+def test_the_device_takes_the_first_chunks_whole_and_as_many_as_fit(
+    needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
+) -> None:
+    placement = try_place(needs, room, policy)
+    if isinstance(placement, DoesNotFit):
+        return
+    on_device = [Tier.DEVICE in homes.values() for homes in placement.homes]
+    count = sum(on_device)
+    assert on_device == [True] * count + [False] * (len(needs) - count)
+    assert all(set(homes.values()) == {Tier.DEVICE} for homes in placement.homes[:count])
+    if count < len(needs) and not room.unified:
+        more = placement.nbytes[Tier.DEVICE] + whole(needs[count])
+        too_much = more + room.ring_bytes > room.capacities[Tier.DEVICE]
+        assert too_much or more > policy.device_share(sum(map(whole, needs)))
+
+
+@settings(deadline=None, max_examples=1000)
+@given(needs=needs_of_models, room=rooms)
+def test_what_goes_to_disk_has_no_place_on_host_and_roles_go_in_order(needs: list[ChunkNeed], room: Room) -> None:
+    placement = try_place(needs, room, AutoPlacementPolicy())
+    if isinstance(placement, DoesNotFit) or not placement.uses_disk:
+        return
+    taken = room.staging_bytes + (room.ring_bytes if room.unified else 0)
+    for role in TRAINABLE_ORDER:
+        for need, homes in zip(needs, placement.homes, strict=True):
+            if homes.get(role) is Tier.HOST:
+                taken += need.roles[role]
+            elif homes.get(role) is Tier.DISK:
+                assert taken + need.roles[role] > room.capacities[Tier.HOST]
+
+
+@settings(deadline=None, max_examples=1000)
+@given(needs=needs_of_models, room=rooms, policy=policies)
+def test_with_the_missing_bytes_added_it_fits(needs: list[ChunkNeed], room: Room, policy: PlacementPolicy) -> None:
+    error = try_place(needs, room, policy)
+    if isinstance(error, Placement):
+        return
+    assert error.homes_bytes >= 0 and all(nbytes > 0 for nbytes in error.working_bytes.values())
+    assert error.missing_bytes == error.homes_bytes + sum(error.working_bytes.values()) > 0
+    assert str(error.missing_bytes) in str(error)
+    capacities = dict(room.capacities)
+    for tier, nbytes in error.working_bytes.items():
+        capacities[tier] += nbytes
+    capacities[Tier.DISK if capacities[Tier.DISK] else Tier.HOST] += error.homes_bytes
+    place(needs, replace(room, capacities=capacities), policy)
+
+
+def test_masters_take_the_host_first_then_gradients_then_moments() -> None:
+    needs = [trainable(10), trainable(10)]
+    (first, second) = place(needs, room_of(0, 80 + 20 + 20 + 30, 10_000, staging=30), AutoPlacementPolicy()).homes
+    assert first == {
+        Role.MASTER: Tier.HOST, Role.GRADIENT: Tier.HOST, Role.EXP_AVG: Tier.DISK, Role.EXP_AVG_SQ: Tier.DISK
+    }  # fmt: skip
+    assert second == first
+
+
+def test_staging_is_taken_only_where_something_is_on_disk() -> None:
+    needs = [trainable(10)]
+    assert not place(needs, room_of(0, 140, 1000, staging=50), AutoPlacementPolicy()).uses_disk
+    placement = place(needs, room_of(0, 139, 1000, staging=50), AutoPlacementPolicy())
+    assert placement.uses_disk and placement.nbytes[Tier.HOST] <= 139 - 50
+
+
+def test_staging_that_the_host_cannot_hold_is_not_placed_beside_it() -> None:
+    with pytest.raises(DoesNotFit) as raised:
+        place([trainable(10)], room_of(0, 10, 1000, staging=30), AutoPlacementPolicy())
+    assert (raised.value.working_bytes, raised.value.homes_bytes) == ({Tier.HOST: 20}, 0)
+
+
+def test_a_ring_that_the_device_cannot_hold_does_not_fit() -> None:
+    with pytest.raises(DoesNotFit) as raised:
+        place([trainable(10)], room_of(10, 1000, ring=20), AutoPlacementPolicy())
+    assert (raised.value.working_bytes, raised.value.homes_bytes) == ({Tier.DEVICE: 10}, 0)
+
+
+def test_no_chunks_need_no_room() -> None:
+    assert place([], room_of(0, 0), AutoPlacementPolicy()) == Placement((), dict.fromkeys(Tier, 0))
+
+
+@settings(deadline=None, max_examples=500)
+@given(needs=needs_of_models, fraction=st.floats(0, 1))
+def test_a_static_fraction_is_kept_to_one_chunk(needs: list[ChunkNeed], fraction: float) -> None:
+    total = sum(map(whole, needs))
+    placement = place(needs, room_of(total, total), StaticPlacementPolicy(offload_optim_frac=fraction))
+    on_device, wanted = placement.nbytes[Tier.DEVICE], round(total * (1 - fraction))
+    assert on_device <= wanted
+    count = sum(Tier.DEVICE in homes.values() for homes in placement.homes)
+    assert count == len(needs) or on_device + whole(needs[count]) > wanted
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 4), (0.25, 3), (0.26, 2), (0.5, 2), (1.0, 0)])
+def test_static_fractions_of_equal_chunks(fraction: float, count: int) -> None:
+    placement = place([trainable(10)] * 4, room_of(1000, 1000), StaticPlacementPolicy(offload_optim_frac=fraction))
+    assert placement.nbytes[Tier.DEVICE] == count * 140
+
+
+@pytest.mark.parametrize("name", ["offload_optim_frac", "offload_param_frac"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_fraction_outside_of_zero_to_one_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be between 0 and 1"):
+        StaticPlacementPolicy(**{name: value})
