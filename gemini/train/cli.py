@@ -1,6 +1,7 @@
 """Entry of the command: options in, an exit code out, one readable line for what went wrong."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 
@@ -44,7 +45,9 @@ def _is_expected(error: Exception) -> bool:
 
 def _message(error: Exception) -> str:
     if isinstance(error, GeminiError | OSError | ValueError | NotImplementedError):
-        return str(error)
+        # The library names its arguments; here they are options.
+        named = str(error).replace("GeminiPlugin(offload_dir=...)", "--offload-dir").replace("argument ", "")
+        return re.sub(r"\b(device|host|disk)_memory\b", r"--\1-memory", named)
     return f"out of memory: {error or 'the system gave none'}; lower --batch-size or --seq-len"
 
 

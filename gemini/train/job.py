@@ -76,7 +76,7 @@ def _train_and_report(
     if interrupt.signal is None and options.sample_length:
         sample = _sample(session, report)
     run_folder = _end_telemetry(session, stats)
-    if run_folder is not None:
+    if interrupt.signal is None and run_folder is not None:
         report.heading("gemini-stat")
         _show_dashboard(run_folder, options)
     if interrupt.signal is not None:

@@ -178,6 +178,7 @@ def test_too_little_memory_is_one_message_and_exit_code_1(tmp_path: Path, capsys
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert "out of memory" in said and "Traceback" not in said
+    assert "set --disk-memory to" in said and "host_memory" not in said
     assert not (tmp_path / "none").exists()
     assert main([*arguments, "--json"]) == 1
     failure = json.loads(capsys.readouterr().out)["error"]
