@@ -1,10 +1,9 @@
 """What a boosted model can do besides what it could before."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .stats import summary
 
@@ -96,17 +95,3 @@ def mix_in(model: nn.Module) -> None:
 def original_class(model: nn.Module) -> type[nn.Module]:
     """The user's class of a boosted model."""
     return type(model).__mro__[2] if isinstance(model, GeminiModule) else type(model)
-
-
-def full_names(model: nn.Module) -> "OrderedDict[str, Tensor]":
-    """Every parameter and persistent buffer by name, ties under each of their names, in ``state_dict``'s order."""
-    found: OrderedDict[str, Tensor] = OrderedDict()
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found[dot + name] = parameter
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[dot + name] = buffer
-    return found
