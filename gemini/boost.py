@@ -1,15 +1,14 @@
 """Boosting a model: from a plain (or lazy) module and its optimizer to chunks, hooks and a managed step."""
 
-import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .boosted import Boosted
 from .capacity import Capacities, find_capacities
 from .chunk import (
     FETCH_WORKERS,
@@ -35,52 +34,10 @@ from .nn.optimizer import HybridAdam
 from .packing import Packing, decide, managed_parameters
 from .runtime import Runtime
 from .scaler import LossScaler
-from .stats import manager_stats
 from .telemetry.writer import TelemetryWriter
 from .tracker import NonModelMeter
 from .units import Units
 from .update_queue import BLOCK_SETS, UPDATE_ROLES, UpdateQueue
-
-
-@dataclass(eq=False)
-class Boosted:
-    """All that belongs to one boosted model."""
-
-    config: GeminiConfig
-    capacities: Capacities
-    packing: Packing
-    manager: ChunkManager
-    runtime: Runtime
-    hooks: Hooks
-    step: ChunkedStep
-    meter: NonModelMeter
-    telemetry: TelemetryWriter | None
-    step_count: int = 0
-    step_seconds: float = 0.0
-    _last_step: float = field(default_factory=time.perf_counter)
-
-    def stats(self) -> dict[str, int | float]:
-        """See `GeminiModule.memory_stats`."""
-        stats = manager_stats(self.manager)
-        stats["move/stall_seconds"] = self.runtime.stall_seconds
-        stats["non_model/peak_bytes"] = self.meter.peak_bytes
-        stats["step/count"] = self.step_count
-        stats["step/seconds"] = self.step_seconds
-        stats["step/skipped_count"] = self.step.skipped_steps
-        if self.step.scaler is not None:
-            stats["step/loss_scale"] = self.step.scaler.scale
-        if self.step.grad_norm is not None:
-            stats["step/grad_norm"] = self.step.grad_norm
-        return stats
-
-    def after_step(self) -> None:
-        """Count the step and tell the telemetry."""
-        now = time.perf_counter()
-        self.step_count += 1
-        self.step_seconds = now - self._last_step
-        self._last_step = now
-        if self.telemetry is not None:
-            self.telemetry.record_step(self.stats())
 
 
 def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiConfig) -> GeminiModule:
@@ -130,7 +87,7 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     )
     watch_gradients(manager, list(packing.parameters))
     telemetry = _telemetry(model, config, capacities, packing)
-    state = Boosted(config, capacities, packing, manager, runtime, hooks, step, meter, telemetry)
+    state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, telemetry)
     mix_in(model)
     assert isinstance(model, GeminiModule)
     model._gemini = state

@@ -1,14 +1,12 @@
 """What a boosted model can do besides what it could before."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from .checkpoint import full_state_dict, load_named
 from .stats import summary
-
-if TYPE_CHECKING:
-    from .boost import Boosted
 
 
 class GeminiModule(nn.Module):
@@ -43,14 +41,10 @@ class GeminiModule(nn.Module):
 
         This holds the whole model in RAM; `gemini.named_tensors` and `booster.save_model` do not.
         """
-        from .checkpoint import full_state_dict
-
-        return full_state_dict(self, *args, **kwargs)
+        return full_state_dict(self, super().state_dict, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy values into the homes (masters, then full copies made anew). ``assign`` makes no difference."""
-        from .checkpoint import load_named
-
         return load_named(self, state_dict, strict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GeminiModule":
@@ -72,26 +66,7 @@ class GeminiModule(nn.Module):
         )
 
 
-def boosted(model: nn.Module) -> "Boosted":
-    """The manager's side of a boosted model.
-
-    Raises
-    ------
-    TypeError
-        If the model has not been through `Booster.boost`.
-    """
-    if not isinstance(model, GeminiModule):
-        raise TypeError(f"expected a model that booster.boost returned, got a plain {type(model).__name__}")
-    found: Boosted = model._gemini
-    return found
-
-
 def mix_in(model: nn.Module) -> None:
     """Make ``model`` a `GeminiModule` in place, keeping the name of its class (it is written into checkpoints)."""
     cls = type(model)
     model.__class__ = type(cls.__name__, (GeminiModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
-def original_class(model: nn.Module) -> type[nn.Module]:
-    """The user's class of a boosted model."""
-    return type(model).__mro__[2] if isinstance(model, GeminiModule) else type(model)

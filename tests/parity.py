@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import ChunkState, Role, Tier
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
-from gemini.module import boosted
 from gemini.nn.optimizer import HybridAdam
 
 Build = Callable[[], nn.Module]

@@ -23,7 +23,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         # The pieces of the runtime
         "scaler", "observer", "units", "update_queue", "packing", "runtime", "hooks", "managed_step", "stats",
     ),
-    ("module", "checkpoint", "boost"),  # the boosted model, and how its values leave it
+    ("boosted",),
+    ("checkpoint",),
+    ("module",),
+    ("boost",),
     ("booster",),
     ("train",),
 )  # fmt: skip

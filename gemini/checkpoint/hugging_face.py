@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemini.module import original_class
+from gemini.boosted import boosted, is_boosted
 
 from .conversion import Conversions
 from .match import Source
@@ -34,7 +34,7 @@ def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype | None
     if not hasattr(config, "save_pretrained"):
         return []
     config = copy.deepcopy(config)
-    config.architectures = [original_class(model).__name__]
+    config.architectures = [(boosted(model).original_class if is_boosted(model) else type(model)).__name__]
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)

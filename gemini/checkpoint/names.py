@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemini.boosted import boosted, is_boosted
 from gemini.chunk import ChunkManager, Role
 from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
-from gemini.module import GeminiModule
 
 EXTRA_STATE = "_extra_state"
 _wants_objects: ContextVar[bool] = ContextVar("gemini_memory_wants_objects", default=False)
@@ -81,7 +81,7 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
         If the model has no values yet.
     """
     known = {id(t) for t in (*_all_parameters(model), *model.buffers())}
-    managers = [module._gemini.manager for module in model.modules() if isinstance(module, GeminiModule)]
+    managers = [boosted(module).manager for module in model.modules() if is_boosted(module)]
     names: dict[int, list[str]] = {}
     found: dict[int, Tensor] = {}
     for name, value in named_objects(model).items():
@@ -141,7 +141,8 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def full_state_dict(
-    model: GeminiModule,
+    model: nn.Module,
+    plain_state_dict: Callable[..., dict[str, Any]],
     *args: Any,
     destination: dict[str, Any] | None = None,
     prefix: str = "",
@@ -149,12 +150,12 @@ def full_state_dict(
 ) -> dict[str, Any]:
     """``state_dict`` of a boosted model, with the values gathered from the chunks.
 
-    Takes what ``nn.Module.state_dict`` takes. The values are copies even with ``keep_vars``, since the parameters
-    themselves may be without their chunk; names of one tied tensor share one object.
+    ``plain_state_dict`` is the one of the user's class; the rest is what ``nn.Module.state_dict`` takes. The values are
+    copies even with ``keep_vars``, since the parameters themselves may be without their chunk; names of one tied
+    tensor share one object.
     """
     if args:  # torch still takes them by position
         destination, prefix = (*args, prefix)[:2]
-    plain_state_dict: Callable[..., dict[str, Any]] = super(GeminiModule, model).state_dict
     if _wants_objects.get():
         return plain_state_dict(destination=destination, prefix=prefix, keep_vars=True)
     with _objects_wanted():

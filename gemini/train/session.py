@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.lazy import LazyInitContext
-from gemini.module import boosted
 from gemini.nn.optimizer import HybridAdam
 from gemini.train.model import GPT2LMHeadModel
 from gemini.train.options import STATE_FILE, Options, read_state

@@ -9,12 +9,12 @@ import torch
 from parity import check_at_rest, masters
 from torch import Tensor, nn
 
+from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
-from gemini.module import boosted
 from gemini.nn.optimizer import HybridAdam
 
 WIDTH = 64

@@ -1,0 +1,79 @@
+"""The manager's side of one boosted model, and how to get there from the model."""
+
+import time
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .capacity import Capacities
+from .chunk import ChunkManager
+from .config import GeminiConfig
+from .hooks import Hooks
+from .managed_step import ChunkedStep
+from .packing import Packing
+from .runtime import Runtime
+from .stats import manager_stats
+from .telemetry.writer import TelemetryWriter
+from .tracker import NonModelMeter
+
+
+@dataclass(eq=False)
+class Boosted:
+    """All that belongs to one boosted model."""
+
+    original_class: type[nn.Module]
+    """The user's class of the model."""
+    config: GeminiConfig
+    capacities: Capacities
+    packing: Packing
+    manager: ChunkManager
+    runtime: Runtime
+    hooks: Hooks
+    step: ChunkedStep
+    meter: NonModelMeter
+    telemetry: TelemetryWriter | None
+    step_count: int = 0
+    step_seconds: float = 0.0
+    _last_step: float = field(default_factory=time.perf_counter)
+
+    def stats(self) -> dict[str, int | float]:
+        """See `GeminiModule.memory_stats`."""
+        stats = manager_stats(self.manager)
+        stats["move/stall_seconds"] = self.runtime.stall_seconds
+        stats["non_model/peak_bytes"] = self.meter.peak_bytes
+        stats["step/count"] = self.step_count
+        stats["step/seconds"] = self.step_seconds
+        stats["step/skipped_count"] = self.step.skipped_steps
+        if self.step.scaler is not None:
+            stats["step/loss_scale"] = self.step.scaler.scale
+        if self.step.grad_norm is not None:
+            stats["step/grad_norm"] = self.step.grad_norm
+        return stats
+
+    def after_step(self) -> None:
+        """Count the step and tell the telemetry."""
+        now = time.perf_counter()
+        self.step_count += 1
+        self.step_seconds = now - self._last_step
+        self._last_step = now
+        if self.telemetry is not None:
+            self.telemetry.record_step(self.stats())
+
+
+def is_boosted(model: nn.Module) -> bool:
+    """True if the model has been through `Booster.boost`."""
+    return isinstance(model.__dict__.get("_gemini"), Boosted)
+
+
+def boosted(model: nn.Module) -> Boosted:
+    """The manager's side of a boosted model.
+
+    Raises
+    ------
+    TypeError
+        If the model has not been through `Booster.boost`.
+    """
+    found = model.__dict__.get("_gemini")
+    if not isinstance(found, Boosted):
+        raise TypeError(f"expected a model that booster.boost returned, got a plain {type(model).__name__}")
+    return found
