@@ -38,6 +38,7 @@ class GradientBuffer:
                 f"{self.layout.slots[position].name}: got a {gradient.layout} gradient, expected a dense one; "
                 "build the embedding with sparse=False"
             )
+        gradient = gradient.detach()  # one of backward(create_graph=True) would keep its graph alive in the buffer
         accumulate = position in self.present
         if self._views:
             self._backend.download(gradient, self._views[position], accumulate)
