@@ -100,7 +100,10 @@ class DiskBackend:
         """Write ``source`` to the file."""
         done = 0
         while done < len(source):
-            done += self._attempt("writing", os.pwritev, [source[done:]], offset + done)
+            count = self._attempt("writing", os.pwritev, [source[done:]], offset + done)
+            if count == 0:
+                raise OffloadError(errno.EIO, f"{self.folder}: nothing was written at byte {offset + done}")
+            done += count
         with self._lock:
             self.written_bytes += done
 
@@ -114,9 +117,9 @@ class DiskBackend:
 
     def close(self) -> None:
         """Give the file back to the system. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
@@ -140,10 +143,14 @@ class DiskBuffer:
         return self.numel * self.dtype.itemsize
 
     def read(self, start: int, out: Tensor) -> None:
-        self._backend.pread(self._offset + start * self.dtype.itemsize, self._bytes_of(out))
+        self._backend.pread(self._place(start, out), self._bytes_of(out))
 
     def write(self, start: int, source: Tensor) -> None:
-        self._backend.pwrite(self._offset + start * self.dtype.itemsize, self._bytes_of(source))
+        self._backend.pwrite(self._place(start, source), self._bytes_of(source))
+
+    def _place(self, start: int, tensor: Tensor) -> int:
+        assert 0 <= start and start + tensor.numel() <= self.numel, "this would be another buffer's"
+        return self._offset + start * self.dtype.itemsize
 
     def _bytes_of(self, tensor: Tensor) -> memoryview:
         assert tensor.dtype is self.dtype and tensor.is_contiguous() and tensor.device.type == "cpu"
