@@ -317,5 +317,5 @@ def _told(remedy: Mapping[Tier, int], has_disk: bool) -> str:
     disk = f"disk_memory to {remedy[Tier.DISK]} bytes"
     if has_disk:
         return f"set {' and '.join((disk, *parts))} or more"
-    folder = f"give a folder of the disk tier, GeminiPlugin(offload_dir=...), and set {disk}"
+    folder = f"give a folder for the disk tier, GeminiPlugin(offload_dir=...), and set {disk}"
     return f"{' and '.join((folder, *parts))} or more"
