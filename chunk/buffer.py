@@ -47,8 +47,8 @@ class MemoryBuffer:
 
     def read(self, start: int, out: Tensor) -> None:
         assert self.tensor is not None
-        out.copy_(self.tensor[start : start + out.numel()])
+        out.copy_(self.tensor.narrow(0, start, out.numel()))  # not a slice: a short one would broadcast
 
     def write(self, start: int, source: Tensor) -> None:
         assert self.tensor is not None
-        self.tensor[start : start + source.numel()].copy_(source)
+        self.tensor.narrow(0, start, source.numel()).copy_(source)
