@@ -52,14 +52,22 @@ class GeminiConfig:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {self.precision!r}")
-        for name in ("device_memory", "host_memory", "disk_memory", "chunk_numel"):
+        for name in ("device_memory", "host_memory", "disk_memory", "chunk_numel", "search_step"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.max_prefetch < 0:
             raise ValueError(f"max_prefetch must be 0 or more, got {self.max_prefetch}")
-        if self.max_norm < 0:
+        if not self.max_norm >= 0:  # also not a number
             raise ValueError(f"max_norm must be 0 (no clipping) or positive, got {self.max_norm}")
+        if self.search_range is not None and not 0 < self.search_range[0] <= self.search_range[1]:
+            raise ValueError(f"search_range must be two positive sizes, the smaller one first, got {self.search_range}")
+        if not 0.0 < self.steady_device_ratio <= 1.0:
+            raise ValueError(f"steady_device_ratio must be above 0 and at most 1, got {self.steady_device_ratio}")
+        if not 0.0 <= self.warmup_non_model_ratio < 1.0:
+            raise ValueError(
+                f"warmup_non_model_ratio must be at least 0 and below 1, got {self.warmup_non_model_ratio}"
+            )
         if self.disk_memory is not None and self.offload_dir is None:
             raise ValueError("disk_memory is given but there is no disk tier; set offload_dir to a folder as well")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,12 +22,15 @@ class LossScaler:
     overflows: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.min_scale <= self.scale <= self.max_scale:
+        for name in ("growth_interval", "hysteresis"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0.0 < self.min_scale <= self.scale <= self.max_scale < inf:
             raise ValueError(
-                f"expected 0 < min_scale <= initial_scale <= max_scale, "
+                f"expected 0 < min_scale <= initial_scale <= max_scale, finite, "
                 f"got {self.min_scale}, {self.scale}, {self.max_scale}"
             )
-        if self.growth_factor < 1.0 or not 0.0 < self.backoff_factor < 1.0:
+        if not 1.0 <= self.growth_factor < inf or not 0.0 < self.backoff_factor < 1.0:
             raise ValueError(
                 f"expected growth_factor >= 1 and 0 < backoff_factor < 1, "
                 f"got {self.growth_factor}, {self.backoff_factor}"
@@ -50,5 +54,18 @@ class LossScaler:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+        """Take over a saved state.
+
+        Raises
+        ------
+        ValueError
+            If it names something unknown, or values that make no sense. Nothing has been changed then.
+        """
+        unknown = [name for name in state if name not in asdict(self)]
+        if unknown:
+            raise ValueError(
+                f"the saved loss scaler has {', '.join(map(repr, unknown))}, which this version does not know"
+            )
+        LossScaler(**{**asdict(self), **state})
         for name, value in state.items():
             setattr(self, name, value)

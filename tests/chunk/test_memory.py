@@ -139,7 +139,7 @@ def test_a_memory_buffer_reads_and_writes_its_tensor() -> None:
 @pytest.mark.parametrize("start", [8, 9, 11])
 def test_a_memory_buffer_refuses_what_lies_beyond_its_end(start: int) -> None:
     buffer = MemoryBuffer(Tier.HOST, torch.arange(10.0))
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, IndexError)):
         buffer.read(start, torch.empty(3))
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, IndexError)):
         buffer.write(start, torch.empty(3))

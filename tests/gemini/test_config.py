@@ -1,0 +1,99 @@
+"""The options of a boosted model: defaults work, nonsense is refused by name."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gemini.capacity import find_capacities
+from gemini.chunk import Tier
+from gemini.config import PRECISIONS, GeminiConfig
+from gemini.placement import AutoPlacementPolicy
+
+
+def test_the_defaults_are_valid_and_frozen() -> None:
+    config = GeminiConfig()
+    assert config.compute_dtype is torch.bfloat16 and config.policy == AutoPlacementPolicy()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.precision = "fp32"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS.items())
+def test_a_precision_is_a_dtype(precision: str, dtype: torch.dtype) -> None:
+    assert GeminiConfig(precision=precision).compute_dtype is dtype
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
+        ({"device_memory": 0}, "device_memory must be positive, got 0"),
+        ({"host_memory": -1}, "host_memory must be positive, got -1"),
+        ({"disk_memory": 0, "offload_dir": Path("x")}, "disk_memory must be positive, got 0"),
+        ({"disk_memory": 10}, "set offload_dir to a folder as well"),
+        ({"chunk_numel": 0}, "chunk_numel must be positive, got 0"),
+        ({"search_step": 0}, "search_step must be positive, got 0"),
+        ({"search_step": -64}, "search_step must be positive, got -64"),
+        ({"search_range": (0, 10)}, "search_range must be two positive sizes"),
+        ({"search_range": (20, 10)}, "the smaller one first"),
+        ({"max_prefetch": -1}, "max_prefetch must be 0 or more, got -1"),
+        ({"max_norm": -1.0}, "max_norm must be 0"),
+        ({"max_norm": NAN}, "max_norm must be 0"),
+        ({"steady_device_ratio": 0.0}, "steady_device_ratio must be above 0"),
+        ({"steady_device_ratio": 1.5}, "steady_device_ratio must be above 0 and at most 1, got 1.5"),
+        ({"warmup_non_model_ratio": 1.0}, "warmup_non_model_ratio must be at least 0 and below 1"),
+        ({"warmup_non_model_ratio": NAN}, "warmup_non_model_ratio"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GeminiConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_prefetch": 0},
+        {"max_norm": 0.0},
+        {"search_range": (10, 10), "search_step": 1},
+        {"steady_device_ratio": 1.0, "warmup_non_model_ratio": 0.0},
+        {"disk_memory": 1, "offload_dir": Path("x")},
+    ],
+)
+def test_the_edges_are_allowed(options: dict[str, Any]) -> None:
+    GeminiConfig(**options)
+
+
+# -- capacities
+
+
+no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="DEVICE is the CUDA device here")
+
+
+@no_cuda
+def test_without_an_accelerator_device_and_host_are_one() -> None:
+    capacities = find_capacities(GeminiConfig(host_memory=1000))
+    assert capacities.unified and capacities.device.type == "cpu"
+    assert capacities.nbytes == {Tier.DEVICE: 1000, Tier.HOST: 1000, Tier.DISK: 0}
+    assert capacities.budgets[Tier.DEVICE].source == "the same RAM as host: argument host_memory"
+
+
+@no_cuda
+def test_device_memory_emulates_a_device_of_its_own() -> None:
+    capacities = find_capacities(GeminiConfig(device_memory=10, host_memory=1000))
+    assert not capacities.unified and capacities.nbytes[Tier.DEVICE] == 10
+    assert capacities.budgets[Tier.DEVICE].source == "argument device_memory"
+
+
+def test_what_is_not_said_is_found_out(tmp_path: Path) -> None:
+    capacities = find_capacities(GeminiConfig(offload_dir=tmp_path / "not" / "yet"))
+    assert all(nbytes > 0 for nbytes in capacities.nbytes.values())
+    assert not (tmp_path / "not").exists()
+    said = find_capacities(GeminiConfig(offload_dir=tmp_path, disk_memory=77))
+    assert said.nbytes[Tier.DISK] == 77 and said.budgets[Tier.DISK].source == "argument disk_memory"
+    assert find_capacities(GeminiConfig()).budgets[Tier.DISK].source == "no offload_dir"
