@@ -67,8 +67,8 @@ def run(settings: Settings) -> Report:
 def _parameter_count(shape: dict[str, int]) -> int:
     from gemini.train.model import GPTConfig
 
-    sizes = {name: shape[name] for name in ("layers", "hidden", "heads", "seq_len")}
-    return GPTConfig(**sizes).parameter_count()
+    config = GPTConfig(layers=shape["layers"], hidden=shape["hidden"], heads=shape["heads"], seq_len=shape["seq_len"])
+    return config.parameter_count()
 
 
 def _ran_out(ended: Ended) -> bool:
