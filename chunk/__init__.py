@@ -15,6 +15,7 @@ from .memory import FETCH_WORKERS, CudaBackend, DeviceBackend, RamBackend, Stagi
 from .search import ChunkSearch, search_chunk_numel
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
+from .workers import start_workers
 
 __all__ = [
     "FETCH_WORKERS",
@@ -42,4 +43,5 @@ __all__ = [
     "Tier",
     "pack",
     "search_chunk_numel",
+    "start_workers",
 ]

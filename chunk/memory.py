@@ -6,7 +6,7 @@ compute stream by events (never ``record_stream``, which keeps memory for as lon
 """
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .buffer import Buffer, MemoryBuffer
 from .tier import Tier
+from .workers import start_workers
 
 FETCH_WORKERS = 2
 """Threads that read from disk: one reads while the other converts."""
@@ -123,7 +124,7 @@ class RamBackend:
 
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
-        self._workers = ThreadPoolExecutor(FETCH_WORKERS, thread_name_prefix="gemini-memory-fetch")
+        self._workers = start_workers(FETCH_WORKERS, "fetch")
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype))  # calloc: pages come when they are touched
@@ -186,7 +187,7 @@ class CudaBackend:
         self._to_device = torch.cuda.Stream(device)
         self._to_host = torch.cuda.Stream(device)
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
-        self._workers = ThreadPoolExecutor(FETCH_WORKERS, thread_name_prefix="gemini-memory-fetch")
+        self._workers = start_workers(FETCH_WORKERS, "fetch")
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         if tier is Tier.DEVICE:

@@ -69,6 +69,9 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
         )
 
     device = capacities.device
+    for dtype in {plan.compute_dtype for plan in packing.plans if Role.EXP_AVG in plan.homes}:
+        for where in {device, torch.device("cpu")}:
+            queue.warm_up(where, dtype)
     meter = NonModelMeter(device)
     _fill(model, packing, manager, device)
     if optimizer is not None:

@@ -8,20 +8,22 @@ was computed but not written is kept), the error surfaces at the next wait, whic
 import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .chunk import Buffer, Chunk, Role, Staging
-from .nn.optimizer.arithmetic import AdamScalars
+from .chunk import Buffer, Chunk, Role, Staging, start_workers
+from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
 from .nn.optimizer.update import adam_update
 
 UPDATE_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRADIENT)
 BLOCK_SETS = 3
 """Staging for three blocks: one arrives, one is computed, one is written back."""
+_WARM_UP_NUMEL = 1 << 18
+"""Enough for several threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +120,33 @@ class UpdateQueue:
 
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gemini-memory-update")
-        self._disk = ThreadPoolExecutor(2, thread_name_prefix="gemini-memory-update-io")
+        self._thread = start_workers(1, "update")
+        self._disk = start_workers(2, "update-io")
         self._lock = threading.Lock()
         self._steps: deque[list[_Block]] = deque()
         """What waits to be done. One step may read what the one before writes, so they are never mixed."""
         self._error: BaseException | None = None
         """What stopped the first of them. The others wait behind it: staging may hold what it has not written."""
         self._is_closed = False
+
+    def warm_up(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Do what the first update would do for the first time: compile or load the kernel, start its threads.
+
+        All of that takes memory; where there is none, this is the moment to find out.
+
+        Parameters
+        ----------
+        dtype
+            Of gradients and full copies.
+        """
+        once = scalars(
+            AdamHyper(lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True),
+            1,
+        )
+        master, exp_avg, exp_avg_sq = (torch.zeros(_WARM_UP_NUMEL, device=device) for _ in range(3))
+        gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
+        for out in (None, full):
+            self._thread.submit(adam_update, master, exp_avg, exp_avg_sq, gradient, once, out).result()
 
     def submit(self, updates: Sequence[ChunkUpdate]) -> list[Ticket]:
         """Start updating, in the order given; one ticket per chunk."""
