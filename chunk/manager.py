@@ -250,6 +250,13 @@ class ChunkManager:
                 value = torch.empty(slot.numel, dtype=home.dtype).as_strided(slot.shape, slot.stride).copy_(value)
             home.write(slot.offset, value.as_strided((slot.numel,), (1,)))
 
+    def show(self, parameter: Tensor) -> None:
+        """Wait for the pending update of a parameter, and show its values if its chunk is resident."""
+        place = self.find(parameter)
+        if place is not None:
+            place[0].settle()
+            place[0].reveal()
+
     def settle(self) -> None:
         """Wait for every pending update, and show the parameters of resident chunks their values again."""
         for chunk in self.chunks:

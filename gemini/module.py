@@ -28,8 +28,10 @@ class GeminiModule(nn.Module):
         return summary(self._gemini.stats())
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        self._gemini.manager.settle()
-        return super().named_parameters(*args, **kwargs)
+        # One at a time: models ask for `next(self.parameters())` just to learn a dtype, and need not wait for the rest.
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            self._gemini.manager.show(parameter)
+            yield name, parameter
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those in the chunks too."""

@@ -556,3 +556,27 @@ def test_arguments_that_make_no_sense_are_refused_by_name(tmp_path: Any) -> None
             GeminiPlugin(**arguments)
     with pytest.warns(DeprecationWarning, match="static"):
         GeminiPlugin(placement_policy="cpu")
+
+
+def test_asking_for_one_parameter_does_not_wait_for_the_updates_of_all() -> None:
+    run = Trained(SMALL)
+    run.step(0)
+    chunks = boosted(run.model).manager.chunks
+    assert len(chunks) > 1
+    waited: list[int] = []
+    for chunk in chunks:
+        chunk.settle()
+        chunk.update = RecordsWait(waited, chunk.index)
+    next(run.model.parameters())
+    assert waited == [boosted(run.model).manager.find(run.model[0].weight)[0].index]
+
+
+class RecordsWait:
+    def __init__(self, waited: list[int], index: int) -> None:
+        self.waited, self.index = waited, index
+
+    def wait(self) -> None:
+        self.waited.append(self.index)
+
+    def done(self) -> bool:
+        return True
