@@ -182,7 +182,7 @@ def _telemetry(
         "parameters": sum(p.numel() for p in managed_parameters(model).values()),
         "precision": config.precision,
         "placement_policy": type(config.policy).__name__,
-        "chunk_numel": packing.search.numel,
+        "chunk_numel": max((plan.layout.numel for plan in packing.plans), default=0),
         "capacities": {tier.value: budget.source for tier, budget in capacities.budgets.items()},
         "offload_dir": str(config.offload_dir) if config.offload_dir is not None else None,
     }

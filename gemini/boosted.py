@@ -39,7 +39,6 @@ class Boosted:
     def stats(self) -> dict[str, int | float]:
         """See `GeminiModule.memory_stats`."""
         stats = manager_stats(self.manager)
-        stats["chunk/numel"] = self.packing.search.numel
         stats["move/stall_seconds"] = self.runtime.stall_seconds
         stats["non_model/peak_bytes"] = self.meter.peak_bytes
         stats["step/count"] = self.step_count

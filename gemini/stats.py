@@ -22,7 +22,7 @@ def manager_stats(manager: ChunkManager) -> dict[str, int | float]:
 
     total = sum(c.layout.numel for c in chunks)
     stats["chunk/count"] = len(chunks)
-    stats["chunk/largest_numel"] = max((c.layout.numel for c in chunks), default=0)
+    stats["chunk/numel"] = max((c.layout.numel for c in chunks), default=0)
     stats["chunk/waste_ratio"] = 1.0 - sum(c.layout.used_numel for c in chunks) / total if total else 0.0
     for tier in Tier:
         stats[f"chunk/{tier.value}_count"] = sum(c.homes[Role.MASTER].tier is tier for c in chunks)
