@@ -1,22 +1,21 @@
 """What a boosted `HybridAdam` does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chunk import STATE_ROLES, Chunk, ChunkManager, ChunkState, Communicator, Role, Tier
+from .chunk import Chunk, ChunkManager, ChunkState, Communicator, Role, Tier
+from .gradient_norm import clip_coefficient, first_nonfinite, total_norm
 from .nn.optimizer import HybridAdam
 from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
 from .runtime import Runtime
+from .saved_groups import check_groups
 from .scaler import LossScaler
 from .update_queue import ChunkUpdate, Run, UpdateQueue
 
 logger = logging.getLogger(__name__)
-
-_NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 class ChunkedStep:
@@ -88,12 +87,12 @@ class ChunkedStep:
         scale = self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
         self.manager.device.synchronize()
         if self.scaler is not None or self._max_norm > 0:
-            norm = self._total_norm(chunks, plain, 2.0) / scale
+            norm = total_norm(chunks, plain, 2.0) / scale
             self.grad_norm = float(norm)
             if self.scaler is not None and self._overflowed(norm, chunks):
                 return
             if self._max_norm > 0:
-                self._coefficient *= _clip_coefficient(norm, self._max_norm)
+                self._coefficient *= clip_coefficient(norm, self._max_norm)
         grad_scale = self._coefficient / scale
         self._coefficient = 1.0
 
@@ -132,20 +131,12 @@ class ChunkedStep:
             self.skipped_steps += 1
             logger.info(
                 "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
-                self._first_nonfinite(chunks),
+                first_nonfinite(chunks),
                 before,
                 self.scaler.scale,
             )
             self._coefficient = 1.0
         return overflow
-
-    def _first_nonfinite(self, chunks: list[Chunk]) -> str:
-        for chunk in chunks:
-            assert chunk.gradient is not None
-            for position, norm in zip(sorted(chunk.gradient.present), chunk.gradient.norms(), strict=True):
-                if not torch.isfinite(norm):
-                    return chunk.layout.slots[position].name
-        return "a parameter outside of the chunks"
 
     def _plan_update(self, hyper: AdamHyper, chunk: Chunk, grad_scale: float) -> ChunkUpdate:
         of_step: dict[int, AdamScalars] = {}
@@ -195,13 +186,13 @@ class ChunkedStep:
     ) -> Tensor:
         self.manager.device.synchronize()
         scale = self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
-        norm = self._total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / scale
+        norm = total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / scale
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped"
             )
         self.grad_norm = float(norm)
-        self._coefficient *= _clip_coefficient(norm, max_norm)
+        self._coefficient *= clip_coefficient(norm, max_norm)
         return norm
 
     def clip_grad_by_value(self, optimizer: HybridAdam, value: float) -> None:
@@ -272,49 +263,3 @@ class ChunkedStep:
             for i, group in enumerate(optimizer.param_groups)
             if (parameters := [p for p in group["params"] if p.grad is not None and self.manager.find(p) is None])
         }
-
-    def _total_norm(self, chunks: list[Chunk], plain: dict[int, list[Tensor]], norm_type: float) -> Tensor:
-        norms = list(self._norms(chunks, plain, norm_type))
-        return torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros(())
-
-    def _norms(self, chunks: list[Chunk], plain: dict[int, list[Tensor]], norm_type: float) -> Iterator[Tensor]:
-        # One norm a parameter, then the norm of the norms, in the order of the parameters: as torch does it.
-        found: list[tuple[int, Tensor]] = []
-        for chunk in chunks:
-            assert chunk.gradient is not None
-            keys = [chunk.layout.slots[position].key for position in sorted(chunk.gradient.present)]
-            found += zip(keys, chunk.gradient.norms(norm_type), strict=True)
-        yield from (norm for _, norm in sorted(found, key=lambda item: item[0]))
-        for parameters in plain.values():
-            for parameter in parameters:
-                assert parameter.grad is not None
-                yield torch.linalg.vector_norm(parameter.grad, norm_type, dtype=torch.float32).cpu()
-
-
-def check_groups(optimizer: HybridAdam, saved_groups: list[dict[str, Any]], states: dict[int, Any]) -> None:
-    """Compare a saved state with the optimizer before anything is changed.
-
-    Raises
-    ------
-    ValueError
-        If the groups or shapes differ, or an option is not supported; all in one message.
-    """
-    ours, theirs = [len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in saved_groups]
-    if ours != theirs:
-        raise ValueError(f"the saved optimizer has groups of {theirs} parameters, this one has groups of {ours}")
-    faults = [f"{option}=True" for group in saved_groups for option in ("amsgrad", "maximize") if group.get(option)]
-    if faults:
-        raise ValueError(f"the saved optimizer uses {', '.join(faults)}, which HybridAdam does not support")
-    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        for parameter, index in zip(group["params"], saved["params"], strict=True):
-            for role in STATE_ROLES[1:]:
-                value = states.get(index, {}).get(role.value)
-                if value is not None and tuple(value.shape) != tuple(parameter.shape):
-                    shapes = f"saved {tuple(value.shape)}, expected {tuple(parameter.shape)}"
-                    faults.append(f"{role.value} of parameter {index}: {shapes}")
-    if faults:
-        raise ValueError("the saved optimizer does not fit: " + "; ".join(faults))
-
-
-def _clip_coefficient(norm: Tensor, max_norm: float) -> float:
-    return float((max_norm / (norm + _NORM_EPS)).clamp(max=1.0))

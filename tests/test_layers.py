@@ -21,7 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "capacity"),
     (
         # The pieces of the runtime
-        "scaler", "observer", "units", "update_queue", "packing", "runtime", "hooks", "managed_step", "stats",
+        "scaler", "observer", "units", "update_queue", "packing", "runtime", "hooks", "gradient_norm", "saved_groups",
+        "managed_step", "stats",
     ),
     ("boosted",),
     ("checkpoint",),

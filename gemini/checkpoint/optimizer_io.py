@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from gemini.chunk import STATE_ROLES, Role
 from gemini.errors import CheckpointError
-from gemini.managed_step import ChunkedStep, check_groups
+from gemini.managed_step import ChunkedStep
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.parameter_state import restored
+from gemini.saved_groups import check_groups
 from gemini.sizes import parse_bytes
 
 from .match import Source
