@@ -15,7 +15,7 @@ from .memory import FETCH_WORKERS, CudaBackend, DeviceBackend, RamBackend, Stagi
 from .search import ChunkSearch, search_chunk_numel
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
-from .workers import start_workers
+from .workers import end_elsewhere, start_workers
 
 __all__ = [
     "FETCH_WORKERS",
@@ -41,6 +41,7 @@ __all__ = [
     "Staging",
     "TensorSpec",
     "Tier",
+    "end_elsewhere",
     "pack",
     "search_chunk_numel",
     "start_workers",

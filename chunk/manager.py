@@ -17,6 +17,7 @@ from .ledger import Ledger, mib
 from .memory import Arrived, DeviceBackend
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
+from .workers import end_elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,7 @@ class ChunkManager:
             chunk.reveal()
 
     def close(self) -> None:
-        """End worker threads and give the disk file back. The chunks are unusable afterwards."""
+        """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
         self.device.close()
         if self.disk is not None:
-            self.disk.close()
+            end_elsewhere(self.disk.close)  # after the threads that use it

@@ -7,6 +7,7 @@ compute stream by events (never ``record_stream``, which keeps memory for as lon
 
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .buffer import Buffer, MemoryBuffer
 from .tier import Tier
-from .workers import start_workers
+from .workers import end_elsewhere, start_workers
 
 FETCH_WORKERS = 2
 """Threads that read from disk: one reads while the other converts."""
@@ -158,7 +159,7 @@ class RamBackend:
         pass
 
     def close(self) -> None:
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
 
 
 class _Recorded:
@@ -261,4 +262,4 @@ class CudaBackend:
 
     def close(self) -> None:
         self.synchronize()
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))

@@ -1,11 +1,18 @@
-"""Worker threads that exist before the first task."""
+"""Worker threads that exist before the first task, and their end from wherever it is asked for."""
 
+import logging
+import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 from gemini.errors import OutOfMemory
 
 START_SECONDS = 30.0
+END_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
 
 
 def start_workers(count: int, name: str) -> ThreadPoolExecutor:
@@ -32,4 +39,55 @@ def start_workers(count: int, name: str) -> ThreadPoolExecutor:
             f"host tier out of memory. The system refuses a worker thread ({error}); "
             "lower host_memory, so that more of the limit is left for stacks and activations"
         ) from error
+    _undertaker.start()
     return pool
+
+
+def end_elsewhere(work: Callable[[], object]) -> None:
+    """Do ``work``, which ends threads or what they use, and wait for it, but not for ever.
+
+    A model that is dropped is closed by the garbage collector: on any thread and between any two instructions, also
+    within `threading` while it holds its locks, or on the very thread that is to end. Joining there is a deadlock
+    (seen: a collection in the start of another model's thread), and so are starting a thread and submitting a task. So
+    one thread does all this work, in the order asked for, and who asks waits for two seconds at most. Putting into a
+    ``SimpleQueue`` is made for finalizers.
+    """
+    _undertaker.end(work)
+
+
+class _Undertaker:
+    """The thread that waits for others to end."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Callable[[], object], threading.Event]] = SimpleQueue()
+        self._pid = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Have the thread, in this process. Not for finalizers."""
+        with self._lock:
+            if self._pid != os.getpid():
+                self._work = SimpleQueue()
+                threading.Thread(target=self._run, name="gemini-memory-end", daemon=True).start()
+                self._pid = os.getpid()
+
+    def end(self, work: Callable[[], object]) -> None:
+        if self._pid == os.getpid():
+            over = threading.Event()
+            self._work.put((work, over))
+            over.wait(END_SECONDS)
+        elif self._pid == 0:  # there was no thread to wait for yet; in a fork there is none, and its files are not ours
+            work()
+
+    def _run(self) -> None:
+        while True:
+            work, over = self._work.get()
+            try:
+                work()
+            except Exception:
+                logger.exception("closing failed")
+            over.set()
+            del work, over  # not to hold what was closed until the next one
+
+
+_undertaker = _Undertaker()

@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .chunk import Buffer, Chunk, Role, Staging, start_workers
+from .chunk import Buffer, Chunk, Role, Staging, end_elsewhere, start_workers
 from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
 from .nn.optimizer.update import adam_update
 
@@ -293,8 +293,10 @@ class UpdateQueue:
                 self._release(block)  # the retry reads it again
 
     def close(self) -> None:
-        """End the threads. Pending updates are finished first."""
-        with self._lock:
-            self._is_closed = True
+        """End the threads. Pending updates are finished first. A finalizer may call it, so it takes no lock."""
+        self._is_closed = True
+        end_elsewhere(self._end)
+
+    def _end(self) -> None:
         self._thread.shutdown(wait=True)
         self._disk.shutdown(wait=True)

@@ -1,8 +1,9 @@
+import os
 import threading
 
 import pytest
 
-from gemini.chunk import start_workers
+from gemini.chunk import end_elsewhere, start_workers, workers
 from gemini.errors import OutOfMemory
 
 
@@ -27,3 +28,58 @@ def test_a_refused_thread_is_out_of_memory_and_leaves_none_behind(monkeypatch: p
         start_workers(2, "test")
     started[0].join(10)
     assert not started[0].is_alive()
+
+
+# -- the end, asked for by a finalizer
+
+
+@pytest.mark.timeout(60)
+def test_what_ends_has_ended_when_the_call_returns_in_the_order_asked_for() -> None:
+    pool = start_workers(2, "test-end")
+    done: list[str] = []
+    pool.submit(done.append, "task")
+    end_elsewhere(pool.shutdown)
+    end_elsewhere(lambda: done.append("after"))
+    assert done == ["task", "after"]
+    assert not any(t.name.startswith("gemini-memory-test-end") for t in threading.enumerate())
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_may_ask_for_its_own_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "END_SECONDS", 0.1)
+    pool = start_workers(1, "test-own")
+    pool.submit(end_elsewhere, pool.shutdown).result(30)
+    over = threading.Event()
+    end_elsewhere(over.set)  # behind the shutdown
+    assert over.wait(30)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not hasattr(threading, "_shutdown_locks_lock"), reason="this Python has no such lock")
+def test_the_end_may_be_asked_for_within_threading_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A collection in the start of a thread holds this lock, and joining a thread takes it.
+    monkeypatch.setattr(workers, "END_SECONDS", 0.1)
+    pool = start_workers(1, "test-lock")
+    with threading._shutdown_locks_lock:
+        end_elsewhere(pool.shutdown)
+    over = threading.Event()
+    end_elsewhere(over.set)
+    assert over.wait(30)
+    assert not any(t.name.startswith("gemini-memory-test-lock") for t in threading.enumerate())
+
+
+@pytest.mark.timeout(60)
+def test_an_error_on_the_way_is_logged_and_the_next_one_ends(caplog: pytest.LogCaptureFixture) -> None:
+    start_workers(1, "test-error").shutdown()
+    over = threading.Event()
+    end_elsewhere(lambda: 1 / 0)
+    end_elsewhere(over.set)
+    assert over.is_set() and "closing failed" in caplog.text
+
+
+@pytest.mark.timeout(60)
+def test_a_fork_has_nothing_to_end_and_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    start_workers(1, "test-fork").shutdown()
+    pid = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+    end_elsewhere(lambda: pytest.fail("these threads are not ours"))

@@ -26,6 +26,7 @@ from gemini.chunk import (
     TensorSpec,
     Tier,
     pack,
+    workers,
 )
 from gemini.errors import OffloadError
 from gemini.nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
@@ -324,6 +325,16 @@ def test_closing_finishes_what_is_pending_and_closing_again_does_nothing(tmp_pat
         assert all(ticket.done() for ticket in tickets)
         r.check()
         r.queue.close()
+
+
+def test_the_update_thread_itself_may_close_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The garbage collector runs there too, and it closes models that were dropped.
+    monkeypatch.setattr(workers, "END_SECONDS", 0.1)
+    with rig(tmp_path, PLACES["disk"], Faults()) as r:
+        tickets = r.submit()
+        r.queue._thread.submit(r.queue.close).result(30)
+        wait_for_all(tickets)
+        r.check()
 
 
 def test_after_closing_a_failed_update_still_says_why(tmp_path: Path) -> None:
