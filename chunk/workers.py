@@ -61,6 +61,7 @@ class _Undertaker:
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Callable[[], object], threading.Event]] = SimpleQueue()
         self._pid = 0
+        self._is_late = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -75,7 +76,8 @@ class _Undertaker:
         if self._pid == os.getpid():
             over = threading.Event()
             self._work.put((work, over))
-            over.wait(END_SECONDS)
+            if not self._is_late:  # one collection may close many models
+                self._is_late = not over.wait(END_SECONDS)
         elif self._pid == 0:  # there was no thread to wait for yet; in a fork there is none, and its files are not ours
             work()
 
@@ -86,6 +88,7 @@ class _Undertaker:
                 work()
             except Exception:
                 logger.exception("closing failed")
+            self._is_late = self._is_late and not self._work.empty()
             over.set()
             del work, over  # not to hold what was closed until the next one
 

@@ -69,6 +69,32 @@ def test_the_end_may_be_asked_for_within_threading_itself(monkeypatch: pytest.Mo
 
 
 @pytest.mark.timeout(60)
+def test_one_that_ends_late_does_not_make_others_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "END_SECONDS", 0.1)
+    start_workers(1, "test-late").shutdown()
+    may_end, waits = threading.Event(), []
+    wait = threading.Event.wait
+
+    def counting(event: threading.Event, timeout: float | None = None) -> bool:
+        if timeout == 0.1:
+            waits.append(event)
+        return wait(event, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", counting)
+    for work in (lambda: may_end.wait(30), *[int] * 100):
+        end_elsewhere(work)
+    assert len(waits) == 1
+    may_end.set()
+    for _ in range(1000):  # once it has caught up, a call waits again
+        over = threading.Event()
+        end_elsewhere(over.set)
+        assert wait(over, 30)
+        if len(waits) > 1:
+            break
+    assert len(waits) > 1
+
+
+@pytest.mark.timeout(60)
 def test_an_error_on_the_way_is_logged_and_the_next_one_ends(caplog: pytest.LogCaptureFixture) -> None:
     start_workers(1, "test-error").shutdown()
     over = threading.Event()
