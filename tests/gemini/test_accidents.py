@@ -1,0 +1,84 @@
+"""What goes wrong in user code, and what it leaves behind: nothing."""
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from loop import SMALL, Trained, check_same
+
+from gemini.boosted import boosted
+
+
+class Accident(Exception):
+    pass
+
+
+def fail(*_: Any) -> None:
+    raise Accident
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("plain_backward", [False, True], ids=["booster", "loss.backward"])
+def test_after_an_exception_the_next_step_is_as_if_nothing_had_been(
+    where: str, plain_backward: bool, placement: dict[str, Any]
+) -> None:
+    ours, plain = Trained(placement), Trained(None)
+    for run in (ours, plain):
+        torch.manual_seed(7)
+        run.step(0)
+        run.step(1)
+    layer = ours.model[6]
+    if where == "forward":
+        handle = layer.register_forward_hook(fail)
+        with pytest.raises(Accident):
+            ours.loss(2)
+        handle.remove()
+    else:
+        loss = ours.loss(2)
+        handle = layer.weight.register_hook(fail)
+        with pytest.raises(Accident):
+            loss.backward() if plain_backward else ours.backward(loss)
+        handle.remove()
+    for run in (ours, plain):
+        torch.manual_seed(9)
+        run.step(3)
+        run.step(4)
+    check_same(ours, plain)
+
+
+def test_out_of_memory_in_the_model_leaves_everything_usable(placement: dict[str, Any]) -> None:
+    ours, plain = Trained(placement), Trained(None)
+
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("the activations are too large")
+
+    handle = ours.model[9].register_forward_pre_hook(exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.loss(0)
+    handle.remove()
+    for run in (ours, plain):
+        torch.manual_seed(7)
+        run.step(1)
+    check_same(ours, plain)
+
+
+def test_a_model_that_is_dropped_gives_its_memory_and_files_back(tmp_path: Any) -> None:
+
+    threads = set(threading.enumerate())
+    run = Trained({"host_memory": "300KiB", "offload_dir": tmp_path, **SMALL})
+    run.step(0)
+    workers = [t for t in set(threading.enumerate()) - threads if t.name.startswith("gemini-memory-")]
+    assert workers
+    chunk = weakref.ref(boosted(run.model).manager.chunks[0])
+    model = weakref.ref(run.model)
+    del run
+    gc.collect()
+    assert model() is None
+    assert chunk() is None
+    for worker in workers:
+        worker.join(30)
+        assert not worker.is_alive()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,144 @@
+"""A boosted model as an object: what reads right, what is refused, what is held to the byte."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from loop import SMALL, Trained, batch, build, check_same
+from parity import masters
+from torch import nn
+
+from gemini.boosted import boosted
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk import Tier
+from gemini.nn.optimizer import HybridAdam
+
+
+def test_a_parameter_away_from_its_chunk_reads_as_nan() -> None:
+    run = Trained({"device_memory": "24KiB", **SMALL})
+    run.step(0)
+    away = [c for c in boosted(run.model).manager.chunks if not c.is_resident]
+    assert away
+    assert away[0].bindings[0].parameter.isnan().all()
+
+
+def test_accessors_show_the_values_after_a_step() -> None:
+    ours, plain = Trained({}), Trained(None)
+    for run in (ours, plain):
+        torch.manual_seed(7)
+        run.step(0)
+    for (_, a), b in zip(ours.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_copying_pickling_and_moving_a_boosted_model_are_refused_with_the_way_to_do_it() -> None:
+    model = Trained({}).model
+    for forbidden, hint in (
+        (lambda: copy.deepcopy(model), "state_dict"),
+        (lambda: pickle.dumps(model), "save_model"),
+        (lambda: model.half(), "precision"),
+        (lambda: model.to("cpu"), "chunks decide"),
+    ):
+        with pytest.raises(RuntimeError, match=hint):
+            forbidden()
+
+
+def test_zero_grad_of_the_model_forgets_the_gradients_in_the_chunks() -> None:
+    ours, plain = Trained({}), Trained(None)
+    for run in (ours, plain):
+        torch.manual_seed(7)
+        run.backward(run.loss(0))
+        run.model.zero_grad()
+        run.step(1)
+    check_same(ours, plain)
+
+
+def test_a_parameter_unfrozen_after_boost_is_named_instead_of_silently_not_trained() -> None:
+    model: Any = build()
+    model[0].requires_grad_(False)
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False))
+    model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
+    model[0].requires_grad_(True)
+    booster.backward(model(batch(0)).sum(), optimizer)
+    before = masters(model)
+    with pytest.raises(ValueError, match=r"0\.weight .*before booster\.boost"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in masters(model).items())
+
+
+def test_static_fractions_bound_what_is_on_the_device() -> None:
+    for optim, param in ((1.0, 1.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.0)):
+        plugin = {"placement_policy": "static", "offload_optim_frac": optim, "offload_param_frac": param}
+        run = Trained({"device_memory": "4MiB", **SMALL}, precision="bf16", **plugin)
+        for step in range(3):
+            run.step(step)
+        stats = run.model.memory_stats()
+        manager = boosted(run.model).manager
+        homes = sum(h.nbytes for c in manager.chunks for h in c.homes.values() if h.tier is Tier.DEVICE)
+        homes += sum(c.gradient.buffer.nbytes for c in manager.chunks if c.gradient.buffer.tier is Tier.DEVICE)
+        chunk = max(
+            stats["model_data/total_bytes"] * c.layout.numel // sum(d.layout.numel for d in manager.chunks)
+            for c in manager.chunks
+        )
+        assert (
+            (1 - optim) * stats["model_data/total_bytes"] - chunk
+            <= homes
+            <= (1 - optim) * stats["model_data/total_bytes"]
+        )
+        copies = sum(c.full_nbytes for c in manager.chunks)
+        assert stats["device/peak_bytes"] - homes <= max(
+            (1 - param) * copies, 2 * max(c.full_nbytes for c in manager.chunks)
+        )
+
+
+def test_the_device_grows_by_what_the_warm_up_shows_to_be_free() -> None:
+    run = Trained({"device_memory": "36KiB", **SMALL})
+    state = boosted(run.model)
+    state.runtime._device_limit_bytes = 200 << 10
+    run.step(0)
+    state.meter.peak_bytes = 50 << 10
+    run.step(1)
+    assert run.model.memory_stats()["device/capacity_bytes"] == 150 << 10
+    for step in range(2, 5):
+        run.step(step)
+    assert 36 << 10 < run.model.memory_stats()["device/peak_bytes"] <= 150 << 10
+
+
+def test_add_param_group_after_boost_says_what_to_do() -> None:
+    run = Trained({})
+    with pytest.raises(ValueError, match=r"before booster\.boost"):
+        run.optimizer.add_param_group({"params": [run.model[0].weight]})
+
+
+def test_a_sparse_embedding_is_refused_before_anything_is_changed() -> None:
+    model = nn.Sequential(nn.Embedding(8, 8, sparse=True))
+    with pytest.raises(ValueError, match="sparse=False"):
+        Booster(plugin=GeminiPlugin(telemetry=False)).boost(model)
+    assert not model[0].weight.isnan().any()
+
+
+def test_asking_for_one_parameter_does_not_wait_for_the_updates_of_all() -> None:
+    run = Trained(SMALL)
+    run.step(0)
+    chunks = boosted(run.model).manager.chunks
+    assert len(chunks) > 1
+    waited: list[int] = []
+    for chunk in chunks:
+        chunk.settle()
+        chunk.update = RecordsWait(waited, chunk.index)
+    next(run.model.parameters())
+    assert waited == [boosted(run.model).manager.find(run.model[0].weight)[0].index]
+
+
+class RecordsWait:
+    def __init__(self, waited: list[int], index: int) -> None:
+        self.waited, self.index = waited, index
+
+    def wait(self) -> None:
+        self.waited.append(self.index)
+
+    def done(self) -> bool:
+        return True
