@@ -60,7 +60,7 @@ def try_place(needs: list[ChunkNeed], room: Room, policy: PlacementPolicy) -> Pl
         return error
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
@@ -87,7 +87,7 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     assert placement.nbytes[Tier.DISK] <= room.capacities[Tier.DISK]
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_the_device_takes_the_first_chunks_whole_and_as_many_as_fit(
     needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
@@ -105,7 +105,7 @@ def test_the_device_takes_the_first_chunks_whole_and_as_many_as_fit(
         assert too_much or more > policy.device_share(sum(map(whole, needs)))
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms)
 def test_what_goes_to_disk_has_no_place_on_host_and_roles_go_in_order(needs: list[ChunkNeed], room: Room) -> None:
     placement = try_place(needs, room, AutoPlacementPolicy())
@@ -120,7 +120,7 @@ def test_what_goes_to_disk_has_no_place_on_host_and_roles_go_in_order(needs: lis
                 assert taken + need.roles[role] > room.capacities[Tier.HOST]
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_with_the_missing_bytes_added_it_fits(needs: list[ChunkNeed], room: Room, policy: PlacementPolicy) -> None:
     error = try_place(needs, room, policy)

@@ -74,7 +74,7 @@ def problems(draw: st.DrawFn) -> tuple[Trace, dict[int, int], int, int]:
     return trace_of(moments), nbytes, capacity, draw(st.integers(0, 4))
 
 
-@settings(deadline=None, max_examples=3000)
+@settings(deadline=None, max_examples=1500)
 @given(problem=problems())
 def test_a_schedule_keeps_every_promise_and_repeats(problem: tuple[Trace, dict[int, int], int, int]) -> None:
     trace, nbytes, capacity, depth = problem
