@@ -5,6 +5,7 @@ disk on worker threads. On `CudaBackend` homes are page-locked and moves run on 
 compute stream by events (never ``record_stream``, which keeps memory for as long as the allocator likes).
 """
 
+import weakref
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
@@ -176,6 +177,10 @@ class _Recorded:
         return bool(self._event.query())
 
 
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
 class CudaBackend:
     """DEVICE is a CUDA device; HOST homes are page-locked where the system allows it."""
 
@@ -198,6 +203,9 @@ class CudaBackend:
             # Registered, not allocated pinned: torch's host allocator rounds each block up to a power of two.
             status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0)
             self._pin_homes = int(status) == 0  # a low lock limit: go on unpinned, copies are then synchronous
+            if self._pin_homes:
+                # Before the memory goes back to the system; the storage lives as long as the last view of it.
+                weakref.finalize(tensor.untyped_storage(), _unregister, tensor.data_ptr())
         return MemoryBuffer(tier, tensor)
 
     def grow(self, full: Tensor) -> None:
