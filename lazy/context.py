@@ -147,5 +147,3 @@ class _FunctionMode(TorchFunctionMode):
         if func == _set_data and isinstance(args[1], LazyTensor):
             return assign_data(args[0], args[1])
         return func(*args, **kwargs)
-
-

@@ -145,9 +145,7 @@ def _tape_for(tape: Tape, lazies: list[LazyTensor], mutated: list[Tensor]) -> Ta
     return next(iter(tapes.values())) if len(tapes) == 1 else tape
 
 
-def _run_now(
-    tape: Tape, func: Any, args: Any, kwargs: Any, mutated: list[Tensor], draws: bool, inside: bool
-) -> Any:
+def _run_now(tape: Tape, func: Any, args: Any, kwargs: Any, mutated: list[Tensor], draws: bool, inside: bool) -> Any:
     """Run a call on the real values of its inputs, and take what it returns as constants."""
     if not inside:
         raise LazyInitError(f"{func} needs values of lazy tensors; {REMEDY}")
@@ -194,9 +192,7 @@ def _result_device(lazies: list[LazyTensor], args: Any, kwargs: Any) -> torch.de
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _record(
-    tape: Tape, func: Any, args: Any, kwargs: Any, mutated: list[Tensor], draws: bool, inside: bool
-) -> Any:
+def _record(tape: Tape, func: Any, args: Any, kwargs: Any, mutated: list[Tensor], draws: bool, inside: bool) -> Any:
     flat, spec = tree_flatten((args, kwargs))
     for i, leaf in enumerate(flat):
         if isinstance(leaf, LazyTensor) and leaf._lazy.tape is not tape:

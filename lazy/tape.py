@@ -115,13 +115,15 @@ class Tape:
         """Add a real tensor, which becomes the tape's own, and return its value."""
         storage = Storage(geometry.untyped_storage().nbytes())
         value = describe(geometry, storage, tensor.device, len(self.records), 0)
-        self.records.append(Record(
-            kind=Kind.COMPUTE,
-            call=Constant(tensor),
-            outputs=(value,),
-            writes=frozenset((storage,)),
-            kills=frozenset((storage,)),
-        ))
+        self.records.append(
+            Record(
+                kind=Kind.COMPUTE,
+                call=Constant(tensor),
+                outputs=(value,),
+                writes=frozenset((storage,)),
+                kills=frozenset((storage,)),
+            )
+        )
         return value
 
 

@@ -87,6 +87,7 @@ def test_random_programs_give_what_eager_gives(steps, use_sink):
         assert not is_lazy(got[name])
         assert torch.equal(expected[name], got[name]), name
     if not use_sink:  # a sink decides itself about shared storages
+
         def shared(model):
             keys = [t.untyped_storage()._cdata for t in model.state_dict().values()]
             return [[i for i, other in enumerate(keys) if other == key] for key in keys]
