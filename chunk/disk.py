@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import tempfile
+import time
 from pathlib import Path
 from threading import Lock
 
@@ -43,6 +44,9 @@ class DiskBackend:
         self.folder = folder
         self.read_bytes = 0
         self.written_bytes = 0
+        self.read_seconds = 0.0
+        """Of all threads together, as below; bytes by seconds is what one of them achieves."""
+        self.write_seconds = 0.0
         self._ledger = ledger
         self._end = 0
         self._lock = Lock()
@@ -86,6 +90,7 @@ class DiskBackend:
     def pread(self, offset: int, out: memoryview) -> None:
         """Fill ``out`` from the file."""
         done = 0
+        begin = time.perf_counter()
         while done < len(out):
             count = self._attempt("reading", os.preadv, [out[done:]], offset + done)
             if count == 0:
@@ -95,10 +100,12 @@ class DiskBackend:
             done += count
         with self._lock:
             self.read_bytes += done
+            self.read_seconds += time.perf_counter() - begin
 
     def pwrite(self, offset: int, source: memoryview) -> None:
         """Write ``source`` to the file."""
         done = 0
+        begin = time.perf_counter()
         while done < len(source):
             count = self._attempt("writing", os.pwritev, [source[done:]], offset + done)
             if count == 0:
@@ -106,6 +113,7 @@ class DiskBackend:
             done += count
         with self._lock:
             self.written_bytes += done
+            self.write_seconds += time.perf_counter() - begin
 
     def _attempt(self, verb: str, call, buffers: list[memoryview], offset: int) -> int:  # type: ignore[no-untyped-def]
         try:

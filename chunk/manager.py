@@ -1,7 +1,8 @@
 """All chunks of a model: builds them, gives them memory, and finds a parameter's place."""
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,7 +47,13 @@ class MoveCounts:
     """Fetches that a unit had to ask for itself, because nothing had prefetched them."""
     prefetch_count: int = 0
     prefetch_used: int = 0
+    late_count: int = 0
+    """Prefetched full copies that had not arrived when they were needed."""
+    need_count: int = 0
+    """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
     evict_count: int = 0
+    waited_seconds: dict[Tier, float] = field(default_factory=lambda: dict.fromkeys(Tier, 0.0))
+    """What visits waited for full copies, by the tier that these came from."""
 
 
 class ChunkManager:
@@ -139,6 +146,7 @@ class ChunkManager:
             return
         self.make_room(chunk, keep)
         self.ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
+        begin = time.perf_counter()
         try:
             self.device.grow(chunk.full)
             transfer = self.device.upload(chunk.full, chunk.homes[Role.MASTER], chunk.update, background)
@@ -153,11 +161,17 @@ class ChunkManager:
             self.moves.prefetch_count += 1
         else:
             self.moves.demand_count += 1
+            self._count_wait(chunk, begin)
 
     def pin(self, chunk: Chunk) -> None:
         """Wait for the chunk (it must have been fetched) and keep it until `unpin`."""
+        self.moves.need_count += 1
         if chunk.state is ChunkState.FETCHING:
+            if chunk.was_prefetched and not chunk.has_arrived:
+                self.moves.late_count += 1
+            begin = time.perf_counter()
             self._arrive(chunk)
+            self._count_wait(chunk, begin)
         if chunk.was_prefetched:
             self.moves.prefetch_used += 1
             chunk.was_prefetched = False
@@ -179,6 +193,9 @@ class ChunkManager:
         chunk.evict()
         self._free(chunk)
         self.moves.evict_count += 1
+
+    def _count_wait(self, chunk: Chunk, begin: float) -> None:
+        self.moves.waited_seconds[chunk.homes[Role.MASTER].tier] += time.perf_counter() - begin
 
     def _arrive(self, chunk: Chunk) -> None:
         try:

@@ -5,11 +5,13 @@ disk on worker threads. On `CudaBackend` homes are page-locked and moves run on 
 compute stream by events (never ``record_stream``, which keeps memory for as long as the allocator likes).
 """
 
+import time
 import weakref
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -56,11 +58,27 @@ class Underway:
         return self._future.done()
 
 
+class Uploads:
+    """Bytes that full copies were filled with and the seconds of doing so, by the tier they came from. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.nbytes = dict.fromkeys(Tier, 0)
+        self.seconds = dict.fromkeys(Tier, 0.0)
+        """0 where moves are not timed: those that a CUDA stream makes."""
+        self._lock = Lock()
+
+    def add(self, tier: Tier, nbytes: int, seconds: float) -> None:
+        with self._lock:
+            self.nbytes[tier] += nbytes
+            self.seconds[tier] += seconds
+
+
 class DeviceBackend(Protocol):
     """What the chunk manager needs of the memory that computes."""
 
     device: torch.device
     is_ram: bool
+    uploads: Uploads
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         """Zeroed memory for a home on DEVICE or HOST."""
@@ -125,6 +143,7 @@ class RamBackend:
     is_ram = True
 
     def __init__(self, staging: Staging | None) -> None:
+        self.uploads = Uploads()
         self._staging = staging
         self._workers = start_workers(FETCH_WORKERS, "fetch")
 
@@ -146,12 +165,14 @@ class RamBackend:
     def _fill(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
         if after is not None:
             after.wait()
+        begin = time.perf_counter()
         with torch.no_grad(), torch.profiler.record_function("gemini::fetch"):
             if source.tensor is not None:
                 full.copy_(source.tensor)
             else:
                 assert self._staging is not None
                 fill_from_disk(full, source, self._staging)
+        self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
 
     def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
         into.add_(gradient) if accumulate else into.copy_(gradient)
@@ -188,6 +209,7 @@ class CudaBackend:
 
     def __init__(self, device: torch.device, staging: Staging | None, pin_homes: bool) -> None:
         self.device = device
+        self.uploads = Uploads()
         self._staging = staging
         self._pin_homes = pin_homes
         self._to_device = torch.cuda.Stream(device)
@@ -225,6 +247,7 @@ class CudaBackend:
             keep = self._copy_in(full, source.tensor)
             event = torch.cuda.Event()
             event.record(self._to_device)
+        self.uploads.add(source.tier, full.nbytes, 0.0)
         return _Recorded(event, keep)
 
     def _copy_in(self, full: Tensor, home: Tensor) -> tuple[Tensor, ...]:
@@ -238,6 +261,7 @@ class CudaBackend:
     def _fill_from_worker(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
         if after is not None:
             after.wait()
+        begin = time.perf_counter()
         with torch.no_grad(), torch.cuda.stream(self._to_device):
             if source.tensor is not None:
                 self._copy_in(full, source.tensor)
@@ -245,6 +269,7 @@ class CudaBackend:
                 assert self._staging is not None
                 fill_from_disk(full, source, self._staging)
             self._to_device.synchronize()
+        self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
 
     def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
         if into.device == gradient.device:

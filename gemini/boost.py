@@ -30,10 +30,12 @@ from .hooks import Hooks, watch_gradients
 from .lazy import is_lazy, materialize
 from .managed_step import ChunkedStep
 from .module import GeminiModule, mix_in
+from .monitor import Monitor, probes
 from .nn.optimizer import HybridAdam
 from .packing import Packing, decide, managed_parameters
 from .runtime import Runtime
 from .scaler import LossScaler
+from .stats import Statistics
 from .telemetry.writer import TelemetryWriter
 from .tracker import NonModelMeter
 from .units import Units
@@ -80,17 +82,21 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     runtime = Runtime(manager, config.max_prefetch, meter, capacities.device_limit_bytes)
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     step = ChunkedStep(manager, runtime, queue, SingleProcess(), scaler, config.max_norm)
+    units, statistics = Units(model, manager), Statistics(manager)
+    monitor = _monitor(model, config, capacities, packing, runtime, statistics, units)
     hooks = Hooks(
         model,
-        Units(model, manager),
+        units,
         runtime,
         cast_inputs=config.compute_dtype if config.precision != "fp32" else None,
         force_outputs_fp32=config.force_outputs_fp32,
         on_abandoned_backward=step.drop_gradients,
+        **({} if monitor is None else {"on_error": monitor.on_error}),
     )
+    if monitor is not None:
+        step.on_error = monitor.on_error
     watch_gradients(manager, list(packing.parameters))
-    telemetry = _telemetry(model, config, capacities, packing)
-    state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, telemetry)
+    state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, statistics, monitor)
     mix_in(model)
     assert isinstance(model, GeminiModule)
     model._gemini = state
@@ -102,7 +108,7 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
             optimizer.state.pop(parameter, None)
         optimizer._managed = step
         optimizer.register_step_post_hook(_counting(weakref.ref(state)))
-    weakref.finalize(model, _close, queue, manager, telemetry)
+    weakref.finalize(model, _close, queue, manager, state.telemetry)
     meter.start()
     return model
 
@@ -172,9 +178,15 @@ def _take_over_states(optimizer: HybridAdam, manager: ChunkManager) -> None:
                 manager.write_slot(*place, role, saved[role.value])
 
 
-def _telemetry(
-    model: nn.Module, config: GeminiConfig, capacities: Capacities, packing: Packing
-) -> TelemetryWriter | None:
+def _monitor(
+    model: nn.Module,
+    config: GeminiConfig,
+    capacities: Capacities,
+    packing: Packing,
+    runtime: Runtime,
+    statistics: Statistics,
+    units: Units,
+) -> Monitor | None:
     if config.telemetry is False:
         return None
     facts = {
@@ -186,7 +198,11 @@ def _telemetry(
         "capacities": {tier.value: budget.source for tier, budget in capacities.budgets.items()},
         "offload_dir": str(config.offload_dir) if config.offload_dir is not None else None,
     }
-    return TelemetryWriter(config.telemetry if isinstance(config.telemetry, Path) else None, rank=0, facts=facts)
+    folder = config.telemetry if isinstance(config.telemetry, Path) else None
+    writer = TelemetryWriter(folder, rank=0, facts=facts, probes=probes(runtime.manager))
+    monitor = Monitor(writer, runtime, statistics, units.all)
+    monitor.describe(packing, config, capacities)
+    return monitor
 
 
 def _counting(state: "weakref.ref[Boosted]") -> Any:

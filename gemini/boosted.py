@@ -10,9 +10,10 @@ from .chunk import ChunkManager
 from .config import GeminiConfig
 from .hooks import Hooks
 from .managed_step import ChunkedStep
+from .monitor import Monitor
 from .packing import Packing
 from .runtime import Runtime
-from .stats import manager_stats
+from .stats import Reading, Statistics, Stats, read
 from .telemetry.writer import TelemetryWriter
 from .tracker import NonModelMeter
 
@@ -31,24 +32,23 @@ class Boosted:
     hooks: Hooks
     step: ChunkedStep
     meter: NonModelMeter
-    telemetry: TelemetryWriter | None
+    statistics: Statistics
+    monitor: Monitor | None
+    """None: nobody wants to know."""
     step_count: int = 0
     step_seconds: float = 0.0
     _last_step: float = field(default_factory=time.perf_counter)
 
-    def stats(self) -> dict[str, int | float]:
+    @property
+    def telemetry(self) -> TelemetryWriter | None:
+        return None if self.monitor is None else self.monitor.writer
+
+    def stats(self) -> Stats:
         """See `GeminiModule.memory_stats`."""
-        stats = manager_stats(self.manager)
-        stats["move/stall_seconds"] = self.runtime.stall_seconds
-        stats["non_model/peak_bytes"] = self.meter.peak_bytes
-        stats["step/count"] = self.step_count
-        stats["step/seconds"] = self.step_seconds
-        stats["step/skipped_count"] = self.step.skipped_steps
-        if self.step.scaler is not None:
-            stats["step/loss_scale"] = self.step.scaler.scale
-        if self.step.grad_norm is not None:
-            stats["step/grad_norm"] = self.step.grad_norm
-        return stats
+        return self.statistics.expand(self._read())
+
+    def _read(self) -> Reading:
+        return read(self.manager, self.runtime, self.step, self.step_count, self.step_seconds)
 
     def after_step(self) -> None:
         """Count the step and tell the telemetry."""
@@ -56,8 +56,8 @@ class Boosted:
         self.step_count += 1
         self.step_seconds = now - self._last_step
         self._last_step = now
-        if self.telemetry is not None:
-            self.telemetry.record_step(self.stats())
+        if self.monitor is not None:
+            self.monitor.after_step(self._read())
 
 
 def is_boosted(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ has run). Where an input is a leaf, needs no gradient or was changed in place, t
 when the backward is over. No ``autograd.Function``, no tensor subclass.
 """
 
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,8 @@ class Hooks:
         Floating-point outputs of the model are converted to fp32.
     on_abandoned_backward
         Called when a new forward finds that the last backward never ended.
+    on_error
+        Called with the exception that ends a unit's forward (or None), while its visit is still open.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Hooks:
         cast_inputs: torch.dtype | None,
         force_outputs_fp32: bool,
         on_abandoned_backward: Callable[[], None],
+        on_error: Callable[[BaseException | None], None] = lambda error: None,
     ) -> None:
         self._model = model
         self._units = units
@@ -52,6 +56,7 @@ class Hooks:
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
         self._on_abandoned_backward = on_abandoned_backward
+        self._on_error = on_error
         self._observer: Observer | None = None
         self._observed_kinds: set[tuple[bool, bool]] = set()
         self._foreign: dict[nn.Module, Visit] = {}
@@ -104,6 +109,8 @@ class Hooks:
         root = self._units.of.get(model)
         if root is not None:
             self._after_unit(root, model, args, kwargs, output)
+        elif output is None:
+            self._on_error(sys.exc_info()[1])
         if self._observer is not None and torch._C._current_graph_task_id() == -1:
             observer, self._observer = self._observer, None
             observer.__exit__(None, None, None)
@@ -126,6 +133,8 @@ class Hooks:
         if not unit.visits:
             return  # another hook raised before ours ran
         visit = unit.visits.pop()
+        if output is None:
+            self._on_error(sys.exc_info()[1])
         self._runtime.leave(visit)
         if output is not None and torch.is_grad_enabled():
             self._watch_backward(visit, [t for t in tensors_in((args, kwargs)) if t.requires_grad], output)

@@ -1,6 +1,7 @@
 """What a boosted `HybridAdam` does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class ChunkedStep:
         self._queue = queue
         self._communicator = communicator
         self._max_norm = max_norm
+        self.on_error: Callable[[BaseException], None] = lambda error: None
+        """Told what ended a backward, before anything is put in order."""
         self._is_scaled = False
         self._coefficient = 1.0
 
@@ -63,7 +66,8 @@ class ChunkedStep:
             loss = loss * self.scaler.scale
         try:
             loss.backward()
-        except BaseException:
+        except BaseException as error:
+            self.on_error(error)
             self._runtime.abort()
             self.drop_gradients()
             raise

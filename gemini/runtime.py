@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from .chunk import Chunk, ChunkManager, ChunkState, Tier
 from .planner import Actions, Schedule, plan
+from .timeline import Point, Timeline
 from .trace import Moment, Phase, TraceRecorder
 from .tracker import NonModelMeter
 from .units import Visit
@@ -85,6 +86,7 @@ class Runtime:
         self.cycle = Cycle()
         self.depth = depth
         self.stall_seconds = 0.0
+        self.timeline = Timeline(manager.ledger)
         self._meter = meter
         self._device_limit_bytes = device_limit_bytes
         self.full_capacity_bytes = manager.ledger.free(Tier.DEVICE)
@@ -106,8 +108,10 @@ class Runtime:
         chunks = visit.unit.chunks
         in_use = frozenset(c.index for group in (chunks, *(v.pinned for v in self._open)) for c in group)
         actions = self.cycle.advance(Moment(visit.unit.index, phase, in_use)) or Actions()
-        if self.cycle.is_first:
+        is_sampled = self.cycle.is_first or self.timeline.is_on
+        if is_sampled:
             self._meter.sample(self._model_bytes())
+            self.timeline.close(self._meter.last_bytes)
         waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
         begin = time.perf_counter() if waits else 0.0
         visit.is_open = True
@@ -121,8 +125,9 @@ class Runtime:
                 self._pin(chunk, visit)
             if waits:
                 self.stall_seconds += time.perf_counter() - begin
-            if self.cycle.is_first:
+            if is_sampled:
                 self._meter.mark()
+                self.timeline.add(visit.unit.index, phase)
         except BaseException:
             self.leave(visit)
             raise
@@ -175,11 +180,19 @@ class Runtime:
 
     # -- cycles
 
+    def take_timeline(self) -> list[Point]:
+        """The moments of the step that ends here; empty for one that was not sampled."""
+        if self.timeline.points:
+            self._meter.sample(self._model_bytes())
+        return self.timeline.take(self._meter.last_bytes)
+
     def begin_forward(self, with_gradients: bool) -> None:
         """The model's forward begins, outside of any backward: a new cycle of the clock."""
         if self._device_limit_bytes is not None and self.cycle.is_measured:
             self._grow_device(self._device_limit_bytes - self._meter.peak_bytes)
             self._device_limit_bytes = None
+        if with_gradients != self.cycle.with_gradients:
+            self.timeline.points.clear()  # an evaluation in between is no part of the step
         nbytes = {c.index: c.full_nbytes for c in self.manager.chunks if not c.full_is_home}
         self.cycle.restart(with_gradients, nbytes, self.full_capacity_bytes, self.depth)
 
@@ -212,6 +225,15 @@ class Runtime:
     @property
     def has_open_visits(self) -> bool:
         return bool(self._open)
+
+    @property
+    def open_visits(self) -> tuple[Visit, ...]:
+        """Outermost first."""
+        return tuple(self._open)
+
+    @property
+    def non_model_peak_bytes(self) -> int:
+        return self._meter.peak_bytes
 
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""

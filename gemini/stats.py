@@ -1,33 +1,132 @@
-"""A run in numbers: the flat dict behind ``model.memory_stats()``, telemetry and ``gemini-stat``."""
+"""A run in numbers: the flat dict behind ``model.memory_stats()``, telemetry and ``gemini-stat``.
 
+In two halves, because the training thread pays for the first only: `Reading` copies the counters that change with every
+step, in microseconds; `Statistics` gives them names and adds what has to be summed over all chunks.
+"""
+
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from .chunk import ChunkManager, ChunkState, Role, Tier
+from .managed_step import ChunkedStep
+from .runtime import Runtime
 from .sizes import format_bytes
 
+Stats = dict[str, int | float]
 
-def manager_stats(manager: ChunkManager) -> dict[str, int | float]:
-    """What can be read off the chunks: bytes, counts. Bytes are per tier as the ledger counts them.
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The counters at one moment. Seconds and bytes are totals since `boost`, as everywhere."""
+
+    memory: tuple[tuple[int, int, int], ...]
+    """Used, peak and capacity of each tier."""
+    needs: tuple[int, int, int, int]
+    """All, prefetched (also late ones), late, missed."""
+    fetches: tuple[int, int, int, int]
+    """Fetches, their bytes, prefetches, evictions."""
+    waited: tuple[float, ...]
+    """Seconds that visits waited for full copies of each tier."""
+    stall_seconds: float
+    uploads: tuple[tuple[int, float], ...]
+    """Bytes into full copies and seconds of doing so, by tier of origin."""
+    disk: tuple[int, float, int, float]
+    """Bytes and seconds read, bytes and seconds written."""
+    non_model_peak_bytes: int
+    step: tuple[int, float, int]
+    """Number of steps, seconds of the last one, steps skipped."""
+    loss_scale: float | None
+    grad_norm: float | None
+
+
+def read(manager: ChunkManager, runtime: Runtime, step: ChunkedStep, step_count: int, step_seconds: float) -> Reading:
+    """Copy the counters; some microseconds, whatever the size of the model."""
+    moves = manager.moves
+    ledger, uploads, disk = manager.ledger, manager.device.uploads, manager.disk
+    return Reading(
+        tuple([(ledger.used(tier), ledger.peak(tier), ledger.capacity(tier)) for tier in _TIERS]),
+        (moves.need_count, moves.prefetch_used, moves.late_count, moves.demand_count),
+        (moves.fetch_count, moves.fetch_bytes, moves.prefetch_count, moves.evict_count),
+        tuple(moves.waited_seconds.values()),
+        runtime.stall_seconds,
+        tuple(zip(uploads.nbytes.values(), uploads.seconds.values(), strict=True)),
+        (0, 0.0, 0, 0.0)
+        if disk is None
+        else (disk.read_bytes, disk.read_seconds, disk.written_bytes, disk.write_seconds),
+        runtime.non_model_peak_bytes,
+        (step_count, step_seconds, step.skipped_steps),
+        None if step.scaler is None else step.scaler.scale,
+        step.grad_norm,
+    )
+
+
+_TIERS = tuple(Tier)
+
+
+class Statistics:
+    """Turns readings into flat dicts. Holds the manager weakly: a thread may have it longer than the model lives."""
+
+    def __init__(self, manager: ChunkManager) -> None:
+        self._manager = weakref.ref(manager)
+        self._of_layout = of_layout(manager)
+
+    def expand(self, reading: Reading) -> Stats:
+        """The flat dict of a reading. Only ``chunk/resident_count`` is of now and not of the reading's moment."""
+        stats: Stats = {}
+        for tier, (used, peak, capacity) in zip(_TIERS, reading.memory, strict=True):
+            stats[f"{tier.value}/used_bytes"] = used
+            stats[f"{tier.value}/peak_bytes"] = peak
+            stats[f"{tier.value}/capacity_bytes"] = capacity
+        stats |= self._of_layout
+        manager = self._manager()
+        if manager is not None:
+            stats["chunk/resident_count"] = sum(c.state is not ChunkState.HOME for c in manager.chunks)
+
+        need_count, prefetched, late, missed = reading.needs
+        stats["need/count"] = need_count
+        stats["need/resident_count"] = max(0, need_count - prefetched - missed)
+        stats["need/hit_count"] = prefetched - late
+        stats["need/late_count"] = late
+        stats["need/miss_count"] = missed
+
+        fetch_count, fetch_bytes, prefetch_count, evict_count = reading.fetches
+        stats["move/fetch_count"] = fetch_count
+        stats["move/fetch_bytes"] = fetch_bytes
+        stats["move/prefetch_count"] = prefetch_count
+        stats["move/prefetch_hit_ratio"] = prefetched / fetch_count if fetch_count else 1.0
+        stats["move/evict_count"] = evict_count
+        stats["move/disk_read_bytes"], stats["move/disk_read_seconds"] = reading.disk[:2]
+        stats["move/disk_write_bytes"], stats["move/disk_write_seconds"] = reading.disk[2:]
+        stats["move/stall_seconds"] = reading.stall_seconds
+        for tier, waited, (nbytes, seconds) in zip(_TIERS, reading.waited, reading.uploads, strict=True):
+            stats[f"stall/{tier.value}_seconds"] = waited
+            stats[f"upload/{tier.value}_bytes"] = nbytes
+            stats[f"upload/{tier.value}_seconds"] = seconds
+
+        stats["non_model/peak_bytes"] = reading.non_model_peak_bytes
+        stats["step/count"], stats["step/seconds"], stats["step/skipped_count"] = reading.step
+        if reading.loss_scale is not None:
+            stats["step/loss_scale"] = reading.loss_scale
+        if reading.grad_norm is not None:
+            stats["step/grad_norm"] = reading.grad_norm
+        return stats
+
+
+def of_layout(manager: ChunkManager) -> Stats:
+    """What is decided at `boost`: chunks, their homes, and the bytes of model data.
 
     Where DEVICE and HOST are the same RAM (``memory/unified`` is 1), the numbers of HOST cover both and those of DEVICE
     are the full copies' part.
     """
-    ledger, moves, chunks = manager.ledger, manager.moves, manager.chunks
-    stats: dict[str, int | float] = {}
-    for tier in Tier:
-        stats[f"{tier.value}/used_bytes"] = ledger.used(tier)
-        stats[f"{tier.value}/peak_bytes"] = ledger.peak(tier)
-        stats[f"{tier.value}/capacity_bytes"] = ledger.capacity(tier)
-    stats["memory/unified"] = int(ledger.unified)
-
+    chunks = manager.chunks
     total = sum(c.layout.numel for c in chunks)
+    stats: Stats = {"memory/unified": int(manager.ledger.unified)}
     stats["chunk/count"] = len(chunks)
     stats["chunk/numel"] = max((c.layout.numel for c in chunks), default=0)
     stats["chunk/waste_ratio"] = 1.0 - sum(c.layout.used_numel for c in chunks) / total if total else 0.0
     for tier in Tier:
         stats[f"chunk/{tier.value}_count"] = sum(c.homes[Role.MASTER].tier is tier for c in chunks)
-    stats["chunk/resident_count"] = sum(c.state is not ChunkState.HOME for c in chunks)
-
     parameters = sum(c.homes[Role.MASTER].nbytes for c in chunks)
     optimizer = sum(c.homes[role].nbytes for c in chunks for role in (Role.EXP_AVG, Role.EXP_AVG_SQ) if role in c.homes)
     gradients = sum(c.gradient.buffer.nbytes for c in chunks if c.gradient is not None)
@@ -35,14 +134,6 @@ def manager_stats(manager: ChunkManager) -> dict[str, int | float]:
     stats["model_data/gradient_bytes"] = gradients
     stats["model_data/optimizer_bytes"] = optimizer
     stats["model_data/total_bytes"] = parameters + gradients + optimizer
-
-    stats["move/fetch_count"] = moves.fetch_count
-    stats["move/fetch_bytes"] = moves.fetch_bytes
-    stats["move/prefetch_count"] = moves.prefetch_count
-    stats["move/prefetch_hit_ratio"] = moves.prefetch_used / moves.fetch_count if moves.fetch_count else 1.0
-    stats["move/evict_count"] = moves.evict_count
-    stats["move/disk_read_bytes"] = manager.disk.read_bytes if manager.disk is not None else 0
-    stats["move/disk_write_bytes"] = manager.disk.written_bytes if manager.disk is not None else 0
     return stats
 
 

@@ -46,6 +46,13 @@ class _Headroom:
         return self.free // ranks if self.shared else self.free
 
 
+def host_headroom(*, root: Path = ROOT) -> tuple[int, str]:
+    """Bytes of RAM that this process may still take, and the limit that says so."""
+    limits = [*_cgroup_headrooms(root), *_rlimit_headrooms(root), *_available_ram(root)]
+    tightest = min(limits, key=lambda limit: limit.free)
+    return tightest.free, tightest.name
+
+
 def host_budget(fraction: float = 0.8, *, root: Path = ROOT) -> Budget:
     """Room for model data in RAM: ``fraction`` of the smallest headroom of cgroup v2 and v1, RLIMIT_DATA, RLIMIT_AS and
     MemAvailable. What the machine shares is divided by ``LOCAL_WORLD_SIZE``.

@@ -22,8 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         # The pieces of the runtime
         "scaler", "observer", "units", "update_queue", "packing", "runtime", "hooks", "gradient_norm", "saved_groups",
-        "managed_step", "stats",
+        "managed_step", "stats", "timeline",
     ),
+    ("monitor",),
     ("boosted",),
     ("checkpoint",),
     ("module",),

@@ -6,8 +6,10 @@ from pathlib import Path
 VERSION = 1
 """Major version of the records. A reader refuses a newer one; new fields and record types do not raise it."""
 
-HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 2.0
 RUN_FILE = "run.json"
+GENERATIONS = 8
+"""Files of records kept of a rank, beside the present one."""
 
 RUN_DIR_VARIABLE = "GEMINI_MEMORY_RUN_DIR"
 """Environment variable that names the folder of the run, for the writer and for ``gemini-stat`` alike."""
@@ -29,6 +31,26 @@ def lock_file(run: Path, rank: int) -> Path:
     return run / f"rank{rank:05d}.lock"
 
 
-def older_records_file(run: Path, rank: int) -> Path:
-    """The generation before the present one; the one before that is gone."""
-    return run / f"rank{rank:05d}.old.jsonl"
+def older_records_file(run: Path, rank: int, generation: int = 1) -> Path:
+    """What was written before the present file; generation 1 is the youngest, `GENERATIONS` the oldest that is kept."""
+    return run / f"rank{rank:05d}.{generation}.jsonl"
+
+
+def chunks_file(run: Path, rank: int) -> Path:
+    """Chunks, their homes and parameters, and the units: what the numbers in records refer to."""
+    return run / f"rank{rank:05d}.chunks.json"
+
+
+def timeline_file(run: Path, rank: int) -> Path:
+    """The timeline recorded last."""
+    return run / f"rank{rank:05d}.timeline.json"
+
+
+def oom_file(run: Path, rank: int) -> Path:
+    """The last out-of-memory error with what there was at that moment."""
+    return run / f"rank{rank:05d}.oom.json"
+
+
+def request_file(run: Path) -> Path:
+    """Whoever makes this file asks for a timeline of the next step; the run takes it away."""
+    return run / "request-dump"

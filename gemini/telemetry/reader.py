@@ -22,6 +22,10 @@ from gemini.telemetry.liveness import is_locked
 
 TAIL_BYTES = 1 << 20
 TIERS = ("device", "host", "disk")
+_TYPES = frozenset({"start", "step", "timeline", "chunks", "process", "oom", "end"})
+_WINDOW_SECONDS = 10.0
+_WINDOW_STEPS = 10
+_LONGEST_MAP = 1 << 16
 
 
 class RunStatus(Enum):
@@ -64,6 +68,12 @@ class RunView:
     """Of the newest record."""
     stats: Mapping[str, float]
     """Of the newest step record. Only numbers that are finite."""
+    before: Mapping[str, float]
+    """Of a step some ten seconds or ten steps earlier, to see what happens a step; empty if there is none."""
+    states: str
+    """The newest chunk map, run-length encoded; empty before the first."""
+    process: Mapping[str, float]
+    """RAM of the process and what is left, as its telemetry thread saw it last."""
     peaks: Mapping[str, float]
     """Highest ``peak_bytes`` of each tier in what was read: a peak that was reset meanwhile is not forgotten."""
     summary: Mapping[str, float]
@@ -87,22 +97,24 @@ def read_run(path: Path, rank: int | None = None, *, tail_bytes: int = TAIL_BYTE
     Unreadable
         ``run.json`` is missing or damaged, the rank has no file, or a newer major version wrote them.
     """
-    run_file = _read_run_file(path)
-    rank = _lowest_rank(path) if rank is None else rank
+    run_file = read_run_file(path)
+    rank = lowest_rank(path) if rank is None else rank
     current = run_file.get("run_id") if run_file.get("rank") == rank else None
     records = _of_this_run(_read_tail(records_file(path, rank), tail_bytes), current)
     start = next((record for record in records if record["type"] == "start"), {})
-    steps = [_numbers(record.get("stats")) for record in records if record["type"] == "step"]
+    step_records = [record for record in records if record["type"] == "step"]
+    steps = [numbers(record.get("stats")) for record in step_records]
     end = records[-1] if records and records[-1]["type"] == "end" else None
     identity: dict[str, Any] = {**run_file, **{key: start[key] for key in ("pid", "host", "started") if key in start}}
-    pid = _number(identity.get("pid"))
+    pid = number(identity.get("pid"))
     stats = steps[-1] if steps else {}
-    updated = _number(records[-1].get("t")) if records else None
+    updated = number(records[-1].get("t")) if records else None
+    stepped = number(step_records[-1].get("t")) if step_records else None
     host = str(identity.get("host", ""))
     status, reason = _judge(
-        path, rank, None if pid is None else int(pid), host, end, time.time() - updated if updated else None, stats
+        path, rank, None if pid is None else int(pid), host, end, time.time() - stepped if stepped else None, stats
     )
-    world_size = _number(identity.get("world_size"))
+    world_size = number(identity.get("world_size"))
     return RunView(
         path=path,
         run_id=str(run_file.get("run_id", path.name)),
@@ -114,51 +126,56 @@ def read_run(path: Path, rank: int | None = None, *, tail_bytes: int = TAIL_BYTE
         facts=run_file["facts"] if isinstance(run_file.get("facts"), dict) else {},
         status=status,
         reason=reason,
-        started=_number(identity.get("started")),
+        started=number(identity.get("started")),
         updated=updated,
         stats=stats,
+        before=_before(step_records, steps),
+        states=_states(records),
+        process=next((numbers(record) for record in reversed(records) if record["type"] == "process"), {}),
         peaks=_peaks(steps),
-        summary=_numbers(end.get("summary")) if end else {},
-        dropped_count=int(_number(records[-1].get("dropped")) or 0) if records else 0,
+        summary=numbers(end.get("summary")) if end else {},
+        dropped_count=int(number(records[-1].get("dropped")) or 0) if records else 0,
     )
 
 
-def _read_run_file(path: Path) -> dict[str, Any]:
+def read_run_file(path: Path) -> dict[str, Any]:
     file = path / RUN_FILE
     try:
-        content = json.loads(_read_regular(file))
+        content = json.loads(read_regular(file))
     except (OSError, ValueError, RecursionError) as error:
         raise Unreadable(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise Unreadable(f"{file} holds no JSON object")
-    _check_version(content, file)
+    check_version(content, file)
     return content
 
 
-def _check_version(record: Mapping[str, Any], file: Path) -> None:
-    version = _number(record.get("v"))
+def check_version(record: Mapping[str, Any], file: Path) -> None:
+    version = number(record.get("v"))
     if version is not None and version >= VERSION + 1:
         raise Unreadable(
             f"{file} has version {version:g}, this gemini-stat reads up to {VERSION}: update gemini-memory to read it"
         )
 
 
-def _lowest_rank(path: Path) -> int:
+def ranks_of(path: Path) -> list[int]:
+    """The ranks that have written, in order."""
     try:
-        names = sorted(name for name in os.listdir(path) if name.startswith("rank") and name.endswith(".jsonl"))
+        names = os.listdir(path)
     except OSError as error:
         raise Unreadable(f"{path} cannot be listed: {error}") from error
-    for name in names:
-        digits = name.removeprefix("rank").removesuffix(".jsonl")
-        if digits.isdecimal():
-            return int(digits)
-    return 0
+    digits = [name.removeprefix("rank").removesuffix(".jsonl") for name in names if name.endswith(".jsonl")]
+    return sorted({int(text) for text in digits if text.isdecimal() and text.isascii() and len(text) < 10})
+
+
+def lowest_rank(path: Path) -> int:
+    return next(iter(ranks_of(path)), 0)
 
 
 def _read_tail(file: Path, tail_bytes: int) -> list[dict[str, Any]]:
     """The records in the last ``tail_bytes``, oldest first. Torn or foreign lines are left out."""
     try:
-        data = _read_regular(file, tail_bytes)
+        data = read_regular(file, tail_bytes)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -172,12 +189,12 @@ def _read_tail(file: Path, tail_bytes: int) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("type"), str):
-            _check_version(record, file)
+            check_version(record, file)
             records.append(record)
     return records
 
 
-def _read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
+def read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
     # O_NONBLOCK: opening a FIFO that somebody put there must not hang.
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         status = os.fstat(stream.fileno())
@@ -190,15 +207,16 @@ def _read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
 
 
 def _of_this_run(records: list[dict[str, Any]], current: str | None) -> list[dict[str, Any]]:
-    """Leave out what an earlier run wrote into the same folder, and the types that we do not know."""
+    """Leave out what an earlier run, or this one before a restart, wrote into the same file, and unknown types."""
     begin = 0
-    run_id = None
+    run_id = segment = None
     for index, record in enumerate(records):
-        if record["type"] == "start" and record.get("run_id") != run_id:
-            begin, run_id = index, record.get("run_id")
+        if record["type"] == "start" and (found := (record.get("run_id"), record.get("restart"), record.get("pid"))):
+            if found != segment:
+                begin, run_id, segment = index, record.get("run_id"), found
     if current is not None and run_id is not None and run_id != current:
         return []  # a new run has written run.json and not yet its first record
-    return [record for record in records[begin:] if record["type"] in ("start", "step", "end")]
+    return [record for record in records[begin:] if record["type"] in _TYPES]
 
 
 def _judge(
@@ -241,6 +259,24 @@ def _seconds(seconds: float | None) -> str:
     return "an unknown time" if seconds is None else f"{seconds:.0f} s"
 
 
+def _before(records: list[dict[str, Any]], steps: list[dict[str, float]]) -> Mapping[str, float]:
+    """A step long enough before the last one to say what happens between them; the first if there is no such."""
+    now = number(records[-1].get("t")) if records else None
+    for back in range(1, len(records)):
+        then = number(records[-1 - back].get("t"))
+        if now is not None and then is not None and now - then >= _WINDOW_SECONDS and back >= _WINDOW_STEPS:
+            return steps[-1 - back]
+    return steps[0] if len(steps) > 1 else {}
+
+
+def _states(records: list[dict[str, Any]]) -> str:
+    for record in reversed(records):
+        states = record.get("states")
+        if record["type"] == "chunks" and isinstance(states, str):
+            return states[:_LONGEST_MAP]
+    return ""
+
+
 def _peaks(steps: list[dict[str, float]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for tier in TIERS:
@@ -250,13 +286,13 @@ def _peaks(steps: list[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def _numbers(value: object) -> dict[str, float]:
+def numbers(value: object) -> dict[str, float]:
     if not isinstance(value, dict):
         return {}
-    return {str(key): number for key, item in value.items() if (number := _number(item)) is not None}
+    return {str(key): found for key, item in value.items() if (found := number(item)) is not None}
 
 
-def _number(value: object) -> float | None:
+def number(value: object) -> float | None:
     """A finite number that fits 63 bits, so that nothing downstream can overflow; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None

@@ -13,11 +13,16 @@ from gemini.telemetry.liveness import is_locked
 
 _KEEP_RUNS = 100
 _RUN_ID = re.compile(r"\d{8}T\d{6}Z-\d+(-\d+)?")
-_OUR_FILES = re.compile(r"run\.json|rank\d+(\.old)?\.jsonl|rank\d+\.lock")
+_OUR_FILES = re.compile(
+    r"run\.json|rank\d+(\.\d+|\.old)?\.jsonl|rank\d+\.lock|rank\d+\.(chunks|oom|timeline)\.json|request-dump"
+)
 
 
-def make_run_folder(run_dir: Path | None, run_id: str) -> tuple[Path, str]:
-    """Make the folder; one that lies elsewhere gets a link among the others so that ``gemini-stat`` finds it."""
+def make_run_folder(run_dir: Path | None, run_id: str, is_shared: bool = False) -> tuple[Path, str]:
+    """Make the folder; one that lies elsewhere gets a link among the others so that ``gemini-stat`` finds it.
+
+    ``is_shared``: other ranks make the same folder, under the same run id.
+    """
     runs = runs_folder()
     chosen = run_dir or os.environ.get(RUN_DIR_VARIABLE)
     runs_error = None
@@ -39,6 +44,8 @@ def make_run_folder(run_dir: Path | None, run_id: str) -> tuple[Path, str]:
             (runs / candidate).symlink_to(run)
             return run, candidate
         except FileExistsError:
+            if is_shared:
+                return (runs / candidate) if run is None else run, candidate
             continue
         except OSError:
             if run is None:
@@ -49,15 +56,29 @@ def make_run_folder(run_dir: Path | None, run_id: str) -> tuple[Path, str]:
 
 def write_run_file(run: Path, rank: int, content: dict[str, Any]) -> None:
     """Atomic, so that a reader never sees half of it. Rank 0 has the say; another rank writes only where none is."""
-    draft = run / f".{RUN_FILE}.{os.getpid()}"
-    with open(draft, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-        file.write(encode(content))
+    draft = _draft(run / RUN_FILE, content)
     if rank == 0:
         os.replace(draft, run / RUN_FILE)
     else:
         with suppress(FileExistsError):
             os.link(draft, run / RUN_FILE)
         draft.unlink()
+
+
+def write_document(path: Path, content: dict[str, Any]) -> None:
+    """Put a whole JSON file in place, atomically."""
+    os.replace(_draft(path, content), path)
+
+
+def _draft(path: Path, content: dict[str, Any]) -> Path:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(draft, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(encode(content))
+    except OSError:
+        draft.unlink(missing_ok=True)  # a full disk leaves no half file behind
+        raise
+    return draft
 
 
 def prune(mine: Set[Path], keep: int = _KEEP_RUNS) -> None:

@@ -1,8 +1,8 @@
 """Writing a run's telemetry without ever disturbing training.
 
-``record_step`` only puts a dict into a bounded queue; a daemon thread encodes and writes. Whatever goes wrong there (a
-full disk, a vanished folder, no home) switches telemetry off with one warning. Nothing is raised, nothing blocks, and a
-full queue drops records and counts them.
+``record_step`` only puts a promise into a bounded queue; a daemon thread makes a record of it, encodes and writes.
+Whatever goes wrong there (a full disk, a vanished folder, no home) switches telemetry off with one warning. Nothing is
+raised, nothing blocks, and a full queue drops records and counts them.
 
 One ``os.write`` a record on an ``O_APPEND`` descriptor: ``kill -9`` loses what is still queued and nothing else.
 """
@@ -17,20 +17,23 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gemini.telemetry.encoding import encode
 from gemini.telemetry.layout import (
+    GENERATIONS,
     HEARTBEAT_SECONDS,
     VERSION,
     lock_file,
     older_records_file,
     records_file,
+    request_file,
 )
-from gemini.telemetry.run_folder import make_run_folder, prune, write_run_file
+from gemini.telemetry.run_folder import make_run_folder, prune, write_document, write_run_file
+from gemini.telemetry.shared_id import shared_run_id
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +41,12 @@ _QUEUE_LENGTH = 256
 _ROTATE_BYTES = 64 << 20
 _CLOSE_SECONDS = 2.0
 _MIN_INTERVAL_SECONDS = 0.05
+_PROBE_SECONDS = 1.0
+_UNCHANGED_SECONDS = 30.0
+"""A probe that says what it said before is written this often all the same."""
 
 Stats = Mapping[str, "int | float"]
+Fields = Mapping[str, Any]
 
 
 class TelemetryWriter:
@@ -54,6 +61,9 @@ class TelemetryWriter:
         Of this process; each rank has files of its own.
     facts
         What does not change: model, policy, chunk size, where the budgets come from. Anything that JSON can hold.
+    probes
+        By record type: what to look at once a second. They are called on the telemetry thread, whatever training does
+        meanwhile, and return the record's fields, or None for nothing to say.
     min_interval_seconds
         Steps that come faster are thinned out; the last one is always written.
     """
@@ -64,6 +74,7 @@ class TelemetryWriter:
         rank: int = 0,
         facts: Mapping[str, Any] | None = None,
         *,
+        probes: Mapping[str, Callable[[], Fields | None]] | None = None,
         min_interval_seconds: float = _MIN_INTERVAL_SECONDS,
     ) -> None:
         self._pid = os.getpid()
@@ -71,7 +82,7 @@ class TelemetryWriter:
         self._last_put = float("-inf")
         self._channel: _Channel | None = None
         try:
-            self._channel = _open_channel(run_dir, rank, dict(facts or {}))
+            self._channel = _open_channel(run_dir, rank, dict(facts or {}), dict(probes or {}))
         except Exception as error:  # a broken home must not stop training
             logger.warning("telemetry is off: %s", error)
         else:
@@ -89,8 +100,29 @@ class TelemetryWriter:
         """Records lost because the thread could not keep up."""
         return self._channel.dropped if self._channel is not None else 0
 
-    def record_step(self, stats: Stats) -> None:
-        """Hand over one step's statistics: the flat keys of ``model.memory_stats()``. Takes microseconds."""
+    @property
+    def is_dump_requested(self) -> bool:
+        """True once after somebody asked for a timeline of the next step (see `request_file`)."""
+        channel = self._channel
+        if channel is None or not channel.is_dump_requested:
+            return False
+        channel.is_dump_requested = False
+        return True
+
+    def record(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:
+        """Hand over a record of another type than ``step``; a callable is called on the telemetry thread."""
+        if self._channel is not None and os.getpid() == self._pid:
+            self._channel.put(kind, fields)
+
+    def write_document(self, path: Callable[[Path, int], Path], content: Fields | Callable[[], Fields]) -> None:
+        """Have a JSON file of the run folder replaced; ``path`` is a function of `gemini.telemetry.layout`."""
+        if self._channel is not None and os.getpid() == self._pid:
+            self._channel.put_document(path(self._channel.run, self._channel.rank), content)
+
+    def record_step(self, stats: Stats | Callable[[], Stats]) -> None:
+        """Hand over one step's statistics, the flat keys of ``model.memory_stats()``, or what makes them later on the
+        telemetry thread. Takes microseconds.
+        """
         channel = self._channel
         if channel is None or os.getpid() != self._pid:  # a forked child must not speak for its parent
             return
@@ -100,7 +132,7 @@ class TelemetryWriter:
             return
         self._last_put = now
         channel.pending = None
-        channel.put("step", {"stats": dict(stats)})
+        channel.put("step", stats)
 
     def close(self, status: str | None = None, summary: Stats | None = None) -> None:
         """Write the end record and wait for the thread, two seconds at most. Only the first call counts.
@@ -119,54 +151,84 @@ class TelemetryWriter:
 class _Channel:
     """The queue, the thread that empties it, and the files. Everything below ``_run`` happens on that thread."""
 
-    def __init__(self, run: Path, rank: int, header: dict[str, Any], lock: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        rank: int,
+        header: dict[str, Any],
+        probes: Mapping[str, Callable[[], Fields | None]],
+        lock: int,
+    ) -> None:
         self.run = run
         self.rank = rank
         self.dropped = 0
         self.is_off = False
-        self.pending: Stats | None = None
+        self.is_dump_requested = False
+        self.pending: Stats | Callable[[], Stats] | None = None
         self._pid = os.getpid()
         self._header = header
+        self._probes = probes
         self._lock = lock
         self._ended = False
         # SimpleQueue, because its put may be called from a finalizer that interrupts another put.
-        self._queue: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str | Path, float, Any]] = queue.SimpleQueue()
         self._file = -1
         self._good_bytes = 0
         self._open_records()
         self._thread = threading.Thread(target=self._run, name="gemini-memory-telemetry", daemon=True)
         self._thread.start()
 
-    def put(self, kind: str, fields: dict[str, Any]) -> None:
+    def put(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:
+        self._put(kind, fields)
+
+    def put_document(self, path: Path, content: Fields | Callable[[], Fields]) -> None:
+        self._put(path, content)
+
+    def _put(self, what: str | Path, fields: Fields | Callable[[], Fields]) -> None:
         if self._ended or self.is_off:
             return
         if self._queue.qsize() >= _QUEUE_LENGTH:
             self.dropped += 1
             return
-        self._queue.put((kind, {"t": time.time(), **fields}))
+        self._queue.put((what, time.time(), fields))
 
     def request_end(self, status: str, summary: Stats | None, error: str | None = None) -> None:
         if self._ended or os.getpid() != self._pid:
             return
         self._ended = True
         if self.pending is not None:
-            self._queue.put(("step", {"t": time.time(), "stats": dict(self.pending)}))
-        end = {"t": time.time(), "status": status, "summary": dict(summary) if summary else None, "error": error}
-        self._queue.put(("end", end))
+            self._queue.put(("step", time.time(), self.pending))
+        end = {"status": status, "summary": dict(summary) if summary else None, "error": error}
+        self._queue.put(("end", time.time(), end))
 
     def join(self) -> None:
         if os.getpid() == self._pid and threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_SECONDS)
 
     def _run(self) -> None:
+        what: str | Path = "start"
+        probe = _Probes(self._probes)
+        heartbeat = 0.0
         try:
-            self._write("start", {"t": time.time(), **self._header})
-            kind = "start"
-            while kind != "end":
+            self._write("start", time.time(), self._header)
+            while what != "end":
                 with suppress(queue.Empty):
-                    kind, fields = self._queue.get(timeout=HEARTBEAT_SECONDS)
-                    self._write(kind, fields)
-                os.utime(self._lock)
+                    what, when, fields = self._queue.get(timeout=_PROBE_SECONDS)
+                    if isinstance(what, Path):
+                        write_document(what, {"v": VERSION, "t": when, "rank": self.rank, **_made(fields)})
+                    else:
+                        made = _made(fields)
+                        self._write(what, when, {"stats": made} if what == "step" else made)
+                if what == "end":
+                    break
+                for kind, seen in probe.due():
+                    self._write(kind, time.time(), seen)
+                if time.monotonic() - heartbeat >= HEARTBEAT_SECONDS:
+                    heartbeat = time.monotonic()
+                    os.utime(self._lock)
+                    with suppress(FileNotFoundError):
+                        request_file(self.run).unlink()
+                        self.is_dump_requested = True
         except Exception as error:
             self.is_off = True
             logger.warning("telemetry of %s is off from here on: %s", self.run, error)
@@ -182,11 +244,11 @@ class _Channel:
         self._file = os.open(records_file(self.run, self.rank), flags, 0o600)
         self._good_bytes = os.fstat(self._file).st_size
 
-    def _write(self, kind: str, fields: dict[str, Any]) -> None:
-        record = {"v": VERSION, "type": kind, "rank": self.rank, "dropped": self.dropped, **fields}
+    def _write(self, kind: str, when: float, fields: Fields) -> None:
+        record = {"v": VERSION, "type": kind, "t": when, "rank": self.rank, "dropped": self.dropped, **fields}
         # The newline leads as well: after a predecessor's torn last line ours must start on a line of its own.
         line = (b"\n" if kind == "start" else b"") + encode(record) + b"\n"
-        if self._good_bytes + len(line) > _ROTATE_BYTES and kind == "step":
+        if self._good_bytes + len(line) > _ROTATE_BYTES and kind not in ("start", "end"):
             self._rotate()
         try:
             written = os.write(self._file, line)
@@ -198,20 +260,58 @@ class _Channel:
         self._good_bytes += written
 
     def _rotate(self) -> None:
+        for generation in range(GENERATIONS - 1, 0, -1):
+            with suppress(FileNotFoundError):
+                os.replace(
+                    older_records_file(self.run, self.rank, generation),
+                    older_records_file(self.run, self.rank, generation + 1),
+                )
         os.replace(records_file(self.run, self.rank), older_records_file(self.run, self.rank))
         os.close(self._file)
         self._open_records()
-        self._write("start", {"t": time.time(), **self._header})
+        self._write("start", time.time(), self._header)
+
+
+class _Probes:
+    """Asks the probes once a second, and passes on what is new."""
+
+    def __init__(self, probes: Mapping[str, Callable[[], Fields | None]]) -> None:
+        self._probes = probes
+        self._last: dict[str, tuple[float, Fields]] = {}
+        self._next = time.monotonic()
+
+    def due(self) -> list[tuple[str, Fields]]:
+        now = time.monotonic()
+        if now < self._next:
+            return []
+        self._next = now + _PROBE_SECONDS
+        found = []
+        for kind, probe in self._probes.items():
+            fields = probe()
+            if fields is None:
+                continue
+            when, before = self._last.get(kind, (float("-inf"), None))
+            if fields != before or now - when >= _UNCHANGED_SECONDS:
+                self._last[kind] = (now, fields)
+                found.append((kind, fields))
+        return found
+
+
+def _made(fields: Fields | Callable[[], Fields]) -> Fields:
+    return fields() if callable(fields) else fields
 
 
 _live: dict[Path, _Channel] = {}
 """Channels of this process by lock file. A POSIX lock belongs to the process, so within it this is what tells."""
 
 
-def _open_channel(run_dir: Path | None, rank: int, facts: dict[str, Any]) -> _Channel:
+def _open_channel(
+    run_dir: Path | None, rank: int, facts: dict[str, Any], probes: dict[str, Callable[[], Fields | None]]
+) -> _Channel:
     started = time.time()
-    run_id = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(started))}-{os.getpid()}"
-    run, run_id = make_run_folder(run_dir, run_id)
+    shared = shared_run_id()
+    run_id = shared or f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(started))}-{os.getpid()}"
+    run, run_id = make_run_folder(run_dir, run_id, is_shared=shared is not None)
     path = lock_file(run, rank)
     if path in _live:  # boosted again into the same folder: the newer one has it
         _live[path].request_end("finished", None)
@@ -229,9 +329,10 @@ def _open_channel(run_dir: Path | None, rank: int, facts: dict[str, Any]) -> _Ch
             "host": socket.gethostname(),
             "world_size": int(os.environ.get("WORLD_SIZE") or 1),
             "started": started,
+            "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
         }
         write_run_file(run, rank, {"v": VERSION, "rank": rank, **header, "facts": facts})
-        channel = _live[path] = _Channel(run, rank, header, lock)
+        channel = _live[path] = _Channel(run, rank, header, probes, lock)
         if rank == 0:
             with suppress(OSError):
                 prune({lock.parent.resolve() for lock in _live})

@@ -1,0 +1,90 @@
+"""What telemetry costs the training thread, side by side in one process: the same model with and without it.
+
+    python scripts/bench/telemetry.py [--rounds 200]
+
+Two numbers. The time inside the hook that runs after each step, on the training thread (median and 99th percentile);
+and the ratio of whole steps, which also holds what the telemetry thread takes from the processor and the interpreter.
+Both models take turns, in an order that alternates, on the same batch.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.boosted import boosted
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.nn.optimizer import HybridAdam
+from gemini.train.model import GPT2LMHeadModel, GPTConfig
+
+
+class Row:
+    """One managed model and the time that its steps and their hooks took."""
+
+    def __init__(self, telemetry: bool | Path, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        config = GPTConfig(layers=options.layers, hidden=options.hidden, heads=options.hidden // 64, seq_len=128)
+        model: Any = GPT2LMHeadModel(config)
+        self.booster = Booster(plugin=GeminiPlugin(telemetry=telemetry, precision="fp32"))
+        self.model, self.optimizer, *_ = self.booster.boost(model, HybridAdam(model.parameters(), lr=1e-4))
+        self.hook_seconds: list[float] = []
+        self.step_seconds: list[float] = []
+        state = boosted(self.model)
+        state.after_step = self._timed(state.after_step)  # type: ignore[method-assign]
+
+    def _timed(self, hook: Callable[[], None]) -> Callable[[], None]:
+        def timed() -> None:
+            begin = time.perf_counter()
+            hook()
+            self.hook_seconds.append(time.perf_counter() - begin)
+
+        return timed
+
+    def step(self, tokens: torch.Tensor) -> None:
+        begin = time.perf_counter()
+        self.booster.backward(self.model(tokens, tokens), self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step_seconds.append(time.perf_counter() - begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=200)
+    options = parser.parse_args()
+    tokens = torch.randint(0, 256, (options.batch_size, 128))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {"without": Row(False, options), "with telemetry": Row(Path(folder), options)}
+        for round_ in range(options.rounds + 5):
+            for row in list(rows.values())[:: 1 if round_ % 2 else -1]:
+                row.step(tokens)
+        for row in rows.values():
+            del row.hook_seconds[:5], row.step_seconds[:5]  # compile, warm-up cycle, first planned cycles
+        monitor = boosted(rows["with telemetry"].model).monitor
+        assert monitor is not None
+        print(f"{options.rounds} steps each, {torch.get_num_threads()} threads")
+        for name, row in rows.items():
+            hook = sorted(row.hook_seconds)
+            median, p99 = (1e6 * hook[len(hook) * percent // 100] for percent in (50, 99))
+            step = 1e3 * statistics.median(row.step_seconds)
+            print(f"{name:<16} step {step:8.2f} ms   hook after it: median {median:6.1f} us, p99 {p99:7.1f} us")
+        without, with_ = rows["without"], rows["with telemetry"]
+        added = statistics.median(with_.hook_seconds) - statistics.median(without.hook_seconds)
+        pairs = zip(with_.step_seconds, without.step_seconds, strict=True)
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"added to the training thread: {1e6 * added:.1f} us a step at the median ({added / 0.05:.3%} of 50 ms)")
+        print(f"whole steps, median of with/without in the same round: {ratio:.4f}")
+        monitor.writer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""What training writes about itself: steps, timelines, the chunk map, out-of-memory errors."""
+
+import gc
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from loop import SMALL, WIDTH, batch, build
+from torch import Tensor, nn
+
+from gemini.boosted import Boosted, boosted
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.errors import OutOfMemory
+from gemini.monitor import chunk_map
+from gemini.nn.optimizer import HybridAdam
+from gemini.telemetry import documents, reader
+from gemini.telemetry.layout import chunks_file, oom_file, records_file, request_file, timeline_file
+from gemini.telemetry.schema import load_schema
+from gemini.timeline import Point, as_record, pool
+
+
+class Training:
+    """A small boosted model that writes telemetry into a folder of its own."""
+
+    def __init__(self, folder: Path, model: nn.Module | None = None, **plugin: Any) -> None:
+        self.folder = folder
+        model = build() if model is None else model
+        self.booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=folder, **plugin))
+        self.model, self.optimizer, *_ = self.booster.boost(model, HybridAdam(model.parameters(), lr=1e-3))
+        writer = self.state.telemetry
+        assert writer is not None
+        writer._min_interval = 0.0
+        self.writer = writer
+
+    @property
+    def state(self) -> Boosted:
+        return boosted(self.model)
+
+    def step(self, count: int = 1) -> None:
+        for number in range(count):
+            self.booster.backward(self.model(batch(number)).square().mean(), self.optimizer)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def close(self) -> list[dict[str, Any]]:
+        self.writer.close()
+        return [json.loads(line) for line in records_file(self.folder, 0).read_bytes().splitlines() if line]
+
+
+def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record for record in records if record["type"] == kind]
+
+
+def test_every_record_and_document_follows_the_schema(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", device_memory="36KiB", **SMALL)
+    training.step(3)
+    records = training.close()
+    schema = load_schema("records")
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    assert {record["type"] for record in records} == {"start", "step", "timeline", "chunks", "process", "end"}
+    for record in records:
+        validator.validate(record)
+    for path, name in ((chunks_file, "chunks_file"), (timeline_file, "timeline_file")):
+        content = json.loads(path(tmp_path / "run", 0).read_text())
+        jsonschema.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": schema["$defs"]}).validate(content)
+    step = of_type(records, "step")[0]
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate({**step, "stats": {**step["stats"], "device/used_bytes": "many"}})
+
+
+def test_what_is_recorded_is_what_the_model_says(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", device_memory="36KiB", **SMALL)
+    training.step(4)
+    training.state.manager.settle()
+    stats = training.model.memory_stats()
+    recorded = of_type(training.close(), "step")[-1]["stats"]
+    waits = {key for key in stats if "seconds" in key or key.startswith(("move/", "need/", "upload/"))}
+    at_rest = {"device/used_bytes", "chunk/resident_count"}  # the next cycle's first fetches began after the step
+    assert {k: v for k, v in recorded.items() if k not in waits | at_rest} == {
+        k: v for k, v in stats.items() if k not in waits | at_rest
+    }
+    assert set(recorded) == set(stats)
+    assert stats["need/count"] == sum(stats[f"need/{kind}_count"] for kind in ("resident", "hit", "late", "miss"))
+    assert stats["need/miss_count"] > 0
+    assert sum(stats[f"upload/{tier}_bytes"] for tier in reader.TIERS) == stats["move/fetch_bytes"]
+
+
+def test_disk_reads_are_counted_with_their_time(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", host_memory="300KiB", offload_dir=tmp_path / "disk", **SMALL)
+    training.step(3)
+    training.state.manager.settle()
+    stats = training.model.memory_stats()
+    assert stats["disk/used_bytes"] > 0
+    assert stats["move/disk_read_seconds"] > 0
+    assert stats["move/disk_write_seconds"] > 0
+    training.close()
+
+
+def test_the_warm_up_and_the_first_planned_step_leave_a_timeline(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", device_memory="36KiB", **SMALL)
+    training.step(5)
+    units = [unit.name for unit in training.state.hooks._units.all]
+    records = training.close()
+    assert [record["step"] for record in of_type(records, "timeline")] == [1, 2]
+    timeline = documents.read_timeline(tmp_path / "run", 0)
+    assert timeline is not None
+    forward = [unit for unit, phase in zip(timeline.unit, timeline.phase, strict=True) if phase == "f"]
+    assert forward == list(range(len(units)))
+    assert timeline.phase == "f" * len(units) + "b" * len(units) + "e"
+    assert timeline.tiers["device"][0] > 0
+    chunks = documents.read_chunks(tmp_path / "run", 0)
+    assert chunks is not None
+    assert list(chunks.units) == units
+    assert [p["name"] for p in chunks.parameters] == [name for name, _ in training.model.named_parameters()]
+    assert sum(chunk.used_numel for chunk in chunks.chunks) == sum(p.numel() for p in training.model.parameters())
+
+
+class Greedy(nn.Module):
+    """Takes 64 MiB for a moment in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(x)
+        y = y + torch.ones(16 << 20).sum() * 0
+        return self.c(y)  # type: ignore[no-any-return]
+
+
+def test_the_timeline_says_where_non_model_data_peak(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", Greedy())
+    training.step(2)
+    training.close()
+    timeline = documents.read_timeline(tmp_path / "run", 0)
+    assert timeline is not None
+    assert timeline.non_model[timeline.peak] >= 60 << 20
+    assert (timeline.unit[timeline.peak], timeline.phase[timeline.peak]) == (1, "f")  # from b's entry to c's
+    assert min(timeline.non_model) < 32 << 20
+
+
+def test_a_timeline_can_be_asked_for(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.step(3)
+    assert not training.state.runtime.timeline.is_on
+    request_file(tmp_path / "run").touch()
+    channel = training.writer._channel
+    assert channel is not None
+    for _ in range(600):  # the telemetry thread looks every two seconds
+        if channel.is_dump_requested:
+            break
+        threading.Event().wait(0.01)
+    training.step(2)
+    assert [record["step"] for record in of_type(training.close(), "timeline")] == [1, 2, 5]
+    assert not request_file(tmp_path / "run").exists()
+
+
+def test_timelines_change_no_number(tmp_path: Path) -> None:
+    losses = []
+    for sampled in (False, True):
+        torch.manual_seed(0)
+        training = Training(tmp_path / str(sampled), device_memory="36KiB", **SMALL)
+        torch.manual_seed(3)
+        for number in range(4):
+            training.state.runtime.timeline.is_on = sampled
+            loss = training.model(batch(number)).square().mean()
+            losses.append(loss.item())
+            training.booster.backward(loss, training.optimizer)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+        training.close()
+    assert losses[:4] == losses[4:]
+
+
+def test_an_evaluation_is_no_part_of_a_step(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.step(1)
+    with torch.no_grad():
+        training.model(batch(0))
+    training.step(1)
+    first, second = of_type(training.close(), "timeline")
+    assert first["phase"] == second["phase"]
+
+
+class Refuses(nn.Module):
+    def __init__(self, error: Callable[[], BaseException]) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(WIDTH, WIDTH), Inner(error)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.first(x))  # type: ignore[no-any-return]
+
+
+class Inner(nn.Linear):
+    def __init__(self, error: Callable[[], BaseException]) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.error = error
+        self.is_full = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.is_full:
+            raise self.error()
+        return super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_recorded"),
+    [
+        (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (lambda: MemoryError(), True),
+        (lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 12 bytes"), True),
+        (lambda: OutOfMemory("device tier out of memory. a needs 1 MiB"), True),
+        (lambda: ValueError("not a matter of memory"), False),
+    ],
+)
+def test_an_out_of_memory_error_in_forward_is_recorded_where_it_began(
+    tmp_path: Path, error: Callable[[], BaseException], is_recorded: bool
+) -> None:
+    training = Training(tmp_path / "run", Refuses(error))
+    training.step(2)
+    training.model.inner.is_full = True
+    with pytest.raises(type(error())):
+        training.step()
+    training.model.inner.is_full = False
+    training.step()  # training goes on
+    records = of_type(training.close(), "oom")
+    assert len(records) == is_recorded
+    assert oom_file(tmp_path / "run", 0).exists() == is_recorded
+    if is_recorded:
+        found = documents.read_oom(tmp_path / "run", 0)
+        assert found is not None
+        jsonschema.Draft202012Validator(load_schema("records")).validate(records[0])
+        assert found["unit"] == "inner"
+        assert found["phase"] == "forward"
+        assert found["error"].startswith(type(error()).__name__)
+        assert found["last_timeline"]["step"] == 2
+        assert found["tiers"]["host"]["used_bytes"] > 0
+
+
+def test_an_out_of_memory_error_in_backward_is_recorded(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.step(2)
+    output = training.model(batch(0))
+    output.register_hook(lambda gradient: (_ for _ in ()).throw(MemoryError("no more")))
+    with pytest.raises(MemoryError):
+        training.booster.backward(output.square().mean(), training.optimizer)
+    (record,) = of_type(training.close(), "oom")
+    assert "no more" in record["error"]
+
+
+def test_the_chunk_map_tells_homes_and_copies(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", device_memory="36KiB", **SMALL)
+    training.step(2)
+    manager = training.state.manager
+    letters = documents.states_of(chunk_map(manager.chunks))
+    assert len(letters) == len(manager.chunks)
+    for chunk, letter in zip(manager.chunks, letters, strict=True):
+        assert letter.isupper() == chunk.is_resident or letter == ">"
+    assert set(letters.lower()) <= set("dhk>*")
+    assert set("hH") & set(letters)
+    training.close()
+
+
+def test_telemetry_keeps_no_model_alive(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.step(2)
+    channel = training.writer._channel
+    assert channel is not None
+    del training
+    gc.collect()
+    channel._thread.join(10)
+    assert not channel._thread.is_alive()
+    assert reader.read_run(tmp_path / "run").status is reader.RunStatus.FINISHED
+
+
+def test_pooling_keeps_the_peak() -> None:
+    points = [Point(i, "forward", (i % 7, 0, 0), 0) for i in range(5000)]
+    points[3333].non_model = 1000
+    pooled = pool(points)
+    assert len(pooled) <= 512
+    assert max(p.used[0] + p.non_model for p in pooled) == 1000 + points[3333].used[0]
+    record = as_record(points, 7)
+    assert (record["moment_count"], record["peak_moment"]) == (5000, 3333)
+    assert len(json.dumps(record)) <= 16 << 10
