@@ -1,19 +1,33 @@
 """From a trace to a schedule: what to evict, fetch and prefetch at each moment. Pure: no torch.
 
-Eviction takes the chunk whose next use is farthest away, counting round into the next step (Belady's OPT, which
-PatrickStar applied to training). Forward and backward are a palindrome, where that equals LRU; evaluation and
-generation are cyclic, where LRU would miss every time and OPT keeps a fixed part resident. Eviction is free (full
-copies are clean), so the only cost counted is fetches.
+Three questions, answered one after the other:
+
+1. *What to keep.* Eviction takes the chunk whose next use is farthest away, counting round into the next lap (Belady's
+   OPT, which PatrickStar applied to training). Forward and backward are a palindrome, where that equals LRU; evaluation
+   and generation are cyclic, where LRU would miss every time. Eviction is free (full copies are clean), so the only
+   cost counted is fetches.
+2. *When to fetch.* As early as ``depth`` allows into room where nothing is kept: reading ahead then costs no fetch.
+   What is not kept stays until its room is needed.
+3. *Whether to keep less.* Where OPT keeps so much that fetches must wait (a cycle that nearly fits), the next chunks
+   are kept within reach as if they were in use, if that saves more waiting than it costs fetches.
+
+A lap is planned from what is there when it begins. Optimal laps need not repeat (of three chunks in a room of two, a
+cycle keeps another one each time), and what is there may be the doing of another cycle.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import accumulate
 
 from .trace import Trace
 
-LAPS = 8
-"""After so many attempts to find a state that a lap leads back to, take the one that always works."""
+NEVER = 1 << 60
+SETTLING_LAPS = 3
+"""After so many laps their cost shows what a choice costs in the long run."""
+LAPS_REMEMBERED = 64
+"""Beginnings whose schedules are kept; training has one or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,167 +41,268 @@ class Actions:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The plan of one cycle. Played again and again, each lap begins with the chunks that it expects."""
+    """The plan of one lap."""
 
     trace: Trace
     actions: tuple[Actions, ...]
     """One per moment of the trace."""
-    prologue: tuple[int, ...]
-    """Chunks to prefetch before the cycle begins (after the optimizer step of the one before)."""
+    between: Actions
+    """For the time before the next lap, when nothing is in use (behind the optimizer step)."""
+    end: frozenset[int]
+    """What is there when the next lap begins."""
 
 
-def plan(trace: Trace, nbytes: Mapping[int, int], capacity_bytes: int, depth: int) -> Schedule:
-    """Plan the steady state of a cycle that repeats.
+class Planner:
+    """Plans the laps of a cycle that repeats.
 
     Parameters
     ----------
     trace
-        The moments of one cycle.
+        The moments of one lap.
     nbytes
         Bytes of each chunk's full copy; chunks that are left out (their home is the full copy) are always there.
     capacity_bytes
-        Room for full copies on DEVICE.
+        Room for full copies on DEVICE: the same at all moments, or a number for each (non-model data take the rest).
     depth
         How many chunks may be on their way ahead of use; 0 prefetches nothing.
+    lost
+        Chunks whose full copies do not outlive a lap: the optimizer step rewrites their homes out of its reach.
 
     Raises
     ------
     ValueError
-        If a moment needs more than ``capacity_bytes``.
+        If a moment needs more than its capacity.
     """
-    in_use = [frozenset(c for c in moment.in_use if c in nbytes) for moment in trace.moments]
-    for moment, chunks in zip(trace.moments, in_use, strict=True):
-        need = sum(nbytes[c] for c in chunks)
-        if need > capacity_bytes:
-            raise ValueError(
-                f"unit {moment.unit} needs {need} bytes of full copies at once, capacity is {capacity_bytes}"
-            )
-    if not in_use:
-        return Schedule(trace, (), ())
 
-    uses = _Uses(in_use, depth)
-    start: frozenset[int] = frozenset()
-    lap = _Lap(uses, nbytes, capacity_bytes, start)
-    # A state that a lap leads back to, with nothing missing. Optimal laps may never repeat (of three chunks in a room
-    # of two, a cycle keeps another one each time), so leave out what a lap does not keep until all of it is kept.
-    for attempt in range(LAPS + 1):
-        start = lap.resident if attempt == 0 else start & lap.resident if attempt < LAPS else in_use[-1]
-        lap = _Lap(uses, nbytes, capacity_bytes, start)
-        if start <= lap.resident:
-            break
-    return lap.schedule(trace, start)
+    def __init__(
+        self,
+        trace: Trace,
+        nbytes: Mapping[int, int],
+        capacity_bytes: int | Sequence[int],
+        depth: int,
+        lost: Collection[int] = (),
+    ) -> None:
+        self.trace = trace
+        self._nbytes = nbytes
+        self._depth = depth
+        self._lost = frozenset(lost)
+        in_use = [frozenset(c for c in moment.in_use if c in nbytes) for moment in trace.moments]
+        capacity = [capacity_bytes] * len(in_use) if isinstance(capacity_bytes, int) else [*capacity_bytes]
+        for moment, chunks, room in zip(trace.moments, in_use, capacity, strict=True):
+            need = sum(nbytes[c] for c in chunks)
+            if need > room:
+                raise ValueError(f"unit {moment.unit} needs {need} bytes of full copies at once, capacity is {room}")
+        self._in_use = [*in_use, frozenset()]  # the last one is the time between two laps
+        self._capacity = [*capacity, *capacity[:1]]
+        self._ahead = _ahead(self._in_use, depth, self._lost)
+        self._laps: dict[frozenset[int], Schedule] = {}
+        self._set_reach(0)
+        if in_use and depth and sum(nbytes.values()) > min(capacity):
+            self._set_reach(min(sorted({0, 1, depth}), key=self._cost_of_reach))
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The chunks to prefetch before a lap when nothing else is known."""
+        return self._ahead[-1]
+
+    def lap(self, resident: Collection[int] = ()) -> Schedule:
+        """The lap that begins with these full copies on DEVICE."""
+        start = frozenset(c for c in resident if c in self._nbytes)
+        schedule = self._laps.get(start)
+        if schedule is None:
+            if len(self._laps) >= LAPS_REMEMBERED:
+                self._laps.clear()
+            schedule = self._laps[start] = self._plan(start)
+        return schedule
+
+    def _set_reach(self, reach: int) -> None:
+        """Let each moment need, besides what it uses, as many of the next ``reach`` chunks as there is room for."""
+        self._laps.clear()
+        self._needs = []
+        for in_use, ahead, room in zip(self._in_use, self._ahead, self._capacity, strict=False):
+            need, left = set(in_use), room - sum(self._nbytes[c] for c in in_use)
+            for chunk in ahead[:reach]:
+                left -= self._nbytes[chunk]
+                if left < 0:
+                    break
+                need.add(chunk)
+            self._needs.append(frozenset(need))
+
+    def _cost_of_reach(self, reach: int) -> int:
+        """Bytes moved in a lap, and again those that are waited for."""
+        self._set_reach(reach)
+        lap, begin = self.lap(), frozenset[int]()
+        for _ in range(SETTLING_LAPS):
+            if lap.end == begin:
+                break
+            begin = lap.end
+            lap = self.lap(begin)
+        waited = [c for actions in lap.actions for c in actions.fetch]
+        moved = [c for actions in (*lap.actions, lap.between) for c in (*actions.fetch, *actions.prefetch)]
+        return sum(self._nbytes[c] for c in (*waited, *moved))
+
+    def _plan(self, start: frozenset[int]) -> Schedule:
+        if not self.trace.moments:
+            return Schedule(self.trace, (), Actions(), start - self._lost)
+        lap = _Lap(self._needs, self._capacity, self._nbytes, start, self._lost)
+        fetches: list[list[tuple[int, int]]] = [[] for _ in self._needs]
+        between = len(self._needs) - 1
+        for when in range(2 * len(self._needs)):
+            # Of the lap after this one only what can be fetched before it begins.
+            earliest = 0 if when <= between else between
+            now = when % len(self._needs)
+            for chunk in self._in_order(lap.missing[when], now):
+                at = lap.advance(chunk, when, earliest, self._ahead)
+                if at <= between:
+                    fetches[at].append((chunk, when))
+        return self._emit(lap, start, fetches)
+
+    def _in_order(self, chunks: Collection[int], now: int) -> list[int]:
+        """What a moment uses, then what it keeps within reach, nearest first."""
+        ahead = {chunk: i for i, chunk in enumerate(self._ahead[now])}
+        return sorted(chunks, key=lambda c: (-1 if c in self._in_use[now] else ahead[c], c))
+
+    def _emit(self, lap: "_Lap", start: frozenset[int], fetches: Sequence[Sequence[tuple[int, int]]]) -> Schedule:
+        resident, used = set(start), sum(self._nbytes[c] for c in start)
+        kept_until = dict(lap.kept[-1])
+        idle = deque(sorted(start - kept_until.keys()))
+        actions = []
+        for now, (needs, in_use) in enumerate(zip(self._needs, self._in_use, strict=True)):
+            if now == len(self.trace.moments):
+                used -= sum(self._nbytes[c] for c in resident & self._lost)
+                resident -= self._lost
+            kept_until.update((c, lap.kept[now].get(c, now)) for c in needs)
+            kept_until.update((c, until) for c, until in fetches[now] if c not in needs)
+            new = [c for c, _ in fetches[now] if c not in resident]  # by chance it may be there still
+            used += sum(self._nbytes[c] for c in new)
+            evicted = []
+            while used > self._capacity[now]:
+                chunk = idle.popleft()
+                if chunk in resident and kept_until.get(chunk, -1) < now:
+                    evicted.append(chunk)
+                    resident.remove(chunk)
+                    used -= self._nbytes[chunk]
+            resident.update(new)
+            fetch = tuple(c for c in new if c in in_use)
+            actions.append(Actions(tuple(evicted), fetch, tuple(c for c in new if c not in in_use)))
+            idle.extend(c for c in sorted(needs) if kept_until[c] == now)
+        return Schedule(self.trace, tuple(actions[:-1]), actions[-1], frozenset(resident))
 
 
-class _Uses:
-    """When each chunk is used; the same for all laps."""
+def _ahead(in_use: Sequence[frozenset[int]], depth: int, lost: frozenset[int]) -> list[tuple[int, ...]]:
+    """Per moment the next ``depth`` chunks that are not in use then, nearest first.
 
-    def __init__(self, in_use: Sequence[frozenset[int]], depth: int) -> None:
-        self.in_use = in_use
-        self.first: dict[int, int] = {}
-        """The first moment of the lap that uses a chunk."""
-        self.next: list[dict[int, int]] = [{} for _ in in_use]
-        """Per moment, the next use of each of its chunks, counted into the next lap."""
-        for i in reversed(range(len(in_use))):
-            self.first.update(dict.fromkeys(in_use[i], i))
-        upcoming = {chunk: i + len(in_use) for chunk, i in self.first.items()}
-        # Per moment, the chunks used next; not past the end of a lap, because the optimizer step lies there, and what
-        # it rewrites would be fetched in vain. The prologue looks from the end to the beginning.
-        self._ahead: list[tuple[int, ...]] = [()] * len(in_use)
-        enough = depth + max(map(len, in_use))
-        ahead: tuple[int, ...] = ()
-        for i in reversed(range(len(in_use))):
-            self._ahead[i] = tuple([c for c in ahead if c not in in_use[i]][:depth])
-            self.next[i] = {chunk: upcoming[chunk] for chunk in in_use[i]}
-            upcoming.update(dict.fromkeys(in_use[i], i))
-            ahead = tuple(dict.fromkeys((*sorted(in_use[i]), *ahead)))[:enough]
-        self._ahead[-1] = tuple([c for c in ahead if c not in in_use[-1]][:depth])
-
-    def ahead(self, now: int) -> tuple[int, ...]:
-        """The chunks that are used next after the moment ``now`` and not in it, at most ``depth``, in order."""
-        return self._ahead[now]
+    Not past the end of a lap, because the optimizer step lies there, and what it rewrites would be fetched in vain.
+    The time between two laps, when nothing is in use, looks from there to the beginning: what was in use last is there
+    unless it is lost.
+    """
+    found: list[tuple[int, ...]] = [()] * len(in_use)
+    enough = depth + max(map(len, in_use))  # this many are not all in use
+    upcoming: tuple[int, ...] = ()
+    for i in reversed(range(len(in_use))):
+        found[i] = tuple([c for c in upcoming if c not in in_use[i]][:depth])
+        upcoming = tuple(dict.fromkeys((*sorted(in_use[i]), *upcoming)))[:enough]
+    there = in_use[-2] - lost if len(in_use) > 1 else frozenset()
+    found[-1] = tuple([c for c in upcoming if c not in there][:depth])
+    return found
 
 
 class _Lap:
-    """One lap of the cycle, beginning with the chunks of ``start``."""
+    """What Belady's rule keeps in a lap and in the one after it: the end of one is the beginning of the other.
 
-    def __init__(self, uses: _Uses, nbytes: Mapping[int, int], capacity: int, start: frozenset[int]) -> None:
+    Moments are counted through both laps. ``kept[i]`` says until which use the chunks of moment ``i`` stay from there;
+    ``kept[-1]`` says it for those that were there when the lap began.
+    """
+
+    def __init__(
+        self,
+        needs: Sequence[frozenset[int]],
+        capacity: Sequence[int],
+        nbytes: Mapping[int, int],
+        start: frozenset[int],
+        lost: frozenset[int],
+    ) -> None:
         self._nbytes = nbytes
-        self._room = capacity - sum(nbytes[c] for c in start)
-        self._resident = set(start)
-        self._next_use = dict(uses.first)
-        self._farthest = [(-self._next_use[c], c) for c in start]
-        """A heap of the resident chunks; entries that are out of date are skipped."""
-        heapify(self._farthest)
-        self._actions: list[Actions] = []
-        for now, in_use in enumerate(uses.in_use):
-            self._step(in_use, uses.next[now], uses.ahead(now))
+        self._count = len(needs)
+        needs = [*needs, *needs]
+        self.missing = list(_belady(needs, [*capacity, *capacity], nbytes, start, lost))
+        self.kept: list[dict[int, int]] = [{} for _ in range(len(needs) + 1)]
+        self._needs = needs
+        growth = [0] * (len(needs) + 1)  # of what is kept, from the moment before
+        last = dict.fromkeys(start, -1)
+        for now, chunks in enumerate(needs):
+            for chunk in chunks:
+                begin = now
+                if chunk not in self.missing[now]:
+                    self.kept[last[chunk]][chunk] = now
+                    begin = last[chunk] + 1
+                growth[begin] += nbytes[chunk]
+                growth[now + 1] -= nbytes[chunk]
+                last[chunk] = now
+        self._free = [room - kept for room, kept in zip((*capacity, *capacity), accumulate(growth), strict=False)]
 
-    @property
-    def resident(self) -> frozenset[int]:
-        """What is there when the next lap begins."""
-        return frozenset(self._resident)
-
-    def schedule(self, trace: Trace, start: frozenset[int]) -> Schedule:
-        """The lap as a schedule that ends with the chunks of ``start``, which it began with."""
-        *actions, last = self._actions
-        surplus = self._resident - start - set(last.prefetch)
-        actions.append(Actions((*last.evict, *sorted(surplus)), last.fetch))
-        return Schedule(trace, tuple(actions), tuple(c for c in last.prefetch if c in start))
-
-    def _step(self, in_use: frozenset[int], next_use: Mapping[int, int], ahead: Sequence[int]) -> None:
-        self._next_use.update(next_use)
-        for chunk in in_use & self._resident:
-            heappush(self._farthest, (-self._next_use[chunk], chunk))
-        missing = sorted(in_use - self._resident)
-        evicted = self._evict_for(sum(self._nbytes[c] for c in missing), in_use, limit=None)
-        assert evicted is not None
-        for chunk in missing:
-            self._add(chunk)
-        prefetched = []
-        for chunk in ahead:
-            if chunk in self._resident:
-                continue
-            # As long as what it displaces is needed later than it is.
-            gone = self._evict_for(self._nbytes[chunk], in_use, limit=self._next_use[chunk])
-            if gone is None:
+    def advance(self, chunk: int, use: int, earliest: int, ahead: Sequence[Collection[int]]) -> int:
+        """The first moment from which the chunk can wait for its use without driving out anything; takes that room."""
+        at = use
+        while at > earliest:
+            before = at - 1
+            if chunk not in ahead[before % self._count] or chunk in self._needs[before]:
                 break
-            evicted += gone
-            self._add(chunk)
-            prefetched.append(chunk)
-        self._actions.append(Actions(tuple(evicted), tuple(missing), tuple(prefetched)))
+            if self._free[before] < self._nbytes[chunk]:
+                break
+            self._free[before] -= self._nbytes[chunk]
+            at = before
+        return at
 
-    def _evict_for(self, need: int, keep: Collection[int], limit: int | None) -> list[int] | None:
-        """Make room of ``need`` bytes; None (and nothing done) if only chunks used up to ``limit`` could go."""
+
+def _belady(
+    needs: Sequence[frozenset[int]],
+    capacity: Sequence[int],
+    nbytes: Mapping[int, int],
+    start: frozenset[int],
+    lost: frozenset[int],
+) -> Iterator[frozenset[int]]:
+    """What is missing at each moment if the chunk that is needed last always goes first. ``needs`` are two laps."""
+    ends = (len(needs) // 2 - 1, len(needs) - 1)
+    next_use: list[dict[int, int]] = []
+    upcoming: dict[int, int] = {}
+    for now in reversed(range(2 * len(needs))):  # two more laps tell what comes after the second
+        if now < len(needs):
+            next_use.append({chunk: upcoming[chunk] for chunk in needs[now]})
+        upcoming.update(dict.fromkeys(needs[now % len(needs)], now))
+        if now % len(needs) in ends:
+            upcoming.update(dict.fromkeys(lost, NEVER))
+    next_use.reverse()
+
+    room = capacity[0] - sum(nbytes[c] for c in start)
+    resident = set(start)
+    when = {chunk: upcoming.get(chunk, NEVER) for chunk in start}
+    farthest = [(-when[c], c) for c in start]  # a heap; entries that are out of date are skipped
+    heapify(farthest)
+    for now, need in enumerate(needs):
+        room += capacity[now] - capacity[max(now - 1, 0)]
+        if now in ends:
+            room += sum(nbytes[c] for c in resident & lost)
+            resident -= lost
+        when.update(next_use[now])
+        missing = need - resident
+        wanted = sum(nbytes[c] for c in missing)
         gone: list[int] = []
         back: list[int] = []
-        room = self._room
-        while room < need and self._farthest:
-            when, chunk = heappop(self._farthest)
-            if chunk not in self._resident or when != -self._next_use[chunk]:
-                continue
-            if chunk in keep:
-                back.append(chunk)
-            elif limit is not None and -when <= limit:
-                back.append(chunk)
-                break
-            else:
-                gone.append(chunk)
-                room += self._nbytes[chunk]
-        fits = room >= need
+        while room < wanted:
+            use, chunk = heappop(farthest)
+            if chunk not in resident or use != -when[chunk] or chunk in need:
+                continue  # what is needed gets a new entry below
+            gone.append(chunk)
+            resident.remove(chunk)
+            room += nbytes[chunk]
         for chunk in reversed(gone):  # a large one that came last may have made smaller ones needless
-            if not fits or room - self._nbytes[chunk] >= need:
-                room -= self._nbytes[chunk]
+            if room - nbytes[chunk] >= wanted:
+                room -= nbytes[chunk]
+                resident.add(chunk)
                 back.append(chunk)
-        for chunk in back:
-            heappush(self._farthest, (-self._next_use[chunk], chunk))
-        if not fits:
-            return None
-        self._room = room
-        gone = [chunk for chunk in gone if chunk not in back]
-        self._resident.difference_update(gone)
-        return gone
-
-    def _add(self, chunk: int) -> None:
-        self._resident.add(chunk)
-        self._room -= self._nbytes[chunk]
-        heappush(self._farthest, (-self._next_use[chunk], chunk))
+        room -= wanted
+        resident |= need
+        for chunk in (*back, *need):
+            heappush(farthest, (-when[chunk], chunk))
+        yield missing

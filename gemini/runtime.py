@@ -1,12 +1,12 @@
 """The orchestrator: applies the plan as units enter and leave, and keeps working when a step leaves the plan."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from .chunk import Chunk, ChunkManager, ChunkState, Tier
-from .planner import Actions, Schedule, plan
+from .chunk import Chunk, ChunkManager, ChunkState, Role, Tier
+from .planner import Actions, Planner, Schedule
 from .timeline import Point, Timeline
-from .trace import Moment, Phase, TraceRecorder
+from .trace import Moment, Phase, Trace, TraceRecorder
 from .tracker import NonModelMeter
 from .units import Visit
 
@@ -14,12 +14,12 @@ from .units import Visit
 class Cycle:
     """Where the current forward (and backward) stands against the plan of its kind.
 
-    A kind of cycle (with gradients, without) has its own trace and schedule. A cycle that leaves its plan goes on
+    A kind of cycle (with gradients, without) has its own trace and planner. A cycle that leaves its plan goes on
     without one, and its recording becomes the next plan.
     """
 
     def __init__(self) -> None:
-        self.schedules: dict[bool, Schedule] = {}
+        self.planners: dict[bool, Planner] = {}
         self.with_gradients = False
         self._recorder = TraceRecorder()
         self._position = 0
@@ -28,7 +28,7 @@ class Cycle:
     @property
     def is_first(self) -> bool:
         """True while the current kind of cycle has no plan yet: this is its warm-up."""
-        return self.with_gradients not in self.schedules
+        return self.with_gradients not in self.planners
 
     @property
     def is_measured(self) -> bool:
@@ -48,19 +48,29 @@ class Cycle:
             return None
         return schedule.actions[position]
 
-    def restart(self, with_gradients: bool, nbytes: dict[int, int], capacity_bytes: int, depth: int) -> None:
-        """The next cycle begins: turn what was recorded into a plan if it differs from the one there is."""
+    def restart(self, with_gradients: bool, plan: Callable[[Trace], Planner], resident: Collection[int]) -> None:
+        """The next cycle begins: plan anew if what was recorded differs from the plan, and plan from what is there."""
         trace = self._recorder.take()
-        known = self.schedules.get(self.with_gradients)
+        known = self.planners.get(self.with_gradients)
         complete = not self.with_gradients or any(m.phase is Phase.BACKWARD for m in trace.moments)
         if complete and trace.moments and (known is None or known.trace != trace):
             try:
-                self.schedules[self.with_gradients] = plan(trace, nbytes, capacity_bytes, depth)
+                self.planners[self.with_gradients] = plan(trace)
             except ValueError:  # a moment outgrew the device since; fetching on demand will say so, or manage
-                self.schedules.pop(self.with_gradients, None)
+                self.planners.pop(self.with_gradients, None)
         self.with_gradients = with_gradients
-        self._schedule = self.schedules.get(with_gradients)
+        planner = self.planners.get(with_gradients)
+        self._schedule = planner.lap(resident) if planner is not None else None
         self._position = 0
+
+    def between(self) -> Actions:
+        """What to do for the next training cycle before it begins."""
+        planner = self.planners.get(True)
+        if planner is None:
+            return Actions()
+        if self.with_gradients and self._schedule is not None:
+            return self._schedule.between
+        return Actions(prefetch=planner.first)
 
 
 class Runtime:
@@ -193,8 +203,20 @@ class Runtime:
             self._device_limit_bytes = None
         if with_gradients != self.cycle.with_gradients:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
-        nbytes = {c.index: c.full_nbytes for c in self.manager.chunks if not c.full_is_home}
-        self.cycle.restart(with_gradients, nbytes, self.full_capacity_bytes, self.depth)
+        resident = [c.index for c in self.manager.chunks if c.is_resident]
+        self.cycle.restart(with_gradients, self._plan, resident)
+
+    def _plan(self, trace: Trace) -> Planner:
+        chunks = [c for c in self.manager.chunks if not c.full_is_home]
+        nbytes = {c.index: c.full_nbytes for c in chunks}
+        # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
+        reached = self.manager.device.is_ram
+        lost = [
+            c.index
+            for c in chunks
+            if c.gradient is not None and not (reached or c.homes[Role.MASTER].tier is Tier.DEVICE)
+        ]
+        return Planner(trace, nbytes, self.full_capacity_bytes, self.depth, lost)
 
     def _grow_device(self, capacity_bytes: int) -> None:
         ledger = self.manager.ledger
@@ -204,14 +226,14 @@ class Runtime:
 
     def prefetch_next_cycle(self) -> None:
         """Start the first fetches of the next training cycle behind the optimizer's updates."""
-        schedule = self.cycle.schedules.get(True)
-        if schedule is not None:
-            self._prefetch(schedule.prologue)
+        actions = self.cycle.between()
+        self._evict(actions.evict)
+        self._prefetch(actions.prefetch)
 
     def use_order(self) -> dict[int, int]:
         """Chunk index -> rank in the order of first use in a training cycle (by index while unknown)."""
-        schedule = self.cycle.schedules.get(True)
-        used = schedule.trace.first_uses() if schedule is not None else ()
+        planner = self.cycle.planners.get(True)
+        used = planner.trace.first_uses() if planner is not None else ()
         order = dict.fromkeys((*used, *(c.index for c in self.manager.chunks)))
         return {index: rank for rank, index in enumerate(order)}
 

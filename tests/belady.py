@@ -1,0 +1,108 @@
+"""The fewest fetches that any plan could do with, found offline and without our code; and an inspector of plans."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from gemini.planner import Planner, Schedule
+
+
+def belady(
+    lap: Sequence[Collection[int]], capacity: int, laps: int, lost: Collection[int] = (), horizon: int = 2
+) -> list[int]:
+    """Fetches of each lap by Belady's rule, for chunks of one byte, from an empty device on.
+
+    The whole sequence of uses is written down, ``horizon`` laps longer than what is counted, and searched for the next
+    use of every chunk. Nothing is read ahead, so this is the least that any plan can do with.
+    """
+    sequence = [(i, set(chunks)) for _ in range(laps + horizon) for i, chunks in enumerate(lap)]
+    resident: set[int] = set()
+    counts = [0] * laps
+    for now, (position, need) in enumerate(sequence[: laps * len(lap)]):
+        if position == 0:
+            resident -= set(lost)
+        counts[now // len(lap)] += len(need - resident)
+        resident |= need
+        while len(resident) > capacity:
+            idle = sorted(resident - need)
+            resident.remove(max(idle, key=lambda c: _next_use(sequence, c, now, c in lost)))
+    return counts
+
+
+def _next_use(sequence: Sequence[tuple[int, set[int]]], chunk: int, now: int, ends_with_lap: bool) -> int:
+    for later in range(now + 1, len(sequence)):
+        position, need = sequence[later]
+        if ends_with_lap and position == 0:
+            break
+        if chunk in need:
+            return later
+    return len(sequence)
+
+
+@dataclass(frozen=True)
+class Played:
+    """What laps of a plan did."""
+
+    fetched: list[int]
+    """Fetches and prefetches of each lap, what was prefetched for the next one included."""
+    waited: list[int]
+    """Those that nothing had prefetched."""
+
+
+def play(
+    planner: Planner,
+    nbytes: Mapping[int, int],
+    capacity: int | Sequence[int],
+    depth: int,
+    laps: int,
+    lost: Collection[int] = (),
+    resident: Collection[int] = (),
+) -> Played:
+    """Do what the plan says, lap after lap, and check at every step all that it promises."""
+    there = set(resident)
+    fetched, waited = [], []
+    for _ in range(laps):
+        schedule = planner.lap(there)
+        count, count_waited = _play_lap(schedule, there, nbytes, capacity, depth)
+        there -= set(lost)
+        assert not schedule.between.fetch
+        count += _apply(schedule.between.evict, schedule.between.prefetch, there)
+        assert len(schedule.between.prefetch) <= depth
+        first = [capacity] if isinstance(capacity, int) else capacity[:1]
+        assert all(sum(nbytes[c] for c in there) <= room for room in first)
+        assert there == schedule.end
+        fetched.append(count)
+        waited.append(count_waited)
+    return Played(fetched, waited)
+
+
+def _play_lap(
+    schedule: Schedule, there: set[int], nbytes: Mapping[int, int], capacity: int | Sequence[int], depth: int
+) -> tuple[int, int]:
+    count = count_waited = 0
+    assert len(schedule.actions) == len(schedule.trace.moments)
+    for now, (moment, actions) in enumerate(zip(schedule.trace.moments, schedule.actions, strict=True)):
+        in_use = {c for c in moment.in_use if c in nbytes}
+        assert not set(actions.evict) & in_use
+        count += _apply(actions.evict, (*actions.fetch, *actions.prefetch), there)
+        count_waited += len(actions.fetch)
+        assert set(actions.fetch) <= in_use <= there, "a chunk in use is not there"
+        assert not set(actions.prefetch) & in_use
+        upcoming = _upcoming(schedule, now, in_use, nbytes)
+        assert set(actions.prefetch) <= set(upcoming[:depth]), "prefetched farther ahead than asked for"
+        room = capacity if isinstance(capacity, int) else capacity[now]
+        assert sum(nbytes[c] for c in there) <= room, "over capacity"
+    return count, count_waited
+
+
+def _apply(evict: Sequence[int], fetch: Sequence[int], there: set[int]) -> int:
+    for chunk in evict:
+        there.remove(chunk)
+    for chunk in fetch:
+        assert chunk not in there, "fetched twice"
+        there.add(chunk)
+    return len(fetch)
+
+
+def _upcoming(schedule: Schedule, now: int, in_use: set[int], nbytes: Mapping[int, int]) -> list[int]:
+    later = (c for moment in schedule.trace.moments[now + 1 :] for c in sorted(moment.in_use))
+    return [c for c in dict.fromkeys(later) if c in nbytes and c not in in_use]
