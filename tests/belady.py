@@ -14,28 +14,28 @@ def belady(
     The whole sequence of uses is written down, ``horizon`` laps longer than what is counted, and searched for the next
     use of every chunk. Nothing is read ahead, so this is the least that any plan can do with.
     """
-    sequence = [(i, set(chunks)) for _ in range(laps + horizon) for i, chunks in enumerate(lap)]
-    resident: set[int] = set()
+    sequence = [set(chunks) for _ in range(laps + horizon) for chunks in lap]
+    never = len(sequence)
+    next_use: list[dict[int, int]] = []
+    upcoming: dict[int, int] = {}
+    for now in reversed(range(len(sequence))):
+        next_use.append({chunk: upcoming.get(chunk, never) for chunk in sequence[now]})
+        upcoming.update(dict.fromkeys(sequence[now], now))
+        if now % len(lap) == 0:
+            upcoming.update(dict.fromkeys(lost, never))
+    next_use.reverse()
+
+    resident: dict[int, int] = {}
     counts = [0] * laps
-    for now, (position, need) in enumerate(sequence[: laps * len(lap)]):
-        if position == 0:
-            resident -= set(lost)
-        counts[now // len(lap)] += len(need - resident)
-        resident |= need
+    for now in range(laps * len(lap)):
+        if now % len(lap) == 0:
+            resident = {chunk: use for chunk, use in resident.items() if chunk not in lost}
+        need = sequence[now]
+        counts[now // len(lap)] += len(need - resident.keys())
+        resident.update(next_use[now])
         while len(resident) > capacity:
-            idle = sorted(resident - need)
-            resident.remove(max(idle, key=lambda c: _next_use(sequence, c, now, c in lost)))
+            del resident[max(resident.keys() - need, key=lambda chunk: (resident[chunk], chunk))]
     return counts
-
-
-def _next_use(sequence: Sequence[tuple[int, set[int]]], chunk: int, now: int, ends_with_lap: bool) -> int:
-    for later in range(now + 1, len(sequence)):
-        position, need = sequence[later]
-        if ends_with_lap and position == 0:
-            break
-        if chunk in need:
-            return later
-    return len(sequence)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ def _play_lap(
         count_waited += len(actions.fetch)
         assert set(actions.fetch) <= in_use <= there, "a chunk in use is not there"
         assert not set(actions.prefetch) & in_use
-        upcoming = _upcoming(schedule, now, in_use, nbytes)
-        assert set(actions.prefetch) <= set(upcoming[:depth]), "prefetched farther ahead than asked for"
+        if actions.prefetch:
+            upcoming = _upcoming(schedule, now, in_use, nbytes)
+            assert set(actions.prefetch) <= set(upcoming[:depth]), "prefetched farther ahead than asked for"
         room = capacity if isinstance(capacity, int) else capacity[now]
         assert sum(nbytes[c] for c in there) <= room, "over capacity"
     return count, count_waited
