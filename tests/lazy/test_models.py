@@ -2,89 +2,52 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 
 import pytest
 import torch
+from model_zoo import DECODERS, FAMILIES, build
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-CONFIG_SEEDS = [0, 1]
+ENTRIES = [
+    pytest.param(name, make, id=f"{family}-{name}") for family, models in FAMILIES.items() for name, make in models.items()
+]
 
 
-def sizes(seed: int) -> dict[str, int]:
-    rng = random.Random(seed)
-    heads = rng.choice([1, 2, 4])
-    hidden = heads * rng.choice([4, 6, 8])
-    return {"heads": heads, "hidden": hidden, "layers": rng.randint(1, 3), "vocab": rng.randint(17, 99),
-            "inner": rng.randint(5, 40)}  # fmt: skip
+@pytest.mark.parametrize(("name", "make"), ENTRIES)
+def test_transformers_models_equal_eager_bit_for_bit(name, make, check_lazy_equals_eager):
+    check_lazy_equals_eager(lambda: build(name, make))
 
 
-def gpt2(s):
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_embd=s["hidden"], n_layer=s["layers"], n_head=s["heads"], vocab_size=s["vocab"], n_positions=16))  # fmt: skip
+TIMM = ["vit_tiny_patch16_224", "deit3_small_patch16_224", "convit_tiny", "tnt_s_legacy_patch16_224", "resnet18",
+        "efficientnet_b0", "convnext_atto", "dm_nfnet_f0", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224",
+        "levit_128s", "mobilevit_xxs"]  # fmt: skip
 
 
-def common(s):
-    return {"hidden_size": s["hidden"], "num_hidden_layers": s["layers"], "num_attention_heads": s["heads"],
-            "intermediate_size": s["inner"]}  # fmt: skip
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_models_equal_eager_bit_for_bit(name, check_lazy_equals_eager):
+    timm = pytest.importorskip("timm", reason="timm or the torchvision that it needs is missing", exc_type=ImportError)
+    check_lazy_equals_eager(lambda: timm.create_model(name))
 
 
-def llama(s):
-    config = transformers.LlamaConfig(**common(s), num_key_value_heads=s["heads"], vocab_size=s["vocab"])
-    return transformers.LlamaForCausalLM(config)
-
-
-def bert(s):
-    return transformers.BertForMaskedLM(transformers.BertConfig(**common(s), vocab_size=s["vocab"]))
-
-
-def t5(s):
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        d_model=s["hidden"], d_ff=s["inner"], d_kv=4, num_layers=s["layers"], num_heads=s["heads"],
-        vocab_size=s["vocab"]))  # fmt: skip
-
-
-def mixtral(s):
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(
-        **common(s), num_key_value_heads=s["heads"], vocab_size=s["vocab"], num_local_experts=3))  # fmt: skip
-
-
-def vit(s):
-    return transformers.ViTModel(transformers.ViTConfig(**common(s), image_size=16, patch_size=8))
-
-
-def whisper(s):
-    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
-        d_model=s["hidden"], encoder_layers=s["layers"], decoder_layers=s["layers"],
-        encoder_attention_heads=s["heads"], decoder_attention_heads=s["heads"], encoder_ffn_dim=s["inner"],
-        decoder_ffn_dim=s["inner"], vocab_size=s["vocab"],
-        max_source_positions=16, max_target_positions=16, pad_token_id=0, decoder_start_token_id=1))  # fmt: skip
-
-
-def mamba(s):
-    return transformers.MambaForCausalLM(transformers.MambaConfig(
-        hidden_size=s["hidden"], num_hidden_layers=s["layers"], vocab_size=s["vocab"], state_size=4))  # fmt: skip
-
-
-@pytest.mark.parametrize("seed", CONFIG_SEEDS)
-@pytest.mark.parametrize("make", [gpt2, llama, bert, t5, mixtral, vit, whisper, mamba], ids=lambda f: f.__name__)
-def test_transformers_models_equal_eager_bit_for_bit(make, seed, check_lazy_equals_eager):
-    check_lazy_equals_eager(lambda: make(sizes(seed)))
+def test_the_sweep_covers_every_family():
+    assert min(len(models) for models in FAMILIES.values()) >= 5
+    assert sum(len(models) for models in FAMILIES.values()) >= 120
 
 
 def test_a_materialised_model_computes_what_the_eager_one_computes():
     from gemini.lazy import LazyInitContext
 
+    make = DECODERS["GPT2LMHeadModel"]
     torch.manual_seed(3)
-    eager = gpt2(sizes(0)).eval()
+    eager = build("GPT2LMHeadModel", make).eval()
     torch.manual_seed(3)
     with LazyInitContext():
-        lazy = gpt2(sizes(0)).eval()
+        lazy = build("GPT2LMHeadModel", make).eval()
     LazyInitContext.materialize(lazy)
-    ids = torch.randint(0, sizes(0)["vocab"], (2, 8))
+    ids = torch.randint(0, eager.config.vocab_size, (2, 8))
     a, b = eager(ids, labels=ids), lazy(ids, labels=ids)
     a.loss.backward()
     b.loss.backward()
