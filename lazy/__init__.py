@@ -9,12 +9,15 @@
 How the files build on each other (imports go down only)::
 
     context.py       what a user enters
+    interception.py  safe_open and torch.load, as long as a context is open
+    weight_files.py  tensors that are read from a file at replay
     materialize.py   module -> targets -> replay -> the same objects, now real
     record.py        one aten call -> meta result + one record
     tensor.py        LazyTensor, the object a user holds
     replay.py        runs a plan and hands finished storages over
     liveness.py      which records matter for which storages (pure)
     tape.py          records, values, storages (pure data)
+    session.py       what each thread records on
     rng.py           where the random numbers of a record come from
 """
 

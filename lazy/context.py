@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -15,25 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .device import check_device, check_requested_device
+from .interception import reading_lazily
 from .materialize import materialize
 from .record import dispatch, is_composite
+from .session import session
 from .tape import Tape
 from .tensor import LazyTensor, _set_data, assign_data
-
-
-class _Session(threading.local):
-    """What this thread is recording on, and, weakly, what it recorded on last."""
-
-    tape: Tape | None = None
-    last: Callable[[], Tape | None] = staticmethod(lambda: None)
-
-
-_session = _Session()
-
-
-def active_tape() -> Tape | None:
-    """Return the tape that this thread records on, or None outside of a context."""
-    return _session.tape
 
 
 class LazyInitContext:
@@ -63,8 +48,11 @@ class LazyInitContext:
     are cloned, so a ``load_state_dict`` into a lazy model holds a copy of the loaded tensors until it is materialised.
     A value that is read (``item``, ``trunc_normal_``'s rejection test) is computed at once, its draws included.
 
+    Weights from files (``from_pretrained``, ``safetensors``, ``torch.load``) are read at materialisation; until then the
+    files must not be written into. What ``torch.load`` reads without ``mmap=True`` is in memory at once.
+
     Not supported: uninitialised parameters (``nn.LazyLinear``), and subclasses of ``nn.Parameter``, which become plain
-    parameters. ``from_pretrained`` makes real tensors as always. Lazy tensors have no autograd graph, so an in-place op
+    parameters. Lazy tensors have no autograd graph, so an in-place op
     on a parameter outside of ``no_grad`` is recorded where eager would raise.
 
     Examples
@@ -86,10 +74,11 @@ class LazyInitContext:
         if self._stack is not None:
             raise RuntimeError("this LazyInitContext is already entered; nest a new one instead")
         with ExitStack() as stack:
-            if _session.tape is None:
+            if session.tape is None:
                 tape = _last_tape() or Tape()
-                stack.callback(setattr, _session, "tape", None)
-                _session.tape, _session.last = tape, weakref.ref(tape)
+                stack.callback(setattr, session, "tape", None)
+                session.tape, session.last = tape, weakref.ref(tape)
+                stack.enter_context(reading_lazily())
                 stack.enter_context(_FunctionMode())
                 stack.enter_context(_RecordingMode(tape))
             if self._device is not None:
@@ -118,7 +107,7 @@ class LazyInitContext:
 
 def _last_tape() -> Tape | None:
     """Return the previous context's tape if the random numbers go on where it stopped: then it is the same program."""
-    tape = _session.last()
+    tape = session.last()
     if tape is None:
         return None
     tape.settle()

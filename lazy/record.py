@@ -14,6 +14,8 @@ What is recorded, what is run at once and what is refused:
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -26,7 +28,8 @@ from gemini.errors import LazyInitError
 from .device import check_device
 from .replay import generator_state, read_values
 from .rng import SeedPoint, default_generator
-from .tape import Kind, Record, Storage, Tape, Value, describe
+from .session import active_tape
+from .tape import Constant, Kind, Record, Storage, Tape, Value, describe
 from .tensor import REMEDY, LazyState, LazyTensor, assign_data
 
 aten = torch.ops.aten
@@ -51,13 +54,22 @@ _LAYERS = frozenset((
 ))  # fmt: skip
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
+RECORDING = threading.RLock()
+"""Held while a call is recorded. Tensors of one tape may be used by several threads (``from_pretrained`` casts weights
+on a thread pool), and a call may touch several tapes; Python runs one thread at a time anyway."""
+
 
 def dispatch(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, inside: bool) -> Any:
     """Run, record or refuse one aten call; `inside` says whether a context is active."""
-    if tape.paused:
-        if any(isinstance(leaf, LazyTensor) for leaf in tree_leaves((args, kwargs))):
-            raise LazyInitError(f"{func} was called on a tensor that is being materialised; use the value instead")
-        return func(*args, **kwargs)
+    if not tape.paused:
+        with RECORDING:
+            return _dispatch(tape, func, args, kwargs, inside)
+    if any(isinstance(leaf, LazyTensor) for leaf in tree_leaves((args, kwargs))):
+        raise LazyInitError(f"{func} was called on a tensor that is being materialised; use the value instead")
+    return func(*args, **kwargs)
+
+
+def _dispatch(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inside: bool) -> Any:
     if is_composite(func):
         return func.decompose(*args, **kwargs)
     leaves = tree_leaves((args, kwargs))
@@ -96,7 +108,13 @@ def as_lazy(tape: Tape, real: Tensor) -> LazyTensor:
     """Return a lazy tensor that will have the present content of `real`."""
     snapshot = real.detach().clone()  # the user may change `real` before the replay
     meta = torch.empty_strided(snapshot.shape, snapshot.stride(), dtype=snapshot.dtype, device="meta")
-    return LazyTensor.make(LazyState(tape, tape.append_constant(snapshot, meta), meta))
+    return from_source(tape, Constant(snapshot), meta, snapshot.device)
+
+
+def from_source(tape: Tape, call: Callable[[], Tensor], meta: Tensor, device: torch.device) -> LazyTensor:
+    """Return a lazy tensor that will be what `call` returns: memory of its own, with the geometry of `meta`."""
+    with RECORDING:
+        return LazyTensor.make(LazyState(tape, tape.append_source(call, meta, device), meta))
 
 
 def read(lazy: LazyTensor) -> Tensor:
@@ -109,8 +127,6 @@ def read(lazy: LazyTensor) -> Tensor:
 
 def recording(tape: Tape) -> bool:
     """Whether a context that records on `tape` is active in this thread."""
-    from .context import active_tape
-
     return active_tape() is not None
 
 

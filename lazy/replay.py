@@ -232,15 +232,21 @@ def keep_generators(tape: Tape) -> Iterator[None]:
 @contextmanager
 def undisturbed(tape: Tape) -> Iterator[None]:
     """Shield a replay from the caller's modes: recording, grad, inference, autocast."""
-    paused = tape.paused
-    tape.paused = True
     with ExitStack() as stack:
+        stack.enter_context(paused(tape))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         if torch.cuda.is_available():
             stack.enter_context(torch.autocast("cuda", enabled=False))
-        try:
-            yield
-        finally:
-            tape.paused = paused
+        yield
+
+
+@contextmanager
+def paused(tape: Tape) -> Iterator[None]:
+    """Let ops through instead of recording them."""
+    before, tape.paused = tape.paused, True
+    try:
+        yield
+    finally:
+        tape.paused = before

@@ -60,7 +60,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Record:
-    """One aten call, or a constant (`call` returns it), or a seed point."""
+    """One aten call, or a source (`call` returns a constant, or what a file holds), or a seed point."""
 
     kind: Kind
     call: Callable[..., Any] | None = None
@@ -111,14 +111,14 @@ class Tape:
             if seed is not None:
                 self.records.append(Record(kind=Kind.SEED, generator=generator, seed=seed))
 
-    def append_constant(self, tensor: Tensor, geometry: Tensor) -> Value:
-        """Add a real tensor, which becomes the tape's own, and return its value."""
+    def append_source(self, call: Callable[[], Tensor], geometry: Tensor, device: torch.device) -> Value:
+        """Add a record that takes its tensor from elsewhere: `call` returns memory of its own each time."""
         storage = Storage(geometry.untyped_storage().nbytes())
-        value = describe(geometry, storage, tensor.device, len(self.records), 0)
+        value = describe(geometry, storage, device, len(self.records), 0)
         self.records.append(
             Record(
                 kind=Kind.COMPUTE,
-                call=Constant(tensor),
+                call=call,
                 outputs=(value,),
                 writes=frozenset((storage,)),
                 kills=frozenset((storage,)),

@@ -63,6 +63,11 @@ def assert_same(eager: nn.Module, lazy: nn.Module) -> None:
 
 
 @pytest.fixture
+def assert_same_models() -> Callable[[nn.Module, nn.Module], None]:
+    return assert_same
+
+
+@pytest.fixture
 def check_lazy_equals_eager() -> Callable[[Build], nn.Module]:
     """Build both ways, compare everything, return the materialised model."""
 

@@ -12,7 +12,9 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 ENTRIES = [
-    pytest.param(name, make, id=f"{family}-{name}") for family, models in FAMILIES.items() for name, make in models.items()
+    pytest.param(name, make, id=f"{family}-{name}")
+    for family, models in FAMILIES.items()
+    for name, make in models.items()
 ]
 
 
