@@ -48,8 +48,8 @@ class LazyInitContext:
     are cloned, so a ``load_state_dict`` into a lazy model holds a copy of the loaded tensors until it is materialised.
     A value that is read (``item``, ``trunc_normal_``'s rejection test) is computed at once, its draws included.
 
-    Weights from files (``from_pretrained``, ``safetensors``, ``torch.load``) are read at materialisation; until then the
-    files must not be written into. What ``torch.load`` reads without ``mmap=True`` is in memory at once.
+    Weights from files (``from_pretrained``, ``safetensors``, ``torch.load``) are read at materialisation; until then
+    the files must not be written into. What ``torch.load`` reads without ``mmap=True`` is in memory at once.
 
     Not supported: uninitialised parameters (``nn.LazyLinear``), and subclasses of ``nn.Parameter``, which become plain
     parameters. Lazy tensors have no autograd graph, so an in-place op
