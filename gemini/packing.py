@@ -10,7 +10,7 @@ from torch import nn
 
 from .capacity import Capacities
 from .chunk import FETCH_WORKERS, ChunkLayout, ChunkPlan, ChunkSearch, Role, TensorSpec, Tier, pack, search_chunk_numel
-from .chunk.search import bounds, waste_ratio
+from .chunk.search import RING_CHUNKS, bounds, waste_ratio
 from .config import GeminiConfig
 from .errors import OutOfMemory
 from .placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
@@ -25,6 +25,8 @@ LARGEST_BLOCK_NUMEL = 1 << 20
 """4 MiB in fp32: past the latency of any disk, and three blocks of four roles are still only 48 MiB."""
 STAGING_SHARE = 8
 """Staging takes at most one part in so many of the HOST capacity."""
+SHRINKINGS = 4
+"""Chunk sizes to try, each half of the one before: a unit may need several chunks, or one beside a huge tensor."""
 REMEDY_ATTEMPTS = 32
 """Each changes a capacity by what the one before lacked; two or three do."""
 
@@ -122,7 +124,23 @@ def _decide(
     config: GeminiConfig,
     capacities: Capacities,
 ) -> Packing:
-    search = _chunk_size(config, capacities, [spec.numel for spec in specs])
+    searches = _chunk_sizes(specs, config, capacities)
+    for search in searches[:-1]:
+        try:
+            return _decide_with(search, model, specs, parameters, config, capacities)
+        except _TooSmall:  # smaller chunks make a smaller ring
+            continue
+    return _decide_with(searches[-1], model, specs, parameters, config, capacities)
+
+
+def _decide_with(
+    search: ChunkSearch,
+    model: nn.Module,
+    specs: Sequence[TensorSpec],
+    parameters: tuple[nn.Parameter, ...],
+    config: GeminiConfig,
+    capacities: Capacities,
+) -> Packing:
     layouts = pack(specs, search.numel)
     units = _units(model, layouts, parameters)
     block = _staging_block(layouts, capacities)
@@ -149,14 +167,22 @@ def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(parameter.stride())
 
 
-def _chunk_size(config: GeminiConfig, capacities: Capacities, sizes: list[int]) -> ChunkSearch:
+def _chunk_sizes(specs: Sequence[TensorSpec], config: GeminiConfig, capacities: Capacities) -> Sequence[ChunkSearch]:
+    """What to try, in this order: the size with the least waste, then smaller ones."""
+    sizes, groups = [spec.numel for spec in specs], [spec.group for spec in specs]
     if config.chunk_numel is not None:
-        return ChunkSearch(config.chunk_numel, waste_ratio(sizes, config.chunk_numel))
+        return [ChunkSearch(config.chunk_numel, waste_ratio(sizes, config.chunk_numel, groups))]
+    if config.search_range is not None:
+        return [search_chunk_numel(sizes, *config.search_range, config.search_step, groups)]
     room = capacities.nbytes[Tier.DEVICE] // config.compute_dtype.itemsize
     if capacities.unified:
         room //= 4  # most of this RAM is for homes
-    low, high = config.search_range or bounds(sizes, room)
-    return search_chunk_numel(sizes, low, high, config.search_step)
+    found = []
+    for _ in range(SHRINKINGS):
+        low, high = bounds(sizes, room)
+        found.append(search_chunk_numel(sizes, low, high, config.search_step, groups))
+        room = min(room // 2, RING_CHUNKS * high // 2)
+    return found
 
 
 def _units(

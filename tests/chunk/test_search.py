@@ -1,11 +1,13 @@
 """The search for the chunk size."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gemini.chunk import search
-from gemini.chunk.layout import TensorSpec, align, pack
+from gemini.chunk.layout import ChunkLayout, TensorSpec, align, pack
 from gemini.chunk.search import (
     CANDIDATES,
     LARGEST_NUMEL,
@@ -19,23 +21,37 @@ from gemini.chunk.search import (
 sizes_of_tensors = st.lists(st.integers(0, 3000), max_size=60)
 
 
-def layouts(sizes: list[int], numel: int) -> list[int]:
-    """Lengths of the chunks that `pack` makes, those of one large tensor left out."""
-    specs = [TensorSpec(str(i), (size,), (1,)) for i, size in enumerate(sizes)]
-    return [layout.numel for layout in pack(specs, numel) if layout.slots[0].numel <= numel]
+def layouts(sizes: list[int], numel: int, groups: list[int] | None = None) -> list[ChunkLayout]:
+    """The chunks that `pack` makes, those of one large tensor left out."""
+    specs = [TensorSpec(str(i), (size,), (1,), groups[i] if groups else None) for i, size in enumerate(sizes)]
+    return [layout for layout in pack(specs, numel) if layout.slots[0].numel <= numel]
 
 
 @settings(deadline=None, max_examples=500)
-@given(sizes=sizes_of_tensors, blocks=st.integers(1, 100))
-@example(sizes=[64, 5000, 64, 5000, 64], blocks=4)  # large tensors in between do not close the open chunk
-@example(sizes=[5000, 5000], blocks=4)
-@example(sizes=[0, 0, 128, 0], blocks=4)
-def test_the_waste_is_that_of_packing(sizes: list[int], blocks: int) -> None:
+@given(
+    tensors=st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([0, 0, 0, 1, 2])), max_size=60),
+    blocks=st.integers(1, 100),
+)
+@example(tensors=[(64, 0), (5000, 0), (64, 0), (5000, 0), (64, 0)], blocks=4)  # large ones do not close the open chunk
+@example(tensors=[(5000, 0), (5000, 0)], blocks=4)
+@example(tensors=[(0, 0), (0, 0), (128, 0), (0, 0)], blocks=4)
+@example(tensors=[(100, 0), (100, 1)] * 5, blocks=8)  # groups that take turns
+def test_the_waste_is_that_of_packing(tensors: list[tuple[int, int]], blocks: int) -> None:
     numel = blocks * 32
-    chunks = layouts(sizes, numel)
-    used = sum(align(size) for size in sizes if size <= numel)
-    expected = 1.0 - used / (len(chunks) * numel) if len(chunks) > 1 else 0.0
-    assert waste_ratio(sizes, numel) == expected
+    sizes, groups = [size for size, _ in tensors], [group for _, group in tensors]
+    used = taken = 0
+    for group in {*groups}:
+        chunks = [layout for layout in layouts(sizes, numel, groups) if layout.group == group]
+        in_group = sum(align(size) for size, g in tensors if g == group and size <= numel)
+        used += in_group
+        taken += len(chunks) * numel if len(chunks) > 1 else in_group
+    assert waste_ratio(sizes, numel, groups) == (1.0 - used / taken if taken else 0.0)
+
+
+def test_the_search_knows_that_groups_do_not_share_chunks() -> None:
+    sizes, groups = [512, 32] * 40, [0, 1] * 40
+    assert search_chunk_numel(sizes, 1000, 1100).numel == 1088
+    assert search_chunk_numel(sizes, 1000, 1100, groups=groups).numel == 1024
 
 
 @settings(deadline=None, max_examples=300)
@@ -73,17 +89,20 @@ def test_a_step_that_is_not_positive_is_refused(step: int) -> None:
 
 
 def test_a_model_of_ten_thousand_tensors_tries_a_bounded_number_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-    original = search.waste_ratio
+    tried: list[int] = []
+    original = search.waste_ratios
 
-    def counting(sizes: list[int], numel: int) -> float:
-        tried.append(numel)
-        return original(sizes, numel)
+    def counting(sizes: list[int], numels: Sequence[int], groups: object) -> object:
+        tried.extend(numels)
+        return original(sizes, numels, None)
 
-    monkeypatch.setattr(search, "waste_ratio", counting)
+    monkeypatch.setattr(search, "waste_ratios", counting)
     sizes = [4096 * 4096, 4096, 4096 * 11008] * 3334
-    search_chunk_numel(sizes, *bounds(sizes))
-    assert len(tried) <= CANDIDATES + 3
+    for low, high, step in ((*bounds(sizes), None), (32 << 20, 64 << 20, 1024)):  # the latter is ColossalAI's default
+        tried.clear()
+        search_chunk_numel(sizes, low, high, step)
+        assert CANDIDATES / 2 < len(tried) <= CANDIDATES
+        assert {(high - numel) % (step or 32) for numel in tried} == {0}
 
 
 @settings(deadline=None, max_examples=300)

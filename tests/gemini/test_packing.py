@@ -14,6 +14,7 @@ from torch import nn
 
 from gemini.capacity import Capacities, find_capacities
 from gemini.chunk import FETCH_WORKERS, Role, Tier
+from gemini.chunk.search import bounds
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.packing import Packing, decide, managed_parameters
@@ -145,6 +146,19 @@ def test_a_size_that_is_given_is_taken() -> None:
     packing = decide(model, all_of(model), config_of(chunk_numel=5000), capacities_of(unified=True))
     assert packing.search.numel == 5000
     assert all(plan.layout.slots[-1].stop <= 5000 for plan in packing.plans)
+
+
+def test_where_the_best_size_makes_too_large_a_ring_smaller_chunks_are_taken() -> None:
+    # The bias shares a chunk with what follows it: the unit needs its own large weight and that chunk.
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(400, 200), *(nn.Linear(64, 64) for _ in range(40)))
+    room = int(400 * 200 * 2 * 1.1)
+    packing = decide(model, all_of(model), GeminiConfig(max_prefetch=0), capacities_of(device=room))
+    low, high = bounds([p.numel() for p in model.parameters()], room // 2)
+    assert packing.search.numel < low
+    check_room(model, packing, capacities_of(device=room))
+    with pytest.raises(OutOfMemory):
+        decide(model, all_of(model), GeminiConfig(max_prefetch=0, search_range=(low, high)), capacities_of(device=room))
 
 
 # -- where it lives
