@@ -69,8 +69,7 @@ class Monitor:
     def after_step(self, reading: Reading) -> None:
         """Record the step, and the timeline of one that was sampled; choose whether the next one is."""
         self.writer.record_step(partial(self._statistics.expand, reading))
-        step = reading.step[0]
-        peaks = tuple([memory[1] for memory in reading.memory])
+        step, peaks = reading.step_count, reading.memory[1]
         timeline = self._runtime.timeline
         if timeline.points:
             self._last_points = self._runtime.take_timeline()
@@ -83,7 +82,9 @@ class Monitor:
 
     def _is_due(self, step: int, peaks: tuple[int, ...]) -> bool:
         # Not on CUDA, where sampling resets the allocator's peak statistics, which users read, too.
-        if any(now > before * NEW_PEAK_RATIO for now, before in zip(peaks, self._peaks, strict=True)):
+        if peaks != self._peaks and any(
+            now > before * NEW_PEAK_RATIO for now, before in zip(peaks, self._peaks, strict=True)
+        ):
             return True
         return step - self._last_step >= TIMELINE_STEPS and time.monotonic() - self._last_time >= TIMELINE_SECONDS
 
@@ -133,7 +134,7 @@ class Monitor:
                 }
                 for tier in Tier
             },
-            "non_model_peak_bytes": runtime.non_model_peak_bytes,
+            "non_model_peak_bytes": runtime.meter.peak_bytes,
             "moments_before": as_record(points, self._last_step + 1) if points else None,
             "states": chunk_map(manager.chunks),
             "in_use": [c.index for c in manager.chunks if c.state is ChunkState.IN_USE][:64],

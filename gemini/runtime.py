@@ -97,7 +97,7 @@ class Runtime:
         self.depth = depth
         self.stall_seconds = 0.0
         self.timeline = Timeline(manager.ledger)
-        self._meter = meter
+        self.meter = meter
         self._device_limit_bytes = device_limit_bytes
         self.full_capacity_bytes = manager.ledger.free(Tier.DEVICE)
         self._open: dict[Visit, None] = {}
@@ -120,8 +120,8 @@ class Runtime:
         actions = self.cycle.advance(Moment(visit.unit.index, phase, in_use)) or Actions()
         is_sampled = self.cycle.is_first or self.timeline.is_on
         if is_sampled:
-            self._meter.sample(self._model_bytes())
-            self.timeline.close(self._meter.last_bytes)
+            self.meter.sample(self._model_bytes())
+            self.timeline.close(self.meter.last_bytes)
         waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
         begin = time.perf_counter() if waits else 0.0
         visit.is_open = True
@@ -136,7 +136,7 @@ class Runtime:
             if waits:
                 self.stall_seconds += time.perf_counter() - begin
             if is_sampled:
-                self._meter.mark()
+                self.meter.mark()
                 self.timeline.add(visit.unit.index, phase)
         except BaseException:
             self.leave(visit)
@@ -193,13 +193,13 @@ class Runtime:
     def take_timeline(self) -> list[Point]:
         """The moments of the step that ends here; empty for one that was not sampled."""
         if self.timeline.points:
-            self._meter.sample(self._model_bytes())
-        return self.timeline.take(self._meter.last_bytes)
+            self.meter.sample(self._model_bytes())
+        return self.timeline.take(self.meter.last_bytes)
 
     def begin_forward(self, with_gradients: bool) -> None:
         """The model's forward begins, outside of any backward: a new cycle of the clock."""
         if self._device_limit_bytes is not None and self.cycle.is_measured:
-            self._grow_device(self._device_limit_bytes - self._meter.peak_bytes)
+            self._grow_device(self._device_limit_bytes - self.meter.peak_bytes)
             self._device_limit_bytes = None
         if with_gradients != self.cycle.with_gradients:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
@@ -252,10 +252,6 @@ class Runtime:
     def open_visits(self) -> tuple[Visit, ...]:
         """Outermost first."""
         return tuple(self._open)
-
-    @property
-    def non_model_peak_bytes(self) -> int:
-        return self._meter.peak_bytes
 
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""

@@ -6,7 +6,8 @@ step, in microseconds; `Statistics` gives them names and adds what has to be sum
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 from .chunk import ChunkManager, ChunkState, Role, Tier
 from .managed_step import ChunkedStep
@@ -16,52 +17,57 @@ from .sizes import format_bytes
 Stats = dict[str, int | float]
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """The counters at one moment. Seconds and bytes are totals since `boost`, as everywhere."""
 
-    memory: tuple[tuple[int, int, int], ...]
-    """Used, peak and capacity of each tier."""
-    needs: tuple[int, int, int, int]
-    """All, prefetched (also late ones), late, missed."""
-    fetches: tuple[int, int, int, int]
-    """Fetches, their bytes, prefetches, evictions."""
+    memory: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    """See `Ledger.counters`."""
+    moves: tuple[int, ...]
+    """The fields of `MoveCounts` that `_MOVES` names."""
     waited: tuple[float, ...]
     """Seconds that visits waited for full copies of each tier."""
     stall_seconds: float
-    uploads: tuple[tuple[int, float], ...]
-    """Bytes into full copies and seconds of doing so, by tier of origin."""
+    upload_bytes: tuple[int, ...]
+    upload_seconds: tuple[float, ...]
+    """Of full copies, by tier of origin."""
     disk: tuple[int, float, int, float]
     """Bytes and seconds read, bytes and seconds written."""
     non_model_peak_bytes: int
-    step: tuple[int, float, int]
-    """Number of steps, seconds of the last one, steps skipped."""
+    step_count: int
+    step_seconds: float
+    skipped_count: int
     loss_scale: float | None
     grad_norm: float | None
 
 
+# One call of C each: after 50 ms of computing, every line of Python costs a cache miss or two.
+_MOVES = attrgetter(
+    "need_count", "prefetch_used", "late_count", "demand_count", "fetch_count", "fetch_bytes", "prefetch_count",
+    "evict_count",
+)  # fmt: skip
+_DISK = attrgetter("read_bytes", "read_seconds", "written_bytes", "write_seconds")
+_NO_DISK = (0, 0.0, 0, 0.0)
+_TIERS = tuple(Tier)
+
+
 def read(manager: ChunkManager, runtime: Runtime, step: ChunkedStep, step_count: int, step_seconds: float) -> Reading:
     """Copy the counters; some microseconds, whatever the size of the model."""
-    moves = manager.moves
-    ledger, uploads, disk = manager.ledger, manager.device.uploads, manager.disk
+    moves, uploads = manager.moves, manager.device.uploads
     return Reading(
-        tuple([(ledger.used(tier), ledger.peak(tier), ledger.capacity(tier)) for tier in _TIERS]),
-        (moves.need_count, moves.prefetch_used, moves.late_count, moves.demand_count),
-        (moves.fetch_count, moves.fetch_bytes, moves.prefetch_count, moves.evict_count),
+        manager.ledger.counters(),
+        _MOVES(moves),
         tuple(moves.waited_seconds.values()),
         runtime.stall_seconds,
-        tuple(zip(uploads.nbytes.values(), uploads.seconds.values(), strict=True)),
-        (0, 0.0, 0, 0.0)
-        if disk is None
-        else (disk.read_bytes, disk.read_seconds, disk.written_bytes, disk.write_seconds),
-        runtime.non_model_peak_bytes,
-        (step_count, step_seconds, step.skipped_steps),
+        tuple(uploads.nbytes.values()),
+        tuple(uploads.seconds.values()),
+        _NO_DISK if manager.disk is None else _DISK(manager.disk),
+        runtime.meter.peak_bytes,
+        step_count,
+        step_seconds,
+        step.skipped_steps,
         None if step.scaler is None else step.scaler.scale,
         step.grad_norm,
     )
-
-
-_TIERS = tuple(Tier)
 
 
 class Statistics:
@@ -69,12 +75,13 @@ class Statistics:
 
     def __init__(self, manager: ChunkManager) -> None:
         self._manager = weakref.ref(manager)
+        self._ledger = manager.ledger
         self._of_layout = of_layout(manager)
 
     def expand(self, reading: Reading) -> Stats:
         """The flat dict of a reading. Only ``chunk/resident_count`` is of now and not of the reading's moment."""
         stats: Stats = {}
-        for tier, (used, peak, capacity) in zip(_TIERS, reading.memory, strict=True):
+        for tier, (used, peak, capacity) in self._ledger.read_counters(reading.memory).items():
             stats[f"{tier.value}/used_bytes"] = used
             stats[f"{tier.value}/peak_bytes"] = peak
             stats[f"{tier.value}/capacity_bytes"] = capacity
@@ -83,14 +90,13 @@ class Statistics:
         if manager is not None:
             stats["chunk/resident_count"] = sum(c.state is not ChunkState.HOME for c in manager.chunks)
 
-        need_count, prefetched, late, missed = reading.needs
+        (need_count, prefetched, late, missed, fetch_count, fetch_bytes, prefetch_count, evict_count) = reading.moves
         stats["need/count"] = need_count
         stats["need/resident_count"] = max(0, need_count - prefetched - missed)
         stats["need/hit_count"] = prefetched - late
         stats["need/late_count"] = late
         stats["need/miss_count"] = missed
 
-        fetch_count, fetch_bytes, prefetch_count, evict_count = reading.fetches
         stats["move/fetch_count"] = fetch_count
         stats["move/fetch_bytes"] = fetch_bytes
         stats["move/prefetch_count"] = prefetch_count
@@ -99,13 +105,16 @@ class Statistics:
         stats["move/disk_read_bytes"], stats["move/disk_read_seconds"] = reading.disk[:2]
         stats["move/disk_write_bytes"], stats["move/disk_write_seconds"] = reading.disk[2:]
         stats["move/stall_seconds"] = reading.stall_seconds
-        for tier, waited, (nbytes, seconds) in zip(_TIERS, reading.waited, reading.uploads, strict=True):
+        columns = zip(_TIERS, reading.waited, reading.upload_bytes, reading.upload_seconds, strict=True)
+        for tier, waited, nbytes, seconds in columns:
             stats[f"stall/{tier.value}_seconds"] = waited
             stats[f"upload/{tier.value}_bytes"] = nbytes
             stats[f"upload/{tier.value}_seconds"] = seconds
 
         stats["non_model/peak_bytes"] = reading.non_model_peak_bytes
-        stats["step/count"], stats["step/seconds"], stats["step/skipped_count"] = reading.step
+        stats["step/count"] = reading.step_count
+        stats["step/seconds"] = reading.step_seconds
+        stats["step/skipped_count"] = reading.skipped_count
         if reading.loss_scale is not None:
             stats["step/loss_scale"] = reading.loss_scale
         if reading.grad_norm is not None:

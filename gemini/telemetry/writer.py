@@ -41,6 +41,9 @@ _QUEUE_LENGTH = 256
 _ROTATE_BYTES = 64 << 20
 _CLOSE_SECONDS = 2.0
 _MIN_INTERVAL_SECONDS = 0.05
+_POLL_SECONDS = 0.25
+"""The thread looks into the queue this often. Waking it for each record would cost the training thread more than all
+the rest: a system call, and a fight for the processor."""
 _PROBE_SECONDS = 1.0
 _UNCHANGED_SECONDS = 30.0
 """A probe that says what it said before is written this often all the same."""
@@ -172,6 +175,7 @@ class _Channel:
         self._ended = False
         # SimpleQueue, because its put may be called from a finalizer that interrupts another put.
         self._queue: queue.SimpleQueue[tuple[str | Path, float, Any]] = queue.SimpleQueue()
+        self._wake_up: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._file = -1
         self._good_bytes = 0
         self._open_records()
@@ -200,6 +204,7 @@ class _Channel:
             self._queue.put(("step", time.time(), self.pending))
         end = {"status": status, "summary": dict(summary) if summary else None, "error": error}
         self._queue.put(("end", time.time(), end))
+        self._wake_up.put(None)
 
     def join(self) -> None:
         if os.getpid() == self._pid and threading.current_thread() is not self._thread:
@@ -211,9 +216,9 @@ class _Channel:
         heartbeat = 0.0
         try:
             self._write("start", time.time(), self._header)
-            while what != "end":
-                with suppress(queue.Empty):
-                    what, when, fields = self._queue.get(timeout=_PROBE_SECONDS)
+            while True:
+                while not self._queue.empty():
+                    what, when, fields = self._queue.get_nowait()
                     if isinstance(what, Path):
                         write_document(what, {"v": VERSION, "t": when, "rank": self.rank, **_made(fields)})
                     else:
@@ -229,6 +234,8 @@ class _Channel:
                     with suppress(FileNotFoundError):
                         request_file(self.run).unlink()
                         self.is_dump_requested = True
+                with suppress(queue.Empty):
+                    self._wake_up.get(timeout=_POLL_SECONDS)
         except Exception as error:
             self.is_off = True
             logger.warning("telemetry of %s is off from here on: %s", self.run, error)
