@@ -1,7 +1,8 @@
 """Boosting a model: from a plain (or lazy) module and its optimizer to chunks, hooks and a managed step."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from .nn.optimizer import HybridAdam
 from .packing import Packing, decide, managed_parameters
 from .runtime import Runtime
 from .scaler import LossScaler
-from .stats import Statistics
+from .stats import Statistics, Stats
 from .telemetry.writer import TelemetryWriter
 from .tracker import NonModelMeter
 from .units import Units
@@ -83,7 +84,7 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     step = ChunkedStep(manager, runtime, queue, SingleProcess(), scaler, config.max_norm)
     units, statistics = Units(model, manager), Statistics(manager)
-    monitor = _monitor(model, config, capacities, packing, runtime, statistics, units)
+    monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
     hooks = Hooks(
         model,
         units,
@@ -94,7 +95,7 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
         **({} if monitor is None else {"on_error": monitor.on_error}),
     )
     if monitor is not None:
-        step.on_error = monitor.on_error
+        step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     watch_gradients(manager, list(packing.parameters))
     state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, statistics, monitor)
     mix_in(model)
@@ -184,6 +185,7 @@ def _monitor(
     capacities: Capacities,
     packing: Packing,
     runtime: Runtime,
+    step: ChunkedStep,
     statistics: Statistics,
     units: Units,
 ) -> Monitor | None:
@@ -199,10 +201,20 @@ def _monitor(
         "offload_dir": str(config.offload_dir) if config.offload_dir is not None else None,
     }
     folder = config.telemetry if isinstance(config.telemetry, Path) else None
-    writer = TelemetryWriter(folder, rank=0, facts=facts, probes=probes(runtime.manager))
-    monitor = Monitor(writer, runtime, statistics, units.all)
+
+    def writer(last: Callable[[], Stats | None]) -> TelemetryWriter:
+        return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(runtime.manager), last=last)
+
+    monitor = Monitor(writer, runtime, step, statistics, units.all)
     monitor.describe(packing, config, capacities)
     return monitor
+
+
+def _tell(reference: "weakref.WeakMethod[Callable[[BaseException | None], None]]", error: BaseException) -> None:
+    """Weak, because the telemetry thread has the step, and the monitor leads to the model."""
+    method = reference()
+    if method is not None:
+        method(error)
 
 
 def _counting(state: "weakref.ref[Boosted]") -> Any:

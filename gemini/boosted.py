@@ -13,7 +13,7 @@ from .managed_step import ChunkedStep
 from .monitor import Monitor
 from .packing import Packing
 from .runtime import Runtime
-from .stats import Reading, Statistics, Stats, read
+from .stats import Statistics, Stats, read
 from .telemetry.writer import TelemetryWriter
 from .tracker import NonModelMeter
 
@@ -45,10 +45,7 @@ class Boosted:
 
     def stats(self) -> Stats:
         """See `GeminiModule.memory_stats`."""
-        return self.statistics.expand(self._read())
-
-    def _read(self) -> Reading:
-        return read(self.manager, self.runtime, self.step, self.step_count, self.step_seconds)
+        return self.statistics.expand(read(self.manager, self.runtime, self.step, self.step_count, self.step_seconds))
 
     def after_step(self) -> None:
         """Count the step and tell the telemetry."""
@@ -57,7 +54,7 @@ class Boosted:
         self.step_seconds = now - self._last_step
         self._last_step = now
         if self.monitor is not None:
-            self.monitor.after_step(self._read())
+            self.monitor.after_step(self.step_count, self.step_seconds)
 
 
 def is_boosted(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from .capacity import Capacities
 from .chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from .config import GeminiConfig
+from .managed_step import ChunkedStep
 from .packing import Packing
 from .runtime import Runtime
-from .stats import Reading, Statistics
+from .stats import Reading, Statistics, Stats, read
 from .telemetry.layout import chunks_file, oom_file, timeline_file
 from .telemetry.writer import TelemetryWriter
 from .timeline import Point, as_record
@@ -40,45 +41,78 @@ STATE_LETTERS = {ChunkState.FETCHING: ">", ChunkState.IN_USE: "*"}
 """In a chunk map; a chunk at home is its home's letter, one whose full copy is there that letter in upper case."""
 
 
+class LastStep:
+    """The step that came too soon after another to be written: the run's last one is, when it ends.
+
+    The telemetry thread holds this, so it may lead to chunks and parameters but not to modules.
+    """
+
+    def __init__(self, runtime: Runtime, step: ChunkedStep, statistics: Statistics) -> None:
+        self._runtime = runtime
+        self._step = step
+        self._statistics = statistics
+        self.unrecorded: tuple[int, float] | None = None
+        """Number and seconds of the step; None if it was written."""
+
+    def read(self, number: int, seconds: float) -> Reading:
+        return read(self._runtime.manager, self._runtime, self._step, number, seconds)
+
+    def stats(self) -> Stats | None:
+        return None if self.unrecorded is None else self._statistics.expand(self.read(*self.unrecorded))
+
+
 class Monitor:
     """The telemetry of one boosted model.
 
     Parameters
     ----------
     writer
-        Where records go.
-    runtime, statistics
+        Makes what records go to, given what tells it the statistics of the last step when the run ends.
+    runtime, step, statistics, units
         What is looked at. Nothing here keeps the model itself alive.
     """
 
     def __init__(
-        self, writer: TelemetryWriter, runtime: Runtime, statistics: Statistics, units: Sequence[Unit]
+        self,
+        writer: Callable[[Callable[[], Stats | None]], TelemetryWriter],
+        runtime: Runtime,
+        step: ChunkedStep,
+        statistics: Statistics,
+        units: Sequence[Unit],
     ) -> None:
-        self.writer = writer
         self._runtime = runtime
         self._statistics = statistics
         self._units = units
+        self._last = LastStep(runtime, step, statistics)
         self._description: Mapping[str, Any] = {}
         self._described_units = -1
         self._last_points: list[Point] = []
         self._last_step = 0
         self._last_time = float("-inf")
-        self._peaks = (0,) * len(Tier)
+        self._peaks: tuple[int, ...] = (0,) * len(Tier)
+        self._tier = runtime.manager.ledger.bounded_by(Tier.DEVICE)
         self._is_cuda = runtime.manager.device.device.type == "cuda"
+        self.writer = writer(self._last.stats)
 
-    def after_step(self, reading: Reading) -> None:
+    def after_step(self, number: int, seconds: float) -> None:
         """Record the step, and the timeline of one that was sampled; choose whether the next one is."""
-        self.writer.record_step(partial(self._statistics.expand, reading))
-        step, peaks = reading.step_count, reading.memory[1]
-        timeline = self._runtime.timeline
-        if timeline.points:
-            self._last_points = self._runtime.take_timeline()
-            self._last_step, self._last_time, self._peaks = step, time.monotonic(), peaks
-            record = partial(as_record, self._last_points, step)
-            self.writer.record("timeline", record)
-            self.writer.write_document(timeline_file, record)  # found also when its record is far from the file's end
+        runtime, writer = self._runtime, self.writer
+        if not runtime.timeline.points and not writer.is_due and number > 1:
+            self._last.unrecorded = (number, seconds)
+            return
+        self._last.unrecorded = None
+        reading = self._last.read(number, seconds)
+        writer.record_step(partial(self._statistics.expand, reading))
+        peaks = reading.memory[1]
+        if runtime.timeline.points:
+            self._last_points = runtime.take_timeline()
+            self._last_step, self._last_time, self._peaks = number, time.monotonic(), peaks
+            record = partial(as_record, self._last_points, number, self._tier)
+            writer.record("timeline", record)
+            writer.write_document(timeline_file, record)  # found also when its record is far from the file's end
             self._describe()
-        timeline.is_on = self.writer.is_dump_requested or step == 1 or (not self._is_cuda and self._is_due(step, peaks))
+        asked = writer.is_dump_requested
+        runtime.timeline.is_on = asked or number == 1 or (not self._is_cuda and self._is_due(number, peaks))
 
     def _is_due(self, step: int, peaks: tuple[int, ...]) -> bool:
         # Not on CUDA, where sampling resets the allocator's peak statistics, which users read, too.
@@ -113,7 +147,7 @@ class Monitor:
     def _record_error(self, error: BaseException) -> None:
         record = self._oom_record(error)
         self.writer.record("oom", record)
-        last = as_record(self._last_points, self._last_step) if self._last_points else None
+        last = as_record(self._last_points, self._last_step, self._tier) if self._last_points else None
         self.writer.write_document(oom_file, {**record, "last_timeline": last})
 
     def _oom_record(self, error: BaseException) -> dict[str, Any]:
@@ -135,7 +169,7 @@ class Monitor:
                 for tier in Tier
             },
             "non_model_peak_bytes": runtime.meter.peak_bytes,
-            "moments_before": as_record(points, self._last_step + 1) if points else None,
+            "moments_before": as_record(points, self._last_step + 1, self._tier) if points else None,
             "states": chunk_map(manager.chunks),
             "in_use": [c.index for c in manager.chunks if c.state is ChunkState.IN_USE][:64],
             "process": process_memory(),

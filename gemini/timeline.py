@@ -56,21 +56,23 @@ class Timeline:
         return tuple(self.ledger.used(tier) for tier in Tier)
 
 
-def pool(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
+def pool(points: list[Point], tier: int, limit: int = MAX_POINTS) -> list[Point]:
     """At most ``limit`` points. Of neighbours that are pooled the one with the most bytes stays, so no peak is lost."""
     size = -(-len(points) // limit) if points else 1
     if size <= 1:
         return points
     groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [max(group, key=lambda point: point.used[0] + point.non_model) for group in groups]
+    return [max(group, key=lambda point: point.used[tier] + point.non_model) for group in groups]
 
 
-def as_record(points: list[Point], step: int) -> dict[str, Any]:
-    """Columns, because they take a third of the bytes of rows."""
-    pooled = pool(points)
-    peak = max(range(len(points)), key=lambda i: points[i].used[0] + points[i].non_model)
+def as_record(points: list[Point], step: int, tier: Tier) -> dict[str, Any]:
+    """Columns, because they take a third of the bytes of rows. ``tier`` is where units run, and non-model data lie."""
+    index = tuple(Tier).index(tier)
+    pooled = pool(points, index)
+    peak = max(range(len(points)), key=lambda i: points[i].used[index] + points[i].non_model)
     return {
         "step": step,
+        "tier": tier.value,
         "moment_count": len(points),
         "peak_moment": peak,
         "unit": [point.unit for point in pooled],

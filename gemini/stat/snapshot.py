@@ -26,9 +26,8 @@ _MAX_FACTS = 12
 _UNIFIED = " device and host are one RAM: host counts both, device only the full copies"
 
 
-def render(run: RunView, console: Console) -> RenderableType:
-    """Everything that is known about ``run``; what is not is shown as ``-``."""
-    plain = console.options.ascii_only
+def render(run: RunView, console: Console, plain: bool) -> RenderableType:
+    """Everything that is known about ``run``; what is not is shown as ``-``. ``plain``: without block characters."""
     parts: list[RenderableType] = [_title(run), _state(run)]
     if run.stats:
         parts += [_heading("memory by tier", plain), _tiers(run, console.width, plain)]

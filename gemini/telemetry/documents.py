@@ -52,14 +52,21 @@ class TimelineView:
     unit: Sequence[int]
     phase: str
     """A letter a moment, see `PHASES`."""
+    tier: str
+    """Where units run and non-model data lie; ``"host"`` where that is the same RAM as the device."""
     tiers: Mapping[str, Sequence[int]]
     """Tier -> bytes of model data."""
     non_model: Sequence[int]
 
     @property
+    def model(self) -> Sequence[int]:
+        """Bytes of model data on the tier where units run."""
+        return self.tiers[self.tier]
+
+    @property
     def total(self) -> list[int]:
-        """Bytes on the tier where units run."""
-        return [used + other for used, other in zip(self.tiers["device"], self.non_model, strict=True)]
+        """All bytes on the tier where units run."""
+        return [used + other for used, other in zip(self.model, self.non_model, strict=True)]
 
     @property
     def peak(self) -> int:
@@ -120,6 +127,7 @@ def timeline_of(record: Mapping[str, Any] | None) -> TimelineView | None:
         moment_count=int(number(record.get("moment_count")) or len(phase)),
         unit=columns["unit"],
         phase=phase,
+        tier="host" if record.get("tier") == "host" else "device",
         tiers={tier: columns[f"{tier}_bytes"] for tier in TIERS},
         non_model=columns["non_model_bytes"],
     )

@@ -73,7 +73,8 @@ class RunView:
     states: str
     """The newest chunk map, run-length encoded; empty before the first."""
     process: Mapping[str, float]
-    """RAM of the process and what is left, as its telemetry thread saw it last."""
+    """RAM of the process and what is left, as its telemetry thread saw it last; ``rss_peak_bytes`` is the highest of
+    those read."""
     peaks: Mapping[str, float]
     """Highest ``peak_bytes`` of each tier in what was read: a peak that was reset meanwhile is not forgotten."""
     summary: Mapping[str, float]
@@ -131,7 +132,7 @@ def read_run(path: Path, rank: int | None = None, *, tail_bytes: int = TAIL_BYTE
         stats=stats,
         before=_before(step_records, steps),
         states=_states(records),
-        process=next((numbers(record) for record in reversed(records) if record["type"] == "process"), {}),
+        process=_process(records),
         peaks=_peaks(steps),
         summary=numbers(end.get("summary")) if end else {},
         dropped_count=int(number(records[-1].get("dropped")) or 0) if records else 0,
@@ -267,6 +268,13 @@ def _before(records: list[dict[str, Any]], steps: list[dict[str, float]]) -> Map
         if now is not None and then is not None and now - then >= _WINDOW_SECONDS and back >= _WINDOW_STEPS:
             return steps[-1 - back]
     return steps[0] if len(steps) > 1 else {}
+
+
+def _process(records: list[dict[str, Any]]) -> Mapping[str, float]:
+    seen = [numbers(record) for record in records if record["type"] == "process"]
+    if not seen:
+        return {}
+    return {**seen[-1], "rss_peak_bytes": max(record.get("rss_bytes", 0.0) for record in seen)}
 
 
 def _states(records: list[dict[str, Any]]) -> str:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _QUEUE_LENGTH = 256
 _ROTATE_BYTES = 64 << 20
 _CLOSE_SECONDS = 2.0
-_MIN_INTERVAL_SECONDS = 0.05
+_MIN_INTERVAL_SECONDS = 0.25
 _POLL_SECONDS = 0.25
 """The thread looks into the queue this often. Waking it for each record would cost the training thread more than all
 the rest: a system call, and a fight for the processor."""
@@ -67,6 +67,10 @@ class TelemetryWriter:
     probes
         By record type: what to look at once a second. They are called on the telemetry thread, whatever training does
         meanwhile, and return the record's fields, or None for nothing to say.
+    last
+        The statistics of the step that was thinned out last, or None if it was written; asked when the run ends.
+    is_listed
+        False: the run gets no link among the others, and none of those is pruned.
     min_interval_seconds
         Steps that come faster are thinned out; the last one is always written.
     """
@@ -78,6 +82,8 @@ class TelemetryWriter:
         facts: Mapping[str, Any] | None = None,
         *,
         probes: Mapping[str, Callable[[], Fields | None]] | None = None,
+        last: Callable[[], Stats | None] | None = None,
+        is_listed: bool = True,
         min_interval_seconds: float = _MIN_INTERVAL_SECONDS,
     ) -> None:
         self._pid = os.getpid()
@@ -85,7 +91,7 @@ class TelemetryWriter:
         self._last_put = float("-inf")
         self._channel: _Channel | None = None
         try:
-            self._channel = _open_channel(run_dir, rank, dict(facts or {}), dict(probes or {}))
+            self._channel = _open_channel(run_dir, rank, dict(facts or {}), dict(probes or {}), last, is_listed)
         except Exception as error:  # a broken home must not stop training
             logger.warning("telemetry is off: %s", error)
         else:
@@ -122,18 +128,24 @@ class TelemetryWriter:
         if self._channel is not None and os.getpid() == self._pid:
             self._channel.put_document(path(self._channel.run, self._channel.rank), content)
 
+    @property
+    def is_due(self) -> bool:
+        """True if a step that ends now is to be written; one that comes too soon after another is thinned out."""
+        if self._channel is None or os.getpid() != self._pid:  # a forked child must not speak for its parent
+            return False
+        return time.monotonic() - self._last_put >= self._min_interval
+
     def record_step(self, stats: Stats | Callable[[], Stats]) -> None:
         """Hand over one step's statistics, the flat keys of ``model.memory_stats()``, or what makes them later on the
         telemetry thread. Takes microseconds.
         """
         channel = self._channel
-        if channel is None or os.getpid() != self._pid:  # a forked child must not speak for its parent
+        if channel is None or os.getpid() != self._pid:
             return
-        now = time.monotonic()
-        if now - self._last_put < self._min_interval:
+        if not self.is_due:
             channel.pending = stats
             return
-        self._last_put = now
+        self._last_put = time.monotonic()
         channel.pending = None
         channel.put("step", stats)
 
@@ -160,6 +172,7 @@ class _Channel:
         rank: int,
         header: dict[str, Any],
         probes: Mapping[str, Callable[[], Fields | None]],
+        last: Callable[[], Stats | None] | None,
         lock: int,
     ) -> None:
         self.run = run
@@ -171,6 +184,7 @@ class _Channel:
         self._pid = os.getpid()
         self._header = header
         self._probes = probes
+        self._last = last
         self._lock = lock
         self._ended = False
         # SimpleQueue, because its put may be called from a finalizer that interrupts another put.
@@ -200,8 +214,10 @@ class _Channel:
         if self._ended or os.getpid() != self._pid:
             return
         self._ended = True
-        if self.pending is not None:
-            self._queue.put(("step", time.time(), self.pending))
+        pending = self.pending if self._last is None else self._last()
+        if pending is not None:
+            self._queue.put(("step", time.time(), pending))
+        self.pending = self._last = None
         end = {"status": status, "summary": dict(summary) if summary else None, "error": error}
         self._queue.put(("end", time.time(), end))
         self._wake_up.put(None)
@@ -216,18 +232,19 @@ class _Channel:
         heartbeat = 0.0
         try:
             self._write("start", time.time(), self._header)
-            while True:
+            while what != "end":
+                for kind, seen in probe.due():
+                    self._write(kind, time.time(), seen)
                 while not self._queue.empty():
                     what, when, fields = self._queue.get_nowait()
                     if isinstance(what, Path):
                         write_document(what, {"v": VERSION, "t": when, "rank": self.rank, **_made(fields)})
-                    else:
-                        made = _made(fields)
-                        self._write(what, when, {"stats": made} if what == "step" else made)
-                if what == "end":
-                    break
-                for kind, seen in probe.due():
-                    self._write(kind, time.time(), seen)
+                        continue
+                    if what == "end":
+                        for kind, seen in probe.due(is_last=True):
+                            self._write(kind, when, seen)
+                    made = _made(fields)
+                    self._write(what, when, {"stats": made} if what == "step" else made)
                 if time.monotonic() - heartbeat >= HEARTBEAT_SECONDS:
                     heartbeat = time.monotonic()
                     os.utime(self._lock)
@@ -235,7 +252,7 @@ class _Channel:
                         request_file(self.run).unlink()
                         self.is_dump_requested = True
                 with suppress(queue.Empty):
-                    self._wake_up.get(timeout=_POLL_SECONDS)
+                    self._wake_up.get(timeout=_POLL_SECONDS if what != "end" else 0.0)
         except Exception as error:
             self.is_off = True
             logger.warning("telemetry of %s is off from here on: %s", self.run, error)
@@ -287,9 +304,9 @@ class _Probes:
         self._last: dict[str, tuple[float, Fields]] = {}
         self._next = time.monotonic()
 
-    def due(self) -> list[tuple[str, Fields]]:
+    def due(self, is_last: bool = False) -> list[tuple[str, Fields]]:
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next and not is_last:
             return []
         self._next = now + _PROBE_SECONDS
         found = []
@@ -313,12 +330,22 @@ _live: dict[Path, _Channel] = {}
 
 
 def _open_channel(
-    run_dir: Path | None, rank: int, facts: dict[str, Any], probes: dict[str, Callable[[], Fields | None]]
+    run_dir: Path | None,
+    rank: int,
+    facts: dict[str, Any],
+    probes: dict[str, Callable[[], Fields | None]],
+    last: Callable[[], Stats | None] | None,
+    is_listed: bool,
 ) -> _Channel:
     started = time.time()
     shared = shared_run_id()
     run_id = shared or f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(started))}-{os.getpid()}"
-    run, run_id = make_run_folder(run_dir, run_id, is_shared=shared is not None)
+    if is_listed:
+        run, run_id = make_run_folder(run_dir, run_id, is_shared=shared is not None)
+    else:
+        assert run_dir is not None
+        run = run_dir
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = lock_file(run, rank)
     if path in _live:  # boosted again into the same folder: the newer one has it
         _live[path].request_end("finished", None)
@@ -339,8 +366,8 @@ def _open_channel(
             "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
         }
         write_run_file(run, rank, {"v": VERSION, "rank": rank, **header, "facts": facts})
-        channel = _live[path] = _Channel(run, rank, header, probes, lock)
-        if rank == 0:
+        channel = _live[path] = _Channel(run, rank, header, probes, last, lock)
+        if rank == 0 and is_listed:
             with suppress(OSError):
                 prune({lock.parent.resolve() for lock in _live})
     except BaseException:

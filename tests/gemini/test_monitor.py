@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gemini.boosted import Boosted, boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
 from gemini.monitor import chunk_map
 from gemini.nn.optimizer import HybridAdam
@@ -90,6 +91,16 @@ def test_what_is_recorded_is_what_the_model_says(tmp_path: Path) -> None:
     assert stats["need/count"] == sum(stats[f"need/{kind}_count"] for kind in ("resident", "hit", "late", "miss"))
     assert stats["need/miss_count"] > 0
     assert sum(stats[f"upload/{tier}_bytes"] for tier in reader.TIERS) == stats["move/fetch_bytes"]
+
+
+def test_the_last_step_is_recorded_although_it_came_too_soon(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.writer._min_interval = 3600.0
+    training.step(20)
+    expected = training.model.memory_stats()["need/count"]
+    steps = [record["stats"] for record in of_type(training.close(), "step")]
+    assert [stats["step/count"] for stats in steps] == [1, 20]
+    assert steps[-1]["need/count"] == expected
 
 
 def test_disk_reads_are_counted_with_their_time(tmp_path: Path) -> None:
@@ -284,9 +295,9 @@ def test_telemetry_keeps_no_model_alive(tmp_path: Path) -> None:
 def test_pooling_keeps_the_peak() -> None:
     points = [Point(i, "forward", (i % 7, 0, 0), 0) for i in range(5000)]
     points[3333].non_model = 1000
-    pooled = pool(points)
+    pooled = pool(points, 0)
     assert len(pooled) <= 512
     assert max(p.used[0] + p.non_model for p in pooled) == 1000 + points[3333].used[0]
-    record = as_record(points, 7)
+    record = as_record(points, 7, Tier.DEVICE)
     assert (record["moment_count"], record["peak_moment"]) == (5000, 3333)
     assert len(json.dumps(record)) <= 16 << 10

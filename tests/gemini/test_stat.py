@@ -179,7 +179,7 @@ def test_ls_lists_runs_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert listing["schema_version"] == 1
 
 
-@pytest.mark.parametrize("target", [[], ["top"], ["12345"], ["/nonexistent"]])
+@pytest.mark.parametrize("target", [[], ["top"], ["chunks"], ["12345"], ["/nonexistent"], ["tpo"]])
 def test_no_run_exits_4_and_says_so(target: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(target) == 4
     out, err = capsys.readouterr()
@@ -211,7 +211,7 @@ def test_wrong_usage_exits_2() -> None:
 
 def test_an_internal_error_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     make_run()
-    monkeypatch.setattr("gemini.stat.cli.read_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("gemini.stat.console.read_run", lambda *_: 1 / 0)
     assert main([]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 
@@ -284,15 +284,18 @@ def test_it_never_imports_torch() -> None:
 
 
 def test_it_starts_in_half_a_second() -> None:
+    # Of processor time, which the tests beside this one do not lengthen; on a quiet machine that is the time it takes.
+    assert min(_processor_seconds("--version") for _ in range(3)) < 0.5
     run = str(make_run())
-    best = min(_seconds_of(run) for _ in range(5))  # the best of five: the machine may be busy with other things
-    assert best < 0.5
+    assert min(_processor_seconds(run) for _ in range(3)) < 0.5
 
 
-def _seconds_of(run: str) -> float:
-    begin = time.perf_counter()
-    assert command(run).returncode == 0
-    return time.perf_counter() - begin
+def _processor_seconds(*arguments: str) -> float:
+    child = subprocess.Popen([sys.executable, "-m", "gemini.stat", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    return usage.ru_utime + usage.ru_stime
 
 
 def test_help_names_examples_and_exit_codes_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:

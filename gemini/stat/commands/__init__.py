@@ -1,0 +1,27 @@
+"""One module a command: ``HELP``, ``add_arguments(parser)`` and ``run(options) -> Exit``. Imported when called."""
+
+MODULES = {
+    "show": "gemini.stat.commands.show",
+    "top": "gemini.stat.commands.top",
+    "ls": "gemini.stat.commands.ls",
+    "dmon": "gemini.stat.commands.dmon",
+    "chunks": "gemini.stat.commands.chunks",
+    "timeline": "gemini.stat.commands.timeline",
+    "wait": "gemini.stat.commands.wait",
+    "check": "gemini.stat.commands.check",
+    "doctor": "gemini.stat.commands.doctor",
+    "schema": "gemini.stat.commands.schema",
+}
+"""By name, not imported: those that need torch lie in higher layers, and none is loaded before it is asked for."""
+
+SUMMARY = """\
+  top         the live screen (what plain gemini-stat shows on a terminal)
+  ls          all runs: status, step, age
+  dmon        a row every few seconds, for logs and pipes
+  chunks      the chunks: homes, sizes, parameters
+  timeline    one step by moment: model and non-model data
+  wait        block until a run is finished, steady, or at a step
+  check       thresholds for CI
+  doctor      what this machine and this installation can do
+  schema      the JSON Schema of --json, or of the records
+"""

@@ -1,0 +1,89 @@
+"""``gemini-stat chunks``: the chunks as a table."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from gemini.stat.console import Exit, console, find, print_json, read, show
+from gemini.stat.text import percent, printable, size
+from gemini.telemetry.documents import ChunkView, read_chunks, states_of
+from gemini.telemetry.reader import TIERS, Unreadable
+
+HELP = "The chunks: where their homes are, what is in them, what state they are in."
+STATES = {">": "moving", "*": "in use"}
+_SORTS = {
+    "index": lambda item: item["index"],
+    "bytes": lambda item: -item["home_bytes"],
+    "waste": lambda item: -item["waste_ratio"],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tier", choices=TIERS, help="only chunks whose master is there")
+    parser.add_argument("--state", choices=("home", "resident", "moving", "in-use"), help="only chunks in that state")
+    parser.add_argument("--group", metavar="NAME", help="only chunks of that optimizer group, such as 0 or '-1 frozen'")
+    parser.add_argument("--param", metavar="NAME", help="only chunks with a parameter whose name contains NAME")
+    parser.add_argument("--sort", choices=_SORTS, default="index", help="index (default), bytes or waste")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    path = find(options)
+    found = read(path, options)
+    chunks = read_chunks(path, found.rank)
+    if chunks is None:
+        raise Unreadable(f"{path} has no description of its chunks: an older version wrote it, or it has not begun")
+    states = states_of(found.states)
+    rows = [_row(index, chunk, states[index : index + 1]) for index, chunk in enumerate(chunks.chunks)]
+    rows = sorted((row for row in rows if _matches(row, options)), key=_SORTS[options.sort])
+    if options.json:
+        print_json({"run_id": found.run_id, "rank": found.rank, "map": found.states, "chunks": rows})
+    else:
+        show(console(options), _table(rows, found.states))
+    return Exit.OK
+
+
+def _row(index: int, chunk: ChunkView, letter: str) -> dict[str, Any]:
+    return {
+        "index": index,
+        "numel": chunk.numel,
+        "waste_ratio": 1 - chunk.used_numel / chunk.numel if chunk.numel else 0.0,
+        "home_bytes": sum(chunk.home_bytes.values()),
+        "full_bytes": chunk.full_bytes,
+        "homes": dict(chunk.homes),
+        "group": chunk.group,
+        "state": None if not letter else STATES.get(letter, "resident" if letter.isupper() else "home"),
+        "parameters": list(chunk.parameters),
+    }
+
+
+def _matches(row: dict[str, Any], options: argparse.Namespace) -> bool:
+    if options.tier is not None and row["homes"].get("master") != options.tier:
+        return False
+    if options.state is not None and row["state"] != options.state.replace("-", " "):
+        return False
+    if options.group is not None and row["group"] != options.group:
+        return False
+    return options.param is None or any(options.param in name for name in row["parameters"])
+
+
+def _table(rows: Sequence[dict[str, Any]], states: str) -> Any:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2), pad_edge=False)
+    for justify in ("right", "left", "right", "right", "left", "left"):
+        table.add_column(justify=justify, no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_row("chunk", "state", "homes", "waste", "master", "moments", "parameters", style="dim")
+    for row in rows:
+        names = row["parameters"]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        table.add_row(
+            str(row["index"]),
+            row["state"] or "-",
+            size(row["home_bytes"]),
+            percent(row["waste_ratio"]),
+            printable(row["homes"].get("master", "-"), 10),
+            printable(row["homes"].get("exp_avg", "-"), 10),
+            printable(names[0], 60) + more if names else "-",
+        )
+    return table

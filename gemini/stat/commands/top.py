@@ -1,0 +1,117 @@
+"""``gemini-stat top``: the live screen."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, show
+from gemini.stat.follow import Follower
+from gemini.stat.keyboard import keyboard
+from gemini.stat.screen import Shown, View, screen
+from gemini.telemetry.reader import Unreadable, ranks_of
+
+HELP = "The live screen: tiers, one step by moment, the chunk map, moves, waits, advice."
+_TOGGLES = {"t": "timeline", "c": "chunks", "m": "moves", "a": "advice"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", "--interval", type=float, default=1.0, metavar="S", help="seconds between looks (1)")
+    parser.add_argument("-1", "--once", action="store_true", help="one screen, without keys")
+    parser.add_argument("--only", metavar="PARTS", help="tiers,timeline,chunks,moves,advice")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    if options.json:
+        from gemini.stat.commands import show as plain
+
+        return plain.run(options)
+    if options.interval <= 0:
+        raise Usage(f"--interval must be positive, got {options.interval}")
+    view = View(hidden=_hidden(getattr(options, "only", None)))
+    follower = Follower(find(options), options)
+    out = console(options)
+    plain_text = is_ascii(options)
+    if options.once or not (sys.stdout.isatty() and sys.stdin.isatty()):
+        shown = follower.look()
+        height = max(24, out.height) if sys.stdout.isatty() else 40
+        show(out, screen(shown, view, out.width, height, plain_text, keys=False))
+        return of_run(shown.run)
+    return _live(follower, view, out, plain_text)
+
+
+def _hidden(only: str | None) -> set[str]:
+    from gemini.stat.screen import PARTS
+
+    if only is None:
+        return set()
+    wanted = {part.strip() for part in only.split(",")}
+    if unknown := wanted - set(PARTS):
+        raise Usage(f"--only knows {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+    return set(PARTS) - wanted
+
+
+def _live(follower: Follower, view: View, out: object, plain: bool) -> Exit:
+    from rich.console import Console
+    from rich.live import Live
+
+    assert isinstance(out, Console)
+    shown = follower.look()
+
+    def draw(live: Live) -> None:
+        # Asked each time: a terminal may change its size between two looks.
+        live.update(screen(shown, view, out.width, out.height, plain), refresh=True)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(Exit.TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with keyboard() as keys, Live(console=out, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+            while True:
+                draw(live)
+                key = keys.wait(follower.options.interval)
+                if key in ("q", "Q"):
+                    return of_run(shown.run)
+                if key is not None:
+                    _press(key, view, follower, shown, out, plain)
+                if not view.is_paused:
+                    try:
+                        shown = follower.look()
+                    except Unreadable as error:
+                        view.message = str(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _press(key: str, view: View, follower: Follower, shown: Shown, out: object, plain: bool) -> None:
+    view.message = ""
+    if view.is_help:
+        view.is_help = False
+    elif key in _TOGGLES:
+        view.hidden ^= {_TOGGLES[key]}
+    elif key == "?":
+        view.is_help = True
+    elif key == "p":
+        view.is_paused = not view.is_paused
+    elif key == "r":
+        ranks = ranks_of(follower.path) or [0]
+        following = [rank for rank in ranks if rank > shown.run.rank] or ranks
+        follower.options.rank = str(following[0])
+    elif key == "s":
+        view.message = _save(shown, view, plain)
+
+
+def _save(shown: Shown, view: View, plain: bool) -> str:
+    from rich.console import Console
+
+    file = Path("gemini-stat.txt")
+    page = Console(width=120, color_system=None, markup=False, highlight=False, emoji=False)
+    with page.capture() as capture:
+        page.print(screen(shown, View(hidden=view.hidden), 120, 40, plain, keys=False))
+    try:
+        file.write_text("\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n", encoding="utf-8")
+    except OSError as error:
+        return f"not saved: {error}"
+    return f"saved as {file.absolute()}"

@@ -1,0 +1,114 @@
+"""Where output goes and how it looks there: exit codes, JSON, colour, plain text. Shared by all commands."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from gemini.stat.text import printable
+from gemini.telemetry.discovery import NoRun, find_run
+from gemini.telemetry.reader import RunStatus, RunView, ranks_of, read_run
+
+SCHEMA_VERSION = 1
+"""Of ``--json``. Raised when a field goes or changes its meaning; fields may be added without."""
+
+
+class Exit(IntEnum):
+    """Exit codes. 1 is for what we did not foresee, so that scripts can tell it from an answer."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    NEGATIVE = 3
+    NO_RUN = 4
+    BAD_RUN = 5
+    UNREADABLE = 6
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class Usage(Exception):
+    """The command cannot be meant like that."""
+
+
+def of_run(run: RunView) -> Exit:
+    return Exit.BAD_RUN if run.status in (RunStatus.CRASHED, RunStatus.STALLED) else Exit.OK
+
+
+def find(options: argparse.Namespace) -> Path:
+    """The run's folder; a remark on the choice goes to stderr."""
+    path, note = find_run(options.target)
+    if note and not options.json:
+        remark(note)
+    return path
+
+
+def read(path: Path, options: argparse.Namespace) -> RunView:
+    """The rank that was asked for: a number, or the worst, which is the one that needs attention first."""
+    if options.rank == "worst":
+        return max((read_run(path, rank) for rank in ranks_of(path) or [0]), key=_badness)
+    rank = None if options.rank is None else int(options.rank)
+    run = read_run(path, rank)
+    if rank is not None and run.updated is None:
+        raise NoRun(f"{path} has no rank {rank}")
+    return run
+
+
+def _badness(run: RunView) -> tuple[bool, float, int]:
+    """Crashed before alive, the one that is behind before the others."""
+    return (run.status is RunStatus.CRASHED, -float(run.step or 0), -run.rank)
+
+
+def rank(text: str) -> str:
+    """For argparse: a number or ``worst``."""
+    if text == "worst" or (text.isascii() and text.isdecimal()):
+        return text
+    raise argparse.ArgumentTypeError(f"expected a number or 'worst', got {text!r}")
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    # ASCII only, so that no character of a file reaches the terminal as it is.
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, allow_nan=False))
+
+
+def print_json_line(content: Mapping[str, Any]) -> None:
+    """For streams: one object a line."""
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **content}, separators=(",", ":"), allow_nan=False), flush=True)
+
+
+def remark(text: str) -> None:
+    print(f"gemini-stat: {printable(text)}", file=sys.stderr)
+
+
+def is_ascii(options: argparse.Namespace) -> bool:
+    """True where block characters would come out as question marks, or were not asked for."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
+    return bool(options.ascii) or "utf" not in encoding
+
+
+def console(options: argparse.Namespace) -> Any:
+    """A rich console that writes to stdout, with colour on a terminal only."""
+    # rich is imported where it is used: --json and the error paths start without it.
+    from rich.console import Console
+
+    # Only text of ours and escaped text from files is printed: no markup, no highlighting of numbers by guess.
+    if options.color == "always":
+        made = Console(markup=False, highlight=False, emoji=False, force_terminal=True, no_color=False)
+    else:
+        on_terminal = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+        wanted = options.color == "auto" and on_terminal and not os.environ.get("NO_COLOR")
+        wanted = wanted and os.environ.get("TERM") != "dumb"
+        made = Console(markup=False, highlight=False, emoji=False, color_system="auto" if wanted else None)
+    return made
+
+
+def show(shown_on: Any, renderable: Any) -> None:
+    """Print without the blanks that fill a line up to its edge, which a pipe should not see."""
+    with shown_on.capture() as capture:
+        shown_on.print(renderable)
+    for line in capture.get().splitlines():
+        print(line.rstrip(" "))

@@ -1,0 +1,49 @@
+"""A run looked at again and again: what may be read each time, and what only when it has changed."""
+
+import argparse
+from pathlib import Path
+
+from gemini.stat.console import read
+from gemini.stat.rates import read_hardware
+from gemini.stat.screen import Shown, gather
+from gemini.telemetry.documents import ChunksView, TimelineView, read_chunks, read_timeline
+from gemini.telemetry.layout import chunks_file, timeline_file
+
+
+class Follower:
+    """Reads one run of the options' rank, and its documents when their files are new."""
+
+    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+        self.path = path
+        self.options = options
+        self._hardware = read_hardware()
+        self._chunks: ChunksView | None = None
+        self._timeline: TimelineView | None = None
+        self._seen: dict[Path, tuple[int, int]] = {}
+
+    def look(self) -> Shown:
+        """All that is known now.
+
+        Raises
+        ------
+        Unreadable
+            The run's files are gone, damaged or too new.
+        """
+        run = read(self.path, self.options)
+        if self._is_new(chunks_file(self.path, run.rank)):
+            self._chunks = read_chunks(self.path, run.rank)
+        if self._is_new(timeline_file(self.path, run.rank)):
+            self._timeline = read_timeline(self.path, run.rank)
+        return gather(run, self._chunks, self._timeline, self._hardware)
+
+    def _is_new(self, file: Path) -> bool:
+        try:
+            status = file.stat()
+        except OSError:
+            return self._seen.pop(file, None) is not None
+        stamp = (status.st_mtime_ns, status.st_ino)
+        if self._seen.get(file) == stamp:
+            return False
+        self._seen = {path: seen for path, seen in self._seen.items() if path.name[9:] != file.name[9:]}
+        self._seen[file] = stamp
+        return True

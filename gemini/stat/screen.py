@@ -1,0 +1,152 @@
+"""The live screen: which parts, in which order, and how they share the lines there are."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Group
+from rich.text import Text
+
+from gemini.stat import panels
+from gemini.stat.advice import Advice, advise
+from gemini.stat.rates import Rates, rates
+from gemini.stat.snapshot import STATUS_STYLES
+from gemini.stat.text import duration, printable, seconds
+from gemini.telemetry.documents import ChunksView, TimelineView
+from gemini.telemetry.reader import RunView
+
+PARTS = ("tiers", "timeline", "chunks", "moves", "advice")
+KEYS = "q quit  r rank  t timeline  c chunks  m moves  a advice  p pause  s save  ? help"
+HELP = (
+    "q     leave; the run goes on",
+    "r     the next rank, when there are several",
+    "t c m a   show or hide the timeline, the chunk map, moves, advice",
+    "p     freeze what is shown; once more: go on",
+    "s     write what is shown to gemini-stat.txt in the present folder",
+    "?     this help; any key leaves it",
+    "",
+    "tiers   used and peak are model data as counted; capacity is what they may",
+    "        take. risk is of the process: at 100% it is killed, or an",
+    "        allocation fails. Full homes are no risk, a full RAM is.",
+    "moves   per step, of the last ten seconds; speed while moving",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """All that is known about one rank at one moment."""
+
+    run: RunView
+    rates: Rates
+    advices: Sequence[Advice]
+    chunks: ChunksView | None
+    timeline: TimelineView | None
+
+
+@dataclass(kw_only=True)
+class View:
+    """What the person at the keys has chosen."""
+
+    hidden: set[str] = field(default_factory=set)
+    is_paused: bool = False
+    is_help: bool = False
+    message: str = ""
+
+
+def gather(run: RunView, chunks: ChunksView | None, timeline: TimelineView | None, hardware: dict[str, float]) -> Shown:
+    found = rates(run, hardware)
+    return Shown(
+        run=run,
+        rates=found,
+        advices=advise(run, found, chunks, timeline),
+        chunks=chunks,
+        timeline=timeline,
+    )
+
+
+def screen(shown: Shown, view: View, width: int, height: int, plain: bool, keys: bool = True) -> Group:
+    """Everything on ``height`` lines of ``width`` columns."""
+    lines = [_header(shown.run, width, view)]
+    if view.is_help:
+        lines += [Text(f" {line}") for line in HELP]
+    elif not shown.run.stats:
+        lines += ["", *_empty(shown.run)]  # type: ignore[list-item]
+    else:
+        lines += _parts(shown, view, width, height - len(lines) - int(keys), plain)
+    if shown.run.reason:
+        lines.insert(1, Text(f" {printable(shown.run.reason, width - 2)}", style="red"))
+    lines = lines[: height - int(keys)]
+    if keys:
+        lines += [Text("")] * (height - 1 - len(lines))
+        lines.append(Text(f" {view.message or KEYS}"[:width], style="reverse" if view.message else "dim"))
+    return Group(*lines)
+
+
+def _header(run: RunView, width: int, view: View) -> Text:
+    line = Text(" ", no_wrap=True, overflow="ellipsis")
+    line.append(f" {run.status.name} ", style=STATUS_STYLES[run.status])
+    line.append(f" {printable(run.name, 24) or 'run'}", style="bold")
+    if width >= 100:
+        line.append(f"  {printable(run.run_id, 30)}", style="cyan")
+    if run.step is not None:
+        line.append(f"  step {run.step:,}  {seconds(run.stats.get('step/seconds'))}/step")
+    for extra in (panels.eta(run), f"rank {run.rank} of {run.world_size}" if run.world_size > 1 else ""):
+        line.append(f"  {extra}" if extra else "")
+    if run.started is not None:
+        until = time.time() if run.is_live else run.updated
+        line.append(f"  up {duration((until or run.started) - run.started)}")
+    if view.is_paused:
+        line.append("  PAUSED", style="bold yellow")
+    clock = time.strftime(" %H:%M:%S")
+    line.truncate(max(0, width - len(clock)))
+    line.append(" " * (width - len(clock) - line.cell_len) + clock, style="dim")
+    return line
+
+
+def _empty(run: RunView) -> list[Text]:
+    if run.is_live:
+        return [Text(" warm-up: the first step records the timeline; nothing to show before it ends")]
+    return [Text(" this run ended before its first step")]
+
+
+def _parts(shown: Shown, view: View, width: int, height: int, plain: bool) -> list[Text]:
+    """Fixed parts first; the timeline and the chunk map get what is left."""
+    wide = width >= 100
+    run, wanted = shown.run, [part for part in PARTS if part not in view.hidden]
+    blocks: dict[str, list[Text]] = {}
+    blocks["tiers"] = [panels.heading("memory by tier", width, plain), *panels.tiers(run, shown.rates, width, plain)]
+    blocks["moves"] = [panels.heading(_moves_title(shown), width, plain), *panels.moves(shown.rates, width)]
+    limit = 4 if height >= 34 else 1
+    blocks["advice"] = [
+        panels.heading("advice", width, plain, "arguments of GeminiPlugin"),
+        *panels.advices(shown.advices, width, limit),
+    ]
+    left = height - sum(len(blocks[part]) for part in wanted if part in blocks)
+    if "chunks" in wanted:
+        rows = max(1, min(6, left - 9 if "timeline" in wanted else left - 2))
+        note = panels.map_note(run, wide)
+        count = f"chunks {len(shown.chunks.chunks)}" if shown.chunks is not None else "chunks"
+        block = [panels.heading(count, width, plain, note), *panels.chunk_map(run, shown.chunks, width, rows)]
+        if wide and shown.chunks is not None:
+            block.append(panels.homes(shown.chunks, width))
+        blocks["chunks"] = block
+        left -= len(block)
+    if "timeline" in wanted:
+        blocks["timeline"] = _timeline(shown, width, max(2, min(14, left - 2)), plain)
+    return [line for part in wanted for line in blocks[part]]
+
+
+def _timeline(shown: Shown, width: int, height: int, plain: bool) -> list[Text]:
+    if shown.timeline is None:
+        return [panels.heading("one step by moment", width, plain), Text(" not recorded yet", style="dim")]
+    units = shown.chunks.units if shown.chunks is not None else ()
+    where = panels.describe_peak(shown.timeline, units)
+    legend = "# model + non-model" if plain else "█ model ▒ non-model"
+    title = f"step {shown.timeline.step:,} by moment   {legend}" if width >= 100 else f"step {shown.timeline.step:,}"
+    capacity = shown.run.stats.get("device/capacity_bytes")
+    chart = panels.timeline(shown.timeline, units, capacity, width, height, plain)
+    return [panels.heading(title, width, plain, where), *chart]
+
+
+def _moves_title(shown: Shown) -> str:
+    return f"moves and waits, of {shown.rates.steps} steps" if shown.rates.steps else "moves and waits"
