@@ -7,19 +7,24 @@ from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import Communicator, SingleProcess
 from .disk import DiskBackend
+from .disk_file import Requests
+from .disk_tuning import tuned
 from .gradient import GradientBuffer
 from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager, ChunkPlan
-from .memory import FETCH_WORKERS, CudaBackend, DeviceBackend, RamBackend, Staging
+from .memory import FETCH_WORKERS, CudaBackend, DeviceBackend, RamBackend
 from .search import ChunkSearch, search_chunk_numel
+from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
 from .workers import end_elsewhere, start_workers
+from .write_behind import STORE_BLOCKS
 
 __all__ = [
     "FETCH_WORKERS",
     "STATE_ROLES",
+    "STORE_BLOCKS",
     "Buffer",
     "Chunk",
     "ChunkLayout",
@@ -35,6 +40,7 @@ __all__ = [
     "Ledger",
     "MemoryBuffer",
     "RamBackend",
+    "Requests",
     "Role",
     "SingleProcess",
     "Slot",
@@ -43,6 +49,8 @@ __all__ = [
     "Tier",
     "end_elsewhere",
     "pack",
+    "pieces",
     "search_chunk_numel",
     "start_workers",
+    "tuned",
 ]

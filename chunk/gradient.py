@@ -22,6 +22,8 @@ class GradientBuffer:
         self.present: set[int] = set()
         self._backend = backend
         self._norms: dict[int, Tensor] = {}
+        self._norm_wanted = False
+        """Whether anyone has asked for 2-norms yet: who clips does so in every step, who does not never."""
         tensor = buffer.tensor
         self._views = [] if tensor is None else [_shaped(tensor, slot) for slot in layout.slots]
 
@@ -48,31 +50,38 @@ class GradientBuffer:
 
     def _add_on_disk(self, position: int, gradient: Tensor, accumulate: bool) -> None:
         slot = self.layout.slots[position]
-        if not accumulate and gradient.device.type == "cpu" and gradient.stride() == slot.stride:
+        if not accumulate and gradient.stride() == slot.stride:
             flat = gradient.as_strided((slot.numel,), (1,))
         else:
             flat = torch.empty(slot.numel, dtype=gradient.dtype)
             shaped = flat.as_strided(slot.shape, slot.stride)
             if accumulate:
+                self._backend.synchronize()
                 self.buffer.read(slot.offset, flat)
                 shaped.add_(gradient.to(flat.device))
             else:
                 shaped.copy_(gradient)
-        self.buffer.write(slot.offset, flat)
-        self._norms[position] = _norm(flat.as_strided(slot.shape, slot.stride), 2.0)  # while it is in RAM
+        self._backend.store(flat, self.buffer, slot.offset)
+        if self._norm_wanted:
+            self._norms[position] = _norm(flat.as_strided(slot.shape, slot.stride), 2.0)  # while it is in RAM
 
     def norms(self, order: float = 2.0) -> list[Tensor]:
         """The norm of each gradient present, fp32 scalars on CPU, in slot order."""
+        self._norm_wanted = self._norm_wanted or order == 2.0
         return [self._norm_of(position, order) for position in sorted(self.present)]
 
     def _norm_of(self, position: int, order: float) -> Tensor:
         if self._views:
             return _norm(self._views[position], order)
-        return self._norms[position] if order == 2.0 else _norm(self.read(position), order)
+        if order == 2.0 and position in self._norms:
+            return self._norms[position]
+        return _norm(self.read(position), order)
 
     def read(self, position: int) -> Tensor:
         """A copy of one gradient, in its parameter's shape."""
         slot = self.layout.slots[position]
+        if not self._views:
+            self._backend.synchronize()
         flat = torch.empty(slot.numel, dtype=self.buffer.dtype)
         self.buffer.read(slot.offset, flat)
         return flat.as_strided(slot.shape, slot.stride)
@@ -80,6 +89,7 @@ class GradientBuffer:
     def write(self, position: int, gradient: Tensor) -> None:
         """Replace one gradient (clipping by value)."""
         self.present.discard(position)
+        self._norms.pop(position, None)
         self.add(position, gradient)
 
     def clear(self) -> None:

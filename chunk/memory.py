@@ -10,7 +10,6 @@ import weakref
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
-from queue import SimpleQueue
 from threading import Lock
 from typing import Protocol
 
@@ -18,8 +17,10 @@ import torch
 from torch import Tensor
 
 from .buffer import Buffer, MemoryBuffer
+from .staging import Staging
 from .tier import Tier
 from .workers import end_elsewhere, start_workers
+from .write_behind import WriteBehind
 
 FETCH_WORKERS = 2
 """Threads that read from disk: one reads while the other converts."""
@@ -95,36 +96,33 @@ class DeviceBackend(Protocol):
     def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
         """Copy (or add) a gradient to memory of another tier; `synchronize` makes it readable."""
 
+    def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
+        """Write a flat gradient to a disk home; `synchronize` makes it readable. The gradient may change afterwards.
+
+        Raises
+        ------
+        OffloadError
+            If an earlier one could not be written.
+        """
+
     def synchronize(self) -> None:
-        """Wait for all downloads."""
+        """Wait for all downloads.
+
+        Raises
+        ------
+        OffloadError
+            If one could not be written to disk; the next call tries it again.
+        """
+
+    def discard(self) -> None:
+        """Wait for all downloads, which nobody will read: what went wrong with them does not matter."""
 
     def close(self) -> None:
         """End worker threads."""
 
 
-class Staging:
-    """A fixed set of equal fp32 blocks in RAM that worker threads borrow."""
-
-    def __init__(self, count: int, block_numel: int, pin: bool = False) -> None:
-        self.block_numel = block_numel
-        self.nbytes = count * block_numel * 4
-        self._free: SimpleQueue[Tensor] = SimpleQueue()
-        for _ in range(count):
-            self._free.put(torch.empty(block_numel, dtype=torch.float32, pin_memory=pin))
-
-    def borrow(self) -> Tensor:
-        """A block; blocks until one is free (holders never wait for another block)."""
-        return self._free.get()
-
-    def give_back(self, block: Tensor) -> None:
-        self._free.put(block)
-
-
 def fill_from_disk(full: Tensor, source: Buffer, staging: Staging) -> None:
-    """Read a disk home into a full copy, in blocks through staging when the bytes need converting."""
-    if source.dtype is full.dtype and full.device.type == "cpu":
-        source.read(0, full)
-        return
+    """Read a disk home into a full copy, in blocks through staging: it is aligned for the disk, full copies are not."""
     block = staging.borrow()
     try:
         typed = block.view(source.dtype)
@@ -142,10 +140,11 @@ class RamBackend:
     device = torch.device("cpu")
     is_ram = True
 
-    def __init__(self, staging: Staging | None) -> None:
+    def __init__(self, staging: Staging | None, store_staging: Staging | None = None) -> None:
         self.uploads = Uploads()
         self._staging = staging
         self._workers = start_workers(FETCH_WORKERS, "fetch")
+        self._store = WriteBehind(store_staging)
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype))  # calloc: pages come when they are touched
@@ -177,11 +176,18 @@ class RamBackend:
     def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
         into.add_(gradient) if accumulate else into.copy_(gradient)
 
+    def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
+        self._store.write(into, start, gradient)
+
     def synchronize(self) -> None:
-        pass
+        self._store.flush()
+
+    def discard(self) -> None:
+        self._store.discard()
 
     def close(self) -> None:
         end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
+        self._store.close()
 
 
 class _Recorded:
@@ -207,7 +213,9 @@ class CudaBackend:
 
     is_ram = False
 
-    def __init__(self, device: torch.device, staging: Staging | None, pin_homes: bool) -> None:
+    def __init__(
+        self, device: torch.device, staging: Staging | None, pin_homes: bool, store_staging: Staging | None = None
+    ) -> None:
         self.device = device
         self.uploads = Uploads()
         self._staging = staging
@@ -216,6 +224,7 @@ class CudaBackend:
         self._to_host = torch.cuda.Stream(device)
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._workers = start_workers(FETCH_WORKERS, "fetch")
+        self._store = WriteBehind(store_staging)
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         if tier is Tier.DEVICE:
@@ -276,7 +285,7 @@ class CudaBackend:
             into.add_(gradient) if accumulate else into.copy_(gradient)
             return
         if accumulate:
-            self.synchronize()
+            self._wait_for_copies()
             into.add_(gradient.to(into.device))
             return
         self._to_host.wait_stream(torch.cuda.current_stream(self.device))
@@ -288,11 +297,23 @@ class CudaBackend:
         while self._leaving and self._leaving[0][0].query():
             self._leaving.popleft()
 
+    def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
+        self._store.write(into, start, gradient)
+
     def synchronize(self) -> None:
+        self._wait_for_copies()
+        self._store.flush()
+
+    def discard(self) -> None:
+        self._wait_for_copies()
+        self._store.discard()
+
+    def _wait_for_copies(self) -> None:
         for event, _ in self._leaving:
             event.synchronize()
         self._leaving.clear()
 
     def close(self) -> None:
-        self.synchronize()
+        self._wait_for_copies()
         end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
+        self._store.close()

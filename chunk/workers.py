@@ -15,8 +15,13 @@ END_SECONDS = 2.0
 logger = logging.getLogger(__name__)
 
 
-def start_workers(count: int, name: str) -> ThreadPoolExecutor:
+def start_workers(count: int, name: str, stack_bytes: int = 0) -> ThreadPoolExecutor:
     """A pool whose threads have all been started.
+
+    Parameters
+    ----------
+    stack_bytes
+        Of each thread; 0 for the system's default, all of which (8 MiB, usually) counts against RLIMIT_DATA.
 
     The standard pool starts a thread when a task finds none idle: in the middle of training, where a tight memory limit
     may refuse the thread its stack. Here that is an error before anything has been changed.
@@ -28,6 +33,7 @@ def start_workers(count: int, name: str) -> ThreadPoolExecutor:
     """
     pool = ThreadPoolExecutor(count, thread_name_prefix=f"gemini-memory-{name}")
     here = threading.Barrier(count + 1)  # each task holds its thread until all are there
+    before = threading.stack_size(stack_bytes) if stack_bytes else 0
     try:
         for _ in range(count):
             pool.submit(here.wait, START_SECONDS)
@@ -39,6 +45,9 @@ def start_workers(count: int, name: str) -> ThreadPoolExecutor:
             f"host tier out of memory. The system refuses a worker thread ({error}); "
             "lower host_memory, so that more of the limit is left for stacks and activations"
         ) from error
+    finally:
+        if stack_bytes:
+            threading.stack_size(before)
     _undertaker.start()
     return pool
 

@@ -14,6 +14,7 @@ from .capacity import Capacities, find_capacities
 from .chunk import (
     FETCH_WORKERS,
     STATE_ROLES,
+    STORE_BLOCKS,
     Chunk,
     ChunkManager,
     CudaBackend,
@@ -25,6 +26,7 @@ from .chunk import (
     SingleProcess,
     Staging,
     Tier,
+    tuned,
 )
 from .config import GeminiConfig
 from .hooks import Hooks, watch_gradients
@@ -124,19 +126,22 @@ def _refuse(model: nn.Module) -> None:
 
 def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tuple[ChunkManager, UpdateQueue]:
     ledger = Ledger(capacities.nbytes, capacities.unified)
-    disk = fetch_staging = update_staging = None
+    disk = fetch_staging = store_staging = update_staging = None
     if packing.staging_block_numel:
         assert config.offload_dir is not None
-        disk = DiskBackend(config.offload_dir, ledger)
+        requests = tuned(config.offload_dir, packing.placement.nbytes[Tier.DISK])
+        disk = DiskBackend(config.offload_dir, ledger, requests, checksums=config.disk_checksums)
         pin = capacities.device.type == "cuda" and config.pin_memory
         fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
+        store_staging = Staging(STORE_BLOCKS, packing.staging_block_numel, pin)
         update_staging = Staging(BLOCK_SETS * len(UPDATE_ROLES), packing.staging_block_numel, pin)
-        ledger.take(Tier.HOST, fetch_staging.nbytes + update_staging.nbytes, "staging for the disk tier")
+        nbytes = sum(staging.nbytes for staging in (fetch_staging, store_staging, update_staging))
+        ledger.take(Tier.HOST, nbytes, "staging for the disk tier")
     device: DeviceBackend
     if capacities.device.type == "cuda":
-        device = CudaBackend(capacities.device, fetch_staging, config.pin_memory)
+        device = CudaBackend(capacities.device, fetch_staging, config.pin_memory, store_staging)
     else:
-        device = RamBackend(fetch_staging)
+        device = RamBackend(fetch_staging, store_staging)
     return ChunkManager(packing.plans, ledger, device, disk), UpdateQueue(update_staging)
 
 

@@ -26,6 +26,8 @@ class GeminiConfig:
     """Bytes on DISK; None takes what is free in ``offload_dir``."""
     offload_dir: Path | None = None
     """Folder of the DISK tier; None: there is none."""
+    disk_checksums: bool = False
+    """Compare what is read from DISK with the CRC-32 of what was written."""
     chunk_numel: int | None = None
     """Elements a chunk holds; None searches."""
     search_range: tuple[int, int] | None = None

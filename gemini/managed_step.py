@@ -74,7 +74,7 @@ class ChunkedStep:
 
     def drop_gradients(self) -> None:
         """Forget what is in the chunks (a failed backward's gradients are worth nothing)."""
-        self.manager.device.synchronize()
+        self.manager.device.discard()
         for chunk in self.manager.chunks:
             if chunk.gradient is not None:
                 chunk.gradient.clear()

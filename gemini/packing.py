@@ -9,7 +9,18 @@ import torch
 from torch import nn
 
 from .capacity import Capacities
-from .chunk import FETCH_WORKERS, ChunkLayout, ChunkPlan, ChunkSearch, Role, TensorSpec, Tier, pack, search_chunk_numel
+from .chunk import (
+    FETCH_WORKERS,
+    STORE_BLOCKS,
+    ChunkLayout,
+    ChunkPlan,
+    ChunkSearch,
+    Role,
+    TensorSpec,
+    Tier,
+    pack,
+    search_chunk_numel,
+)
 from .chunk.search import RING_CHUNKS, bounds, waste_ratio
 from .config import GeminiConfig
 from .errors import OutOfMemory
@@ -199,11 +210,11 @@ def _units(
 def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities) -> int:
     largest = max((layout.numel for layout in layouts), default=0)
     affordable = capacities.nbytes[Tier.HOST] // STAGING_SHARE // _staging_bytes(1)
-    return max(min(largest, affordable, LARGEST_BLOCK_NUMEL) // 1024 * 1024, SMALLEST_BLOCK_NUMEL)
+    return max(min(largest, affordable, LARGEST_BLOCK_NUMEL) // 2048 * 2048, SMALLEST_BLOCK_NUMEL)
 
 
 def _staging_bytes(block_numel: int) -> int:
-    return (FETCH_WORKERS + BLOCK_SETS * len(UPDATE_ROLES)) * block_numel * 4
+    return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * len(UPDATE_ROLES)) * block_numel * 4
 
 
 def _need(layout: ChunkLayout, compute_dtype: torch.dtype) -> ChunkNeed:

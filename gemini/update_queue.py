@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .chunk import Buffer, Chunk, Role, Staging, end_elsewhere, start_workers
+from .chunk import Buffer, Chunk, Role, Staging, end_elsewhere, pieces, start_workers
 from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
 from .nn.optimizer.update import adam_update
 
@@ -91,6 +91,8 @@ class _Block:
     ticket: Ticket
     start: int
     stop: int
+    offset: int
+    """Of its elements in staging, so that they lie there as they lie in the file."""
     scalars: AdamScalars
     staged: dict[Role, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
@@ -106,7 +108,7 @@ class _Block:
         """The elements of this block, in memory."""
         if buffer.tensor is not None:
             return buffer.tensor[self.start : self.stop]
-        return self.staged[role].view(buffer.dtype)[: self.stop - self.start]
+        return self.staged[role].view(buffer.dtype)[self.offset : self.offset + self.stop - self.start]
 
 
 class UpdateQueue:
@@ -153,25 +155,21 @@ class UpdateQueue:
         blocks: list[_Block] = []
         tickets = []
         for update in updates:
-            pieces = self._pieces(update)
-            ticket = Ticket(self, len(pieces))
+            cuts = self._cuts(update)
+            ticket = Ticket(self, len(cuts))
             tickets.append(ticket)
-            blocks += [_Block(update, ticket, start, stop, scalars) for start, stop, scalars in pieces]
+            blocks += [_Block(update, ticket, *cut) for cut in cuts]
         with self._lock:
             self._steps.append(blocks)
             self._thread.submit(self._work)
         return tickets
 
-    def _pieces(self, update: ChunkUpdate) -> list[tuple[int, int, AdamScalars]]:
+    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, AdamScalars]]:
         assert update.chunk.gradient is not None
         homes = [*update.chunk.homes.values(), update.chunk.gradient.buffer]
         streams = any(home.tensor is None for home in homes)
         size = self._staging.block_numel if streams and self._staging is not None else update.chunk.layout.numel
-        return [
-            (start, min(start + size, run.stop), run.scalars)
-            for run in update.runs
-            for start in range(run.start, run.stop, size)
-        ]
+        return [(*cut, run.scalars) for run in update.runs for cut in pieces(run.start, run.stop, size)]
 
     def retry(self) -> None:
         """Go on where a failed step stopped."""

@@ -53,6 +53,7 @@ def check_backend(backend: DeviceBackend, folder: Path) -> None:
                 _check_upload_after_an_update(backend, home, full_dtype)
                 _check_upload_after_a_failed_update(backend, home, full_dtype)
         _check_downloads(backend)
+        _check_stores(backend, disk)
         backend.close()
         backend.close()
     finally:
@@ -140,3 +141,19 @@ def _check_downloads(backend: DeviceBackend) -> None:
         backend.download(strided, into, accumulate=False)
         backend.synchronize()
         assert torch.equal(into.cpu(), strided.cpu())
+
+
+def _check_stores(backend: DeviceBackend, disk: DiskBackend) -> None:
+    home = disk.allocate(NUMEL, torch.bfloat16, "a gradient")
+    expected = torch.zeros(NUMEL, dtype=torch.bfloat16)
+    for start, stop in ((0, 1), (1, 700), (700, NUMEL)):
+        gradient = torch.randn(stop - start, device=backend.device).bfloat16()
+        expected[start:stop] = gradient.cpu()
+        backend.store(gradient, home, start)
+        gradient.fill_(float("nan"))  # it may change at once
+    backend.synchronize()
+    out = torch.empty_like(expected)
+    home.read(0, out)
+    assert torch.equal(out, expected)
+    backend.store(expected.to(backend.device), home, 0)
+    backend.discard()

@@ -117,6 +117,13 @@ class FakeBackend:
         self.log.append(("download", accumulate))
         into.add_(gradient) if accumulate else into.copy_(gradient)
 
+    def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
+        self.log.append(("store", start))
+        into.write(start, gradient)
+
+    def discard(self) -> None:
+        self.log.append(("discard",))
+
     def synchronize(self) -> None:
         self.log.append(("synchronize",))
 

@@ -66,6 +66,9 @@ class GeminiPlugin:
         Bytes of model data per tier, as a number or ``"24GiB"``; None finds out.
     offload_dir
         Folder of the disk tier; None: no disk tier.
+    disk_checksums
+        Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
+        names the chunk. Costs some CPU time.
     telemetry
         True writes a run for ``gemini-stat``, a path says where, False writes nothing.
 
@@ -124,6 +127,7 @@ class GeminiPlugin:
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
         offload_dir: str | Path | None = None,
+        disk_checksums: bool = False,
         telemetry: bool | str | Path = True,
     ) -> None:
         _refuse_foreign(
@@ -153,6 +157,7 @@ class GeminiPlugin:
             host_memory=_bytes("host_memory", host_memory),
             disk_memory=_bytes("disk_memory", disk_memory),
             offload_dir=Path(offload_dir) if offload_dir is not None else None,
+            disk_checksums=disk_checksums,
             chunk_numel=_chunk_numel(chunk_config_dict),
             search_range=search_range,
             search_step=hidden_dim,

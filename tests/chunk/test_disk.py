@@ -149,7 +149,7 @@ def test_a_system_that_moves_few_bytes_at_a_time_changes_nothing(
 
 def test_a_file_cut_short_is_an_error_and_not_garbage(disk: DiskBackend) -> None:
     buffer = disk.allocate(4096, torch.float32, "test")
-    os.ftruncate(disk._fd, 5000)
+    os.ftruncate(disk.file._fd, 5000)
     with pytest.raises(OffloadError, match=r"ends at byte 5000; was it truncated\?") as raised:
         buffer.read(0, torch.empty(4096))
     assert raised.value.errno == errno.EIO
@@ -197,10 +197,10 @@ def test_a_folder_that_does_not_exist_is_made(tmp_path: Path) -> None:
 
 def test_a_full_ledger_refuses_before_the_file_grows(disk: DiskBackend) -> None:
     disk.allocate(1000, torch.float32, "first")
-    size = os.fstat(disk._fd).st_size
+    size = os.fstat(disk.file._fd).st_size
     with pytest.raises(OutOfMemory, match=r"exp_avg of chunk 3 needs .* set disk_memory to"):
         disk.allocate(1 << 20, torch.float32, "exp_avg of chunk 3")
-    assert os.fstat(disk._fd).st_size == size
+    assert os.fstat(disk.file._fd).st_size == size
 
 
 @pytest.mark.parametrize(
@@ -283,8 +283,8 @@ def test_a_full_file_system_is_out_of_memory_before_training_and_never_a_signal(
 HOLD = """
 import sys, torch
 from pathlib import Path
-from gemini.chunk import DiskBackend, Ledger, Tier
-disk = DiskBackend(Path(sys.argv[1]), Ledger({Tier.DISK: 1 << 40}, False))
+from gemini.chunk import DiskBackend, Ledger, Requests, Tier
+disk = DiskBackend(Path(sys.argv[1]), Ledger({Tier.DISK: 1 << 40}, False), Requests(1 << 20, depth=4))
 disk.allocate(1 << 20, torch.float32, "x").write(0, torch.ones(1 << 20))
 print("ready", flush=True)
 sys.stdin.read()
@@ -324,7 +324,7 @@ def test_the_file_has_no_name_and_is_closed_on_close(
     buffer = backend.allocate(10, torch.float32, "test")
     buffer.write(0, torch.ones(10))
     assert list(tmp_path.iterdir()) == []
-    fd = backend._fd
+    fd = backend.file._fd
     assert str(tmp_path) in os.readlink(f"/proc/self/fd/{fd}")
     backend.close()
     backend.close()
@@ -339,7 +339,7 @@ def test_a_forgotten_backend_closes_its_file(tmp_path: Path) -> None:
                    os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}"))  # fmt: skip
 
     backend = DiskBackend(tmp_path, ledger())
-    assert open_files() == 1
+    assert open_files() > 0
     del backend
     gc.collect()
     assert open_files() == 0

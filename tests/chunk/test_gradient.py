@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import FakeBackend
 from torch import Tensor, nn
 
-from gemini.chunk import DiskBackend, GradientBuffer, Ledger, RamBackend, TensorSpec, Tier, pack
+from gemini.chunk import DiskBackend, GradientBuffer, Ledger, RamBackend, Staging, TensorSpec, Tier, pack
 
 SHAPES = [(33,), (2, 3, 4, 5), (), (7, 9), (0, 4)]
 STRIDES = [(1,), (60, 1, 15, 3), (), (9, 1), (4, 1)]  # the second is channels_last
@@ -26,7 +27,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def buffer(tier: Tier, dtype: torch.dtype, tmp_path: Path) -> Iterator[GradientBuffer]:
-    device = RamBackend(None)
+    device = RamBackend(None, Staging(2, 16))
     disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
     home = disk.allocate(LAYOUT.numel, dtype, "x") if tier is Tier.DISK else device.home(tier, LAYOUT.numel, dtype)
     home.write(0, torch.full((LAYOUT.numel,), float("nan"), dtype=dtype))  # nobody may read what was not written
@@ -133,3 +134,31 @@ def test_a_sparse_gradient_names_the_parameter_and_the_remedy(buffer: GradientBu
     with pytest.raises(TypeError, match=r"w3: got a torch.sparse_coo gradient.*sparse=False"):
         buffer.add(3, torch.zeros(7, 9).to_sparse())
     assert buffer.present == set()
+
+
+def test_what_is_on_its_way_to_disk_has_arrived_before_it_is_read_or_added_to(tmp_path: Path) -> None:
+    device = FakeBackend(1 << 20)
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    buffer = GradientBuffer(LAYOUT, disk.allocate(LAYOUT.numel, torch.float32, "x"), device)
+    at = LAYOUT.slots[3].offset
+    buffer.add(3, gradient(3, torch.float32))
+    assert device.log == [("store", at)]
+    buffer.add(3, gradient(3, torch.float32))
+    assert device.log[1:] == [("synchronize",), ("store", at)]
+    buffer.read(3)
+    assert device.log[3:] == [("synchronize",)]
+    disk.close()
+
+
+def test_norms_are_computed_on_the_way_once_someone_has_asked_for_them(tmp_path: Path) -> None:
+    device = FakeBackend(1 << 20)
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    buffer = GradientBuffer(LAYOUT, disk.allocate(LAYOUT.numel, torch.float32, "x"), device)
+    for round_ in range(3):
+        buffer.add(0, gradient(0, torch.float32, seed=round_))
+        before = disk.read_bytes
+        (norm,) = buffer.norms()
+        assert torch.equal(norm, torch.linalg.vector_norm(gradient(0, torch.float32, seed=round_)))
+        assert (disk.read_bytes > before) == (round_ == 0)
+        buffer.clear()
+    disk.close()

@@ -11,6 +11,7 @@ from fakes import FakeBackend
 
 from gemini.chunk import (
     FETCH_WORKERS,
+    STORE_BLOCKS,
     CudaBackend,
     DeviceBackend,
     DiskBackend,
@@ -25,7 +26,8 @@ from gemini.errors import OffloadError
 BLOCK_NUMEL = 96  # does not divide NUMEL
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BACKENDS: dict[str, Callable[[], DeviceBackend]] = {
-    "ram": lambda: RamBackend(Staging(FETCH_WORKERS, BLOCK_NUMEL)),
+    "ram": lambda: RamBackend(Staging(FETCH_WORKERS, BLOCK_NUMEL), Staging(STORE_BLOCKS, BLOCK_NUMEL)),
+    "ram, nothing on disk": lambda: RamBackend(Staging(FETCH_WORKERS, BLOCK_NUMEL)),
     "fake": lambda: FakeBackend(1 << 20),
     "cuda": lambda: CudaBackend(torch.device("cuda", 0), Staging(FETCH_WORKERS, BLOCK_NUMEL, pin=True), pin_homes=True),
     "cuda, unpinned": lambda: CudaBackend(torch.device("cuda", 0), Staging(FETCH_WORKERS, BLOCK_NUMEL), False),

@@ -1,0 +1,115 @@
+"""Writes to the disk tier that nobody waits for: gradients on their way out of backward."""
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from .buffer import Buffer
+from .staging import Staging, pieces
+from .workers import end_elsewhere, start_workers
+
+STORE_BLOCKS = 3
+"""Staging for it: one block is filled while others are written."""
+
+
+@dataclass(slots=True, eq=False)
+class _Write:
+    """A piece under way to its home."""
+
+    buffer: Buffer
+    start: int
+    piece: Tensor
+    """Part of ``block``."""
+    block: Tensor
+    future: "Future[None] | None" = None
+    has_surfaced: bool = False
+    """Whether its error has been raised."""
+
+
+class WriteBehind:
+    """Writes to disk homes on a worker thread, through all the blocks of a staging. For one thread to use.
+
+    A write that fails is kept, and tried again by the next `flush`: an error costs nothing but the time.
+
+    Parameters
+    ----------
+    staging
+        All of it is used here. None: there is nothing to write behind, each write is over when it returns.
+    """
+
+    def __init__(self, staging: Staging | None) -> None:
+        self._staging = staging
+        self._worker = None if staging is None else start_workers(1, "store")
+        self._writes: deque[_Write] = deque()
+
+    def write(self, buffer: Buffer, start: int, source: Tensor) -> None:
+        """Take ``source`` (flat; it may change afterwards) and write it to ``buffer`` from element ``start`` on.
+
+        Raises
+        ------
+        OffloadError
+            If an earlier write failed that has to be over before this one.
+        """
+        if self._staging is None:
+            buffer.write(start, source.cpu())
+            return
+        numel = self._staging.block_numel
+        for begin, end, offset in pieces(start, start + source.numel(), numel):
+            while len(self._writes) >= self._staging.count:
+                self._finish_first()
+            block = self._staging.borrow()
+            piece = block.view(buffer.dtype)[offset : offset + end - begin]
+            piece.copy_(source[begin - start : end - start])
+            write = _Write(buffer, begin, piece, block)
+            self._writes.append(write)
+            self._start(write)
+
+    def _start(self, write: _Write) -> None:
+        assert self._worker is not None
+        write.future = self._worker.submit(write.buffer.write, write.start, write.piece)
+
+    def _finish_first(self) -> None:
+        write = self._writes[0]
+        assert write.future is not None
+        try:
+            write.future.result()
+        except BaseException:
+            write.has_surfaced = True
+            raise
+        self._writes.popleft()
+        self._give_back(write)
+
+    def _give_back(self, write: _Write) -> None:
+        assert self._staging is not None
+        self._staging.give_back(write.block)
+
+    def flush(self) -> None:
+        """Have everything written.
+
+        Raises
+        ------
+        OffloadError
+            If a write failed. The next call tries it again.
+        """
+        for write in self._writes:
+            if write.has_surfaced:
+                write.has_surfaced = False
+                self._start(write)
+        while self._writes:
+            self._finish_first()
+
+    def discard(self) -> None:
+        """Wait for what is under way, and forget what failed."""
+        while self._writes:
+            write = self._writes.popleft()
+            assert write.future is not None
+            write.future.exception()
+            self._give_back(write)
+
+    def close(self) -> None:
+        """End the thread, once what is under way is over."""
+        if self._worker is not None:
+            end_elsewhere(partial(self._worker.shutdown, wait=True))
