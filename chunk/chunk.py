@@ -56,6 +56,11 @@ class Chunk:
         return self.layout.index
 
     @property
+    def source(self) -> Buffer:
+        """What a fetch reads."""
+        return self.homes.get(Role.SHADOW, self.homes[Role.MASTER])
+
+    @property
     def full_nbytes(self) -> int:
         """Bytes that the full copy takes on DEVICE beside the homes."""
         return 0 if self.full_is_home else self.full.numel() * self.full.element_size()

@@ -149,7 +149,7 @@ class ChunkManager:
         begin = time.perf_counter()
         try:
             self.device.grow(chunk.full)
-            transfer = self.device.upload(chunk.full, chunk.homes[Role.MASTER], chunk.update, background)
+            transfer = self.device.upload(chunk.full, chunk.source, chunk.update, background)
         except BaseException:  # also the error of a pending update, where upload waited for it
             self._free(chunk)
             raise
@@ -257,8 +257,10 @@ class ChunkManager:
         self.write_slot(chunk, position, role, value)
 
     def write_slot(self, chunk: Chunk, position: int, role: Role, value: Tensor) -> None:
-        """Put ``value`` (any dtype, the slot's shape) into a home."""
+        """Put ``value`` (any dtype, the slot's shape) into a home; of the master also into its shadow."""
         slot, home = chunk.layout.slots[position], chunk.homes[role]
+        if role is Role.MASTER and Role.SHADOW in chunk.homes:
+            self.write_slot(chunk, position, Role.SHADOW, value.to(home.dtype))  # rounded once, as the update does it
         with torch.no_grad():
             if home.tensor is not None:
                 home.tensor.as_strided(slot.shape, slot.stride, home.tensor.storage_offset() + slot.offset).copy_(value)

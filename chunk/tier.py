@@ -31,6 +31,9 @@ class Role(Enum):
     GRADIENT = "gradient"
     """The accumulated gradient, compute dtype; alive from backward to the update."""
 
+    SHADOW = "shadow"
+    """The master in the compute dtype, in RAM: fetches read it instead of the master. Derived, so it is optional."""
+
 
 STATE_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
 """What survives a step, and what a checkpoint of a trainable chunk holds."""

@@ -7,6 +7,7 @@ import torch
 
 from .chunk import Tier
 from .config import GeminiConfig
+from .sizes import format_bytes
 from .tracker import Budget, device_budget, disk_budget, host_budget
 
 
@@ -34,6 +35,10 @@ def find_capacities(config: GeminiConfig) -> Capacities:
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
     unified = not has_cuda and config.device_memory is None
     host = _said("host_memory", config.host_memory) or host_budget()
+    if not has_cuda and config.device_memory is not None and config.host_memory is None:
+        # The emulated device is in the same RAM, which must not be given away twice.
+        less = f"{host.source}, less {format_bytes(config.device_memory)} for the emulated device"
+        host = Budget(max(host.bytes - config.device_memory, 0), less)
     if config.offload_dir is None:
         disk = Budget(0, "no offload_dir")
     else:

@@ -25,7 +25,8 @@ class GeminiModule(nn.Module):
 
     def memory_summary(self) -> str:
         """The statistics as a table, for people."""
-        return summary(self._gemini.stats())
+        budgets = self._gemini.capacities.budgets
+        return summary(self._gemini.stats(), {tier: budget.source for tier, budget in budgets.items()})
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         # One at a time: models ask for `next(self.parameters())` just to learn a dtype, and need not wait for the rest.

@@ -153,9 +153,9 @@ def _decide_with(
     capacities: Capacities,
 ) -> Packing:
     layouts = pack(specs, search.numel)
-    units = _units(model, layouts, parameters)
+    use = _use(model, layouts, parameters)
     block = _staging_block(layouts, capacities)
-    placement = _place(layouts, units, config, capacities, _staging_bytes(block))
+    placement = _place(layouts, use, config, capacities, _staging_bytes(block))
     plans = tuple(
         ChunkPlan(layout, homes, layout.group.dtype(config))
         for layout, homes in zip(layouts, placement.homes, strict=True)
@@ -164,7 +164,7 @@ def _decide_with(
     return Packing(
         parameters, plans, search, placement,
         staging_block_numel=block if placement.uses_disk else 0,
-        full_copies_limit_bytes=_full_copies_limit(copies, units, config, capacities),
+        full_copies_limit_bytes=_full_copies_limit(copies, use, config, capacities),
     )  # fmt: skip
 
 
@@ -196,15 +196,32 @@ def _chunk_sizes(specs: Sequence[TensorSpec], config: GeminiConfig, capacities: 
     return found
 
 
-def _units(
-    model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[nn.Parameter]
-) -> list[tuple[str, frozenset[int]]]:
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """Which chunks are needed at once, as far as the modules tell before anything has run."""
+
+    units: Sequence[tuple[str, frozenset[int]]]
+    """The chunks in use while a unit runs, with its name."""
+    siblings: Sequence[tuple[str, frozenset[int]]]
+    """The same, with the units beside it in its module. Those that read the same input (query, key and value) stay in
+    use in backward until the last of them is done; which these are is not known yet."""
+
+
+def _use(model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[nn.Parameter]) -> _Use:
     chunk_of = {id(parameters[slot.key]): layout.index for layout in layouts for slot in layout.slots}
     owned = {
         module: frozenset(chunk_of[id(p)] for p in module.parameters(recurse=False) if id(p) in chunk_of)
         for module in model.modules()
     }
-    return nested_chunks(model, owned)
+    units = nested_chunks(model, owned)
+    of_name = dict(units)
+    siblings = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            continue  # their members run one after the other, or who knows
+        members = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+        siblings.append((name, frozenset().union(*(of_name.get(member, frozenset()) for member in members))))
+    return _Use(units, siblings)
 
 
 def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities) -> int:
@@ -223,12 +240,12 @@ def _need(layout: ChunkLayout, compute_dtype: torch.dtype) -> ChunkNeed:
         return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
     full = layout.numel * 4
     roles = {Role.MASTER: full, Role.EXP_AVG: full, Role.EXP_AVG_SQ: full, Role.GRADIENT: low}
-    return ChunkNeed(roles=roles, full_nbytes=low)
+    return ChunkNeed(roles=roles, full_nbytes=low, shadow_nbytes=low if low < full else 0)
 
 
 def _place(
     layouts: Sequence[ChunkLayout],
-    units: list[tuple[str, frozenset[int]]],
+    use: _Use,
     config: GeminiConfig,
     capacities: Capacities,
     staging_bytes: int,
@@ -244,16 +261,21 @@ def _place(
         )
         return place(needs, room, config.policy)
 
-    name, least = _largest_unit(units, streamed)
+    name, least = _largest(use.units, streamed)
+    _, likely = _largest(use.siblings, streamed)
+    sizes = {
+        min(in_use + depth * ahead, sum(streamed))
+        for in_use in (max(least, likely), least)
+        for depth in (config.max_prefetch, 1, 0)
+    }
     # A ring of nothing may do: where each home is the full copy, nothing streams.
-    sizes = (0, *(min(least + depth * ahead, sum(streamed)) for depth in (config.max_prefetch, 1, 0)))
-    for ring_bytes in sizes:
+    for ring_bytes in (0, *sorted(sizes, reverse=True)):
         try:
             placement = attempt(ring_bytes)
         except DoesNotFit as error:
             fault = error
             continue
-        if _largest_unit(units, _copies(layouts, config, capacities, placement))[1] <= ring_bytes:
+        if _largest(use.units, _copies(layouts, config, capacities, placement))[1] <= ring_bytes:
             return placement
     raise _TooSmall(sum(sum(need.roles.values()) for need in needs), name, least, fault)
 
@@ -270,17 +292,16 @@ def _copies(
     ]
 
 
-def _largest_unit(units: list[tuple[str, frozenset[int]]], copies: Sequence[int]) -> tuple[str, int]:
-    """The unit that needs most room for full copies at once, and how much."""
-    return max(((name, sum(copies[i] for i in chunks)) for name, chunks in units), key=lambda u: u[1], default=("", 0))
+def _largest(sets: Sequence[tuple[str, frozenset[int]]], copies: Sequence[int]) -> tuple[str, int]:
+    """The set that needs most room for full copies at once, and how much."""
+    return max(((name, sum(copies[i] for i in chunks)) for name, chunks in sets), key=lambda u: u[1], default=("", 0))
 
 
-def _full_copies_limit(
-    copies: Sequence[int], units: list[tuple[str, frozenset[int]]], config: GeminiConfig, capacities: Capacities
-) -> int | None:
+def _full_copies_limit(copies: Sequence[int], use: _Use, config: GeminiConfig, capacities: Capacities) -> int | None:
     if isinstance(config.policy, AutoPlacementPolicy) or capacities.unified:
         return None
-    return max(round((1.0 - config.policy.offload_param_frac) * sum(copies)), _largest_unit(units, copies)[1])
+    wanted = round((1.0 - config.policy.offload_param_frac) * sum(copies))
+    return max(wanted, _largest(use.units, copies)[1], _largest(use.siblings, copies)[1])
 
 
 def _full_is_home(

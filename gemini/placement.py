@@ -4,11 +4,15 @@
 full copies stream through a ring on DEVICE, whose room is taken off first. What is left is filled fastest tier first:
 
 - DEVICE, where it is memory of its own, takes whole chunks (all roles together, so that the update runs there);
-- HOST takes the masters of all other chunks first (they are read twice a step and written once, so a byte of RAM
-  saves most traffic there), then gradients, then the moments;
-- DISK takes the rest.
+- HOST takes the masters of all other chunks first, then gradients, then the moments;
+- DISK takes the rest;
+- what HOST has left, where DEVICE is memory of its own, takes shadows: fetches then move 2 bytes a parameter, not 4.
 
-Within each, chunks go in the order of their first use.
+Within each, chunks go in the order of their first use. HOST's order is by bytes moved per byte held. A master is read
+for each of two fetches and for the update, and written once: 16 bytes moved for 4 held. Gradients and moments are
+written once and read once: 2 for 1. A shadow of a master on DISK would save two reads of 4 bytes for the 2 it holds, no
+more per byte than a master does, and would leave the disk idle in backward; so shadows take only what no home can use.
+(Where DEVICE is the same RAM, a full copy that stays is what a shadow would be; the plan keeps as many as have room.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +20,8 @@ from dataclasses import dataclass
 
 from .chunk.tier import Role, Tier
 
+DISK_PAGE_BYTES = 4096
+"""The disk tier's unit (`chunk.disk.PAGE_BYTES`; not imported, because that needs torch)."""
 TRAINABLE_ORDER = (Role.MASTER, Role.GRADIENT, Role.EXP_AVG, Role.EXP_AVG_SQ)
 """Roles by bytes moved per byte held, most first."""
 
@@ -28,6 +34,13 @@ class ChunkNeed:
     """Bytes of each role that it has."""
     full_nbytes: int
     """Bytes of its full copy."""
+    shadow_nbytes: int = 0
+    """Bytes of the master in the compute dtype; 0 where that is the master's own."""
+
+    def nbytes(self, role: Role, tier: Tier) -> int:
+        """Bytes that a role takes on a tier; DISK gives whole pages."""
+        nbytes = self.shadow_nbytes if role is Role.SHADOW else self.roles[role]
+        return -(-nbytes // DISK_PAGE_BYTES) * DISK_PAGE_BYTES if tier is Tier.DISK else nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +62,7 @@ class Placement:
     """The decision."""
 
     homes: tuple[Mapping[Role, Tier], ...]
-    """One per chunk."""
+    """One per chunk: its roles, and SHADOW where it has one."""
     nbytes: Mapping[Tier, int]
     """Bytes of homes on each tier."""
 
@@ -149,26 +162,28 @@ def _fill(
     missing = 0
 
     def put(index: int, role: Role, tiers: Sequence[Tier]) -> int:
-        nbytes = needs[index].roles[role]
         for tier in tiers:
+            nbytes = needs[index].nbytes(role, tier)
             if nbytes <= free[tier]:
                 free[tier] -= nbytes
                 used[tier] += nbytes
                 homes[index][role] = tier
                 return 0
-        return nbytes
+        return needs[index].nbytes(role, Tier.DISK if disk_bytes else Tier.HOST)
 
     share = policy.device_share(sum(sum(need.roles.values()) for need in needs))
     for index, need in enumerate(needs):
         whole = sum(need.roles.values())
-        if whole > free[Tier.DEVICE] or used[Tier.DEVICE] + whole > share:
-            break  # the first ones, without gaps: they are the ones needed soonest after the step
-        for role in need.roles:
-            put(index, role, (Tier.DEVICE,))
+        if whole <= free[Tier.DEVICE] and used[Tier.DEVICE] + whole <= share:
+            for role in need.roles:
+                put(index, role, (Tier.DEVICE,))
     for role in TRAINABLE_ORDER:
         for index, need in enumerate(needs):
             if role in need.roles and role not in homes[index]:
                 missing += put(index, role, (Tier.HOST, Tier.DISK))
     if missing or working:
         raise DoesNotFit(working, missing)
+    for index, need in enumerate(needs):
+        if need.shadow_nbytes and homes[index][Role.MASTER] is Tier.HOST and not room.unified:
+            put(index, Role.SHADOW, (Tier.HOST,))
     return Placement(tuple(homes), used)

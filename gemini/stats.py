@@ -126,7 +126,8 @@ def of_layout(manager: ChunkManager) -> Stats:
     """What is decided at `boost`: chunks, their homes, and the bytes of model data.
 
     Where DEVICE and HOST are the same RAM (``memory/unified`` is 1), the numbers of HOST cover both and those of DEVICE
-    are the full copies' part.
+    are the full copies' part. ``placement/offload_*_frac`` are what the arguments of these names came to: the share of
+    home bytes off what computes, and the share of full copies for which there is no room to stay.
     """
     chunks = manager.chunks
     total = sum(c.layout.numel for c in chunks)
@@ -139,6 +140,16 @@ def of_layout(manager: ChunkManager) -> Stats:
     parameters = sum(c.homes[Role.MASTER].nbytes for c in chunks)
     optimizer = sum(c.homes[role].nbytes for c in chunks for role in (Role.EXP_AVG, Role.EXP_AVG_SQ) if role in c.homes)
     gradients = sum(c.gradient.buffer.nbytes for c in chunks if c.gradient is not None)
+    on_host_too = (Tier.DEVICE, Tier.HOST) if manager.ledger.unified else (Tier.DEVICE,)
+    homes = [home for c in chunks for role, home in c.homes.items() if role is not Role.SHADOW]
+    homes += [c.gradient.buffer for c in chunks if c.gradient is not None]
+    total_bytes = sum(home.nbytes for home in homes)
+    off = sum(home.nbytes for home in homes if home.tier not in on_host_too)
+    stats["placement/offload_optim_frac"] = off / total_bytes if total_bytes else 0.0
+    copies = sum(c.full_nbytes for c in chunks)
+    room = manager.ledger.free(Tier.DEVICE) + sum(c.full_nbytes for c in chunks if c.is_resident)
+    stats["placement/offload_param_frac"] = max(0.0, 1.0 - room / copies) if copies else 0.0
+    stats["model_data/shadow_bytes"] = sum(c.homes[Role.SHADOW].nbytes for c in chunks if Role.SHADOW in c.homes)
     stats["model_data/parameter_bytes"] = parameters
     stats["model_data/gradient_bytes"] = gradients
     stats["model_data/optimizer_bytes"] = optimizer
@@ -146,8 +157,8 @@ def of_layout(manager: ChunkManager) -> Stats:
     return stats
 
 
-def summary(stats: Mapping[str, int | float]) -> str:
-    """The statistics as a small table."""
+def summary(stats: Mapping[str, int | float], sources: Mapping[Tier, str]) -> str:
+    """The statistics as a small table, and where each capacity comes from."""
     lines = [f"{'tier':<8}{'used':>12}{'peak':>12}{'capacity':>12}{'peak/capacity':>15}"]
     for tier in Tier:
         used, peak, capacity = (int(stats[f"{tier.value}/{key}_bytes"]) for key in ("used", "peak", "capacity"))
@@ -155,12 +166,14 @@ def summary(stats: Mapping[str, int | float]) -> str:
         lines.append(
             f"{tier.value:<8}{format_bytes(used):>12}{format_bytes(peak):>12}{format_bytes(capacity):>12}{share:>15}"
         )
+    lines += [f"{tier.value} capacity: {source}" for tier, source in sources.items()]
     if stats["memory/unified"]:
         lines.append("device and host are the same RAM: host covers both, device is the full copies' part")
     homes = ", ".join(f"{stats[f'chunk/{tier.value}_count']} on {tier.value}" for tier in Tier)
     lines.append(
         f"chunks: {stats['chunk/count']} of up to {stats['chunk/numel']} elements ({homes}), "
-        f"waste {stats['chunk/waste_ratio']:.1%}"
+        f"waste {stats['chunk/waste_ratio']:.1%}; {stats['placement/offload_optim_frac']:.1%} of the homes and "
+        f"{stats['placement/offload_param_frac']:.1%} of the full copies are offloaded"
     )
     lines.append(
         f"model data: {format_bytes(stats['model_data/total_bytes'])} "

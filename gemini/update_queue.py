@@ -246,9 +246,13 @@ class UpdateQueue:
             return
         tensors = {role: block.tensor(role, buffer) for role, buffer in block.buffers().items()}
         out = block.update.out
-        master, exp_avg, exp_avg_sq, gradient = (tensors[role] for role in UPDATE_ROLES)
         refreshed = None if out is None else out[block.start : block.stop]
-        adam_update(master, exp_avg, exp_avg_sq, gradient, block.scalars, refreshed)
+        shadow = tensors.get(Role.SHADOW)
+        master, exp_avg, exp_avg_sq, gradient = (tensors[role] for role in UPDATE_ROLES)
+        written = refreshed if shadow is None else shadow
+        adam_update(master, exp_avg, exp_avg_sq, gradient, block.scalars, written)
+        if shadow is not None and refreshed is not None:
+            refreshed.copy_(shadow)
         block.is_computed = True
 
     def _write(self, block: _Block) -> None:

@@ -164,9 +164,10 @@ def test_where_the_best_size_makes_too_large_a_ring_smaller_chunks_are_taken() -
 # -- where it lives
 
 
-def held(packing: Packing, tier: Tier, roles: Sequence[Role] = UPDATE_ROLES) -> int:
+def held(packing: Packing, tier: Tier, roles: Sequence[Role] = tuple(Role)) -> int:
+    unit = 4096 if tier is Tier.DISK else 1
     return sum(
-        plan.layout.numel * plan.dtype(role).itemsize
+        -(-plan.layout.numel * plan.dtype(role).itemsize // unit) * unit
         for plan in packing.plans
         for role, home in plan.homes.items()
         if home is tier and role in roles
@@ -266,6 +267,24 @@ def test_it_fits_with_ring_and_staging_or_the_message_says_what_is_enough(
         for remedy in remedies_of(str(error)):
             raised = with_capacities(capacities, remedy)
             check_room(model, decide(model, all_of(model), config, raised), raised)
+
+
+def test_units_that_share_an_input_have_room_together_where_there_is_some() -> None:
+    """Backward through query, key and value needs all three at once, and homes must not have taken that room."""
+    with torch.device("meta"):
+        model = nn.Module()
+        model.attention = nn.Module()
+        for name in ("query", "key", "value"):
+            setattr(model.attention, name, nn.Linear(64, 64))
+        model.rest = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
+    copy = (64 * 64 + 64) * 2
+    for device in range(4 * copy, 40 * copy, copy // 3):
+        packing = decide(
+            model, all_of(model), config_of(chunk_numel=copy // 2, max_prefetch=0), capacities_of(device=device)
+        )
+        assert device - held(packing, Tier.DEVICE) >= 3 * copy
+    tight = capacities_of(device=2 * copy, host=PLENTY)
+    check_room(model, decide(model, all_of(model), config_of(chunk_numel=copy // 2), tight), tight)
 
 
 # -- when it does not fit

@@ -7,6 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemini.chunk import Role, Tier
+from gemini.chunk.disk import PAGE_BYTES
+from gemini.placement import (
+    DISK_PAGE_BYTES as PAGE,
+)
 from gemini.placement import (
     TRAINABLE_ORDER,
     AutoPlacementPolicy,
@@ -22,7 +26,7 @@ from gemini.placement import (
 
 def trainable(numel: int) -> ChunkNeed:
     roles = {Role.MASTER: 4 * numel, Role.EXP_AVG: 4 * numel, Role.EXP_AVG_SQ: 4 * numel, Role.GRADIENT: 2 * numel}
-    return ChunkNeed(roles=roles, full_nbytes=2 * numel)
+    return ChunkNeed(roles=roles, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
 
 
 def frozen(numel: int) -> ChunkNeed:
@@ -41,7 +45,7 @@ rooms = st.builds(
     room_of,
     device=st.integers(0, 3000),
     host=st.integers(0, 5000),
-    disk=st.just(0) | st.integers(0, 6000),
+    disk=st.just(0) | st.integers(0, 200_000),
     unified=st.booleans(),
     ring=st.integers(0, 400),
     staging=st.integers(0, 400),
@@ -68,10 +72,10 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     placement = try_place(needs, room, policy)
     if isinstance(placement, DoesNotFit):
         return
-    assert [set(homes) for homes in placement.homes] == [set(need.roles) for need in needs]
+    assert [homes.keys() - {Role.SHADOW} for homes in placement.homes] == [set(need.roles) for need in needs]
     for tier in Tier:
         held = sum(
-            need.roles[role]
+            need.nbytes(role, tier)
             for need, homes in zip(needs, placement.homes, strict=True)
             for role in homes
             if homes[role] is tier
@@ -89,20 +93,38 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
 
 @settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms, policy=policies)
-def test_the_device_takes_the_first_chunks_whole_and_as_many_as_fit(
+def test_the_device_takes_whole_chunks_in_order_and_leaves_out_what_does_not_fit(
     needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
 ) -> None:
     placement = try_place(needs, room, policy)
     if isinstance(placement, DoesNotFit):
         return
-    on_device = [Tier.DEVICE in homes.values() for homes in placement.homes]
-    count = sum(on_device)
-    assert on_device == [True] * count + [False] * (len(needs) - count)
-    assert all(set(homes.values()) == {Tier.DEVICE} for homes in placement.homes[:count])
-    if count < len(needs) and not room.unified:
-        more = placement.nbytes[Tier.DEVICE] + whole(needs[count])
-        too_much = more + room.ring_bytes > room.capacities[Tier.DEVICE]
-        assert too_much or more > policy.device_share(sum(map(whole, needs)))
+    taken, share = 0, policy.device_share(sum(map(whole, needs)))
+    for need, homes in zip(needs, placement.homes, strict=True):
+        fits = taken + whole(need) <= min(room.capacities[Tier.DEVICE] - room.ring_bytes, share) and not room.unified
+        assert (set(homes.values()) == {Tier.DEVICE}) == fits
+        assert fits or Tier.DEVICE not in homes.values()
+        taken += whole(need) if fits else 0
+
+
+@settings(deadline=None, max_examples=600)
+@given(needs=needs_of_models, room=rooms, policy=policies)
+def test_shadows_take_what_the_host_has_left_and_nothing_that_a_home_could_use(
+    needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
+) -> None:
+    placement = try_place(needs, room, policy)
+    if isinstance(placement, DoesNotFit):
+        return
+    without = place([replace(need, shadow_nbytes=0) for need in needs], room, policy)
+    homes_only = [{role: tier for role, tier in h.items() if role is not Role.SHADOW} for h in placement.homes]
+    assert homes_only == list(without.homes)
+    host = placement.nbytes[Tier.HOST] + (room.staging_bytes if placement.uses_disk else 0)
+    for need, homes in zip(needs, placement.homes, strict=True):
+        if Role.SHADOW in homes:
+            assert homes[Role.SHADOW] is Tier.HOST and not room.unified and need.shadow_nbytes
+            assert homes[Role.MASTER] is Tier.HOST
+        elif need.shadow_nbytes and not room.unified and homes[Role.MASTER] is Tier.HOST:
+            assert host + need.shadow_nbytes > room.capacities[Tier.HOST]
 
 
 @settings(deadline=None, max_examples=600)
@@ -115,7 +137,7 @@ def test_what_goes_to_disk_has_no_place_on_host_and_roles_go_in_order(needs: lis
     for role in TRAINABLE_ORDER:
         for need, homes in zip(needs, placement.homes, strict=True):
             if homes.get(role) is Tier.HOST:
-                taken += need.roles[role]
+                taken += need.nbytes(role, Tier.HOST)
             elif homes.get(role) is Tier.DISK:
                 assert taken + need.roles[role] > room.capacities[Tier.HOST]
 
@@ -138,30 +160,48 @@ def test_with_the_missing_bytes_added_it_fits(needs: list[ChunkNeed], room: Room
 
 def test_masters_take_the_host_first_then_gradients_then_moments() -> None:
     needs = [trainable(10), trainable(10)]
-    (first, second) = place(needs, room_of(0, 80 + 20 + 20 + 30, 10_000, staging=30), AutoPlacementPolicy()).homes
+    room = room_of(0, 80 + 20 + 20 + 30, 4 * PAGE, staging=30)
+    first, second = place(needs, room, AutoPlacementPolicy()).homes
     assert first == {
         Role.MASTER: Tier.HOST, Role.GRADIENT: Tier.HOST, Role.EXP_AVG: Tier.DISK, Role.EXP_AVG_SQ: Tier.DISK
     }  # fmt: skip
     assert second == first
 
 
+def test_homes_on_disk_take_whole_pages() -> None:
+    needs = [trainable(10), trainable(1025)]
+    assert place(needs, room_of(0, 0, (4 + 3 * 2 + 1) * PAGE), AutoPlacementPolicy()).nbytes[Tier.DISK] == 11 * PAGE
+    with pytest.raises(DoesNotFit) as raised:
+        place(needs, room_of(0, 0, 11 * PAGE - 1), AutoPlacementPolicy())
+    assert raised.value.homes_bytes == 2 * PAGE  # the home that has one page only
+
+
 def test_staging_is_taken_only_where_something_is_on_disk() -> None:
     needs = [trainable(10)]
-    assert not place(needs, room_of(0, 140, 1000, staging=50), AutoPlacementPolicy()).uses_disk
-    placement = place(needs, room_of(0, 139, 1000, staging=50), AutoPlacementPolicy())
+    assert not place(needs, room_of(0, 140, 4 * PAGE, staging=50), AutoPlacementPolicy()).uses_disk
+    placement = place(needs, room_of(0, 139, 4 * PAGE, staging=50), AutoPlacementPolicy())
     assert placement.uses_disk and placement.nbytes[Tier.HOST] <= 139 - 50
 
 
 def test_staging_that_the_host_cannot_hold_is_not_placed_beside_it() -> None:
     with pytest.raises(DoesNotFit) as raised:
-        place([trainable(10)], room_of(0, 10, 1000, staging=30), AutoPlacementPolicy())
+        place([trainable(10)], room_of(0, 10, 4 * PAGE, staging=30), AutoPlacementPolicy())
     assert (raised.value.working_bytes, raised.value.homes_bytes) == ({Tier.HOST: 20}, 0)
+
+
+def test_a_huge_chunk_does_not_keep_smaller_ones_off_the_device() -> None:
+    placement = place([trainable(100), trainable(10)], room_of(200, 1 << 20), AutoPlacementPolicy())
+    assert [Tier.DEVICE in homes.values() for homes in placement.homes] == [False, True]
 
 
 def test_a_ring_that_the_device_cannot_hold_does_not_fit() -> None:
     with pytest.raises(DoesNotFit) as raised:
         place([trainable(10)], room_of(10, 1000, ring=20), AutoPlacementPolicy())
     assert (raised.value.working_bytes, raised.value.homes_bytes) == ({Tier.DEVICE: 10}, 0)
+
+
+def test_placement_and_disk_agree_on_the_size_of_a_page() -> None:
+    assert PAGE == PAGE_BYTES
 
 
 def test_no_chunks_need_no_room() -> None:
@@ -175,8 +215,10 @@ def test_a_static_fraction_is_kept_to_one_chunk(needs: list[ChunkNeed], fraction
     placement = place(needs, room_of(total, total), StaticPlacementPolicy(offload_optim_frac=fraction))
     on_device, wanted = placement.nbytes[Tier.DEVICE], round(total * (1 - fraction))
     assert on_device <= wanted
-    count = sum(Tier.DEVICE in homes.values() for homes in placement.homes)
-    assert count == len(needs) or on_device + whole(needs[count]) > wanted
+    left_out = [
+        whole(need) for need, homes in zip(needs, placement.homes, strict=True) if Tier.DEVICE not in homes.values()
+    ]
+    assert all(on_device + nbytes > wanted for nbytes in left_out)
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 4), (0.25, 3), (0.26, 2), (0.5, 2), (1.0, 0)])

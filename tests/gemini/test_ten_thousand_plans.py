@@ -108,7 +108,7 @@ def need_of(numel: int, trainable: bool) -> ChunkNeed:
     if not trainable:
         return ChunkNeed(roles={Role.MASTER: 2 * numel}, full_nbytes=2 * numel)
     states = {Role.MASTER: 4 * numel, Role.EXP_AVG: 4 * numel, Role.EXP_AVG_SQ: 4 * numel}
-    return ChunkNeed(roles={**states, Role.GRADIENT: 2 * numel}, full_nbytes=2 * numel)
+    return ChunkNeed(roles={**states, Role.GRADIENT: 2 * numel}, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
 
 
 def check_placement(instance: Instance, placement: Placement) -> int:
@@ -117,7 +117,7 @@ def check_placement(instance: Instance, placement: Placement) -> int:
     for need, homes in zip(instance.needs, placement.homes, strict=True):
         assert need.roles.keys() <= homes.keys()
         for role, tier in homes.items():
-            held[tier] += need.roles[role]
+            held[tier] += need.nbytes(role, tier)
     assert all(held[tier] == placement.nbytes[tier] for tier in Tier)
     host = held[Tier.HOST] + (room.staging_bytes if held[Tier.DISK] else 0)
     assert held[Tier.DISK] <= room.capacities[Tier.DISK]
