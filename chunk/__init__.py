@@ -6,6 +6,7 @@ Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or p
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import Communicator, SingleProcess
+from .cuda import CudaBackend
 from .disk import DiskBackend
 from .disk_file import Requests
 from .disk_tuning import tuned
@@ -13,7 +14,7 @@ from .gradient import GradientBuffer
 from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager, ChunkPlan
-from .memory import FETCH_WORKERS, CudaBackend, DeviceBackend, RamBackend
+from .memory import FETCH_WORKERS, DeviceBackend, RamBackend
 from .search import ChunkSearch, search_chunk_numel
 from .staging import Staging, pieces
 from .state import ChunkState

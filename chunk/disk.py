@@ -80,14 +80,14 @@ class DiskBackend:
         """
         nbytes = numel * dtype.itemsize
         room = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-        self._ledger.take(Tier.DISK, nbytes, what)
+        self._ledger.take(Tier.DISK, room, what)
         with self._lock:
             offset = self._end
             try:
                 if room:
                     self.file.reserve(offset, room)
             except OSError as error:
-                self._ledger.give(Tier.DISK, nbytes)
+                self._ledger.give(Tier.DISK, room)
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise OffloadError(
                         error.errno, f"{self.folder}: {error.strerror}, taking {mib(nbytes)} for {what}"

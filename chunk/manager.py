@@ -13,6 +13,7 @@ from .buffer import Buffer
 from .chunk import Chunk
 from .disk import DiskBackend
 from .gradient import GradientBuffer
+from .host_arena import padded
 from .layout import ChunkLayout, Slot
 from .ledger import Ledger, mib
 from .memory import Arrived, DeviceBackend
@@ -80,10 +81,20 @@ class ChunkManager:
         self.disk = disk
         self.moves = MoveCounts()
         self._clock = 0
+        self._reserve(plans)
         self.chunks = tuple(self._build(plan) for plan in plans)
         self._places: dict[int, tuple[Chunk, int]] = {}
 
     # -- building
+
+    def _reserve(self, plans: Sequence[ChunkPlan]) -> None:
+        homes = [
+            (plan.layout.numel, plan.dtype(role)) for plan in plans for role, t in plan.homes.items() if t is Tier.HOST
+        ]
+        if sum(numel * dtype.itemsize for numel, dtype in homes) <= self.ledger.free(
+            Tier.HOST
+        ):  # else a home will say so
+            self.device.reserve(sum(padded(numel * dtype.itemsize) for numel, dtype in homes))
 
     def _build(self, plan: ChunkPlan) -> Chunk:
         homes: dict[Role, Buffer] = {

@@ -69,10 +69,14 @@ class FakeBackend:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
+        self.reserved_bytes = 0
         self.log: list[tuple[object, ...]] = []
         self.fail: dict[str, BaseException] = {}
         self.transfers: list[FakeTransfer] = []
         self._grown: set[int] = set()
+
+    def reserve(self, host_bytes: int) -> None:
+        self.reserved_bytes = host_bytes
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         if tier is Tier.DEVICE:

@@ -12,6 +12,7 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import ChunkState, Role, Tier
+from gemini.chunk.disk import PAGE_BYTES
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
@@ -122,7 +123,9 @@ def check_at_rest(model: nn.Module) -> None:
     full = sum(c.full_nbytes for c in manager.chunks if c.is_resident)
     on_device = full + sum(home.nbytes for home in homes if home.tier is Tier.DEVICE)
     assert manager.ledger._used[Tier.DEVICE] == on_device
-    assert manager.ledger.used(Tier.DISK) == sum(home.nbytes for home in homes if home.tier is Tier.DISK)
+    assert manager.ledger.used(Tier.DISK) == sum(
+        -(-home.nbytes // PAGE_BYTES) * PAGE_BYTES for home in homes if home.tier is Tier.DISK
+    )
     for tier in Tier:
         assert manager.ledger.peak(tier) <= manager.ledger.capacity(tier)
 

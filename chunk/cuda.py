@@ -1,0 +1,197 @@
+"""DEVICE is a CUDA device: moves on two lanes beside the compute stream, ordered by marks.
+
+No ``record_stream`` (it keeps memory for as long as the allocator likes), and nothing on the way of a unit that waits
+for the device: the training thread only says what has to come after what.
+
+::
+
+    to device   ---- chunk 4 --------- chunk 5 -----          follows the compute stream, because the memory of a full
+                       ^                 |                    copy is free only behind what used it before
+    compute     -- unit 2 --- unit 3 --- v unit 4 ---         is held until its chunk has arrived
+                       |                   |
+    to host            '-> gradients ------'-> gradients      the CPU waits for these in the optimizer's step
+"""
+
+import time
+from collections import deque
+from functools import partial
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from .buffer import Buffer, MemoryBuffer
+from .cuda_driver import CudaDriver, Mark
+from .host_arena import HostArena
+from .memory import FETCH_WORKERS, Transfer, Underway, Uploads, fill_from_disk
+from .staging import Staging
+from .tier import Tier
+from .workers import end_elsewhere, start_workers
+from .write_behind import WriteBehind
+
+CONVERSION_NUMEL = 4 << 20
+"""Masters arrive through a block of so many elements, 16 MiB: long enough for the link's full speed."""
+
+
+class _OnLane:
+    """A move on a lane: waiting holds the compute stream, not the CPU."""
+
+    def __init__(self, mark: Mark) -> None:
+        self._mark = mark
+
+    def wait(self) -> None:
+        self._mark.hold_compute()
+
+    def done(self) -> bool:
+        return self._mark.reached()
+
+
+class CudaBackend:
+    """A `DeviceBackend` on a CUDA device; homes on HOST are page-locked where the system allows it.
+
+    Parameters
+    ----------
+    staging, store_staging
+        Blocks of RAM for reading and writing DISK homes; None if there are none.
+    pin_homes
+        Page-lock the homes on HOST. Copies from and to ordinary RAM make the training thread wait.
+    driver
+        Who talks to the device.
+    """
+
+    is_ram = False
+
+    def __init__(
+        self,
+        device: torch.device,
+        staging: Staging | None,
+        pin_homes: bool,
+        store_staging: Staging | None = None,
+        driver: CudaDriver | None = None,
+    ) -> None:
+        self.device = device
+        self.uploads = Uploads()
+        self._driver = CudaDriver(device) if driver is None else driver
+        self._staging = staging
+        self._pin_homes = pin_homes
+        self._arena: HostArena | None = None
+        self._to_device = self._driver.lane()
+        self._to_host = self._driver.lane()
+        self._conversion: Tensor | None = None
+        self._uploading = Lock()
+        """Held while a chunk is put into the lane: threads do so too, and masters share one block."""
+        self._leaving: deque[tuple[Mark, tuple[Tensor, ...]]] = deque()
+        """Memory that copies to the host still read. The compute stream must not reuse it before."""
+        self._workers = start_workers(FETCH_WORKERS, "fetch")
+        self._store = WriteBehind(store_staging)
+
+    # -- memory
+
+    def reserve(self, host_bytes: int) -> None:
+        self._arena = self._new_arena(host_bytes)
+
+    def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
+        if tier is Tier.DEVICE:
+            return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype, device=self.device))
+        if self._arena is None or self._arena.free_bytes < numel * dtype.itemsize:
+            self._arena = self._new_arena(numel * dtype.itemsize)
+        return MemoryBuffer(tier, self._arena.take(numel, dtype))
+
+    def _new_arena(self, nbytes: int) -> HostArena:
+        def lock(address: int, nbytes: int) -> bool:
+            return self._pin_homes and self._driver.lock(address, nbytes)
+
+        return HostArena(nbytes, lock, self._driver.unlock)
+
+    def grow(self, full: Tensor) -> None:
+        self._driver.allocate(full)
+
+    def shrink(self, full: Tensor) -> None:
+        self._driver.release(full)
+
+    def trim(self) -> None:
+        self._driver.trim()
+
+    # -- to the device
+
+    def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
+        with self._uploading:
+            self._to_device.follow_compute()
+        if source.tensor is None or (after is not None and not after.done()):
+            return Underway(self._workers.submit(self._fill_from_worker, full, source, after))
+        if after is not None:
+            after.wait()
+        with torch.profiler.record_function("gemini::fetch"):
+            mark = self._put_upload(full, source.tensor)
+        self.uploads.add(source.tier, full.nbytes, 0.0)
+        return _OnLane(mark)
+
+    def _put_upload(self, full: Tensor, home: Tensor) -> Mark:
+        with self._uploading:
+            if home.dtype is full.dtype:
+                self._to_device.put(partial(full.copy_, home, non_blocking=True))
+            else:
+                # Through fp32 on the device: converting there costs nothing, on the CPU it costs more than the link.
+                for start in range(0, full.numel(), CONVERSION_NUMEL):
+                    stop = min(start + CONVERSION_NUMEL, full.numel())
+                    self._to_device.put(partial(self._convert, full[start:stop], home[start:stop]))
+            return self._to_device.mark()
+
+    def _convert(self, full: Tensor, home: Tensor) -> None:
+        if self._conversion is None:
+            self._conversion = torch.empty(CONVERSION_NUMEL, dtype=torch.float32, device=self.device)
+        arrived = self._conversion.view(home.dtype)[: home.numel()]
+        arrived.copy_(home, non_blocking=True)
+        full.copy_(arrived)
+
+    def _fill_from_worker(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
+        if after is not None:
+            after.wait()
+        begin = time.perf_counter()
+        if source.tensor is not None:
+            mark = self._put_upload(full, source.tensor)
+        else:
+            assert self._staging is not None
+            self._to_device.put(partial(fill_from_disk, full, source, self._staging))
+            mark = self._to_device.mark()
+        mark.wait()
+        self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
+
+    # -- to the host
+
+    def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
+        if not self._driver.is_host(into):
+            into.add_(gradient) if accumulate else into.copy_(gradient)
+            return
+        self._to_host.follow_compute()
+        self._to_host.put(partial(self._leave, gradient, into, accumulate))
+        self._leaving.append((self._to_host.mark(), (gradient,)))
+        while self._leaving and self._leaving[0][0].reached():
+            self._leaving.popleft()
+
+    def _leave(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
+        if accumulate:
+            # On the device and in this lane, behind the copy that filled the home: nothing waits for the CPU.
+            gradient = into.to(self.device, non_blocking=True, copy=True).add_(gradient)
+        into.copy_(gradient, non_blocking=True)
+
+    def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
+        self._store.write(into, start, gradient)
+
+    def synchronize(self) -> None:
+        self._wait_for_copies()
+        self._store.flush()
+
+    def discard(self) -> None:
+        self._wait_for_copies()
+        self._store.discard()
+
+    def _wait_for_copies(self) -> None:
+        for mark, _ in self._leaving:
+            mark.wait()
+        self._leaving.clear()
+
+    def close(self) -> None:
+        self._wait_for_copies()
+        end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
+        self._store.close()

@@ -1,0 +1,114 @@
+"""A CUDA device in RAM whose streams run late, one step of a random one at a time, as far as marks allow."""
+
+import random
+from collections.abc import Callable
+from threading import RLock
+
+from torch import Tensor
+
+Work = Callable[[], object]
+
+
+class FakeMark:
+    """A `Mark` of a `FakeLane`."""
+
+    def __init__(self, lane: "FakeLane", position: int) -> None:
+        self.lane, self.position = lane, position
+
+    def hold_compute(self) -> None:
+        with self.lane.cuda.lock_:
+            self.lane.cuda.compute.behind(self)
+
+    def wait(self) -> None:
+        self.lane.cuda.run_until(self)
+
+    def reached(self) -> bool:
+        return self.lane.done >= self.position
+
+
+class FakeLane:
+    """A `Lane` that does nothing by itself."""
+
+    def __init__(self, cuda: "FakeCuda") -> None:
+        self.cuda = cuda
+        self.done = 0
+        self._work: list[tuple[list[FakeMark], Work]] = []
+        self._behind: list[FakeMark] = []
+
+    def behind(self, mark: FakeMark) -> None:
+        self._behind.append(mark)
+
+    def follow_compute(self) -> None:
+        with self.cuda.lock_:
+            self.behind(self.cuda.compute.mark())
+
+    def put(self, work: Work) -> None:
+        with self.cuda.lock_:
+            self._work.append((self._behind, work))
+            self._behind = []
+
+    def mark(self) -> FakeMark:
+        with self.cuda.lock_:
+            return FakeMark(self, len(self._work))
+
+    def can_go_on(self) -> bool:
+        return self.done < len(self._work) and all(mark.reached() for mark in self._work[self.done][0])
+
+    def go_on(self) -> None:
+        self._work[self.done][1]()
+        self.done += 1
+
+
+class FakeCuda:
+    """Stands in for `CudaDriver`.
+
+    A stream-ordered allocator hands memory on as soon as the compute stream is through with it. Here nobody else gets
+    it, but it is spoilt at that point of the compute stream, and again when it is taken.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.lock_ = RLock()
+        self.locked: list[tuple[int, int]] = []
+        self.unlocked: list[int] = []
+        self.refuses_to_lock = False
+        self.hosts: set[int] = set()
+        """Storages that count as being on the other side of the link, by address."""
+        self._random = random.Random(seed)
+        self._lanes: list[FakeLane] = []
+        self.compute = self.lane()
+
+    def lane(self) -> FakeLane:
+        self._lanes.append(FakeLane(self))
+        return self._lanes[-1]
+
+    def run_until(self, mark: FakeMark) -> None:
+        with self.lock_:
+            while not mark.reached():
+                self._random.choice([lane for lane in self._lanes if lane.can_go_on()]).go_on()
+
+    def drain(self) -> None:
+        for lane in self._lanes:
+            self.run_until(lane.mark())
+
+    def spoil(self, memory: Tensor) -> None:
+        self.compute.put(lambda: memory.fill_(float("nan")))
+
+    def allocate(self, full: Tensor) -> None:
+        self.spoil(full)
+
+    def release(self, full: Tensor) -> None:
+        self.spoil(full)
+
+    def lock(self, address: int, nbytes: int) -> bool:
+        if not self.refuses_to_lock:
+            self.locked.append((address, nbytes))
+        return not self.refuses_to_lock
+
+    def unlock(self, address: int) -> None:
+        self.unlocked.append(address)
+
+    def is_host(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.hosts
+
+    def trim(self) -> None:
+        pass
