@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gemini.errors import OutOfMemory
+from gemini.errors import OutOfMemory, is_out_of_memory
 
 from .buffer import Buffer
 from .chunk import Chunk
@@ -20,6 +20,9 @@ from .memory import Arrived, DeviceBackend
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
 from .workers import end_elsewhere
+
+HOLDERS_NAMED = 4
+"""How many chunks a message about memory names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +159,21 @@ class ChunkManager:
         if chunk.state is not ChunkState.HOME:
             return
         self.make_room(chunk, keep)
-        self.ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
         begin = time.perf_counter()
         try:
-            self.device.grow(chunk.full)
-            transfer = self.device.upload(chunk.full, chunk.source, chunk.update, background)
-        except BaseException:  # also the error of a pending update, where upload waited for it
-            self._free(chunk)
-            raise
-        chunk.begin_fetch(transfer)
+            self._begin_fetch(chunk, background)
+        except BaseException as error:
+            if background or not is_out_of_memory(error):
+                raise
+            # The ledger had room, the allocator had not: whatever took it, what nothing uses can go.
+            self.evict_idle(keep)
+            self.device.trim()
+            try:
+                self._begin_fetch(chunk, background)
+            except BaseException as again:
+                if not is_out_of_memory(again):
+                    raise
+                raise self._refused(chunk, again) from again
         chunk.was_prefetched = background
         self.moves.fetch_count += 1
         self.moves.fetch_bytes += chunk.full_nbytes
@@ -174,15 +183,38 @@ class ChunkManager:
             self.moves.demand_count += 1
             self._count_wait(chunk, begin)
 
-    def pin(self, chunk: Chunk) -> None:
-        """Wait for the chunk (it must have been fetched) and keep it until `unpin`."""
+    def _begin_fetch(self, chunk: Chunk, background: bool) -> None:
+        self.ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
+        try:
+            self.device.grow(chunk.full)
+            transfer = self.device.upload(chunk.full, chunk.source, chunk.update, background)
+        except BaseException:  # also the error of a pending update, where upload waited for it
+            self._free(chunk)
+            raise
+        chunk.begin_fetch(transfer)
+
+    def pin(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
+        """Wait for the chunk (it must have been fetched) and keep it until `unpin`.
+
+        Where the move ran out of memory on its way it is made again, in the room of all that nothing uses (but for
+        ``keep``).
+        """
         self.moves.need_count += 1
         if chunk.state is ChunkState.FETCHING:
             if chunk.was_prefetched and not chunk.has_arrived:
                 self.moves.late_count += 1
             begin = time.perf_counter()
-            self._arrive(chunk)
-            self._count_wait(chunk, begin)
+            try:
+                self._arrive(chunk)
+                self._count_wait(chunk, begin)
+            except BaseException as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.evict_idle(keep)
+                self.device.trim()
+                self.fetch(chunk, keep)
+                if chunk.state is ChunkState.FETCHING:
+                    self._arrive(chunk)
         if chunk.was_prefetched:
             self.moves.prefetch_used += 1
             chunk.was_prefetched = False
@@ -228,25 +260,62 @@ class ChunkManager:
             If it does not fit beside what is in use and what is to be kept.
         """
         while self.ledger.free(Tier.DEVICE) < chunk.full_nbytes:
-            idle = [
-                c
-                for c in self.chunks
-                if c.state in (ChunkState.READY, ChunkState.FETCHING) and not c.full_is_home and c not in keep
-            ]
+            idle = self._idle(keep)
             if not idle:
                 raise self._no_room(chunk)
             self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
 
+    def evict_idle(self, keep: Sequence[Chunk] = ()) -> None:
+        """Free every full copy that nothing uses, but for those of ``keep``."""
+        for chunk in self._idle(keep):
+            if chunk.state is ChunkState.FETCHING and self._has_failed(chunk):
+                continue  # and is freed by that
+            self.evict(chunk)
+
+    def _idle(self, keep: Sequence[Chunk]) -> list[Chunk]:
+        there = (ChunkState.READY, ChunkState.FETCHING)
+        return [c for c in self.chunks if c.state in there and not c.full_is_home and c not in keep]
+
+    def _has_failed(self, chunk: Chunk) -> bool:
+        """Wait for a move; true if it ran out of memory."""
+        try:
+            self._arrive(chunk)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+            return True
+        return False
+
     def _no_room(self, chunk: Chunk) -> OutOfMemory:
-        held = sum(c.full_nbytes for c in self.chunks if c.is_resident)
-        free = self.ledger.free(Tier.DEVICE)
         tier = self.ledger.bounded_by(Tier.DEVICE)
+        free = self.ledger.free(Tier.DEVICE)
         enough = self.ledger.capacity(tier) + chunk.full_nbytes - free
         return OutOfMemory(
-            f"{tier.value} tier out of memory. Chunk {chunk.index} (with {chunk.layout.slots[0].name}) needs "
-            f"{mib(chunk.full_nbytes)}, {mib(free)} are free, chunks in use hold {mib(held)}, none is left to evict; "
+            f"{tier.value} tier out of memory. {self._needs(chunk)}, {mib(free)} are free, {self._holders()}; "
             f"set {tier.value}_memory to {enough} bytes ({mib(enough)}) or more"
         )
+
+    def _refused(self, chunk: Chunk, error: BaseException) -> OutOfMemory:
+        tier = self.ledger.bounded_by(Tier.DEVICE)
+        less = max(self.ledger.capacity(tier) - chunk.full_nbytes, 0)
+        return OutOfMemory(
+            f"{tier.value} tier out of memory. {self._needs(chunk)}; of the capacity of "
+            f"{mib(self.ledger.capacity(tier))} {mib(self.ledger.free(Tier.DEVICE))} are free, but the system gives no "
+            f"more ({str(error).splitlines()[0] if str(error) else type(error).__name__}); {self._holders()}; use a "
+            f"smaller batch or checkpoint activations, or set {tier.value}_memory to {less} bytes ({mib(less)}) or less"
+        )
+
+    def _needs(self, chunk: Chunk) -> str:
+        return f"Chunk {chunk.index} (with {chunk.layout.slots[0].name}) needs {mib(chunk.full_nbytes)}"
+
+    def _holders(self) -> str:
+        """Which full copies are in the way, for messages."""
+        held = [c for c in self.chunks if c.is_resident and c.full_nbytes]
+        largest = sorted(held, key=lambda c: -c.full_nbytes)[:HOLDERS_NAMED]
+        named = ", ".join(f"{c.index} (with {c.layout.slots[0].name}, {mib(c.full_nbytes)})" for c in largest)
+        more = f" and {len(held) - len(largest)} more" if len(held) > len(largest) else ""
+        total = mib(sum(c.full_nbytes for c in held))
+        return f"chunks in use hold {total}{f': {named}{more}' if named else ''}, none is left to evict"
 
     # -- values
 

@@ -105,6 +105,9 @@ class DeviceBackend(Protocol):
             If an earlier one could not be written.
         """
 
+    def trim(self) -> None:
+        """Give memory that is cached but not in use back, because an allocation has failed."""
+
     def synchronize(self) -> None:
         """Wait for all downloads.
 
@@ -181,6 +184,9 @@ class RamBackend:
 
     def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
         self._store.write(into, start, gradient)
+
+    def trim(self) -> None:
+        pass
 
     def synchronize(self) -> None:
         self._store.flush()

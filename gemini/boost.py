@@ -98,11 +98,12 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     )
     if monitor is not None:
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
+    step.recover = hooks.recover
     watch_gradients(manager, list(packing.parameters))
     state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, statistics, monitor)
     mix_in(model)
     assert isinstance(model, GeminiModule)
-    model._gemini = state
+    model.__dict__["_gemini"] = state  # not setattr, which a compiled model hands on to the one it wraps
     if optimizer is not None:
         for parameter, saved in optimizer.state.items():
             if manager.find(parameter) is not None and "step" in saved:

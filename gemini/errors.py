@@ -38,3 +38,13 @@ class LazyInitError(GeminiError, RuntimeError):
 
 class OffloadError(GeminiError, OSError):
     """Reading or writing the disk tier failed. Parameters and optimizer states are as they were before the call."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for every shape in which Python and torch report that an allocation failed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+
+
+_ALLOCATION_FAILED = ("can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory")

@@ -48,6 +48,8 @@ class ChunkedStep:
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         """The last norm computed, unscaled."""
+        self.recover: Callable[[], None] = lambda: None
+        """Cleans up after a backward that the user called and that failed. Set when the hooks are installed."""
         self._runtime = runtime
         self._queue = queue
         self._communicator = communicator
@@ -70,6 +72,7 @@ class ChunkedStep:
             self.on_error(error)
             self._runtime.abort()
             self.drop_gradients()
+            self._runtime.explain(error)
             raise
 
     def drop_gradients(self) -> None:
@@ -84,6 +87,8 @@ class ChunkedStep:
     # -- ManagedStep
 
     def step(self, optimizer: HybridAdam) -> None:
+        self.recover()
+        self._runtime.release_held()
         self._refuse_unfrozen(optimizer)
         hypers = [AdamHyper.of_group(group) for group in optimizer.param_groups]  # a bad value raises before any change
         chunks = self._chunks_with_gradients()

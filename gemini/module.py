@@ -13,10 +13,14 @@ class GeminiModule(nn.Module):
     """Mixed into the class of a boosted model; the object, its attributes, hooks and names stay the user's.
 
     Parameters are readable through the model's accessors (`named_parameters`, `state_dict`, `gemini.named_tensors`).
-    A parameter whose chunk is not on DEVICE reads as NaN when it is reached in another way.
+    Where a part of it is asked for by name (``model.head.weight``) it is brought too. A parameter whose chunk is not on
+    DEVICE reads as NaN when it is reached in another way.
     """
 
     _gemini: Any  # a Boosted; not written as such, because transformers evaluates the hints of a model's class
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._gemini.hooks.call(super().__call__, args, kwargs)
 
     def memory_stats(self) -> dict[str, int | float]:
         """Bytes, counts and seconds as a flat dict, for loggers; `memory_summary` explains them in words."""
@@ -37,7 +41,8 @@ class GeminiModule(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those in the chunks too."""
         self._gemini.step.drop_gradients()
-        super().zero_grad(set_to_none)
+        with self._gemini.hooks.only_describing():
+            super().zero_grad(set_to_none)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Gather every parameter (fp32 master where there is one) and buffer on CPU, ties under each of their names.
@@ -56,6 +61,12 @@ class GeminiModule(nn.Module):
             "where parameters are. Convert before booster.boost, or choose GeminiPlugin(precision=...)"
         )
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "a boosted model cannot be replicated by torch.nn.DataParallel: its parameters live in chunks. "
+            "Run one process per device with torchrun"
+        )
+
     def __deepcopy__(self, memo: Any) -> Any:
         raise RuntimeError(
             "a boosted model cannot be copied: its parameters live in chunks. Build a second model and load "
@@ -72,4 +83,5 @@ class GeminiModule(nn.Module):
 def mix_in(model: nn.Module) -> None:
     """Make ``model`` a `GeminiModule` in place, keeping the name of its class (it is written into checkpoints)."""
     cls = type(model)
-    model.__class__ = type(cls.__name__, (GeminiModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    mixed = type(cls.__name__, (GeminiModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    object.__setattr__(model, "__class__", mixed)  # what torch.compile returns hands attributes on to what it wraps

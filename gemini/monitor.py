@@ -16,6 +16,7 @@ import torch
 from .capacity import Capacities
 from .chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from .config import GeminiConfig
+from .errors import is_out_of_memory
 from .managed_step import ChunkedStep
 from .packing import Packing
 from .runtime import Runtime
@@ -174,13 +175,6 @@ class Monitor:
             "in_use": [c.index for c in manager.chunks if c.state is ChunkState.IN_USE][:64],
             "process": process_memory(),
         }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Ours, the device's, Python's, or what torch says when the system gives it no RAM."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def probes(manager: ChunkManager) -> dict[str, Any]:

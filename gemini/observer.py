@@ -5,14 +5,15 @@ spot, and the module that was running is made to bracket it from then on. Later 
 hook costs microseconds a unit, the mode costs as much an operation.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 READING_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 """Tensor properties that hand out values; all others (shape, dtype, grad, ...) only describe."""
@@ -28,8 +29,8 @@ class Observer(TorchFunctionMode):
 
     Parameters
     ----------
-    model
-        Only calls of its modules count as running.
+    modules
+        Only their calls count as running; the first is the model.
     on_use
         Asked before the operation runs; brings the parameter if need be.
     on_leave
@@ -38,34 +39,48 @@ class Observer(TorchFunctionMode):
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Iterable[nn.Module],
         on_use: Callable[[nn.Parameter, nn.Module], None],
         on_leave: Callable[[nn.Module, Any], None],
     ) -> None:
         super().__init__()
-        self._modules = set(model.modules())
+        self._modules = tuple(modules)
         self._on_use = on_use
         self._on_leave = on_leave
-        self._running: list[nn.Module] = [model]
+        self._running: list[nn.Module] = [self._modules[0]]
         self._hooks = ExitStack()
+        self._is_paused = False
 
     def __enter__(self) -> "Observer":
-        # Global hooks, because any module may turn out to bracket a use; gone again at exit.
-        self._hooks.callback(register_module_forward_pre_hook(self._enter_module).remove)
-        self._hooks.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
+        # On every module, because any may turn out to bracket a use; gone again at exit.
+        for module in self._modules[1:]:
+            self._hooks.callback(module.register_forward_pre_hook(self._enter_module).remove)
+            self._hooks.callback(module.register_forward_hook(self._leave_module, always_call=True).remove)
         super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        self.resume()
         super().__exit__(*exc)
         self._hooks.close()
 
+    def pause(self) -> None:
+        """See nothing for a while: what is compiled must not be compiled with this mode in it."""
+        if _get_current_function_mode() is self:
+            super().__exit__(None, None, None)
+            self._is_paused = True
+
+    def resume(self) -> None:
+        """The end of `pause`."""
+        if self._is_paused:
+            super().__enter__()
+            self._is_paused = False
+
     def _enter_module(self, module: nn.Module, args: Any) -> None:
-        if module in self._modules:
-            self._running.append(module)
+        self._running.append(module)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module in self._modules and len(self._running) > 1 and self._running[-1] is module:
+        if len(self._running) > 1 and self._running[-1] is module:
             self._running.pop()
             self._on_leave(module, output)
 
@@ -96,16 +111,27 @@ def _parameters(value: Any) -> Iterator[nn.Parameter]:
             yield from _parameters(item)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, dicts and dataclass-like outputs."""
+def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, dicts, and in the attributes of dataclasses and objects of other classes.
+
+    ``depth`` bounds how far attributes are followed: an output may refer to half of a program.
+    """
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, list | tuple | set):
+    elif isinstance(value, list | tuple | set | deque):
         for item in value:
-            yield from tensors_in(item)
+            yield from tensors_in(item, depth)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name, None))
+            yield from tensors_in(item, depth)
+    elif depth and not isinstance(value, _WITHOUT_TENSORS):
+        for name in _attributes(value):
+            yield from tensors_in(getattr(value, name, None), depth - 1)
+
+
+_WITHOUT_TENSORS = (str, bytes, int, float, complex, type, nn.Module, FunctionType, MethodType, ModuleType, type(None))
+
+
+def _attributes(value: Any) -> Iterable[str]:
+    """Names of what the object itself holds."""
+    return (*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()))

@@ -1,76 +1,17 @@
 """The orchestrator: applies the plan as units enter and leave, and keeps working when a step leaves the plan."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from .chunk import Chunk, ChunkManager, ChunkState, Role, Tier
-from .planner import Actions, Planner, Schedule
+from .cycle import Cycle
+from .errors import OutOfMemory, is_out_of_memory
+from .planner import Actions, Planner
+from .shortage import out_of_memory
 from .timeline import Point, Timeline
-from .trace import Moment, Phase, Trace, TraceRecorder
+from .trace import Moment, Phase, Trace
 from .tracker import NonModelMeter
 from .units import Visit
-
-
-class Cycle:
-    """Where the current forward (and backward) stands against the plan of its kind.
-
-    A kind of cycle (with gradients, without) has its own trace and planner. A cycle that leaves its plan goes on
-    without one, and its recording becomes the next plan.
-    """
-
-    def __init__(self) -> None:
-        self.planners: dict[bool, Planner] = {}
-        self.with_gradients = False
-        self._recorder = TraceRecorder()
-        self._position = 0
-        self._schedule: Schedule | None = None
-
-    @property
-    def is_first(self) -> bool:
-        """True while the current kind of cycle has no plan yet: this is its warm-up."""
-        return self.with_gradients not in self.planners
-
-    @property
-    def is_measured(self) -> bool:
-        """True if a whole forward and backward lies in the recording."""
-        return any(moment.phase is Phase.BACKWARD for moment in self._recorder.moments)
-
-    def advance(self, moment: Moment) -> Actions | None:
-        """Record a moment; its actions, if the cycle is on plan."""
-        self._recorder.add(moment)
-        schedule, position = self._schedule, self._position
-        if schedule is None:
-            return None
-        self._position += 1
-        expected = schedule.trace.moments[position] if position < len(schedule.trace.moments) else None
-        if expected != moment:
-            self._schedule = None
-            return None
-        return schedule.actions[position]
-
-    def restart(self, with_gradients: bool, plan: Callable[[Trace], Planner], resident: Collection[int]) -> None:
-        """The next cycle begins: plan anew if what was recorded differs from the plan, and plan from what is there."""
-        trace = self._recorder.take()
-        known = self.planners.get(self.with_gradients)
-        complete = not self.with_gradients or any(m.phase is Phase.BACKWARD for m in trace.moments)
-        if complete and trace.moments and (known is None or known.trace != trace):
-            try:
-                self.planners[self.with_gradients] = plan(trace)
-            except ValueError:  # a moment outgrew the device since; fetching on demand will say so, or manage
-                self.planners.pop(self.with_gradients, None)
-        self.with_gradients = with_gradients
-        planner = self.planners.get(with_gradients)
-        self._schedule = planner.lap(resident) if planner is not None else None
-        self._position = 0
-
-    def between(self) -> Actions:
-        """What to do for the next training cycle before it begins."""
-        planner = self.planners.get(True)
-        if planner is None:
-            return Actions()
-        if self.with_gradients and self._schedule is not None:
-            return self._schedule.between
-        return Actions(prefetch=planner.first)
 
 
 class Runtime:
@@ -98,10 +39,14 @@ class Runtime:
         self.stall_seconds = 0.0
         self.timeline = Timeline(manager.ledger)
         self.meter = meter
+        self.on_abort: Callable[[], None] = lambda: None
+        """Told when every visit is closed; whoever keeps visits forgets them."""
         self._device_limit_bytes = device_limit_bytes
-        self.full_capacity_bytes = manager.ledger.free(Tier.DEVICE)
         self._open: dict[Visit, None] = {}
+        self._held: dict[Chunk, None] = {}
         self._backward_visits: dict[int, list[Visit]] = {}
+        self.given_up_bytes = 0
+        """What full copies no longer take of their capacity since the model's own computation ran out of memory."""
 
     # -- units
 
@@ -115,7 +60,7 @@ class Runtime:
         """
         if visit.is_open:
             return
-        chunks = visit.unit.chunks
+        chunks = visit.chunks
         in_use = frozenset(c.index for group in (chunks, *(v.pinned for v in self._open)) for c in group)
         actions = self.cycle.advance(Moment(visit.unit.index, phase, in_use)) or Actions()
         is_sampled = self.cycle.is_first or self.timeline.is_on
@@ -129,7 +74,7 @@ class Runtime:
         try:
             self._evict(actions.evict)
             for chunk in chunks:
-                self.manager.fetch(chunk, keep=chunks)
+                self._fetch(chunk, chunks)
             self._prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
                 self._pin(chunk, visit)
@@ -138,8 +83,10 @@ class Runtime:
             if is_sampled:
                 self.meter.mark()
                 self.timeline.add(visit.unit.index, phase)
-        except BaseException:
+        except BaseException as error:
             self.leave(visit)
+            if isinstance(error, OutOfMemory):
+                raise self._with_units(error, visit) from error.__cause__
             raise
 
     def leave(self, visit: Visit) -> None:
@@ -153,13 +100,27 @@ class Runtime:
         visit.pinned.clear()
 
     def add_to_open(self, visit: Visit, chunks: Sequence[Chunk]) -> None:
-        """Bring chunks that an open (or new) visit turned out to need; its unit lists them already."""
+        """Bring chunks that an open (or new) visit turned out to need; it lists them already."""
         if visit.is_open:
             for chunk in chunks:
-                self.manager.fetch(chunk)
+                self._fetch(chunk)
                 self._pin(chunk, visit)
         else:
             self.enter(visit, Phase.FORWARD)
+
+    def hold(self, chunks: Sequence[Chunk]) -> None:
+        """Bring chunks and keep them until `release_held`, because nothing will tell when the last use is over."""
+        for chunk in chunks:
+            if chunk not in self._held:
+                self._fetch(chunk, chunks)
+                self.manager.pin(chunk, keep=chunks)
+                self._held[chunk] = None
+
+    def release_held(self) -> None:
+        """Let go what was held: the step is over, and no graph from before it can be used any more."""
+        for chunk in self._held:
+            self.manager.unpin(chunk)
+        self._held.clear()
 
     def _model_bytes(self) -> int:
         """What the model data have grown by since boost: full copies, and the gradients there are."""
@@ -172,8 +133,19 @@ class Runtime:
         )
         return gradients + sum(c.full_nbytes for c in self.manager.chunks if c.is_resident)
 
+    def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
+        try:
+            self.manager.fetch(chunk, keep)
+        except OutOfMemory:
+            if not self.given_up_bytes:
+                raise
+            # Parameters must be there, whatever the model's own computation would rather have.
+            self._resize_device(self.given_up_bytes)
+            self.given_up_bytes = 0
+            self.manager.fetch(chunk, keep)
+
     def _pin(self, chunk: Chunk, visit: Visit) -> None:
-        self.manager.pin(chunk)
+        self.manager.pin(chunk, keep=visit.chunks)
         visit.pinned.append(chunk)
 
     def _evict(self, indices: Sequence[int]) -> None:
@@ -186,9 +158,20 @@ class Runtime:
         for index in indices:
             chunk = self.manager.chunks[index]
             if chunk.state is ChunkState.HOME and self.manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
-                self.manager.fetch(chunk, background=True)
+                try:
+                    self.manager.fetch(chunk, background=True)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    return  # it was only for speed; who needs it will make room
 
     # -- cycles
+
+    @property
+    def full_capacity_bytes(self) -> int:
+        """Room for full copies on DEVICE."""
+        resident = sum(c.full_nbytes for c in self.manager.chunks if c.is_resident)
+        return self.manager.ledger.free(Tier.DEVICE) + resident
 
     def take_timeline(self) -> list[Point]:
         """The moments of the step that ends here; empty for one that was not sampled."""
@@ -199,7 +182,9 @@ class Runtime:
     def begin_forward(self, with_gradients: bool) -> None:
         """The model's forward begins, outside of any backward: a new cycle of the clock."""
         if self._device_limit_bytes is not None and self.cycle.is_measured:
-            self._grow_device(self._device_limit_bytes - self.meter.peak_bytes)
+            ledger = self.manager.ledger
+            room = self._device_limit_bytes - self.meter.peak_bytes
+            ledger.resize(Tier.DEVICE, max(room, ledger.capacity(Tier.DEVICE)))
             self._device_limit_bytes = None
         if with_gradients != self.cycle.with_gradients:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
@@ -218,12 +203,6 @@ class Runtime:
         ]
         return Planner(trace, nbytes, self.full_capacity_bytes, self.depth, lost)
 
-    def _grow_device(self, capacity_bytes: int) -> None:
-        ledger = self.manager.ledger
-        more = max(capacity_bytes - ledger.capacity(Tier.DEVICE), 0)
-        ledger.resize(Tier.DEVICE, ledger.capacity(Tier.DEVICE) + more)
-        self.full_capacity_bytes += more
-
     def prefetch_next_cycle(self) -> None:
         """Start the first fetches of the next training cycle behind the optimizer's updates."""
         actions = self.cycle.between()
@@ -232,7 +211,7 @@ class Runtime:
 
     def use_order(self) -> dict[int, int]:
         """Chunk index -> rank in the order of first use in a training cycle (by index while unknown)."""
-        planner = self.cycle.planners.get(True)
+        planner = self.cycle.expected(with_gradients=True)
         used = planner.trace.first_uses() if planner is not None else ()
         order = dict.fromkeys((*used, *(c.index for c in self.manager.chunks)))
         return {index: rank for rank, index in enumerate(order)}
@@ -243,10 +222,6 @@ class Runtime:
     def is_in_backward(self) -> bool:
         """True from the first unit of a backward to its end, and after a backward that never ended."""
         return bool(self._backward_visits)
-
-    @property
-    def has_open_visits(self) -> bool:
-        return bool(self._open)
 
     @property
     def open_visits(self) -> tuple[Visit, ...]:
@@ -264,8 +239,49 @@ class Runtime:
         for visit in self._backward_visits.pop(task, ()):
             self.leave(visit)
 
+    # -- when something went wrong
+
     def abort(self) -> None:
         """After an exception in user code: close every visit, so that no pin is left."""
+        self.on_abort()
         self._backward_visits.clear()
         for visit in list(self._open):
             self.leave(visit)
+
+    def explain(self, error: BaseException) -> None:
+        """If the model's own computation ran out of memory: leave it more from now on, and say so.
+
+        Raises
+        ------
+        OutOfMemory
+            From ``error``, if that is what happened. An `OutOfMemory` of ours says it all already.
+        """
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            return
+        held = sum(c.full_nbytes for c in self.manager.chunks if c.is_resident)
+        self.manager.evict_idle()
+        self.manager.device.trim()
+        before = self.full_capacity_bytes
+        after = self._lower(held)
+        raise out_of_memory(error, self.manager, held, before, after) from error
+
+    def _lower(self, held_bytes: int) -> int:
+        """Keep half of the full copies that were there when it was too much, and what one moment needs at least."""
+        nbytes = [c.full_nbytes for c in self.manager.chunks]
+        least = max((sum(nbytes[c] for c in moment.in_use) for moment in self.cycle.moments()), default=0)
+        before = self.full_capacity_bytes
+        after = min(before, max(held_bytes // 2, least))
+        self._resize_device(after - before)
+        self.given_up_bytes += before - after
+        self.cycle.replan(self._plan)
+        return after
+
+    def _resize_device(self, more_bytes: int) -> None:
+        tier = self.manager.ledger.bounded_by(Tier.DEVICE)
+        self.manager.ledger.resize(tier, self.manager.ledger.capacity(tier) + more_bytes)
+
+    def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
+        names = [v.unit.name for v in self._open if v.pinned]
+        running = f", while {', '.join(names)} run" if names else ""
+        held = f"; {len(self._held)} chunks are held until the next step, for uses outside of a module or a double "
+        return OutOfMemory(f"{error} (for {visit.unit.name}{running}{held + 'backward' if self._held else ''})")

@@ -1,9 +1,11 @@
 """Units: the modules whose forward brackets the uses of their parameters."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from .bracket import is_compiled
 from .chunk import Chunk, ChunkManager
 
 
@@ -15,8 +17,8 @@ class Unit:
     name: str
     module: nn.Module
     chunks: tuple[Chunk, ...]
-    visits: list["Visit"] = field(default_factory=list)
-    """Forward calls under way, innermost last."""
+    stashes: tuple[str, ...] = ()
+    """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
 
 
 @dataclass(slots=True, eq=False)
@@ -25,8 +27,10 @@ class Visit:
 
     unit: Unit
     is_open: bool = False
+    extra: tuple[Chunk, ...] = ()
+    """What this call needs besides, as was seen when it came to it."""
     pinned: list[Chunk] = field(default_factory=list)
-    """What this visit holds; not ``unit.chunks``, which may grow while the visit is open."""
+    """What this visit holds; not ``chunks``, which may grow while the visit is open."""
     input_nodes: tuple[object, ...] = ()
     """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
     input_count: int = 0
@@ -34,24 +38,33 @@ class Visit:
     inputs_missing: int = 0
     """How many of them have not, in the backward under way."""
 
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """What must be on DEVICE while it is open."""
+        return (*self.unit.chunks, *self.extra) if self.extra else self.unit.chunks
+
 
 class Units:
-    """The units of a model, growing when a parameter is seen in use outside of its own."""
+    """The units of a model, growing when a parameter is seen in use outside of its own.
+
+    The model itself is always one. A compiled module is one with all that is below it: nothing of ours may be in what
+    is compiled.
+    """
 
     def __init__(self, model: nn.Module, manager: ChunkManager) -> None:
         self._manager = manager
         self._names = {module: name or type(model).__name__ for name, module in model.named_modules()}
         self.all: list[Unit] = []
         self.of: dict[nn.Module, Unit] = {}
-        for module in model.modules():
-            chunks = self.chunks_of(module.parameters(recurse=False))
-            if chunks:
+        for module in bracketed_modules(model):
+            chunks = self.chunks_of(module.parameters(recurse=is_compiled(module)))
+            if chunks or module is model:
                 self._add(module, chunks)
 
-    def chunks_of(self, parameters: "object") -> tuple[Chunk, ...]:
+    def chunks_of(self, parameters: Iterable[Tensor]) -> tuple[Chunk, ...]:
         """The chunks that hold these parameters, in chunk order; unmanaged ones are left out."""
         found = {}
-        for parameter in parameters:  # type: ignore[attr-defined]
+        for parameter in parameters:
             place = self._manager.find(parameter)
             if place is not None:
                 found[place[0].index] = place[0]
@@ -74,6 +87,21 @@ class Units:
         return unit
 
 
+def bracketed_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module but those within a compiled one, each once."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        if module not in seen:
+            seen.add(module)
+            yield module
+            if not is_compiled(module):
+                for child in module.children():
+                    yield from walk(child)
+
+    return walk(model)
+
+
 def nested_chunks(
     model: nn.Module, chunks_of_module: "dict[nn.Module, frozenset[int]]"
 ) -> list[tuple[str, frozenset[int]]]:
@@ -85,8 +113,12 @@ def nested_chunks(
 
     def walk(module: nn.Module, name: str, outer: frozenset[int]) -> None:
         own = chunks_of_module.get(module, frozenset())
+        if is_compiled(module):
+            own = own.union(*(chunks_of_module.get(inner, frozenset()) for inner in module.modules()))
         if own:
             found.append((name, outer | own))
+        if is_compiled(module):
+            return
         for child_name, child in module.named_children():
             walk(child, f"{name}.{child_name}".lstrip("."), outer | own)
 

@@ -128,6 +128,9 @@ class FakeBackend:
     def discard(self) -> None:
         self.log.append(("discard",))
 
+    def trim(self) -> None:
+        self.log.append(("trim",))
+
     def synchronize(self) -> None:
         self.log.append(("synchronize",))
 

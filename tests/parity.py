@@ -126,8 +126,9 @@ def check_at_rest(model: nn.Module) -> None:
     assert manager.ledger.used(Tier.DISK) == sum(
         -(-home.nbytes // PAGE_BYTES) * PAGE_BYTES for home in homes if home.tier is Tier.DISK
     )
+    given_up = boosted(model).runtime.given_up_bytes  # after an out of memory; the peak is from before
     for tier in Tier:
-        assert manager.ledger.peak(tier) <= manager.ledger.capacity(tier)
+        assert manager.ledger.peak(tier) <= manager.ledger.capacity(tier) + given_up
 
 
 def check_equal(run: Run, expected: Run) -> None:

@@ -21,8 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "capacity"),
     (
         # The pieces of the runtime
-        "scaler", "observer", "units", "update_queue", "packing", "runtime", "hooks", "gradient_norm", "saved_groups",
-        "managed_step", "stats", "timeline",
+        "scaler", "observer", "bracket", "watched", "units", "cycle", "shortage", "update_queue", "packing", "runtime",
+        "hooks", "gradient_norm", "saved_groups", "managed_step", "stats", "timeline",
     ),
     ("monitor",),
     ("boosted",),

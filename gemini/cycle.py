@@ -1,0 +1,128 @@
+"""Where a forward (and backward) stands against the plans there are, and what becomes of a step that leaves them."""
+
+from collections.abc import Callable, Collection, Iterator
+
+from .planner import Actions, Planner, Schedule
+from .trace import Moment, Phase, Trace, TraceRecorder
+
+Plan = Callable[[Trace], Planner]
+
+PLANS_KEPT = 8
+"""Of each kind. Batches of a few kinds, experts in a few combinations: each keeps its own."""
+MOST_MOMENTS = 100_000
+"""A cycle that never ends, because nobody calls the model itself, begins anew after so many."""
+
+
+class Cycle:
+    """The clock of one model.
+
+    Cycles with gradients and cycles without have plans of their own, the one followed last first. A cycle begins with
+    that one. Where it leaves it, another plan that began in the same way takes over; else it goes on with the same one
+    from the next place where that fits again. What was recorded becomes a plan, if it is not one yet.
+    """
+
+    def __init__(self) -> None:
+        self.with_gradients = False
+        self._planners: dict[bool, list[Planner]] = {True: [], False: []}
+        self._recorder = TraceRecorder()
+        self._resident: Collection[int] = ()
+        self._position = 0
+        self._schedule: Schedule | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """True while the current kind of cycle has no plan yet: this is its warm-up."""
+        return not self._planners[self.with_gradients]
+
+    @property
+    def is_measured(self) -> bool:
+        """True if a whole forward and backward lies in the recording."""
+        return any(moment.phase is Phase.BACKWARD for moment in self._recorder.moments)
+
+    def is_over(self, unit: int, with_gradients: bool) -> bool:
+        """True if a call of this unit by itself (outside of the model's forward) begins another cycle."""
+        moments = self._recorder.moments
+        if not moments or with_gradients != self.with_gradients:
+            return True
+        return moments[0].unit == unit or moments[-1].phase is Phase.BACKWARD or len(moments) > MOST_MOMENTS
+
+    def expected(self, with_gradients: bool) -> Planner | None:
+        """The plan that the next cycle of this kind will begin with."""
+        return next(iter(self._planners[with_gradients]), None)
+
+    def moments(self) -> Iterator[Moment]:
+        """Every moment known, of plans and of the cycle under way."""
+        for planners in self._planners.values():
+            for planner in planners:
+                yield from planner.trace.moments
+        yield from self._recorder.moments
+
+    def advance(self, moment: Moment) -> Actions | None:
+        """Record a moment; its actions, if a plan knows it."""
+        self._recorder.add(moment)
+        schedule, position = self._schedule, self._position
+        if schedule is None:
+            return None
+        moments = schedule.trace.moments
+        if position >= len(moments) or moments[position] != moment:
+            position = self._rejoin(schedule, moment)
+            if position < 0:
+                return None
+            schedule = self._schedule or schedule
+        self._position = position + 1
+        return schedule.actions[position]
+
+    def _rejoin(self, schedule: Schedule, moment: Moment) -> int:
+        """Find where to go on, in another plan or farther on in this one; -1 if nowhere."""
+        done = tuple(self._recorder.moments)
+        for planner in self._planners[self.with_gradients]:
+            if planner.trace.moments[: len(done)] == done:
+                self._schedule = planner.lap(self._resident)
+                return len(done) - 1
+        try:
+            return schedule.trace.moments.index(moment, self._position)
+        except ValueError:
+            return -1
+
+    def restart(self, with_gradients: bool, plan: Plan, resident: Collection[int]) -> None:
+        """The next cycle begins: plan anew if what was recorded is no plan yet, and plan from what is there."""
+        trace = self._recorder.take()
+        planners = self._planners[self.with_gradients]
+        complete = not self.with_gradients or any(m.phase is Phase.BACKWARD for m in trace.moments)
+        if complete and trace.moments:
+            known = next((planner for planner in planners if planner.trace == trace), None)
+            if known is not None:
+                planners.remove(known)
+            else:
+                known = _planned(plan, trace)
+            if known is not None:
+                planners.insert(0, known)
+                del planners[PLANS_KEPT:]
+        self.with_gradients = with_gradients
+        planner = self.expected(with_gradients)
+        self._resident = resident
+        self._schedule = planner.lap(resident) if planner is not None else None
+        self._position = 0
+
+    def between(self) -> Actions:
+        """What to do for the next training cycle before it begins."""
+        planner = self.expected(with_gradients=True)
+        if planner is None:
+            return Actions()
+        if self.with_gradients and self._schedule is not None:
+            return self._schedule.between
+        return Actions(prefetch=planner.first)
+
+    def replan(self, plan: Plan) -> None:
+        """Make every plan anew, because the capacity is another one. The cycle under way goes on without."""
+        for planners in self._planners.values():
+            planned = [_planned(plan, planner.trace) for planner in planners]
+            planners[:] = [planner for planner in planned if planner is not None]
+        self._schedule = None
+
+
+def _planned(plan: Plan, trace: Trace) -> Planner | None:
+    try:
+        return plan(trace)
+    except ValueError:  # a moment outgrew the device since; fetching on demand will say so, or manage
+        return None
