@@ -262,7 +262,7 @@ class ChunkManager:
         while self.ledger.free(Tier.DEVICE) < chunk.full_nbytes:
             idle = self._idle(keep)
             if not idle:
-                raise self._no_room(chunk)
+                raise self._no_room(chunk, keep)
             self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
 
     def evict_idle(self, keep: Sequence[Chunk] = ()) -> None:
@@ -286,10 +286,11 @@ class ChunkManager:
             return True
         return False
 
-    def _no_room(self, chunk: Chunk) -> OutOfMemory:
+    def _no_room(self, chunk: Chunk, keep: Sequence[Chunk]) -> OutOfMemory:
         tier = self.ledger.bounded_by(Tier.DEVICE)
         free = self.ledger.free(Tier.DEVICE)
-        enough = self.ledger.capacity(tier) + chunk.full_nbytes - free
+        missing = sum(c.full_nbytes for c in {chunk, *keep} if not c.is_resident)  # the others are asked for next
+        enough = self.ledger.capacity(tier) + missing - free
         return OutOfMemory(
             f"{tier.value} tier out of memory. {self._needs(chunk)}, {mib(free)} are free, {self._holders()}; "
             f"set {tier.value}_memory to {enough} bytes ({mib(enough)}) or more"
