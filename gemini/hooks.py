@@ -77,6 +77,12 @@ class Hooks:
         self._observer: Observer | None = None
         self._observed_kinds: set[tuple[bool, bool]] = set()
         self._foreign: dict[nn.Module, Visit] = {}
+        self._asked: set[int] = set()
+        """ids of parameters that were asked for while the observer was there."""
+        self._described: set[int] = set()
+        """Those that no operation took then: code looked at their dtype, say."""
+        self._looked_again: set[int] = set()
+        """Those for which the observer has been called again."""
         runtime.on_abort = self._forget
         for unit in units.all:
             self._install(unit)
@@ -150,6 +156,8 @@ class Hooks:
                 observer.__exit__(None, None, None)
                 for module in list(self._foreign):
                     self._on_foreign_leave(module, output if module is model else None)
+                self._described |= self._asked
+                self._asked.clear()
                 if output is not None:
                     self._observed_kinds.add((torch.is_grad_enabled(), model.training))
             self._has_pending_graph = torch.is_grad_enabled() and output is not None
@@ -231,9 +239,11 @@ class Hooks:
 
     def _on_use(self, parameter: nn.Parameter, module: nn.Module) -> None:
         """The observer saw an operation that takes a parameter; from now on ``module`` brings it."""
+        self._asked.discard(id(parameter))
         place = self._runtime.manager.find(parameter)
         if place is None or place[0].pins > 0:
             return
+        self._described.discard(id(parameter))
         unit, is_new = self._units.extend(module, parameter)
         if is_new:
             self._install(unit)
@@ -251,15 +261,20 @@ class Hooks:
         if torch.is_grad_enabled():
             self._watch_backward(visit, [], output)
 
-    def _on_unseen_use(self, chunk: Chunk) -> None:
-        """A parameter that nothing pins is asked for, and no observer is there to see by whom."""
-        if self._observer is not None or torch.compiler.is_compiling():
+    def _on_unseen_use(self, parameter: nn.Parameter, chunk: Chunk) -> None:
+        """A parameter that nothing pins is asked for, and maybe used."""
+        if torch.compiler.is_compiling():
             return
-        if self._running and not _in_backward():
-            visit = self._running[-1]
-            visit.extra = (*visit.extra, chunk)
-            self._runtime.add_to_open(visit, [chunk])
-            self._observed_kinds.clear()  # look again, to learn which module it is
+        if self._observer is not None:
+            self._asked.add(id(parameter))  # the observer will see whether and by whom it is used
+        elif self._running and not _in_backward():
+            if id(parameter) not in self._described:
+                visit = self._running[-1]
+                visit.extra = (*visit.extra, chunk)
+                self._runtime.add_to_open(visit, [chunk])
+                if id(parameter) not in self._looked_again:
+                    self._looked_again.add(id(parameter))
+                    self._observed_kinds.clear()  # to learn which module it is
         elif torch.is_grad_enabled() or _in_backward():
             self._runtime.hold([chunk])
         else:
