@@ -19,11 +19,12 @@ from .search import ChunkSearch, search_chunk_numel
 from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
-from .workers import end_elsewhere, start_workers
+from .workers import IO_STACK_BYTES, end_elsewhere, start_workers
 from .write_behind import STORE_BLOCKS
 
 __all__ = [
     "FETCH_WORKERS",
+    "IO_STACK_BYTES",
     "STATE_ROLES",
     "STORE_BLOCKS",
     "Buffer",

@@ -23,12 +23,11 @@ from threading import Lock
 
 from gemini.errors import OffloadError
 
-from .workers import start_workers
+from .workers import IO_STACK_BYTES, start_workers
 
 PAGE_BYTES = 4096
 LEAST_DIRECT_BYTES = 1 << 16
 """Below, a direct transfer's latency costs more than the copy that it saves."""
-_WORKER_STACK_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ class DiskFile:
             self._direct_fd = _open_direct(self._fd)
         if self._requests.depth > 1:
             # Who asks for a transfer does a part of it, too.
-            self._pool = start_workers(self._requests.depth - 1, "disk", _WORKER_STACK_BYTES)
+            self._pool = start_workers(self._requests.depth - 1, "disk", IO_STACK_BYTES)
 
     @property
     def is_direct(self) -> bool:

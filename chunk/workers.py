@@ -11,6 +11,8 @@ from gemini.errors import OutOfMemory
 
 START_SECONDS = 30.0
 END_SECONDS = 2.0
+IO_STACK_BYTES = 1 << 19
+"""Enough for threads that only read and write."""
 
 logger = logging.getLogger(__name__)
 

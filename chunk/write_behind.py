@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .buffer import Buffer
 from .staging import Staging, pieces
-from .workers import end_elsewhere, start_workers
+from .workers import IO_STACK_BYTES, end_elsewhere, start_workers
 
 STORE_BLOCKS = 3
 """Staging for it: one block is filled while others are written."""
@@ -42,7 +42,7 @@ class WriteBehind:
 
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
-        self._worker = None if staging is None else start_workers(1, "store")
+        self._worker = None if staging is None else start_workers(1, "store", IO_STACK_BYTES)
         self._writes: deque[_Write] = deque()
 
     def write(self, buffer: Buffer, start: int, source: Tensor) -> None:

@@ -42,7 +42,7 @@ from .stats import Statistics, Stats
 from .telemetry.writer import TelemetryWriter
 from .tracker import NonModelMeter
 from .units import Units
-from .update_queue import BLOCK_SETS, UPDATE_ROLES, UpdateQueue
+from .update_queue import BLOCK_SETS, UPDATE_ROLES, UpdateQueue, warm_up
 
 
 def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiConfig) -> GeminiModule:
@@ -64,6 +64,8 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     """
     _refuse(model)
     param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
+    if optimizer is not None:
+        warm_up(torch.device("cpu"), config.compute_dtype)
     capacities = find_capacities(config)
     packing = decide(model, param_groups, config, capacities)
     manager, queue = _build(packing, config, capacities)
@@ -76,7 +78,7 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     device = capacities.device
     for dtype in {plan.compute_dtype for plan in packing.plans if Role.EXP_AVG in plan.homes}:
         for where in {device, torch.device("cpu")}:
-            queue.warm_up(where, dtype)
+            warm_up(where, dtype)
     meter = NonModelMeter(device)
     _fill(model, packing, manager, device)
     if optimizer is not None:

@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .chunk import Buffer, Chunk, Role, Staging, end_elsewhere, pieces, start_workers
+from .chunk import IO_STACK_BYTES, Buffer, Chunk, Role, Staging, end_elsewhere, pieces, start_workers
 from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
 from .nn.optimizer.update import adam_update
 
@@ -111,6 +111,27 @@ class _Block:
         return self.staged[role].view(buffer.dtype)[self.offset : self.offset + self.stop - self.start]
 
 
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Do what the first update would do for the first time: compile or load the kernel, start its threads.
+
+    All of that takes memory; where there is none, the compiler ends the process. So it comes before what is left is
+    measured and given to chunks.
+
+    Parameters
+    ----------
+    dtype
+        Of gradients and full copies.
+    """
+    once = scalars(
+        AdamHyper(lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True),
+        1,
+    )
+    master, exp_avg, exp_avg_sq = (torch.zeros(_WARM_UP_NUMEL, device=device) for _ in range(3))
+    gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
+    for out in (None, full):
+        adam_update(master, exp_avg, exp_avg_sq, gradient, once, out)
+
+
 class UpdateQueue:
     """Runs updates on a background thread, one step after the other, also when one of them has to be tried again.
 
@@ -123,32 +144,13 @@ class UpdateQueue:
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
         self._thread = start_workers(1, "update")
-        self._disk = start_workers(2, "update-io")
+        self._disk = start_workers(2, "update-io", IO_STACK_BYTES)
         self._lock = threading.Lock()
         self._steps: deque[list[_Block]] = deque()
         """What waits to be done. One step may read what the one before writes, so they are never mixed."""
         self._error: BaseException | None = None
         """What stopped the first of them. The others wait behind it: staging may hold what it has not written."""
         self._is_closed = False
-
-    def warm_up(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Do what the first update would do for the first time: compile or load the kernel, start its threads.
-
-        All of that takes memory; where there is none, this is the moment to find out.
-
-        Parameters
-        ----------
-        dtype
-            Of gradients and full copies.
-        """
-        once = scalars(
-            AdamHyper(lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True),
-            1,
-        )
-        master, exp_avg, exp_avg_sq = (torch.zeros(_WARM_UP_NUMEL, device=device) for _ in range(3))
-        gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
-        for out in (None, full):
-            self._thread.submit(adam_update, master, exp_avg, exp_avg_sq, gradient, once, out).result()
 
     def submit(self, updates: Sequence[ChunkUpdate]) -> list[Ticket]:
         """Start updating, in the order given; one ticket per chunk."""

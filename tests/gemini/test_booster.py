@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gemini
+from gemini import boost
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.lazy import LazyInitContext
@@ -200,3 +201,23 @@ def test_no_sync_and_prepare_dataloader_work() -> None:
         [b[0].tolist() for b in booster.plugin.prepare_dataloader(dataset, 2, shuffle=True, seed=s)] for s in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_the_kernel_has_its_memory_before_what_is_left_is_given_to_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where there is no memory for it the compiler ends the process, without any exception.
+    order: list[str] = []
+
+    def noting(name: str) -> None:
+        original = getattr(boost, name)
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            order.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(boost, name, note)
+
+    noting("warm_up")
+    noting("find_capacities")
+    model = nn.Linear(4, 4)
+    Booster(plugin=GeminiPlugin(telemetry=False)).boost(model, HybridAdam(model.parameters()))
+    assert order[:2] == ["warm_up", "find_capacities"]

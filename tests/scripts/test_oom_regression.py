@@ -43,15 +43,20 @@ def test_the_quick_scenarios_pass(tmp_path: Path) -> None:
 
 
 def test_a_cap_that_plain_survives_is_a_failure() -> None:
-    said = oom_regression("--quick", "--small", "--headroom-ratio", "10", expect=1)
+    said = oom_regression("--only", "plain_dies_gemini_trains", "--small", "--headroom-ratio", "10", expect=1)
     assert "FAIL  plain PyTorch with" in said
     assert "FAILED: plain_dies_gemini_trains" in said
 
 
 def test_a_cap_under_which_gemini_dies_is_a_failure() -> None:
-    said = oom_regression("--quick", "--small", "--headroom-ratio", "1.2", expect=1)
+    said = oom_regression("--only", "plain_dies_gemini_trains", "--small", "--headroom-ratio", "1.2", expect=1)
     assert "FAIL  Gemini with" in said
     assert "FAIL  Gemini's losses" in said
+
+
+def test_a_run_that_may_not_take_its_capacities_is_a_failure() -> None:
+    said = oom_regression("--only", "budgets_held", "--small", "--headroom-ratio", "0.4", expect=1)
+    assert "FAIL  all in RAM" in said
 
 
 def test_a_model_that_is_boosted_in_more_than_its_chunks_is_a_failure() -> None:

@@ -2,6 +2,6 @@
 
 from outcome import Scenario
 
-from . import lazy_boost_peak, plain_dies_gemini_trains
+from . import budgets_held, lazy_boost_peak, plain_dies_gemini_trains
 
-ALL: tuple[Scenario, ...] = (plain_dies_gemini_trains.SCENARIO, lazy_boost_peak.SCENARIO)
+ALL: tuple[Scenario, ...] = (plain_dies_gemini_trains.SCENARIO, budgets_held.SCENARIO, lazy_boost_peak.SCENARIO)
