@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lazy",),
     ("nn",),
     ("tracker",),
-    ("placement", "trace", "planner"),
+    ("placement", "trace", "planner", "non_model"),
     ("telemetry",),
     ("config", "capacity"),
     (
@@ -43,7 +43,7 @@ ISOLATED: Mapping[str, frozenset[str]] = {
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
 # count: `gemini.chunk.tier` is free of torch although its package's __init__ is not.
-WITHOUT_TORCH = ("placement", "trace", "planner", "sizes", "telemetry", "stat")
+WITHOUT_TORCH = ("placement", "trace", "planner", "non_model", "sizes", "telemetry", "stat")
 
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
