@@ -30,14 +30,10 @@ class Cycle:
         self._schedule: Schedule | None = None
 
     @property
-    def is_first(self) -> bool:
-        """True while the current kind of cycle has no plan yet: this is its warm-up."""
-        return not self._planners[self.with_gradients]
-
-    @property
-    def is_measured(self) -> bool:
-        """True if a whole forward and backward lies in the recording."""
-        return any(moment.phase is Phase.BACKWARD for moment in self._recorder.moments)
+    def is_complete(self) -> bool:
+        """True if a whole cycle lies in the recording: a forward, and with gradients a backward."""
+        moments = self._recorder.moments
+        return bool(moments) and (not self.with_gradients or any(m.phase is Phase.BACKWARD for m in moments))
 
     def is_over(self, unit: int, with_gradients: bool) -> bool:
         """True if a call of this unit by itself (outside of the model's forward) begins another cycle."""
@@ -86,10 +82,10 @@ class Cycle:
 
     def restart(self, with_gradients: bool, plan: Plan, resident: Collection[int]) -> None:
         """The next cycle begins: plan anew if what was recorded is no plan yet, and plan from what is there."""
+        is_complete = self.is_complete
         trace = self._recorder.take()
         planners = self._planners[self.with_gradients]
-        complete = not self.with_gradients or any(m.phase is Phase.BACKWARD for m in trace.moments)
-        if complete and trace.moments:
+        if is_complete:
             known = next((planner for planner in planners if planner.trace == trace), None)
             if known is not None:
                 planners.remove(known)

@@ -122,7 +122,7 @@ class Hooks:
         if self._depth <= 1 and not _in_backward():
             self.recover()
             grad = torch.is_grad_enabled()
-            self._runtime.begin_forward(grad)
+            self._runtime.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
             if (grad, model.training) not in self._observed_kinds:
                 self._observer = Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave).__enter__()
         if self._cast_inputs is not None:

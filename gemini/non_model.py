@@ -46,7 +46,8 @@ class NonModelProfile:
     heaviest: dict[bool, Measured] = field(default_factory=dict)
     """By whether there are gradients."""
     _batch: Batch | None = None
-    _moments: list[int] = field(default_factory=list)
+    _moments: list[int] | None = None
+    """None until the first moment begins."""
 
     @property
     def is_measuring(self) -> bool:
@@ -56,19 +57,20 @@ class NonModelProfile:
         """A cycle begins; what the one before had measured is dropped if `end` has not been called."""
         known = self.heaviest.get(batch.with_gradients)
         self._batch = batch if known is None or batch.weight > known.batch.weight else None
-        self._moments.clear()
+        self._moments = None
 
     def add(self, nbytes: int) -> None:
-        """The moment before has ended, and took so much at its peak."""
-        self._moments.append(nbytes)
+        """A moment begins; the one before it, or what was before the first of the cycle, took so much at its peak."""
+        if self._moments is None:
+            self._moments = []
+        else:
+            self._moments.append(nbytes)
 
-    def end(self) -> Measured | None:
-        """The cycle is complete; what was measured, if it was."""
-        if self._batch is None or not self._moments:
-            return None
-        measured = self.heaviest[self._batch.with_gradients] = Measured(self._batch, tuple(self._moments))
+    def end(self, nbytes: int) -> None:
+        """The cycle is complete, and its last moment took so much."""
+        if self._batch is not None and self._moments is not None:
+            self.heaviest[self._batch.with_gradients] = Measured(self._batch, (*self._moments, nbytes))
         self._batch = None
-        return measured
 
     def expected_peak_bytes(self, batch: Batch) -> int | None:
         """What a cycle will take: what was measured, in proportion for a batch of more elements; None if unknown."""

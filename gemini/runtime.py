@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from .chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from .cycle import Cycle
 from .errors import OutOfMemory, is_out_of_memory
+from .non_model import Batch, NonModelProfile
 from .planner import Actions, Planner
 from .shortage import out_of_memory
 from .timeline import Point, Timeline
@@ -24,10 +25,10 @@ class Runtime:
     depth
         How many chunks may be on their way ahead of use.
     meter
-        Samples the non-model data at each moment of a warm-up cycle.
+        Samples the non-model data at each moment of the cycles that the profile wants to be measured.
     device_limit_bytes
-        What model and non-model data may take on DEVICE together: once the warm-up has measured the latter, the rest
-        goes to full copies. None: the capacity of DEVICE is what the user said.
+        What model and non-model data may take on DEVICE together: once the latter have been measured, the rest goes to
+        full copies. None: the capacity of DEVICE is what the user said.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Runtime:
         self.stall_seconds = 0.0
         self.timeline = Timeline(manager.ledger)
         self.meter = meter
+        self.profile = NonModelProfile()
         self.on_abort: Callable[[], None] = lambda: None
         """Told when every visit is closed; whoever keeps visits forgets them."""
         self._device_limit_bytes = device_limit_bytes
@@ -63,10 +65,12 @@ class Runtime:
         chunks = visit.chunks
         in_use = frozenset(c.index for group in (chunks, *(v.pinned for v in self._open)) for c in group)
         actions = self.cycle.advance(Moment(visit.unit.index, phase, in_use)) or Actions()
-        is_sampled = self.cycle.is_first or self.timeline.is_on
+        is_sampled = self.profile.is_measuring or self.timeline.is_on
         if is_sampled:
             self.meter.sample(self._model_bytes())
             self.timeline.close(self.meter.last_bytes)
+            if self.profile.is_measuring:
+                self.profile.add(self.meter.last_bytes)
         waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
         begin = time.perf_counter() if waits else 0.0
         visit.is_open = True
@@ -179,17 +183,41 @@ class Runtime:
             self.meter.sample(self._model_bytes())
         return self.timeline.take(self.meter.last_bytes)
 
-    def begin_forward(self, with_gradients: bool) -> None:
-        """The model's forward begins, outside of any backward: a new cycle of the clock."""
-        if self._device_limit_bytes is not None and self.cycle.is_measured:
-            ledger = self.manager.ledger
-            room = self._device_limit_bytes - self.meter.peak_bytes
-            ledger.resize(Tier.DEVICE, max(room, ledger.capacity(Tier.DEVICE)))
-            self._device_limit_bytes = None
+    def begin_forward(self, with_gradients: bool, shapes: tuple[tuple[int, ...], ...] = ()) -> None:
+        """The model's forward begins, outside of any backward: a new cycle of the clock.
+
+        ``shapes`` are those of its inputs; a heavier batch than any before is measured like the first one.
+        """
+        if self.profile.is_measuring and self.cycle.is_complete:
+            self.meter.sample(self._model_bytes())
+            self.profile.end(self.meter.last_bytes)
+        batch = Batch(with_gradients, shapes)
+        self.profile.begin(batch)
+        self._leave_room_for(batch)
         if with_gradients != self.cycle.with_gradients:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
         resident = [c.index for c in self.manager.chunks if c.is_resident]
         self.cycle.restart(with_gradients, self._plan, resident)
+
+    def _leave_room_for(self, batch: Batch) -> None:
+        """Give full copies what non-model data leave of DEVICE, once a training step has shown what they take."""
+        if self._device_limit_bytes is None or True not in self.profile.heaviest:
+            return
+        expected = self.profile.expected_peak_bytes(batch) or 0
+        peak = max(expected, *(measured.peak_bytes for measured in self.profile.heaviest.values()))
+        ledger = self.manager.ledger
+        homes = ledger.capacity(Tier.DEVICE) - self.full_capacity_bytes
+        room = max(self._device_limit_bytes - peak - self.given_up_bytes, homes + self._least_bytes())
+        if room != ledger.capacity(Tier.DEVICE):
+            if room < ledger.used(Tier.DEVICE):
+                self.manager.evict_idle()
+            ledger.resize(Tier.DEVICE, room)
+            self.cycle.replan(self._plan)
+
+    def _least_bytes(self) -> int:
+        """What one moment needs at least."""
+        nbytes = [c.full_nbytes for c in self.manager.chunks]
+        return max((sum(nbytes[c] for c in moment.in_use) for moment in self.cycle.moments()), default=0)
 
     def _plan(self, trace: Trace) -> Planner:
         chunks = [c for c in self.manager.chunks if not c.full_is_home]
@@ -267,10 +295,8 @@ class Runtime:
 
     def _lower(self, held_bytes: int) -> int:
         """Keep half of the full copies that were there when it was too much, and what one moment needs at least."""
-        nbytes = [c.full_nbytes for c in self.manager.chunks]
-        least = max((sum(nbytes[c] for c in moment.in_use) for moment in self.cycle.moments()), default=0)
         before = self.full_capacity_bytes
-        after = min(before, max(held_bytes // 2, least))
+        after = min(before, max(held_bytes // 2, self._least_bytes()))
         self._resize_device(after - before)
         self.given_up_bytes += before - after
         self.cycle.replan(self._plan)
