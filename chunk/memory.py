@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .buffer import Buffer, MemoryBuffer
+from .host_memory import zeroed
 from .staging import Staging
 from .tier import Tier
 from .workers import end_elsewhere, start_workers
@@ -153,7 +154,7 @@ class RamBackend:
         pass  # nothing has to be registered with anyone
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
-        return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype))  # calloc: pages come when they are touched
+        return MemoryBuffer(tier, zeroed(numel, dtype))
 
     def grow(self, full: Tensor) -> None:
         full.untyped_storage().resize_(full.numel() * full.element_size())

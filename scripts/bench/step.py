@@ -1,7 +1,5 @@
 """One training step, managed against plain PyTorch, interleaved in one process: ratios, not absolutes.
 
-    python scripts/bench/step.py [--layers 6 --hidden 512 --steps 10]
-
 Each row is the median over the steps of (seconds of that row) / (seconds of plain PyTorch in the same round). Plain is
 PyTorch with ``torch.optim.AdamW(fused=True)``; the managed runs train the same model on the same batch.
 """
@@ -45,15 +43,15 @@ def managed(model: nn.Module, batch: Any, **plugin: Any) -> tuple[Callable[[], N
     return step, model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
-    options = parser.parse_args()
 
+
+def run(options: argparse.Namespace) -> dict[str, object]:
     def build() -> nn.Module:
         torch.manual_seed(0)
         return GPT2LMHeadModel(
@@ -89,16 +87,15 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - begin)
         shape = f"batch {options.batch_size} x {options.seq_len}"
         print(f"{parameters / 1e6:.1f}M parameters, {shape}, {torch.get_num_threads()} threads")
+        results: dict[str, dict[str, float]] = {}
         for name, (_, model) in rows.items():
             base = seconds["plain bf16 (no masters)" if "bf16" in name else "plain fp32"]
             ratio = statistics.median(s / b for s, b in zip(seconds[name], base, strict=True))
-            line = f"{name:<58}{1e3 * statistics.median(seconds[name]):9.1f} ms{ratio:8.2f} x"
+            results[name] = {"seconds": statistics.median(seconds[name]), "ratio_to_plain": ratio}
+            line = f"{name:<58}{1e3 * results[name]['seconds']:9.1f} ms{ratio:8.2f} x"
             if model is not None:
                 stats = model.memory_stats()
                 waited = stats["move/stall_seconds"] / (options.steps + 3)
                 line += f"   prefetched {stats['move/prefetch_hit_ratio']:.0%}, waited {1e3 * waited:.0f} ms a step"
             print(line)
-
-
-if __name__ == "__main__":
-    main()
+    return {"parameters": parameters, "rows": results}

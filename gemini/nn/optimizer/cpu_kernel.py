@@ -131,6 +131,9 @@ def _compiled() -> Callable[..., None]:
 _kernel = _compiled()
 
 
+_ready: set[tuple[Any, ...]] = set()
+"""Types that the kernel has been compiled for."""
+
 _ELEMENTS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.uint16}
 
 
@@ -152,7 +155,7 @@ def adam_cpu(
 ) -> None:
     """Update flat CPU buffers in place; same contract as ``update.adam_update``, without its validation.
 
-    Can be called from several threads at once, on different buffers.
+    Can be called from several threads at once, on different buffers. When it raises, nothing has been changed.
 
     Parameters
     ----------
@@ -175,11 +178,18 @@ def adam_cpu(
         np.float32(s.eps),
     )
 
-    def update(start: int, stop: int) -> None:
-        p, m, v, g = (array[start:stop] for array in arrays)
-        _call(p, m, v, g, None if copy is None else copy[start:stop], *numbers)
-
-    (pool or default_pool()).run(update, param.numel())
+    # Everything that can fail is done before the first element changes: the kernel is compiled for these types, and the
+    # slices are made. What is left to the threads allocates nothing to speak of.
+    kind = (grad.dtype, None if out is None else out.dtype, s.l2 == 0.0)
+    if kind not in _ready:
+        _call(*(array[:0] for array in arrays), None if copy is None else copy[:0], *numbers)
+        _ready.add(kind)
+    threads = pool or default_pool()
+    pieces = [
+        (*(array[at] for array in arrays), None if copy is None else copy[at], *numbers)
+        for at in threads.cut(param.numel())
+    ]
+    threads.run(lambda piece: _kernel(*piece), pieces)
 
 
 def _call(*args: Any) -> None:

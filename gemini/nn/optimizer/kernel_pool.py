@@ -1,9 +1,12 @@
 """Threads that share one flat buffer between them, for kernels that release the GIL."""
 
-import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
 
 # Large enough that starting a slice (microseconds) does not count, small enough to balance threads that others slow.
 _SLICE_NUMEL = 1 << 20
@@ -40,61 +43,96 @@ class KernelPool:
     Slices are taken from a shared counter, so a slow thread takes fewer. Several callers at once are fine: each works
     through its own buffer even when all helpers are busy elsewhere.
 
+    All threads are started here, not when they are first needed: that is in the middle of an update, half of which
+    would be done when the system refuses one. Where it refuses one now, those that there are do the work.
+
     Parameters
     ----------
     threads
         How many threads work on one buffer, the caller included.
+
+    Attributes
+    ----------
+    threads
+        How many there are.
     """
 
     def __init__(self, threads: int) -> None:
         if threads < 1:
             raise ValueError(f"a pool needs at least 1 thread, got {threads}")
-        self.threads = threads
-        self._helpers = ThreadPoolExecutor(threads - 1, thread_name_prefix="gemini-adam") if threads > 1 else None
+        self._helpers = _started(threads - 1)
+        self.threads = 1 + len(self._helpers)
 
-    def run(self, work: Callable[[int, int], None], numel: int) -> None:
-        """Call ``work(start, stop)`` for slices that cover ``range(numel)``; return when all are done.
+    def cut(self, numel: int) -> list[slice]:
+        """The slices of a buffer for `run`; one, if more threads would not make it faster."""
+        step = slice_numel(numel, self.threads)
+        return [slice(start, min(start + step, numel)) for start in range(0, numel, step)]
+
+    def run(self, work: Callable[[_Item], None], items: Sequence[_Item]) -> None:
+        """Call ``work`` with each item; return when all are done.
 
         Raises
         ------
         Exception
-            What ``work`` raised, after every slice that had begun has ended.
+            What ``work`` raised, after every call that had begun has ended.
         """
-        step = slice_numel(numel, self.threads)
-        if self._helpers is None or numel <= step:
-            if numel > 0:
-                work(0, numel)
+        if self.threads == 1 or len(items) <= 1:
+            for item in items:
+                work(item)
             return
-        starts = itertools.count(0, step)  # next() on it is atomic
+        left = iter(items)  # next() on it is atomic
 
         def drain() -> None:
-            while (start := next(starts)) < numel:
-                work(start, min(start + step, numel))
+            for item in left:
+                work(item)
 
-        slices = -(-numel // step)
-        helpers: list[Future[None]] = [self._helpers.submit(drain) for _ in range(min(self.threads, slices) - 1)]
+        begun: list[Future[None]] = []
         try:
+            begun.extend(helper.submit(drain) for helper in self._helpers[: len(items) - 1])
             drain()
         finally:
             # One that has not begun has nothing left to do. The others still write to the buffers: wait.
-            errors = [helper.exception() for helper in helpers if not helper.cancel()]
+            errors = [future.exception() for future in begun if not future.cancel()]
         for error in errors:
             if error is not None:
                 raise error
 
     def close(self) -> None:
         """End the threads."""
-        if self._helpers is not None:
-            self._helpers.shutdown()
+        for helper in self._helpers:
+            helper.shutdown()
+
+
+def _started(count: int) -> list[ThreadPoolExecutor]:
+    """So many running threads, each an executor of its own: one executor for all starts a thread when none is idle."""
+    helpers: list[ThreadPoolExecutor] = []
+    try:
+        for i in range(count):
+            helper = ThreadPoolExecutor(1, thread_name_prefix=f"gemini-adam-{i}")
+            helper.submit(int)
+            helpers.append(helper)
+    except RuntimeError:  # the system refuses a thread
+        pass
+    return helpers
 
 
 _default: tuple[int, KernelPool] | None = None
+_default_lock = threading.Lock()
 
 
 def default_pool() -> KernelPool:
     """The pool of this process, made on first use. A forked child makes its own: threads do not survive a fork."""
     global _default
-    if _default is None or _default[0] != os.getpid():
-        # Two threads may come here at once; the loser's pool has started no thread yet and is collected.
-        _default = (os.getpid(), KernelPool(available_threads()))
-    return _default[1]
+    with _default_lock:
+        if _default is None or _default[0] != os.getpid():
+            _default = (os.getpid(), KernelPool(available_threads()))
+        return _default[1]
+
+
+def _after_fork() -> None:
+    global _default_lock
+    _default_lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -23,11 +23,11 @@ def test_slices_are_whole_cache_lines_and_not_too_large(numel: int, threads: int
 def test_every_element_is_visited_once(threads: int, numel: int) -> None:
     pool, ranges, lock = KernelPool(threads), [], threading.Lock()
 
-    def work(start: int, stop: int) -> None:
+    def work(piece: slice) -> None:
         with lock:
-            ranges.append((start, stop))
+            ranges.append((piece.start, piece.stop))
 
-    pool.run(work, numel)
+    pool.run(work, pool.cut(numel))
     pool.close()
     position = 0
     for start, stop in sorted(ranges):
@@ -39,19 +39,19 @@ def test_every_element_is_visited_once(threads: int, numel: int) -> None:
 def test_an_error_comes_out_after_every_slice_has_ended() -> None:
     pool, running, lock = KernelPool(4), 0, threading.Lock()
 
-    def work(start: int, stop: int) -> None:
+    def work(piece: slice) -> None:
         nonlocal running
         with lock:
             running += 1
         try:
-            if start > 0:
+            if piece.start > 0:
                 raise RuntimeError("broken slice")
         finally:
             with lock:
                 running -= 1
 
     with pytest.raises(RuntimeError, match="broken slice"):
-        pool.run(work, 1 << 23)
+        pool.run(work, pool.cut(1 << 23))
     assert running == 0
     pool.close()
 
@@ -78,3 +78,35 @@ def test_a_forked_process_makes_its_own_pool(monkeypatch: pytest.MonkeyPatch) ->
     assert child is not parent
     monkeypatch.undo()
     assert default_pool() is not child
+
+
+def test_where_the_system_refuses_a_thread_those_there_are_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def refuse_the_third(thread: threading.Thread) -> None:
+        if thread.name.startswith("gemini-adam") and len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_the_third)
+    pool = KernelPool(8)
+    assert pool.threads == 3
+    seen: list[slice] = []
+    pool.run(seen.append, pool.cut(1 << 23))
+    assert sum(piece.stop - piece.start for piece in seen) == 1 << 23
+    assert len(started) == 2  # all threads exist before the first update
+    pool.close()
+
+
+def test_many_threads_that_ask_first_at_once_get_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_pool, "_default", None)
+    found: list[KernelPool] = []
+    askers = [threading.Thread(target=lambda: found.append(default_pool())) for _ in range(8)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join(30)
+    assert len(found) == 8
+    assert len(set(map(id, found))) == 1
+    found[0].close()

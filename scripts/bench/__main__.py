@@ -1,0 +1,38 @@
+"""Benchmarks: each compares in one run, side by side.
+
+    python scripts/bench adam     one Adam step: our kernel, torch's, those of DeepSpeed and ColossalAI
+    python scripts/bench step     one training step, managed against plain PyTorch
+
+A benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> dict``; the dict goes to ``--json FILE``.
+"""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import report
+
+NAMES = ("adam", "step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="name", required=True)
+    modules = {name: importlib.import_module(name) for name in NAMES}
+    for name, module in modules.items():
+        command = commands.add_parser(
+            name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    arguments = parser.parse_args()
+    result = {"benchmark": arguments.name, "machine": report.machine(), **modules[arguments.name].run(arguments)}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
