@@ -65,6 +65,10 @@ class GradientBuffer:
         if self._norm_wanted:
             self._norms[position] = _norm(flat.as_strided(slot.shape, slot.stride), 2.0)  # while it is in RAM
 
+    def view(self, position: int) -> Tensor | None:
+        """The gradient of a slot itself, in its parameter's shape; None where it is a file."""
+        return self._views[position] if self._views else None
+
     def norms(self, order: float = 2.0) -> list[Tensor]:
         """The norm of each gradient present, fp32 scalars on CPU, in slot order."""
         self._norm_wanted = self._norm_wanted or order == 2.0

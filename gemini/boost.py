@@ -29,7 +29,8 @@ from .chunk import (
     tuned,
 )
 from .config import GeminiConfig
-from .hooks import Hooks, watch_gradients
+from .gradients import Gradients
+from .hooks import Hooks
 from .lazy import is_lazy, materialize
 from .managed_step import ChunkedStep
 from .module import GeminiModule, mix_in
@@ -86,7 +87,8 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
 
     runtime = Runtime(manager, config.max_prefetch, meter, capacities.device_limit_bytes)
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
-    step = ChunkedStep(manager, runtime, queue, SingleProcess(), scaler, config.max_norm)
+    gradients = Gradients(manager, packing.parameters, are_scaled=scaler is not None)
+    step = ChunkedStep(manager, runtime, queue, gradients, SingleProcess(), scaler, config.max_norm)
     units, statistics = Units(model, manager), Statistics(manager)
     monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
     hooks = Hooks(
@@ -101,7 +103,6 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     if monitor is not None:
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
-    watch_gradients(manager, list(packing.parameters))
     state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, statistics, monitor)
     mix_in(model)
     assert isinstance(model, GeminiModule)

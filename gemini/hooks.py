@@ -11,7 +11,6 @@ nodes that it makes belong to no unit.
 """
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .bracket import bracket, is_compiled
-from .chunk import Chunk, ChunkManager
+from .chunk import Chunk
 from .observer import Observer, tensors_in
 from .runtime import Runtime
 from .trace import Phase
@@ -294,26 +293,6 @@ class Hooks:
     def _is_between_forward_and_backward(self) -> bool:
         """True where going through all parameters is most likely for a penalty."""
         return self._has_pending_graph and not self._depth and torch.is_grad_enabled()
-
-
-def watch_gradients(manager: ChunkManager, parameters: list[nn.Parameter]) -> None:
-    """Move each gradient into its chunk's buffer as soon as it is complete, and free ``p.grad``."""
-    for parameter in parameters:
-        place = manager.find(parameter)
-        if place is not None and place[0].gradient is not None:
-            chunk, position = place
-            # Weak: the garbage collector does not see through hooks that live in C++, and the chunk has the parameter.
-            parameter.register_post_accumulate_grad_hook(partial(_take_gradient, weakref.ref(chunk), position))
-
-
-def _take_gradient(reference: "weakref.ref[Chunk]", position: int, parameter: Tensor) -> None:
-    gradient, chunk = parameter.grad, reference()
-    if gradient is None or chunk is None:
-        return
-    assert chunk.gradient is not None
-    chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
-    chunk.gradient.add(position, gradient)
-    parameter.grad = None
 
 
 def _in_backward() -> bool:

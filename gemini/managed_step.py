@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .chunk import Chunk, ChunkManager, ChunkState, Communicator, Role, Tier
 from .gradient_norm import clip_coefficient, first_nonfinite, total_norm
+from .gradients import Gradients
 from .nn.optimizer import HybridAdam
 from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
 from .runtime import Runtime
@@ -24,8 +25,9 @@ class ChunkedStep:
 
     Parameters
     ----------
-    manager, runtime, queue, communicator
-        Where gradients and states are, who knows the order of use, who updates, who agrees among ranks.
+    manager, runtime, queue, gradients, communicator
+        Where gradients and states are, who knows the order of use, who updates, what ``p.grad`` shows, who agrees among
+        ranks.
     scaler
         The loss scale of fp16; None for dtypes that need none.
     max_norm
@@ -37,6 +39,7 @@ class ChunkedStep:
         manager: ChunkManager,
         runtime: Runtime,
         queue: UpdateQueue,
+        gradients: Gradients,
         communicator: Communicator,
         scaler: LossScaler | None,
         max_norm: float,
@@ -52,6 +55,7 @@ class ChunkedStep:
         """Cleans up after a backward that the user called and that failed. Set when the hooks are installed."""
         self._runtime = runtime
         self._queue = queue
+        self._gradients = gradients
         self._communicator = communicator
         self._max_norm = max_norm
         self.on_error: Callable[[BaseException], None] = lambda error: None
@@ -80,6 +84,7 @@ class ChunkedStep:
         self.manager.device.discard()
         for chunk in self.manager.chunks:
             if chunk.gradient is not None:
+                self._gradients.hide(chunk)
                 chunk.gradient.clear()
         self._is_scaled = False
         self._coefficient = 1.0
@@ -89,33 +94,59 @@ class ChunkedStep:
     def step(self, optimizer: HybridAdam) -> None:
         self.recover()
         self._runtime.release_held()
+        # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         self._refuse_unfrozen(optimizer)
-        hypers = [AdamHyper.of_group(group) for group in optimizer.param_groups]  # a bad value raises before any change
+        hypers = [AdamHyper.of_group(group) for group in optimizer.param_groups]
         chunks = self._chunks_with_gradients()
         plain = self._plain_parameters(optimizer)
-        scale = self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
-        self.manager.device.synchronize()
+        scale = self._scale
+        coefficient = self._coefficient
         if self.scaler is not None or self._max_norm > 0:
             norm = total_norm(chunks, plain, 2.0) / scale
             self.grad_norm = float(norm)
             if self.scaler is not None and self._overflowed(norm, chunks):
                 return
             if self._max_norm > 0:
-                self._coefficient *= clip_coefficient(norm, self._max_norm)
-        grad_scale = self._coefficient / scale
-        self._coefficient = 1.0
+                coefficient *= clip_coefficient(norm, self._max_norm)
+        grad_scale = coefficient / scale
 
-        updates = [self._plan_update(hypers[chunk.layout.group.param_group], chunk, grad_scale) for chunk in chunks]
+        taken: dict[int, int] = {}
+        updates = [
+            self._plan_update(hypers[chunk.layout.group.param_group], chunk, grad_scale, taken) for chunk in chunks
+        ]
         order = self._runtime.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
-        for group_index, parameters in plain.items():
-            optimizer.update_parameters(optimizer.param_groups[group_index], parameters, grad_scale)
-        for update, ticket in zip(updates, self._queue.submit(updates), strict=True):
+        prepared = [
+            step
+            for index, parameters in plain.items()
+            for step in optimizer.prepare_parameters(optimizer.param_groups[index], parameters, grad_scale)
+        ]
+        tickets = self._queue.submit(updates)
+
+        self.steps.update(taken)
+        for update, ticket in zip(updates, tickets, strict=True):
             update.chunk.update = ticket
+            self._gradients.hide(update.chunk)
             update.chunk.poison()  # nobody may see half of an update; the next pin or `settle` shows the values again
-        self._runtime.prefetch_next_cycle()
+        optimizer.commit_parameters(prepared)
+        self._coefficient = 1.0
+        if self.scaler is not None:
+            self.scaler.update(overflow=False)
+        self._prefetch()
+
+    @property
+    def _scale(self) -> float:
+        return self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
+
+    def _prefetch(self) -> None:
+        try:
+            self._runtime.prefetch_next_cycle()
+        except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
+            logger.debug("nothing is fetched ahead of the next forward: %s", error)
 
     def _chunks_with_gradients(self) -> list[Chunk]:
+        self.manager.device.synchronize()
+        self._gradients.collect()
         chunks = [c for c in self.manager.chunks if c.gradient is not None and c.gradient.present]
         for chunk in chunks:
             chunk.settle()  # an error of the last step surfaces before anything of this one is changed
@@ -124,8 +155,10 @@ class ChunkedStep:
     def _refuse_unfrozen(self, optimizer: HybridAdam) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and (place := self.manager.find(parameter)) is not None:
-                    chunk, position = place
+                if parameter.grad is None or (place := self.manager.find(parameter)) is None:
+                    continue
+                chunk, position = place
+                if chunk.gradient is None:
                     raise ValueError(
                         f"{chunk.layout.slots[position].name} has a gradient but was frozen when boosted, "
                         "so it has no optimizer state; unfreeze parameters before booster.boost"
@@ -133,28 +166,28 @@ class ChunkedStep:
 
     def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
         assert self.scaler is not None
-        overflow = bool(self._communicator.agree_max((~torch.isfinite(norm)).float()))
+        if not bool(self._communicator.agree_max((~torch.isfinite(norm)).float())):
+            return False
         before = self.scaler.scale
-        self.scaler.update(overflow)
-        if overflow:
-            self.skipped_steps += 1
-            logger.info(
-                "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
-                first_nonfinite(chunks),
-                before,
-                self.scaler.scale,
-            )
-            self._coefficient = 1.0
-        return overflow
+        self.scaler.update(overflow=True)
+        self.skipped_steps += 1
+        logger.info(
+            "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
+            first_nonfinite(chunks),
+            before,
+            self.scaler.scale,
+        )
+        self._coefficient = 1.0
+        return True
 
-    def _plan_update(self, hyper: AdamHyper, chunk: Chunk, grad_scale: float) -> ChunkUpdate:
+    def _plan_update(self, hyper: AdamHyper, chunk: Chunk, grad_scale: float, taken: dict[int, int]) -> ChunkUpdate:
         of_step: dict[int, AdamScalars] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
         previous = -2
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
-            step = self.steps[id(parameter)] = self.steps.get(id(parameter), 0) + 1
+            step = taken[id(parameter)] = self.steps.get(id(parameter), 0) + 1
             at_step = of_step.setdefault(step, scalars(hyper, step, grad_scale))
             if runs and position == previous + 1 and runs[-1].scalars is at_step:
                 runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
@@ -193,9 +226,7 @@ class ChunkedStep:
     def clip_grad_by_norm(
         self, optimizer: HybridAdam, max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> Tensor:
-        self.manager.device.synchronize()
-        scale = self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
-        norm = total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / scale
+        norm = total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / self._scale
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped"
@@ -205,8 +236,7 @@ class ChunkedStep:
         return norm
 
     def clip_grad_by_value(self, optimizer: HybridAdam, value: float) -> None:
-        self.manager.device.synchronize()
-        bound = value * (self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0)
+        bound = value * self._scale
         for chunk in self._chunks_with_gradients():
             assert chunk.gradient is not None
             for position in sorted(chunk.gradient.present):

@@ -94,6 +94,8 @@ class Peers:
             "DS_SKIP_CUDA_CHECK": "1",
             "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # ninja
         }
+        for lock in folder.glob("extensions/**/lock"):
+            lock.unlink()  # torch's builder leaves it behind when it is killed, and the next one waits for it for ever
         self._log = (folder / "worker.log").open("w+")
         self._process = subprocess.Popen(
             [python, WORKER, str(folder), str(memory), str(numel)], pass_fds=[memory],

@@ -4,6 +4,7 @@
 
     hybrid_adam.HybridAdam        the torch.optim.Optimizer: groups, states, loading and saving
       managed.ManagedStep         what takes over when the optimizer is boosted
+      prepared.prepare            parameters outside of chunks, all or nothing
       update.adam_update          one flat buffer, dispatched by device
         arithmetic                the definition: hyperparameters -> the float32 scalars of one step (no torch)
         reference                 plain torch, readable, exact; any device

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .arithmetic import AdamHyper, AdamScalars, scalars
 from .group_options import TORCH_DEFAULTS, completed, refuse_options
-from .layout import copy_back, flatten, memory_order
 from .managed import ManagedStep
-from .parameter_state import PARAM_DTYPES, check_saved, complete_state, needs_master, restored
-from .reference import adam_float64
-from .update import adam_update
+from .parameter_state import PARAM_DTYPES, check_saved, restored
+from .prepared import PreparedStep, prepare
 
 _Self = TypeVar("_Self", bound="HybridAdam")
 
@@ -160,7 +157,10 @@ class HybridAdam(Optimizer):
         Raises
         ------
         TypeError
-            If a gradient is sparse or of a dtype that cannot be used. No parameter has been changed then.
+            If a gradient is sparse or of a dtype that cannot be used.
+        Exception
+            Also what an allocation raises. Parameters and states are as they were before then, so that the step can be
+            repeated. (Without numba the arithmetic itself allocates, and may stop between two parameters.)
         """
         loss = None
         if closure is not None:
@@ -169,15 +169,17 @@ class HybridAdam(Optimizer):
         if self._managed is not None:
             self._managed.step(self)
             return loss
-        # Everything that can be wrong is looked at before the first parameter changes.
-        work = [(AdamHyper.of_group(group), _updatable(group["params"])) for group in self.param_groups]
-        for hyper, params in work:
-            self._update(hyper, params, 1.0)
+        # Everything that can fail happens before the first parameter changes.
+        work = [step for group in self.param_groups for step in prepare(group, group["params"], self.state)]
+        for prepared in work:
+            prepared.commit(self.state)
         return loss
 
     @torch.no_grad()
-    def update_parameters(self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0) -> None:
-        """Do one step for some parameters, with the hyperparameters of ``group``.
+    def prepare_parameters(
+        self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0
+    ) -> list[PreparedStep]:
+        """Make ready one step of some parameters, with the hyperparameters of ``group``; see `commit_parameters`.
 
         Parameters
         ----------
@@ -188,22 +190,13 @@ class HybridAdam(Optimizer):
         grad_scale
             Multiplied into the gradients on the fly; they are not changed.
         """
-        self._update(AdamHyper.of_group(group), _updatable(params), grad_scale)
+        return prepare(group, params, self.state, grad_scale)
 
-    def _update(self, hyper: AdamHyper, params: list[Tensor], grad_scale: float) -> None:
-        of_step: dict[int, AdamScalars] = {}  # parameters may have seen different numbers of gradients
-        for param in params:
-            assert param.grad is not None
-            state = self.state[param]
-            complete_state(state, param)
-            state["step"] += 1
-            step = int(state["step"].item())
-            if param.dtype == torch.float64:
-                adam_float64(param, state["exp_avg"], state["exp_avg_sq"], param.grad, hyper, step, grad_scale)
-                continue
-            if step not in of_step:
-                of_step[step] = scalars(hyper, step, grad_scale)
-            _update_parameter(param, param.grad, state, of_step[step])
+    @torch.no_grad()
+    def commit_parameters(self, prepared: Iterable[PreparedStep]) -> None:
+        """Do what `prepare_parameters` made ready. It does not fail."""
+        for step in prepared:
+            step.commit(self.state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -329,33 +322,3 @@ def _check_parameter(param: Tensor) -> None:
             f"HybridAdam trains {', '.join(map(str, PARAM_DTYPES))} parameters, got {param.dtype} of shape "
             f"{tuple(param.shape)}{hint}"
         )
-
-
-def _updatable(params: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters that have a gradient, all of them usable."""
-    updatable = [param for param in params if param.grad is not None]
-    for param in updatable:
-        assert param.grad is not None
-        if param.grad.layout != torch.strided:
-            raise TypeError(
-                f"HybridAdam does not support sparse gradients (parameter of shape {tuple(param.shape)}); "
-                "use Embedding(sparse=False), or torch.optim.SparseAdam for these parameters"
-            )
-        known = param.grad.dtype in PARAM_DTYPES
-        if not known or (param.grad.dtype == torch.float64) != (param.dtype == torch.float64):
-            raise TypeError(f"a gradient of {param.grad.dtype} cannot update a parameter of {param.dtype}")
-    return updatable
-
-
-def _update_parameter(param: Tensor, grad: Tensor, state: dict[str, Any], step_scalars: AdamScalars) -> None:
-    order = memory_order(param)
-    # Without a master the parameter is its own.
-    written: list[Tensor] = [state["master"] if needs_master(param) else param, state["exp_avg"], state["exp_avg_sq"]]
-    if needs_master(param):
-        written.append(param)
-    flat = [flatten(tensor, order) for tensor in written]
-    adam_update(flat[0], flat[1], flat[2], flatten(grad, order), step_scalars, flat[3] if len(flat) > 3 else None)
-    for flat_tensor, tensor in zip(flat, written, strict=True):
-        copy_back(flat_tensor, tensor, order)
-    # Kernels write behind autograd's back: let it notice a graph that still needs the old value.
-    torch.autograd.graph.increment_version(param)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 class ManagedStep(Protocol):
     """What a boosted ``HybridAdam`` hands its work to. Each method replaces the one of the same name.
 
-    The optimizer's own parts stay at hand for parameters that are not in chunks: ``HybridAdam.update_parameters`` and
-    ``HybridAdam.register_param_group``.
+    The optimizer's own parts stay at hand for parameters that are not in chunks: ``HybridAdam.prepare_parameters``,
+    ``HybridAdam.commit_parameters`` and ``HybridAdam.register_param_group``.
     """
 
     def step(self, optimizer: "HybridAdam") -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .arithmetic import AdamHyper, AdamScalars
 
 # A dozen float64 temporaries are alive at once: slices keep them small, and near the caches of a CPU.
-_SLICE_NUMEL = 1 << 16
+SLICE_NUMEL = 1 << 16
 
 
 def fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
@@ -53,14 +53,14 @@ def adam_reference(
 ) -> None:
     """Update flat buffers in place; same contract as ``update.adam_update``, without its validation."""
     with torch.no_grad():
-        for start in range(0, param.numel(), _SLICE_NUMEL):
-            p, m, v, g = (t[start : start + _SLICE_NUMEL] for t in (param, exp_avg, exp_avg_sq, grad))
+        for start in range(0, param.numel(), SLICE_NUMEL):
+            p, m, v, g = (t[start : start + SLICE_NUMEL] for t in (param, exp_avg, exp_avg_sq, grad))
             p_new, m_new, v_new = _adam(p, m, v, g.float(), scalars)
             m.copy_(m_new)
             v.copy_(v_new)
             p.copy_(p_new)
             if out is not None:
-                out[start : start + _SLICE_NUMEL].copy_(p_new)
+                out[start : start + SLICE_NUMEL].copy_(p_new)
 
 
 def _adam(p: Tensor, m: Tensor, v: Tensor, g: Tensor, s: AdamScalars) -> tuple[Tensor, Tensor, Tensor]:

@@ -296,13 +296,13 @@ def test_options_of_torch_that_it_lacks_are_refused_by_name(option: str) -> None
         HybridAdam([{"params": [nn.Parameter(torch.ones(2))], option: True}])
 
 
-def test_update_parameters_steps_some_parameters_of_a_group() -> None:
+def test_prepare_and_commit_step_some_parameters_of_a_group() -> None:
     a, b, other = nn.Parameter(torch.ones(16)), nn.Parameter(torch.ones(16)), nn.Parameter(torch.ones(16))
     optimizer, twin = HybridAdam([a, other], weight_decay=0.1), HybridAdam([b], weight_decay=0.1)
     for step in range(3):
         give_gradients((a, b, other), step)
         b.grad *= 0.25
-        optimizer.update_parameters(optimizer.param_groups[0], [a], grad_scale=0.25)
+        optimizer.commit_parameters(optimizer.prepare_parameters(optimizer.param_groups[0], [a], grad_scale=0.25))
         twin.step()
     assert torch.equal(a, b)
     assert torch.equal(other, torch.ones(16))

@@ -1,0 +1,127 @@
+"""The step of parameters outside of chunks, in two halves, so that it is all or nothing.
+
+`prepare` does all that can fail: it looks at gradients and hyperparameters, makes missing states, flattens layouts and
+compiles kernels. `PreparedStep.commit` then only runs kernels over memory that is there.
+"""
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arithmetic import AdamHyper, AdamScalars, scalars
+from .layout import copy_back, flatten, memory_order
+from .parameter_state import PARAM_DTYPES, complete_state, needs_master
+from .reference import adam_float64
+from .update import adam_update, ready
+
+States = MutableMapping[Any, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """One parameter's update, of which nothing has happened yet."""
+
+    param: Tensor
+    state: dict[str, Any]
+    step: int
+    scalars: AdamScalars | None
+    """None: ``flat`` holds the new values already."""
+    written: tuple[Tensor, ...]
+    """The tensors that change: parameter or master, both moments, and the parameter if it has a master."""
+    flat: tuple[Tensor, ...]
+    """The same, one-dimensional, as views where their layout allows it."""
+    gradient: Tensor | None
+
+    def commit(self, states: States) -> None:
+        """Do it."""
+        if self.scalars is not None:
+            assert self.gradient is not None
+            master, exp_avg, exp_avg_sq = self.flat[:3]
+            adam_update(
+                master, exp_avg, exp_avg_sq, self.gradient, self.scalars, self.flat[3] if len(self.flat) > 3 else None
+            )
+        order = memory_order(self.param)
+        for flat, tensor in zip(self.flat, self.written, strict=True):
+            copy_back(flat, tensor, order)
+        self.state["step"].fill_(self.step)
+        states[self.param] = self.state
+        # Kernels write behind autograd's back: let it notice a graph that still needs the old value.
+        torch.autograd.graph.increment_version(self.param)
+
+
+def prepare(
+    group: Mapping[str, Any], params: Iterable[Tensor], states: Mapping[Any, dict[str, Any]], grad_scale: float = 1.0
+) -> list[PreparedStep]:
+    """Make ready the update of those ``params`` that have a gradient.
+
+    Parameters
+    ----------
+    group
+        Their parameter group.
+    states
+        Of the optimizer; not changed.
+    grad_scale
+        Multiplied into the gradients on the fly; they are not changed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a gradient or a hyperparameter cannot be used.
+    """
+    hyper = AdamHyper.of_group(group)
+    of_step: dict[int, AdamScalars] = {}  # parameters may have seen different numbers of gradients
+    return [_prepared(param, states.get(param), hyper, of_step, grad_scale) for param in updatable(params)]
+
+
+def updatable(params: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that have a gradient, all of them usable.
+
+    Raises
+    ------
+    TypeError
+        If one is not.
+    """
+    found = [param for param in params if param.grad is not None]
+    for param in found:
+        assert param.grad is not None
+        if param.grad.layout != torch.strided:
+            raise TypeError(
+                f"HybridAdam does not support sparse gradients (parameter of shape {tuple(param.shape)}); "
+                "use Embedding(sparse=False), or torch.optim.SparseAdam for these parameters"
+            )
+        known = param.grad.dtype in PARAM_DTYPES
+        if not known or (param.grad.dtype == torch.float64) != (param.dtype == torch.float64):
+            raise TypeError(f"a gradient of {param.grad.dtype} cannot update a parameter of {param.dtype}")
+    return found
+
+
+def _prepared(
+    param: Tensor,
+    known: dict[str, Any] | None,
+    hyper: AdamHyper,
+    of_step: dict[int, AdamScalars],
+    grad_scale: float,
+) -> PreparedStep:
+    assert param.grad is not None
+    state = known or {}
+    if "step" not in state or (needs_master(param) and "master" not in state):
+        state = dict(state)  # a state that is not complete stays as it is until the commit
+        complete_state(state, param)
+    step = int(state["step"].item()) + 1
+    moments = (state["exp_avg"], state["exp_avg_sq"])
+    if param.dtype == torch.float64:
+        new = tuple(tensor.detach().clone() for tensor in (param, *moments))
+        adam_float64(new[0], new[1], new[2], param.grad, hyper, step, grad_scale)
+        order = memory_order(param)
+        return PreparedStep(param, state, step, None, (param, *moments), tuple(flatten(t, order) for t in new), None)
+    if step not in of_step:
+        of_step[step] = scalars(hyper, step, grad_scale)
+    # Without a master the parameter is its own.
+    written = (state["master"], *moments, param) if needs_master(param) else (param, *moments)
+    order = memory_order(param)
+    flat, gradient = tuple(flatten(tensor, order) for tensor in written), flatten(param.grad, order)
+    ready(param.device, gradient.dtype, param.dtype if needs_master(param) else None, of_step[step].l2 != 0.0)
+    return PreparedStep(param, state, step, of_step[step], written, flat, gradient)
