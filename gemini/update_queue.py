@@ -7,8 +7,9 @@ was computed but not written is kept), the error surfaces at the next wait, whic
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -16,14 +17,19 @@ import torch
 from torch import Tensor
 
 from .chunk import IO_STACK_BYTES, Buffer, Chunk, Role, Staging, end_elsewhere, pieces, start_workers
+from .errors import OffloadError, OutOfMemory
 from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
-from .nn.optimizer.update import adam_update
+from .nn.optimizer.update import adam_update, atomic_numel
 
 UPDATE_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRADIENT)
 BLOCK_SETS = 3
 """Staging for three blocks: one arrives, one is computed, one is written back."""
+_NAMES_SHOWN = 4
 _WARM_UP_NUMEL = 1 << 18
 """Enough for several threads."""
+
+
+_REFRESHED = "full copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +102,16 @@ class _Block:
     scalars: AdamScalars
     staged: dict[Role, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
-    is_computed: bool = False
+    computed_numel: int = 0
     is_written: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_computed(self) -> bool:
+        return self.computed_numel == self.numel
 
     def buffers(self) -> dict[Role, Buffer]:
         chunk = self.update.chunk
@@ -108,7 +122,7 @@ class _Block:
         """The elements of this block, in memory."""
         if buffer.tensor is not None:
             return buffer.tensor[self.start : self.stop]
-        return self.staged[role].view(buffer.dtype)[self.offset : self.offset + self.stop - self.start]
+        return self.staged[role].view(buffer.dtype)[self.offset : self.offset + self.numel]
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
@@ -218,8 +232,9 @@ class UpdateQueue:
                         self._borrow(blocks[ahead], writes)
                         reads.append(self._disk.submit(self._read, blocks[ahead]))
                         ahead += 1
-                    reads.popleft().result()
-                    self._compute(block)
+                    with _of(block):
+                        reads.popleft().result()
+                        self._compute(block)
                     writes.append((block, self._disk.submit(self._write, block)))
                     while len(writes) > 1:
                         self._finish(writes)
@@ -246,16 +261,14 @@ class UpdateQueue:
     def _compute(self, block: _Block) -> None:
         if block.is_computed:
             return
-        tensors = {role: block.tensor(role, buffer) for role, buffer in block.buffers().items()}
-        out = block.update.out
-        refreshed = None if out is None else out[block.start : block.stop]
-        shadow = tensors.get(Role.SHADOW)
-        master, exp_avg, exp_avg_sq, gradient = (tensors[role] for role in UPDATE_ROLES)
-        written = refreshed if shadow is None else shadow
-        adam_update(master, exp_avg, exp_avg_sq, gradient, block.scalars, written)
-        if shadow is not None and refreshed is not None:
-            refreshed.copy_(shadow)
-        block.is_computed = True
+        tensors: dict[Role | str, Tensor] = {r: block.tensor(r, buffer) for r, buffer in block.buffers().items()}
+        if block.update.out is not None:
+            tensors[_REFRESHED] = block.update.out[block.start : block.stop]
+        step = atomic_numel(tensors[Role.MASTER].device) or block.numel
+        while not block.is_computed:  # what one call wrote is not computed again by a retry
+            stop = min(block.computed_numel + step, block.numel)
+            _update(block.scalars, {role: t[block.computed_numel : stop] for role, t in tensors.items()})
+            block.computed_numel = stop
 
     def _write(self, block: _Block) -> None:
         for role in block.staged:
@@ -265,7 +278,8 @@ class UpdateQueue:
 
     def _finish(self, writes: deque[tuple[_Block, "Future[None]"]]) -> None:
         block, future = writes[0]
-        future.result()
+        with _of(block):
+            future.result()
         writes.popleft()
         self._release(block)
         block.is_written = True
@@ -304,3 +318,32 @@ class UpdateQueue:
     def _end(self) -> None:
         self._thread.shutdown(wait=True)
         self._disk.shutdown(wait=True)
+
+
+def _update(at_step: AdamScalars, tensors: Mapping[Role | str, Tensor]) -> None:
+    shadow, refreshed = tensors.get(Role.SHADOW), tensors.get(_REFRESHED)
+    master, exp_avg, exp_avg_sq, gradient = (tensors[role] for role in UPDATE_ROLES)
+    adam_update(master, exp_avg, exp_avg_sq, gradient, at_step, refreshed if shadow is None else shadow)
+    if shadow is not None and refreshed is not None:
+        refreshed.copy_(shadow)
+
+
+@contextmanager
+def _of(block: _Block) -> Iterator[None]:
+    """Errors raised inside say whose update they stopped."""
+    try:
+        yield
+    except Exception as error:
+        raise _named(error, block) from error
+
+
+def _named(error: Exception, block: _Block) -> Exception:
+    layout = block.update.chunk.layout
+    names = [slot.name for slot in layout.slots if slot.offset < block.stop and slot.stop > block.start]
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    where = f"in the optimizer's update of {', '.join(names[:_NAMES_SHOWN])}{more} (chunk {layout.index})"
+    if isinstance(error, OffloadError):
+        return OffloadError(error.errno, f"{error.strerror}, {where}")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return OutOfMemory(f"host tier out of memory {where}: {error}; nothing is lost; lower host_memory")
+    return (TypeError if isinstance(error, TypeError) else RuntimeError)(f"{error}, {where}")
