@@ -252,8 +252,8 @@ class UpdateQueue:
             block.staged.update({role: self._staging.borrow() for role in roles})
 
     def _read(self, block: _Block) -> None:
-        if block.is_computed:
-            return  # a retry: only the write is missing
+        if block.computed_numel:
+            return  # a retry: staging holds what was computed
         for role in block.staged:
             buffer = block.buffers()[role]
             buffer.read(block.start, block.tensor(role, buffer))
@@ -297,7 +297,7 @@ class UpdateQueue:
         reads: deque["Future[None]"],
         writes: deque[tuple[_Block, "Future[None]"]],
     ) -> None:
-        """Wait for what is in flight, and keep of ``blocks`` what is not done: a computed block with its staging."""
+        """Wait for what is in flight, and keep of ``blocks`` what is not done: begun ones with their staging."""
         for read in reads:
             read.exception()
         while writes:
@@ -307,7 +307,7 @@ class UpdateQueue:
                 writes.popleft()
         blocks[:] = [block for block in blocks if not block.is_written]
         for block in blocks:
-            if not block.is_computed:
+            if not block.computed_numel:
                 self._release(block)  # the retry reads it again
 
     def close(self) -> None:
