@@ -21,13 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "capacity"),
     (
         # The pieces of the runtime
-<<<<<<< HEAD
         "scaler", "observer", "bracket", "watched", "units", "cycle", "shortage", "update_queue", "packing", "runtime",
-        "hooks", "gradient_norm", "saved_groups", "managed_step", "stats", "timeline",
-=======
-        "scaler", "observer", "units", "update_queue", "packing", "runtime", "hooks", "gradient_norm", "gradients",
-        "saved_groups", "managed_step", "stats", "timeline",
->>>>>>> 0d21cfa (Show gradients in p.grad, and prepare a step before anything of it happens)
+        "hooks", "gradient_norm", "gradients", "saved_groups", "managed_step", "stats", "timeline",
     ),
     ("monitor",),
     ("boosted",),
