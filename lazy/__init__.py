@@ -12,6 +12,7 @@ How the files build on each other (imports go down only)::
     interception.py  safe_open and torch.load, as long as a context is open
     weight_files.py  tensors that are read from a file at replay
     materialize.py   module -> targets -> replay -> the same objects, now real
+    sharding.py      this rank's part of each parameter, as a DTensor
     record.py        one aten call -> meta result + one record
     tensor.py        LazyTensor, the object a user holds
     replay.py        runs a plan and hands finished storages over

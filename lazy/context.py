@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,13 @@ from .record import dispatch, is_composite
 from .session import session
 from .tape import Tape
 from .tensor import LazyTensor, _set_data, assign_data
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .sharding import Layout
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LazyInitContext:
@@ -94,15 +101,17 @@ class LazyInitContext:
         stack.close()
 
     @staticmethod
-    def materialize(module: nn.Module) -> nn.Module:
-        """Make every lazy tensor of `module` real, in place; the plain form of :func:`gemini.lazy.materialize`.
+    def materialize(module: M, *, device_mesh: DeviceMesh | None = None, placements: Layout | None = None) -> M:
+        """Make every lazy tensor of `module` real, in place; see :func:`gemini.lazy.materialize`.
 
         Parameters
         ----------
         module : nn.Module
             Built inside a context.
+        device_mesh, placements : optional
+            Keep this rank's part of each parameter only, as a ``DTensor``.
         """
-        return materialize(module)
+        return materialize(module, device_mesh=device_mesh, placements=placements)
 
 
 def _last_tape() -> Tape | None:

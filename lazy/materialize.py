@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,24 @@ from .replay import Replay, Resolve, undisturbed
 from .tape import Storage, Tape
 from .tensor import LazyTensor
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .sharding import Layout
+
 Sink = Callable[[nn.Parameter, Tensor], Tensor]
 M = TypeVar("M", bound=nn.Module)
 
 _SEARCH_DEPTH = 4  # containers in containers in module attributes
 
 
-def materialize(module: M, sink: Sink | None = None) -> M:
+def materialize(
+    module: M,
+    sink: Sink | None = None,
+    *,
+    device_mesh: DeviceMesh | None = None,
+    placements: Layout | None = None,
+) -> M:
     """Make every lazy parameter, buffer and tensor attribute of a module real, in place.
 
     The tensor objects stay the same, so whatever refers to them (optimizers, ties, ``nn.LSTM``'s weight lists) stays
@@ -39,6 +50,20 @@ def materialize(module: M, sink: Sink | None = None) -> M:
         ``parameter.data`` becomes `data`: a tensor of the same shape, of any dtype and strides. Parameters that share a
         storage are handed over one after the other with values that share a storage; the sink decides whether they go
         on sharing. Buffers are not handed over.
+    device_mesh : torch.distributed.device_mesh.DeviceMesh, optional
+        Make each parameter a ``DTensor`` of which this rank keeps its part only; needs `placements`. Call it on every
+        rank of the mesh, with models built from the same random state. The parameters become new objects (in modules,
+        and in lists and dicts in their attributes), so build optimizers afterwards. Buffers stay whole.
+    placements : optional
+        Where the parts go. One of
+
+        - a ``Placement``, or a sequence with one for each dimension of the mesh: for every parameter;
+        - a mapping from patterns of parameter names (as in ``fnmatch``) to such; the first that matches counts, and
+          what no pattern matches is replicated;
+        - a function ``(name, parameter) -> placements``.
+
+        None in place of placements leaves a parameter whole, as a plain tensor. Of placements ``Shard`` and
+        ``Replicate`` can be used.
 
     Returns
     -------
@@ -48,7 +73,11 @@ def materialize(module: M, sink: Sink | None = None) -> M:
     Raises
     ------
     ValueError
-        If `sink` returns a tensor of another shape.
+        If `sink` returns a tensor of another shape; if placements do not fit the mesh, a parameter's shape or each
+        other; if a pattern matches nothing; if a parameter is real already or lives on another device than the mesh;
+        if the ranks built their models from different random states.
+    TypeError
+        If only one of `device_mesh` and `placements` is given, or they are given together with `sink`.
 
     Notes
     -----
@@ -58,12 +87,27 @@ def materialize(module: M, sink: Sink | None = None) -> M:
     The global generator ends where eager initialisation would have left it, unless it was moved after the last recorded
     draw; then it is left alone.
     """
-    for tape, lazies in _lazies_by_tape(module):
-        _materialize_tape(tape, lazies, sink)
+    replaced: dict[int, nn.Parameter] = {}
+    if device_mesh is not None or placements is not None:
+        if device_mesh is None or placements is None or sink is not None:
+            raise TypeError("give device_mesh and placements together, and then no sink")
+        from . import sharding  # a second of imports that few need
+
+        decided = sharding.decide(module, device_mesh, placements)
+        sharding.check_agreement([tape for tape, _ in _lazies_by_tape(module)], device_mesh)
+        sink = sharding.sharding(device_mesh, decided)
+    try:
+        for tape, lazies in _lazies_by_tape(module):
+            _materialize_tape(tape, lazies, sink, replaced)
+    finally:
+        if replaced:
+            sharding.replace_everywhere(module, replaced)
     return module
 
 
-def _materialize_tape(tape: Tape, lazies: list[LazyTensor], sink: Sink | None) -> None:
+def _materialize_tape(
+    tape: Tape, lazies: list[LazyTensor], sink: Sink | None, replaced: dict[int, nn.Parameter]
+) -> None:
     by_storage: dict[Storage, list[LazyTensor]] = {}
     for lazy in lazies:
         by_storage.setdefault(lazy._lazy.value.storage, []).append(lazy)
@@ -78,7 +122,12 @@ def _materialize_tape(tape: Tape, lazies: list[LazyTensor], sink: Sink | None) -
             elif sink is None:
                 _become(lazy, nn.Parameter(value, lazy.requires_grad))
             else:
-                _hand_over(lazy, value, sink)
+                parameter = _handed_over(lazy, value, sink)
+                if type(parameter) is nn.Parameter:
+                    _become(lazy, parameter)
+                else:  # a DTensor is another kind of object in C, so the old one cannot become it
+                    _give(parameter, _belongings(lazy))
+                    replaced[id(lazy)] = parameter
 
     tape.settle()
     before = {generator: generator.get_state() for generator in tape.generators.generators()}
@@ -93,11 +142,11 @@ def _materialize_tape(tape: Tape, lazies: list[LazyTensor], sink: Sink | None) -
             generator.set_state(state)
 
 
-def _hand_over(lazy: LazyTensor, value: Tensor, sink: Sink) -> None:
+def _handed_over(lazy: LazyTensor, value: Tensor, sink: Sink) -> nn.Parameter:
     data = sink(lazy, value)  # type: ignore[arg-type]  # an nn.Parameter by isinstance
     if data.shape != value.shape:
         raise ValueError(f"the sink returned shape {tuple(data.shape)} for a parameter of shape {tuple(value.shape)}")
-    _become(lazy, nn.Parameter(data, lazy.requires_grad))
+    return nn.Parameter(data, lazy.requires_grad)
 
 
 def _become(lazy: LazyTensor, real: Tensor) -> None:
@@ -112,16 +161,24 @@ def _become(lazy: LazyTensor, real: Tensor) -> None:
             real.requires_grad_()
     if lazy._use_count() > 1:  # type: ignore[attr-defined]
         raise LazyInitError(f"{lazy!r} cannot become real: an autograd graph or something else in C++ holds it")
-    state = {name: value for name, value in vars(lazy).items() if name not in ("_lazy", "_is_param")}
-    hooks = {name: getattr(lazy, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    belongings = _belongings(lazy)
     cls = type(real)
     real.__class__, lazy.__class__ = LazyTensor, cls  # type: ignore[assignment]
     vars(lazy).clear()
-    vars(lazy).update(state)
     torch._C._swap_tensor_impl(lazy, real)
-    for name, value in hooks.items():
-        if value:
-            setattr(lazy, name, value)  # hooks live half in C++; this ties them to the new tensor
+    _give(lazy, belongings)
+
+
+def _belongings(lazy: LazyTensor) -> dict[str, Any]:
+    """What users have put on a lazy tensor: attributes and hooks."""
+    hooks = {name: getattr(lazy, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    attributes = {name: value for name, value in vars(lazy).items() if name not in ("_lazy", "_is_param")}
+    return attributes | {name: value for name, value in hooks.items() if value}
+
+
+def _give(tensor: Tensor, belongings: dict[str, Any]) -> None:
+    for name, value in belongings.items():
+        setattr(tensor, name, value)  # hooks live half in C++; this ties them to the new tensor
 
 
 def _lazies_by_tape(module: nn.Module) -> list[tuple[Tape, list[LazyTensor]]]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rng import GeneratorLog, SeedPoint
+from .rng import GeneratorLog, SeedPoint, fingerprint
 
 
 class Storage:
@@ -110,6 +110,11 @@ class Tape:
             seed = self.generators.recall(generator)
             if seed is not None:
                 self.records.append(Record(kind=Kind.SEED, generator=generator, seed=seed))
+
+    def fingerprint(self) -> str:
+        """Return what tells apart tapes that will draw different numbers."""
+        states = [record.seed.state for record in self.records if record.seed is not None]
+        return fingerprint([state for state in states if state is not None])
 
     def append_source(self, call: Callable[[], Tensor], geometry: Tensor, device: torch.device) -> Value:
         """Add a record that takes its tensor from elsewhere: `call` returns memory of its own each time."""
