@@ -19,6 +19,7 @@ How the files build on each other (imports go down only)::
     liveness.py      which records matter for which storages (pure)
     tape.py          records, values, storages (pure data)
     session.py       what each thread records on
+    skip.py          past random numbers that nobody needs
     rng.py           where the random numbers of a record come from
 """
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gemini.errors import LazyInitError
 
 from .device import check_device, check_requested_device
 from .interception import reading_lazily
 from .materialize import materialize
 from .record import dispatch, is_composite
+from .replay import paused
 from .session import session
 from .tape import Tape
 from .tensor import LazyTensor, _set_data, assign_data
@@ -25,7 +29,9 @@ if TYPE_CHECKING:
 
     from .sharding import Layout
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module | Tensor)
+
+_UNINITIALISED = {nn.UninitializedParameter.__new__.__code__, nn.UninitializedBuffer.__new__.__code__}
 
 
 class LazyInitContext:
@@ -58,9 +64,9 @@ class LazyInitContext:
     Weights from files (``from_pretrained``, ``safetensors``, ``torch.load``) are read at materialisation; until then
     the files must not be written into. What ``torch.load`` reads without ``mmap=True`` is in memory at once.
 
-    Not supported: uninitialised parameters (``nn.LazyLinear``), and subclasses of ``nn.Parameter``, which become plain
-    parameters. Lazy tensors have no autograd graph, so an in-place op
-    on a parameter outside of ``no_grad`` is recorded where eager would raise.
+    Uninitialised parameters (``nn.LazyLinear``) stay what they are. Subclasses of ``nn.Parameter`` get their class at
+    materialisation. Sparse, nested and quantised tensors are computed at once and are real. Lazy tensors
+    have no autograd graph, so an in-place op on a parameter outside of ``no_grad`` is recorded where eager would raise.
 
     Examples
     --------
@@ -86,19 +92,31 @@ class LazyInitContext:
                 stack.callback(setattr, session, "tape", None)
                 session.tape, session.last = tape, weakref.ref(tape)
                 stack.enter_context(reading_lazily())
-                stack.enter_context(_FunctionMode())
+                stack.enter_context(_FunctionMode(tape))
                 stack.enter_context(_RecordingMode(tape))
             if self._device is not None:
                 stack.enter_context(self._device)
             self._stack = stack.pop_all()
+        session.contexts.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._stack is not None
+        if self._stack is None:
+            raise RuntimeError("this LazyInitContext is not entered")
+        if self not in session.contexts:
+            raise RuntimeError("leave a LazyInitContext in the thread that entered it; it is still entered there")
+        if session.contexts[-1] is not self:
+            raise RuntimeError("leave the inner LazyInitContext first; both are still entered")
+        session.contexts.pop()
         stack, self._stack = self._stack, None
         stack.close()
+        if isinstance(error, RuntimeError) and "python object of type LazyTensor" in str(error):
+            raise LazyInitError(
+                "a lazy tensor cannot be given another class (Tensor.as_subclass, Tensor._make_subclass); "
+                "build this module outside of LazyInitContext, the rest of the model inside"
+            ) from error
 
     @staticmethod
     def materialize(module: M, *, device_mesh: DeviceMesh | None = None, placements: Layout | None = None) -> M:
@@ -106,8 +124,8 @@ class LazyInitContext:
 
         Parameters
         ----------
-        module : nn.Module
-            Built inside a context.
+        module : nn.Module or Tensor
+            Made inside a context.
         device_mesh, placements : optional
             Keep this rank's part of each parameter only, as a ``DTensor``.
         """
@@ -137,11 +155,21 @@ class _RecordingMode(TorchDispatchMode):
 
 
 class _FunctionMode(TorchFunctionMode):
-    """Sees what never reaches the dispatcher: devices torch would try to initialise, ``real.data = lazy``."""
+    """Sees what never reaches the dispatcher: devices torch would try to initialise, ``real.data = lazy``.
+
+    Also the stand-in of an uninitialised parameter. It has no elements, and C++ would not give a lazy tensor its class.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = tape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         check_requested_device(func, args, kwargs)
+        if func is torch.empty and sys._getframe(1).f_code in _UNINITIALISED:
+            with paused(self._tape):
+                return func(*args, **kwargs)
         if func == _set_data and isinstance(args[1], LazyTensor):
             return assign_data(args[0], args[1])
         return func(*args, **kwargs)

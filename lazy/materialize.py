@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .sharding import Layout
 
 Sink = Callable[[nn.Parameter, Tensor], Tensor]
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=nn.Module | Tensor)
 
 _SEARCH_DEPTH = 4  # containers in containers in module attributes
 
@@ -40,8 +40,10 @@ def materialize(
 
     Parameters
     ----------
-    module : nn.Module
-        Built inside a :class:`LazyInitContext`. Real tensors in it are left alone; without lazy ones nothing happens.
+    module : nn.Module or Tensor
+        Made inside a :class:`LazyInitContext`. Real tensors in it are left alone; without lazy ones nothing happens.
+        A part of a model, or a single tensor, gets the values that it has in the whole; what shares memory goes on
+        sharing it if it is materialised in one call.
     sink : callable, optional
         ``sink(parameter, value) -> data``. Called once for each distinct lazy parameter as soon as its value is final,
         in an order that is not that of ``named_parameters()``. `parameter` is the lazy parameter (the object that will
@@ -67,7 +69,7 @@ def materialize(
 
     Returns
     -------
-    nn.Module
+    nn.Module or Tensor
         `module` itself.
 
     Raises
@@ -77,7 +79,8 @@ def materialize(
         other; if a pattern matches nothing; if a parameter is real already or lives on another device than the mesh;
         if the ranks built their models from different random states.
     TypeError
-        If only one of `device_mesh` and `placements` is given, or they are given together with `sink`.
+        If `module` is neither; if only one of `device_mesh` and `placements` is given, or they are given together with
+        `sink`.
 
     Notes
     -----
@@ -87,10 +90,12 @@ def materialize(
     The global generator ends where eager initialisation would have left it, unless it was moved after the last recorded
     draw; then it is left alone.
     """
+    if not isinstance(module, nn.Module | Tensor):
+        raise TypeError(f"expected a module or a tensor to materialise, got {type(module).__name__}")
     replaced: dict[int, nn.Parameter] = {}
     if device_mesh is not None or placements is not None:
-        if device_mesh is None or placements is None or sink is not None:
-            raise TypeError("give device_mesh and placements together, and then no sink")
+        if device_mesh is None or placements is None or sink is not None or not isinstance(module, nn.Module):
+            raise TypeError("give device_mesh and placements together, for a module, and then no sink")
         from . import sharding  # a second of imports that few need
 
         decided = sharding.decide(module, device_mesh, placements)
@@ -100,7 +105,7 @@ def materialize(
         for tape, lazies in _lazies_by_tape(module):
             _materialize_tape(tape, lazies, sink, replaced)
     finally:
-        if replaced:
+        if replaced and isinstance(module, nn.Module):
             sharding.replace_everywhere(module, replaced)
     return module
 
@@ -117,17 +122,15 @@ def _materialize_tape(
     def deliver(storage: Storage, resolve: Resolve) -> None:
         for lazy in by_storage.pop(storage):
             value = resolve(lazy._lazy.value)
-            if not getattr(lazy, "_is_param", False):
+            if lazy._parameter_class is None:
                 _become(lazy, value)
-            elif sink is None:
-                _become(lazy, nn.Parameter(value, lazy.requires_grad))
-            else:
-                parameter = _handed_over(lazy, value, sink)
-                if type(parameter) is nn.Parameter:
-                    _become(lazy, parameter)
-                else:  # a DTensor is another kind of object in C, so the old one cannot become it
-                    _give(parameter, _belongings(lazy))
-                    replaced[id(lazy)] = parameter
+                continue
+            data = value if sink is None else _handed_over(lazy, value, sink)
+            if type(data) in (Tensor, nn.Parameter):
+                _become(lazy, torch.Tensor._make_subclass(lazy._parameter_class, data, lazy.requires_grad))
+            else:  # a DTensor is another kind of object in C, so the old one cannot become it
+                replaced[id(lazy)] = parameter = nn.Parameter(data, lazy.requires_grad)
+                _give(parameter, _belongings(lazy))
 
     tape.settle()
     before = {generator: generator.get_state() for generator in tape.generators.generators()}
@@ -142,11 +145,11 @@ def _materialize_tape(
             generator.set_state(state)
 
 
-def _handed_over(lazy: LazyTensor, value: Tensor, sink: Sink) -> nn.Parameter:
+def _handed_over(lazy: LazyTensor, value: Tensor, sink: Sink) -> Tensor:
     data = sink(lazy, value)  # type: ignore[arg-type]  # an nn.Parameter by isinstance
     if data.shape != value.shape:
         raise ValueError(f"the sink returned shape {tuple(data.shape)} for a parameter of shape {tuple(value.shape)}")
-    return nn.Parameter(data, lazy.requires_grad)
+    return data
 
 
 def _become(lazy: LazyTensor, real: Tensor) -> None:
@@ -170,10 +173,13 @@ def _become(lazy: LazyTensor, real: Tensor) -> None:
 
 
 def _belongings(lazy: LazyTensor) -> dict[str, Any]:
-    """What users have put on a lazy tensor: attributes and hooks."""
+    """What users have put on a lazy tensor: attributes, hooks, a gradient."""
+    if isinstance(lazy.grad, LazyTensor):
+        raise LazyInitError(f"{lazy!r} has a lazy gradient; set .grad to None before the model is materialised")
     hooks = {name: getattr(lazy, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
-    attributes = {name: value for name, value in vars(lazy).items() if name not in ("_lazy", "_is_param")}
-    return attributes | {name: value for name, value in hooks.items() if value}
+    attributes = {name: value for name, value in vars(lazy).items() if name not in ("_lazy", "_parameter_class")}
+    hooks["grad"] = lazy.grad
+    return attributes | {name: value for name, value in hooks.items() if value is not None}
 
 
 def _give(tensor: Tensor, belongings: dict[str, Any]) -> None:
@@ -181,11 +187,12 @@ def _give(tensor: Tensor, belongings: dict[str, Any]) -> None:
         setattr(tensor, name, value)  # hooks live half in C++; this ties them to the new tensor
 
 
-def _lazies_by_tape(module: nn.Module) -> list[tuple[Tape, list[LazyTensor]]]:
+def _lazies_by_tape(module: nn.Module | Tensor) -> list[tuple[Tape, list[LazyTensor]]]:
     tapes: dict[int, tuple[Tape, list[LazyTensor]]] = {}
     seen: set[int] = set()
-    for child in module.modules():
-        for lazy in _find(vars(child), _SEARCH_DEPTH):
+    owners = [module] if isinstance(module, Tensor) else [vars(child) for child in module.modules()]
+    for owner in owners:
+        for lazy in _find(owner, _SEARCH_DEPTH):
             if id(lazy) not in seen:
                 seen.add(id(lazy))
                 tape = lazy._lazy.tape

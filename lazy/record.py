@@ -52,6 +52,11 @@ _LAYERS = frozenset((
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "embedding", "native_layer_norm",
     "native_batch_norm", "native_group_norm", "_softmax", "_log_softmax",
 ))  # fmt: skip
+_NOT_ON_META = (
+    "nested",
+    "quantize_per_",
+    "affine_quantized",
+)  # the meta device fails on them, or forgets what they are
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 RECORDING = threading.RLock()
@@ -175,9 +180,17 @@ def _run_now(tape: Tape, func: Any, args: Any, kwargs: Any, mutated: list[Tensor
     else:
         result = func(*args, **kwargs)
     kept = {id(tensor) for tensor in mutated}
-    return tree_map(
-        lambda leaf: as_lazy(tape, leaf) if isinstance(leaf, Tensor) and id(leaf) not in kept else leaf, result
-    )
+
+    def take(leaf: Any) -> Any:
+        fresh = isinstance(leaf, Tensor) and id(leaf) not in kept and _is_plain(leaf)
+        return as_lazy(tape, leaf) if fresh else leaf
+
+    return tree_map(take, result)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether shape and strides say all about it; sparse, nested and quantised tensors are left to be real."""
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def _draw_now(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
@@ -219,11 +232,14 @@ def _record(tape: Tape, func: Any, args: Any, kwargs: Any, mutated: list[Tensor]
     meta_args, meta_kwargs = tree_unflatten([_to_meta(leaf) for leaf in flat], spec)
     if meta_kwargs.get("pin_memory"):
         meta_kwargs["pin_memory"] = False
+    if any(word in func.name() for word in _NOT_ON_META):
+        return _run_now(tape, func, args, kwargs, mutated, draws, inside)
     try:
         result = func(*meta_args, **meta_kwargs)
     except NotImplementedError:
         return _run_now(tape, func, args, kwargs, mutated, draws, inside)
-
+    if any(isinstance(leaf, Tensor) and not _is_plain(leaf) for leaf in tree_leaves(result)):
+        return _run_now(tape, func, args, kwargs, mutated, draws, inside)
     device = _result_device(lazies, (), kwargs)
     entry = _Entry(tape, func, spec, flat, lazies, device)
     generator = _generator(args, kwargs, device) if draws else None

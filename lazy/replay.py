@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .liveness import Plan, Role, plan_replay, touched
-from .memory import Scratchpad, empty
+from .memory import Pool, empty
 from .rng import SeedPoint
 from .tape import Kind, Record, Storage, Tape, Value
 
 Resolve = Callable[[Value], Tensor]
 Deliver = Callable[[Storage, Resolve], None]
+
+_SKIP_FROM_NUMEL = 1 << 12  # a copy of the generator's state costs more than a shorter draw
+_COMPILE_FROM_NUMEL = 1 << 22  # loading the compiled code costs more than fewer draws
 
 
 class Replay:
@@ -58,7 +62,8 @@ class Replay:
         self._targets = dict.fromkeys(value.storage for value in targets)
         self._deliver = deliver
         self._transient = transient
-        self._scratchpad = Scratchpad()
+        self._pool = Pool()
+        self._words = self._find_skips()
         self._live: dict[Storage, dict[Value, Tensor]] = {}
         self._ran: set[int] = set()
         self._after: dict[int, list[int]] = {}
@@ -79,7 +84,7 @@ class Replay:
                 if not record.is_source or all(self._uses[storage] == 1 for storage in record.writes):
                     self._run_chain(index)
             elif role is Role.SCRATCH:
-                self._scratch(record)
+                self._scratch(index)
             elif role is Role.SEED:
                 self._seed(record)
             if index in self._plan.marks and record.generator is not None:
@@ -153,7 +158,9 @@ class Replay:
             self._uses[value.storage] -= 1
         else:  # its content is dead, the memory is not
             assert self._plan.roles.get(index) is not Role.RUN, "a record ran before the one that makes its input"
-            self._live.setdefault(value.storage, {})[value] = empty(value, transient=self._transient)
+            self._live.setdefault(value.storage, {})[value] = (
+                self._pool.empty(value) if self._transient else empty(value)
+            )
         return self._live[value.storage][value]
 
     def _release(self, storage: Storage) -> None:
@@ -162,9 +169,32 @@ class Replay:
             self._deliver(storage, self._resolve)
         self._live.pop(storage, None)
 
-    def _scratch(self, record: Record) -> None:
+    def _find_skips(self) -> dict[int, int]:
+        """Index of a dead draw -> words to skip instead, for those long enough to be worth it."""
+        dead = {
+            index: self._records[index]
+            for index, role in self._plan.roles.items()
+            if role is Role.SCRATCH and _drawn(self._records[index]) >= _SKIP_FROM_NUMEL
+        }
+        if sum(map(_drawn, dead.values())) < _COMPILE_FROM_NUMEL:
+            return {}
+        from . import skip
+
+        if not skip.is_reliable():
+            return {}
+        words = {index: skip.words(record) for index, record in dead.items()}
+        return {index: count for index, count in words.items() if count is not None}
+
+    def _scratch(self, index: int) -> None:
+        record = self._records[index]
         assert record.call is not None and record.scratch is not None
-        scratch = self._scratchpad.empty(record.scratch)
+        if index in self._words:
+            from .skip import skip
+
+            assert record.generator is not None
+            skip(record.generator, self._words[index])
+            return
+        scratch = self._pool.empty(record.scratch)
         args, kwargs = tree_map(lambda leaf: scratch if isinstance(leaf, Value) else leaf, (record.args, record.kwargs))
         record.call(*args, **kwargs)
 
@@ -174,6 +204,10 @@ class Replay:
         state = seed.state if seed.after is None else self._states[seed.after]
         assert state is not None, "a seed point is either a state or a mark"
         seed.generator.set_state(state)
+
+
+def _drawn(record: Record) -> int:
+    return prod(record.scratch.shape) if record.scratch is not None else 0
 
 
 def _call_with_dtype(dtype: torch.dtype, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:

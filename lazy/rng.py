@@ -23,8 +23,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-_STATE_NBYTES = 5056  # of at::CPUGeneratorImplState; another size means another layout, which is then left untagged
-_HEADER = struct.Struct("<QiiQ")  # seed, left, seeded, next; then 624 words of 8 bytes
+STATE_NBYTES = 5056  # of at::CPUGeneratorImplState; another size means another layout, which is then left untagged
+HEADER = struct.Struct("<QiiQ")  # seed, left, seeded, next; then 624 words of 8 bytes
 _DEAD_BITS = 0x7FFFFFFF
 
 
@@ -121,12 +121,12 @@ def _digest(state: Tensor) -> bytes:
 
 
 def _tagged(state: Tensor, tag: int) -> Tensor:
-    if state.numel() != _STATE_NBYTES:
+    if state.numel() != STATE_NBYTES:
         return state  # not an MT19937: told apart by its offset alone
     raw = bytearray(state.numpy().tobytes())
-    _, left, _, position = _HEADER.unpack_from(raw)
+    _, left, _, position = HEADER.unpack_from(raw)
     if left != 1 and position == 0:
         return state  # word 0 is still to be drawn
-    (word,) = struct.unpack_from("<I", raw, _HEADER.size)
-    struct.pack_into("<I", raw, _HEADER.size, (word & ~_DEAD_BITS & 0xFFFFFFFF) | tag)
+    (word,) = struct.unpack_from("<I", raw, HEADER.size)
+    struct.pack_into("<I", raw, HEADER.size, (word & ~_DEAD_BITS & 0xFFFFFFFF) | tag)
     return torch.frombuffer(raw, dtype=torch.uint8).clone()

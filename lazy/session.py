@@ -9,10 +9,13 @@ from .tape import Tape
 
 
 class Session(threading.local):
-    """The tape this thread records on, and, weakly, the one it recorded on last."""
+    """The contexts this thread is in and the tape they record on, and, weakly, the tape it recorded on last."""
 
     tape: Tape | None = None
     last: Callable[[], Tape | None] = staticmethod(lambda: None)
+
+    def __init__(self) -> None:
+        self.contexts: list[object] = []
 
 
 session = Session()

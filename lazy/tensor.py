@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemini.errors import LazyInitError
 
@@ -38,6 +39,19 @@ class LazyTensor(torch.Tensor):
     """
 
     _lazy: LazyState
+    _parameter_class: type[nn.Parameter] | None = None
+
+    @property
+    def _is_param(self) -> bool:
+        """What makes ``isinstance(tensor, nn.Parameter)`` true."""
+        return self._parameter_class is not None
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        # Set by nn.Parameter.__new__, which says nowhere else of which subclass it was asked for an object.
+        caller = sys._getframe(1)
+        asked = caller.f_locals.get("cls") if caller.f_code is nn.Parameter.__new__.__code__ else None
+        self._parameter_class = (asked or nn.Parameter) if value else None
 
     @staticmethod
     def make(state: LazyState) -> LazyTensor:
@@ -77,6 +91,9 @@ class LazyTensor(torch.Tensor):
         """Return a storage without memory; lazy tensors that will share memory share it."""
         return self._lazy.meta.untyped_storage()
 
+    def share_memory_(self) -> NoReturn:
+        raise LazyInitError(f"{self!r} has no memory to share; {REMEDY}")
+
     def data_ptr(self) -> int:
         """Return 0: there is no memory yet."""
         return 0
@@ -98,7 +115,7 @@ class LazyTensor(torch.Tensor):
         return read(self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        kind = "Parameter" if getattr(self, "_is_param", False) else "Tensor"
+        kind = "Parameter" if self._is_param else "Tensor"
         return f"Lazy{kind}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __format__(self, spec: str) -> str:
@@ -110,7 +127,7 @@ class LazyTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
-        if getattr(self, "_is_param", False):
+        if self._is_param:
             new = self.detach().clone(memory_format=torch.preserve_format)
         else:
             new = self._deepcopy_storage(memo)
