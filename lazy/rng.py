@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -54,6 +56,8 @@ class GeneratorLog:
         self._tracks: dict[torch.Generator, _Track] = {}
         # A random start keeps the tags of two tapes apart.
         self._next_tag = int.from_bytes(os.urandom(4), "little") & _DEAD_BITS
+        with _logs_lock:
+            _logs.add(self)
 
     def observe(self, generator: torch.Generator) -> SeedPoint | None:
         """Return the seed point to record before a draw, or None if the generator is where the last draw left it."""
@@ -67,6 +71,8 @@ class GeneratorLog:
         recalled = self.recall(generator)
         if recalled is not None:
             return recalled
+        if torch.equal(_tagged(state, 0), _tagged(track.base, 0)) and _is_tag_of_another(self, generator, state):
+            return None  # another thread records from the same state; nobody has drawn
         track.base = state
         return SeedPoint(generator, state, None)
 
@@ -99,6 +105,18 @@ class GeneratorLog:
     def generators(self) -> list[torch.Generator]:
         """Every generator that a recorded op draws from."""
         return list(self._tracks)
+
+
+_logs: WeakSet[GeneratorLog] = WeakSet()
+_logs_lock = threading.Lock()
+
+
+def _is_tag_of_another(log: GeneratorLog, generator: torch.Generator, state: Tensor) -> bool:
+    """Whether a tape of another thread has tagged this state."""
+    with _logs_lock:
+        others = [other for other in _logs if other is not log]
+    tracks = [other._tracks[generator] for other in others if generator in other._tracks]
+    return any(_digest(state) in track.marks for track in tracks)
 
 
 def default_generator(device: torch.device) -> torch.Generator:

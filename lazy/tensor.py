@@ -127,10 +127,11 @@ class LazyTensor(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
-        if self._is_param:
-            new = self.detach().clone(memory_format=torch.preserve_format)
-        else:
-            new = self._deepcopy_storage(memo)
+        if self._parameter_class is not None:  # as nn.Parameter does it: other attributes are not copied
+            copied = self.detach().clone(memory_format=torch.preserve_format)
+            memo[id(self)] = parameter = self._parameter_class(copied, self.requires_grad)
+            return parameter
+        new = self._deepcopy_storage(memo)
         new.requires_grad_(self.requires_grad)
         memo[id(self)] = new
         for name, attribute in vars(self).items():

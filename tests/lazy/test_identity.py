@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 
 import torch
@@ -53,6 +54,66 @@ def test_attributes_weak_references_and_hooks_stay_on_the_parameter():
     assert model.weight.tag == {"shard": 1} and reference() is model.weight
     model(torch.ones(1, 3)).sum().backward()
     assert sorted(calls) == ["accumulated", "grad"]
+
+
+class Marked(nn.Parameter):
+    pass
+
+
+class Tagged(nn.Parameter):
+    def __new__(cls, data, requires_grad=True, tag=None):
+        self = super().__new__(cls, data, requires_grad)
+        self.tag = tag
+        return self
+
+
+def test_subclasses_of_parameter_get_their_class_and_attributes_back():
+    def build():
+        net = nn.Module()
+        net.marked, net.tagged = Marked(torch.randn(3)), Tagged(torch.randn(3), requires_grad=False, tag="shard 1")
+        net.copied = copy.deepcopy(net.tagged)
+        return net
+
+    torch.manual_seed(0)
+    eager = build()
+    torch.manual_seed(0)
+    with LazyInitContext():
+        lazy = build()
+    assert all(isinstance(p, nn.Parameter) for p in (lazy.marked, lazy.tagged, lazy.copied))
+    materialize(lazy)
+    for name, parameter in eager.named_parameters():
+        other = getattr(lazy, name)
+        assert type(other) is type(parameter) and torch.equal(other, parameter), name
+        assert other.requires_grad == parameter.requires_grad and vars(other) == vars(parameter), name
+
+
+def test_uninitialised_parameters_stay_so_until_their_first_forward():
+    def build():
+        net = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 2))
+        return net
+
+    torch.manual_seed(0)
+    eager = build()
+    torch.manual_seed(0)
+    with LazyInitContext():
+        lazy = build()
+    materialize(lazy)
+    assert isinstance(lazy[1].weight, nn.UninitializedParameter)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    expected = eager(x)
+    torch.manual_seed(2)
+    assert torch.equal(expected, lazy(x))
+    for (name, a), (_, b) in zip(eager.state_dict().items(), lazy.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_gradient_set_before_stays():
+    with LazyInitContext():
+        model = nn.Linear(2, 2)
+    model.weight.grad = torch.ones(2, 2)
+    materialize(model)
+    assert torch.equal(model.weight.grad, torch.ones(2, 2)) and model.bias.grad is None
 
 
 def test_a_lazy_parameter_reports_what_it_will_be():

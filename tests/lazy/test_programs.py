@@ -97,7 +97,7 @@ def shared(tensors):
     return [[i for i, other in enumerate(keys) if other == key] for key in keys]
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs, st.booleans())
 def test_random_programs_give_what_eager_gives(steps, use_sink):
     eager, state, lazy = run_both(steps)
@@ -108,7 +108,8 @@ def test_random_programs_give_what_eager_gives(steps, use_sink):
         return value.clone()
 
     materialize(lazy, sink if use_sink else None)
-    assert not use_sink or sorted(delivered) == sorted({id(p) for p in lazy.parameters()})
+    assert len(delivered) == len(set(delivered))
+    assert not use_sink or {id(p) for p in lazy.parameters()} <= set(delivered)
     assert torch.equal(torch.get_rng_state(), state)
     expected, got = eager.state_dict(), lazy.state_dict()
     assert list(expected) == list(got)
@@ -119,7 +120,7 @@ def test_random_programs_give_what_eager_gives(steps, use_sink):
         assert shared(eager.state_dict().values()) == shared(lazy.state_dict().values())
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs, st.integers(0, 10**6))
 def test_random_programs_give_what_eager_gives_in_any_order_of_materialisation(steps, seed):
     eager, state, lazy = run_both(steps)

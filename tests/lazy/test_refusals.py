@@ -105,6 +105,60 @@ def test_one_context_object_is_not_entered_twice_at_once_but_may_be_reused():
         assert is_lazy(torch.empty(1))
 
 
+def test_contexts_are_left_in_order():
+    outer, inner = LazyInitContext(), LazyInitContext()
+    with pytest.raises(RuntimeError, match="not entered"):
+        outer.__exit__(None, None, None)
+    with outer:
+        with inner:
+            with pytest.raises(RuntimeError, match="leave the inner LazyInitContext first"):
+                outer.__exit__(None, None, None)
+            assert is_lazy(torch.empty(1))
+        assert is_lazy(torch.empty(1))
+    assert not is_lazy(torch.empty(1))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class OwnNew(nn.Parameter):
+    def __new__(cls, data):
+        return torch.Tensor._make_subclass(cls, data, True)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.randn(3).as_subclass(Subclass), lambda: OwnNew(torch.randn(3))])
+def test_a_class_that_torch_gives_in_cpp_is_refused_with_the_way_out(make):
+    with pytest.raises(LazyInitError, match="build this module outside of LazyInitContext"), LazyInitContext():
+        make()
+    assert not is_lazy(torch.empty(1))
+
+
+def test_memory_that_is_not_there_is_not_shared(model):
+    with pytest.raises(LazyInitError, match=REMEDY):
+        model.share_memory()
+
+
+def test_what_is_no_module_is_not_materialised():
+    with pytest.raises(TypeError, match="a module or a tensor to materialise, got dict"):
+        materialize({"weight": torch.ones(2)})
+
+
+def test_a_gradient_that_is_lazy_is_refused(model):
+    model[1].weight.grad = torch.zeros_like(model[1].weight)
+    with pytest.raises(LazyInitError, match=r"set \.grad to None"):
+        materialize(model)
+    model[1].weight.grad = None
+    materialize(model)
+
+
+def test_a_backward_inside_is_refused_by_torch():
+    with LazyInitContext():
+        loss = nn.Linear(2, 2)(torch.ones(1, 2)).sum()
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            loss.backward()
+
+
 def test_a_real_tensor_cannot_be_pointed_at_a_lazy_one():
     real = torch.ones(2)
     with LazyInitContext(), pytest.raises(LazyInitError, match=REMEDY):

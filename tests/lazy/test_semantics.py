@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -263,6 +264,32 @@ def attributes_that_are_not_registered(m):
     m.nested = {"list": [torch.randn(2), (m.w, m.w.data)]}
     m.register_buffer("absent", None)
     m.register_buffer("fleeting", torch.randn(2), persistent=False)
+
+
+@case
+def complex_and_integer_buffers(m):
+    m.register_buffer("phase", torch.polar(torch.ones(3), torch.randn(3)))
+    m.register_buffer("index", torch.randint(0, 9, (4,)))
+    m.register_buffer("mask", torch.rand(4) > 0.5, persistent=False)
+    m.w = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+    m.parts = nn.Parameter(torch.view_as_real(m.w.data))
+    m.conjugate = nn.Parameter(m.w.data.conj())
+    m.register_buffer("picked", m.w.data.real[m.index % 3])
+
+
+@case
+def sparse_nested_and_quantised_tensors(m):
+    m.w = nn.Parameter(torch.randn(3))
+    m.register_buffer(
+        "sparse", torch.sparse_coo_tensor(torch.tensor([[0, 2]]), m.w.data[:2], (3,), check_invariants=True).to_dense()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch on nested and quantised tensors
+        nested = torch.nested.nested_tensor([m.w.data[:1], m.w.data[1:]])
+        quantised = torch.quantize_per_tensor(m.w.data, 0.1, 0, torch.qint8)
+    m.register_buffer("nested", nested.to_padded_tensor(0.0))
+    m.register_buffer("quantised", quantised.dequantize())
+    m.after = nn.Parameter(torch.randn(3))
 
 
 @pytest.mark.parametrize("name", CASES)
