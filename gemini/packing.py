@@ -155,7 +155,7 @@ def _decide_with(
     layouts = pack(specs, search.numel)
     use = _use(model, layouts, parameters)
     block = _staging_block(layouts, capacities)
-    placement = _place(layouts, use, config, capacities, _staging_bytes(block))
+    placement = _place(layouts, use, config, capacities, staging_bytes(block))
     plans = tuple(
         ChunkPlan(layout, homes, layout.group.dtype(config))
         for layout, homes in zip(layouts, placement.homes, strict=True)
@@ -226,11 +226,11 @@ def _use(model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[
 
 def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities) -> int:
     largest = max((layout.numel for layout in layouts), default=0)
-    affordable = capacities.nbytes[Tier.HOST] // STAGING_SHARE // _staging_bytes(1)
+    affordable = capacities.nbytes[Tier.HOST] // STAGING_SHARE // staging_bytes(1)
     return max(min(largest, affordable, LARGEST_BLOCK_NUMEL) // 2048 * 2048, SMALLEST_BLOCK_NUMEL)
 
 
-def _staging_bytes(block_numel: int) -> int:
+def staging_bytes(block_numel: int) -> int:
     return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * len(UPDATE_ROLES)) * block_numel * 4
 
 

@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "hooks", "gradient_norm", "gradients", "saved_groups", "managed_step", "stats", "timeline",
     ),
     ("monitor",),
+    ("stat",),
+    ("estimate",),
     ("boosted",),
     ("checkpoint",),
     ("module",),

@@ -11,6 +11,9 @@ MODULES = {
     "check": "gemini.stat.commands.check",
     "doctor": "gemini.stat.commands.doctor",
     "schema": "gemini.stat.commands.schema",
+    "estimate": "gemini.estimate.command",
+    "explain-oom": "gemini.estimate.explain",
+    "bench": "gemini.estimate.bench",
 }
 """By name, not imported: those that need torch lie in higher layers, and none is loaded before it is asked for."""
 
@@ -20,6 +23,9 @@ SUMMARY = """\
   dmon        a row every few seconds, for logs and pipes
   chunks      the chunks: homes, sizes, parameters
   timeline    one step by moment: model and non-model data
+  estimate    what a model will need, before anything is allocated
+  explain-oom what there was when memory ran out, and what would have helped
+  bench       measure this machine, for estimate and the live screen
   wait        block until a run is finished, steady, or at a step
   check       thresholds for CI
   doctor      what this machine and this installation can do

@@ -1,0 +1,154 @@
+"""``gemini-stat bench``: what this machine's links, disk and processor do, for ``estimate`` and the live screen."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.chunk import DiskBackend, Ledger, Tier
+from gemini.errors import OffloadError, OutOfMemory
+from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.update import adam_update
+from gemini.stat.console import Exit, Usage, print_json
+from gemini.stat.rates import hardware_file
+from gemini.stat.text import count, size
+from gemini.telemetry.run_folder import write_document
+
+HELP = "Measures this machine's bandwidths and writes them where estimate and the live screen look."
+TARGET = "FOLDER"
+TARGET_HELP = "folder of the disk tier; nothing: the disk is not measured"
+
+_NUMEL = 1 << 24
+_SECONDS = 0.5
+"""Each number is the best of the repetitions that fit into so long, at least three."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--numel", type=int, default=_NUMEL, metavar="N", help="elements of the chunk that is moved")
+    parser.add_argument("-o", "--output", metavar="FILE", help=f"default: {hardware_file()}")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    if options.numel < 1 << 12:
+        raise Usage(f"--numel must be 4096 or more, got {options.numel}")
+    links = measure_links(options.numel)
+    if options.target is not None:
+        links |= measure_disk(Path(options.target), options.numel)
+    content: dict[str, Any] = {
+        "host": os.uname().nodename,
+        "measured_at": time.time(),
+        "bytes_per_second": links,
+        "adam_elements_per_second": measure_adam(options.numel),
+        "flops_per_second": measure_flops(),
+    }
+    file = Path(options.output) if options.output else hardware_file()
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_document(file, content)
+    if options.json:
+        print_json(content)
+    else:
+        for name, value in links.items():
+            print(f" {name.replace('_', ' '):<18}{size(value):>12}/s")
+        print(f" {'optimizer':<18}{count(content['adam_elements_per_second']):>12} elements/s")
+        print(f" {'matrix products':<18}{count(content['flops_per_second']):>12} flop/s in bf16")
+        print(f" written to {file}")
+    return Exit.OK
+
+
+def read_speed(path: Path | None = None) -> dict[str, float]:
+    """All measured numbers by name, flat; empty before the first ``bench``."""
+    try:
+        content = json.loads((path or hardware_file()).read_text())
+        return {
+            **content["bytes_per_second"],
+            **{k: content[k] for k in content if k.endswith("_per_second") and k[0] != "b"},
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def measure_links(numel: int) -> dict[str, float]:
+    """Filling a full copy from RAM, as fetches do: bytes of the full copy per second."""
+    master = torch.zeros(numel)
+    if torch.cuda.is_available():
+        full = torch.empty(numel, dtype=torch.bfloat16, device="cuda")
+        pinned = master.bfloat16().pin_memory()
+
+        def up() -> None:
+            full.copy_(pinned, non_blocking=True)
+            torch.cuda.synchronize()
+
+        def down() -> None:
+            pinned.copy_(full, non_blocking=True)
+            torch.cuda.synchronize()
+
+        return {"host_to_device": full.nbytes / best(up), "device_to_host": full.nbytes / best(down)}
+    full = torch.empty(numel, dtype=torch.bfloat16)
+    return {"host_to_device": full.nbytes / best(lambda: full.copy_(master))}
+
+
+def measure_disk(folder: Path, numel: int) -> dict[str, float]:
+    """Reading and writing a chunk's master, by the disk tier's own code, past the page cache where that can be."""
+    try:
+        backend = DiskBackend(folder, Ledger({Tier.DISK: 1 << 62}, unified=False))
+        buffer = backend.allocate(numel, torch.float32, "the bench")
+    except (OffloadError, OutOfMemory) as error:
+        raise Usage(str(error)) from error
+    block = torch.zeros(numel)
+    descriptor = backend._fd
+
+    def write() -> None:
+        buffer.write(0, block)
+        os.fsync(descriptor)
+
+    def read() -> None:
+        buffer.read(0, block)
+
+    def forget() -> None:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    try:
+        written = best(write)
+        return {"disk_to_host": block.nbytes / best(read, forget), "host_to_disk": block.nbytes / written}
+    finally:
+        backend.close()
+
+
+def measure_adam(numel: int) -> float:
+    """Elements a second of the kernel that the managed optimizer runs on the CPU."""
+    hyper = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True)
+    once = scalars(hyper, 1)
+    master, exp_avg, exp_avg_sq = (torch.zeros(numel) for _ in range(3))
+    gradient, full = (torch.zeros(numel, dtype=torch.bfloat16) for _ in range(2))
+    return numel / best(lambda: adam_update(master, exp_avg, exp_avg_sq, gradient, once, full))
+
+
+def measure_flops() -> float:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = 4096 if device == "cuda" else 1024
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    def product() -> None:
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * side**3 / best(product)
+
+
+def best(action: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Seconds of the quickest repetition; the first one, which warms up, does not count."""
+    before()
+    action()
+    taken: list[float] = []
+    while len(taken) < 3 or (sum(taken) < _SECONDS and len(taken) < 100):
+        before()
+        begin = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - begin)
+    return max(min(taken), 1e-9)

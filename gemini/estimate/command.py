@@ -1,0 +1,241 @@
+"""``gemini-stat estimate MODEL``: what a training will need, before anything is allocated."""
+
+import argparse
+import json
+import math
+from typing import Any
+
+from gemini.chunk import Role, Tier
+from gemini.config import PRECISIONS, GeminiConfig
+from gemini.sizes import format_bytes, parse_bytes
+from gemini.stat.console import Exit, Usage, print_json
+from gemini.stat.rates import read_hardware
+from gemini.stat.text import count, seconds
+from gemini.telemetry.discovery import NoRun
+
+from . import floor
+from .activations import Activations
+from .bench import read_speed
+from .demand import Demand, Machine, ModelData, as_argument, demand, with_machine
+from .solve import solve_batch_size, solve_memory, solve_seq_len
+from .subject import NotFound, Subject, find_subject
+
+HELP = (
+    "What training MODEL will need on each tier, whether it fits, and the arguments to set. Allocates nothing. "
+    "MODEL is a config.json of transformers, its folder, a model type such as gpt2, a cached name on the hub, "
+    "or module:function."
+)
+TARGET = "MODEL"
+TARGET_HELP = "what to train, see above"
+_MIB = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-b", "--batch-size", type=_positive, default=1, metavar="N", help="samples a step (1)")
+    parser.add_argument("-s", "--seq-len", type=_positive, default=128, metavar="N", help="tokens a sample (128)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="as GeminiPlugin's (bf16)")
+    parser.add_argument("--gpu", metavar="SIZE", help="memory of the accelerator; nothing: train on the CPU")
+    parser.add_argument("--ram", metavar="SIZE", help="RAM for this training beside the libraries (what is free here)")
+    parser.add_argument("--disk", metavar="SIZE", help="room of the disk tier; nothing: no disk tier")
+    parser.add_argument("--offload-dir", metavar="FOLDER", help="its folder, for the arguments that are printed")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the configuration")
+    parser.add_argument("--solve", choices=("batch-size", "seq-len", "host", "disk"), help="find the best that fits")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    if options.target is None:
+        raise Usage("which model? gemini-stat estimate MODEL, such as gpt2 or ./config.json")
+    machine = _machine(options)
+    config = GeminiConfig(precision=options.precision)
+    try:
+        subject = find_subject(options.target, dict(_assignment(text) for text in options.set))
+        data = ModelData(subject, config)
+        activations = Activations(subject, config.compute_dtype, options.checkpointing)
+    except NotFound as error:
+        raise NoRun(str(error)) from error
+    solved: dict[str, Any] | None = None
+    if options.solve is not None:
+        solved, machine = _solve(options, data, activations, machine)
+    found = demand(data, activations.peak_bytes(options.batch_size, options.seq_len), machine)
+    answer = _answer(options, subject, data, found, machine, solved)
+    if options.json:
+        print_json(answer)
+    else:
+        _show(options, found, answer)
+    return Exit.OK if found.fits and (solved is None or solved["value"]) else Exit.NEGATIVE
+
+
+def _solve(
+    options: argparse.Namespace, data: ModelData, activations: Activations, machine: Machine
+) -> tuple[dict[str, Any], Machine]:
+    """Puts the answer into the options or the machine, so that the rest is about it."""
+    name = options.solve
+    try:
+        if name == "batch-size":
+            value = solve_batch_size(data, activations, machine, options.seq_len)
+            options.batch_size = value or options.batch_size
+        elif name == "seq-len":
+            value = solve_seq_len(data, activations, machine, options.batch_size)
+            options.seq_len = value or options.seq_len
+        else:
+            non_model = activations.peak_bytes(options.batch_size, options.seq_len)
+            value = solve_memory(data, non_model, machine, name) or 0
+            if value:
+                machine = with_machine(machine, **{{"host": "ram_bytes", "disk": "disk_bytes"}[name]: value})
+    except ValueError as error:
+        raise Usage(f"--solve {name}: {error}") from error
+    return {"what": name, "value": value}, machine
+
+
+def _answer(
+    options: argparse.Namespace,
+    subject: Subject,
+    data: ModelData,
+    found: Demand,
+    machine: Machine,
+    solved: dict[str, Any] | None,
+) -> dict[str, Any]:
+    times = _floor(options, data, found, machine) if found.fits else {}
+    where = Tier.HOST if machine.device_bytes is None else Tier.DEVICE
+    return {
+        "model": subject.name,
+        "fits": found.fits,
+        "parameters": data.numel,
+        "batch_size": options.batch_size,
+        "seq_len": options.seq_len,
+        "precision": options.precision,
+        "checkpointing": options.checkpointing,
+        "non_model_bytes": found.tiers[where].non_model_bytes,
+        "tiers": {
+            tier.value: {
+                "model_bytes": of_tier.model_bytes,
+                "non_model_bytes": of_tier.non_model_bytes,
+                "peak_bytes": of_tier.peak_bytes,
+                "capacity_bytes": of_tier.capacity_bytes,
+                "fits": of_tier.fits,
+            }
+            for tier, of_tier in found.tiers.items()
+        },
+        "device_and_host_are_one": machine.device_bytes is None,
+        "terms": dict(found.terms),
+        "arguments": _arguments(options, found) if found.fits else None,
+        "step_seconds_floor": max(times.values()) if times else None,
+        "step_seconds_floor_by": times,
+        "solved": solved,
+        "problem": found.problem,
+        "remarks": _remarks(options, machine),
+    }
+
+
+def _arguments(options: argparse.Namespace, found: Demand) -> str:
+    """Ready to paste."""
+    parts = [f'precision="{options.precision}"']
+    parts += [f"{name}={as_argument(nbytes)}" for name, nbytes in found.limits.items() if nbytes >= 1024]
+    if found.limits.get("disk_memory"):
+        parts.append(f"offload_dir={options.offload_dir or '/path/on/a/fast/disk'!r}")
+    return f"GeminiPlugin({', '.join(parts)})"
+
+
+def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine: Machine) -> dict[str, float]:
+    """The same packing once more, for the bytes that it moves."""
+    unified = machine.device_bytes is None
+    limits = {tier: found.limits.get(f"{tier.value}_memory", 0) for tier in Tier}
+    if unified:
+        limits[Tier.DEVICE] = limits[Tier.HOST]
+    packing = data.pack(limits, unified)
+    read = written = uploaded = 0
+    for plan in packing.plans:
+        for role, tier in plan.homes.items():
+            nbytes = plan.layout.numel * plan.dtype(role).itemsize
+            if tier is Tier.DISK:
+                read += nbytes * (2 if role is Role.MASTER else 1)  # for the full copy and for the update
+                written += nbytes
+        uploaded += plan.layout.numel * plan.compute_dtype.itemsize
+    tokens = options.batch_size * options.seq_len
+    work = floor.Work(
+        # 2 forward and 4 backward a parameter and token, one more forward where activations are recomputed.
+        flops=(8.0 if options.checkpointing else 6.0) * data.numel * tokens,
+        adam_elements=data.numel,
+        disk_read_bytes=read,
+        disk_write_bytes=written,
+        upload_bytes=uploaded,
+    )
+    return floor.seconds(work, read_speed())
+
+
+def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
+    found = ["not counted: the interpreter and libraries, data loader workers, what the user's own code keeps"]
+    if machine.device_bytes is not None:
+        found.append("activations were tracked on fake CPU tensors; CUDA kernels may need other temporaries")
+    if not read_hardware():
+        found.append("no step time: gemini-stat bench FOLDER measures this machine first")
+    return found
+
+
+def _show(options: argparse.Namespace, found: Demand, answer: dict[str, Any]) -> None:
+    mode = "checkpointed" if options.checkpointing else "not checkpointed"
+    print(f"{answer['model']}: {count(answer['parameters'])} parameters, {options.precision}")
+    print(f"batch {options.batch_size} x {options.seq_len} tokens, {mode}")
+    if answer["solved"] is not None:
+        value = answer["solved"]["value"]
+        shown = format_bytes(value) if options.solve in ("host", "disk") else f"{value:,}"
+        print(f"solved: {options.solve} {shown if value else 'has no answer: it does not fit whatever it is'}")
+    print(f"\n{'':<8}{'model data':>12}{'non-model':>12}{'peak':>12}{'there is':>12}")
+    for tier, of_tier in found.tiers.items():
+        if tier is Tier.DEVICE and answer["device_and_host_are_one"]:
+            continue
+        if not of_tier.peak_bytes and not of_tier.capacity_bytes:
+            continue
+        cells = (of_tier.model_bytes, of_tier.non_model_bytes, of_tier.peak_bytes, of_tier.capacity_bytes)
+        verdict = "fits" if of_tier.fits else "DOES NOT FIT"
+        print(f"{tier.value:<8}" + "".join(f"{format_bytes(cell):>12}" for cell in cells) + f"  {verdict}")
+    terms = found.terms
+    if "masters" in terms:
+        parts = ("masters", "moments", "gradients", "staging", "padding_within_these", "load_peak_beyond_homes")
+        print("\n" + ", ".join(f"{name.replace('_', ' ')} {format_bytes(terms[name])}" for name in parts))
+        print(f"{terms['chunk_count']} chunks of up to {count(terms['chunk_numel'])} elements")
+    if answer["step_seconds_floor_by"]:
+        by = ", ".join(f"{name} {seconds(value)}" for name, value in answer["step_seconds_floor_by"].items())
+        print(f"a step takes at least {seconds(answer['step_seconds_floor'])}: {by}")
+    if found.fits:
+        print(f"\nFITS. {answer['arguments']}")
+    else:
+        print(f"\nDOES NOT FIT. {found.problem or 'activations alone leave too little room'}")
+    for remark in answer["remarks"]:
+        print(f"- {remark}")
+
+
+def _machine(options: argparse.Namespace) -> Machine:
+    from gemini.tracker import host_budget
+
+    return Machine(
+        device_bytes=None if options.gpu is None else _bytes("--gpu", options.gpu),
+        ram_bytes=host_budget().bytes if options.ram is None else _bytes("--ram", options.ram),
+        disk_bytes=0 if options.disk is None else _bytes("--disk", options.disk),
+    )
+
+
+def _bytes(name: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise Usage(f"{name}: {error}") from error
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise Usage(f"--set expects NAME=VALUE, got {text!r}")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return name, value
+    return name, value if isinstance(parsed, float) and not math.isfinite(parsed) else parsed

@@ -1,0 +1,195 @@
+"""Model data per tier: the trainer's own chunk search, packing and placement, asked without building anything."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from gemini.capacity import Capacities
+from gemini.chunk import Role, Tier
+from gemini.config import GeminiConfig
+from gemini.errors import OutOfMemory
+from gemini.lazy import LazyInitContext
+from gemini.packing import Packing, decide, staging_bytes
+from gemini.tracker import Budget
+
+from .subject import Subject
+
+GUARD = 0.05
+"""Share of the non-model data kept free beside them: what allocators round up and kernels need for themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What there is for one rank."""
+
+    device_bytes: int | None
+    """Memory of the accelerator; None: units run on the CPU, in RAM."""
+    ram_bytes: int
+    """RAM that this training may take, beyond what the interpreter and its libraries take already."""
+    disk_bytes: int
+    """0: no disk tier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierDemand:
+    """One tier at its peak, in bytes."""
+
+    model_bytes: int
+    non_model_bytes: int
+    capacity_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.model_bytes + self.non_model_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.capacity_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """The whole answer for one batch size and sequence length."""
+
+    tiers: Mapping[Tier, TierDemand]
+    """Where device and host are the same RAM, HOST counts both and DEVICE is the full copies' part."""
+    terms: Mapping[str, int]
+    """What the bytes are, by name; they overlap where the names say so."""
+    limits: Mapping[str, int]
+    """``device_memory``, ``host_memory``, ``disk_memory`` to give to `GeminiPlugin`."""
+    problem: str | None
+    """Why it does not fit; None if it does."""
+
+    @property
+    def fits(self) -> bool:
+        return self.problem is None and all(demand.fits for demand in self.tiers.values())
+
+
+class ModelData:
+    """Asks the trainer's packing about one model, built lazily once."""
+
+    def __init__(self, subject: Subject, config: GeminiConfig) -> None:
+        with LazyInitContext():
+            self.model: nn.Module = subject.build()
+        self.config = config
+        self.numel = sum(p.numel() for p in self.model.parameters())
+        self.groups = [{"params": list(self.model.parameters())}]
+
+    def pack(self, limits: Mapping[Tier, int], unified: bool) -> Packing:
+        """The decision for these capacities.
+
+        Raises
+        ------
+        OutOfMemory
+            As `boost` would.
+        """
+        return decide(self.model, self.groups, self.config, capacities(limits, unified))
+
+
+def capacities(limits: Mapping[Tier, int], unified: bool) -> Capacities:
+    budgets = {tier: Budget(nbytes, f"argument {tier.value}_memory") for tier, nbytes in limits.items()}
+    if unified:
+        budgets[Tier.DEVICE] = budgets[Tier.HOST]
+    return Capacities(torch.device("cpu"), unified, budgets, None)
+
+
+def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
+    """What a training needs that leaves ``non_model_bytes`` room where units run."""
+    unified = machine.device_bytes is None
+    aside = round(non_model_bytes * (1 + GUARD))
+    limits = {
+        Tier.DEVICE: max(1, (machine.device_bytes or 0) - aside),
+        Tier.HOST: max(1, machine.ram_bytes - (aside if unified else 0)),
+        Tier.DISK: machine.disk_bytes,
+    }
+    problem = None
+    try:
+        packing = data.pack(limits, unified)
+        model = model_bytes(packing, limits, unified)
+        terms = _terms(packing)
+    except OutOfMemory as error:
+        problem = str(error)
+        everything = _everything(data)
+        model, terms = {Tier.DEVICE: 0, Tier.HOST: everything, Tier.DISK: 0}, {}
+    where = Tier.HOST if unified else Tier.DEVICE
+    totals = {Tier.DEVICE: machine.device_bytes or machine.ram_bytes, Tier.HOST: machine.ram_bytes}
+    tiers = {
+        tier: TierDemand(
+            model_bytes=model[tier],
+            non_model_bytes=non_model_bytes if tier is where else 0,
+            capacity_bytes=totals.get(tier, machine.disk_bytes),
+        )
+        for tier in Tier
+    }
+    given = {f"{t.value}_memory": n for t, n in limits.items() if n and not (unified and t is Tier.DEVICE)}
+    return Demand(tiers=tiers, terms={**terms, "non_model": non_model_bytes}, limits=given, problem=problem)
+
+
+def model_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> dict[Tier, int]:
+    """The ledger's peaks: homes, staging, and as many full copies as there is room for."""
+    found = dict(packing.placement.nbytes)
+    found[Tier.HOST] += staging_bytes(packing.staging_block_numel)
+    where = Tier.HOST if unified else Tier.DEVICE
+    room = limits[where] - found[where]
+    copies = sorted(_copies(packing, unified))
+    if sum(copies) > room:
+        copies = _that_fit(copies, room if packing.full_copies_limit_bytes is None else packing.full_copies_limit_bytes)
+    found[where] += sum(copies)
+    if unified:
+        found[Tier.DEVICE] = sum(copies)
+    return found
+
+
+def _that_fit(copies: Sequence[int], room: int) -> list[int]:
+    """The planner keeps as many as it can; chunks are about equally long, so any choice comes to about the same."""
+    kept: list[int] = []
+    for nbytes in reversed(copies):
+        if sum(kept) + nbytes <= room:
+            kept.append(nbytes)
+    return kept
+
+
+def _copies(packing: Packing, unified: bool) -> list[int]:
+    """Bytes of the full copies that are not their homes."""
+    found = []
+    for plan in packing.plans:
+        tier = plan.homes[Role.MASTER]
+        in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
+        if not (in_reach and plan.dtype(Role.MASTER) is plan.compute_dtype):
+            found.append(plan.layout.numel * plan.compute_dtype.itemsize)
+    return found
+
+
+def _terms(packing: Packing) -> dict[str, int]:
+    by_role = dict.fromkeys(Role, 0)
+    waste = 0
+    for plan in packing.plans:
+        for role in plan.homes:
+            by_role[role] += plan.layout.numel * plan.dtype(role).itemsize
+            waste += (plan.layout.numel - plan.layout.used_numel) * plan.dtype(role).itemsize
+    largest = max((slot.numel for plan in packing.plans for slot in plan.layout.slots), default=0)
+    return {
+        "masters": by_role[Role.MASTER],
+        "moments": by_role[Role.EXP_AVG] + by_role[Role.EXP_AVG_SQ],
+        "gradients": by_role[Role.GRADIENT],
+        "padding_within_these": waste,
+        "staging": staging_bytes(packing.staging_block_numel),
+        "chunk_count": len(packing.plans),
+        "chunk_numel": max((plan.layout.numel for plan in packing.plans), default=0),
+        "load_peak_beyond_homes": 2 * 4 * largest,
+    }
+
+
+def _everything(data: ModelData) -> int:
+    return data.numel * (12 + data.config.compute_dtype.itemsize)
+
+
+def as_argument(nbytes: int) -> str:
+    """A size as one writes it, rounded down by less than two per cent."""
+    return f'"{nbytes >> 20}MiB"' if nbytes >= 64 << 20 else f'"{nbytes >> 10}KiB"'
+
+
+def with_machine(machine: Machine, **changes: int) -> Machine:
+    return replace(machine, **changes)

@@ -1,0 +1,220 @@
+"""gemini-stat estimate: what it says is what training does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from loop import SMALL, batch, build
+from torch import nn
+
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk import Tier
+from gemini.config import GeminiConfig
+from gemini.estimate import floor
+from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
+from gemini.estimate.demand import Machine, ModelData, demand, model_bytes
+from gemini.estimate.solve import largest, solve_batch_size, solve_memory
+from gemini.estimate.subject import NotFound, Subject, find_subject
+from gemini.nn.optimizer import HybridAdam
+from gemini.stat.cli import main
+from gemini.telemetry.schema import load_schema
+
+GPT2 = ["gpt2", "--set", "n_embd=64", "--set", "n_head=4", "--set", "n_layer=5", "--set", "vocab_size=256"]
+SIZES = {"n_embd": 64, "n_head": 4, "n_layer": 5, "vocab_size": 256}
+MIB = 1 << 20
+
+
+def subject_of(make: Any) -> Subject:
+    return Subject("test", make, lambda size, length: {"input": torch.zeros(size, 64)})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "mixtral"])
+def test_two_and_three_layers_tell_the_rest(kind: str) -> None:
+    fields = {
+        "gpt2": SIZES,
+        "llama": {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 6},
+        "t5": {"d_model": 64, "num_heads": 4, "d_kv": 16, "d_ff": 128, "num_layers": 5, "num_decoder_layers": 4},
+        "mixtral": {
+            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64,
+            "num_hidden_layers": 5, "num_local_experts": 4,
+        },
+    }[kind]  # fmt: skip
+    subject = find_subject(kind, {"vocab_size": 128, **fields})
+    activations = Activations(subject, torch.bfloat16, checkpointing=False)
+    assert activations._lists
+    lengths = [len(layers) for layers in activations._lists]
+    assert activations.peak_bytes(2, 32) == activations._measured(lengths, 2, 32)
+
+
+def test_fake_tensors_count_what_real_ones_do() -> None:
+    def run(model: nn.Module) -> int:
+        meter = StorageMeter()
+        meter.leave_out(list(model.parameters()))
+        inputs = batch(0, rows=64)
+        meter._see(inputs)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with meter:
+            model(inputs).mean().backward()
+        return meter.peak_bytes
+
+    subject = Subject("test", build, lambda size, length: {"input": torch.zeros(size, 64)})
+    assert Activations(subject, torch.float32, checkpointing=False).peak_bytes(64, 1) == run(build())
+
+
+def test_checkpointing_takes_less() -> None:
+    subject = find_subject("gpt2", SIZES)
+    full, less = (Activations(subject, torch.float32, checkpointing=on).peak_bytes(4, 64) for on in (False, True))
+    assert less < full / 2
+
+
+def test_only_alike_layers_are_cut() -> None:
+    alike = nn.ModuleList([nn.Linear(4, 4) for _ in range(6)])
+    unlike = nn.ModuleList([nn.Linear(4, i + 1) for i in range(6)])
+    nested = nn.ModuleList([nn.ModuleList([nn.Linear(4, 4) for _ in range(5)]) for _ in range(5)])
+    few = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+    assert repeated_layers(nn.ModuleList([alike, unlike, nested, few])) == [alike, nested]
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        {},
+        {"device_memory": "36KiB", **SMALL},
+        {"host_memory": "300KiB", "disk_memory": "8MiB", **SMALL},
+        {"host_memory": "300KiB", "disk_memory": "8MiB", "device_memory": "40KiB", **SMALL},
+    ],
+    ids=["resident", "streamed", "disk", "all three"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_model_data_peak_where_the_estimate_says(plugin: dict[str, Any], precision: str, tmp_path: Path) -> None:
+    arguments = {**plugin, "precision": precision, "telemetry": False}
+    if "disk_memory" in plugin:
+        arguments["offload_dir"] = tmp_path
+    booster = Booster(plugin=GeminiPlugin(**arguments))
+    config = booster.plugin.config
+    model = build()
+    model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
+    for number in range(3):
+        booster.backward(model(batch(number)).float().square().mean(), optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    from gemini.boosted import boosted
+
+    limits = boosted(model).capacities.nbytes
+    unified = boosted(model).capacities.unified
+    data = ModelData(subject_of(build), config)
+    expected = model_bytes(data.pack(limits, unified), limits, unified)
+    stats = model.memory_stats()
+    for tier in Tier:
+        measured = stats[f"{tier.value}/peak_bytes"]
+        slack = max(chunk.full_nbytes for chunk in boosted(model).manager.chunks)
+        assert abs(expected[tier] - measured) <= slack, tier
+    assert expected[Tier.DISK] == stats["disk/peak_bytes"]
+
+
+def test_solutions_fit_and_more_does_not() -> None:
+    subject = find_subject("gpt2", SIZES)
+    data = ModelData(subject, GeminiConfig())
+    activations = Activations(subject, torch.bfloat16, checkpointing=False)
+    machine = Machine(device_bytes=None, ram_bytes=16 * MIB, disk_bytes=0)
+    size = solve_batch_size(data, activations, machine, 32)
+    assert size > 1
+    assert demand(data, activations.peak_bytes(size, 32), machine).fits
+    assert not demand(data, activations.peak_bytes(size + 1, 32), machine).fits
+    non_model = activations.peak_bytes(4, 32)
+    least = solve_memory(data, non_model, machine, "host")
+    assert least is not None
+    at = {ram: demand(data, non_model, Machine(device_bytes=None, ram_bytes=ram, disk_bytes=0)).fits
+          for ram in (least, least - MIB)}  # fmt: skip
+    assert at == {least: True, least - MIB: False}
+    tight = Machine(device_bytes=None, ram_bytes=least - MIB, disk_bytes=0)
+    on_disk = solve_memory(data, non_model, tight, "disk")
+    assert on_disk is not None
+    assert on_disk > 0
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64, 1000])
+def test_the_largest_is_found(limit: int) -> None:
+    assert largest(lambda n: n <= limit, 1, 1 << 20) == limit
+    assert largest(lambda n: n <= limit, 32, 1 << 20, 32) == limit // 32 * 32
+    with pytest.raises(ValueError, match="up to 100"):
+        largest(lambda n: True, 1, 100)
+
+
+def test_arguments_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *GPT2, "--ram", "16MiB", "--disk", "1GiB", "-b", "4", "-s", "32", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    schema = load_schema("output")
+    jsonschema.Draft202012Validator({"$ref": "#/$defs/estimate", "$defs": schema["$defs"]}).validate(content)
+    plugin = eval(content["arguments"], {"GeminiPlugin": GeminiPlugin})
+    assert plugin.config.host_memory < 16 * MIB
+    assert content["tiers"]["host"]["peak_bytes"] <= 16 * MIB
+
+
+def test_what_does_not_fit_exits_3_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *GPT2, "--ram", "1MiB"]) == 3
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out
+    assert "host_memory" in out
+
+
+@pytest.mark.parametrize("what", ["batch-size", "seq-len", "host", "disk"])
+def test_solve_prints_its_answer(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--ram", "16MiB", "-b", "2", "-s", "32", "--solve", what]
+    assert main(["estimate", *GPT2, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert f"solved: {what}" in out
+    assert "FITS. GeminiPlugin(" in out
+
+
+def test_a_gpu_can_be_asked_about_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *GPT2, "--gpu", "8MiB", "--ram", "64MiB", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["tiers"]["device"]["peak_bytes"] <= 8 * MIB
+    assert content["tiers"]["device"]["non_model_bytes"] > 0
+    assert content["tiers"]["host"]["non_model_bytes"] == 0
+    assert "device_memory" in content["arguments"]
+
+
+def test_models_are_found_by_file_folder_type_and_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **SIZES}))
+    (tmp_path / "my_model.py").write_text(
+        "import torch\ndef make(width=8):\n    model = torch.nn.Sequential(torch.nn.Linear(width, 1))\n"
+        "    return model, lambda size, length: {'input': torch.zeros(size, width)}\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for spec in (str(tmp_path), str(tmp_path / "config.json"), "gpt2", "bert"):
+        assert find_subject(spec, {}).build
+    assert sum(p.numel() for p in find_subject("my_model:make", {"width": 4}).build().parameters()) == 5
+    with pytest.raises(TypeError, match=r"must return a torch.nn.Module"):
+        find_subject("my_model:wrong", {}).build()
+    for missing in ("my_model:nothing", "no_module:x", "no/such/model", str(tmp_path / "my_model.py")):
+        with pytest.raises(NotFound):
+            find_subject(missing, {})
+    assert main(["estimate", "no/such/model"]) == 4
+    assert main(["estimate"]) == 2
+    assert main(["estimate", "gpt2", "--ram", "much"]) == 2
+
+
+def test_a_step_takes_as_long_as_its_slowest_part() -> None:
+    work = floor.Work(flops=10.0, adam_elements=0, disk_read_bytes=30, disk_write_bytes=5, upload_bytes=7)
+    speed = {"flops_per_second": 5.0, "disk_to_host": 10.0, "host_to_disk": 5.0}
+    assert floor.seconds(work, speed) == {"computing": 2.0, "reading disk": 3.0, "writing disk": 1.0}
+
+
+def test_bench_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "hardware.json"
+    assert main(["bench", str(tmp_path), "--numel", "65536", "-o", str(file), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    schema = load_schema("output")
+    jsonschema.Draft202012Validator({"$ref": "#/$defs/bench", "$defs": schema["$defs"]}).validate(content)
+    assert set(content["bytes_per_second"]) >= {"host_to_device", "disk_to_host", "host_to_disk"}
+    assert all(value > 0 for value in content["bytes_per_second"].values())
+    assert json.loads(file.read_text())["flops_per_second"] == content["flops_per_second"]
+    assert main(["bench", "/proc/no", "--numel", "65536"]) == 2
