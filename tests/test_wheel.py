@@ -59,7 +59,8 @@ def expected_files() -> set[str]:
         for file in (ROOT / top).rglob("*"):
             relative = file.relative_to(ROOT)
             linked = relative.parts[:2] in (("gemini", "chunk"), ("gemini", "lazy"))
-            if (file.suffix in (".py", ".json") or file.name == "py.typed") and not linked:
+            ships = file.suffix in (".py", ".json", ".html", ".js", ".css", ".yml") or file.name == "py.typed"
+            if (ships or "vendor" in relative.parts) and not linked and file.is_file():
                 files.add(prefix + relative.as_posix())
     return files
 

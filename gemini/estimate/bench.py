@@ -93,28 +93,19 @@ def measure_links(numel: int) -> dict[str, float]:
 
 
 def measure_disk(folder: Path, numel: int) -> dict[str, float]:
-    """Reading and writing a chunk's master, by the disk tier's own code, past the page cache where that can be."""
+    """Reading and writing a chunk's master, by the disk tier's own code."""
     try:
         backend = DiskBackend(folder, Ledger({Tier.DISK: 1 << 62}, unified=False))
         buffer = backend.allocate(numel, torch.float32, "the bench")
     except (OffloadError, OutOfMemory) as error:
         raise Usage(str(error)) from error
     block = torch.zeros(numel)
-    descriptor = backend._fd
-
-    def write() -> None:
-        buffer.write(0, block)
-        os.fsync(descriptor)
-
-    def read() -> None:
-        buffer.read(0, block)
-
-    def forget() -> None:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
     try:
-        written = best(write)
-        return {"disk_to_host": block.nbytes / best(read, forget), "host_to_disk": block.nbytes / written}
+        written = best(lambda: buffer.write(0, block))
+        return {
+            "disk_to_host": block.nbytes / best(lambda: buffer.read(0, block)),
+            "host_to_disk": block.nbytes / written,
+        }
     finally:
         backend.close()
 
@@ -141,13 +132,11 @@ def measure_flops() -> float:
     return 2 * side**3 / best(product)
 
 
-def best(action: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+def best(action: Callable[[], object]) -> float:
     """Seconds of the quickest repetition; the first one, which warms up, does not count."""
-    before()
     action()
     taken: list[float] = []
     while len(taken) < 3 or (sum(taken) < _SECONDS and len(taken) < 100):
-        before()
         begin = time.perf_counter()
         action()
         taken.append(time.perf_counter() - begin)

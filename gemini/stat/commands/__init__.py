@@ -11,6 +11,9 @@ MODULES = {
     "check": "gemini.stat.commands.check",
     "doctor": "gemini.stat.commands.doctor",
     "schema": "gemini.stat.commands.schema",
+    "export": "gemini.stat.commands.export",
+    "serve": "gemini.stat.commands.serve",
+    "report": "gemini.stat.commands.report",
     "estimate": "gemini.estimate.command",
     "explain-oom": "gemini.estimate.explain",
     "bench": "gemini.estimate.bench",
@@ -23,6 +26,9 @@ SUMMARY = """\
   dmon        a row every few seconds, for logs and pipes
   chunks      the chunks: homes, sizes, parameters
   timeline    one step by moment: model and non-model data
+  serve       the run as a web page on this machine, with an API and /metrics
+  report      the run as one HTML file
+  export      for Prometheus, as records, as a table, as a trace
   estimate    what a model will need, before anything is allocated
   explain-oom what there was when memory ran out, and what would have helped
   bench       measure this machine, for estimate and the live screen

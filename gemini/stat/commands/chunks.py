@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> Exit:
     if chunks is None:
         raise Unreadable(f"{path} has no description of its chunks: an older version wrote it, or it has not begun")
     states = states_of(found.states)
-    rows = [_row(index, chunk, states[index : index + 1]) for index, chunk in enumerate(chunks.chunks)]
+    rows = [row_of(index, chunk, states[index : index + 1]) for index, chunk in enumerate(chunks.chunks)]
     rows = sorted((row for row in rows if _matches(row, options)), key=_SORTS[options.sort])
     if options.json:
         print_json({"run_id": found.run_id, "rank": found.rank, "map": found.states, "chunks": rows})
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
-def _row(index: int, chunk: ChunkView, letter: str) -> dict[str, Any]:
+def row_of(index: int, chunk: ChunkView, letter: str) -> dict[str, Any]:
     return {
         "index": index,
         "numel": chunk.numel,

@@ -26,19 +26,10 @@ def run(options: argparse.Namespace) -> Exit:
     timeline = _timeline(path, found.rank, options.step)
     chunks = read_chunks(path, found.rank)
     names = list(chunks.units) if chunks is not None else []
-    rows = [_row(timeline, moment, names) for moment in range(len(timeline.phase))]
+    content = as_object(timeline, names)
+    rows = content["moments"]
     if options.json:
-        print_json(
-            {
-                "run_id": found.run_id,
-                "rank": found.rank,
-                "step": timeline.step,
-                "tier": timeline.tier,
-                "moment_count": timeline.moment_count,
-                "peak_moment": timeline.peak,
-                "moments": rows,
-            }
-        )
+        print_json({"run_id": found.run_id, "rank": found.rank, **content})
     elif options.csv:
         writer = csv.DictWriter(sys.stdout, list(rows[0]))
         writer.writeheader()
@@ -46,6 +37,17 @@ def run(options: argparse.Namespace) -> Exit:
     else:
         _show(timeline, names, options)
     return Exit.OK
+
+
+def as_object(timeline: TimelineView, names: list[str]) -> dict[str, Any]:
+    """A timeline with the names of its units, a row a moment."""
+    return {
+        "step": timeline.step,
+        "tier": timeline.tier,
+        "moment_count": timeline.moment_count,
+        "peak_moment": timeline.peak,
+        "moments": [_row(timeline, moment, names) for moment in range(len(timeline.phase))],
+    }
 
 
 def _timeline(path: Path, rank: int, wanted: str) -> TimelineView:

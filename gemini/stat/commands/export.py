@@ -1,0 +1,70 @@
+"""``gemini-stat export``: a run in formats of other programs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from gemini.stat import export_formats
+from gemini.stat.console import Exit, Usage, find, print_json, read
+from gemini.telemetry.reader import RunView, ranks_of, read_run
+
+HELP = "Writes a run for Prometheus, as records, as a table of steps, or as a trace for ui.perfetto.dev."
+FORMATS = ("prom", "jsonl", "csv", "perfetto")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
+    parser.add_argument("-o", "--output", metavar="FILE", help="default: stdout")
+    parser.add_argument("--textfile", metavar="FOLDER", help="prom, as a file for node_exporter's textfile collector")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    path = find(options)
+    found = read(path, options)
+    if options.textfile is not None and options.format != "prom":
+        raise Usage("--textfile is for --format prom")
+    parts = _prom(path, found, options) if options.format == "prom" else _FORMATS[options.format](path, found.rank)
+    target = Path(options.output) if options.output else None
+    if options.textfile is not None:
+        target = Path(options.textfile) / f"gemini_memory_{found.run_id}.prom"
+    if target is None:
+        if options.json:
+            raise Usage("--json tells where a file was written: give --output or --textfile")
+        for part in parts:
+            sys.stdout.write(part)
+        return Exit.OK
+    nbytes = _write(target, parts)
+    if options.json:
+        print_json({"run_id": found.run_id, "rank": found.rank, "path": str(target), "bytes": nbytes})
+    return Exit.OK
+
+
+_FORMATS = {
+    "jsonl": export_formats.as_jsonl,
+    "csv": export_formats.as_csv,
+    "perfetto": export_formats.as_perfetto,
+}
+
+
+def _prom(path: Path, found: RunView, options: argparse.Namespace) -> Iterator[str]:
+    from gemini.stat.metrics import exposition
+
+    runs = [found] if options.rank is not None else [read_run(path, rank) for rank in ranks_of(path)]
+    yield exposition(lambda: runs).decode()
+
+
+def _write(target: Path, parts: Iterator[str]) -> int:
+    """Atomically: whoever scrapes the folder must not see half of it."""
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with open(draft, "w", encoding="utf-8", newline="") as file:
+            for part in parts:
+                file.write(part)
+            nbytes = file.tell()
+        os.replace(draft, target)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise Usage(f"{target} cannot be written: {error}") from error
+    return nbytes

@@ -1,0 +1,84 @@
+"""``gemini-stat report``: the page of a run as one file that needs no server and no network."""
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from gemini.stat import page_data, web_files
+from gemini.stat.console import Exit, Usage, find, print_json, remark
+from gemini.stat.follow import Follower
+from gemini.stat.screen import Shown
+
+HELP = "Writes the run as one HTML file that works offline."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="FILE", help="default: gemini-stat-RUN.html in the present folder")
+
+
+def run(options: argparse.Namespace) -> Exit:
+    path = find(options)
+    shown = Follower(path, options).look()
+    target = Path(options.output) if options.output else Path(f"gemini-stat-{_safe(shown.run.run_id)}.html")
+    page = render(path, shown)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        draft.write_text(page, encoding="utf-8")
+        os.replace(draft, target)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise Usage(f"{target} cannot be written: {error}") from error
+    if options.json:
+        content = {"run_id": shown.run.run_id, "rank": shown.run.rank, "path": str(target), "bytes": len(page.encode())}
+        print_json({**content, "charts": web_files.has_charts()})
+    else:
+        print(target)
+        if not web_files.has_charts():
+            remark("tables only; scripts/build-web builds the charts")
+    return Exit.OK
+
+
+def render(path: Path, shown: Shown) -> str:
+    """The page with its data, style and code inside, and a policy that lets nothing else run or load."""
+    content = {
+        **page_data.snapshot(shown),
+        "timeline": page_data.timeline(shown),
+        "chunks": page_data.chunks(shown),
+        "steps": page_data.steps(path, shown.run.rank),
+        "made_at": time.time(),
+    }
+    # The one thing that could end a script element is "</", and "<!--" could confuse its end: neither is left in JSON.
+    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    text = {name: web_files.content(name).decode() for name in web_files.OURS + web_files.CHARTS}
+    scripts = [text[name] for name in ("vendor/uPlot.iife.min.js", "app.js") if text[name]]
+    styles = [text[name] for name in ("vendor/uPlot.min.css", "style.css") if text[name]]
+    sources = f"script-src {_hashes(scripts)}; style-src {_hashes(styles)}"
+    policy = f"default-src 'none'; {sources}; img-src data:; base-uri 'none'"
+    head, rest = text["index.html"].split('<link rel="icon"', 1)
+    _, rest = rest.split("</head>", 1)
+    body, _ = rest.split('<script src="vendor/', 1)
+    return "".join(
+        [
+            head,
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n',
+            *(f"<style>{style}</style>\n" for style in styles),
+            "</head>",
+            body,
+            f'<script type="application/json" id="data">{data}</script>\n',
+            *(f"<script>{script}</script>\n" for script in scripts),
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def _hashes(texts: list[str]) -> str:
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
+
+
+def _safe(text: str) -> str:
+    """A run id as part of a file's name, whatever is in it."""
+    return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "_" for char in text)[:80] or "run"

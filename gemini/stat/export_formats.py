@@ -1,0 +1,88 @@
+"""A run's history in formats of other programs. Pure generators of text."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemini.telemetry import history
+from gemini.telemetry.documents import PHASES, read_chunks, timeline_of
+from gemini.telemetry.reader import TIERS, number
+
+
+def as_jsonl(run: Path, rank: int) -> Iterator[str]:
+    """Every record as it was written."""
+    for record in history.records(run, rank):
+        yield json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def as_csv(run: Path, rank: int) -> Iterator[str]:
+    """A row a recorded step; the columns are the keys of ``model.memory_stats()``."""
+    columns: list[str] | None = None
+    for when, stats in history.steps(run, rank):
+        if columns is None:
+            columns = ["t", *(_cell(name) for name in stats)]
+            yield _row(columns)
+        yield _row([when, *(stats.get(name, "") for name in columns[1:])])
+
+
+def as_perfetto(run: Path, rank: int) -> Iterator[str]:
+    """Counters and slices in the Trace Event Format, which ui.perfetto.dev and chrome://tracing open.
+
+    The format: "Trace Event Format", Google, counters are events of phase ``C``, complete slices of phase ``X``, times
+    in microseconds.
+    """
+    chunks = read_chunks(run, rank)
+    units = list(chunks.units) if chunks is not None else []
+    yield '{"displayTimeUnit":"ms","traceEvents":[\n'
+    yield json.dumps({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
+    for record in history.records(run, rank):
+        when = number(record.get("t"))
+        if when is None:
+            continue
+        for event in _events(record, when * 1e6, rank, units):
+            yield ",\n" + json.dumps(event, allow_nan=False)
+    yield "\n]}\n"
+
+
+def _events(record: dict[str, Any], microseconds: float, rank: int, units: list[str]) -> Iterator[dict[str, Any]]:
+    stats = record.get("stats")
+    if record["type"] == "step" and isinstance(stats, dict):
+        used = {tier: value for tier in TIERS if (value := number(stats.get(f"{tier}/used_bytes"))) is not None}
+        yield {"ph": "C", "pid": rank, "ts": microseconds, "name": "model data (bytes)", "args": used}
+        stalled = number(stats.get("move/stall_seconds"))
+        if stalled is not None:
+            yield {"ph": "C", "pid": rank, "ts": microseconds, "name": "waited (s)", "args": {"total": stalled}}
+        seconds = number(stats.get("step/seconds"))
+        count = number(stats.get("step/count"))
+        if seconds is not None and count is not None and seconds >= 0:
+            begin, length = microseconds - seconds * 1e6, seconds * 1e6
+            name = f"step {count:.0f}"
+            yield {"ph": "X", "pid": rank, "tid": 0, "ts": begin, "dur": length, "name": name, "cat": "step"}
+    elif record["type"] == "process":
+        resident = number(record.get("rss_bytes"))
+        if resident is not None:
+            yield {"ph": "C", "pid": rank, "ts": microseconds, "name": "process (bytes)", "args": {"rss": resident}}
+    elif record["type"] == "timeline" and (timeline := timeline_of(record)) is not None:
+        # Moments have an order and no clock: they are laid out evenly behind the step's end, one millisecond each.
+        for moment, letter in enumerate(timeline.phase):
+            at = microseconds + 1000.0 * moment
+            values = {"model": timeline.model[moment], "non-model": timeline.non_model[moment]}
+            yield {"ph": "C", "pid": rank, "ts": at, "name": "one step by moment (bytes)", "args": values}
+            index = timeline.unit[moment]
+            name = units[index] if 0 <= index < len(units) else "end"
+            phase = PHASES.get(letter, "end")
+            yield {"ph": "X", "pid": rank, "tid": 1, "ts": at, "dur": 1000.0, "name": name, "cat": phase}
+
+
+def _row(values: list[Any]) -> str:
+    out = io.StringIO()
+    csv.writer(out).writerow(values)
+    return out.getvalue()
+
+
+def _cell(text: str) -> str:
+    """A spreadsheet runs what begins like a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

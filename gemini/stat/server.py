@@ -1,0 +1,227 @@
+"""The web page and its API on a loopback address: read-only, GET only, nothing from elsewhere.
+
+A page in the user's browser may reach loopback too: therefore the Host header must be one of ours (DNS rebinding), the
+content security policy lets nothing else in, and an address that others can reach asks for a token.
+"""
+
+import argparse
+import hmac
+import json
+import secrets
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from http.cookies import CookieError, SimpleCookie
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from gemini.stat import page_data, web_files
+from gemini.stat.follow import Follower
+from gemini.stat.screen import Shown
+from gemini.telemetry.layout import chunks_file
+from gemini.telemetry.reader import Unreadable, ranks_of, read_run
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_COOKIE = "gemini_memory_token"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_EVENT_SECONDS = 1.0
+_MAX_STREAMS = 64
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one run.
+
+    Parameters
+    ----------
+    address
+        Host and port; port 0 takes a free one.
+    path, options
+        The run, and the options of the command.
+    token
+        What a client must show; None: nothing (loopback).
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], path: Path, options: argparse.Namespace, token: str | None) -> None:
+        super().__init__(address, Handler)
+        self.path = path
+        self.options = options
+        self.token = token
+        self.streams = threading.BoundedSemaphore(_MAX_STREAMS)
+        self.is_closing = threading.Event()
+        host, port = address[0], self.server_address[1]
+        names = {*_LOOPBACK, host} if host in _LOOPBACK else {host}
+        self.hosts = {f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names}
+        self.checks_host = host in _LOOPBACK
+
+    def look(self, rank: str | None) -> Shown:
+        options = argparse.Namespace(**{**vars(self.options), "rank": rank or self.options.rank})
+        return Follower(self.path, options).look()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is nothing to report."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+    server_version = "gemini-stat"
+    sys_version = ""
+    timeout = 30
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+        if self.server.checks_host and self.headers.get("Host") not in self.server.hosts:
+            self._error(HTTPStatus.MISDIRECTED_REQUEST, "this server answers to its own address only")
+        elif not self._may_enter(query):
+            self._error(HTTPStatus.UNAUTHORIZED, "open the address that gemini-stat serve printed, or send its token")
+        elif "token" in query and self.server.token is not None:
+            self._exchange()
+        else:
+            self._route(parts.path, query)
+
+    def _may_enter(self, query: dict[str, str]) -> bool:
+        if self.server.token is None:
+            return True
+        shown = [query.get("token", ""), self.headers.get("Authorization", "").removeprefix("Bearer ")]
+        try:
+            cookie = SimpleCookie(self.headers.get("Cookie", "")).get(_COOKIE)
+        except CookieError:
+            cookie = None
+        if cookie is not None:
+            shown.append(cookie.value)
+        return any(hmac.compare_digest(value.encode(), self.server.token.encode()) for value in shown)
+
+    def _exchange(self) -> None:
+        """The token leaves the address line: into a cookie that other sites cannot send along."""
+        self.send_response(HTTPStatus.SEE_OTHER)
+        self.send_header("Location", "/")
+        self.send_header("Set-Cookie", f"{_COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _route(self, path: str, query: dict[str, str]) -> None:
+        name = "index.html" if path == "/" else path.lstrip("/")
+        routes: dict[str, Callable[[dict[str, str]], None]] = {
+            "healthz": lambda _: self._send(b"ok\n", "text/plain"),
+            "metrics": self._metrics,
+            "api/v1/snapshot": lambda q: self._json(page_data.snapshot(self.server.look(q.get("rank")))),
+            "api/v1/timeline": lambda q: self._json(page_data.timeline(self.server.look(q.get("rank")))),
+            "api/v1/chunks": lambda q: self._json({"chunks": page_data.chunks(self.server.look(q.get("rank")))}),
+            "api/v1/steps": self._steps,
+            "api/v1/events": self._events,
+        }
+        try:
+            if "rank" in query and not (query["rank"].isdecimal() and len(query["rank"]) < 6):
+                self._error(HTTPStatus.BAD_REQUEST, "rank must be a number")
+            elif name in routes:
+                routes[name](query)
+            else:
+                self._send(web_files.content(name), web_files.TYPES[name.rsplit(".", 1)[1]])
+        except KeyError:
+            self._error(HTTPStatus.NOT_FOUND, "no such page")
+        except Unreadable as error:
+            self._error(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            self.close_connection = True
+
+    def _steps(self, query: dict[str, str]) -> None:
+        text = query.get("max_points", "")
+        points = min(int(text), 4096) if text.isdecimal() and 0 < len(text) < 6 else page_data.MAX_POINTS
+        shown = self.server.look(query.get("rank"))
+        self._json(page_data.steps(self.server.path, shown.run.rank, max(2, points)))
+
+    def _metrics(self, query: dict[str, str]) -> None:
+        try:
+            from gemini.stat.metrics import CONTENT_TYPE, exposition
+        except ImportError:
+            self._error(HTTPStatus.NOT_IMPLEMENTED, "pip install 'gemini-memory[metrics]' for Prometheus metrics")
+            return
+        runs = [read_run(self.server.path, rank) for rank in ranks_of(self.server.path)]
+        self._send(exposition(lambda: runs), CONTENT_TYPE)
+
+    def _events(self, query: dict[str, str]) -> None:
+        """Server-sent events: a message a second while something is new, a comment otherwise, so that both sides
+        notice when the other is gone."""
+        if not self.server.streams.acquire(blocking=False):
+            self._error(HTTPStatus.SERVICE_UNAVAILABLE, f"{_MAX_STREAMS} pages look already")
+            return
+        try:
+            self.send_response(HTTPStatus.OK)
+            self._common_headers("text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            before = b""
+            while not self.server.is_closing.is_set():
+                message = self._message(query.get("rank"))
+                self.wfile.write(b": still here\n\n" if message == before else b"data: " + message + b"\n\n")
+                self.wfile.flush()
+                before = message
+                self.server.is_closing.wait(_EVENT_SECONDS)
+        finally:
+            self.server.streams.release()
+
+    def _message(self, rank: str | None) -> bytes:
+        try:
+            shown = self.server.look(rank)
+        except Unreadable as error:
+            return json.dumps({"error": str(error)}).encode()
+        content = page_data.snapshot(shown)
+        content["row"].pop("t", None)  # the clock alone is no news
+        content["ranks"] = ranks_of(self.server.path)
+        content["timeline_stamp"] = shown.timeline.step if shown.timeline is not None else None
+        content["chunk_stamp"] = _stamp(chunks_file(self.server.path, shown.run.rank))
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+    def _json(self, content: Any) -> None:
+        self._send(json.dumps(content, allow_nan=False).encode(), "application/json")
+
+    def _error(self, status: HTTPStatus, text: str) -> None:
+        self._send(json.dumps({"error": text}).encode(), "application/json", status)
+        self.close_connection = True
+
+    def _send(self, body: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self.send_response(status)
+        self._common_headers(kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _common_headers(self, kind: str) -> None:
+        self.send_header("Content-Type", kind if ";" in kind else f"{kind}; charset=utf-8")
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.send_header("Cache-Control", "no-store")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are nobody's business."""
+
+
+def _stamp(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return None
+
+
+def token_for(host: str, wanted: bool) -> str | None:
+    """A fresh token where others can reach the address, or where one is wanted."""
+    return secrets.token_urlsafe(24) if wanted or host not in _LOOPBACK else None
+
+
+def address_of(server: Server) -> str:
+    """What to open in a browser."""
+    host, port = str(server.server_address[0]), server.server_address[1]
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/" + (f"?token={server.token}" if server.token else "")
