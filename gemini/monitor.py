@@ -45,21 +45,24 @@ STATE_LETTERS = {ChunkState.FETCHING: ">", ChunkState.IN_USE: "*"}
 class LastStep:
     """The step that came too soon after another to be written: the run's last one is, when it ends.
 
-    The telemetry thread holds this, so it may lead to chunks and parameters but not to modules.
+    The telemetry thread holds this, and runtime and step lead to the model: hence weakly. A model that is collected
+    before its run ended leaves its last quarter of a second unwritten.
     """
 
     def __init__(self, runtime: Runtime, step: ChunkedStep, statistics: Statistics) -> None:
-        self._runtime = runtime
-        self._step = step
+        self._runtime = weakref.ref(runtime)
+        self._step = weakref.ref(step)
         self._statistics = statistics
         self.unrecorded: tuple[int, float] | None = None
         """Number and seconds of the step; None if it was written."""
 
-    def read(self, number: int, seconds: float) -> Reading:
-        return read(self._runtime.manager, self._runtime, self._step, number, seconds)
+    def read(self, number: int, seconds: float) -> Reading | None:
+        runtime, step = self._runtime(), self._step()
+        return None if runtime is None or step is None else read(runtime.manager, runtime, step, number, seconds)
 
     def stats(self) -> Stats | None:
-        return None if self.unrecorded is None else self._statistics.expand(self.read(*self.unrecorded))
+        reading = None if self.unrecorded is None else self.read(*self.unrecorded)
+        return None if reading is None else self._statistics.expand(reading)
 
 
 class Monitor:
@@ -103,6 +106,7 @@ class Monitor:
             return
         self._last.unrecorded = None
         reading = self._last.read(number, seconds)
+        assert reading is not None  # runtime and step are what calls
         writer.record_step(partial(self._statistics.expand, reading))
         peaks = reading.memory[1]
         if runtime.timeline.points:
@@ -137,7 +141,7 @@ class Monitor:
 
     def on_error(self, error: BaseException | None) -> None:
         """An exception passes through the model: if it is for want of memory, record what there was. Never raises."""
-        if error is None or not is_out_of_memory(error) or hasattr(error, _SEEN):
+        if error is None or not is_out_of_memory(error) or hasattr(error, _SEEN) or hasattr(error.__cause__, _SEEN):
             return
         try:
             setattr(error, _SEEN, True)  # here is where it began; on its way up it passes through other modules

@@ -13,6 +13,7 @@ from stat_runs import make_run
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.errors import OutOfMemory
 from gemini.estimate.explain import skeleton
 from gemini.nn.optimizer import HybridAdam
 from gemini.packing import decide
@@ -35,7 +36,7 @@ def train_until_it_breaks(folder: Path, error: BaseException, **plugin: Any) -> 
         raise error
 
     handle = model[6].register_forward_pre_hook(fail)
-    with pytest.raises(type(error)):
+    with pytest.raises((type(error), OutOfMemory)):  # the runtime turns what is for want of memory into ours
         model(batch(2))
     handle.remove()
     state = boosted(model)
