@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -86,3 +87,71 @@ def test_a_model_that_is_dropped_gives_its_memory_and_files_back(tmp_path: Any) 
         worker.join(30)
         assert not worker.is_alive()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many steps of tiny tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class FailsAtCall:
+    """While on: the so-manyth call of what moves data raises, before it does anything."""
+
+    def __init__(self, run: Trained, at: int) -> None:
+        manager = boosted(run.model).manager
+        self.at, self.count = at, 0
+        self.targets: list[tuple[Any, str]] = [(manager, name) for name in ("fetch", "pin", "evict", "make_room")]
+        self.targets += [(manager.device, name) for name in ("grow", "upload", "download", "store")]
+        self.targets += [(chunk.gradient, "add") for chunk in manager.chunks if chunk.gradient is not None]
+
+    def __enter__(self) -> "FailsAtCall":
+        for target, name in self.targets:
+            setattr(target, name, self._counting(getattr(target, name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for target, name in self.targets:
+            delattr(target, name)
+
+    def _counting(self, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.at:
+                raise Accident
+            return original(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("plain_backward", [False, True], ids=["booster", "loss.backward"])
+def test_a_failure_at_any_call_of_a_step_leaves_no_trace(plain_backward: bool, placement: dict[str, Any]) -> None:
+    ours, plain = Trained(placement), Trained(None)
+    for run in (ours, plain):
+        torch.manual_seed(7)
+        run.step(0)
+        run.step(1)
+    at = failures = 0
+    while at == failures:
+        at += 1
+        with FailsAtCall(ours, at) as injected:
+            torch.manual_seed(at)
+            try:
+                loss = ours.loss(1000 + at)
+                loss.backward() if plain_backward else ours.backward(loss)
+            except Accident:
+                failures += 1
+        if injected.count < at:
+            ours.optimizer.zero_grad()  # it went through: there was no such call
+        for run in (ours, plain):
+            torch.manual_seed(500 + at)
+            run.step(at)
+        assert [c.pins for c in boosted(ours.model).manager.chunks if c.pins] == []
+        if at % 10 == 0:
+            check_same(ours, plain)
+    assert failures > 20
+    check_same(ours, plain)
