@@ -112,6 +112,8 @@ class Gradients:
         if gradient is shown:
             return  # autograd added to the view, so the chunk has it
         assert chunk.gradient is not None
+        parameter.grad = None  # first: if what follows fails, the next backward must not find it here
+        self._shown.pop(id(parameter), None)
         chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
         if shown is None:
             chunk.gradient.add(position, gradient)
