@@ -154,7 +154,7 @@ def check_parity(task: Task, lazy: bool = False, **plugin: Any) -> nn.Module:
 def tightest(task: Task, tier: str, **plugin: Any) -> int:
     """The smallest capacity that works, found by doing what the error messages say."""
     capacity = 1
-    for _ in range(12):
+    for _ in range(20):
         try:
             run_managed(task, **{**plugin, f"{tier}_memory": capacity})
         except OutOfMemory as error:
