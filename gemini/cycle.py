@@ -16,15 +16,20 @@ MOST_MOMENTS = 100_000
 class Cycle:
     """The clock of one model.
 
-    Cycles with gradients and cycles without have plans of their own, the one followed last first. A cycle begins with
-    that one. Where it leaves it, another plan that began in the same way takes over; else it goes on with the same one
-    from the next place where that fits again. What was recorded becomes a plan, if it is not one yet.
+    Cycles with gradients and cycles without have plans of their own. A cycle begins with the plan that came next when
+    the last two were followed before, else with the last one. Where it leaves it, another plan that began in the same
+    way takes over; else it goes on with the same one from the next place where that fits again. What was recorded
+    becomes a plan, if it is not one yet.
     """
 
     def __init__(self) -> None:
         self.with_gradients = False
         self._planners: dict[bool, list[Planner]] = {True: [], False: []}
         self._recorder = TraceRecorder()
+        self._followers: dict[tuple[Planner | None, Planner], Planner] = {}
+        """What came after two plans in a row, when they last did: kinds of cycles that take turns are foreseen."""
+        self._last: dict[bool, tuple[Planner | None, Planner] | None] = {True: None, False: None}
+        """The two plans that were followed last."""
         self._resident: Collection[int] = ()
         self._position = 0
         self._schedule: Schedule | None = None
@@ -44,7 +49,9 @@ class Cycle:
 
     def expected(self, with_gradients: bool) -> Planner | None:
         """The plan that the next cycle of this kind will begin with."""
-        return next(iter(self._planners[with_gradients]), None)
+        last = self._last[with_gradients]
+        foreseen = self._followers.get(last) if last is not None else None
+        return foreseen or next(iter(self._planners[with_gradients]), None)
 
     def moments(self) -> Iterator[Moment]:
         """Every moment known, of plans and of the cycle under way."""
@@ -93,12 +100,25 @@ class Cycle:
                 known = _planned(plan, trace)
             if known is not None:
                 planners.insert(0, known)
-                del planners[PLANS_KEPT:]
+                self._note(known)
+            if len(planners) > PLANS_KEPT:
+                planners.pop()
+                self._forget_followers()
         self.with_gradients = with_gradients
         planner = self.expected(with_gradients)
         self._resident = resident
         self._schedule = planner.lap(resident) if planner is not None else None
         self._position = 0
+
+    def _note(self, planner: Planner) -> None:
+        last = self._last[self.with_gradients]
+        if last is not None:
+            self._followers[last] = planner
+        self._last[self.with_gradients] = (last[1] if last is not None else None, planner)
+
+    def _forget_followers(self) -> None:
+        self._followers.clear()
+        self._last = {True: None, False: None}
 
     def between(self) -> Actions:
         """What to do for the next training cycle before it begins."""
@@ -114,6 +134,7 @@ class Cycle:
         for planners in self._planners.values():
             planned = [_planned(plan, planner.trace) for planner in planners]
             planners[:] = [planner for planner in planned if planner is not None]
+        self._forget_followers()
         self._schedule = None
 
 

@@ -1,0 +1,62 @@
+"""A run that takes turns between kinds of cycles is prefetched as one that always does the same."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from loop import SMALL, WIDTH, batch
+from torch import Tensor, nn
+
+from gemini.boosted import boosted
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.nn.optimizer import HybridAdam
+
+PATTERNS: dict[str, Callable[[int], bool]] = {
+    "always the same": lambda n: True,
+    "taking turns": lambda n: n % 2 == 0,
+    "in pairs": lambda n: n // 2 % 2 == 0,
+}
+
+
+class TwoPaths(nn.Module):
+    def __init__(self, takes_first: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.first, self.second = (nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(6)]) for _ in range(2))
+        self.takes_first, self.calls = takes_first, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for layer in self.first if self.takes_first(self.calls) else self.second:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tensors are tiny: several threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_cycles_that_take_turns_have_no_fetch_on_demand_once_each_is_known(pattern: Callable[[int], bool]) -> None:
+    model: Any = TwoPaths(pattern)
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, device_memory="64KiB", **SMALL))
+    model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
+
+    def steps(count: int) -> None:
+        for step in range(count):
+            booster.backward(model(batch(step)).square().mean(), optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(12)
+    moves = boosted(model).manager.moves
+    demanded, fetched = moves.demand_count, moves.fetch_count
+    steps(12)
+    assert moves.fetch_count > fetched
+    assert moves.demand_count == demanded
