@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("module",),
     ("boost",),
     ("booster",),
+    ("integrations",),
     ("train",),
 )  # fmt: skip
 

@@ -80,6 +80,7 @@
 
   const axis = () => ({ stroke: getComputedStyle(document.body).color, grid: { stroke: "#8883", width: 1 } });
   const byteAxis = () => ({ ...axis(), size: 76, values: (_, ticks) => ticks.map(bytes) });
+  const fromZero = (_, low, high) => [0, 1.05 * (high || 1)];  // areas must not lie about their height
   const noCharts = () => make("p", "Charts are not built in: run scripts/build-web. The numbers are in the table.", "note");
 
   function showTimeline(timeline) {
@@ -97,7 +98,7 @@
       const model = moments.map((m) => m[tier]), total = moments.map((m) => m[tier] + m.non_model_bytes);
       const label = (_, index) => (index === null ? "" : bytes(total[index]));
       chart("timeline", {
-        scales: { x: { time: false } },
+        scales: { x: { time: false }, y: { range: fromZero } },
         axes: [axis(), byteAxis()],
         series: [
           { label: "moment", value: (_, index) => known(index) && moments[index] ? `${index} ${moments[index].phase} ${moments[index].unit || ""}` : "" },
@@ -159,7 +160,7 @@
     if (!steps || steps.step.length === 0) { fill($("steps"), make("p", "No step recorded yet.", "note")); return; }
     if (window.uPlot) {
       chart("steps", {
-        scales: { x: { time: false }, seconds: {} },
+        scales: { x: { time: false }, y: { range: fromZero }, seconds: { range: fromZero } },
         axes: [axis(), byteAxis(), { ...axis(), side: 1, scale: "seconds", size: 60, values: (_, t) => t.map(seconds) }],
         series: [
           { label: "step" },

@@ -1,0 +1,121 @@
+"""The adapters for transformers' Trainer, against the installed transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from gemini.boosted import boosted
+from gemini.booster.plugin import GeminiPlugin
+from gemini.nn.optimizer import HybridAdam
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+
+from gemini.integrations.hugging_face import GeminiTrainerCallback, GeminiTrainerMixin  # noqa: E402
+
+
+class Tokens(Dataset[Any]):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(0, 64, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def arguments(folder: Path, **changes: Any) -> Any:
+    fixed = {
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 0.0, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "seed": 3,
+    }  # fmt: skip
+    return transformers.TrainingArguments(**{**fixed, **changes})
+
+
+class ManagedTrainer(GeminiTrainerMixin, transformers.Trainer):  # type: ignore[misc, name-defined]
+    pass
+
+
+class Seen(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def losses(trainer: Any) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_managed_trainer_trains_as_a_plain_one_with_the_same_optimizer(tmp_path: Path) -> None:
+    plain_model = model()
+    named = list(plain_model.named_parameters())
+    plain = transformers.Trainer(model=plain_model, args=arguments(tmp_path / "a"), train_dataset=Tokens())
+    decayed = set(plain.get_decay_parameter_names(plain_model))
+    groups = [{"params": [p for n, p in named if (n in decayed) is on], "weight_decay": 0.0} for on in (True, False)]
+    plain.optimizer = HybridAdam(groups, lr=1e-2)
+    managed = ManagedTrainer(
+        model=model(),
+        args=arguments(tmp_path / "b"),
+        train_dataset=Tokens(),
+        gemini_plugin=GeminiPlugin(precision="fp32", telemetry=False),
+    )
+    assert losses(managed) == losses(plain)
+    assert boosted(managed.model).step_count == 4
+    for name, value in managed.model.state_dict().items():
+        assert torch.equal(value, plain_model.state_dict()[name]), name
+    managed.save_model(str(tmp_path / "saved"))
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.lm_head.weight, managed.model.state_dict()["lm_head.weight"])
+
+
+def test_logs_hold_the_statistics_before_others_see_them(tmp_path: Path) -> None:
+    seen = Seen()
+    trainer = ManagedTrainer(
+        model=model(),
+        args=arguments(tmp_path),
+        train_dataset=Tokens(),
+        callbacks=[seen],
+        gemini_plugin=GeminiPlugin(telemetry=False),
+    )
+    GeminiTrainerCallback.first_of(trainer, keys=("host/used_bytes", "step/count"))
+    trainer.train()
+    entries = [log for log in seen.logs if "loss" in log]
+    assert [log["memory/step/count"] for log in entries] == [1, 2, 3, 4]
+    assert all(log["memory/host/used_bytes"] > 0 for log in entries)
+    assert "memory/host/peak_bytes" not in entries[0]
+    assert trainer.state.log_history[0]["memory/step/count"] == 1
+
+
+def test_clipping_goes_to_the_plugin(tmp_path: Path) -> None:
+    trainer = ManagedTrainer(model=model(), args=arguments(tmp_path, max_grad_norm=0.1), train_dataset=Tokens())
+    trainer.train()
+    assert boosted(trainer.model).step.grad_norm is not None
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision="):
+        ManagedTrainer(model=model(), args=arguments(tmp_path, bf16=True), train_dataset=Tokens())
+
+
+def test_the_callback_leaves_a_plain_model_alone(tmp_path: Path) -> None:
+    trainer = transformers.Trainer(model=model(), args=arguments(tmp_path), train_dataset=Tokens())
+    GeminiTrainerCallback.first_of(trainer)
+    trainer.train()
+    assert not [key for entry in trainer.state.log_history for key in entry if key.startswith("memory/")]
