@@ -12,7 +12,7 @@ from gemini.sizes import format_bytes
 _FULL = {"layers": 12, "hidden": 512, "heads": 8, "seq_len": 128, "batch_size": 2, "steps": 4}
 _SMALL = {"layers": 6, "hidden": 256, "heads": 4, "seq_len": 32, "batch_size": 1, "steps": 3}
 
-_CONSTANT_BYTES = 64 << 20
+_CONSTANT_BYTES = 96 << 20
 """For what is not model data: activations, one gradient on its way, stacks of threads, what malloc cannot use."""
 
 # In units of the model data (14 bytes a parameter). Without a device the first number bounds all that is in RAM.
