@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,6 +47,15 @@ def test_threads_that_build_at_the_same_time_each_get_the_model_of_the_state_the
         assert all(torch.equal(a, b) for a, b in zip(eager.parameters(), model.parameters(), strict=True))
 
 
+@pytest.fixture
+def _eager_to_switch():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_eager_to_switch")
 def test_many_threads_may_work_on_tensors_of_one_tape():
     with LazyInitContext():
         model = nn.Module()
