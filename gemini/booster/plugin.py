@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from gemini.boost import boost_model
 from gemini.config import GeminiConfig
 from gemini.managed_step import ChunkedStep
-from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.acceptance import accepted
 from gemini.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.sizes import parse_bytes
 
@@ -189,7 +189,7 @@ class GeminiPlugin:
                 f"this version trains on one rank, got world size {torch.distributed.get_world_size()}; start one, "
                 "its device, host and disk are pooled"
             )
-        hybrid = _hybrid(optimizer)
+        hybrid = accepted(optimizer) if optimizer is not None else None
         boosted = boost_model(model, hybrid, self.config)
         # A scheduler made for a torch optimizer goes on as it is: both optimizers have the same group objects.
         if self.config.verbose:
@@ -281,14 +281,3 @@ def _chunk_numel(chunk_config_dict: Mapping[int, Mapping[str, Any]] | None) -> i
         raise ValueError(
             f"chunk_config_dict must be {{1: {{'chunk_size': elements}}}} for one rank, got {chunk_config_dict!r}"
         ) from error
-
-
-def _hybrid(optimizer: Optimizer | None) -> HybridAdam | None:
-    if optimizer is None or isinstance(optimizer, HybridAdam):
-        return optimizer
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-        return HybridAdam.from_torch(optimizer)  # type: ignore[arg-type]
-    raise TypeError(
-        f"optimizer must be a HybridAdam, torch.optim.Adam or torch.optim.AdamW, got {type(optimizer).__name__}; "
-        "its update must be element-wise to run on chunks"
-    )

@@ -2,6 +2,7 @@
 
     python scripts/bench adam     one Adam step: our kernel, torch's, those of DeepSpeed and ColossalAI
     python scripts/bench step     one training step, managed against plain PyTorch
+    python scripts/bench capacity | disk | overhead | overlap | telemetry     see their own --help
 
 A benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> dict``; the dict goes to ``--json FILE``.
 """
@@ -9,14 +10,20 @@ A benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> d
 import argparse
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import report
 
 NAMES = ("adam", "step")
+SCRIPTS = ("capacity", "disk", "overhead", "overlap", "telemetry")
+"""Have a `main` that reads the command line itself."""
 
 
 def main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1] in SCRIPTS:
+        name = sys.argv.pop(1)
+        sys.exit(importlib.import_module(name).main())
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

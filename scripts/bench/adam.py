@@ -19,6 +19,7 @@ from pathlib import Path
 
 import buffers
 import peers
+import progress
 import report
 import torch
 from buffers import Buffers
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from gemini.nn.optimizer import kernel_pool
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.cpu_kernel import adam_cpu
 from gemini.nn.optimizer.update import adam_update
 
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, bias_correction=True)
@@ -151,8 +153,15 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         os.sched_setaffinity(0, cores)
     for peer, error in errors.items():
         print(f"\n{peer} did not run:\n{error}\n  earlier figure, ns a parameter: {EARLIER.get(peer, 'none')}")
+    kept = _main_thread(Buffers(memory, arguments.numel), len(cores)) if len(cores) > 1 else None
     os.close(memory)
-    return {"numel": arguments.numel, "repeats": arguments.repeats, "runs": results, "errors": errors}
+    return {
+        "numel": arguments.numel,
+        "repeats": arguments.repeats,
+        "runs": results,
+        "main_thread": kept,
+        "errors": errors,
+    }
 
 
 def _measure(numel: int, repeats: int, threads: int, b: Buffers, others: peers.Peers | None) -> dict[str, object]:
@@ -170,6 +179,16 @@ def _measure(numel: int, repeats: int, threads: int, b: Buffers, others: peers.P
         "targets": _print_targets(seconds),
         "versions": others.versions if others is not None else {},
     }
+
+
+def _main_thread(b: Buffers, cores: int) -> float:
+    """What a Python loop keeps of its rate beside an update on all cores but one."""
+    at_step = scalars(HYPER, 10)
+    kept = progress.kept_rate(
+        lambda pool: adam_cpu(b.param, b.exp_avg, b.exp_avg_sq, b.grad16, at_step, b.out16, pool), cores - 1
+    )
+    print(f"\n{'holds ' if kept >= 0.8 else 'MISSED'} {kept:6.2f}, wanted 0.8: rate of a Python loop beside an update")
+    return kept
 
 
 def _of_peer(others: peers.Peers, name: str) -> Callable[[], float]:

@@ -3,6 +3,7 @@
 ::
 
     hybrid_adam.HybridAdam        the torch.optim.Optimizer: groups, states, loading and saving
+      acceptance.accepted         which optimizers can be boosted
       managed.ManagedStep         what takes over when the optimizer is boosted
       prepared.prepare            parameters outside of chunks, all or nothing
       update.adam_update          one flat buffer, dispatched by device

@@ -1,0 +1,60 @@
+"""Optimizers that cannot be boosted are told apart, with the reason."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.acceptance import accepted
+
+
+class Lamb(torch.optim.SGD):
+    """As third parties name it."""
+
+
+class MyAdamW(torch.optim.AdamW):
+    pass
+
+
+class Unheard(Optimizer):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+
+REFUSED = [
+    (torch.optim.Adafactor, "Adafactor: it factors the second moment"),
+    (Lamb, "Lamb: it scales each tensor's update by norms"),
+    (torch.optim.LBFGS, "LBFGS: it searches"),
+    (torch.optim.SGD, "SGD: it is element-wise"),
+    (torch.optim.RMSprop, "RMSprop: it is element-wise"),
+    (torch.optim.Adagrad, "Adagrad: it is element-wise"),
+    (MyAdamW, "MyAdamW, a subclass"),
+    (Unheard, "Unheard: there is no kernel"),
+]
+if hasattr(torch.optim, "Muon"):
+    REFUSED.append((torch.optim.Muon, "Muon: it makes each matrix's update orthogonal"))
+
+
+@pytest.mark.parametrize(("kind", "reason"), REFUSED)
+def test_an_optimizer_that_is_not_adam_is_refused_with_the_reason_and_nothing_has_changed(
+    kind: Any, reason: str
+) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    before = model.weight.detach().clone()
+    with pytest.raises(TypeError, match=reason):
+        Booster(plugin=GeminiPlugin(telemetry=False)).boost(model, kind(model.parameters(), lr=0.1))
+    assert type(model) is nn.Linear
+    assert torch.equal(model.weight, before)
+
+
+def test_adam_adamw_and_ours_are_accepted() -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    ours = HybridAdam(params)
+    assert accepted(ours) is ours
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        assert isinstance(accepted(kind(params)), HybridAdam)
