@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from .bracket import is_compiled
+
 READING_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 """Tensor properties that hand out values; all others (shape, dtype, grad, ...) only describe."""
 DESCRIBING = frozenset(
@@ -55,6 +57,8 @@ class Observer(TorchFunctionMode):
     def __enter__(self) -> "Observer":
         # On every module, because any may turn out to bracket a use; gone again at exit.
         for module in self._modules[1:]:
+            if is_compiled(module):
+                continue  # its hooks would be compiled with it; nothing is seen within it anyway
             self._hooks.callback(module.register_forward_pre_hook(self._enter_module).remove)
             self._hooks.callback(module.register_forward_hook(self._leave_module, always_call=True).remove)
         super().__enter__()
