@@ -43,6 +43,8 @@ class Chunk:
             )
         self.gradient: GradientBuffer | None = None
         self.bindings: list[Binding] = []
+        self._versions: list[int] = []
+        """Per binding, torch's count of in-place operations when home and full copy were last the same."""
         self.state = ChunkState.HOME
         self.pins = 0
         self.last_used = 0
@@ -115,7 +117,7 @@ class Chunk:
             self._move_to(ChunkState.READY)
 
     def evict(self) -> None:
-        """READY -> HOME. Copies nothing: the full copy is clean."""
+        """READY -> HOME. Copies nothing: the full copy is clean, or the manager has kept what was changed in it."""
         self._move_to(ChunkState.HOME)
         self.poison()
 
@@ -134,6 +136,15 @@ class Chunk:
                 binding.parameter.data = binding.view
             self._poisoned = False
 
+    def take_edited(self) -> list[int]:
+        """Positions whose parameters were changed in place since the last call, other than through ``p.data``."""
+        versions = [binding.parameter._version for binding in self.bindings]
+        if versions == self._versions:
+            return []
+        edited = [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
+        self._versions = versions
+        return edited
+
     def settle(self) -> None:
         """Wait for the pending update of this chunk; raise what went wrong in it (again at each call)."""
         if self.update is not None:
@@ -146,6 +157,7 @@ class Chunk:
         nan = torch.full((), float("nan"), dtype=view.dtype, device=view.device)
         binding = Binding(parameter, view, nan.expand(view.shape))
         self.bindings.append(binding)
+        self._versions.append(parameter._version)
         parameter.data = binding.poison if self._poisoned else view
 
     def _move_to(self, state: ChunkState) -> None:

@@ -233,9 +233,27 @@ class ChunkManager:
             self._arrive(chunk)
         if chunk.update is not None:
             chunk.settle()  # the update may be writing through to the full copy
+        self.keep_edits(chunk)
         chunk.evict()
         self._free(chunk)
         self.moves.evict_count += 1
+
+    def keep_edits(self, chunk: Chunk) -> None:
+        """Bring home what the user, or a module in its forward, changed in a full copy in place.
+
+        Forward and backward change no parameter, but ``nn.Embedding(max_norm=...)`` renormalises its weight, and users
+        clamp or initialise parameters under ``no_grad``. Only elements that differ are written, so that the others keep
+        the bits that the compute dtype has no room for.
+        """
+        if chunk.full_is_home or chunk.state not in (ChunkState.READY, ChunkState.IN_USE):
+            return
+        for position in chunk.take_edited():
+            chunk.settle()
+            view = chunk.views[position]
+            home = self._read_slot(chunk, position, Role.MASTER).to(view.device)
+            with torch.no_grad():
+                home = torch.where(view == home.to(view.dtype), home, view.to(home.dtype))
+            self.write_slot(chunk, position, Role.MASTER, home)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
         self.moves.waited_seconds[chunk.homes[Role.MASTER].tier] += time.perf_counter() - begin
@@ -324,6 +342,10 @@ class ChunkManager:
         """A copy, on CPU, of what one role holds for a parameter, in its shape (waits for a pending update)."""
         chunk, position = self._places[id(parameter)]
         chunk.settle()
+        self.keep_edits(chunk)
+        return self._read_slot(chunk, position, role)
+
+    def _read_slot(self, chunk: Chunk, position: int, role: Role) -> Tensor:
         slot, home = chunk.layout.slots[position], chunk.homes[role]
         flat = torch.empty(slot.numel, dtype=home.dtype)
         home.read(slot.offset, flat)

@@ -151,6 +151,7 @@ class ChunkedStep:
         chunks = [c for c in self.manager.chunks if c.gradient is not None and c.gradient.present]
         for chunk in chunks:
             chunk.settle()  # an error of the last step surfaces before anything of this one is changed
+            self.manager.keep_edits(chunk)
         return chunks
 
     def _refuse_unfrozen(self, optimizer: HybridAdam) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from parity import Task, check_parity, tightest
+from parity import Task, check_equal, check_parity, run_managed, tightest
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from gemini.boosted import boosted
 
 WIDTH = 32
 SMALL = {"chunk_config_dict": {1: {"chunk_size": 256}}}
@@ -41,6 +43,24 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Renormalised(nn.Module):
+    """Its embedding is changed in place by its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.rest = nn.Embedding(16, WIDTH, max_norm=0.5), layers(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(x + self.embedding(x[..., 0].abs().mul(9).long() % 16))  # type: ignore[no-any-return]
+
+
+def clipped(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        for layer in (model.encoder[0], model.head):
+            layer.weight.clamp_(-0.1, 0.1)
+    return mean_square(model, x)
 
 
 Use = tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]
@@ -440,7 +460,13 @@ USES: dict[str, Use] = {
 }
 
 
-@pytest.mark.parametrize(("build", "loss"), USES.values(), ids=USES)
+IN_PLACE: dict[str, Use] = {
+    "weights renormalised by forward": (Renormalised, mean_square),
+    "weights clipped in place": (EncoderDecoder, clipped),
+}
+
+
+@pytest.mark.parametrize(("build", "loss"), [*USES.values(), *IN_PLACE.values()], ids=[*USES, *IN_PLACE])
 def test_an_unusual_use_trains_as_without_management(build: Any, loss: Any) -> None:
     def task() -> Task:
         return Task(build, batches(4), loss)
@@ -461,6 +487,25 @@ def test_an_unusual_use_trains_as_without_management_in_bf16_and_from_disk(
     data = [x.bfloat16() for x in batches(4)]
     capacity = tightest(Task(build, data, loss, "bf16"), "device", **SMALL)
     check_parity(Task(build, data, loss, "bf16"), device_memory=capacity, **SMALL)
+
+
+@pytest.mark.parametrize(("build", "loss"), IN_PLACE.values(), ids=IN_PLACE)
+def test_what_is_changed_in_place_reaches_the_masters_wherever_they_are(build: Any, loss: Any, tmp_path: Any) -> None:
+    """Not compared with the unmanaged optimizer, whose masters overwrite what is done to bf16 parameters."""
+    task = Task(build, [x.bfloat16() for x in batches(4)], loss, "bf16")
+    resident, model = run_managed(task)
+    assert boosted(model).runtime.manager.moves.evict_count == 0
+    untouched, _ = run_managed(Task(task.build, task.batches, _unedited, "bf16"))
+    assert any(not torch.equal(resident.weights[name], untouched.weights[name]) for name in resident.weights)
+    for plugin in ({"device_memory": tightest(task, "device", **SMALL)}, {"host_memory": "420KiB"}):
+        streamed, _ = run_managed(task, offload_dir=tmp_path, **plugin, **SMALL)
+        check_equal(streamed, resident)
+
+
+def _unedited(model: Any, x: Tensor) -> Tensor:
+    if isinstance(model, Renormalised):
+        model.embedding.max_norm = None
+    return mean_square(model, x)
 
 
 COMPILED: dict[str, Callable[[Any, str], Any]] = {
