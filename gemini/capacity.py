@@ -8,7 +8,7 @@ import torch
 from .chunk import Tier
 from .config import GeminiConfig
 from .sizes import format_bytes
-from .tracker import Budget, device_budget, disk_budget, host_budget
+from .tracker import NON_MODEL_HOST_BYTES, Budget, device_budget, disk_budget, host_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def find_capacities(config: GeminiConfig) -> Capacities:
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
     unified = not has_cuda and config.device_memory is None
-    host = _said("host_memory", config.host_memory) or host_budget()
+    host = _said("host_memory", config.host_memory) or host_budget(spare_bytes=NON_MODEL_HOST_BYTES)
     if not has_cuda and config.device_memory is not None and config.host_memory is None:
         # The emulated device is in the same RAM, which must not be given away twice.
         less = f"{host.source}, less {format_bytes(config.device_memory)} for the emulated device"

@@ -22,6 +22,12 @@ ROOT = Path("/")
 # cgroup v1 writes "no limit" as a number near 2**63; no machine has an exbibyte of RAM.
 _UNLIMITED = 1 << 60
 
+NON_MODEL_HOST_BYTES = 256 << 20
+"""What a small training process takes of RAM besides model data, however little the model: thread stacks, the step
+kernel's compilation, oneDNN's code and scratch, what malloc keeps. Measured under RLIMIT_DATA on two threads: 150 MiB
+for a GPT of 3.7M parameters, the rest is for activations."""
+_LEAST_SHARE = 0.25
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -53,17 +59,20 @@ def host_headroom(*, root: Path = ROOT) -> tuple[int, str]:
     return tightest.free, tightest.name
 
 
-def host_budget(fraction: float = 0.8, *, root: Path = ROOT) -> Budget:
+def host_budget(fraction: float = 0.8, *, spare_bytes: int = 0, root: Path = ROOT) -> Budget:
     """Room for model data in RAM: ``fraction`` of the smallest headroom of cgroup v2 and v1, RLIMIT_DATA, RLIMIT_AS and
     MemAvailable. What the machine shares is divided by ``LOCAL_WORLD_SIZE``.
 
     The headroom is what is left *now*: the interpreter, the libraries and the user's data are already outside it.
+
+    A share of a small headroom leaves less than every process needs (a thread that cannot start ends it): at least
+    ``spare_bytes`` are left too, of each rank's part, though never more than three quarters of it.
     """
     _check_fraction(fraction)
     ranks = _local_world_size()
     limits = [*_cgroup_headrooms(root), *_rlimit_headrooms(root), *_available_ram(root)]
     tightest = min(limits, key=lambda limit: limit.per_rank(ranks))
-    return _budget(tightest, fraction, ranks)
+    return _budget(tightest, fraction, ranks, spare_bytes)
 
 
 def disk_budget(path: str | os.PathLike[str], fraction: float = 0.9) -> Budget:
@@ -185,10 +194,18 @@ class NonModelMeter:
         self.mark()
 
 
-def _budget(room: _Headroom, fraction: float, ranks: int) -> Budget:
+def _budget(room: _Headroom, fraction: float, ranks: int, spare_bytes: int = 0) -> Budget:
     of_ranks = f", shared by {ranks} local ranks" if room.shared and ranks > 1 else ""
-    source = f"{fraction:.0%} of {room.name} ({format_bytes(room.free)} of {format_bytes(room.total)}{of_ranks})"
-    return Budget(int(room.per_rank(ranks) * fraction), source)
+    limit = f"{room.name} ({format_bytes(room.free)} of {format_bytes(room.total)}{of_ranks})"
+    free = room.per_rank(ranks)
+    share, rest = int(free * fraction), free - spare_bytes
+    if share <= rest:
+        return Budget(share, f"{fraction:.0%} of {limit}")
+    least = min(share, int(free * _LEAST_SHARE))
+    if least < rest:
+        each = " per rank" if of_ranks else ""
+        return Budget(rest, f"{limit}, less {format_bytes(spare_bytes)}{each} for what is not model data")
+    return Budget(least, f"{min(fraction, _LEAST_SHARE):.0%} of {limit}, the rest for what is not model data")
 
 
 def _check_fraction(fraction: float) -> None:

@@ -207,11 +207,13 @@ def _show(options: argparse.Namespace, found: Demand, answer: dict[str, Any]) ->
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    from gemini.tracker import host_budget
+    from gemini.tracker import NON_MODEL_HOST_BYTES, host_budget
 
     return Machine(
         device_bytes=None if options.gpu is None else _bytes("--gpu", options.gpu),
-        ram_bytes=host_budget().bytes if options.ram is None else _bytes("--ram", options.ram),
+        ram_bytes=(
+            host_budget(spare_bytes=NON_MODEL_HOST_BYTES).bytes if options.ram is None else _bytes("--ram", options.ram)
+        ),
         disk_bytes=0 if options.disk is None else _bytes("--disk", options.disk),
     )
 

@@ -130,6 +130,34 @@ def test_local_ranks_share_the_machine_but_not_their_rlimits(machine: Machine, m
     assert host_budget(1.0, root=machine.root).bytes == 4 * GIB
 
 
+@pytest.mark.parametrize(
+    ("headroom", "left", "source"),
+    [
+        (8 * GIB, 8 * GIB * 4 // 5, "80% of RLIMIT_DATA headroom (8.0 GiB of 9.0 GiB)"),
+        (GIB, GIB * 3 // 4, "RLIMIT_DATA headroom (1.0 GiB of 2.0 GiB), less 256.0 MiB for what is not model data"),
+        (
+            GIB // 4,
+            GIB // 16,
+            "25% of RLIMIT_DATA headroom (256.0 MiB of 1.2 GiB), the rest for what is not model data",
+        ),
+    ],
+)
+def test_a_small_headroom_leaves_a_constant_for_what_is_not_model_data(
+    machine: Machine, headroom: int, left: int, source: str
+) -> None:
+    machine.limits(data=GIB + headroom)
+    budget = host_budget(spare_bytes=256 << 20, root=machine.root)
+    assert abs(budget.bytes - left) <= 1
+    assert budget.source == source
+
+
+def test_the_constant_is_left_by_each_rank(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    budget = host_budget(spare_bytes=256 << 20, root=machine.root)
+    assert budget.bytes == GIB - (256 << 20)
+    assert budget.source.endswith("shared by 32 local ranks), less 256.0 MiB per rank for what is not model data")
+
+
 def test_unreadable_numbers_are_no_limits(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "nonsense\n0::/a\n")
     machine.write("sys/fs/cgroup/a/memory.max", "twelve\n")
