@@ -131,7 +131,7 @@ def _answer(
 def _arguments(options: argparse.Namespace, found: Demand) -> str:
     """Ready to paste."""
     parts = [f'precision="{options.precision}"']
-    parts += [f"{name}={as_argument(nbytes)}" for name, nbytes in found.limits.items() if nbytes >= 1024]
+    parts += [f"{name}={as_argument(nbytes, up=True)}" for name, nbytes in found.limits.items() if nbytes >= 1024]
     if found.limits.get("disk_memory"):
         parts.append(f"offload_dir={options.offload_dir or '/path/on/a/fast/disk'!r}")
     return f"GeminiPlugin({', '.join(parts)})"

@@ -186,9 +186,10 @@ def _everything(data: ModelData) -> int:
     return data.numel * (12 + data.config.compute_dtype.itemsize)
 
 
-def as_argument(nbytes: int) -> str:
-    """A size as one writes it, rounded down by less than two per cent."""
-    return f'"{nbytes >> 20}MiB"' if nbytes >= 64 << 20 else f'"{nbytes >> 10}KiB"'
+def as_argument(nbytes: int, *, up: bool = False) -> str:
+    """A size as one writes it, rounded by less than two per cent: down for a limit, ``up`` for what must be enough."""
+    shift, unit = (20, "MiB") if nbytes >= 64 << 20 else (10, "KiB")
+    return f'"{-(-nbytes >> shift) if up else nbytes >> shift}{unit}"'
 
 
 def with_machine(machine: Machine, **changes: int) -> Machine:

@@ -16,10 +16,11 @@ from gemini.chunk import Tier
 from gemini.config import GeminiConfig
 from gemini.estimate import floor
 from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
-from gemini.estimate.demand import Machine, ModelData, demand, model_bytes
+from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes
 from gemini.estimate.solve import largest, solve_batch_size, solve_memory
 from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
+from gemini.sizes import parse_bytes
 from gemini.stat.cli import main
 from gemini.telemetry.schema import load_schema
 
@@ -218,3 +219,8 @@ def test_bench_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(value > 0 for value in content["bytes_per_second"].values())
     assert json.loads(file.read_text())["flops_per_second"] == content["flops_per_second"]
     assert main(["bench", "/proc/no", "--numel", "65536"]) == 2
+
+
+@pytest.mark.parametrize("nbytes", [1025, 64 << 20, (64 << 20) + 1, 215_353_344])
+def test_what_must_be_enough_is_written_rounded_up(nbytes: int) -> None:
+    assert parse_bytes(as_argument(nbytes).strip('"')) <= nbytes <= parse_bytes(as_argument(nbytes, up=True).strip('"'))
