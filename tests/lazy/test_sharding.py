@@ -151,9 +151,13 @@ print(status("VmRSS:") - start, status("VmHWM:") - start)
 )
 
 
+# gloo's threads abort the process now and then when the interpreter tears them down ("terminate called ...").
+LEAVE = "\nimport os; sys.stdout.flush(); os._exit(0)\n"
+
+
 def run(script: str, folder: Path, size: int = 2) -> list[str]:
     children = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, str(rank), str(size), str(folder / "store")],
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", script + LEAVE, str(rank), str(size), str(folder / "store")],
                          cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(size)
     ]  # fmt: skip

@@ -63,13 +63,18 @@ def _live(follower: Follower, view: View, out: object, plain: bool) -> Exit:
         # Asked each time: a terminal may change its size between two looks.
         live.update(screen(shown, view, out.width, out.height, plain), refresh=True)
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(Exit.TERMINATED)
+    asked: list[BaseException] = []
 
-    before = signal.signal(signal.SIGTERM, leave)
+    def leave(number: int, frame: FrameType | None) -> None:
+        asked.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(Exit.TERMINATED))
+        raise asked[-1]
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with keyboard() as keys, Live(console=out, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
             while True:
+                if asked:  # what is raised in a destructor or a callback goes unheard
+                    raise asked[-1]
                 draw(live)
                 key = keys.wait(follower.options.interval)
                 if key in ("q", "Q"):
@@ -82,7 +87,8 @@ def _live(follower: Follower, view: View, out: object, plain: bool) -> Exit:
                     except Unreadable as error:
                         view.message = str(error)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _press(key: str, view: View, follower: Follower, shown: Shown, out: object, plain: bool) -> None:
