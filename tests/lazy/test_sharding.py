@@ -157,8 +157,8 @@ LEAVE = "\nimport os; sys.stdout.flush(); os._exit(0)\n"
 
 def run(script: str, folder: Path, size: int = 2) -> list[str]:
     children = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", script + LEAVE, str(rank), str(size), str(folder / "store")],
-                         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", script + LEAVE, str(rank), str(size),
+                          str(folder / "store")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(size)
     ]  # fmt: skip
     try:
