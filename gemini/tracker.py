@@ -24,8 +24,8 @@ _UNLIMITED = 1 << 60
 
 NON_MODEL_HOST_BYTES = 256 << 20
 """What a small training process takes of RAM besides model data, however little the model: thread stacks, the step
-kernel's compilation, oneDNN's code and scratch, what malloc keeps. Measured under RLIMIT_DATA on two threads: 150 MiB
-for a GPT of 3.7M parameters, the rest is for activations."""
+kernel's compilation, oneDNN's code and scratch, what malloc keeps. Under RLIMIT_DATA on two threads a GPT of 3.7M
+parameters took 150 to 200 MiB besides its model data (a coarse difference of VmData); the rest is for activations."""
 _LEAST_SHARE = 0.25
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 MIXES = {"600MiB": (600, 512, 8), "800MiB": (800, 768, 10), "1200MiB": (1200, 768, 12)}
-"""The limit in MiB, the GPT's width and layers: 26M to 87M parameters, more than the limit holds with their states."""
+"""The limit in MiB, the GPT's width and layers: 26M to 87M parameters, more than fit the budget with their states."""
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
