@@ -274,7 +274,7 @@ def test_ranks_that_one_torchrun_started_share_a_folder() -> None:
 
 
 def test_a_restarted_rank_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr("gemini.telemetry.writer.shared_run_id", lambda: "20260101T000000Z-7")
+    monkeypatch.setattr("gemini.telemetry.channel.shared_run_id", lambda: "20260101T000000Z-7")
     open_run(50, tmp_path / "run", **{"device/peak_bytes": 99 * GIB}).close("crashed")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     writer = open_run(3, tmp_path / "run")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gemini.telemetry import reader, writer
+from gemini.telemetry import channel, reader, record_file
 from gemini.telemetry.discovery import NoRun, find_run, list_runs
 from gemini.telemetry.layout import VERSION, lock_file, older_records_file, records_file, runs_folder
 from gemini.telemetry.reader import RunStatus, Unreadable, read_run
@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_made_switches_telemetry_off(tmp_path: Path, cap
 
 
 def test_a_full_queue_drops_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_QUEUE_LENGTH", 0)
+    monkeypatch.setattr(channel, "QUEUE_LENGTH", 0)
     telemetry = open_writer()
     telemetry.record_step(STEP)
     telemetry.record_step(STEP)
@@ -259,8 +259,8 @@ def test_what_json_cannot_say_becomes_null_or_text() -> None:
 
 
 def test_a_long_run_keeps_two_generations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_ROTATE_BYTES", 2000)
-    monkeypatch.setattr(writer, "_QUEUE_LENGTH", 1000)
+    monkeypatch.setattr(record_file, "ROTATE_BYTES", 2000)
+    monkeypatch.setattr(channel, "QUEUE_LENGTH", 1000)
     telemetry = open_writer()
     for count in range(100):
         telemetry.record_step({"step/count": count})

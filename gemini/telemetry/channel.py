@@ -1,0 +1,206 @@
+"""A rank's way into the run folder: a bounded queue, and the daemon thread that makes records of what is in it.
+
+Whatever goes wrong on that thread (a full disk, a vanished folder) ends telemetry with one warning. A full queue drops
+records and counts them.
+"""
+
+import atexit
+import fcntl
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file
+from gemini.telemetry.outcome import outcome, program
+from gemini.telemetry.probes import Fields, Probes
+from gemini.telemetry.record_file import RecordFile
+from gemini.telemetry.run_folder import make_run_folder, prune, write_document, write_run_file
+from gemini.telemetry.shared_id import shared_run_id
+
+logger = logging.getLogger(__name__)
+
+QUEUE_LENGTH = 256
+_CLOSE_SECONDS = 2.0
+_POLL_SECONDS = 0.25
+"""The thread looks into the queue this often. Waking it for each record would cost the training thread more than all
+the rest: a system call, and a fight for the processor."""
+
+Stats = Mapping[str, "int | float"]
+
+
+class Channel:
+    """The queue, the thread that empties it, and the files. Everything below ``_run`` happens on that thread."""
+
+    def __init__(
+        self,
+        run: Path,
+        rank: int,
+        header: dict[str, Any],
+        probes: Mapping[str, Callable[[], Fields | None]],
+        last: Callable[[], Stats | None] | None,
+        lock: int,
+    ) -> None:
+        self.run = run
+        self.rank = rank
+        self.dropped = 0
+        self.is_off = False
+        self.is_dump_requested = False
+        self.pending: Stats | Callable[[], Stats] | None = None
+        self._pid = os.getpid()
+        self._probes = probes
+        self._last = last
+        self._lock = lock
+        self._ended = False
+        # SimpleQueue, because its put may be called from a finalizer that interrupts another put.
+        self._queue: queue.SimpleQueue[tuple[str | Path, float, Any]] = queue.SimpleQueue()
+        self._wake_up: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._file = RecordFile(run, rank, header)
+        self._thread = threading.Thread(target=self._run, name="gemini-memory-telemetry", daemon=True)
+        self._thread.start()
+
+    def put(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:
+        self._put(kind, fields)
+
+    def put_document(self, path: Path, content: Fields | Callable[[], Fields]) -> None:
+        self._put(path, content)
+
+    def _put(self, what: str | Path, fields: Fields | Callable[[], Fields]) -> None:
+        if self._ended or self.is_off:
+            return
+        if self._queue.qsize() >= QUEUE_LENGTH:
+            self.dropped += 1
+            return
+        self._queue.put((what, time.time(), fields))
+
+    def request_end(self, status: str, summary: Stats | None, error: str | None = None) -> None:
+        if self._ended or os.getpid() != self._pid:
+            return
+        self._ended = True
+        pending = self.pending if self._last is None else self._last()
+        if pending is not None:
+            self._queue.put(("step", time.time(), pending))
+        self.pending = self._last = None
+        end = {"status": status, "summary": dict(summary) if summary else None, "error": error}
+        self._queue.put(("end", time.time(), end))
+        self._wake_up.put(None)
+
+    def join(self) -> None:
+        if os.getpid() == self._pid and threading.current_thread() is not self._thread:
+            self._thread.join(_CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        what: str | Path = "start"
+        probe = Probes(self._probes)
+        heartbeat = 0.0
+        try:
+            self._file.start()
+            while what != "end":
+                for kind, seen in probe.due():
+                    self._file.write(kind, time.time(), seen, self.dropped)
+                while not self._queue.empty():
+                    what, when, fields = self._queue.get_nowait()
+                    if isinstance(what, Path):
+                        write_document(what, {"v": VERSION, "t": when, "rank": self.rank, **_made(fields)})
+                        continue
+                    if what == "end":
+                        for kind, seen in probe.due(is_last=True):
+                            self._file.write(kind, when, seen, self.dropped)
+                    made = _made(fields)
+                    self._file.write(what, when, {"stats": made} if what == "step" else made, self.dropped)
+                if time.monotonic() - heartbeat >= HEARTBEAT_SECONDS:
+                    heartbeat = time.monotonic()
+                    os.utime(self._lock)
+                    with suppress(FileNotFoundError):
+                        request_file(self.run).unlink()
+                        self.is_dump_requested = True
+                with suppress(queue.Empty):
+                    self._wake_up.get(timeout=_POLL_SECONDS if what != "end" else 0.0)
+        except Exception as error:
+            self.is_off = True
+            logger.warning("telemetry of %s is off from here on: %s", self.run, error)
+        finally:
+            if _live.get(path := lock_file(self.run, self.rank)) is self:
+                del _live[path]
+            self._file.close()
+            with suppress(OSError):  # the lock last: an end record is there before it is free
+                os.close(self._lock)
+
+
+def _made(fields: Fields | Callable[[], Fields]) -> Fields:
+    return fields() if callable(fields) else fields
+
+
+_live: dict[Path, Channel] = {}
+"""Channels of this process by lock file. A POSIX lock belongs to the process, so within it this is what tells."""
+
+
+def open_channel(
+    run_dir: Path | None,
+    rank: int,
+    facts: dict[str, Any],
+    probes: dict[str, Callable[[], Fields | None]],
+    last: Callable[[], Stats | None] | None,
+    is_listed: bool,
+) -> Channel:
+    """Make or join the run's folder, take the rank's lock and start; the parameters are those of `TelemetryWriter`.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be made or written, or another process has the lock.
+    """
+    started = time.time()
+    shared = shared_run_id()
+    run_id = shared or f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(started))}-{os.getpid()}"
+    if is_listed:
+        run, run_id = make_run_folder(run_dir, run_id, is_shared=shared is not None)
+    else:
+        assert run_dir is not None
+        run = run_dir
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = lock_file(run, rank)
+    if path in _live:  # boosted again into the same folder: the newer one has it
+        _live[path].request_end("finished", None)
+        _live[path].join()
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OSError(f"{run} is in use by another run; give each run a folder of its own") from error
+        header = {
+            "run_id": run_id,
+            "name": program(),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "world_size": int(os.environ.get("WORLD_SIZE") or 1),
+            "started": started,
+            "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+        }
+        write_run_file(run, rank, {"v": VERSION, "rank": rank, **header, "facts": facts})
+        channel = _live[path] = Channel(run, rank, header, probes, last, lock)
+        if rank == 0 and is_listed:
+            with suppress(OSError):
+                prune({lock.parent.resolve() for lock in _live})
+    except BaseException:
+        os.close(lock)
+        raise
+    return channel
+
+
+def _end_all_at_exit() -> None:
+    status, error = outcome()
+    for channel in list(_live.values()):
+        channel.request_end(status, None, error)
+    for channel in list(_live.values()):
+        channel.join()
+
+
+atexit.register(_end_all_at_exit)

@@ -1,0 +1,25 @@
+"""What this process is called, and how it ended."""
+
+import sys
+import threading
+from pathlib import Path
+
+
+def program() -> str:
+    """The script's name, or the package's where ``python -m package`` was run."""
+    path = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("python")
+    return path.parent.name if path.name == "__main__.py" else path.name
+
+
+def outcome() -> tuple[str, str | None]:
+    """How this process ends, and the error if one ended it.
+
+    A script that ran to its end has finished; one that an exception ended has crashed. Exit handlers run after both.
+
+    The interpreter leaves an uncaught exception in ``sys.last_value``. Before its end, and in an interactive session,
+    that may be any earlier mistake and says nothing. The main thread is marked as ended before exit handlers run.
+    """
+    error = getattr(sys, "last_value", None)
+    if error is None or hasattr(sys, "ps1") or threading.main_thread().is_alive():
+        return "finished", None
+    return "crashed", f"{type(error).__name__}: {error}"[:500]

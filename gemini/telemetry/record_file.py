@@ -1,0 +1,83 @@
+"""The file that a rank's records go into: appended, rotated, and never left with a torn line by a full disk.
+
+One ``os.write`` a record on an ``O_APPEND`` descriptor: ``kill -9`` loses what is still queued and nothing else.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gemini.telemetry.encoding import encode
+from gemini.telemetry.layout import GENERATIONS, VERSION, older_records_file, records_file
+
+ROTATE_BYTES = 64 << 20
+
+
+class RecordFile:
+    """Open from the start.
+
+    Parameters
+    ----------
+    run, rank
+        Folder of the run, and whose file it is.
+    header
+        Fields of the start record; each file begins with one, so that it can be read by itself.
+    """
+
+    def __init__(self, run: Path, rank: int, header: Mapping[str, Any]) -> None:
+        self._run = run
+        self._rank = rank
+        self._header = header
+        self._file = -1
+        self._good_bytes = 0
+        self._open()
+
+    def start(self, dropped: int = 0) -> None:
+        """Write the start record."""
+        self.write("start", time.time(), self._header, dropped)
+
+    def write(self, kind: str, when: float, fields: Mapping[str, Any], dropped: int = 0) -> None:
+        """Append one record.
+
+        Raises
+        ------
+        OSError
+            If there is no room for all of it; then nothing of it is there.
+        """
+        record = {"v": VERSION, "type": kind, "t": when, "rank": self._rank, "dropped": dropped, **fields}
+        # The newline leads as well: after a predecessor's torn last line ours must start on a line of its own.
+        line = (b"\n" if kind == "start" else b"") + encode(record) + b"\n"
+        if self._good_bytes + len(line) > ROTATE_BYTES and kind not in ("start", "end"):
+            self._rotate(dropped)
+        try:
+            written = os.write(self._file, line)
+            if written < len(line):
+                raise OSError(f"the disk is full: {written} of {len(line)} bytes were written")
+        except OSError:
+            os.ftruncate(self._file, self._good_bytes)
+            raise
+        self._good_bytes += written
+
+    def close(self) -> None:
+        with suppress(OSError):
+            os.close(self._file)
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(records_file(self._run, self._rank), flags, 0o600)
+        self._good_bytes = os.fstat(self._file).st_size
+
+    def _rotate(self, dropped: int) -> None:
+        for generation in range(GENERATIONS - 1, 0, -1):
+            with suppress(FileNotFoundError):
+                os.replace(
+                    older_records_file(self._run, self._rank, generation),
+                    older_records_file(self._run, self._rank, generation + 1),
+                )
+        os.replace(records_file(self._run, self._rank), older_records_file(self._run, self._rank))
+        os.close(self._file)
+        self._open()
+        self.start(dropped)
