@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .boosted import Boosted
 from .capacity import Capacities, find_capacities
+from .checkpoint import serve_parts
 from .chunk import (
     FETCH_WORKERS,
     STATE_ROLES,
@@ -104,6 +105,7 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
     state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, statistics, monitor)
+    serve_parts(model, manager)
     mix_in(model)
     assert isinstance(model, GeminiModule)
     model.__dict__["_gemini"] = state  # not setattr, which a compiled model hands on to the one it wraps

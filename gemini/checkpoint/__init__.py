@@ -5,6 +5,7 @@ How the files build on each other (imports go down only)::
     model_io.py  optimizer_io.py  scheduler_io.py    what a user calls
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
     optimizer_files.py                               the format of a saved optimizer
+    parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     safetensors_stream.py  torch_file.py             formats
@@ -15,6 +16,7 @@ from .match import load_named
 from .model_io import load_model, save_model
 from .names import full_state_dict, named_tensors
 from .optimizer_io import load_optimizer, save_optimizer
+from .parts import serve_parts
 from .scheduler_io import load_lr_scheduler, save_lr_scheduler
 
 __all__ = [
@@ -27,4 +29,5 @@ __all__ = [
     "save_lr_scheduler",
     "save_model",
     "save_optimizer",
+    "serve_parts",
 ]

@@ -156,7 +156,7 @@ def full_state_dict(
     """
     if args:  # torch still takes them by position
         destination, prefix = (*args, prefix)[:2]
-    if _wants_objects.get():
+    if are_objects_wanted():
         return plain_state_dict(destination=destination, prefix=prefix, keep_vars=True)
     with _objects_wanted():
         gathered = plain_state_dict(prefix=prefix, keep_vars=True)
@@ -179,6 +179,11 @@ def _all_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     # Not model.parameters(): on a boosted model that waits for updates, and here no value is read.
     for module in model.modules():
         yield from (p for p in module._parameters.values() if p is not None)
+
+
+def are_objects_wanted() -> bool:
+    """True while `named_objects` asks: ``state_dict`` is to hold the model's own objects."""
+    return _wants_objects.get()
 
 
 @contextmanager

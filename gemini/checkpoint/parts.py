@@ -1,0 +1,80 @@
+"""``state_dict`` and ``load_state_dict`` of a part of a boosted model (``model.encoder.state_dict()``).
+
+A part is a plain module: torch would copy from and into parameters whose chunk may be away. Hooks on each module that
+has managed parameters put masters in the place of what torch reads, and bring what torch writes home.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from gemini.chunk import Chunk, ChunkManager, Role
+
+from .names import are_objects_wanted
+
+
+def serve_parts(model: nn.Module, manager: ChunkManager) -> None:
+    """Have every part of ``model`` gather from and load into the chunks, as the whole does."""
+    for module in model.modules():
+        if any(manager.find(p) is not None for p in module._parameters.values() if p is not None):
+            module.register_state_dict_post_hook(partial(_gather, manager))
+            loading = _Loading(manager)
+            module.register_load_state_dict_pre_hook(loading.begin)
+            module.register_load_state_dict_post_hook(loading.end)
+
+
+def _gather(manager: ChunkManager, module: nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:
+    if are_objects_wanted():  # the whole model, which reads each tied tensor once
+        return
+    for name, parameter in _managed(module, manager, state_dict, prefix).items():
+        state_dict[prefix + name] = manager.read(parameter, Role.MASTER)
+
+
+class _Loading:
+    """Writes the masters, and keeps the chunks for torch's own copy, which then changes nothing.
+
+    What torch finds wrong with names and shapes it reports as ever.
+    """
+
+    def __init__(self, manager: ChunkManager) -> None:
+        self._manager = manager
+        self._pinned: list[Chunk] = []
+
+    def begin(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        metadata["assign_to_params_buffers"] = False  # the parameter stays the one that the chunk knows
+        for name, parameter in _managed(module, self._manager, state_dict, prefix).items():
+            value = state_dict[prefix + name]
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                self._manager.write(parameter, Role.MASTER, value)
+        for parameter in module._parameters.values():
+            place = None if parameter is None else self._manager.find(parameter)
+            if place is not None:
+                self._keep(place[0])
+
+    def _keep(self, chunk: Chunk) -> None:
+        try:
+            self._manager.fetch(chunk)
+            self._manager.pin(chunk)
+        except BaseException:  # torch goes no further, and never calls `end`
+            self._release()
+            raise
+        self._pinned.append(chunk)
+
+    def end(self, module: nn.Module, incompatible: Any) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        while self._pinned:
+            self._manager.unpin(self._pinned.pop())
+
+
+def _managed(module: nn.Module, manager: ChunkManager, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The module's own managed parameters that ``state_dict`` has."""
+    own = dict.items(module._parameters)  # not the watched ones': nothing is used here
+    return {
+        name: parameter
+        for name, parameter in own
+        if parameter is not None and prefix + name in state_dict and manager.find(parameter) is not None
+    }
