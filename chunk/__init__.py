@@ -13,8 +13,9 @@ from .disk_tuning import tuned
 from .gradient import GradientBuffer
 from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
-from .manager import ChunkManager, ChunkPlan
+from .manager import ChunkManager
 from .memory import FETCH_WORKERS, DeviceBackend, RamBackend
+from .plan import ChunkPlan, StateSlot
 from .search import ChunkSearch, search_chunk_numel
 from .staging import Staging, pieces
 from .state import ChunkState
@@ -47,6 +48,7 @@ __all__ = [
     "SingleProcess",
     "Slot",
     "Staging",
+    "StateSlot",
     "TensorSpec",
     "Tier",
     "end_elsewhere",

@@ -1,5 +1,6 @@
 """One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from .buffer import Buffer
 from .gradient import GradientBuffer
 from .layout import ChunkLayout
 from .memory import Transfer
+from .plan import StateSlot
 from .state import ChunkState, transition
-from .tier import Role
+from .tier import STATE_ROLES, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +33,18 @@ class Chunk:
     full copy would be the same bytes (same dtype, same memory), they are: ``full_is_home``, and nothing moves.
     """
 
-    def __init__(self, layout: ChunkLayout, homes: dict[Role, Buffer], full: Tensor, full_is_home: bool) -> None:
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        homes: dict[Role, Buffer],
+        full: Tensor,
+        full_is_home: bool,
+        states: Sequence[StateSlot] = (),
+    ) -> None:
         self.layout = layout
         self.homes = homes
+        self.states = dict(zip(STATE_ROLES, states, strict=False))
+        """What the optimizer keeps here, and in which role."""
         self.full = full
         self.full_is_home = full_is_home
         with torch.no_grad():
@@ -56,6 +67,16 @@ class Chunk:
     @property
     def index(self) -> int:
         return self.layout.index
+
+    @property
+    def is_trainable(self) -> bool:
+        """True if an optimizer updates it."""
+        return self.gradient is not None
+
+    def name(self, role: Role) -> str:
+        """What people call a role here: the optimizer's word for a state."""
+        slot = self.states.get(role)
+        return role.value if slot is None else slot.name
 
     @property
     def source(self) -> Buffer:

@@ -1,7 +1,7 @@
 """All chunks of a model: builds them, gives them memory, and finds a parameter's place."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,31 +14,16 @@ from .chunk import Chunk
 from .disk import DiskBackend
 from .gradient import GradientBuffer
 from .host_arena import padded
-from .layout import ChunkLayout, Slot
+from .layout import Slot
 from .ledger import Ledger, mib
 from .memory import Arrived, DeviceBackend
+from .plan import ChunkPlan
 from .state import ChunkState
-from .tier import STATE_ROLES, Role, Tier
+from .tier import Role, Tier
 from .workers import end_elsewhere
 
 HOLDERS_NAMED = 4
 """How many chunks a message about memory names."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkPlan:
-    """What to build for one chunk."""
-
-    layout: ChunkLayout
-    homes: Mapping[Role, Tier]
-    """The tier of each role that this chunk has; a frozen chunk has a MASTER only."""
-    compute_dtype: torch.dtype
-    """Of the full copy and the gradient."""
-
-    def dtype(self, role: Role) -> torch.dtype:
-        """fp32 for the states of a trainable chunk, the compute dtype for everything else."""
-        trainable = Role.EXP_AVG in self.homes
-        return torch.float32 if trainable and role in STATE_ROLES else self.compute_dtype
 
 
 @dataclass(slots=True)
@@ -107,13 +92,13 @@ class ChunkManager:
         shares_memory = master.tier is Tier.DEVICE or (master.tier is Tier.HOST and self.ledger.unified)
         if shares_memory and master.dtype is plan.compute_dtype:
             assert master.tensor is not None
-            chunk = Chunk(plan.layout, homes, master.tensor, full_is_home=True)
+            chunk = Chunk(plan.layout, homes, master.tensor, full_is_home=True, states=plan.states)
             chunk.begin_fetch(Arrived())
             chunk.finish_fetch()
             chunk.reveal()
         else:
             full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
-            chunk = Chunk(plan.layout, homes, full, full_is_home=False)
+            chunk = Chunk(plan.layout, homes, full, full_is_home=False, states=plan.states)
             self.device.shrink(full)
         if Role.GRADIENT in plan.homes:
             buffer = self._home(plan, Role.GRADIENT, plan.homes[Role.GRADIENT])
@@ -122,7 +107,7 @@ class ChunkManager:
 
     def _home(self, plan: ChunkPlan, role: Role, tier: Tier) -> Buffer:
         numel, dtype = plan.layout.numel, plan.dtype(role)
-        what = f"{role.value} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
+        what = f"{plan.name(role)} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
         if tier is Tier.DISK:
             assert self.disk is not None
             return self.disk.allocate(numel, dtype, what)

@@ -22,11 +22,14 @@ class Role(Enum):
     MASTER = "master"
     """The parameters' truth: fp32 for trainable chunks, the stored dtype for frozen ones."""
 
-    EXP_AVG = "exp_avg"
-    """First moment, fp32."""
+    STATE_0 = "state_0"
+    """The first state of the optimizer. What it is, and of which dtype, the plan of the chunk says (`StateSlot`)."""
 
-    EXP_AVG_SQ = "exp_avg_sq"
-    """Second moment, fp32."""
+    STATE_1 = "state_1"
+    STATE_2 = "state_2"
+    STATE_3 = "state_3"
+    STATE_4 = "state_4"
+    STATE_5 = "state_5"
 
     GRADIENT = "gradient"
     """The accumulated gradient, compute dtype; alive from backward to the update."""
@@ -35,5 +38,5 @@ class Role(Enum):
     """The master in the compute dtype, in RAM: fetches read it instead of the master. Derived, so it is optional."""
 
 
-STATE_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
-"""What survives a step, and what a checkpoint of a trainable chunk holds."""
+STATE_ROLES = (Role.STATE_0, Role.STATE_1, Role.STATE_2, Role.STATE_3, Role.STATE_4, Role.STATE_5)
+"""The optimizer's states, in the optimizer's order. A chunk has the first few of them, or none."""

@@ -14,7 +14,6 @@ from .capacity import Capacities, find_capacities
 from .checkpoint import serve_parts
 from .chunk import (
     FETCH_WORKERS,
-    STATE_ROLES,
     STORE_BLOCKS,
     Chunk,
     ChunkManager,
@@ -37,6 +36,7 @@ from .managed_step import ChunkedStep
 from .module import GeminiModule, mix_in
 from .monitor import Monitor, probes
 from .nn.optimizer import HybridAdam
+from .nn.optimizer.adam_rule import ADAM
 from .packing import Packing, decide, managed_parameters
 from .runtime import Runtime
 from .scaler import LossScaler
@@ -44,7 +44,7 @@ from .stats import Statistics, Stats
 from .telemetry.writer import TelemetryWriter
 from .tracker import NonModelMeter
 from .units import Units
-from .update_queue import BLOCK_SETS, UPDATE_ROLES, UpdateQueue, warm_up
+from .update_queue import BLOCK_SETS, UpdateQueue, warm_up
 
 
 def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiConfig) -> GeminiModule:
@@ -67,9 +67,9 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     _refuse(model)
     param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
     if optimizer is not None:
-        warm_up(torch.device("cpu"), config.compute_dtype)
+        warm_up(optimizer.rule, param_groups, torch.device("cpu"), config.compute_dtype)
     capacities = find_capacities(config)
-    packing = decide(model, param_groups, config, capacities)
+    packing = decide(model, param_groups, config, capacities, optimizer.rule if optimizer is not None else ADAM)
     manager, queue = _build(packing, config, capacities)
     if packing.full_copies_limit_bytes is not None:
         on_device = manager.ledger.used(Tier.DEVICE)
@@ -78,9 +78,10 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
         )
 
     device = capacities.device
-    for dtype in {plan.compute_dtype for plan in packing.plans if Role.EXP_AVG in plan.homes}:
-        for where in {device, torch.device("cpu")}:
-            warm_up(where, dtype)
+    if optimizer is not None:
+        for dtype in {plan.compute_dtype for plan in packing.plans if plan.is_trainable}:
+            for where in {device, torch.device("cpu")}:
+                warm_up(optimizer.rule, param_groups, where, dtype)
     meter = NonModelMeter(device)
     _fill(model, packing, manager, device)
     if optimizer is not None:
@@ -140,9 +141,8 @@ def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tu
         pin = capacities.device.type == "cuda" and config.pin_memory
         fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
         store_staging = Staging(STORE_BLOCKS, packing.staging_block_numel, pin)
-        update_staging = Staging(BLOCK_SETS * len(UPDATE_ROLES), packing.staging_block_numel, pin)
-        nbytes = sum(staging.nbytes for staging in (fetch_staging, store_staging, update_staging))
-        ledger.take(Tier.HOST, nbytes, "staging for the disk tier")
+        update_staging = Staging(BLOCK_SETS * packing.update_role_count, packing.staging_block_numel, pin)
+        ledger.take(Tier.HOST, packing.staging_bytes, "staging for the disk tier")
     device: DeviceBackend
     if capacities.device.type == "cuda":
         device = CudaBackend(capacities.device, fetch_staging, config.pin_memory, store_staging)
@@ -183,11 +183,12 @@ def _take_over_states(optimizer: HybridAdam, manager: ChunkManager) -> None:
     """An optimizer that has stepped before goes on where it was."""
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
-        if place is None or Role.EXP_AVG not in place[0].homes:
+        if place is None or not place[0].is_trainable:
             continue
-        for role in STATE_ROLES:
-            if role.value in saved:
-                manager.write_slot(*place, role, saved[role.value])
+        named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
+        for role, name in named.items():
+            if name in saved:
+                manager.write_slot(*place, role, saved[name])
 
 
 def _monitor(

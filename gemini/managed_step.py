@@ -11,7 +11,7 @@ from .chunk import Chunk, ChunkManager, ChunkState, Communicator, Role, Tier
 from .gradient_norm import clip_coefficient, first_nonfinite, total_norm
 from .gradients import Gradients
 from .nn.optimizer import HybridAdam
-from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
+from .nn.optimizer.rule import AtStep, StepMaker
 from .runtime import Runtime
 from .saved_groups import check_groups
 from .scaler import LossScaler
@@ -96,7 +96,7 @@ class ChunkedStep:
         self._runtime.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         self._refuse_unfrozen(optimizer)
-        hypers = [AdamHyper.of_group(group) for group in optimizer.param_groups]
+        makers = [optimizer.rule.of_group(group) for group in optimizer.param_groups]
         chunks = self._chunks_with_gradients()
         plain = self._plain_parameters(optimizer)
         scale = self._scale
@@ -112,7 +112,7 @@ class ChunkedStep:
 
         taken: dict[int, int] = {}
         updates = [
-            self._plan_update(hypers[chunk.layout.group.param_group], chunk, grad_scale, taken) for chunk in chunks
+            self._plan_update(makers[chunk.layout.group.param_group], chunk, grad_scale, taken) for chunk in chunks
         ]
         order = self._runtime.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
@@ -160,7 +160,7 @@ class ChunkedStep:
                 if parameter.grad is None or (place := self.manager.find(parameter)) is None:
                     continue
                 chunk, position = place
-                if chunk.gradient is None:
+                if not chunk.is_trainable:
                     raise ValueError(
                         f"{chunk.layout.slots[position].name} has a gradient but was frozen when boosted, "
                         "so it has no optimizer state; unfreeze parameters before booster.boost"
@@ -182,16 +182,18 @@ class ChunkedStep:
         self._coefficient = 1.0
         return True
 
-    def _plan_update(self, hyper: AdamHyper, chunk: Chunk, grad_scale: float, taken: dict[int, int]) -> ChunkUpdate:
-        of_step: dict[int, AdamScalars] = {}
+    def _plan_update(self, make: StepMaker, chunk: Chunk, grad_scale: float, taken: dict[int, int]) -> ChunkUpdate:
+        of_step: dict[int, AtStep] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
         previous = -2
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
             step = taken[id(parameter)] = self.steps.get(id(parameter), 0) + 1
-            at_step = of_step.setdefault(step, scalars(hyper, step, grad_scale))
-            if runs and position == previous + 1 and runs[-1].scalars is at_step:
+            if step not in of_step:
+                of_step[step] = make(step, grad_scale)
+            at_step = of_step[step]
+            if runs and position == previous + 1 and runs[-1].at_step is at_step:
                 runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
             else:
                 runs.append(Run(slot.offset, slot.stop, at_step))
@@ -261,28 +263,29 @@ class ChunkedStep:
 
     def state_of(self, optimizer: HybridAdam, parameter: Tensor) -> dict[str, Tensor]:
         """The state of one parameter in torch's layout, on CPU; empty before its first step."""
-        if self.manager.find(parameter) is None:
+        place = self.manager.find(parameter)
+        if place is None:
             return dict(optimizer.state.get(parameter, {}))
         steps = self.steps.get(id(parameter), 0)
         if steps == 0:
             return {}
         return {
             "step": torch.tensor(float(steps)),
-            "exp_avg": self.manager.read(parameter, Role.EXP_AVG),
-            "exp_avg_sq": self.manager.read(parameter, Role.EXP_AVG_SQ),
+            **{slot.name: self.manager.read(parameter, role) for role, slot in place[0].states.items()},
         }
 
     def load_state_of(self, optimizer: HybridAdam, parameter: Tensor, state: dict[str, Tensor]) -> None:
         """Put one parameter's state (torch's layout) where it belongs."""
-        if self.manager.find(parameter) is None:
+        place = self.manager.find(parameter)
+        if place is None:
             optimizer.state[parameter] = {
                 key: torch.as_tensor(value).to(parameter.device if key != "step" else "cpu", copy=True)
                 for key, value in state.items()
             }
             return
         self.steps[id(parameter)] = int(state["step"])
-        self.manager.write(parameter, Role.EXP_AVG, state["exp_avg"])
-        self.manager.write(parameter, Role.EXP_AVG_SQ, state["exp_avg_sq"])
+        for role, slot in place[0].states.items():
+            self.manager.write(parameter, role, state[slot.name])
         if "master" in state:
             self.manager.write(parameter, Role.MASTER, state["master"])
 

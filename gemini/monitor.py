@@ -227,7 +227,7 @@ def description(
     for chunk in manager.chunks:
         group = chunk.layout.group
         marks = (" frozen" if not group.trainable else "") + (" fp32" if group.keeps_fp32 else "")
-        buffers = {role.value: home for role, home in chunk.homes.items()}
+        buffers = {chunk.name(role): home for role, home in chunk.homes.items()}
         if chunk.gradient is not None:
             buffers[Role.GRADIENT.value] = chunk.gradient.buffer
         for slot in chunk.layout.slots:

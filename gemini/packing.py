@@ -11,11 +11,13 @@ from torch import nn
 from .capacity import Capacities
 from .chunk import (
     FETCH_WORKERS,
+    STATE_ROLES,
     STORE_BLOCKS,
     ChunkLayout,
     ChunkPlan,
     ChunkSearch,
     Role,
+    StateSlot,
     TensorSpec,
     Tier,
     pack,
@@ -24,11 +26,13 @@ from .chunk import (
 from .chunk.search import RING_CHUNKS, bounds, waste_ratio
 from .config import GeminiConfig
 from .errors import OutOfMemory
+from .nn.optimizer.adam_rule import ADAM
+from .nn.optimizer.rule import Rule
 from .placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
 from .sizes import format_bytes
 from .tracker import Budget
 from .units import nested_chunks
-from .update_queue import BLOCK_SETS, UPDATE_ROLES
+from .update_queue import BLOCK_SETS, update_roles
 
 MANAGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_BLOCK_NUMEL = 4096
@@ -49,10 +53,12 @@ class Group:
     param_group: int
     """Index of the optimizer's group; -1 without one."""
     trainable: bool
-    """Has a gradient and optimizer states."""
+    """Has a gradient, and what the optimizer keeps."""
     keeps_fp32: bool = False
     """Computes in fp32 whatever the precision: its module has running statistics, which keep their dtype, and takes
     low-precision inputs beside fp32 weights."""
+    states: tuple[StateSlot, ...] = ()
+    """What the optimizer keeps for each element; the same for all of one optimizer's group."""
 
     def dtype(self, config: GeminiConfig) -> torch.dtype:
         """Of the full copy and the gradient."""
@@ -70,8 +76,15 @@ class Packing:
     placement: Placement
     staging_block_numel: int
     """0 where nothing is on DISK."""
+    update_role_count: int
+    """Most roles that the update of a chunk has: as many buffers, in blocks, are staged for one that is on DISK."""
     full_copies_limit_bytes: int | None
     """What full copies may take on DEVICE, where the policy says less than what is free."""
+
+    @property
+    def staging_bytes(self) -> int:
+        """What the blocks between DISK and everything else take on HOST."""
+        return staging_bytes(self.staging_block_numel, self.update_role_count)
 
 
 def managed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -84,7 +97,11 @@ def managed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def decide(
-    model: nn.Module, param_groups: Sequence[Mapping[str, Any]], config: GeminiConfig, capacities: Capacities
+    model: nn.Module,
+    param_groups: Sequence[Mapping[str, Any]],
+    config: GeminiConfig,
+    capacities: Capacities,
+    rule: Rule = ADAM,
 ) -> Packing:
     """Choose the chunk size, pack, and place. Changes nothing.
 
@@ -92,6 +109,8 @@ def decide(
     ----------
     param_groups
         Of the optimizer; empty without one (nothing is trainable then).
+    rule
+        Its arithmetic, which says what it keeps for the parameters of each group.
 
     Raises
     ------
@@ -99,7 +118,7 @@ def decide(
         If the tiers together are too small, or DEVICE is too small for one unit. The message says what to change.
     """
     named = managed_parameters(model)
-    specs = _specs(model, named, param_groups)
+    specs = _specs(model, named, param_groups, [rule.slots(group) for group in param_groups])
     attempt = partial(_decide, model, specs, tuple(named.values()), config)
     try:
         return attempt(capacities)
@@ -110,7 +129,10 @@ def decide(
 
 
 def _specs(
-    model: nn.Module, named: Mapping[str, nn.Parameter], param_groups: Sequence[Mapping[str, Any]]
+    model: nn.Module,
+    named: Mapping[str, nn.Parameter],
+    param_groups: Sequence[Mapping[str, Any]],
+    slots: Sequence[tuple[StateSlot, ...]],
 ) -> list[TensorSpec]:
     group_of = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}
     with_statistics = {
@@ -123,7 +145,8 @@ def _specs(
     for name, parameter in named.items():
         index = group_of.get(id(parameter), -1)
         trainable = parameter.requires_grad and index >= 0
-        group = Group(index if trainable else -1, trainable, id(parameter) in with_statistics)
+        keeps_fp32 = id(parameter) in with_statistics
+        group = Group(index, True, keeps_fp32, slots[index]) if trainable else Group(-1, False, keeps_fp32)
         specs.append(TensorSpec(name, tuple(parameter.shape), _dense_stride(parameter), group))
     return specs
 
@@ -154,16 +177,18 @@ def _decide_with(
 ) -> Packing:
     layouts = pack(specs, search.numel)
     use = _use(model, layouts, parameters)
-    block = _staging_block(layouts, capacities)
-    placement = _place(layouts, use, config, capacities, staging_bytes(block))
+    role_count = len(update_roles(max((len(layout.group.states) for layout in layouts), default=0)))
+    block = _staging_block(layouts, capacities, role_count)
+    placement = _place(layouts, use, config, capacities, staging_bytes(block, role_count))
     plans = tuple(
-        ChunkPlan(layout, homes, layout.group.dtype(config))
+        ChunkPlan(layout, homes, layout.group.dtype(config), layout.group.states)
         for layout, homes in zip(layouts, placement.homes, strict=True)
     )
     copies = _copies(layouts, config, capacities, placement)
     return Packing(
         parameters, plans, search, placement,
         staging_block_numel=block if placement.uses_disk else 0,
+        update_role_count=role_count,
         full_copies_limit_bytes=_full_copies_limit(copies, use, config, capacities),
     )  # fmt: skip
 
@@ -224,14 +249,14 @@ def _use(model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[
     return _Use(units, siblings)
 
 
-def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities) -> int:
+def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities, role_count: int) -> int:
     largest = max((layout.numel for layout in layouts), default=0)
-    affordable = capacities.nbytes[Tier.HOST] // STAGING_SHARE // staging_bytes(1)
+    affordable = capacities.nbytes[Tier.HOST] // STAGING_SHARE // staging_bytes(1, role_count)
     return max(min(largest, affordable, LARGEST_BLOCK_NUMEL) // 2048 * 2048, SMALLEST_BLOCK_NUMEL)
 
 
-def staging_bytes(block_numel: int) -> int:
-    return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * len(UPDATE_ROLES)) * block_numel * 4
+def staging_bytes(block_numel: int, role_count: int) -> int:
+    return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * role_count) * block_numel * 4
 
 
 def _need(layout: ChunkLayout, compute_dtype: torch.dtype) -> ChunkNeed:
@@ -239,7 +264,12 @@ def _need(layout: ChunkLayout, compute_dtype: torch.dtype) -> ChunkNeed:
     if not layout.group.trainable:
         return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
     full = layout.numel * 4
-    roles = {Role.MASTER: full, Role.EXP_AVG: full, Role.EXP_AVG_SQ: full, Role.GRADIENT: low}
+    states = zip(STATE_ROLES, layout.group.states, strict=False)
+    roles = {
+        Role.MASTER: full,
+        **{role: layout.numel * slot.dtype.itemsize for role, slot in states},
+        Role.GRADIENT: low,
+    }
     return ChunkNeed(roles=roles, full_nbytes=low, shadow_nbytes=low if low < full else 0)
 
 

@@ -1,15 +1,16 @@
 """Where each chunk's homes live. Pure: frozen values in, frozen values out; no torch, no device, no clock.
 
-12 bytes a parameter are the floor (master and both moments, fp32), plus the gradient between backward and step. The
-full copies stream through a ring on DEVICE, whose room is taken off first. What is left is filled fastest tier first:
+The floor is what the optimizer keeps: 12 bytes a parameter for Adam (master and both moments, fp32), 4 for plain SGD;
+plus the gradient between backward and step. The full copies stream through a ring on DEVICE, whose room is taken off
+first. What is left is filled fastest tier first:
 
 - DEVICE, where it is memory of its own, takes whole chunks (all roles together, so that the update runs there);
-- HOST takes the masters of all other chunks first, then gradients, then the moments;
+- HOST takes the masters of all other chunks first, then gradients, then the optimizer's states;
 - DISK takes the rest;
 - what HOST has left, where DEVICE is memory of its own, takes shadows: fetches then move 2 bytes a parameter, not 4.
 
 Within each, chunks go in the order of their first use. HOST's order is by bytes moved per byte held. A master is read
-for each of two fetches and for the update, and written once: 16 bytes moved for 4 held. Gradients and moments are
+for each of two fetches and for the update, and written once: 16 bytes moved for 4 held. Gradients and states are
 written once and read once: 2 for 1. A shadow of a master on DISK would save two reads of 4 bytes for the 2 it holds, no
 more per byte than a master does, and would leave the disk idle in backward; so shadows take only what no home can use.
 (Where DEVICE is the same RAM, a full copy that stays is what a shadow would be; the plan keeps as many as have room.)
@@ -18,11 +19,11 @@ more per byte than a master does, and would leave the disk idle in backward; so 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .chunk.tier import Role, Tier
+from .chunk.tier import STATE_ROLES, Role, Tier
 
 DISK_PAGE_BYTES = 4096
 """The disk tier's unit (`chunk.disk.PAGE_BYTES`; not imported, because that needs torch)."""
-TRAINABLE_ORDER = (Role.MASTER, Role.GRADIENT, Role.EXP_AVG, Role.EXP_AVG_SQ)
+TRAINABLE_ORDER = (Role.MASTER, Role.GRADIENT, *STATE_ROLES)
 """Roles by bytes moved per byte held, most first."""
 
 

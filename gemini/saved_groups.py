@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from .chunk import STATE_ROLES
 from .nn.optimizer import HybridAdam
 
 
@@ -22,10 +21,10 @@ def check_groups(optimizer: HybridAdam, saved_groups: list[dict[str, Any]], stat
         raise ValueError(f"the saved optimizer uses {', '.join(faults)}, which HybridAdam does not support")
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         for parameter, index in zip(group["params"], saved["params"], strict=True):
-            for role in STATE_ROLES[1:]:
-                value = states.get(index, {}).get(role.value)
+            for slot in optimizer.rule.slots(group):
+                value = states.get(index, {}).get(slot.name)
                 if value is not None and tuple(value.shape) != tuple(parameter.shape):
                     shapes = f"saved {tuple(value.shape)}, expected {tuple(parameter.shape)}"
-                    faults.append(f"{role.value} of parameter {index}: {shapes}")
+                    faults.append(f"{slot.name} of parameter {index}: {shapes}")
     if faults:
         raise ValueError("the saved optimizer does not fit: " + "; ".join(faults))

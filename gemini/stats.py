@@ -138,7 +138,7 @@ def of_layout(manager: ChunkManager) -> Stats:
     for tier in Tier:
         stats[f"chunk/{tier.value}_count"] = sum(c.homes[Role.MASTER].tier is tier for c in chunks)
     parameters = sum(c.homes[Role.MASTER].nbytes for c in chunks)
-    optimizer = sum(c.homes[role].nbytes for c in chunks for role in (Role.EXP_AVG, Role.EXP_AVG_SQ) if role in c.homes)
+    optimizer = sum(c.homes[role].nbytes for c in chunks for role in c.states)
     gradients = sum(c.gradient.buffer.nbytes for c in chunks if c.gradient is not None)
     on_host_too = (Tier.DEVICE, Tier.HOST) if manager.ledger.unified else (Tier.DEVICE,)
     homes = [home for c in chunks for role, home in c.homes.items() if role is not Role.SHADOW]

@@ -12,16 +12,15 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chunk import IO_STACK_BYTES, Buffer, Chunk, Role, Staging, end_elsewhere, pieces, start_workers
+from .chunk import IO_STACK_BYTES, STATE_ROLES, Buffer, Chunk, Role, Staging, end_elsewhere, pieces, start_workers
 from .errors import OffloadError, OutOfMemory
-from .nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
-from .nn.optimizer.update import adam_update, atomic_numel
+from .nn.optimizer.rule import AtStep, Rule
 
-UPDATE_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRADIENT)
 BLOCK_SETS = 3
 """Staging for three blocks: one arrives, one is computed, one is written back."""
 _NAMES_SHOWN = 4
@@ -38,7 +37,7 @@ class Run:
 
     start: int
     stop: int
-    scalars: AdamScalars
+    at_step: AtStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ class _Block:
     stop: int
     offset: int
     """Of its elements in staging, so that they lie there as they lie in the file."""
-    scalars: AdamScalars
+    at_step: AtStep
     staged: dict[Role, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     computed_numel: int = 0
@@ -125,7 +124,12 @@ class _Block:
         return self.staged[role].view(buffer.dtype)[self.offset : self.offset + self.numel]
 
 
-def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+def update_roles(state_count: int) -> tuple[Role, ...]:
+    """What the update of a chunk with so many optimizer states reads."""
+    return (Role.MASTER, *STATE_ROLES[:state_count], Role.GRADIENT)
+
+
+def warm_up(rule: Rule, param_groups: Sequence[Mapping[str, Any]], device: torch.device, dtype: torch.dtype) -> None:
     """Do what the first update would do for the first time: compile or load the kernel, start its threads.
 
     All of that takes memory; where there is none, the compiler ends the process. So it comes before what is left is
@@ -133,17 +137,17 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
 
     Parameters
     ----------
+    rule, param_groups
+        The optimizer's arithmetic and groups; groups that keep the same states count as one.
     dtype
         Of gradients and full copies.
     """
-    once = scalars(
-        AdamHyper(lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True),
-        1,
-    )
-    master, exp_avg, exp_avg_sq = (torch.zeros(_WARM_UP_NUMEL, device=device) for _ in range(3))
-    gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
-    for out in (None, full):
-        adam_update(master, exp_avg, exp_avg_sq, gradient, once, out)
+    for slots, group in {rule.slots(group): group for group in reversed(param_groups)}.items():
+        master = torch.zeros(_WARM_UP_NUMEL, device=device)
+        states = [torch.zeros(_WARM_UP_NUMEL, dtype=slot.dtype, device=device) for slot in slots]
+        gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
+        for out in (None, full):
+            rule.of_group(group)(1, 1.0).apply(master, states, gradient, out)
 
 
 class UpdateQueue:
@@ -152,7 +156,7 @@ class UpdateQueue:
     Parameters
     ----------
     staging
-        Blocks for disk homes, ``BLOCK_SETS * len(UPDATE_ROLES)`` of them; None if there are none.
+        Blocks for disk homes, ``BLOCK_SETS`` times as many as the update of a chunk has roles; None if there are none.
     """
 
     def __init__(self, staging: Staging | None) -> None:
@@ -180,12 +184,12 @@ class UpdateQueue:
             self._thread.submit(self._work)
         return tickets
 
-    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, AdamScalars]]:
+    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, AtStep]]:
         assert update.chunk.gradient is not None
         homes = [*update.chunk.homes.values(), update.chunk.gradient.buffer]
         streams = any(home.tensor is None for home in homes)
         size = self._staging.block_numel if streams and self._staging is not None else update.chunk.layout.numel
-        return [(*cut, run.scalars) for run in update.runs for cut in pieces(run.start, run.stop, size)]
+        return [(*cut, run.at_step) for run in update.runs for cut in pieces(run.start, run.stop, size)]
 
     def retry(self) -> None:
         """Go on where a failed step stopped."""
@@ -264,10 +268,10 @@ class UpdateQueue:
         tensors: dict[Role | str, Tensor] = {r: block.tensor(r, buffer) for r, buffer in block.buffers().items()}
         if block.update.out is not None:
             tensors[_REFRESHED] = block.update.out[block.start : block.stop]
-        step = atomic_numel(tensors[Role.MASTER].device) or block.numel
+        step = block.at_step.atomic_numel(tensors[Role.MASTER].device) or block.numel
         while not block.is_computed:  # what one call wrote is not computed again by a retry
             stop = min(block.computed_numel + step, block.numel)
-            _update(block.scalars, {role: t[block.computed_numel : stop] for role, t in tensors.items()})
+            _update(block.at_step, {role: t[block.computed_numel : stop] for role, t in tensors.items()})
             block.computed_numel = stop
 
     def _write(self, block: _Block) -> None:
@@ -320,10 +324,11 @@ class UpdateQueue:
         self._disk.shutdown(wait=True)
 
 
-def _update(at_step: AdamScalars, tensors: Mapping[Role | str, Tensor]) -> None:
+def _update(at_step: AtStep, tensors: Mapping[Role | str, Tensor]) -> None:
     shadow, refreshed = tensors.get(Role.SHADOW), tensors.get(_REFRESHED)
-    master, exp_avg, exp_avg_sq, gradient = (tensors[role] for role in UPDATE_ROLES)
-    adam_update(master, exp_avg, exp_avg_sq, gradient, at_step, refreshed if shadow is None else shadow)
+    states = [tensors[role] for role in STATE_ROLES if role in tensors]
+    out = refreshed if shadow is None else shadow
+    at_step.apply(tensors[Role.MASTER], states, tensors[Role.GRADIENT], out)
     if shadow is not None and refreshed is not None:
         refreshed.copy_(shadow)
 

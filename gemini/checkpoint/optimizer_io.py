@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gemini.chunk import STATE_ROLES, Role
+from gemini.chunk import Role
 from gemini.errors import CheckpointError
 from gemini.managed_step import ChunkedStep
 from gemini.nn.optimizer import HybridAdam
@@ -135,17 +135,21 @@ def _save_folder(optimizer: HybridAdam, folder: Path, prefix: str, limit: int | 
 
 def _records(optimizer: HybridAdam, index: int, parameter: Tensor) -> list[TensorRecord]:
     step = _managed(optimizer)
-    if step is not None and step.manager.find(parameter) is not None:
-        return [TensorRecord(f"{index}.{key}", torch.float32, tuple(parameter.shape)) for key in TENSOR_KEYS[:2]]
+    place = step.manager.find(parameter) if step is not None else None
+    if place is not None:
+        slots = place[0].states.values()
+        return [TensorRecord(f"{index}.{slot.name}", slot.dtype, tuple(parameter.shape)) for slot in slots]
     state = optimizer.state[parameter]
     return [TensorRecord(f"{index}.{k}", state[k].dtype, tuple(state[k].shape)) for k in TENSOR_KEYS if k in state]
 
 
 def _read(optimizer: HybridAdam, parameter: Tensor, key: str) -> Tensor:
-    """One tensor of a state, on CPU. Not ``state_of``, which gathers both moments at once."""
+    """One tensor of a state, on CPU. Not ``state_of``, which gathers all of them at once."""
     step = _managed(optimizer)
-    if step is not None and step.manager.find(parameter) is not None:
-        return step.manager.read(parameter, Role(key))
+    place = step.manager.find(parameter) if step is not None else None
+    if step is not None and place is not None:
+        (role,) = (role for role, slot in place[0].states.items() if slot.name == key)
+        return step.manager.read(parameter, role)
     value: Tensor = optimizer.state[parameter][key]
     return value.detach().cpu()
 
@@ -220,20 +224,22 @@ def _load(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> None:
 
 def _load_state(optimizer: HybridAdam, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
     step = _managed(optimizer)
-    if step is None or step.manager.find(parameter) is None:
+    place = step.manager.find(parameter) if step is not None else None
+    if step is None or place is None:
         if state is None:
             optimizer.state.pop(parameter, None)
         else:
             optimizer.state[parameter] = restored(_tensors(state), parameter, copy=False)
     elif state is not None:
         step.steps[id(parameter)] = int(state["step"])
-        for role in STATE_ROLES:  # not ``load_state_of``, which takes both moments at once
-            if role.value in state:
-                step.manager.write(parameter, role, state[role.value].read())
+        named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
+        for role, name in named.items():  # not ``load_state_of``, which takes all of them at once
+            if name in state:
+                step.manager.write(parameter, role, state[name].read())
     elif step.steps.pop(id(parameter), 0):
         zeros = torch.zeros(()).expand(parameter.shape)
-        step.manager.write(parameter, Role.EXP_AVG, zeros)
-        step.manager.write(parameter, Role.EXP_AVG_SQ, zeros)
+        for role in place[0].states:
+            step.manager.write(parameter, role, zeros)
 
 
 def _in_our_order(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
@@ -266,13 +272,14 @@ def _check_states(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> N
             state = saved.states.get(index)
             if state is None:
                 continue
-            faults += [f"{index}.{key} is missing" for key in ("step", "exp_avg", "exp_avg_sq") if key not in state]
+            names = [slot.name for slot in optimizer.rule.slots(group)]
+            faults += [f"{index}.{key} is missing" for key in ("step", *names) if key not in state]
             master = state.get("master")
             if master is not None and master.shape != tuple(parameter.shape):
                 faults.append(f"{index}.master: stored with shape {master.shape}, expected {tuple(parameter.shape)}")
             step = _managed(optimizer)
             place = step.manager.find(parameter) if step is not None else None
-            if place is not None and Role.EXP_AVG not in place[0].homes:
+            if place is not None and not place[0].is_trainable:
                 faults.append(f"{index} ({place[0].layout.slots[place[1]].name}) is frozen here and has a state there")
     if faults:
         raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {'; '.join(faults)}")

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from gemini.capacity import Capacities
-from gemini.chunk import Role, Tier
+from gemini.chunk import STATE_ROLES, Role, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
-from gemini.packing import Packing, decide, staging_bytes
+from gemini.packing import Packing, decide
 from gemini.tracker import Budget
 
 from .subject import Subject
@@ -130,7 +130,7 @@ def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
 def model_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> dict[Tier, int]:
     """The ledger's peaks: homes, staging, and as many full copies as there is room for."""
     found = dict(packing.placement.nbytes)
-    found[Tier.HOST] += staging_bytes(packing.staging_block_numel)
+    found[Tier.HOST] += packing.staging_bytes
     where = Tier.HOST if unified else Tier.DEVICE
     room = limits[where] - found[where]
     copies = sorted(_copies(packing, unified))
@@ -172,10 +172,10 @@ def _terms(packing: Packing) -> dict[str, int]:
     largest = max((slot.numel for plan in packing.plans for slot in plan.layout.slots), default=0)
     return {
         "masters": by_role[Role.MASTER],
-        "moments": by_role[Role.EXP_AVG] + by_role[Role.EXP_AVG_SQ],
+        "moments": sum(by_role[role] for role in STATE_ROLES),
         "gradients": by_role[Role.GRADIENT],
         "padding_within_these": waste,
-        "staging": staging_bytes(packing.staging_block_numel),
+        "staging": packing.staging_bytes,
         "chunk_count": len(packing.plans),
         "chunk_numel": max((plan.layout.numel for plan in packing.plans), default=0),
         "load_peak_beyond_homes": 2 * 4 * largest,

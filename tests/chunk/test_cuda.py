@@ -13,10 +13,22 @@ from fakes import FakeUpdate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.chunk import Buffer, CudaBackend, DiskBackend, Ledger, MemoryBuffer, Role, Staging, Tier, cuda
+from gemini.chunk import (
+    Buffer,
+    ChunkPlan,
+    CudaBackend,
+    DiskBackend,
+    Ledger,
+    MemoryBuffer,
+    Role,
+    Staging,
+    StateSlot,
+    Tier,
+    cuda,
+)
 from gemini.chunk.host_arena import HOME_ALIGN_BYTES, PAGE_BYTES, HostArena, padded
 from gemini.chunk.layout import ChunkLayout, Slot
-from gemini.chunk.manager import ChunkManager, ChunkPlan
+from gemini.chunk.manager import ChunkManager
 from gemini.chunk.memory import Transfer
 
 NUMEL = 100
@@ -238,12 +250,13 @@ def test_an_arena_that_is_full_is_noticed() -> None:
 
 
 def plans() -> list[ChunkPlan]:
-    roles: dict[Role, Tier] = dict.fromkeys((Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRADIENT), Tier.HOST)
+    roles: dict[Role, Tier] = dict.fromkeys((Role.MASTER, Role.STATE_0, Role.STATE_1, Role.GRADIENT), Tier.HOST)
     return [
         ChunkPlan(
             ChunkLayout(i, None, 128, (Slot(i, f"p{i}", 0, NUMEL, (NUMEL,), (1,)),)),
             {**roles, Role.SHADOW: Tier.HOST} if i else dict.fromkeys(roles, Tier.DEVICE),
             torch.bfloat16,
+            (StateSlot("exp_avg"), StateSlot("exp_avg_sq")),
         )
         for i in range(4)
     ]

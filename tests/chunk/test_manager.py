@@ -11,13 +11,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
-from gemini.chunk import Chunk, ChunkManager, ChunkPlan, ChunkState, DiskBackend, Ledger, Role, TensorSpec, Tier, pack
+from gemini.chunk import (
+    Chunk,
+    ChunkManager,
+    ChunkPlan,
+    ChunkState,
+    DiskBackend,
+    Ledger,
+    Role,
+    StateSlot,
+    TensorSpec,
+    Tier,
+    pack,
+)
 from gemini.errors import OffloadError, OutOfMemory, StateError
 
 NUMEL = 96
 FULL_NBYTES = NUMEL * 2  # bf16
-TRAINABLE = dict.fromkeys((Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRADIENT), Tier.HOST)
+TRAINABLE = dict.fromkeys((Role.MASTER, Role.STATE_0, Role.STATE_1, Role.GRADIENT), Tier.HOST)
 FROZEN = {Role.MASTER: Tier.HOST}
+ADAM = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
 
 
 class Rig:
@@ -37,7 +50,7 @@ class Rig:
         capacities = {Tier.DEVICE: self.capacity, Tier.HOST: 1 << 20, Tier.DISK: 1 << 20}
         self.ledger = Ledger(capacities, unified)
         self.device = FakeBackend(self.capacity if not unified else 1 << 30)
-        plans = [ChunkPlan(layout, tiers, dtype) for layout, tiers in zip(layouts, homes, strict=True)]
+        plans = [ChunkPlan(layout, tiers, dtype, ADAM) for layout, tiers in zip(layouts, homes, strict=True)]
         self.manager = ChunkManager(plans, self.ledger, self.device, disk)
         self.chunks = self.manager.chunks
         generator = torch.Generator().manual_seed(0)
@@ -325,8 +338,8 @@ def test_a_failed_update_surfaces_at_each_call_until_it_succeeds_and_nothing_is_
         "fetch": lambda: rig.manager.fetch(chunk),
         "pin": lambda: rig.manager.pin(chunk),
         "evict": lambda: rig.manager.evict(chunk),
-        "read": lambda: rig.manager.read(rig.parameters[0][0], Role.EXP_AVG),
-        "write": lambda: rig.manager.write(rig.parameters[0][0], Role.EXP_AVG, torch.zeros(33)),
+        "read": lambda: rig.manager.read(rig.parameters[0][0], Role.STATE_0),
+        "write": lambda: rig.manager.write(rig.parameters[0][0], Role.STATE_0, torch.zeros(33)),
         "settle": rig.manager.settle,
     }
     for _ in range(2):
@@ -354,7 +367,7 @@ def test_settling_shows_the_parameters_of_resident_chunks_again() -> None:
 # -- values
 
 
-ROLES = [Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ]
+ROLES = [Role.MASTER, Role.STATE_0, Role.STATE_1]
 
 
 @pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK])
@@ -377,12 +390,12 @@ def test_values_are_read_back_as_written_on_every_tier(tier: Tier, role: Role, t
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 def test_a_value_of_the_wrong_shape_is_refused(tier: Tier, tmp_path: Path) -> None:
     disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
-    rig = Rig([{**TRAINABLE, Role.EXP_AVG: tier}], disk=disk)
-    before = rig.manager.read(rig.parameters[0][1], Role.EXP_AVG)
+    rig = Rig([{**TRAINABLE, Role.STATE_0: tier}], disk=disk)
+    before = rig.manager.read(rig.parameters[0][1], Role.STATE_0)
     longer = torch.ones(100)[:19]  # its storage is long enough
     with pytest.raises(RuntimeError, match=r"20|19"):
-        rig.manager.write(rig.parameters[0][1], Role.EXP_AVG, longer)
-    assert torch.equal(rig.manager.read(rig.parameters[0][1], Role.EXP_AVG), before)
+        rig.manager.write(rig.parameters[0][1], Role.STATE_0, longer)
+    assert torch.equal(rig.manager.read(rig.parameters[0][1], Role.STATE_0), before)
     rig.manager.close()
 
 
@@ -392,9 +405,8 @@ def test_strided_values_keep_their_elements_in_place(tier: Tier, tmp_path: Path)
     conv = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     layouts = pack([TensorSpec("b", (3,), (1,)), TensorSpec("conv", tuple(conv.shape), conv.stride())], 1000)
     ledger = Ledger({Tier.DEVICE: 10_000, Tier.HOST: 10_000}, False)
-    manager = ChunkManager(
-        [ChunkPlan(layouts[0], {**TRAINABLE, Role.MASTER: tier}, torch.float32)], ledger, FakeBackend(10_000), disk
-    )
+    plan = ChunkPlan(layouts[0], {**TRAINABLE, Role.MASTER: tier}, torch.float32, ADAM)
+    manager = ChunkManager([plan], ledger, FakeBackend(10_000), disk)
     (chunk,) = manager.chunks
     parameter = torch.nn.Parameter(conv)
     manager.bind(parameter, chunk, 1)
@@ -412,7 +424,7 @@ def test_writing_a_master_drops_the_full_copy_and_writing_a_moment_does_not() ->
     rig = Rig([TRAINABLE])
     (chunk,) = rig.chunks
     rig.use(chunk)
-    rig.manager.write(rig.parameters[0][0], Role.EXP_AVG, torch.ones(33))
+    rig.manager.write(rig.parameters[0][0], Role.STATE_0, torch.ones(33))
     assert chunk.state is ChunkState.READY
     rig.manager.write(rig.parameters[0][0], Role.MASTER, torch.ones(33))
     assert chunk.state is ChunkState.HOME
@@ -448,7 +460,7 @@ def test_homes_are_counted_and_the_full_copies_are_not_until_they_are_fetched() 
 
 def test_a_home_without_room_names_the_role_and_a_parameter() -> None:
     layouts = pack([TensorSpec("layers.0.weight", (64,), (1,))], 64)
-    plan = ChunkPlan(layouts[0], TRAINABLE, torch.bfloat16)
+    plan = ChunkPlan(layouts[0], TRAINABLE, torch.bfloat16, ADAM)
     with pytest.raises(OutOfMemory, match=r"exp_avg_sq of chunk 0 \(with layers.0.weight\)"):
         ChunkManager([plan], Ledger({Tier.HOST: 64 * 8 + 100}, False), FakeBackend(0), None)
 

@@ -9,9 +9,8 @@ from loop import PLACEMENTS, Trained, check_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemini import update_queue
 from gemini.errors import OutOfMemory
-from gemini.nn.optimizer import HybridAdam, cpu_kernel, kernel_pool
+from gemini.nn.optimizer import HybridAdam, adam_rule, cpu_kernel, kernel_pool
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.update import adam_update
 
@@ -196,8 +195,8 @@ def test_memory_that_runs_out_in_the_background_is_told_with_a_name_and_costs_no
     ours = Trained(options)
     assert [ours.step(step) for step in range(2)] == losses[:2]
     ours.model._gemini.manager.settle()
-    monkeypatch.setattr(update_queue, "adam_update", failing_at({0, 3, 4, 9}))
-    monkeypatch.setattr(update_queue, "atomic_numel", lambda device: atomic)
+    monkeypatch.setattr(adam_rule, "adam_update", failing_at({0, 3, 4, 9}))
+    monkeypatch.setattr(adam_rule, "atomic_numel", lambda device: atomic)
     assert ours.step(2) == losses[2]
     errors = 0
     for _ in range(20):

@@ -30,7 +30,7 @@ def stall_workers(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[str]:
 
         return run
 
-    monkeypatch.setattr("gemini.update_queue.adam_update", stalling("compute", adam_update))
+    monkeypatch.setattr("gemini.nn.optimizer.adam_rule.adam_update", stalling("compute", adam_update))
     for name in ("_read", "_write"):
         monkeypatch.setattr(UpdateQueue, name, stalling(name, getattr(UpdateQueue, name)))
     return done

@@ -20,9 +20,10 @@ from gemini.errors import OutOfMemory
 from gemini.packing import Packing, decide, managed_parameters
 from gemini.placement import StaticPlacementPolicy
 from gemini.tracker import Budget
-from gemini.update_queue import BLOCK_SETS, UPDATE_ROLES
+from gemini.update_queue import BLOCK_SETS, update_roles
 
 PLENTY = 1 << 40
+UPDATE_ROLES = update_roles(2)
 
 
 def capacities_of(device: int = 0, host: int = PLENTY, disk: int = 0, unified: bool = False) -> Capacities:
@@ -83,7 +84,7 @@ def test_a_parameter_that_no_optimizer_has_is_like_a_frozen_one() -> None:
     assert names(packing) == [["0.weight"], ["0.bias", "1.bias"], ["1.weight"]] or names(packing) == [
         ["0.weight"], ["0.bias"], ["1.weight"], ["1.bias"]
     ]  # fmt: skip
-    assert [Role.EXP_AVG in plan.homes for plan in packing.plans] == [True] + [False] * (len(packing.plans) - 1)
+    assert [Role.STATE_0 in plan.homes for plan in packing.plans] == [True] + [False] * (len(packing.plans) - 1)
 
 
 def test_the_groups_of_an_optimizer_do_not_share_chunks() -> None:

@@ -109,7 +109,7 @@ def test_frozen_parameters_of_a_known_model_have_chunks_of_their_own_without_sta
     for plan in packing.plans:
         trainable = {"ln_" in slot.name for slot in plan.layout.slots}
         assert len(trainable) == 1
-        assert (Role.EXP_AVG in plan.homes) == (Role.GRADIENT in plan.homes) == trainable.pop()
+        assert (Role.STATE_0 in plan.homes) == (Role.GRADIENT in plan.homes) == trainable.pop()
 
 
 def test_a_small_model_takes_no_more_than_it_needs() -> None:

@@ -25,7 +25,7 @@ from gemini.placement import (
 
 
 def trainable(numel: int) -> ChunkNeed:
-    roles = {Role.MASTER: 4 * numel, Role.EXP_AVG: 4 * numel, Role.EXP_AVG_SQ: 4 * numel, Role.GRADIENT: 2 * numel}
+    roles = {Role.MASTER: 4 * numel, Role.STATE_0: 4 * numel, Role.STATE_1: 4 * numel, Role.GRADIENT: 2 * numel}
     return ChunkNeed(roles=roles, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
 
 
@@ -163,7 +163,7 @@ def test_masters_take_the_host_first_then_gradients_then_moments() -> None:
     room = room_of(0, 80 + 20 + 20 + 30, 4 * PAGE, staging=30)
     first, second = place(needs, room, AutoPlacementPolicy()).homes
     assert first == {
-        Role.MASTER: Tier.HOST, Role.GRADIENT: Tier.HOST, Role.EXP_AVG: Tier.DISK, Role.EXP_AVG_SQ: Tier.DISK
+        Role.MASTER: Tier.HOST, Role.GRADIENT: Tier.HOST, Role.STATE_0: Tier.DISK, Role.STATE_1: Tier.DISK
     }  # fmt: skip
     assert second == first
 

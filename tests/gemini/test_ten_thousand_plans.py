@@ -107,7 +107,7 @@ def lap_of(kind: str, rng: random.Random) -> tuple[list[list[int]], int]:
 def need_of(numel: int, trainable: bool) -> ChunkNeed:
     if not trainable:
         return ChunkNeed(roles={Role.MASTER: 2 * numel}, full_nbytes=2 * numel)
-    states = {Role.MASTER: 4 * numel, Role.EXP_AVG: 4 * numel, Role.EXP_AVG_SQ: 4 * numel}
+    states = {Role.MASTER: 4 * numel, Role.STATE_0: 4 * numel, Role.STATE_1: 4 * numel}
     return ChunkNeed(roles={**states, Role.GRADIENT: 2 * numel}, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
 
 
@@ -141,9 +141,9 @@ def check(seed: int) -> tuple[Instance, Played, list[int]] | None:
     nbytes = {
         c: need.full_nbytes
         for c, (need, homes) in enumerate(zip(instance.needs, placement.homes, strict=True))
-        if not (homes[Role.MASTER] in reach and Role.EXP_AVG not in need.roles)  # its home is the full copy
+        if not (homes[Role.MASTER] in reach and Role.STATE_0 not in need.roles)  # its home is the full copy
     }
-    lost = [c for c in nbytes if instance.lost and Role.EXP_AVG in instance.needs[c].roles]
+    lost = [c for c in nbytes if instance.lost and Role.STATE_0 in instance.needs[c].roles]
     trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(m)) for i, m in enumerate(instance.lap)))
     played = play(Planner(trace, nbytes, capacity, instance.depth, lost), nbytes, capacity, instance.depth, LAPS, lost)
     if not instance.equal:

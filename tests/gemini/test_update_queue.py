@@ -30,13 +30,16 @@ from gemini.chunk import (
     workers,
 )
 from gemini.errors import OffloadError
-from gemini.nn.optimizer.arithmetic import AdamHyper, AdamScalars, scalars
+from gemini.nn.optimizer.adam_rule import AdamAtStep
+from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.rule import AtStep
 from gemini.nn.optimizer.update import adam_update
-from gemini.update_queue import BLOCK_SETS, UPDATE_ROLES, ChunkUpdate, Run, Ticket, UpdateQueue
+from gemini.update_queue import BLOCK_SETS, ChunkUpdate, Run, Ticket, UpdateQueue, update_roles
 
 pytestmark = pytest.mark.timeout(60)
 
 BLOCK_NUMEL = 64
+UPDATE_ROLES = update_roles(2)
 HYPER = AdamHyper(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=True, bias_correction=True)
 ON_DISK = dict.fromkeys(UPDATE_ROLES, Tier.DISK)
 IN_RAM = dict.fromkeys(UPDATE_ROLES, Tier.HOST)
@@ -97,7 +100,7 @@ class Rig:
         updates = []
         for index in indices or range(len(self.chunks)):
             chunk, expected = self.chunks[index], self.expected[index]
-            runs = runs_of(chunk.layout, at_step)
+            runs = runs_of(chunk.layout, AdamAtStep(at_step))
             for run in runs:
                 adam_update(*(expected[role][run.start : run.stop] for role in UPDATE_ROLES), at_step)
             updates.append(ChunkUpdate(chunk, runs, None))
@@ -109,7 +112,7 @@ class Rig:
                 assert torch.equal(content(chunk, role), expected[role]), (chunk.index, role)
 
 
-def runs_of(layout: ChunkLayout, at_step: AdamScalars) -> tuple[Run, ...]:
+def runs_of(layout: ChunkLayout, at_step: AtStep) -> tuple[Run, ...]:
     """All slots but those whose key is a multiple of 5, which have no gradient in this step."""
     return tuple(Run(slot.offset, slot.stop, at_step) for slot in layout.slots if slot.key % 5)
 
@@ -292,7 +295,7 @@ def test_the_full_copy_is_refreshed_in_the_same_pass_where_there_was_a_gradient(
     with rig(tmp_path, [ON_DISK, IN_RAM], Faults()) as r:
         for chunk in r.chunks:
             chunk.full.fill_(7.0)
-        at_step = scalars(HYPER, 1)
+        at_step = AdamAtStep(scalars(HYPER, 1))
         updates = [ChunkUpdate(chunk, runs_of(chunk.layout, at_step), chunk.full) for chunk in r.chunks]
         wait_for_all(r.queue.submit(updates))
         for chunk in r.chunks:
@@ -304,7 +307,7 @@ def test_the_full_copy_is_refreshed_in_the_same_pass_where_there_was_a_gradient(
 
 def test_an_update_of_no_elements_is_over_at_once(tmp_path: Path) -> None:
     with rig(tmp_path, [IN_RAM], Faults()) as r:
-        empty = ChunkUpdate(r.chunks[0], (Run(32, 32, scalars(HYPER, 1)),), None)
+        empty = ChunkUpdate(r.chunks[0], (Run(32, 32, AdamAtStep(scalars(HYPER, 1))),), None)
         nothing = ChunkUpdate(r.chunks[0], (), None)
         assert all(ticket.done() for ticket in r.queue.submit([empty, nothing]))
         assert r.queue.submit([]) == []
@@ -313,7 +316,8 @@ def test_an_update_of_no_elements_is_over_at_once(tmp_path: Path) -> None:
 
 def test_an_error_in_the_arithmetic_surfaces_too_and_changes_nothing(tmp_path: Path) -> None:
     with rig(tmp_path, [IN_RAM], Faults()) as r:
-        wrong = ChunkUpdate(r.chunks[0], (Run(0, 50, scalars(HYPER, 1)),), torch.empty(1000, dtype=torch.float64))
+        run = Run(0, 50, AdamAtStep(scalars(HYPER, 1)))
+        wrong = ChunkUpdate(r.chunks[0], (run,), torch.empty(1000, dtype=torch.float64))
         (ticket,) = r.queue.submit([wrong])
         for _ in range(2):
             with pytest.raises(TypeError, match="out must be"):

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .adam_rule import ADAM
 from .group_options import TORCH_DEFAULTS, completed, refuse_options
 from .managed import ManagedStep
 from .parameter_state import PARAM_DTYPES, check_saved, restored
 from .prepared import PreparedStep, prepare
+from .rule import Rule
 
 _Self = TypeVar("_Self", bound="HybridAdam")
 
@@ -76,6 +78,9 @@ class HybridAdam(Optimizer):
 
     _managed: ManagedStep | None = None
     """Who does the work once boosted. On the class because ``Optimizer.__init__`` already calls our methods."""
+
+    rule: Rule = ADAM
+    """The arithmetic."""
 
     nvme_offload_fraction: float = 0.0
     nvme_offload_dir: str | None = None

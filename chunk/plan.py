@@ -1,0 +1,47 @@
+"""What to build for one chunk: which buffers, of which dtype, where."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .layout import ChunkLayout
+from .tier import STATE_ROLES, Role, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class StateSlot:
+    """One value that an optimizer keeps for every element of a parameter."""
+
+    name: str
+    """The optimizer's own word, such as ``exp_avg``: in its state dict, in checkpoints, in messages."""
+    dtype: torch.dtype = torch.float32
+    """Of the buffer, hence also its bytes per element; at most 4."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """What to build for one chunk."""
+
+    layout: ChunkLayout
+    homes: Mapping[Role, Tier]
+    """The tier of each role that this chunk has; a frozen chunk has a MASTER only."""
+    compute_dtype: torch.dtype
+    """Of the full copy and the gradient."""
+    states: tuple[StateSlot, ...] = ()
+    """What the roles ``STATE_ROLES`` are here, in that order."""
+
+    @property
+    def is_trainable(self) -> bool:
+        """True if an optimizer updates it (which one with no states of its own does as well)."""
+        return Role.GRADIENT in self.homes
+
+    def dtype(self, role: Role) -> torch.dtype:
+        """fp32 for the master of a trainable chunk, what its slot says for a state, else the compute dtype."""
+        if role in STATE_ROLES:
+            return self.states[STATE_ROLES.index(role)].dtype
+        return torch.float32 if role is Role.MASTER and self.is_trainable else self.compute_dtype
+
+    def name(self, role: Role) -> str:
+        """For messages: the optimizer's word for a state, the role's own for the others."""
+        return self.states[STATE_ROLES.index(role)].name if role in STATE_ROLES else role.value

@@ -1,0 +1,65 @@
+"""The seam between an optimizer's arithmetic and whoever keeps its states: what a rule is.
+
+A rule is element-wise: what happens to an element depends on this element's values and on numbers that are the same for
+all, so any cut of a flat buffer into pieces gives the same bits, and pieces may lie anywhere.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gemini.chunk import StateSlot
+
+__all__ = ["AtStep", "Rule", "StateSlot", "StepMaker"]
+
+
+class AtStep(Protocol):
+    """One step of a rule with all its numbers: it may be done later, whatever becomes of the options since."""
+
+    def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
+        """Do one step in place on flat buffers of equal length.
+
+        Parameters
+        ----------
+        param
+            float32, one-dimensional, contiguous. Written.
+        states
+            The rule's states, likewise, of the dtypes that its slots say. Written.
+        grad
+            The gradient, float32, bfloat16 or float16. Not changed.
+        out
+            Receives the new ``param`` rounded to its dtype.
+
+        Raises
+        ------
+        Exception
+            Whatever it is, nothing has been written then if there were at most `atomic_numel` elements.
+        """
+
+    def atomic_numel(self, device: torch.device) -> int | None:
+        """Elements up to which `apply` writes all or nothing when it raises; None: any number."""
+
+
+StepMaker = Callable[[int, float], AtStep]
+"""From the number of the step (1 for a parameter's first) and a factor for its gradient to the step."""
+
+
+class Rule(Protocol):
+    """An optimizer's arithmetic."""
+
+    name: str
+    """What a checkpoint calls it."""
+
+    def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
+        """What it keeps for each element of the parameters of a group."""
+
+    def of_group(self, group: Mapping[str, Any]) -> StepMaker:
+        """The steps with the options that the group has now.
+
+        Raises
+        ------
+        ValueError
+            If an option is out of range.
+        """
