@@ -1,6 +1,6 @@
 """One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +165,17 @@ class Chunk:
         edited = [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
         self._versions = versions
         return edited
+
+    def supersede(self, positions: Iterable[int]) -> None:
+        """Say that an update gives these parameters other values: autograd then refuses graphs that need the old ones.
+
+        As after any in-place operation, and as after ``torch.optim``'s steps: of those graphs, the nodes that have
+        saved the parameter raise, the others run.
+        """
+        for position in positions:
+            parameter = self.bindings[position].parameter
+            torch.autograd.graph.increment_version(parameter)
+            self._versions[position] = parameter._version  # nobody has edited it
 
     def settle(self) -> None:
         """Wait for the pending update of this chunk; raise what went wrong in it (again at each call)."""

@@ -126,6 +126,8 @@ class ChunkedStep:
         self.steps.update(taken)
         for update, ticket in zip(updates, tickets, strict=True):
             update.chunk.update = ticket
+            assert update.chunk.gradient is not None
+            update.chunk.supersede(update.chunk.gradient.present)
             self._gradients.hide(update.chunk)
             update.chunk.poison()  # nobody may see half of an update; the next pin or `settle` shows the values again
         optimizer.commit_parameters(prepared)
