@@ -2,14 +2,16 @@
 
     python scripts/bench/telemetry.py [--rounds 200]
 
-Two numbers. The time inside the hook that runs after each step, on the training thread (median and 99th percentile);
-and the ratio of whole steps, which also holds what the telemetry thread takes from the processor and the interpreter.
-Both models take turns, in an order that alternates, on the same batch.
+Three numbers. The time inside the hook that runs after each step, on the training thread (median, mean and 99th
+percentile). The processor time of the telemetry thread, all of which training would lose if no core were free and the
+interpreter's lock were always wanted: mean of the hook and this, together, bound what a step loses. And the ratio of
+whole steps. Both models take turns, in an order that alternates, on the same batch.
 """
 
 import argparse
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,9 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
 from gemini.train.model import GPT2LMHeadModel, GPTConfig
+
+SETTLING = 5
+"""Steps before the measured ones: compilation, the warm-up cycle, the first planned cycles."""
 
 
 class Row:
@@ -54,6 +59,13 @@ class Row:
         self.step_seconds.append(time.perf_counter() - begin)
 
 
+def telemetry_thread_seconds() -> float:
+    """Processor time that the telemetry thread of this process has used."""
+    (thread,) = (t for t in threading.enumerate() if t.name == "gemini-memory-telemetry")
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
@@ -64,21 +76,31 @@ def main() -> None:
     tokens = torch.randint(0, 256, (options.batch_size, 128))
     with tempfile.TemporaryDirectory() as folder:
         rows = {"without": Row(False, options), "with telemetry": Row(Path(folder), options)}
-        for round_ in range(options.rounds + 5):
+        for round_ in range(options.rounds + SETTLING):
+            if round_ == SETTLING:
+                begin, thread_begin = time.perf_counter(), telemetry_thread_seconds()
             for row in list(rows.values())[:: 1 if round_ % 2 else -1]:
                 row.step(tokens)
+        elapsed, thread_seconds = time.perf_counter() - begin, telemetry_thread_seconds() - thread_begin
         for row in rows.values():
-            del row.hook_seconds[:5], row.step_seconds[:5]  # compile, warm-up cycle, first planned cycles
+            del row.hook_seconds[:SETTLING], row.step_seconds[:SETTLING]
         monitor = boosted(rows["with telemetry"].model).monitor
         assert monitor is not None
         print(f"{options.rounds} steps each, {torch.get_num_threads()} threads")
         for name, row in rows.items():
             hook = sorted(row.hook_seconds)
             median, p99 = (1e6 * hook[len(hook) * percent // 100] for percent in (50, 99))
-            step = 1e3 * statistics.median(row.step_seconds)
-            print(f"{name:<16} step {step:8.2f} ms   hook after it: median {median:6.1f} us, p99 {p99:7.1f} us")
+            step, mean = 1e3 * statistics.median(row.step_seconds), 1e6 * statistics.fmean(hook)
+            print(
+                f"{name:<16} step {step:8.2f} ms   hook after it: median {median:6.1f} us, mean {mean:6.1f} us, "
+                f"p99 {p99:7.1f} us"
+            )
         without, with_ = rows["without"], rows["with telemetry"]
         added = statistics.median(with_.hook_seconds) - statistics.median(without.hook_seconds)
+        mean_added = statistics.fmean(with_.hook_seconds) - statistics.fmean(without.hook_seconds)
+        share = mean_added / 0.05 + thread_seconds / elapsed
+        print(f"the telemetry thread computes for {thread_seconds / elapsed:.3%} of the time")
+        print(f"together at most, of a 50 ms step: {share:.3%}")
         pairs = zip(with_.step_seconds, without.step_seconds, strict=True)
         ratio = statistics.median(a / b for a, b in pairs)
         print(f"added to the training thread: {1e6 * added:.1f} us a step at the median ({added / 0.05:.3%} of 50 ms)")
