@@ -44,7 +44,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for every shape in which Python and torch report that an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+    if not isinstance(error, RuntimeError):
+        return False
+    return str(error) == _ONEDNN or any(text in str(error) for text in _ALLOCATION_FAILED)
 
 
 _ALLOCATION_FAILED = ("can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory")
+
+_ONEDNN = "could not create a primitive"
+"""What oneDNN says when it gets no scratch memory; what it does not support it words otherwise."""

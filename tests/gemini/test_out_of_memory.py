@@ -27,6 +27,7 @@ SHAPES = {
         "allocate 1234567 bytes. Error code 12 (Cannot allocate memory)"
     ),
     "C++": RuntimeError("std::bad_alloc"),
+    "oneDNN": RuntimeError("could not create a primitive"),
     "Python": MemoryError(),
 }
 
@@ -292,6 +293,7 @@ def test_the_error_for_a_unit_without_room_names_unit_need_and_remedy() -> None:
 def test_other_errors_are_none_of_ours() -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("out of memory"))
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))
     ours, _ = trained(STREAMED)
     with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
         ours.model(torch.zeros(2, WIDTH + 1))

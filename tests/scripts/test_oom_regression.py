@@ -59,6 +59,12 @@ def test_a_run_that_may_not_take_its_capacities_is_a_failure() -> None:
     assert "FAIL  all in RAM" in said
 
 
+def test_a_batch_that_is_not_too_large_is_a_failure() -> None:
+    said = oom_regression("--only", "batch_too_large", "--small", "--headroom-ratio", "20", expect=1)
+    assert "FAIL  a batch of 512" in said
+    assert "FAIL  losses after it" in said
+
+
 def test_a_model_that_is_boosted_in_more_than_its_chunks_is_a_failure() -> None:
     said = oom_regression("--only", "lazy_boost_peak", "--small", "--headroom-ratio", "0.5", expect=1)
     assert "FAIL  resident set's growth" in said

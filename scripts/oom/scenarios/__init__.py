@@ -2,6 +2,11 @@
 
 from outcome import Scenario
 
-from . import budgets_held, lazy_boost_peak, plain_dies_gemini_trains
+from . import batch_too_large, budgets_held, lazy_boost_peak, plain_dies_gemini_trains
 
-ALL: tuple[Scenario, ...] = (plain_dies_gemini_trains.SCENARIO, budgets_held.SCENARIO, lazy_boost_peak.SCENARIO)
+ALL: tuple[Scenario, ...] = (
+    plain_dies_gemini_trains.SCENARIO,
+    budgets_held.SCENARIO,
+    batch_too_large.SCENARIO,
+    lazy_boost_peak.SCENARIO,
+)
