@@ -35,15 +35,17 @@ def install(folder: Path) -> Path:
         If the environment itself cannot be made. A package that does not install is told by the worker.
     """
     python = folder / "bin" / "python"
-    if (folder / "complete").exists():
-        return python
-    print(f"installing peers into {folder} (once)", file=sys.stderr)
     try:
-        venv.create(folder, with_pip=True)
+        if not (folder / "complete").exists():
+            print(f"installing peers into {folder} (once)", file=sys.stderr)
+            venv.create(folder, with_pip=True)
+        # Each time: the environment that it was made with may be gone.
         purelib = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
         (purelib / "outer-environment.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     except (OSError, subprocess.CalledProcessError) as error:
         raise PeerError(f"no environment in {folder}: {error}") from error
+    if (folder / "complete").exists():
+        return python
     failed = [_pip(python, "install", "--no-build-isolation", *DEEPSPEED)]
     failed.append(_unpack_colossal(python, folder))
     (folder / "installed.json").write_text(json.dumps([error for error in failed if error]))

@@ -10,9 +10,14 @@ the 16 bits are::
     int16     bfloat16
     uint16    float16
 
-numba specialises the kernel on these types, and on ``None`` where there is no low-precision copy or no L2 term. Every
+numba specialises the kernels on these types, and on ``None`` where there is no low-precision copy or no L2 term. Every
 operation is the same in the vector body and in the scalar remainder of a loop, so results do not depend on how a buffer
 is cut.
+
+A large copy is written around the caches ("streamed"): a line of it that is written whole need not be read first, which
+is 2 of 30 bytes a parameter. Measured: 0.51 instead of 0.58 ns a parameter on two threads, 0.62 instead of 0.66 on one,
+which is what the same reads and writes take without any arithmetic. Software prefetching, in any distance and order,
+made it slower; so did blocks of 4096 elements. Division by a constant as a product and a correction changed nothing.
 """
 
 import ctypes
@@ -23,8 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import config, njit, types
+from numba import carray, config, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 from torch import Tensor
 
 from .arithmetic import AdamScalars
@@ -35,7 +42,15 @@ if config.DISABLE_JIT:
 
 _logger = logging.getLogger(__name__)
 
-_F32, _F16, _I32, _I16 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
+STREAM_NUMEL = 1 << 20
+"""Copies from this length on are streamed: the update goes through 30 MB, so that little of a copy would be in the
+caches when it is used."""
+_STREAM_BLOCK = 256
+"""Elements that are computed into a buffer on the stack, then streamed out; half a KiB of bfloat16."""
+_LINE_BYTES = 64
+"""A cache line, and the widest vector."""
+
+_F32, _F16, _I32, _I16, _I8 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 
 
 @intrinsic
@@ -46,6 +61,16 @@ def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.fma(*args)
 
     return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def _plus_l2(typingctx: Any, p: Any, l2: Any, g: Any) -> Any:
+    """``p * l2 + g``, rounded once; ``g`` where there is no L2 term."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[2] if l2 is types.none else builder.fma(*args)
+
+    return types.float32(types.float32, l2, types.float32), codegen
 
 
 @intrinsic
@@ -83,52 +108,104 @@ def _narrow(typingctx: Any, value: Any, array: Any) -> Any:
     return array.dtype(types.float32, array), codegen
 
 
-def _adam(
-    param: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    grad: Any,
-    out: Any,
-    grad_scale: Any,
-    decay: Any,
-    l2: Any,
-    lerp: Any,
-    lerp_from_grad: Any,
-    beta2: Any,
-    grad_sq: Any,
-    step_size: Any,
-    bias2_sqrt: Any,
-    eps: Any,
-) -> None:
-    for i in range(param.size):
-        g = _widen(grad[i]) * grad_scale
-        p = param[i] * decay
-        if l2 is not None:
-            g = _fma(p, l2, g)
-        m = exp_avg[i]
-        m = _fma(lerp, g - m, g if lerp_from_grad else m)
-        v = _fma(grad_sq * g, g, beta2 * exp_avg_sq[i])
-        p += (step_size * m) / (np.sqrt(v) / bias2_sqrt + eps)
-        exp_avg[i] = m
-        exp_avg_sq[i] = v
-        param[i] = p
-        if out is not None:
-            out[i] = _narrow(p, out)
+@intrinsic
+def _line_buffer(typingctx: Any, array: Any) -> Any:
+    """Pointer to ``_STREAM_BLOCK`` elements of the type of ``array``, on the stack, at the begin of a cache line."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        block = ir.ArrayType(context.get_data_type(array.dtype), _STREAM_BLOCK)
+        memory = cgutils.alloca_once(builder, block)
+        memory.align = _LINE_BYTES
+        return builder.bitcast(memory, context.get_value_type(signature.return_type))
+
+    return types.CPointer(array.dtype)(array), codegen
 
 
-def _compiled() -> Callable[..., None]:
-    # error_model "numpy": the default checks every division for zero, which prevents vector code.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+@intrinsic
+def _stream_line(typingctx: Any, target: Any, source: Any, at: Any) -> Any:
+    """Copy the cache line that begins at element ``at``, aligned in both, without leaving the target in the caches."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        line = ir.VectorType(_I8, _LINE_BYTES).as_pointer()
+        to, origin = (
+            builder.bitcast(builder.gep(make_array(kind)(context, builder, value).data, [args[2]]), line)
+            for kind, value in zip(signature.args[:2], args[:2], strict=True)
+        )
+        store = builder.store(builder.load(origin, align=_LINE_BYTES), to, align=_LINE_BYTES)
+        store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.intp), codegen
+
+
+@intrinsic
+def _fence(typingctx: Any) -> Any:
+    """Have what was streamed seen before anything that this thread does later: ordinary locks do not promise that."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+# error_model "numpy": the default checks every division for zero, which prevents vector code.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+
+@njit(inline="always", **_OPTIONS)
+def _element(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, i: Any, numbers: Any) -> Any:
+    """Update element ``i``; the new parameter."""
+    grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps = numbers
+    g = _widen(grad[i]) * grad_scale
+    p = param[i] * decay
+    g = _plus_l2(p, l2, g)
+    m = exp_avg[i]
+    m = _fma(lerp, g - m, g if lerp_from_grad else m)
+    v = _fma(grad_sq * g, g, beta2 * exp_avg_sq[i])
+    p += (step_size * m) / (np.sqrt(v) / bias2_sqrt + eps)
+    exp_avg[i] = m
+    exp_avg_sq[i] = v
+    param[i] = p
+    return p
+
+
+def _adam(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, out: Any, head: Any, numbers: Any) -> None:
+    """One step. ``out`` is streamed from its element ``head`` on, where a cache line begins."""
+    whole = (param.size - head) // _STREAM_BLOCK * _STREAM_BLOCK
+    if out is not None:
+        buffer = carray(_line_buffer(out), _STREAM_BLOCK)
+        for start in range(head, head + whole, _STREAM_BLOCK):
+            stop = start + _STREAM_BLOCK
+            p, m, v = param[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop]
+            g, copy = grad[start:stop], out[start:stop]
+            for i in range(_STREAM_BLOCK):
+                buffer[i] = _narrow(_element(p, m, v, g, i, numbers), out)
+            for i in range(0, _STREAM_BLOCK, _LINE_BYTES // out.itemsize):
+                _stream_line(copy, buffer, i)
+        _fence()
+    for start, stop in ((0, head), (head + whole, param.size)):
+        # Slices: with indices that may be negative, as far as numba knows, there is no vector code.
+        p, m, v, g = param[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop], grad[start:stop]
+        if out is None:
+            for i in range(p.size):
+                _element(p, m, v, g, i, numbers)
+        else:
+            copy = out[start:stop]
+            for i in range(p.size):
+                copy[i] = _narrow(_element(p, m, v, g, i, numbers), out)
+
+
+def _compiled(function: Callable[..., None]) -> Any:
     try:
         # numba looks for a writable folder itself: NUMBA_CACHE_DIR, next to this file, the user's cache folder.
-        kernel: Callable[..., None] = njit(cache=True, **options)(_adam)
+        return njit(cache=True, **_OPTIONS)(function)
     except RuntimeError as error:
         _logger.info("the compiled Adam kernel cannot be kept for the next process: %s", error)
-        kernel = njit(**options)(_adam)
-    return kernel
+        return njit(**_OPTIONS)(function)
 
 
-_kernel = _compiled()
+_kernel = _compiled(_adam)
 
 
 _ready: set[tuple[Any, ...]] = set()
@@ -182,13 +259,19 @@ def adam_cpu(
     # slices are made. What is left to the threads allocates nothing to speak of.
     kind = (grad.dtype, None if out is None else out.dtype, s.l2 == 0.0)
     if kind not in _ready:
-        _call(*(array[:0] for array in arrays), None if copy is None else copy[:0], *numbers)
+        _call(*(array[:0] for array in arrays), None if copy is None else copy[:0], 0, numbers)
         _ready.add(kind)
     threads = pool or default_pool()
-    pieces = [
-        (*(array[at] for array in arrays), None if copy is None else copy[at], *numbers)
-        for at in threads.cut(param.numel())
-    ]
+    streams = out is not None and out.numel() >= STREAM_NUMEL and out.data_ptr() != grad.data_ptr()
+    pieces = []
+    for at in threads.cut(param.numel()):
+        numel = at.stop - at.start
+        part, head = None, numel
+        if copy is not None:
+            part = copy[at]
+            if streams:
+                head = min(-part.ctypes.data % _LINE_BYTES // part.itemsize, numel)
+        pieces.append((*(array[at] for array in arrays), part, head, numbers))
     threads.run(lambda piece: _kernel(*piece), pieces)
 
 

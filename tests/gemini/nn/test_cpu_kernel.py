@@ -18,6 +18,7 @@ from gemini.nn.optimizer.reference import adam_reference
 
 pytest.importorskip("numba")
 
+from gemini.nn.optimizer import cpu_kernel, kernel_pool
 from gemini.nn.optimizer.cpu_kernel import adam_cpu
 from gemini.nn.optimizer.kernel_pool import KernelPool
 
@@ -133,6 +134,52 @@ def test_the_low_precision_copy_may_take_the_place_of_the_gradient() -> None:
     check_equal([param, exp_avg, exp_avg_sq, grad], expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    numel=st.integers(1, 3000),
+    offset=st.integers(0, 70),
+    seed=st.integers(0, 2**31),
+    grad_dtype=st.sampled_from(GRAD_DTYPES),
+    out_dtype=st.sampled_from(OUT_DTYPES[1:]),
+    threads=st.sampled_from([1, 3]),
+)
+def test_a_copy_that_is_streamed_has_the_same_bits_wherever_it_begins(
+    numel: int, offset: int, seed: int, grad_dtype: torch.dtype, out_dtype: torch.dtype, threads: int
+) -> None:
+    tensors = buffers(numel, seed)
+    tensors[3] = tensors[3].to(grad_dtype)
+    s = scalars(HYPERS[1], 3)
+    expected = result(adam_reference, tensors, s, out_dtype)
+    around = torch.full((offset + numel + 70,), 7.0, dtype=out_dtype)
+    pool = KernelPool(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernel, "STREAM_NUMEL", 1)
+        patch.setattr(kernel_pool, "_SMALLEST_SLICE_NUMEL", 256)
+        param, exp_avg, exp_avg_sq, grad = tensors
+        adam_cpu(param, exp_avg, exp_avg_sq, grad, s, around[offset : offset + numel], pool)
+    pool.close()
+    check_equal([param, exp_avg, exp_avg_sq, around[offset : offset + numel]], expected)
+    assert (around[:offset] == 7.0).all()
+    assert (around[offset + numel :] == 7.0).all()
+
+
+def test_a_large_copy_is_streamed_unless_it_takes_the_place_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[int] = []
+    kernel = cpu_kernel._kernel
+    monkeypatch.setattr(cpu_kernel, "_kernel", lambda *args: (heads.append(args[-2]), kernel(*args)))
+    monkeypatch.setattr(cpu_kernel, "STREAM_NUMEL", 5000)
+    pool = KernelPool(1)
+    s = scalars(HYPERS[0], 1)
+    for numel, in_place in ((5000, False), (4999, False), (5000, True)):
+        param, exp_avg, exp_avg_sq, grad = buffers(numel, seed=7)
+        grad = grad.bfloat16()
+        out = grad if in_place else torch.empty(numel, dtype=torch.bfloat16)
+        adam_cpu(param, exp_avg, exp_avg_sq, grad, s, out, pool)
+    pool.close()
+    assert heads[-3] < 64
+    assert heads[-2:] == [4999, 5000]
+
+
 def copied(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert through the kernel: with a learning rate of 0 the parameter stays and ``out`` is its conversion."""
     zero = torch.zeros_like(values)
@@ -229,7 +276,12 @@ def test_the_kernel_is_vector_code(tmp_path: Path) -> None:
         "tensors[3] = tensors[3].bfloat16()\n"
         "result(adam_update, tensors, s, torch.bfloat16)\n"
         "for assembly in _kernel.inspect_asm().values():\n"
-        "    print(*(name in assembly for name in ('vsqrtps', 'vdivps', 'vfmadd')))\n"
+        "    print(*(assembly.count(name) for name in ('vsqrtps', 'vsqrtss', 'vdivps', 'vfmadd', 'vmovnt')))\n"
     )
     done = run_python(SMALL_UPDATE + show, NUMBA_CACHE_DIR=str(tmp_path))
-    assert done.stdout.splitlines() == ["True True True"] * 2, done.stderr
+    without_copy, with_copy = ([int(count) for count in line.split()] for line in done.stdout.splitlines())
+    assert min(without_copy[:4]) > 0, done.stderr
+    assert without_copy[4] == 0
+    assert min(with_copy) > 0
+    # Of both loops: the one that streams and the one that does not.
+    assert with_copy[0] >= without_copy[0]
