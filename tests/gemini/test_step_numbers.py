@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gemini import managed_step
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer import HybridAdam, adam_rule
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.reference import adam_reference
 
@@ -114,7 +114,7 @@ def test_these_tests_notice_a_wrong_gradient(mutation: str, monkeypatch: pytest.
     elif mutation == "no unscaling":
         monkeypatch.setattr(managed_step.ChunkedStep, "_scale", 1.0)
     elif mutation == "bias correction":
-        monkeypatch.setattr(managed_step, "scalars", lambda hyper, step, scale: scalars(hyper, step + 1, scale))
+        monkeypatch.setattr(adam_rule, "scalars", lambda hyper, step, scale: scalars(hyper, step + 1, scale))
     else:
         norm = managed_step.total_norm
         monkeypatch.setattr(managed_step, "total_norm", lambda *args: norm(*args) * SCALE)
