@@ -35,8 +35,9 @@ from .lazy import is_lazy, materialize
 from .managed_step import ChunkedStep
 from .module import GeminiModule, mix_in
 from .monitor import Monitor, probes
-from .nn.optimizer import HybridAdam
 from .nn.optimizer.adam_rule import ADAM
+from .nn.optimizer.managed import ManagedOptimizer
+from .nn.optimizer.rule import steps_of
 from .packing import Packing, decide, managed_parameters
 from .runtime import Runtime
 from .scaler import LossScaler
@@ -47,7 +48,7 @@ from .units import Units
 from .update_queue import BLOCK_SETS, UpdateQueue, warm_up
 
 
-def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiConfig) -> GeminiModule:
+def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: GeminiConfig) -> GeminiModule:
     """Put a model under management, in place.
 
     Parameters
@@ -112,8 +113,8 @@ def boost_model(model: nn.Module, optimizer: HybridAdam | None, config: GeminiCo
     model.__dict__["_gemini"] = state  # not setattr, which a compiled model hands on to the one it wraps
     if optimizer is not None:
         for parameter, saved in optimizer.state.items():
-            if manager.find(parameter) is not None and "step" in saved:
-                step.steps[id(parameter)] = int(saved["step"])
+            if manager.find(parameter) is not None and (steps := steps_of(optimizer.rule, saved)):
+                step.steps[id(parameter)] = steps
         for parameter in packing.parameters:
             optimizer.state.pop(parameter, None)
         optimizer._managed = step
@@ -179,15 +180,21 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
                     module._buffers[name] = buffer.to(device)
 
 
-def _take_over_states(optimizer: HybridAdam, manager: ChunkManager) -> None:
-    """An optimizer that has stepped before goes on where it was."""
+def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> None:
+    """An optimizer that has stepped before goes on where it was; one that starts with states gets them."""
+    if optimizer.rule.starts_filled:
+        for chunk in manager.chunks:
+            for role, slot in chunk.states.items():
+                for position, of in enumerate(chunk.layout.slots):
+                    initial = torch.full((), optimizer.rule.initial(slot.name))
+                    manager.write_slot(chunk, position, role, initial.expand(of.shape))
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:
             continue
         named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
         for role, name in named.items():
-            if name in saved:
+            if saved.get(name) is not None and not is_lazy(saved[name]):
                 manager.write_slot(*place, role, saved[name])
 
 

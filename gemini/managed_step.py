@@ -1,7 +1,8 @@
-"""What a boosted `HybridAdam` does: unscale, clip, and hand each chunk's update to the queue."""
+"""What a boosted optimizer does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +11,23 @@ from torch import Tensor
 from .chunk import Chunk, ChunkManager, ChunkState, Communicator, Role, Tier
 from .gradient_norm import clip_coefficient, first_nonfinite, total_norm
 from .gradients import Gradients
-from .nn.optimizer import HybridAdam
-from .nn.optimizer.rule import AtStep, StepMaker
+from .nn.optimizer.managed import ManagedOptimizer
+from .nn.optimizer.rule import AtStep, StateSlot, StepMaker, steps_of
 from .runtime import Runtime
 from .saved_groups import check_groups
 from .scaler import LossScaler
 from .update_queue import ChunkUpdate, Run, UpdateQueue
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A parameter group's arithmetic, with the options that it has now."""
+
+    make: StepMaker
+    remembers: bool
+    """Whether a step of it is counted."""
 
 
 class ChunkedStep:
@@ -47,7 +57,7 @@ class ChunkedStep:
         self.manager = manager
         self.scaler = scaler
         self.steps: dict[int, int] = {}
-        """id of a parameter -> how many steps it has taken."""
+        """id of a parameter -> how many steps it has taken; of a rule that does not count, whether it has a state."""
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         """The last norm computed, unscaled."""
@@ -62,6 +72,12 @@ class ChunkedStep:
         """Told what ended a backward, before anything is put in order."""
         self._is_scaled = False
         self._coefficient = 1.0
+        self.slots: dict[int, tuple[StateSlot, ...]] = {
+            chunk.layout.group.param_group: tuple(chunk.states.values())
+            for chunk in manager.chunks
+            if chunk.is_trainable
+        }
+        """By group: the states that there is room for."""
 
     # -- backward
 
@@ -91,12 +107,12 @@ class ChunkedStep:
 
     # -- ManagedStep
 
-    def step(self, optimizer: HybridAdam) -> None:
+    def step(self, optimizer: ManagedOptimizer) -> None:
         self.recover()
         self._runtime.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         self._refuse_unfrozen(optimizer)
-        makers = [optimizer.rule.of_group(group) for group in optimizer.param_groups]
+        groups = self._groups(optimizer)
         chunks = self._chunks_with_gradients()
         plain = self._plain_parameters(optimizer)
         scale = self._scale
@@ -112,7 +128,7 @@ class ChunkedStep:
 
         taken: dict[int, int] = {}
         updates = [
-            self._plan_update(makers[chunk.layout.group.param_group], chunk, grad_scale, taken) for chunk in chunks
+            self._plan_update(groups[chunk.layout.group.param_group], chunk, grad_scale, taken) for chunk in chunks
         ]
         order = self._runtime.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
@@ -136,6 +152,13 @@ class ChunkedStep:
             self.scaler.update(overflow=False)
         self._prefetch()
 
+    def _groups(self, optimizer: ManagedOptimizer) -> list["_Group"]:
+        rule = optimizer.rule
+        return [
+            _Group(rule.of_group(group, self.slots.get(index, rule.slots(group))), rule.remembers(group))
+            for index, group in enumerate(optimizer.param_groups)
+        ]
+
     @property
     def _scale(self) -> float:
         return self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
@@ -156,7 +179,7 @@ class ChunkedStep:
             self.manager.keep_edits(chunk)
         return chunks
 
-    def _refuse_unfrozen(self, optimizer: HybridAdam) -> None:
+    def _refuse_unfrozen(self, optimizer: ManagedOptimizer) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None or (place := self.manager.find(parameter)) is None:
@@ -184,16 +207,18 @@ class ChunkedStep:
         self._coefficient = 1.0
         return True
 
-    def _plan_update(self, make: StepMaker, chunk: Chunk, grad_scale: float, taken: dict[int, int]) -> ChunkUpdate:
+    def _plan_update(self, group: "_Group", chunk: Chunk, grad_scale: float, taken: dict[int, int]) -> ChunkUpdate:
         of_step: dict[int, AtStep] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
         previous = -2
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
-            step = taken[id(parameter)] = self.steps.get(id(parameter), 0) + 1
+            step = self.steps.get(id(parameter), 0) + 1
+            if group.remembers:
+                taken[id(parameter)] = step
             if step not in of_step:
-                of_step[step] = make(step, grad_scale)
+                of_step[step] = group.make(step, grad_scale)
             at_step = of_step[step]
             if runs and position == previous + 1 and runs[-1].at_step is at_step:
                 runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
@@ -214,13 +239,13 @@ class ChunkedStep:
         self.manager.evict(chunk)
         return None
 
-    def zero_grad(self, optimizer: HybridAdam) -> None:
+    def zero_grad(self, optimizer: ManagedOptimizer) -> None:
         self.drop_gradients()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def add_param_group(self, optimizer: HybridAdam, group: dict[str, Any]) -> None:
+    def add_param_group(self, optimizer: ManagedOptimizer, group: dict[str, Any]) -> None:
         parameters = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
         if any(self.manager.find(p) is not None for p in parameters):
             raise ValueError(
@@ -230,7 +255,7 @@ class ChunkedStep:
         optimizer.register_param_group(group)
 
     def clip_grad_by_norm(
-        self, optimizer: HybridAdam, max_norm: float, norm_type: float, error_if_nonfinite: bool
+        self, optimizer: ManagedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> Tensor:
         norm = total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / self._scale
         if error_if_nonfinite and not torch.isfinite(norm):
@@ -241,7 +266,7 @@ class ChunkedStep:
         self._coefficient *= clip_coefficient(norm, max_norm)
         return norm
 
-    def clip_grad_by_value(self, optimizer: HybridAdam, value: float) -> None:
+    def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
         bound = value * self._scale
         for chunk in self._chunks_with_gradients():
             assert chunk.gradient is not None
@@ -250,10 +275,10 @@ class ChunkedStep:
         for parameters in self._plain_parameters(optimizer).values():
             torch.nn.utils.clip_grad_value_(parameters, bound)
 
-    def state_dict(self, optimizer: HybridAdam) -> dict[str, Any]:
+    def state_dict(self, optimizer: ManagedOptimizer) -> dict[str, Any]:
         groups, states, index = [], {}, 0
         for group in optimizer.param_groups:
-            packed = {key: value for key, value in group.items() if key != "params"}
+            packed = optimizer.saved_options(group)
             packed["params"] = list(range(index, index + len(group["params"])))
             groups.append(packed)
             for parameter in group["params"]:
@@ -263,20 +288,26 @@ class ChunkedStep:
                 index += 1
         return {"state": states, "param_groups": groups}
 
-    def state_of(self, optimizer: HybridAdam, parameter: Tensor) -> dict[str, Tensor]:
+    def state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
         """The state of one parameter in torch's layout, on CPU; empty before its first step."""
         place = self.manager.find(parameter)
         if place is None:
             return dict(optimizer.state.get(parameter, {}))
-        steps = self.steps.get(id(parameter), 0)
-        if steps == 0:
+        if not self.has_state(optimizer, parameter):
             return {}
-        return {
-            "step": torch.tensor(float(steps)),
-            **{slot.name: self.manager.read(parameter, role) for role, slot in place[0].states.items()},
-        }
+        rule, steps = optimizer.rule, self.steps.get(id(parameter), 0)
+        counted = {"step": torch.tensor(float(steps))} if rule.takes_step else {}
+        return {**counted, **{s.name: self.manager.read(parameter, role) for role, s in place[0].states.items()}}
 
-    def load_state_of(self, optimizer: HybridAdam, parameter: Tensor, state: dict[str, Tensor]) -> None:
+    def has_state(self, optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
+        """Whether the optimizer keeps something for a parameter; before its first step most do not."""
+        place = self.manager.find(parameter)
+        if place is None:
+            return bool(optimizer.state.get(parameter))
+        started = self.steps.get(id(parameter), 0) > 0 or optimizer.rule.starts_filled
+        return place[0].is_trainable and started
+
+    def load_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor, state: dict[str, Tensor]) -> None:
         """Put one parameter's state (torch's layout) where it belongs."""
         place = self.manager.find(parameter)
         if place is None:
@@ -285,24 +316,37 @@ class ChunkedStep:
                 for key, value in state.items()
             }
             return
-        self.steps[id(parameter)] = int(state["step"])
+        self.steps[id(parameter)] = steps_of(optimizer.rule, state)
         for role, slot in place[0].states.items():
-            self.manager.write(parameter, role, state[slot.name])
+            if state.get(slot.name) is not None:
+                self.manager.write(parameter, role, state[slot.name])
         if "master" in state:
             self.manager.write(parameter, Role.MASTER, state["master"])
 
-    def load_state_dict(self, optimizer: HybridAdam, state_dict: dict[str, Any]) -> None:
+    def forget_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> None:
+        """Make the state of a parameter what it is before the first step."""
+        place = self.manager.find(parameter)
+        if place is None:
+            optimizer.state.pop(parameter, None)
+        elif self.steps.pop(id(parameter), 0):
+            for role, slot in place[0].states.items():
+                initial = torch.full((), optimizer.rule.initial(slot.name))
+                self.manager.write(parameter, role, initial.expand(parameter.shape))
+
+    def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]
-        check_groups(optimizer, saved_groups, state_dict["state"])
+        check_groups(optimizer, saved_groups, state_dict["state"], self.slots)
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 if index in state_dict["state"]:
                     self.load_state_of(optimizer, parameter, state_dict["state"][index])
+                else:
+                    self.forget_state_of(optimizer, parameter)
 
     # -- helpers
 
-    def _plain_parameters(self, optimizer: HybridAdam) -> dict[int, list[Tensor]]:
+    def _plain_parameters(self, optimizer: ManagedOptimizer) -> dict[int, list[Tensor]]:
         """Parameters with a gradient that are in no chunk (fp64, say), by group."""
         return {
             i: parameters

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .chunk import IO_STACK_BYTES, STATE_ROLES, Buffer, Chunk, Role, Staging, end_elsewhere, pieces, start_workers
 from .errors import OffloadError, OutOfMemory
+from .nn.optimizer.kernel_pool import keep_to_one_thread
 from .nn.optimizer.rule import AtStep, Rule
 
 BLOCK_SETS = 3
@@ -147,7 +148,7 @@ def warm_up(rule: Rule, param_groups: Sequence[Mapping[str, Any]], device: torch
         states = [torch.zeros(_WARM_UP_NUMEL, dtype=slot.dtype, device=device) for slot in slots]
         gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
         for out in (None, full):
-            rule.of_group(group)(1, 1.0).apply(master, states, gradient, out)
+            rule.of_group(group, slots)(1, 1.0).apply(master, states, gradient, out)
 
 
 class UpdateQueue:
@@ -162,6 +163,7 @@ class UpdateQueue:
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
         self._thread = start_workers(1, "update")
+        self._thread.submit(keep_to_one_thread)
         self._disk = start_workers(2, "update-io", IO_STACK_BYTES)
         self._lock = threading.Lock()
         self._steps: deque[list[_Block]] = deque()

@@ -33,14 +33,20 @@ class Trained:
     """The same loop with and without management."""
 
     def __init__(self, placement: dict[str, Any] | None, precision: str = "fp32", **plugin: Any) -> None:
-        model: Any = build()
+        model: Any = self.build_model()
         self.is_managed = placement is not None
-        self.optimizer: Any = HybridAdam(model.parameters(), lr=1e-2, weight_decay=0.1)
+        self.optimizer: Any = self.make_optimizer(model)
         self.model: Any = model
         if placement is not None:
             self.booster = Booster(plugin=GeminiPlugin(precision=precision, telemetry=False, **placement, **plugin))
             self.model, self.optimizer, *_ = self.booster.boost(model, self.optimizer)
         torch.manual_seed(7)
+
+    def build_model(self) -> nn.Module:
+        return build()
+
+    def make_optimizer(self, model: nn.Module) -> Any:
+        return HybridAdam(model.parameters(), lr=1e-2, weight_decay=0.1)
 
     def loss(self, step: int) -> Tensor:
         return self.model(batch(step)).square().mean()  # type: ignore[no-any-return]

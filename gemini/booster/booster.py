@@ -60,7 +60,9 @@ class Booster:
             Plain or built inside ``LazyInitContext``. Changed in place.
         optimizer
             `HybridAdam`, ``torch.optim.Adam`` or ``AdamW`` over the model's parameters; the latter two come back as
-            a `HybridAdam` with the same groups. None: inference only.
+            a `HybridAdam` with the same groups. Or an element-wise one: torch's SGD, Adagrad, RMSprop, Adadelta,
+            Adamax, RAdam, Rprop, or one given to `gemini.nn.optimizer.register_elementwise`; it comes back as an
+            optimizer with the same groups, the same arithmetic and the same ``state_dict()``. None: inference only.
         criterion, dataloader, lr_scheduler
             Come back as they are; the scheduler steers the optimizer that comes back.
 

@@ -189,12 +189,12 @@ class GeminiPlugin:
                 f"this version trains on one rank, got world size {torch.distributed.get_world_size()}; start one, "
                 "its device, host and disk are pooled"
             )
-        hybrid = accepted(optimizer) if optimizer is not None else None
-        boosted = boost_model(model, hybrid, self.config)
+        managed = accepted(optimizer) if optimizer is not None else None
+        boosted = boost_model(model, managed, self.config)
         # A scheduler made for a torch optimizer goes on as it is: both optimizers have the same group objects.
         if self.config.verbose:
             logger.info("boosted\n%s", boosted.memory_summary())
-        return boosted, hybrid, criterion, dataloader, lr_scheduler
+        return boosted, managed, criterion, dataloader, lr_scheduler
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """See `Booster.backward`."""

@@ -2,12 +2,13 @@
 
 A folder holds the tensors in safetensors files and everything else in one JSON, which is also their index::
 
-    optimizer.json          {"format": "gemini-memory optimizer", "version": 1, "param_groups": [{"lr": ..., "params":
-                             [0, 1], "param_names": ["wte.weight", null]}], "steps": {"0": 3}, "loss_scaler": {...},
-                             "weight_map": {"0.exp_avg": "optimizer.safetensors", ...}}
+    optimizer.json          {"format": "gemini-memory optimizer", "version": 2, "optimizer": "Adam", "param_groups":
+                             [{"lr": ..., "params": [0, 1], "param_names": ["wte.weight", null]}], "steps": {"0": 3},
+                             "loss_scaler": {...}, "weight_map": {"0.exp_avg": "optimizer.safetensors", ...}}
     optimizer.safetensors   "0.exp_avg", "0.exp_avg_sq" and, for an optimizer of its own on half parameters, "0.master"
 
-No pickle. The numbers are those of ``optimizer.state_dict()``.
+No pickle. The numbers are those of ``optimizer.state_dict()``: names of states and whether there are steps depend on
+the optimizer. Version 1 was the same without ``optimizer``, which was always Adam.
 """
 
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ from .weight_files import checked_weight_map, read_indexed, read_json
 JSON_NAME = "optimizer.json"
 TENSORS_NAME = "optimizer.safetensors"
 FORMAT = "gemini-memory optimizer"
-VERSION = 1
-TENSOR_KEYS = ("exp_avg", "exp_avg_sq", "master")
+VERSION = 2
+_KNOWN_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class SavedOptimizer:
     states: dict[int, dict[str, Any]]
     """By the index that ``params`` of the groups use: ``step`` as a number, tensors as `Source`."""
     loss_scaler: Mapping[str, Any] | None
+    optimizer: str | None
+    """The name of its rule; None where torch wrote it, which does not say."""
 
 
 def read_optimizer(checkpoint: Path, files: ExitStack) -> SavedOptimizer:
@@ -56,17 +59,19 @@ def _read_folder(path: Path, files: ExitStack) -> SavedOptimizer:
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the state of an optimizer")
-    if content.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {content.get('version')!r}; this package reads version {VERSION}")
+    if content.get("version") not in _KNOWN_VERSIONS:
+        known = " and ".join(map(str, _KNOWN_VERSIONS))
+        raise CheckpointError(f"{path} has version {content.get('version')!r}; this package reads version {known}")
     weight_map = checked_weight_map(path, content.get("weight_map"))
     sources = read_indexed(path, weight_map, files)
     try:
         states: dict[int, dict[str, Any]] = {int(i): {"step": float(n)} for i, n in content["steps"].items()}
         for name, source in sources.items():
             index, _, key = name.partition(".")
-            states[int(index)][key] = source
+            states.setdefault(int(index), {})[key] = source
         groups = [_group_from_json(group) for group in content["param_groups"]]
-        return SavedOptimizer(groups, states, content["loss_scaler"])
+        name = "Adam" if content["version"] == 1 else str(content["optimizer"])
+        return SavedOptimizer(groups, states, content["loss_scaler"], name)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the state of an optimizer: {type(error).__name__} {error}") from error
 
@@ -75,17 +80,25 @@ def _read_file(path: Path) -> SavedOptimizer:
     stored = read_torch(path, mmap=True)
     try:
         states = {
-            int(i): {k: Source.of(v) if isinstance(v, Tensor) and k in TENSOR_KEYS else v for k, v in state.items()}
+            int(i): {
+                k: Source.of(v) if isinstance(v, Tensor) and k != "step" else v
+                for k, v in state.items()
+                if v is not None
+            }
             for i, state in stored["state"].items()
         }
         groups = [{**group, "params": list(group["params"])} for group in stored["param_groups"]]
-        return SavedOptimizer(groups, states, stored.get("loss_scaler"))
+        return SavedOptimizer(groups, states, stored.get("loss_scaler"), stored.get("optimizer"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not hold the state dict of an optimizer") from error
 
 
 def _group_from_json(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {**group, "params": list(group["params"]), "betas": tuple(group["betas"])}
+    """JSON has no tuples; torch's options (betas, etas) are tuples."""
+    kept = ("params", "param_names")
+    return {key: tuple(v) if isinstance(v, list) and key not in kept else v for key, v in group.items()} | {
+        "params": list(group["params"])
+    }
 
 
 def find_json(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.optim import Optimizer
 from gemini.chunk import Role
 from gemini.errors import CheckpointError
 from gemini.managed_step import ChunkedStep
-from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.acceptance import rule_name
+from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.nn.optimizer.parameter_state import restored
+from gemini.nn.optimizer.rule import steps_of
 from gemini.saved_groups import check_groups
 from gemini.sizes import parse_bytes
 
@@ -22,7 +25,6 @@ from .match import Source
 from .optimizer_files import (
     FORMAT,
     JSON_NAME,
-    TENSOR_KEYS,
     TENSORS_NAME,
     VERSION,
     SavedOptimizer,
@@ -70,7 +72,7 @@ def save_optimizer(
     CheckpointError
         If the files cannot be written, or a group has an option that is not a plain value.
     TypeError
-        If a folder is given for an optimizer that is not a `HybridAdam`.
+        If a folder is given for an optimizer that neither is a `HybridAdam` nor came back from `boost`.
     """
     path = Path(checkpoint).absolute()
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
@@ -80,8 +82,11 @@ def save_optimizer(
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in .pt, .pth or .bin")
-    if not isinstance(optimizer, HybridAdam):
-        raise TypeError(f"only a HybridAdam is saved to a folder, got {type(optimizer).__name__}; give a .pt file")
+    if not isinstance(optimizer, ManagedOptimizer):
+        raise TypeError(
+            "only a HybridAdam, or what booster.boost returned, is saved to a folder, got "
+            f"{type(optimizer).__name__}; give a .pt file"
+        )
     limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
     if limit <= 0:
         raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
@@ -93,16 +98,18 @@ def _save_file(optimizer: Optimizer, path: Path) -> None:
     scaler = _loss_scaler(optimizer)
     if scaler is not None:
         state["loss_scaler"] = scaler.state_dict()
+    if isinstance(optimizer, ManagedOptimizer):
+        state["optimizer"] = optimizer.rule.name  # torch ignores both
     with Stage(path.parent, path.name) as stage:
         with stage.create(path.name) as out:
             write_torch(state, out)
         stage.commit([path.name])
 
 
-def _save_folder(optimizer: HybridAdam, folder: Path, prefix: str, limit: int | None) -> None:
+def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> None:
     parameters = _parameters(optimizer)
-    steps = {i: step for i, p in enumerate(parameters) if (step := _step_of(optimizer, p))}
-    records = [record for i in steps for record in _records(optimizer, i, parameters[i])]
+    started = [i for i, parameter in enumerate(parameters) if _has_state(optimizer, parameter)]
+    records = [record for i in started for record in _records(optimizer, i, parameters[i])]
     parts = into_shards(records, [r.nbytes for r in records], limit) if limit is not None and records else [records]
     name, tensors = prefix + JSON_NAME, prefix + TENSORS_NAME
     files = shard_names(tensors, len(parts)) if len(parts) > 1 else [tensors]
@@ -110,8 +117,9 @@ def _save_folder(optimizer: HybridAdam, folder: Path, prefix: str, limit: int | 
     content = {
         "format": FORMAT,
         "version": VERSION,
+        "optimizer": optimizer.rule.name,
         "param_groups": _groups(optimizer, folder / name),
-        "steps": steps,
+        "steps": {i: _step_of(optimizer, parameters[i]) for i in started} if optimizer.rule.takes_step else {},
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
     }
     homes = {record.name: file for file, part in zip(files, parts, strict=True) for record in part}
@@ -133,17 +141,18 @@ def _save_folder(optimizer: HybridAdam, folder: Path, prefix: str, limit: int | 
     remove(folder / file for file in before if file not in now)
 
 
-def _records(optimizer: HybridAdam, index: int, parameter: Tensor) -> list[TensorRecord]:
+def _records(optimizer: ManagedOptimizer, index: int, parameter: Tensor) -> list[TensorRecord]:
     step = _managed(optimizer)
     place = step.manager.find(parameter) if step is not None else None
     if place is not None:
         slots = place[0].states.values()
         return [TensorRecord(f"{index}.{slot.name}", slot.dtype, tuple(parameter.shape)) for slot in slots]
     state = optimizer.state[parameter]
-    return [TensorRecord(f"{index}.{k}", state[k].dtype, tuple(state[k].shape)) for k in TENSOR_KEYS if k in state]
+    tensors = {name: v for name, v in state.items() if name != "step" and isinstance(v, Tensor)}
+    return [TensorRecord(f"{index}.{name}", v.dtype, tuple(v.shape)) for name, v in tensors.items()]
 
 
-def _read(optimizer: HybridAdam, parameter: Tensor, key: str) -> Tensor:
+def _read(optimizer: ManagedOptimizer, parameter: Tensor, key: str) -> Tensor:
     """One tensor of a state, on CPU. Not ``state_of``, which gathers all of them at once."""
     step = _managed(optimizer)
     place = step.manager.find(parameter) if step is not None else None
@@ -154,12 +163,12 @@ def _read(optimizer: HybridAdam, parameter: Tensor, key: str) -> Tensor:
     return value.detach().cpu()
 
 
-def _groups(optimizer: HybridAdam, path: Path) -> list[dict[str, Any]]:
+def _groups(optimizer: ManagedOptimizer, path: Path) -> list[dict[str, Any]]:
     """The groups as plain values; indices count through all groups, as in ``state_dict()``."""
     groups, count = [], 0
     for group in optimizer.param_groups:
-        plain = {key: _plain(value, key, path) for key, value in group.items() if key not in ("params", "param_names")}
-        plain["decoupled_weight_decay"] = plain["adamw_mode"]  # as HybridAdam.state_dict does
+        options = optimizer.saved_options(group)
+        plain = {key: _plain(value, key, path) for key, value in options.items() if key != "param_names"}
         plain["params"] = list(range(count, count + len(group["params"])))
         plain["param_names"] = _names(optimizer, group)
         groups.append(plain)
@@ -184,7 +193,7 @@ def _plain(value: Any, key: str, path: Path) -> Any:
 
 
 def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
-    """Read what `save_optimizer` wrote, or a state dict of ``torch.optim.Adam`` or ``AdamW`` from a file.
+    """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
     anything changes. Parameters that had not been stepped when the checkpoint was written lose their states.
@@ -201,15 +210,21 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
         path = find_json(path)
     with ExitStack() as files:
         saved = read_optimizer(path, files)
-        if isinstance(optimizer, HybridAdam):
+        name = rule_name(optimizer)
+        if None not in (name, saved.optimizer) and name != saved.optimizer:
+            raise CheckpointError(
+                f"{path} has the state of {saved.optimizer}, which {name} cannot go on with; the optimizer is as it was"
+            )
+        if isinstance(optimizer, ManagedOptimizer):
             _load(optimizer, _in_our_order(optimizer, saved, path), path)
         else:
             optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
 
 
-def _load(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> None:
+def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> None:
     try:
-        check_groups(optimizer, saved.param_groups, saved.states)
+        step = _managed(optimizer)
+        check_groups(optimizer, saved.param_groups, saved.states, step.slots if step is not None else {})
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_states(optimizer, saved, path)
@@ -222,7 +237,7 @@ def _load(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> None:
         scaler.load_state_dict(saved.loss_scaler)
 
 
-def _load_state(optimizer: HybridAdam, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
+def _load_state(optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
     step = _managed(optimizer)
     place = step.manager.find(parameter) if step is not None else None
     if step is None or place is None:
@@ -231,18 +246,16 @@ def _load_state(optimizer: HybridAdam, parameter: Tensor, state: Mapping[str, An
         else:
             optimizer.state[parameter] = restored(_tensors(state), parameter, copy=False)
     elif state is not None:
-        step.steps[id(parameter)] = int(state["step"])
+        step.steps[id(parameter)] = steps_of(optimizer.rule, state)
         named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
         for role, name in named.items():  # not ``load_state_of``, which takes all of them at once
             if name in state:
                 step.manager.write(parameter, role, state[name].read())
-    elif step.steps.pop(id(parameter), 0):
-        zeros = torch.zeros(()).expand(parameter.shape)
-        for role in place[0].states:
-            step.manager.write(parameter, role, zeros)
+    else:
+        step.forget_state_of(optimizer, parameter)
 
 
-def _in_our_order(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+def _in_our_order(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """Order each saved group as ours: by name where all names are known on both sides, else names must agree."""
     ours = [_names(optimizer, group) for group in optimizer.param_groups]
     theirs = [group.get("param_names") or [None] * len(group["params"]) for group in saved.param_groups]
@@ -262,18 +275,18 @@ def _in_our_order(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> S
             groups.append(group)
     if faults:
         raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {'; '.join(faults)}")
-    return SavedOptimizer(groups, saved.states, saved.loss_scaler)
+    return replace(saved, param_groups=groups)
 
 
-def _check_states(optimizer: HybridAdam, saved: SavedOptimizer, path: Path) -> None:
+def _check_states(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> None:
     faults = []
     for group, of in zip(optimizer.param_groups, saved.param_groups, strict=True):
         for parameter, index in zip(group["params"], of["params"], strict=True):
             state = saved.states.get(index)
             if state is None:
                 continue
-            names = [slot.name for slot in optimizer.rule.slots(group)]
-            faults += [f"{index}.{key} is missing" for key in ("step", *names) if key not in state]
+            if optimizer.rule.takes_step and "step" not in state:
+                faults.append(f"{index}.step is missing")
             master = state.get("master")
             if master is not None and master.shape != tuple(parameter.shape):
                 faults.append(f"{index}.master: stored with shape {master.shape}, expected {tuple(parameter.shape)}")
@@ -302,15 +315,20 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _step_of(optimizer: HybridAdam, parameter: Tensor) -> int:
+def _has_state(optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
+    step = _managed(optimizer)
+    return bool(optimizer.state.get(parameter)) if step is None else step.has_state(optimizer, parameter)
+
+
+def _step_of(optimizer: ManagedOptimizer, parameter: Tensor) -> int:
     """How many steps a parameter has taken."""
     step = _managed(optimizer)
     if step is not None and step.manager.find(parameter) is not None:
         return step.steps.get(id(parameter), 0)
-    return int(optimizer.state[parameter]["step"]) if optimizer.state.get(parameter) else 0
+    return steps_of(optimizer.rule, optimizer.state.get(parameter, {}))
 
 
-def _names(optimizer: HybridAdam, group: Mapping[str, Any]) -> Sequence[str | None]:
+def _names(optimizer: ManagedOptimizer, group: Mapping[str, Any]) -> Sequence[str | None]:
     """Full names in the model; None where nobody knows them."""
     step = _managed(optimizer)
     given: Sequence[str | None] = group.get("param_names") or [None] * len(group["params"])
@@ -325,7 +343,11 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gathered(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    return {i: {**_tensors(state), "step": torch.tensor(float(state.get("step", 0)))} for i, state in states.items()}
+    found = {index: _tensors(state) for index, state in states.items()}
+    for state in found.values():
+        if "step" in state:
+            state["step"] = torch.tensor(float(state["step"]))
+    return found
 
 
 def _files_of(path: Path) -> Iterable[str]:

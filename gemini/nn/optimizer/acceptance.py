@@ -3,7 +3,11 @@
 import torch
 from torch.optim import Optimizer
 
+from . import elementwise
+from .adam_rule import ADAM
+from .elementwise_optimizer import ElementwiseOptimizer
 from .hybrid_adam import HybridAdam
+from .managed import ManagedOptimizer
 
 _WHOLE_TENSOR = {
     "adafactor": "factors the second moment of a matrix into its rows and columns",
@@ -16,27 +20,43 @@ _WHOLE_TENSOR = {
 }
 """By lower-case name: what it does that no part of a tensor can do alone."""
 
-_ELEMENTWISE = (
-    torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax,
-    torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop,
-)  # fmt: skip
+_OF_ITS_OWN = {
+    torch.optim.ASGD: "it keeps eta and mu, two numbers for each tensor, from step to step",
+    torch.optim.NAdam: "it keeps mu_product, a number for each tensor, from step to step",
+    torch.optim.SparseAdam: "it is for sparse gradients, which cannot live in chunks",
+}
+"""Element-wise otherwise, but a chunk has no place for what they keep."""
 
 
-def accepted(optimizer: Optimizer) -> HybridAdam:
-    """The `HybridAdam` that an optimizer is, or becomes.
+def accepted(optimizer: Optimizer) -> ManagedOptimizer:
+    """What an optimizer is, or becomes, under management.
 
     Raises
     ------
     TypeError
-        If its arithmetic is not Adam's; says why that matters.
+        If its arithmetic is of no known kind; says why that matters.
     ValueError
-        If it is an Adam with an option that `HybridAdam` does not have.
+        If it has an option with which it cannot be managed.
     """
-    if isinstance(optimizer, HybridAdam):
+    if isinstance(optimizer, ManagedOptimizer):
         return optimizer
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         return HybridAdam.from_torch(optimizer)  # type: ignore[arg-type]
-    raise TypeError(f"optimizer must be a HybridAdam, torch.optim.Adam or torch.optim.AdamW, {_why_not(optimizer)}")
+    kind = elementwise.kind_of(optimizer)
+    if kind is not None:
+        return ElementwiseOptimizer(kind, optimizer)
+    known = ", ".join(("HybridAdam", "torch.optim.Adam", "AdamW", *elementwise.names()))
+    raise TypeError(f"optimizer must be one of {known}; {_why_not(optimizer)}")
+
+
+def rule_name(optimizer: Optimizer) -> str | None:
+    """What checkpoints call the arithmetic of an optimizer, boosted or not; None if it is of no known kind."""
+    if isinstance(optimizer, ManagedOptimizer):
+        return optimizer.rule.name
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        return ADAM.name
+    kind = elementwise.kind_of(optimizer)
+    return None if kind is None else kind.name
 
 
 def _why_not(optimizer: Optimizer) -> str:
@@ -48,8 +68,12 @@ def _why_not(optimizer: Optimizer) -> str:
                 f"got {name}: it {does}, and states in chunks are updated in pieces, wherever each piece is. "
                 "Train it unmanaged, or use HybridAdam"
             )
-    if isinstance(optimizer, torch.optim.Adam):
-        return f"got {name}, a subclass, which may compute something else; give the optimizer itself, or use HybridAdam"
-    if isinstance(optimizer, _ELEMENTWISE):
-        return f"got {name}: it is element-wise and could run on chunks, but there is no kernel for it; use HybridAdam"
-    return f"got {name}: there is no kernel for it on chunks. Train it unmanaged, or use HybridAdam"
+    if type(optimizer) in _OF_ITS_OWN:
+        return f"got {name}: {_OF_ITS_OWN[type(optimizer)]}. Train it unmanaged, or use HybridAdam"
+    register = f"gemini.nn.optimizer.register_elementwise({name}, [its states])"
+    if type(optimizer).__mro__[1] is not Optimizer:
+        return (
+            f"got {name}, a subclass, which may compute something else; give the optimizer itself, or, if it is "
+            f"element-wise, call {register}"
+        )
+    return f"got {name}, which is not known to be element-wise; if it is, call {register}, else train it unmanaged"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars, scalars
+from .group_options import refuse_options
 from .rule import StateSlot, StepMaker
 from .update import adam_update, atomic_numel
 
@@ -32,13 +33,24 @@ class AdamAtStep:
 class AdamRule:
     """Adam and AdamW (a `Rule`)."""
 
-    name = "adam"
+    name = "Adam"
+    takes_step = True
+    starts_filled = False
 
     def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
         return _MOMENTS
 
-    def of_group(self, group: Mapping[str, Any]) -> StepMaker:
+    def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
         return partial(_at_step, AdamHyper.of_group(group))
+
+    def remembers(self, group: Mapping[str, Any]) -> bool:
+        return True
+
+    def initial(self, name: str) -> float:
+        return 0.0
+
+    def refuse(self, group: Mapping[str, Any]) -> None:
+        refuse_options(group)
 
 
 ADAM = AdamRule()

@@ -1,6 +1,6 @@
 """``HybridAdam``: Adam and AdamW for parameters on any tier."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -9,22 +9,12 @@ from torch.optim.optimizer import Optimizer
 
 from .adam_rule import ADAM
 from .group_options import TORCH_DEFAULTS, completed, refuse_options
-from .managed import ManagedStep
+from .managed import ManagedOptimizer
 from .parameter_state import PARAM_DTYPES, check_saved, restored
 from .prepared import PreparedStep, prepare
 from .rule import Rule
 
 _Self = TypeVar("_Self", bound="HybridAdam")
-
-# Registered hooks live in these dicts; handing the dicts over keeps the users' removable handles working.
-_HOOK_DICTS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 class _SavedState:
@@ -37,7 +27,7 @@ class _SavedState:
         self.saved = saved
 
 
-class HybridAdam(Optimizer):
+class HybridAdam(ManagedOptimizer):
     """Adam or AdamW, on its own for CPU and CUDA parameters, or for the chunks of a boosted model.
 
     In float32 the numbers are those of ``torch.optim.AdamW(fused=True)`` on CPU, bit for bit where every tensor's
@@ -76,11 +66,7 @@ class HybridAdam(Optimizer):
     State dicts load into and from ``torch.optim.Adam`` and ``AdamW``. Loading copies.
     """
 
-    _managed: ManagedStep | None = None
-    """Who does the work once boosted. On the class because ``Optimizer.__init__`` already calls our methods."""
-
     rule: Rule = ADAM
-    """The arithmetic."""
 
     nvme_offload_fraction: float = 0.0
     nvme_offload_dir: str | None = None
@@ -144,91 +130,18 @@ class HybridAdam(Optimizer):
             if saved:
                 hybrid.state[param] = restored(saved, param, copy=False)
         optimizer.state.clear()
-        for name in _HOOK_DICTS:
-            setattr(hybrid, name, getattr(optimizer, name))
-        # A scheduler made for the torch optimizer asks it whether step() ran before its own step(), and warns if not.
-        setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it
+        hybrid._take_hooks(optimizer)
         return hybrid
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient.
-
-        Parameters
-        ----------
-        closure
-            Called first, with gradients enabled; its result is returned.
-
-        Raises
-        ------
-        TypeError
-            If a gradient is sparse or of a dtype that cannot be used.
-        Exception
-            Also what an allocation raises. Parameters and states are as they were before then, so that the step can be
-            repeated. (Without numba the arithmetic itself allocates, and may stop between two parameters.)
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._managed is not None:
-            self._managed.step(self)
-            return loss
-        # Everything that can fail happens before the first parameter changes.
-        work = [step for group in self.param_groups for step in prepare(group, group["params"], self.state)]
-        for prepared in work:
-            prepared.commit(self.state)
-        return loss
 
     @torch.no_grad()
     def prepare_parameters(
         self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0
     ) -> list[PreparedStep]:
-        """Make ready one step of some parameters, with the hyperparameters of ``group``; see `commit_parameters`.
-
-        Parameters
-        ----------
-        group
-            One of ``param_groups``.
-        params
-            Parameters of that group; those without a gradient are not touched.
-        grad_scale
-            Multiplied into the gradients on the fly; they are not changed.
-        """
         return prepare(group, params, self.state, grad_scale)
 
-    @torch.no_grad()
-    def commit_parameters(self, prepared: Iterable[PreparedStep]) -> None:
-        """Do what `prepare_parameters` made ready. It does not fail."""
-        for step in prepared:
-            step.commit(self.state)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        if self._managed is not None:
-            self._managed.zero_grad(self)
-        else:
-            super().zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; what it does not say is taken from the constructor's arguments."""
-        if self._managed is not None:
-            self._managed.add_param_group(self, param_group)
-        else:
-            self.register_param_group(param_group)
-
     def register_param_group(self, group: dict[str, Any]) -> None:
-        """Validate and add a group, managed or not; for the manager.
-
-        Raises
-        ------
-        TypeError
-            If a parameter cannot be trained.
-        ValueError
-            If a hyperparameter is out of range. In both cases no group has been added.
-        """
         group.update(completed(group, self.defaults))
-        super().add_param_group(group)
+        super().register_param_group(group)
         try:
             for param in group["params"]:
                 _check_parameter(param)
@@ -236,12 +149,14 @@ class HybridAdam(Optimizer):
             self.param_groups.pop()
             raise
 
+    def saved_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        # Users change the one, torch reads the other.
+        return {**super().saved_options(group), "decoupled_weight_decay": group["adamw_mode"]}
+
     def state_dict(self) -> dict[str, Any]:
         """Return states and groups, in the layout of ``torch.optim.AdamW``."""
         for group in self.param_groups:
-            group["decoupled_weight_decay"] = group["adamw_mode"]  # users change the one, torch reads the other
-        if self._managed is not None:
-            return self._managed.state_dict(self)
+            group.update(self.saved_options(group))
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -253,7 +168,7 @@ class HybridAdam(Optimizer):
             If it does not fit these parameters or asks for an option that is not supported. Nothing has changed then.
         """
         if self._managed is not None:
-            self._managed.load_state_dict(self, state_dict)
+            super().load_state_dict(state_dict)
             return
         # Last of the pre-hooks, so that it sees what the users' hooks made of the dict.
         handle = self.register_load_state_dict_pre_hook(HybridAdam._wrap_saved)  # type: ignore[arg-type]
@@ -286,38 +201,11 @@ class HybridAdam(Optimizer):
         super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._managed is not None:
-            raise TypeError(
-                "a boosted optimizer cannot be pickled or deep-copied: its states are in chunks; "
-                "use booster.save_optimizer, or optimizer.state_dict()"
-            )
         return {
             **super().__getstate__(),
             "nvme_offload_fraction": self.nvme_offload_fraction,
             "nvme_offload_dir": self.nvme_offload_dir,
         }
-
-    def clip_grad_by_norm(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
-        """Scale the gradients of all parameters so that their norm together is at most ``max_norm``.
-
-        Returns
-        -------
-        Tensor
-            The norm before clipping.
-        """
-        if self._managed is not None:
-            return self._managed.clip_grad_by_norm(self, max_norm, norm_type, error_if_nonfinite)
-        return torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
-
-    def clip_grad_by_value(self, clip_value: float) -> None:
-        """Clamp every gradient element to ``[-clip_value, clip_value]``."""
-        if self._managed is not None:
-            self._managed.clip_grad_by_value(self, clip_value)
-        else:
-            torch.nn.utils.clip_grad_value_(self._parameters(), clip_value)
-
-    def _parameters(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
 
 
 def _check_parameter(param: Tensor) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 _Item = TypeVar("_Item")
 
 # Large enough that starting a slice (microseconds) does not count, small enough to balance threads that others slow.
@@ -109,11 +111,27 @@ def _started(count: int) -> list[ThreadPoolExecutor]:
     try:
         for i in range(count):
             helper = ThreadPoolExecutor(1, thread_name_prefix=f"gemini-adam-{i}")
-            helper.submit(int)
+            helper.submit(keep_to_one_thread).result()
             helpers.append(helper)
     except RuntimeError:  # the system refuses a thread
         pass
     return helpers
+
+
+def keep_to_one_thread() -> None:
+    """Have torch run the operations of the calling thread on this thread alone, for good.
+
+    Each thread that calls torch has OpenMP start a team of its own, as large as the process's number of threads. Teams
+    of background threads compete with the one that trains: their members spin at the end of every operation.
+
+    ``torch.set_num_threads`` sets both this thread's number and the one with which new threads begin; a thread that
+    lives for that alone puts the latter back.
+    """
+    of_process = torch.get_num_threads()  # asking is what gives a new thread its number; later, it would undo this
+    torch.set_num_threads(1)
+    restoring = threading.Thread(target=torch.set_num_threads, args=(of_process,))
+    restoring.start()
+    restoring.join()
 
 
 _default: tuple[int, KernelPool] | None = None

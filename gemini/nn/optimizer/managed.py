@@ -1,39 +1,209 @@
-"""The seam between ``HybridAdam`` and whoever manages its parameters."""
+"""The seam between an optimizer and whoever manages its parameters, and what all optimizers on it have in common."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
-if TYPE_CHECKING:
-    from .hybrid_adam import HybridAdam
+from .rule import Rule
+
+# Registered hooks live in these dicts; handing the dicts over keeps the users' removable handles working.
+_HOOK_DICTS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class Prepared(Protocol):
+    """One parameter's update, of which nothing has happened yet."""
+
+    def commit(self, states: MutableMapping[Any, dict[str, Any]]) -> None:
+        """Do it. It does not fail."""
 
 
 class ManagedStep(Protocol):
-    """What a boosted ``HybridAdam`` hands its work to. Each method replaces the one of the same name.
+    """What a boosted optimizer hands its work to. Each method replaces the one of the same name.
 
-    The optimizer's own parts stay at hand for parameters that are not in chunks: ``HybridAdam.prepare_parameters``,
-    ``HybridAdam.commit_parameters`` and ``HybridAdam.register_param_group``.
+    The optimizer's own parts stay at hand for parameters that are not in chunks:
+    ``ManagedOptimizer.prepare_parameters``, ``commit_parameters`` and ``register_param_group``.
     """
 
-    def step(self, optimizer: "HybridAdam") -> None:
+    def step(self, optimizer: "ManagedOptimizer") -> None:
         """Update every parameter that has a gradient. The closure, if any, has run."""
 
-    def zero_grad(self, optimizer: "HybridAdam") -> None:
+    def zero_grad(self, optimizer: "ManagedOptimizer") -> None:
         """Forget the gradients."""
 
-    def state_dict(self, optimizer: "HybridAdam") -> dict[str, Any]:
-        """Return the states in ``torch.optim.AdamW``'s layout."""
+    def state_dict(self, optimizer: "ManagedOptimizer") -> dict[str, Any]:
+        """Return the states in the layout of the torch optimizer that this one stands for."""
 
-    def load_state_dict(self, optimizer: "HybridAdam", state_dict: dict[str, Any]) -> None:
-        """Take over states in ``torch.optim.AdamW``'s layout."""
+    def load_state_dict(self, optimizer: "ManagedOptimizer", state_dict: dict[str, Any]) -> None:
+        """Take over states in the layout of the torch optimizer that this one stands for."""
 
-    def add_param_group(self, optimizer: "HybridAdam", group: dict[str, Any]) -> None:
+    def add_param_group(self, optimizer: "ManagedOptimizer", group: dict[str, Any]) -> None:
         """Add a group after boosting, or raise."""
 
     def clip_grad_by_norm(
-        self, optimizer: "HybridAdam", max_norm: float, norm_type: float, error_if_nonfinite: bool
+        self, optimizer: "ManagedOptimizer", max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> Tensor:
         """Arrange that the next step uses clipped gradients; return the norm before clipping."""
 
-    def clip_grad_by_value(self, optimizer: "HybridAdam", value: float) -> None:
+    def clip_grad_by_value(self, optimizer: "ManagedOptimizer", value: float) -> None:
         """Arrange that the next step uses gradients clamped to ``[-value, value]``."""
+
+
+class ManagedOptimizer(Optimizer):
+    """A ``torch.optim.Optimizer`` whose parameters may be in the chunks of a boosted model.
+
+    Subclasses say what their arithmetic is (``rule``), and how parameters outside of chunks take a step
+    (``prepare_parameters``).
+    """
+
+    _managed: ManagedStep | None = None
+    """Who does the work once boosted. On the class because ``Optimizer.__init__`` already calls our methods."""
+
+    rule: Rule
+    """The arithmetic."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Parameters
+        ----------
+        closure
+            Called first, with gradients enabled; its result is returned.
+
+        Raises
+        ------
+        TypeError
+            If a gradient is sparse or of a dtype that cannot be used.
+        Exception
+            Also what an allocation raises. Parameters and states are as they were before then, so that the step can be
+            repeated. (Without numba the arithmetic itself allocates, and may stop between two parameters.)
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._managed is not None:
+            self._managed.step(self)
+            return loss
+        # Everything that can fail happens before the first parameter changes.
+        work = [step for group in self.param_groups for step in self.prepare_parameters(group, group["params"])]
+        self.commit_parameters(work)
+        return loss
+
+    def prepare_parameters(
+        self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0
+    ) -> Sequence[Prepared]:
+        """Make ready one step of some parameters, with the hyperparameters of ``group``; see `commit_parameters`.
+
+        Parameters
+        ----------
+        group
+            One of ``param_groups``.
+        params
+            Parameters of that group; those without a gradient are not touched.
+        grad_scale
+            Multiplied into the gradients on the fly; they are not changed.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def commit_parameters(self, prepared: Iterable[Prepared]) -> None:
+        """Do what `prepare_parameters` made ready. It does not fail."""
+        for step in prepared:
+            step.commit(self.state)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        if self._managed is not None:
+            self._managed.zero_grad(self)
+        else:
+            super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; what it does not say is taken from the constructor's arguments."""
+        if self._managed is not None:
+            self._managed.add_param_group(self, param_group)
+        else:
+            self.register_param_group(param_group)
+
+    def register_param_group(self, group: dict[str, Any]) -> None:
+        """Validate and add a group, managed or not; for the manager.
+
+        Raises
+        ------
+        TypeError
+            If a parameter cannot be trained.
+        ValueError
+            If a hyperparameter is out of range. In both cases no group has been added.
+        """
+        super().add_param_group(group)
+
+    def saved_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a group as a state dict has them, without the parameters."""
+        return {name: value for name, value in group.items() if name != "params"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return states and groups, in the layout of the torch optimizer that this one stands for."""
+        if self._managed is not None:
+            return self._managed.state_dict(self)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict in the layout of the torch optimizer that this one stands for. Tensors are copied.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit these parameters or asks for an option that is not supported. Nothing has changed then.
+        """
+        if self._managed is not None:
+            self._managed.load_state_dict(self, state_dict)
+        else:
+            super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._managed is not None:
+            raise TypeError(
+                "a boosted optimizer cannot be pickled or deep-copied: its states are in chunks; "
+                "use booster.save_optimizer, or optimizer.state_dict()"
+            )
+        return super().__getstate__()
+
+    def clip_grad_by_norm(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale the gradients of all parameters so that their norm together is at most ``max_norm``.
+
+        Returns
+        -------
+        Tensor
+            The norm before clipping.
+        """
+        if self._managed is not None:
+            return self._managed.clip_grad_by_norm(self, max_norm, norm_type, error_if_nonfinite)
+        return torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
+
+    def clip_grad_by_value(self, clip_value: float) -> None:
+        """Clamp every gradient element to ``[-clip_value, clip_value]``."""
+        if self._managed is not None:
+            self._managed.clip_grad_by_value(self, clip_value)
+        else:
+            torch.nn.utils.clip_grad_value_(self._parameters(), clip_value)
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _take_hooks(self, optimizer: Optimizer) -> None:
+        """Go on with the hooks and schedulers of an optimizer whose place this one takes."""
+        for name in _HOOK_DICTS:
+            setattr(self, name, getattr(optimizer, name))
+        # A scheduler made for the torch optimizer asks it whether step() ran before its own step(), and warns if not.
+        setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it

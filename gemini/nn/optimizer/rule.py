@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemini.chunk import StateSlot
 
-__all__ = ["AtStep", "Rule", "StateSlot", "StepMaker"]
+__all__ = ["AtStep", "Rule", "StateSlot", "StepMaker", "steps_of"]
 
 
 class AtStep(Protocol):
@@ -47,19 +47,39 @@ StepMaker = Callable[[int, float], AtStep]
 
 
 class Rule(Protocol):
-    """An optimizer's arithmetic."""
+    """An optimizer's arithmetic, and what its state dict looks like."""
 
     name: str
-    """What a checkpoint calls it."""
+    """The torch optimizer that it stands for; checkpoints and messages have it."""
+    takes_step: bool
+    """Whether the state of a parameter has a ``step``, the number of steps that it has taken."""
+    starts_filled: bool
+    """Whether a parameter has states before its first step."""
 
     def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
         """What it keeps for each element of the parameters of a group."""
 
-    def of_group(self, group: Mapping[str, Any]) -> StepMaker:
-        """The steps with the options that the group has now.
+    def remembers(self, group: Mapping[str, Any]) -> bool:
+        """Whether a step with these options leaves a state behind. Plain SGD's does not."""
+
+    def initial(self, name: str) -> float:
+        """What the elements of this state are before a parameter's first step."""
+
+    def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
+        """The steps with the options that the group has now, on states that are these slots.
 
         Raises
         ------
         ValueError
-            If an option is out of range.
+            If an option is out of range, or needs a state that is not among the slots.
         """
+
+    def refuse(self, group: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if a group (a saved one, say) switches on an option that is not supported."""
+
+
+def steps_of(rule: Rule, saved: Mapping[str, Any]) -> int:
+    """How many steps a state, as a state dict has it, is old; where it does not say, 1 if there is any."""
+    if rule.takes_step:
+        return int(saved.get("step", 0))
+    return int(any(value is not None for name, value in saved.items() if name != "master"))

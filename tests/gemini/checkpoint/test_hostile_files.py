@@ -183,7 +183,9 @@ def test_an_index_that_names_tensors_which_are_not_there_is_refused(tmp_path) ->
     "change",
     [
         lambda content: content.pop("format"),
-        lambda content: content.update(version=2),
+        lambda content: content.update(version=3),
+        lambda content: content.pop("optimizer"),
+        lambda content: content.update(optimizer="SGD"),
         lambda content: content.pop("param_groups"),
         lambda content: content.update(param_groups=[{}]),
         lambda content: content.update(steps={"x": 1}),

@@ -30,11 +30,11 @@ REFUSED = [
     (torch.optim.Adafactor, "Adafactor: it factors the second moment"),
     (Lamb, "Lamb: it scales each tensor's update by norms"),
     (torch.optim.LBFGS, "LBFGS: it searches"),
-    (torch.optim.SGD, "SGD: it is element-wise"),
-    (torch.optim.RMSprop, "RMSprop: it is element-wise"),
-    (torch.optim.Adagrad, "Adagrad: it is element-wise"),
-    (MyAdamW, "MyAdamW, a subclass"),
-    (Unheard, "Unheard: there is no kernel"),
+    (torch.optim.NAdam, "NAdam: it keeps mu_product, a number for each tensor"),
+    (torch.optim.ASGD, "ASGD: it keeps eta and mu"),
+    (torch.optim.SparseAdam, "SparseAdam: it is for sparse gradients"),
+    (MyAdamW, r"MyAdamW, a subclass, .* call gemini.nn.optimizer.register_elementwise\(MyAdamW"),
+    (Unheard, "Unheard, which is not known to be element-wise"),
 ]
 if hasattr(torch.optim, "Muon"):
     REFUSED.append((torch.optim.Muon, "Muon: it makes each matrix's update orthogonal"))
@@ -58,3 +58,24 @@ def test_adam_adamw_and_ours_are_accepted() -> None:
     assert accepted(ours) is ours
     for kind in (torch.optim.Adam, torch.optim.AdamW):
         assert isinstance(accepted(kind(params)), HybridAdam)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "fused": True}, r"pieces of a tensor get other .* Leave out fused=True"),
+        (torch.optim.SGD, {"differentiable": True}, r"SGD\(differentiable=True\) cannot be boosted"),
+        (torch.optim.RMSprop, {"capturable": True}, r"RMSprop\(capturable=True\) cannot be boosted"),
+    ],
+)
+def test_options_that_are_not_elementwise_are_refused_and_nothing_has_changed(
+    kind: Any, options: dict[str, Any], reason: str
+) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    before, optimizer = model.weight.detach().clone(), kind(model.parameters(), lr=0.1, **options)
+    drawn = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=reason):
+        Booster(plugin=GeminiPlugin(telemetry=False)).boost(model, optimizer)
+    assert type(model) is nn.Linear
+    assert torch.equal(model.weight, before)
+    assert torch.equal(torch.random.get_rng_state(), drawn)

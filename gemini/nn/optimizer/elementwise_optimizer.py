@@ -1,0 +1,77 @@
+"""What an element-wise torch optimizer becomes when it is boosted."""
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .elementwise import Kind
+from .elementwise_check import check_elementwise
+from .elementwise_rule import ElementwiseRule
+from .managed import ManagedOptimizer
+
+
+class ElementwiseOptimizer(ManagedOptimizer):
+    """Stands for a torch optimizer, with its groups, states and hooks; what it computes is what that one computes.
+
+    The groups are the same dict objects, so learning rate schedulers made for the optimizer go on working.
+
+    Parameters
+    ----------
+    kind, optimizer
+        The optimizer, and what is known of its class.
+
+    Raises
+    ------
+    ValueError
+        If a group has an option that is not supported, or the arithmetic turns out not to be element-wise.
+    """
+
+    rule: ElementwiseRule
+
+    def __init__(self, kind: Kind, optimizer: Optimizer) -> None:
+        self.rule = ElementwiseRule(kind, optimizer)
+        for group in optimizer.param_groups:
+            self.rule.refuse(group)
+        check_elementwise(self.rule, optimizer.param_groups)
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.state = optimizer.state
+        self._take_hooks(optimizer)
+
+    @torch.no_grad()
+    def prepare_parameters(
+        self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0
+    ) -> list["PreparedCopy"]:
+        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        return [self._prepared(options, param, grad_scale) for param in params if param.grad is not None]
+
+    def _prepared(self, options: Mapping[str, Any], param: Tensor, grad_scale: float) -> "PreparedCopy":
+        assert param.grad is not None
+        if param.grad.layout != torch.strided:
+            raise TypeError(
+                f"{self.rule.name} got a sparse gradient (parameter of shape {tuple(param.shape)}), which a boosted "
+                "optimizer does not take; build the embedding with sparse=False"
+            )
+        new, grad = param.detach().clone(), param.grad.detach().clone()
+        new.grad = grad if grad_scale == 1.0 else grad.mul_(grad_scale)
+        known = self.state.get(param, {})
+        state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in known.items()}
+        self.rule.run(options, new, state)
+        return PreparedCopy(param, new.detach(), state)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCopy:
+    """A parameter's new value and state, beside the old ones."""
+
+    param: Tensor
+    new: Tensor
+    state: dict[str, Any]
+
+    def commit(self, states: MutableMapping[Any, dict[str, Any]]) -> None:
+        """Put them into their places."""
+        self.param.copy_(self.new)
+        states[self.param] = self.state

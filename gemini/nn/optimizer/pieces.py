@@ -1,0 +1,60 @@
+"""Torch operations over flat buffers in pieces: small enough for the caches, several at once, all or nothing."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .kernel_pool import default_pool
+
+_PIECE_NUMEL = {"cpu": 1 << 17, "cuda": 1 << 23}
+"""A CPU's piece and its temporaries are some MiB, near the caches, and Python takes a fifth of its time at most; a GPU
+is fast with large kernels only."""
+_AT_ONCE = 16
+"""Pieces in work at most: each has temporaries, and memory has been saturated long before."""
+
+
+def atomic_numel(device: torch.device) -> int:
+    """Elements that are in work at once, and so take effect together."""
+    pieces = min(default_pool().threads, _AT_ONCE) if device.type == "cpu" else 1
+    return pieces * _piece_numel(device)
+
+
+def groups(numel: int, device: torch.device) -> Iterator[list[slice]]:
+    """The pieces of a buffer, those together that are in work at once."""
+    size, together = _piece_numel(device), atomic_numel(device)
+    for start in range(0, numel, together):
+        stop = min(start + together, numel)
+        yield [slice(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+
+
+def run(work: Callable[[slice], object], pieces: Sequence[slice]) -> None:
+    """Call ``work`` with each piece, on the threads of the process, without autograd."""
+
+    def alone(piece: slice) -> None:
+        with torch.no_grad():  # holds for one thread only
+            work(piece)
+
+    default_pool().run(alone, pieces)
+
+
+def run_or_put_back(work: Callable[[slice], None], pieces: Sequence[slice], written: Sequence[Tensor]) -> None:
+    """The same for ``work`` that may raise in the middle: then what it writes is as before, in all pieces."""
+    before: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def keeping(piece: slice) -> None:
+        before[piece.start] = [(tensor[piece], tensor[piece].clone()) for tensor in written]
+        work(piece)
+
+    try:
+        run(keeping, pieces)
+    except BaseException:
+        with torch.no_grad():
+            for kept in before.values():
+                for tensor, value in kept:
+                    tensor.copy_(value)
+        raise
+
+
+def _piece_numel(device: torch.device) -> int:
+    return _PIECE_NUMEL.get(device.type, _PIECE_NUMEL["cpu"])
