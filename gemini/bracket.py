@@ -2,9 +2,12 @@
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 Before = Callable[[nn.Module, Any, Any], Any]
 """Gets module, args and kwargs; returns None or new (args, kwargs)."""
@@ -23,7 +26,7 @@ def is_compiled(module: nn.Module) -> bool:
 def bracket(module: nn.Module, before: Before, after: After) -> None:
     """Install both on the module, before the user's hooks."""
     if getattr(module, "_compiled_call_impl", None) is None:
-        module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        module.register_forward_pre_hook(_never_compiled(before), with_kwargs=True, prepend=True)
         module.register_forward_hook(after, with_kwargs=True, always_call=True)
         return
     # ``module.compile()``: its hooks are compiled with it, and ours must stay outside.
@@ -41,3 +44,35 @@ def bracket(module: nn.Module, before: Before, after: After) -> None:
         return output if changed is None else changed
 
     module.__dict__["_compiled_call_impl"] = call
+
+
+def refuse_compilation() -> None:
+    """Raise if the caller is being compiled: bringing chunks cannot be part of a graph.
+
+    Raises
+    ------
+    RuntimeError
+        Saying what to compile when.
+    """
+    if torch.compiler.is_compiling():
+        _raise_uncompiled()
+
+
+def _never_compiled(before: Before) -> Before:
+    @wraps(before)
+    def guarded(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        refuse_compilation()
+        return before(module, args, kwargs)
+
+    return guarded
+
+
+# Not `torch.compiler.disable`, which imports the compiler at once (seconds). What the compiler runs itself it cannot
+# raise from: it would only give up compiling this frame and try the next.
+@_disable_dynamo
+def _raise_uncompiled() -> None:
+    raise RuntimeError(
+        "torch.compile was called on a boosted model, or a part of one: chunks are brought between its units, which "
+        "cannot be compiled. Compile before: booster.boost(torch.compile(model), optimizer), or compile its blocks "
+        "before booster.boost"
+    )

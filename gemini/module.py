@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .bracket import refuse_compilation
 from .checkpoint import full_state_dict, load_named
 from .stats import summary
 
@@ -20,6 +21,7 @@ class GeminiModule(nn.Module):
     _gemini: Any  # a Boosted; not written as such, because transformers evaluates the hints of a model's class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_compilation()
         return self._gemini.hooks.call(super().__call__, args, kwargs)
 
     def memory_stats(self) -> dict[str, int | float]:
