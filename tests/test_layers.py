@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "launch"),
+    ("errors", "sizes", "cores", "launch"),
     ("chunk",),
     ("lazy",),
     ("nn",),
@@ -41,12 +41,12 @@ ISOLATED: Mapping[str, frozenset[str]] = {
     "chunk": frozenset({"errors"}),
     "lazy": frozenset({"errors"}),
     "telemetry": frozenset({"sizes"}),
-    "stat": frozenset({"telemetry", "sizes"}),
+    "stat": frozenset({"telemetry", "sizes", "cores"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
 # count: `gemini.chunk.tier` is free of torch although its package's __init__ is not.
-WITHOUT_TORCH = ("placement", "trace", "planner", "non_model", "sizes", "telemetry", "stat")
+WITHOUT_TORCH = ("placement", "trace", "planner", "non_model", "sizes", "cores", "telemetry", "stat")
 
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from gemini.cores import usable_cores
+
 _Item = TypeVar("_Item")
 
 # Large enough that starting a slice (microseconds) does not count, small enough to balance threads that others slow.
@@ -16,19 +18,6 @@ _SLICE_NUMEL = 1 << 20
 _SMALLEST_SLICE_NUMEL = 1 << 16
 # Slices start on this many elements: whole cache lines for every dtype, so that two threads never write the same one.
 _ALIGN_NUMEL = 64
-
-
-def available_threads() -> int:
-    """Cores this process may use, divided between the processes of this machine; at least 1."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every platform
-        cores = os.cpu_count() or 1
-    try:
-        processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    except ValueError:
-        processes = 1
-    return max(1, cores // processes)
 
 
 def slice_numel(numel: int, threads: int) -> int:
@@ -143,7 +132,7 @@ def default_pool() -> KernelPool:
     global _default
     with _default_lock:
         if _default is None or _default[0] != os.getpid():
-            _default = (os.getpid(), KernelPool(available_threads()))
+            _default = (os.getpid(), KernelPool(usable_cores()))
         return _default[1]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from gemini import __version__
+from gemini.cores import cpu_quota, usable_cores
 from gemini.stat.console import Exit, print_json
 from gemini.stat.rates import hardware_file, read_hardware
 from gemini.stat.text import printable, size
@@ -126,13 +127,17 @@ def _locked_memory() -> dict[str, Any]:
 
 
 def _threads() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    fair, quota = usable_cores(), cpu_quota()
     asked = os.environ.get("OMP_NUM_THREADS")
-    fair = max(1, cores // ranks)
-    is_low = asked is not None and asked.isdecimal() and int(asked) < fair
-    text = f"{cores} cores, {ranks} local ranks, OMP_NUM_THREADS={asked or 'unset'}"
-    return _finding("threads", text, not is_low, f"the optimizer on CPU is slow like that: set OMP_NUM_THREADS={fair}")
+    # Unset, torch takes every core of the affinity: too many under a quota, which the affinity does not show.
+    taken = (
+        int(asked) if asked is not None and asked.isdecimal() else max(fair, min(len(os.sched_getaffinity(0)), 1024))
+    )
+    limited = "" if quota is None else f", a CPU quota of {quota:g}"
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or 1
+    text = f"{fair} for this rank of {ranks}{limited}, OMP_NUM_THREADS={asked or 'unset'}"
+    why = "computing on CPU leaves cores idle" if taken < fair else "more threads than cores stop each other"
+    return _finding("threads", text, taken == fair, f"{why}: set OMP_NUM_THREADS={fair}")
 
 
 def _disk() -> dict[str, Any]:
