@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .numa import interleave
+
 PAGE_BYTES = 4096
 HOME_ALIGN_BYTES = 256
 """Copies are fastest between addresses that are multiples of this."""
@@ -34,6 +36,7 @@ class HostArena:
         skip = -block.data_ptr() % PAGE_BYTES
         self._free = block[skip : skip + room]
         address = self._free.data_ptr()
+        interleave(address, room)  # before locking, which brings the pages
         self.is_locked = room > 0 and lock(address, room)
         if self.is_locked:
             # The storage lives as long as the last home in it.

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .numa import interleave
+
 HUGE_PAGE_BYTES = 2 << 20
 _PAGE_BYTES = 4096
 _MADV_HUGEPAGE = 14
@@ -30,6 +32,7 @@ def zeroed(numel: int, dtype: torch.dtype) -> Tensor:
     offset = next(_colours) * _COLOUR_BYTES if nbytes >= _COLOURED_BYTES else 0
     storage = torch.zeros(nbytes + offset, dtype=torch.uint8)  # calloc
     advise_huge_pages(storage)
+    interleave(*whole_pages(storage))
     return storage[offset:].view(dtype)
 
 
@@ -40,11 +43,17 @@ def advise_huge_pages(tensor: Tensor) -> None:
     that stays: where free memory is in small pieces, the system may spend time on putting it together at first touch.
     Measured on the Adam kernel, where there were huge pages to have: 0.58 instead of 0.66 ns a parameter on one thread.
     """
-    nbytes, madvise = tensor.untyped_storage().nbytes(), _madvise()
-    if madvise is not None and nbytes >= 2 * HUGE_PAGE_BYTES:
-        start = -(-tensor.untyped_storage().data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
-        stop = (tensor.untyped_storage().data_ptr() + nbytes) // _PAGE_BYTES * _PAGE_BYTES
-        madvise(start, stop - start, _MADV_HUGEPAGE)  # advice: a refusal changes nothing
+    madvise = _madvise()
+    if madvise is not None and tensor.untyped_storage().nbytes() >= 2 * HUGE_PAGE_BYTES:
+        madvise(*whole_pages(tensor), _MADV_HUGEPAGE)  # advice: a refusal changes nothing
+
+
+def whole_pages(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of the pages that lie whole within the tensor's storage; 0 bytes if there are none."""
+    storage = tensor.untyped_storage()
+    start = -(-storage.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
+    stop = (storage.data_ptr() + storage.nbytes()) // _PAGE_BYTES * _PAGE_BYTES
+    return start, max(stop - start, 0)
 
 
 @functools.cache
