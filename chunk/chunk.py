@@ -166,6 +166,20 @@ class Chunk:
         self._versions = versions
         return edited
 
+    def take_assigned(self) -> list[tuple[int, Tensor]]:
+        """Positions and values of parameters whose ``data`` the user has set to another tensor.
+
+        They point again at what the chunk says; bringing the values there is the caller's.
+        """
+        found = []
+        for position, binding in enumerate(self.bindings):
+            ours = binding.poison if self._poisoned else binding.view
+            if not binding.parameter.is_set_to(ours):
+                with torch._C.DisableTorchFunction():  # whoever watches uses of parameters: this is none
+                    found.append((position, binding.parameter.data))
+                binding.parameter.data = ours
+        return found
+
     def supersede(self, positions: Iterable[int]) -> None:
         """Say that an update gives these parameters other values: autograd then refuses graphs that need the old ones.
 

@@ -143,6 +143,7 @@ class ChunkManager:
         """
         if chunk.state is not ChunkState.HOME:
             return
+        self.keep_assigned(chunk)
         self.make_room(chunk, keep)
         begin = time.perf_counter()
         try:
@@ -203,6 +204,7 @@ class ChunkManager:
         if chunk.was_prefetched:
             self.moves.prefetch_used += 1
             chunk.was_prefetched = False
+        self.keep_assigned(chunk)
         chunk.pin()
         self._clock += 1
         chunk.last_used = self._clock
@@ -230,6 +232,7 @@ class ChunkManager:
         clamp or initialise parameters under ``no_grad``. Only elements that differ are written, so that the others keep
         the bits that the compute dtype has no room for.
         """
+        self.keep_assigned(chunk)
         if chunk.full_is_home or chunk.state not in (ChunkState.READY, ChunkState.IN_USE):
             return
         for position in chunk.take_edited():
@@ -239,6 +242,29 @@ class ChunkManager:
             with torch.no_grad():
                 home = torch.where(view == home.to(view.dtype), home, view.to(home.dtype))
             self.write_slot(chunk, position, Role.MASTER, home)
+
+    def keep_assigned(self, chunk: Chunk) -> None:
+        """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does).
+
+        Raises
+        ------
+        ValueError
+            If it has another shape than the parameter, which then keeps its values.
+        """
+        for position, value in chunk.take_assigned():
+            slot = chunk.layout.slots[position]
+            if value.shape != slot.shape:
+                raise ValueError(
+                    f"a tensor of shape {tuple(value.shape)} was assigned to the data of {slot.name}, whose shape is "
+                    f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape"
+                )
+            chunk.settle()
+            if chunk.state is ChunkState.FETCHING:
+                self._arrive(chunk)
+            self.write_slot(chunk, position, Role.MASTER, value)
+            if chunk.is_resident and not chunk.full_is_home:
+                with torch.no_grad():
+                    chunk.views[position].copy_(value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
         self.moves.waited_seconds[chunk.homes[Role.MASTER].tier] += time.perf_counter() - begin
@@ -340,6 +366,7 @@ class ChunkManager:
         """Replace what one role holds for a parameter; a full copy made before is dropped."""
         chunk, position = self._places[id(parameter)]
         chunk.settle()
+        self.keep_assigned(chunk)
         if role is Role.MASTER and chunk.is_resident and not chunk.full_is_home:
             self.evict(chunk)
         self.write_slot(chunk, position, role, value)
@@ -363,12 +390,14 @@ class ChunkManager:
         place = self.find(parameter)
         if place is not None:
             place[0].settle()
+            self.keep_assigned(place[0])
             place[0].reveal()
 
     def settle(self) -> None:
         """Wait for every pending update, and show the parameters of resident chunks their values again."""
         for chunk in self.chunks:
             chunk.settle()
+            self.keep_assigned(chunk)
             chunk.reveal()
 
     def close(self) -> None:

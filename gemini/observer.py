@@ -23,7 +23,7 @@ DESCRIBING = frozenset(
     "shape dtype device layout ndim grad requires_grad is_leaf is_cuda size dim "
     "ndimension numel nelement element_size stride storage_offset is_contiguous is_floating_point is_complex "
     "is_signed get_device has_names type register_hook register_post_accumulate_grad_hook requires_grad_ is_pinned "
-    "is_same_size is_inference __hash__ __repr__ is_tensor".split()
+    "is_same_size is_set_to is_inference __hash__ __repr__ is_tensor".split()
 )
 
 
