@@ -1,7 +1,7 @@
 """Boosting a model: from a plain (or lazy) module and its optimizer to chunks, hooks and a managed step."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if optimizer is not None:
         warm_up(optimizer.rule, param_groups, torch.device("cpu"), config.compute_dtype)
     capacities = find_capacities(config)
-    packing = decide(model, param_groups, config, capacities, optimizer.rule if optimizer is not None else ADAM)
+    packing = decide(model, param_groups, config, capacities, (optimizer.rule if optimizer is not None else ADAM).slots)
     manager, queue = _build(packing, config, capacities)
     if packing.full_copies_limit_bytes is not None:
         on_device = manager.ledger.used(Tier.DEVICE)
@@ -113,7 +113,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     model.__dict__["_gemini"] = state  # not setattr, which a compiled model hands on to the one it wraps
     if optimizer is not None:
         for parameter, saved in optimizer.state.items():
-            if manager.find(parameter) is not None and (steps := steps_of(optimizer.rule, saved)):
+            if manager.find(parameter) is not None and (steps := steps_of(optimizer.rule, _real(saved))):
                 step.steps[id(parameter)] = steps
         for parameter in packing.parameters:
             optimizer.state.pop(parameter, None)
@@ -194,8 +194,13 @@ def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> Non
             continue
         named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
         for role, name in named.items():
-            if saved.get(name) is not None and not is_lazy(saved[name]):
+            if _real(saved).get(name) is not None:
                 manager.write_slot(*place, role, saved[name])
+
+
+def _real(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state; one that an optimizer made inside ``LazyInitContext`` is what it is before the first step: nothing."""
+    return {} if any(is_lazy(value) for value in saved.values() if isinstance(value, Tensor)) else saved
 
 
 def _monitor(

@@ -27,13 +27,14 @@ from .chunk.search import RING_CHUNKS, bounds, waste_ratio
 from .config import GeminiConfig
 from .errors import OutOfMemory
 from .nn.optimizer.adam_rule import ADAM
-from .nn.optimizer.rule import Rule
 from .placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
 from .sizes import format_bytes
 from .tracker import Budget
 from .units import nested_chunks
 from .update_queue import BLOCK_SETS, update_roles
 
+SlotsOf = Callable[[Mapping[str, Any]], tuple[StateSlot, ...]]
+"""As `Rule.slots`."""
 MANAGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_BLOCK_NUMEL = 4096
 LARGEST_BLOCK_NUMEL = 1 << 20
@@ -101,7 +102,7 @@ def decide(
     param_groups: Sequence[Mapping[str, Any]],
     config: GeminiConfig,
     capacities: Capacities,
-    rule: Rule = ADAM,
+    slots_of: SlotsOf = ADAM.slots,
 ) -> Packing:
     """Choose the chunk size, pack, and place. Changes nothing.
 
@@ -109,8 +110,8 @@ def decide(
     ----------
     param_groups
         Of the optimizer; empty without one (nothing is trainable then).
-    rule
-        Its arithmetic, which says what it keeps for the parameters of each group.
+    slots_of
+        From a group to what the optimizer keeps for each element of its parameters.
 
     Raises
     ------
@@ -118,7 +119,7 @@ def decide(
         If the tiers together are too small, or DEVICE is too small for one unit. The message says what to change.
     """
     named = managed_parameters(model)
-    specs = _specs(model, named, param_groups, [rule.slots(group) for group in param_groups])
+    specs = _specs(model, named, param_groups, [slots_of(group) for group in param_groups])
     attempt = partial(_decide, model, specs, tuple(named.values()), config)
     try:
         return attempt(capacities)

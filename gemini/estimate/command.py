@@ -5,8 +5,11 @@ import json
 import math
 from typing import Any
 
-from gemini.chunk import Role, Tier
+import torch
+
+from gemini.chunk import Role, StateSlot, Tier
 from gemini.config import PRECISIONS, GeminiConfig
+from gemini.nn.optimizer.acceptance import accepted
 from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.rates import read_hardware
@@ -35,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--seq-len", type=_positive, default=128, metavar="N", help="tokens a sample (128)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="as GeminiPlugin's (bf16)")
+    parser.add_argument(
+        "--optimizer", nargs="+", default=["AdamW"], metavar=("NAME", "OPTION=VALUE"),
+        help="of torch.optim, such as: SGD momentum=0.9 (AdamW)",
+    )  # fmt: skip
     parser.add_argument("--gpu", metavar="SIZE", help="memory of the accelerator; nothing: train on the CPU")
     parser.add_argument("--ram", metavar="SIZE", help="RAM for this training beside the libraries (what is free here)")
     parser.add_argument("--disk", metavar="SIZE", help="room of the disk tier; nothing: no disk tier")
@@ -50,7 +57,7 @@ def run(options: argparse.Namespace) -> Exit:
     config = GeminiConfig(precision=options.precision)
     try:
         subject = find_subject(options.target, dict(_assignment(text) for text in options.set))
-        data = ModelData(subject, config)
+        data = ModelData(subject, config, _slots(*options.optimizer))
         activations = Activations(subject, config.compute_dtype, options.checkpointing)
     except NotFound as error:
         raise NoRun(str(error)) from error
@@ -105,6 +112,7 @@ def _answer(
         "batch_size": options.batch_size,
         "seq_len": options.seq_len,
         "precision": options.precision,
+        "optimizer": " ".join(options.optimizer),
         "checkpointing": options.checkpointing,
         "non_model_bytes": found.tiers[where].non_model_bytes,
         "tiers": {
@@ -156,7 +164,8 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
     work = floor.Work(
         # 2 forward and 4 backward a parameter and token, one more forward where activations are recomputed.
         flops=(8.0 if options.checkpointing else 6.0) * data.numel * tokens,
-        adam_elements=data.numel,
+        # Of another optimizer's speed nothing is known; it reads and writes so much more or less than Adam.
+        adam_elements=data.numel * data.state_bytes // 12,
         disk_read_bytes=read,
         disk_write_bytes=written,
         upload_bytes=uploaded,
@@ -175,7 +184,7 @@ def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
 
 def _show(options: argparse.Namespace, found: Demand, answer: dict[str, Any]) -> None:
     mode = "checkpointed" if options.checkpointing else "not checkpointed"
-    print(f"{answer['model']}: {count(answer['parameters'])} parameters, {options.precision}")
+    print(f"{answer['model']}: {count(answer['parameters'])} parameters, {options.precision}, {answer['optimizer']}")
     print(f"batch {options.batch_size} x {options.seq_len} tokens, {mode}")
     if answer["solved"] is not None:
         value = answer["solved"]["value"]
@@ -193,7 +202,8 @@ def _show(options: argparse.Namespace, found: Demand, answer: dict[str, Any]) ->
     terms = found.terms
     if "masters" in terms:
         parts = ("masters", "moments", "gradients", "staging", "padding_within_these", "load_peak_beyond_homes")
-        print("\n" + ", ".join(f"{name.replace('_', ' ')} {format_bytes(terms[name])}" for name in parts))
+        names = {"moments": "optimizer states"}
+        print("\n" + ", ".join(f"{names.get(n, n.replace('_', ' '))} {format_bytes(terms[n])}" for n in parts))
         print(f"{terms['chunk_count']} chunks of up to {count(terms['chunk_numel'])} elements")
     if answer["step_seconds_floor_by"]:
         by = ", ".join(f"{name} {seconds(value)}" for name, value in answer["step_seconds_floor_by"].items())
@@ -204,6 +214,18 @@ def _show(options: argparse.Namespace, found: Demand, answer: dict[str, Any]) ->
         print(f"\nDOES NOT FIT. {found.problem or 'activations alone leave too little room'}")
     for remark in answer["remarks"]:
         print(f"- {remark}")
+
+
+def _slots(name: str, *assignments: str) -> tuple[StateSlot, ...]:
+    """What the optimizer of this name, with these options, keeps of each element."""
+    cls = getattr(torch.optim, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise Usage(f"--optimizer expects the name of one of torch.optim, got {name!r}")
+    try:
+        optimizer = accepted(cls([torch.zeros(1)], **dict(_assignment(text) for text in assignments)))
+    except (TypeError, ValueError) as error:
+        raise Usage(f"--optimizer {name}: {error}") from error
+    return optimizer.rule.slots(optimizer.param_groups[0])
 
 
 def _machine(options: argparse.Namespace) -> Machine:
@@ -235,7 +257,7 @@ def _positive(text: str) -> int:
 def _assignment(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name.isidentifier():
-        raise Usage(f"--set expects NAME=VALUE, got {text!r}")
+        raise Usage(f"expected NAME=VALUE, got {text!r}")
     try:
         parsed = json.loads(value)
     except ValueError:

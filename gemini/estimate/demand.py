@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from gemini.capacity import Capacities
-from gemini.chunk import STATE_ROLES, Role, Tier
+from gemini.chunk import STATE_ROLES, Role, StateSlot, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
+from gemini.nn.optimizer.adam_rule import ADAM
 from gemini.packing import Packing, decide
 from gemini.tracker import Budget
 
@@ -68,14 +69,17 @@ class Demand:
 
 
 class ModelData:
-    """Asks the trainer's packing about one model, built lazily once."""
+    """Asks the trainer's packing about one model, built lazily once, whose parameters have so many optimizer states."""
 
-    def __init__(self, subject: Subject, config: GeminiConfig) -> None:
+    def __init__(self, subject: Subject, config: GeminiConfig, slots: Sequence[StateSlot] = ADAM.slots({})) -> None:
         with LazyInitContext():
             self.model: nn.Module = subject.build()
         self.config = config
         self.numel = sum(p.numel() for p in self.model.parameters())
         self.groups = [{"params": list(self.model.parameters())}]
+        self.slots = tuple(slots)
+        self.state_bytes = 4 + sum(slot.dtype.itemsize for slot in slots)
+        """Of a parameter, master included."""
 
     def pack(self, limits: Mapping[Tier, int], unified: bool) -> Packing:
         """The decision for these capacities.
@@ -85,7 +89,7 @@ class ModelData:
         OutOfMemory
             As `boost` would.
         """
-        return decide(self.model, self.groups, self.config, capacities(limits, unified))
+        return decide(self.model, self.groups, self.config, capacities(limits, unified), lambda group: self.slots)
 
 
 def capacities(limits: Mapping[Tier, int], unified: bool) -> Capacities:
@@ -183,7 +187,7 @@ def _terms(packing: Packing) -> dict[str, int]:
 
 
 def _everything(data: ModelData) -> int:
-    return data.numel * (12 + data.config.compute_dtype.itemsize)
+    return data.numel * (data.state_bytes + data.config.compute_dtype.itemsize)
 
 
 def as_argument(nbytes: int, *, up: bool = False) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemini.chunk import Tier
+from gemini.chunk import StateSlot, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.packing import decide
@@ -19,7 +19,15 @@ from gemini.sizes import format_bytes
 from gemini.stat.console import Exit, find, print_json, read
 from gemini.stat.text import printable, size
 from gemini.telemetry.discovery import NoRun
-from gemini.telemetry.documents import ChunksView, TimelineView, read_chunks, read_oom, read_timeline, timeline_of
+from gemini.telemetry.documents import (
+    ChunksView,
+    ChunkView,
+    TimelineView,
+    read_chunks,
+    read_oom,
+    read_timeline,
+    timeline_of,
+)
 from gemini.telemetry.reader import TIERS, RunView, number
 
 from .demand import GUARD, as_argument, capacities, model_bytes
@@ -168,20 +176,34 @@ def _more_room(
 def _packs(chunks: ChunksView, limits: Mapping[Tier, int]) -> bool:
     """Ask the trainer's packing about the recorded parameters."""
     model = skeleton(chunks)
-    groups: dict[int, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        index = next(int(p["param_group"]) for p in chunks.parameters if p["name"] == name)
-        if index >= 0:
-            groups.setdefault(index, []).append(parameter)
-    config = _config(chunks)
+    groups = recorded_groups(chunks, model)
     try:
         packing = decide(
-            model, [{"params": groups[i]} for i in sorted(groups)], config, capacities(limits, chunks.unified)
+            model, groups, _config(chunks), capacities(limits, chunks.unified), lambda group: tuple(group["slots"])
         )
     except OutOfMemory:
         return False
     needed = model_bytes(packing, limits, chunks.unified)
     return all(needed[tier] <= limits[tier] for tier in Tier if not (chunks.unified and tier is Tier.DEVICE))
+
+
+def recorded_groups(chunks: ChunksView, model: nn.Module) -> list[dict[str, Any]]:
+    """The optimizer's groups, with ``slots`` for what it keeps in the chunks of each."""
+    parameters = dict(model.named_parameters())
+    groups: dict[int, dict[str, Any]] = {}
+    for item in chunks.parameters:
+        index = int(item["param_group"])
+        if index >= 0:
+            slots = _slots(chunks.chunks[int(item["chunk"])])
+            groups.setdefault(index, {"params": [], "slots": slots})["params"].append(parameters[str(item["name"])])
+    return [groups[index] for index in sorted(groups)]
+
+
+def _slots(chunk: ChunkView) -> list[StateSlot]:
+    """Only the bytes per element are recorded; packing looks at nothing else."""
+    dtypes = {1: torch.uint8, 2: torch.bfloat16}
+    sizes = {name: chunk.home_bytes.get(name, 0) // max(chunk.numel, 1) for name in chunk.states}
+    return [StateSlot(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
 
 
 def skeleton(chunks: ChunksView) -> nn.Module:

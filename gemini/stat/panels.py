@@ -162,10 +162,14 @@ def map_note(run: RunView, wide: bool) -> str:
 
 
 def homes(chunks: ChunksView, width: int) -> Text:
-    """How many chunks have their master, moments and gradients where."""
+    """How many chunks have their master, optimizer states (the first of each) and gradients where."""
+    of_label: dict[str, list[str | None]] = {
+        "masters": [chunk.homes.get("master") for chunk in chunks.chunks],
+        "states": [chunk.homes[chunk.states[0]] for chunk in chunks.chunks if chunk.states],
+        "gradients": [chunk.homes.get("gradient") for chunk in chunks.chunks],
+    }
     parts = []
-    for role, label in (("master", "masters"), ("exp_avg", "moments"), ("gradient", "gradients")):
-        found = [chunk.homes.get(role) for chunk in chunks.chunks]
+    for label, found in of_label.items():
         where = "  ".join(f"{tier} {found.count(tier)}" for tier in TIERS if found.count(tier))
         if where:
             parts.append(f"{label}: {where}")

@@ -13,6 +13,8 @@ from gemini.telemetry.layout import chunks_file, oom_file, timeline_file
 from gemini.telemetry.reader import TIERS, check_version, number, numbers, read_regular
 
 _LONGEST = 1 << 20
+PLAIN_ROLES = ("master", "gradient", "shadow")
+"""Roles of homes that are not states of the optimizer."""
 PHASES = {"f": "forward", "b": "backward", "e": "end"}
 
 
@@ -28,6 +30,11 @@ class ChunkView:
     home_bytes: Mapping[str, int]
     group: str
     parameters: Sequence[str]
+
+    @property
+    def states(self) -> Sequence[str]:
+        """The optimizer's, by its own words."""
+        return [role for role in self.homes if role not in PLAIN_ROLES]
 
 
 @dataclass(frozen=True, kw_only=True)

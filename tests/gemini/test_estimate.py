@@ -91,15 +91,20 @@ def test_only_alike_layers_are_cut() -> None:
     ],
     ids=["resident", "streamed", "disk", "all three"],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_model_data_peak_where_the_estimate_says(plugin: dict[str, Any], precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("fp32", HybridAdam), ("bf16", HybridAdam), ("bf16", torch.optim.SGD), ("fp32", torch.optim.Adagrad)],
+)
+def test_model_data_peak_where_the_estimate_says(
+    plugin: dict[str, Any], precision: str, optimizer: Any, tmp_path: Path
+) -> None:
     arguments = {**plugin, "precision": precision, "telemetry": False}
     if "disk_memory" in plugin:
         arguments["offload_dir"] = tmp_path
     booster = Booster(plugin=GeminiPlugin(**arguments))
     config = booster.plugin.config
     model = build()
-    model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
+    model, optimizer, *_ = booster.boost(model, optimizer(model.parameters()))
     for number in range(3):
         booster.backward(model(batch(number)).float().square().mean(), optimizer)
         optimizer.step()
@@ -108,7 +113,7 @@ def test_model_data_peak_where_the_estimate_says(plugin: dict[str, Any], precisi
 
     limits = boosted(model).capacities.nbytes
     unified = boosted(model).capacities.unified
-    data = ModelData(subject_of(build), config)
+    data = ModelData(subject_of(build), config, optimizer.rule.slots(optimizer.param_groups[0]))
     expected = model_bytes(data.pack(limits, unified), limits, unified)
     stats = model.memory_stats()
     for tier in Tier:
@@ -155,6 +160,25 @@ def test_arguments_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     plugin = eval(content["arguments"], {"GeminiPlugin": GeminiPlugin})
     assert plugin.config.host_memory < 48 * MIB
     assert content["tiers"]["host"]["peak_bytes"] <= 48 * MIB
+
+
+def test_each_optimizer_has_its_own_states(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for optimizer in ("AdamW", "SGD", "SGD momentum=0.9", "RMSprop momentum=0.9 centered=true"):
+        assert main(["estimate", *GPT2, "--ram", "1GiB", "--json", "--optimizer", *optimizer.split()]) == 0
+        content = json.loads(capsys.readouterr().out)
+        assert content["optimizer"] == optimizer
+        found[optimizer] = content["terms"]["moments"] / content["terms"]["masters"]
+    assert list(found.values()) == [2, 0, 1, 3]
+    for wrong, reason in (
+        ("Adamw", "the name of one of torch.optim"),
+        ("Adafactor", "factors the second moment"),
+        ("SGD momentum", "expected NAME=VALUE, got 'momentum'"),
+        ("SGD nonsense=1", "nonsense"),
+        ("AdamW amsgrad=true", "does not support amsgrad"),
+    ):
+        assert main(["estimate", *GPT2, "--optimizer", *wrong.split()]) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_what_does_not_fit_exits_3_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:

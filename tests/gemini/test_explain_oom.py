@@ -1,6 +1,7 @@
 """gemini-stat explain-oom: the post-mortem of a run that had too little."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.errors import OutOfMemory
-from gemini.estimate.explain import skeleton
+from gemini.estimate.explain import recorded_groups, skeleton
 from gemini.nn.optimizer import HybridAdam
 from gemini.packing import decide
 from gemini.stat.cli import main
@@ -22,11 +23,11 @@ from gemini.telemetry.documents import read_chunks
 from gemini.telemetry.schema import load_schema
 
 
-def train_until_it_breaks(folder: Path, error: BaseException, **plugin: Any) -> Any:
+def train_until_it_breaks(folder: Path, error: BaseException, optimizer: Any = HybridAdam, **plugin: Any) -> Any:
     """A run whose third forward runs out of memory."""
     model = build()
     booster = Booster(plugin=GeminiPlugin(telemetry=folder, **plugin))
-    model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
+    model, optimizer, *_ = booster.boost(model, optimizer(model.parameters()))
     for number in range(2):
         booster.backward(model(batch(number)).float().square().mean(), optimizer)
         optimizer.step()
@@ -45,14 +46,19 @@ def train_until_it_breaks(folder: Path, error: BaseException, **plugin: Any) -> 
     return model
 
 
-def test_the_recorded_parameters_pack_as_the_model_did(tmp_path: Path) -> None:
-    model = train_until_it_breaks(tmp_path / "run", MemoryError(), device_memory="36KiB", **SMALL)
+@pytest.mark.parametrize(
+    "optimizer", [{}, {"optimizer": torch.optim.SGD}, {"optimizer": partial(torch.optim.RMSprop, momentum=0.9)}]
+)
+def test_the_recorded_parameters_pack_as_the_model_did(optimizer: dict[str, Any], tmp_path: Path) -> None:
+    small = {"device_memory": "36KiB", "host_memory": "500KiB", "disk_memory": "1MiB", "offload_dir": tmp_path, **SMALL}
+    model = train_until_it_breaks(tmp_path / "run", MemoryError(), **optimizer, **small)
     chunks = read_chunks(tmp_path / "run", 0)
     assert chunks is not None
     again = skeleton(chunks)
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
     state = boosted(model)
-    packing = decide(again, [{"params": list(again.parameters())}], state.config, state.capacities)
+    groups = recorded_groups(chunks, again)
+    packing = decide(again, groups, state.config, state.capacities, lambda group: tuple(group["slots"]))
     assert [plan.layout for plan in packing.plans] == [plan.layout for plan in state.packing.plans]
     assert packing.placement == state.packing.placement
 

@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 
 from gemini.chunk import STATE_ROLES
 
+_TAKEN = ("step", "master", "gradient", "shadow")
+"""What is kept beside the states goes by these names, in checkpoints and telemetry."""
+
 Options = Mapping[str, Any]
 """The options of a parameter group."""
 
@@ -100,7 +103,7 @@ def register_elementwise(
     TypeError
         If ``cls`` is no class of optimizers, or ``states`` is a single string.
     ValueError
-        If it has been registered, or has too many states.
+        If it has been registered, has too many states, or one by a name that means something else.
 
     Examples
     --------
@@ -118,6 +121,8 @@ def register_elementwise(
     if isinstance(states, str):
         raise TypeError(f"states of {cls.__name__}: give a sequence of names, got {states!r}")
     known = tuple(states)
+    if taken := [name for name in known if name in _TAKEN]:
+        raise ValueError(f"a state of {cls.__name__} cannot be called {taken[0]!r}, which means something else here")
     if len(known) > len(STATE_ROLES):
         raise ValueError(f"{cls.__name__} has {len(known)} states, at most {len(STATE_ROLES)} are supported")
     _KINDS[cls] = Kind(cls, _always(*known), takes_step)

@@ -6,7 +6,7 @@ from typing import Any
 
 from gemini.stat.console import Exit, console, find, print_json, read, show
 from gemini.stat.text import percent, printable, size
-from gemini.telemetry.documents import ChunkView, read_chunks, states_of
+from gemini.telemetry.documents import PLAIN_ROLES, ChunkView, read_chunks, states_of
 from gemini.telemetry.reader import TIERS, Unreadable
 
 HELP = "The chunks: where their homes are, what is in them, what state they are in."
@@ -73,7 +73,7 @@ def _table(rows: Sequence[dict[str, Any]], states: str) -> Any:
     for justify in ("right", "left", "right", "right", "left", "left"):
         table.add_column(justify=justify, no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis")
-    table.add_row("chunk", "state", "homes", "waste", "master", "moments", "parameters", style="dim")
+    table.add_row("chunk", "state", "homes", "waste", "master", "states", "parameters", style="dim")
     for row in rows:
         names = row["parameters"]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -83,7 +83,7 @@ def _table(rows: Sequence[dict[str, Any]], states: str) -> Any:
             size(row["home_bytes"]),
             percent(row["waste_ratio"]),
             printable(row["homes"].get("master", "-"), 10),
-            printable(row["homes"].get("exp_avg", "-"), 10),
+            printable(next((t for role, t in row["homes"].items() if role not in PLAIN_ROLES), "-"), 10),
             printable(names[0], 60) + more if names else "-",
         )
     return table
