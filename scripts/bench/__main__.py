@@ -1,6 +1,7 @@
 """Benchmarks: each compares in one run, side by side.
 
     python scripts/bench adam     one Adam step: our kernel, torch's, those of DeepSpeed and ColossalAI
+    python scripts/bench optimizers   one step of SGD, Adagrad and others on chunks against their own
     python scripts/bench step     one training step, managed against plain PyTorch
     python scripts/bench capacity | disk | overhead | overlap | telemetry     see their own --help
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import report
 
-NAMES = ("adam", "step")
+NAMES = ("adam", "optimizers", "step")
 SCRIPTS = ("capacity", "disk", "overhead", "overlap", "telemetry")
 """Have a `main` that reads the command line itself."""
 
