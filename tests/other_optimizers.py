@@ -19,6 +19,8 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adadelta": (torch.optim.Adadelta, {"weight_decay": 0.1}),
     "Adamax": (torch.optim.Adamax, {"weight_decay": 0.1}),
     "RAdam": (torch.optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "Adam amsgrad": (torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.1}),
+    "AdamW maximize": (torch.optim.AdamW, {"maximize": True}),
     "Rprop": (torch.optim.Rprop, {}),
     "Rprop foreach": (torch.optim.Rprop, {"foreach": True}),
 }

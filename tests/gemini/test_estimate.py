@@ -164,18 +164,18 @@ def test_arguments_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_each_optimizer_has_its_own_states(capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
-    for optimizer in ("AdamW", "SGD", "SGD momentum=0.9", "RMSprop momentum=0.9 centered=true"):
+    for optimizer in ("AdamW", "SGD", "SGD momentum=0.9", "RMSprop momentum=0.9 centered=true", "Adam amsgrad=true"):
         assert main(["estimate", *GPT2, "--ram", "1GiB", "--json", "--optimizer", *optimizer.split()]) == 0
         content = json.loads(capsys.readouterr().out)
         assert content["optimizer"] == optimizer
         found[optimizer] = content["terms"]["moments"] / content["terms"]["masters"]
-    assert list(found.values()) == [2, 0, 1, 3]
+    assert list(found.values()) == [2, 0, 1, 3, 3]
     for wrong, reason in (
         ("Adamw", "the name of one of torch.optim"),
         ("Adafactor", "factors the second moment"),
         ("SGD momentum", "expected NAME=VALUE, got 'momentum'"),
         ("SGD nonsense=1", "nonsense"),
-        ("AdamW amsgrad=true", "does not support amsgrad"),
+        ("AdamW differentiable=true", "does not support differentiable"),
     ):
         assert main(["estimate", *GPT2, "--optimizer", *wrong.split()]) == 2
         assert reason in capsys.readouterr().err

@@ -247,7 +247,9 @@ def test_memory_that_runs_out_in_the_background_costs_nothing(
     manager = ours.model._gemini.manager
     manager.settle()
     monkeypatch.setattr(pieces, "_PIECE_NUMEL", {"cpu": 1000})
-    monkeypatch.setattr(pieces, "run", failing_at(pieces.run, {0, 3, 4, 9}))
+    numbers = {0, 3, 4, 9}
+    monkeypatch.setattr(pieces, "run", failing_in_the_middle(pieces.run, numbers))
+    monkeypatch.setattr(pieces, "rooms", failing(pieces.rooms, numbers))
     assert ours.step(1) == plain.step(1)
     errors = 0
     for _ in range(20):
@@ -264,18 +266,32 @@ def test_memory_that_runs_out_in_the_background_costs_nothing(
     check_states(ours, plain)
 
 
-def failing_at(run: Callable[..., None], numbers: set[int]) -> Callable[..., None]:
-    """A `pieces.run` some calls of which find no memory, after part of their work."""
+def failing(function: Callable[..., Any], numbers: set[int]) -> Callable[..., Any]:
+    """A function some calls of which find no memory."""
     calls = iter(range(1 << 30))
 
-    def failing(work: Callable[[slice], object], of: Sequence[slice]) -> None:
-        is_commit = work.__name__ == "commit"  # allocates nothing
-        if not is_commit and next(calls) in numbers:
-            run(work, of[: len(of) // 2])
+    def call(*args: Any) -> Any:
+        if next(calls) in numbers:
             raise MemoryError("no memory")
+        return function(*args)
+
+    return call
+
+
+def failing_in_the_middle(run: Callable[..., None], numbers: set[int]) -> Callable[..., None]:
+    """A `pieces.run` that has done a part of its work when it fails, where that work allocates."""
+    check = failing(lambda: None, numbers)
+
+    def call(work: Callable[[slice], object], of: Sequence[slice]) -> None:
+        try:
+            if work.__name__ == "keeping":
+                check()
+        except MemoryError:
+            run(work, of[: len(of) // 2])
+            raise
         run(work, of)
 
-    return failing
+    return call
 
 
 def test_a_boost_that_fails_leaves_the_optimizer_as_it_was() -> None:

@@ -41,8 +41,11 @@ def accepted(optimizer: Optimizer) -> ManagedOptimizer:
     if isinstance(optimizer, ManagedOptimizer):
         return optimizer
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-        return HybridAdam.from_torch(optimizer)  # type: ignore[arg-type]
-    kind = elementwise.kind_of(optimizer)
+        kind = elementwise.asks_for_torchs_own(optimizer)
+        if kind is None:
+            return HybridAdam.from_torch(optimizer)  # type: ignore[arg-type]
+    else:
+        kind = elementwise.kind_of(optimizer)
     if kind is not None:
         return ElementwiseOptimizer(kind, optimizer)
     known = ", ".join(("HybridAdam", "torch.optim.Adam", "AdamW", *elementwise.names()))

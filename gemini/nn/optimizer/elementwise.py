@@ -34,10 +34,12 @@ class Kind:
     """From the constructor's arguments to what the states hold before the first step; None: there are none before."""
     remembers: Callable[[Options], bool] = lambda options: True
     """Whether a step with these options leaves a state."""
+    called: str | None = None
+    """By checkpoints and messages, where that is not the name of the class."""
 
     @property
     def name(self) -> str:
-        return self.cls.__name__
+        return self.called or self.cls.__name__
 
 
 def _sgd(options: Options) -> tuple[str, ...]:
@@ -47,6 +49,10 @@ def _sgd(options: Options) -> tuple[str, ...]:
 def _rmsprop(options: Options) -> tuple[str, ...]:
     wanted = {"square_avg": True, "momentum_buffer": options["momentum"] > 0, "grad_avg": options["centered"]}
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def _adam(options: Options) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if options["amsgrad"] else []))
 
 
 def _always(*names: str) -> Callable[[Options], tuple[str, ...]]:
@@ -72,6 +78,12 @@ _KINDS: dict[type[Optimizer], Kind] = {
 def kind_of(optimizer: Optimizer) -> Kind | None:
     """What is known of an optimizer's class itself; a subclass may compute something else."""
     return _KINDS.get(type(optimizer))
+
+
+def asks_for_torchs_own(optimizer: Optimizer) -> Kind | None:
+    """An Adam with options that `HybridAdam`'s kernels do not have, and torch's own arithmetic has."""
+    is_asked = any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
+    return Kind(type(optimizer), _adam, called="Adam") if is_asked else None
 
 
 def names() -> tuple[str, ...]:

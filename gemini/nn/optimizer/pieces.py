@@ -1,5 +1,6 @@
 """Torch operations over flat buffers in pieces: small enough for the caches, several at once, all or nothing."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -26,6 +27,18 @@ def groups(numel: int, device: torch.device) -> Iterator[list[slice]]:
     for start in range(0, numel, together):
         stop = min(start + together, numel)
         yield [slice(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+
+
+def all_of(param: Tensor) -> list[slice]:
+    """The pieces of a buffer."""
+    numel, size = param.numel(), _piece_numel(param.device)
+    return [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
+
+
+def rooms(param: Tensor) -> deque[Tensor]:
+    """A float32 tensor as long as a piece for each thread that may work at once; take one and put it back."""
+    numel = min(param.numel(), _piece_numel(param.device))
+    return deque(torch.empty(numel, device=param.device) for _ in range(default_pool().threads))
 
 
 def run(work: Callable[[slice], object], pieces: Sequence[slice]) -> None:

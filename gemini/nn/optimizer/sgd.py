@@ -1,5 +1,6 @@
 """SGD on flat pieces without copies: of all rules it moves the fewest bytes, so a copy beside would cost most."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,40 +44,45 @@ class SgdAtStep:
         )
 
     def atomic_numel(self, device: torch.device) -> int | None:
-        return pieces.atomic_numel(device)
+        return None
 
     def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
-        ready: dict[int, tuple[Tensor, Tensor | None]] = {}
+        # All room is there before the first write, so any number of elements is all or nothing.
+        room = pieces.rooms(param) if self._changes(grad) else None
 
-        def prepare(piece: slice) -> None:
-            ready[piece.start] = self._prepared(param[piece], grad[piece])
-
-        def commit(piece: slice) -> None:
-            self._commit(param[piece], [state[piece] for state in states], *ready.pop(piece.start))
+        def work(piece: slice) -> None:
+            self._step(param[piece], [state[piece] for state in states], grad[piece], room)
             if out is not None:
                 out[piece].copy_(param[piece])
 
-        for group in pieces.groups(param.numel(), param.device):
-            pieces.run(prepare, group)  # all allocations come before the first write
-            pieces.run(commit, group)
+        pieces.run(work, pieces.all_of(param))
 
-    def _prepared(self, param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradient that counts, and room for one more where Nesterov's is needed."""
-        grad = grad.float()
-        if self.grad_scale != 1.0:
-            grad = grad * self.grad_scale
-        if self.maximize:
-            grad = -grad
-        if self.weight_decay != 0:
-            grad = grad.add(param, alpha=self.weight_decay)
-        return grad, torch.empty_like(grad) if self.momentum != 0 and self.nesterov else None
+    def _changes(self, grad: Tensor) -> bool:
+        """Whether the gradient that counts is another than the one given."""
+        is_plain = grad.dtype == torch.float32 and self.grad_scale == 1.0
+        return not is_plain or self.maximize or self.weight_decay != 0 or self.nesterov
 
-    def _commit(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, room: Tensor | None) -> None:
+    def _step(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, rooms: "deque[Tensor] | None") -> None:
+        room = rooms.pop() if rooms is not None else None
+        if room is not None:
+            grad = self._changed(param, grad, room[: param.numel()])
         if self.momentum != 0:
             (momentum,) = states
             if self.is_first:
                 momentum.copy_(grad)
             else:
                 momentum.mul_(self.momentum).add_(grad, alpha=1 - self.dampening)
-            grad = momentum if room is None else torch.add(grad, momentum, alpha=self.momentum, out=room)
+            grad = grad.add_(momentum, alpha=self.momentum) if self.nesterov else momentum
         param.add_(grad, alpha=-self.lr)
+        if rooms is not None and room is not None:
+            rooms.append(room)
+
+    def _changed(self, param: Tensor, grad: Tensor, room: Tensor) -> Tensor:
+        room.copy_(grad)
+        if self.grad_scale != 1.0:
+            room.mul_(self.grad_scale)
+        if self.maximize:
+            room.neg_()
+        if self.weight_decay != 0:
+            room.add_(param, alpha=self.weight_decay)
+        return room

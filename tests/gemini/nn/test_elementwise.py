@@ -143,7 +143,7 @@ def test_any_failing_allocation_leaves_the_elements_in_work_as_they_were(
             failures += 1
             for tensor, value in zip((fresh.param, *fresh.states), before, strict=True):
                 assert torch.equal(tensor, value), failures
-    assert failures > 2
+    assert failures >= 1
     assert not torch.equal(fresh.param, before[0])
 
 
