@@ -11,12 +11,22 @@ from .tier import STATE_ROLES, Role, Tier
 
 @dataclass(frozen=True, slots=True)
 class StateSlot:
-    """One value that an optimizer keeps for every element of a parameter."""
+    """One value that an optimizer keeps for every element of a parameter, or for every block of them."""
 
     name: str
     """The optimizer's own word, such as ``exp_avg``: in its state dict, in checkpoints, in messages."""
     dtype: torch.dtype = torch.float32
     """Of the buffer, hence also its bytes per element; at most 4."""
+    block_numel: int = 1
+    """Elements of the parameter that share one value. A parameter begins with a block, and may end within one."""
+
+    def numel(self, numel: int) -> int:
+        """Values that are kept for so many elements."""
+        return -(-numel // self.block_numel)
+
+    def zeros(self, numel: int, device: torch.device) -> torch.Tensor:
+        """What is kept for so many elements before the first step (flat)."""
+        return torch.zeros(self.numel(numel), dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True, slots=True)

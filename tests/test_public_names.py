@@ -121,7 +121,7 @@ def test_the_plugin_prepares_dataloaders() -> None:
 def test_hybrid_adam_takes_what_the_contract_says() -> None:
     assert signature_of(gemini.HybridAdam) == (
         "model_params lr=0.001 bias_correction=True betas=(0.9, 0.999) eps=1e-08 weight_decay=0.0 adamw_mode=True "
-        "nvme_offload_fraction=0.0 nvme_offload_dir=None"
+        "nvme_offload_fraction=0.0 nvme_offload_dir=None states='fp32'"
     )
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars, scalars
 from .group_options import refuse_options
+from .moments import slots
 from .rule import StateSlot, StepMaker
-from .update import adam_update, atomic_numel
-
-_MOMENTS = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
+from .update import atomic_numel, update_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +22,31 @@ class AdamAtStep:
     scalars: AdamScalars
 
     def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
-        exp_avg, exp_avg_sq = states
-        adam_update(param, exp_avg, exp_avg_sq, grad, self.scalars, out)
+        update_states(param, states, grad, self.scalars, out)
 
     def atomic_numel(self, device: torch.device) -> int | None:
         return atomic_numel(device)
 
 
 class AdamRule:
-    """Adam and AdamW (a `Rule`)."""
+    """Adam and AdamW (a `Rule`).
+
+    Parameters
+    ----------
+    states
+        How the moments are kept: ``"fp32"``, ``"bf16"`` or ``"8bit"``.
+    """
 
     name = "Adam"
     takes_step = True
     starts_filled = False
 
+    def __init__(self, states: str = "fp32") -> None:
+        self.states = states
+        self._slots = slots(states)
+
     def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
-        return _MOMENTS
+        return self._slots
 
     def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
         return partial(_at_step, AdamHyper.of_group(group))

@@ -109,6 +109,8 @@ class AdamScalars:
     """``sqrt(bc2)``; 1.0 without bias correction."""
     eps: float
     """Added to the denominator."""
+    noise: int
+    """What the random bits for rounding states are made from (a signed 32-bit integer). See [Note: Reduced states]."""
 
 
 def f32(value: float) -> float:
@@ -153,4 +155,11 @@ def scalars(hyper: AdamHyper, step: int, grad_scale: float = 1.0) -> AdamScalars
         step_size=f32(-(hyper.lr / bias1)),
         bias2_sqrt=f32(math.sqrt(bias2)),
         eps=f32(hyper.eps),
+        noise=noise(step),
     )
+
+
+def noise(step: int) -> int:
+    """Another 32 bits for every step."""
+    bits = step * 0x85EBCA77 & 0xFFFFFFFF
+    return bits - (1 << 32) if bits >> 31 else bits

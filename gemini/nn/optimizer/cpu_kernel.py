@@ -9,6 +9,7 @@ the 16 bits are::
     float32   float32
     int16     bfloat16
     uint16    float16
+    uint8     8-bit codes
 
 numba specialises the kernels on these types, and on ``None`` where there is no low-precision copy or no L2 term. Every
 operation is the same in the vector body and in the scalar remainder of a loop, so results do not depend on how a buffer
@@ -18,6 +19,8 @@ A large copy is written around the caches ("streamed"): a line of it that is wri
 is 2 of 30 bytes a parameter. Measured: 0.51 instead of 0.58 ns a parameter on two threads, 0.62 instead of 0.66 on one,
 which is what the same reads and writes take without any arithmetic. Software prefetching, in any distance and order,
 made it slower; so did blocks of 4096 elements. Division by a constant as a product and a correction changed nothing.
+
+All in one file: numba looks at the file of a kernel alone to find out whether compiled code in its cache is old.
 """
 
 import ctypes
@@ -36,6 +39,7 @@ from torch import Tensor
 
 from .arithmetic import AdamScalars
 from .kernel_pool import KernelPool, default_pool
+from .reduced import BLOCK_NUMEL, EXP_AVG, ROOT
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
@@ -45,8 +49,9 @@ _logger = logging.getLogger(__name__)
 STREAM_NUMEL = 1 << 20
 """Copies from this length on are streamed: the update goes through 30 MB, so that little of a copy would be in the
 caches when it is used."""
-_STREAM_BLOCK = 256
-"""Elements that are computed into a buffer on the stack, then streamed out; half a KiB of bfloat16."""
+
+_BLOCK_NUMEL = BLOCK_NUMEL
+"""Elements that are computed into buffers on the stack before they are streamed or packed."""
 _LINE_BYTES = 64
 """A cache line, and the widest vector."""
 
@@ -108,17 +113,78 @@ def _narrow(typingctx: Any, value: Any, array: Any) -> Any:
     return array.dtype(types.float32, array), codegen
 
 
+_NAN_BITS = 0x7FC00000
+_INF_BITS = 0x7F800000
+_SMALLEST_NORMAL = 2.0**-14
+_EXP_AVG_MANTISSA, _ROOT_MANTISSA = EXP_AVG.mantissa, ROOT.mantissa
+
+
+def _known_bits(builder: Any, number: Any) -> Any:
+    """The bits of a float32, the same ones for all NaN."""
+    is_nan = builder.fcmp_unordered("uno", number, number)
+    return builder.select(is_nan, _I32(_NAN_BITS), builder.bitcast(number, _I32))
+
+
 @intrinsic
-def _line_buffer(typingctx: Any, array: Any) -> Any:
-    """Pointer to ``_STREAM_BLOCK`` elements of the type of ``array``, on the stack, at the begin of a cache line."""
+def _random_bits(typingctx: Any, exp_avg: Any, exp_avg_sq: Any, noise: Any) -> Any:
+    """The hash in [Note: Reduced states]."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        block = ir.ArrayType(context.get_data_type(array.dtype), _STREAM_BLOCK)
+        h = builder.mul(_known_bits(builder, args[0]), _I32(0x9E3779B1))
+        h = builder.xor(builder.xor(h, _known_bits(builder, args[1])), args[2])
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            h = builder.mul(builder.xor(h, builder.lshr(h, _I32(shift))), _I32(factor))
+        return builder.xor(h, builder.lshr(h, _I32(16)))
+
+    return types.int32(types.float32, types.float32, types.int32), codegen
+
+
+@intrinsic
+def _low(typingctx: Any, bits: Any) -> Any:
+    """The low 16 of 32 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.and_(args[0], _I32(0xFFFF))
+
+    return types.int32(types.int32), codegen
+
+
+@intrinsic
+def _high(typingctx: Any, bits: Any) -> Any:
+    """The high 16 of 32 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.lshr(args[0], _I32(16))
+
+    return types.int32(types.int32), codegen
+
+
+@intrinsic
+def _narrow_randomly(typingctx: Any, value: Any, array: Any, random: Any) -> Any:
+    """A float32 as it is where ``array`` is one of those, else rounded to bfloat16 by 16 random bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if array.dtype == types.float32:
+            return args[0]
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+        rounded = builder.lshr(builder.add(builder.bitcast(args[0], _I32), args[2]), _I32(16))
+        return builder.trunc(builder.select(is_nan, _I32(_NAN_BITS >> 16), rounded), _I16)
+
+    return array.dtype(types.float32, array, types.int32), codegen
+
+
+@intrinsic
+def _stack_block(typingctx: Any, like: Any) -> Any:
+    """Pointer to ``_BLOCK_NUMEL`` numbers of the type of ``like`` (or of its elements), where a cache line begins."""
+    dtype = getattr(like, "dtype", like)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        block = ir.ArrayType(context.get_data_type(dtype), _BLOCK_NUMEL)
         memory = cgutils.alloca_once(builder, block)
         memory.align = _LINE_BYTES
         return builder.bitcast(memory, context.get_value_type(signature.return_type))
 
-    return types.CPointer(array.dtype)(array), codegen
+    return types.CPointer(dtype)(like), codegen
 
 
 @intrinsic
@@ -149,6 +215,110 @@ def _fence(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
+@intrinsic
+def _larger(typingctx: Any, bits: Any, number: Any) -> Any:
+    """The larger one of ``bits`` and those of a float32 without its sign; any NaN is larger than infinity."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        magnitude = builder.and_(_known_bits(builder, args[1]), _I32(0x7FFFFFFF))
+        return builder.select(builder.icmp_signed(">", magnitude, args[0]), magnitude, args[0])
+
+    return types.int32(types.int32, types.float32), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _scale(typingctx: Any, top: Any, mantissa: Any) -> Any:
+    """The scale of a block from the bits of its largest magnitude, as ``reduced.scale_of`` has it."""
+    shift = 23 - mantissa.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        exponent = builder.lshr(builder.add(args[0], _I32((1 << shift) - 1)), _I32(23))
+        for limit, sign in ((1, "<"), (253, ">")):
+            exponent = builder.select(builder.icmp_signed(sign, exponent, _I32(limit)), _I32(limit), exponent)
+        is_finite = builder.icmp_signed("<", args[0], _I32(_INF_BITS))
+        return builder.bitcast(builder.select(is_finite, builder.shl(exponent, _I32(23)), _I32(_NAN_BITS)), _F32)
+
+    return types.float32(types.int32, mantissa), codegen
+
+
+def _first(builder: Any, is_small: Any, mantissa: int) -> Any:
+    return builder.select(is_small, _I32(113 << mantissa), _I32(112 << mantissa))
+
+
+def _encoded(builder: Any, magnitude: Any, inverse: Any, random: Any, mantissa: int) -> Any:
+    """The code of a magnitude, as ``reduced.encode`` has it."""
+    y = builder.fmul(magnitude, inverse)
+    is_small = builder.fcmp_ordered("<", y, _F32(_SMALLEST_NORMAL))
+    z = builder.fadd(y, builder.select(is_small, _F32(_SMALLEST_NORMAL), _F32(0.0)))
+    shift = 23 - mantissa
+    up = builder.add(builder.bitcast(z, _I32), builder.shl(random, _I32(shift - 16)))
+    code = builder.sub(builder.ashr(up, _I32(shift)), _first(builder, is_small, mantissa))
+    largest = _I32((16 << mantissa) - 1)
+    code = builder.select(builder.icmp_signed(">", code, largest), largest, code)
+    return builder.select(builder.fcmp_unordered("uno", y, y), _I32(0), code)
+
+
+def _decoded(builder: Any, code: Any, scale: Any, mantissa: int) -> Any:
+    """The magnitude of a code, as ``reduced.decode`` has it."""
+    is_small = builder.icmp_signed("<", code, _I32(1 << mantissa))
+    z = builder.shl(builder.add(code, _first(builder, is_small, mantissa)), _I32(23 - mantissa))
+    z = builder.fsub(builder.bitcast(z, _F32), builder.select(is_small, _F32(_SMALLEST_NORMAL), _F32(0.0)))
+    return builder.fmul(z, scale)
+
+
+@intrinsic
+def _pack_exp_avg(typingctx: Any, number: Any, inverse: Any, random: Any) -> Any:
+    """The 8 bits of a first moment; ``inverse`` is one divided by the scale."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], _I32)
+        magnitude = builder.bitcast(builder.and_(bits, _I32(0x7FFFFFFF)), _F32)
+        sign = builder.and_(builder.lshr(bits, _I32(24)), _I32(0x80))
+        code = builder.or_(sign, _encoded(builder, magnitude, args[1], args[2], _EXP_AVG_MANTISSA))
+        # In a block of NaN all codes are 0.
+        is_nan = builder.fcmp_unordered("uno", args[1], args[1])
+        return builder.trunc(builder.select(is_nan, _I32(0), code), _I8)
+
+    return types.uint8(types.float32, types.float32, types.int32), codegen
+
+
+@intrinsic
+def _pack_root(typingctx: Any, root: Any, inverse: Any, random: Any) -> Any:
+    """The 8 bits of a second moment's root."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code = _encoded(builder, args[0], args[1], args[2], _ROOT_MANTISSA)
+        lost = builder.and_(builder.icmp_signed("==", code, _I32(0)), builder.fcmp_ordered(">", args[0], _F32(0.0)))
+        is_nan = builder.fcmp_unordered("uno", args[1], args[1])
+        code = builder.select(builder.and_(lost, builder.not_(is_nan)), _I32(1), code)
+        return builder.trunc(code, _I8)
+
+    return types.uint8(types.float32, types.float32, types.int32), codegen
+
+
+@intrinsic
+def _unpack_exp_avg(typingctx: Any, byte: Any, scale: Any) -> Any:
+    """The first moment of 8 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code = builder.zext(args[0], _I32)
+        magnitude = _decoded(builder, builder.and_(code, _I32(0x7F)), args[1], _EXP_AVG_MANTISSA)
+        sign = builder.shl(builder.and_(code, _I32(0x80)), _I32(24))
+        return builder.bitcast(builder.or_(builder.bitcast(magnitude, _I32), sign), _F32)
+
+    return types.float32(types.uint8, types.float32), codegen
+
+
+@intrinsic
+def _unpack_root(typingctx: Any, byte: Any, scale: Any) -> Any:
+    """The root of a second moment of 8 bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _decoded(builder, builder.zext(args[0], _I32), args[1], _ROOT_MANTISSA)
+
+    return types.float32(types.uint8, types.float32), codegen
+
+
 # error_model "numpy": the default checks every division for zero, which prevents vector code.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
@@ -156,32 +326,33 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 @njit(inline="always", **_OPTIONS)
 def _element(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, i: Any, numbers: Any) -> Any:
     """Update element ``i``; the new parameter."""
-    grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps = numbers
+    grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps, noise = numbers
     g = _widen(grad[i]) * grad_scale
     p = param[i] * decay
     g = _plus_l2(p, l2, g)
-    m = exp_avg[i]
+    m = _widen(exp_avg[i])
     m = _fma(lerp, g - m, g if lerp_from_grad else m)
-    v = _fma(grad_sq * g, g, beta2 * exp_avg_sq[i])
+    v = _fma(grad_sq * g, g, beta2 * _widen(exp_avg_sq[i]))
     p += (step_size * m) / (np.sqrt(v) / bias2_sqrt + eps)
-    exp_avg[i] = m
-    exp_avg_sq[i] = v
+    random = _random_bits(m, v, noise)  # not computed where nothing is rounded
+    exp_avg[i] = _narrow_randomly(m, exp_avg, _low(random))
+    exp_avg_sq[i] = _narrow_randomly(v, exp_avg_sq, _high(random))
     param[i] = p
     return p
 
 
 def _adam(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, out: Any, head: Any, numbers: Any) -> None:
     """One step. ``out`` is streamed from its element ``head`` on, where a cache line begins."""
-    whole = (param.size - head) // _STREAM_BLOCK * _STREAM_BLOCK
+    whole = (param.size - head) // _BLOCK_NUMEL * _BLOCK_NUMEL
     if out is not None:
-        buffer = carray(_line_buffer(out), _STREAM_BLOCK)
-        for start in range(head, head + whole, _STREAM_BLOCK):
-            stop = start + _STREAM_BLOCK
+        buffer = carray(_stack_block(out), _BLOCK_NUMEL)
+        for start in range(head, head + whole, _BLOCK_NUMEL):
+            stop = start + _BLOCK_NUMEL
             p, m, v = param[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop]
             g, copy = grad[start:stop], out[start:stop]
-            for i in range(_STREAM_BLOCK):
+            for i in range(_BLOCK_NUMEL):
                 buffer[i] = _narrow(_element(p, m, v, g, i, numbers), out)
-            for i in range(0, _STREAM_BLOCK, _LINE_BYTES // out.itemsize):
+            for i in range(0, _BLOCK_NUMEL, _LINE_BYTES // out.itemsize):
                 _stream_line(copy, buffer, i)
         _fence()
     for start, stop in ((0, head), (head + whole, param.size)):
@@ -196,6 +367,66 @@ def _adam(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, out: Any, head: 
                 copy[i] = _narrow(_element(p, m, v, g, i, numbers), out)
 
 
+def _adam_8bit(
+    param: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    exp_avg_scale: Any,
+    exp_avg_sq_scale: Any,
+    grad: Any,
+    out: Any,
+    streams: Any,
+    numbers: Any,
+) -> None:
+    """One step with moments in 8 bits. ``out`` begins with a cache line if it is streamed."""
+    grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps, noise = numbers
+    new_exp_avg = carray(_stack_block(np.float32(0)), _BLOCK_NUMEL)
+    new_root = carray(_stack_block(np.float32(0)), _BLOCK_NUMEL)
+    random = carray(_stack_block(np.int32(0)), _BLOCK_NUMEL)
+    if out is not None:
+        buffer = carray(_stack_block(out), _BLOCK_NUMEL)
+    for block in range(exp_avg_scale.size):
+        start = block * _BLOCK_NUMEL
+        stop = min(start + _BLOCK_NUMEL, param.size)
+        p, ms, vs, gs = param[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop], grad[start:stop]
+        m_scale, v_scale = exp_avg_scale[block], exp_avg_sq_scale[block]
+        m_top, v_top = np.int32(0), np.int32(0)
+        for i in range(p.size):
+            g = _widen(gs[i]) * grad_scale
+            new = p[i] * decay
+            g = _plus_l2(new, l2, g)
+            m = _unpack_exp_avg(ms[i], m_scale)
+            m = _fma(lerp, g - m, g if lerp_from_grad else m)
+            root = _unpack_root(vs[i], v_scale)
+            v = _fma(grad_sq * g, g, beta2 * (root * root))
+            root = np.sqrt(v)
+            new += (step_size * m) / (root / bias2_sqrt + eps)
+            p[i] = new
+            new_exp_avg[i] = m
+            new_root[i] = root
+            random[i] = _random_bits(m, v, noise)
+            m_top = _larger(m_top, m)
+            v_top = _larger(v_top, root)
+            if out is not None:
+                buffer[i] = _narrow(new, out)
+        m_scale, v_scale = _scale(m_top, _EXP_AVG_MANTISSA), _scale(v_top, _ROOT_MANTISSA)
+        exp_avg_scale[block], exp_avg_sq_scale[block] = m_scale, v_scale
+        m_inverse, v_inverse = np.float32(1.0) / m_scale, np.float32(1.0) / v_scale
+        for i in range(p.size):
+            ms[i] = _pack_exp_avg(new_exp_avg[i], m_inverse, _low(random[i]))
+            vs[i] = _pack_root(new_root[i], v_inverse, _high(random[i]))
+        if out is not None:
+            copy = out[start:stop]
+            if streams and p.size == _BLOCK_NUMEL:
+                for i in range(0, _BLOCK_NUMEL, _LINE_BYTES // out.itemsize):
+                    _stream_line(copy, buffer, i)
+            else:
+                for i in range(p.size):
+                    copy[i] = buffer[i]
+    if out is not None:
+        _fence()
+
+
 def _compiled(function: Callable[..., None]) -> Any:
     try:
         # numba looks for a writable folder itself: NUMBA_CACHE_DIR, next to this file, the user's cache folder.
@@ -206,12 +437,18 @@ def _compiled(function: Callable[..., None]) -> Any:
 
 
 _kernel = _compiled(_adam)
+_kernel_8bit = _compiled(_adam_8bit)
 
 
 _ready: set[tuple[Any, ...]] = set()
 """Types that the kernel has been compiled for."""
 
-_ELEMENTS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.uint16}
+_ELEMENTS: dict[torch.dtype, Any] = {
+    torch.float32: np.float32,
+    torch.bfloat16: np.int16,
+    torch.float16: np.uint16,
+    torch.uint8: np.uint8,
+}
 
 
 def _array(tensor: Tensor) -> Any:
@@ -241,8 +478,61 @@ def adam_cpu(
     """
     arrays = [_array(t) for t in (param, exp_avg, exp_avg_sq, grad)]
     copy = None if out is None else _array(out)
-    s = scalars
-    numbers = (
+    numbers = _numbers(scalars)
+
+    # Everything that can fail is done before the first element changes: the kernel is compiled for these types, and the
+    # slices are made. What is left to the threads allocates nothing to speak of.
+    kind = (exp_avg.dtype, grad.dtype, None if out is None else out.dtype, scalars.l2 == 0.0)
+    if kind not in _ready:
+        _call(_kernel, *(array[:0] for array in arrays), None if copy is None else copy[:0], 0, numbers)
+        _ready.add(kind)
+    threads = pool or default_pool()
+    streams = _streams(out, grad)
+    pieces = []
+    for at in threads.cut(param.numel()):
+        part, head = None, at.stop - at.start
+        if copy is not None:
+            part = copy[at]
+            if streams:
+                head = min(-part.ctypes.data % _LINE_BYTES // part.itemsize, head)
+        pieces.append((*(array[at] for array in arrays), part, head, numbers))
+    threads.run(lambda piece: _kernel(*piece), pieces)
+
+
+def adam_8bit_cpu(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor,
+    exp_avg_sq_scale: Tensor,
+    grad: Tensor,
+    scalars: AdamScalars,
+    out: Tensor | None = None,
+    pool: KernelPool | None = None,
+) -> None:
+    """As `adam_cpu`, with moments in 8 bits; same contract as ``update.adam_8bit_update``."""
+    arrays = [_array(t) for t in (param, exp_avg, exp_avg_sq, grad)]
+    scales = [_array(t) for t in (exp_avg_scale, exp_avg_sq_scale)]
+    copy = None if out is None else _array(out)
+    numbers = _numbers(scalars)
+    kind = (exp_avg.dtype, grad.dtype, None if out is None else out.dtype, scalars.l2 == 0.0)
+    if kind not in _ready:
+        p, m, v, g, ms, vs = (array[:0] for array in (*arrays, *scales))
+        _call(_kernel_8bit, p, m, v, ms, vs, g, None if copy is None else copy[:0], False, numbers)
+        _ready.add(kind)
+    threads = pool or default_pool()
+    streams = _streams(out, grad) and out is not None and out.data_ptr() % _LINE_BYTES == 0
+    pieces = []
+    for at in threads.cut(param.numel()):
+        p, m, v, g = (array[at] for array in arrays)
+        ms, vs = (scale[at.start // _BLOCK_NUMEL : -(-at.stop // _BLOCK_NUMEL)] for scale in scales)
+        pieces.append((p, m, v, ms, vs, g, None if copy is None else copy[at], streams, numbers))
+    threads.run(lambda piece: _kernel_8bit(*piece), pieces)
+
+
+def _numbers(s: AdamScalars) -> tuple[Any, ...]:
+    """What the kernels unpack."""
+    return (
         np.float32(s.grad_scale),
         np.float32(s.decay),
         None if s.l2 == 0.0 else np.float32(s.l2),
@@ -253,33 +543,19 @@ def adam_cpu(
         np.float32(s.step_size),
         np.float32(s.bias2_sqrt),
         np.float32(s.eps),
+        np.int32(s.noise),
     )
 
-    # Everything that can fail is done before the first element changes: the kernel is compiled for these types, and the
-    # slices are made. What is left to the threads allocates nothing to speak of.
-    kind = (grad.dtype, None if out is None else out.dtype, s.l2 == 0.0)
-    if kind not in _ready:
-        _call(*(array[:0] for array in arrays), None if copy is None else copy[:0], 0, numbers)
-        _ready.add(kind)
-    threads = pool or default_pool()
-    streams = out is not None and out.numel() >= STREAM_NUMEL and out.data_ptr() != grad.data_ptr()
-    pieces = []
-    for at in threads.cut(param.numel()):
-        numel = at.stop - at.start
-        part, head = None, numel
-        if copy is not None:
-            part = copy[at]
-            if streams:
-                head = min(-part.ctypes.data % _LINE_BYTES // part.itemsize, numel)
-        pieces.append((*(array[at] for array in arrays), part, head, numbers))
-    threads.run(lambda piece: _kernel(*piece), pieces)
+
+def _streams(out: Tensor | None, grad: Tensor) -> bool:
+    return out is not None and out.numel() >= STREAM_NUMEL and out.data_ptr() != grad.data_ptr()
 
 
-def _call(*args: Any) -> None:
+def _call(kernel: Any, *args: Any) -> None:
     try:
-        _kernel(*args)
+        kernel(*args)
     except OSError as error:
         # The kernel itself does no I/O: numba compiled it and then failed to store it, before running it. It is in
         # memory now, so that the second call does not touch the disk.
         _logger.info("the compiled Adam kernel cannot be kept for the next process: %s", error)
-        _kernel(*args)
+        kernel(*args)

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .adam_rule import ADAM
+from .adam_rule import ADAM, AdamRule
 from .group_options import TORCH_DEFAULTS, completed, refuse_options
 from .managed import ManagedOptimizer
-from .parameter_state import PARAM_DTYPES, check_saved, restored
+from .parameter_state import PARAM_DTYPES, check_saved, exported, restored
 from .prepared import PreparedStep, prepare
-from .rule import Rule
 
 _Self = TypeVar("_Self", bound="HybridAdam")
 
@@ -53,20 +52,26 @@ class HybridAdam(ManagedOptimizer):
     nvme_offload_fraction, nvme_offload_dir
         Accepted for ColossalAI's users; the fraction must be 0. Where states live is decided for the whole model by
         ``GeminiPlugin``.
+    states
+        How the two moments are kept. ``"bf16"`` (4 bytes a parameter) and ``"8bit"`` (2.03 bytes) **change the
+        numbers**: moments are rounded after each step, so training takes another path to about the same loss. What is
+        rounded how is written at [Note: Reduced states] in ``reduced.py``. They too are reproducible bit for bit, and
+        the same wherever the parameters are.
 
     Raises
     ------
     ValueError
         If a value is out of range or ``nvme_offload_fraction`` is not 0.
     TypeError
-        If a parameter is complex or of another dtype that Adam cannot train.
+        If a parameter is complex or of another dtype that Adam cannot train, or float64 with reduced ``states``.
 
     Notes
     -----
-    State dicts load into and from ``torch.optim.Adam`` and ``AdamW``. Loading copies.
+    State dicts load into and from ``torch.optim.Adam`` and ``AdamW``, and into any ``states``; their moments are
+    float32. Loading copies, and rounds to nearest.
     """
 
-    rule: Rule = ADAM
+    rule: AdamRule = ADAM
 
     nvme_offload_fraction: float = 0.0
     nvme_offload_dir: str | None = None
@@ -82,7 +87,10 @@ class HybridAdam(ManagedOptimizer):
         adamw_mode: bool = True,
         nvme_offload_fraction: float = 0.0,
         nvme_offload_dir: str | None = None,
+        *,
+        states: str = "fp32",
     ) -> None:
+        self.rule = AdamRule(states)
         if nvme_offload_fraction != 0.0:
             raise ValueError(
                 f"nvme_offload_fraction={nvme_offload_fraction}: placing states on disk is the plugin's work. "
@@ -137,14 +145,14 @@ class HybridAdam(ManagedOptimizer):
     def prepare_parameters(
         self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0
     ) -> list[PreparedStep]:
-        return prepare(group, params, self.state, grad_scale)
+        return prepare(group, params, self.state, grad_scale, self.rule.states)
 
     def register_param_group(self, group: dict[str, Any]) -> None:
         group.update(completed(group, self.defaults))
         super().register_param_group(group)
         try:
             for param in group["params"]:
-                _check_parameter(param)
+                _check_parameter(param, self.rule.states)
         except TypeError:
             self.param_groups.pop()
             raise
@@ -157,7 +165,21 @@ class HybridAdam(ManagedOptimizer):
         """Return states and groups, in the layout of ``torch.optim.AdamW``."""
         for group in self.param_groups:
             group.update(self.saved_options(group))
-        return super().state_dict()
+        if self._managed is not None:
+            return super().state_dict()
+        # First of the post-hooks, so that the users' hooks see what they get.
+        handle = self.register_state_dict_post_hook(HybridAdam._export, prepend=True)  # type: ignore[arg-type]
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _export(self, state_dict: dict[str, Any]) -> None:
+        params, states = self._parameters(), self.rule.states
+        state_dict["state"] = {
+            key: exported(state, params[key], states) if isinstance(key, int) else state
+            for key, state in state_dict["state"].items()
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of a ``HybridAdam``, ``torch.optim.Adam`` or ``AdamW``. Tensors are copied.
@@ -197,7 +219,7 @@ class HybridAdam(ManagedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for param, saved in state["state"].items():
             if isinstance(saved, _SavedState):
-                state["state"][param] = restored(saved.saved, param, copy=True)
+                state["state"][param] = restored(saved.saved, param, copy=True, states=self.rule.states)
         super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,10 +227,16 @@ class HybridAdam(ManagedOptimizer):
             **super().__getstate__(),
             "nvme_offload_fraction": self.nvme_offload_fraction,
             "nvme_offload_dir": self.nvme_offload_dir,
+            "rule": self.rule,
         }
 
 
-def _check_parameter(param: Tensor) -> None:
+def _check_parameter(param: Tensor, states: str) -> None:
+    if param.dtype == torch.float64 and states != "fp32":
+        raise TypeError(
+            f"states={states!r} is not for float64 parameters (of shape {tuple(param.shape)}), which are there for "
+            "accuracy; leave states at 'fp32', or train them in float32"
+        )
     if param.dtype not in PARAM_DTYPES:
         hint = "; view it as real (torch.view_as_real)" if param.is_complex() else ""
         raise TypeError(

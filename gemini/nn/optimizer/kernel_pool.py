@@ -16,8 +16,9 @@ _Item = TypeVar("_Item")
 _SLICE_NUMEL = 1 << 20
 # Below this, waking another thread costs more than it saves.
 _SMALLEST_SLICE_NUMEL = 1 << 16
-# Slices start on this many elements: whole cache lines for every dtype, so that two threads never write the same one.
-_ALIGN_NUMEL = 64
+# Slices start on this many elements: whole blocks of 8-bit states, and whole cache lines for every dtype, so that two
+# threads never write the same one.
+_ALIGN_NUMEL = 256
 
 
 def slice_numel(numel: int, threads: int) -> int:

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
-# Dimensions from the slowest to the fastest in memory, e.g. (0, 2, 3, 1) for channels_last; None if already sorted.
+# Dimensions from the slowest to the fastest in memory, e.g. (0, 2, 3, 1) for channels_last; None if they are sorted.
 Order = tuple[int, ...] | None
 
 
 def memory_order(tensor: Tensor) -> Order:
-    """Find the order of dimensions in which ``tensor`` lies in memory."""
+    """Find the order of dimensions in which ``tensor`` lies in memory; None also if it has gaps or overlaps."""
     if tensor.is_contiguous():
         return None
     strides = tensor.stride()
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
+    # A chunk keeps such a tensor contiguous, so its blocks of elements must be those of the contiguous one here, too.
+    return order if tensor.permute(order).is_contiguous() else None
 
 
 def flatten(tensor: Tensor, order: Order) -> Tensor:

@@ -1,11 +1,14 @@
 """The optimizer state of one parameter, in ``torch.optim.AdamW``'s layout plus a float32 master copy.
 
-=============  ==================================================================================
-``step``       float32 scalar on CPU
-``exp_avg``    float32 (float64 for float64 parameters), layout of the parameter
-``exp_avg_sq`` likewise
-``master``     likewise; only for bfloat16 and float16 parameters, which receive it rounded
-=============  ==================================================================================
+====================  ==================================================================================
+``step``              float32 scalar on CPU
+``exp_avg``           float32 (float64 for float64 parameters), layout of the parameter
+``exp_avg_sq``        likewise
+``master``            likewise; only for bfloat16 and float16 parameters, which receive it rounded
+====================  ==================================================================================
+
+With reduced states the moments are bfloat16, or uint8 with ``exp_avg_scale`` and ``exp_avg_sq_scale`` beside them
+(`moments`). State dicts have float32 moments in every case.
 """
 
 from collections.abc import Mapping
@@ -13,6 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .layout import Order, copy_back, flatten, memory_order
+from .moments import MOMENTS, packed, slots, unpacked
+from .rule import StateSlot
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,12 +36,16 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def complete_state(state: dict[str, Any], param: Tensor) -> None:
+def complete_state(state: dict[str, Any], param: Tensor, states: str) -> None:
     """Add to ``state`` what is missing for an update of ``param``: everything at first, a master after loading."""
     if "step" not in state:
         state["step"] = torch.tensor(0.0)
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+        for slot in slots(states):
+            dtype = state_dtype(param) if states == "fp32" else slot.dtype
+            if slot.block_numel == 1:
+                state[slot.name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            else:
+                state[slot.name] = slot.zeros(param.numel(), param.device)
     if needs_master(param) and "master" not in state:
         state["master"] = param.detach().to(torch.float32)
 
@@ -51,11 +62,13 @@ def check_saved(saved: Mapping[str, Any], param: Tensor, where: str) -> None:
             )
 
 
-def restored(saved: Mapping[str, Any], param: Tensor, *, copy: bool) -> dict[str, Any]:
+def restored(saved: Mapping[str, Any], param: Tensor, *, copy: bool, states: str = "fp32") -> dict[str, Any]:
     """Turn a saved state, ours or torch's, into one for ``param``.
 
     Parameters
     ----------
+    states
+        How it is to be kept.
     copy
         Whether tensors that already fit are copied. Sharing them with a state dict would train two optimizers on the
         same memory.
@@ -68,7 +81,39 @@ def restored(saved: Mapping[str, Any], param: Tensor, *, copy: bool) -> dict[str
             state[name] = _like(value, param, copy)
         elif name != "master":
             state[name] = value.detach().clone() if copy and isinstance(value, Tensor) else value
+    if states != "fp32":
+        order = memory_order(param)
+        flat = packed(states, {name: flatten(state[name], order) for name in MOMENTS})
+        state.update({slot.name: _in_layout(flat[slot.name], slot, param) for slot in slots(states)})
     return state
+
+
+def exported(state: Mapping[str, Any], param: Tensor, states: str) -> dict[str, Any]:
+    """A state as state dicts have it: with float32 moments."""
+    if states == "fp32" or "exp_avg" not in state:
+        return dict(state)
+    order, kept = memory_order(param), slots(states)
+    moments = unpacked(states, {slot.name: flatten(state[slot.name], _order_of(slot, order)) for slot in kept})
+    others = {name: value for name, value in state.items() if name not in {slot.name for slot in kept}}
+    return {**others, **{name: _in_layout(flat, StateSlot(name), param) for name, flat in moments.items()}}
+
+
+def flat_states(state: Mapping[str, Any], order: Order, states: str) -> tuple[tuple[Tensor, Tensor], ...]:
+    """What is kept for a parameter in the order of kernels: each tensor, and its flat form (`layout.flatten`)."""
+    return tuple((state[slot.name], flatten(state[slot.name], _order_of(slot, order))) for slot in slots(states))
+
+
+def _order_of(slot: StateSlot, order: Order) -> Order:
+    return order if slot.block_numel == 1 else None
+
+
+def _in_layout(flat: Tensor, slot: StateSlot, param: Tensor) -> Tensor:
+    """A flat tensor in the layout of ``param``, unless it has a value for each block only."""
+    if slot.block_numel > 1:
+        return flat
+    shaped = torch.empty_like(param, dtype=flat.dtype, memory_format=torch.preserve_format, requires_grad=False)
+    copy_back(flat, shaped, memory_order(param))
+    return shaped
 
 
 def _like(value: Tensor, param: Tensor, copy: bool) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars, scalars
 from .layout import copy_back, flatten, memory_order
-from .parameter_state import PARAM_DTYPES, complete_state, needs_master
+from .parameter_state import PARAM_DTYPES, complete_state, flat_states, needs_master
 from .reference import adam_float64
-from .update import adam_update, ready
+from .update import ready, update_states
 
 States = MutableMapping[Any, dict[str, Any]]
 
@@ -30,7 +30,7 @@ class PreparedStep:
     scalars: AdamScalars | None
     """None: ``flat`` holds the new values already."""
     written: tuple[Tensor, ...]
-    """The tensors that change: parameter or master, both moments, and the parameter if it has a master."""
+    """The tensors that change: parameter or master, the states, and the parameter if it has a master."""
     flat: tuple[Tensor, ...]
     """The same, one-dimensional, as views where their layout allows it."""
     gradient: Tensor | None
@@ -39,10 +39,9 @@ class PreparedStep:
         """Do it."""
         if self.scalars is not None:
             assert self.gradient is not None
-            master, exp_avg, exp_avg_sq = self.flat[:3]
-            adam_update(
-                master, exp_avg, exp_avg_sq, self.gradient, self.scalars, self.flat[3] if len(self.flat) > 3 else None
-            )
+            master, *kept = self.flat
+            out = kept.pop() if needs_master(self.param) else None
+            update_states(master, kept, self.gradient, self.scalars, out)
         order = memory_order(self.param)
         for flat, tensor in zip(self.flat, self.written, strict=True):
             copy_back(flat, tensor, order)
@@ -53,7 +52,11 @@ class PreparedStep:
 
 
 def prepare(
-    group: Mapping[str, Any], params: Iterable[Tensor], states: Mapping[Any, dict[str, Any]], grad_scale: float = 1.0
+    group: Mapping[str, Any],
+    params: Iterable[Tensor],
+    states: Mapping[Any, dict[str, Any]],
+    grad_scale: float = 1.0,
+    kept_as: str = "fp32",
 ) -> list[PreparedStep]:
     """Make ready the update of those ``params`` that have a gradient.
 
@@ -65,6 +68,8 @@ def prepare(
         Of the optimizer; not changed.
     grad_scale
         Multiplied into the gradients on the fly; they are not changed.
+    kept_as
+        How the moments are kept (`moments.slots`).
 
     Raises
     ------
@@ -73,7 +78,7 @@ def prepare(
     """
     hyper = AdamHyper.of_group(group)
     of_step: dict[int, AdamScalars] = {}  # parameters may have seen different numbers of gradients
-    return [_prepared(param, states.get(param), hyper, of_step, grad_scale) for param in updatable(params)]
+    return [_prepared(param, states.get(param), hyper, of_step, grad_scale, kept_as) for param in updatable(params)]
 
 
 def updatable(params: Iterable[Tensor]) -> list[Tensor]:
@@ -104,24 +109,29 @@ def _prepared(
     hyper: AdamHyper,
     of_step: dict[int, AdamScalars],
     grad_scale: float,
+    kept_as: str,
 ) -> PreparedStep:
     assert param.grad is not None
     state = known or {}
     if "step" not in state or (needs_master(param) and "master" not in state):
         state = dict(state)  # a state that is not complete stays as it is until the commit
-        complete_state(state, param)
+        complete_state(state, param, kept_as)
     step = int(state["step"].item()) + 1
-    moments = (state["exp_avg"], state["exp_avg_sq"])
     if param.dtype == torch.float64:
+        moments = (state["exp_avg"], state["exp_avg_sq"])
         new = tuple(tensor.detach().clone() for tensor in (param, *moments))
         adam_float64(new[0], new[1], new[2], param.grad, hyper, step, grad_scale)
         order = memory_order(param)
         return PreparedStep(param, state, step, None, (param, *moments), tuple(flatten(t, order) for t in new), None)
     if step not in of_step:
         of_step[step] = scalars(hyper, step, grad_scale)
-    # Without a master the parameter is its own.
-    written = (state["master"], *moments, param) if needs_master(param) else (param, *moments)
     order = memory_order(param)
-    flat, gradient = tuple(flatten(tensor, order) for tensor in written), flatten(param.grad, order)
-    ready(param.device, gradient.dtype, param.dtype if needs_master(param) else None, of_step[step].l2 != 0.0)
+    # Without a master the parameter is its own.
+    has_master = needs_master(param)
+    master = state["master"] if has_master else param
+    copy = ((param, flatten(param, order)),) if has_master else ()
+    pairs = ((master, flatten(master, order)), *flat_states(state, order, kept_as), *copy)
+    written, flat = zip(*pairs, strict=True)
+    gradient = flatten(param.grad, order)
+    ready(param.device, gradient.dtype, param.dtype if has_master else None, of_step[step].l2 != 0.0, kept_as)
     return PreparedStep(param, state, step, of_step[step], written, flat, gradient)

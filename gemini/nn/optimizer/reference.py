@@ -7,6 +7,16 @@ import torch
 from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars
+from .reduced import (
+    BLOCK_NUMEL,
+    pack_exp_avg,
+    pack_exp_avg_sq,
+    random_bits,
+    sqrt,
+    to_bfloat16,
+    unpack_exp_avg,
+    unpack_exp_avg_sq,
+)
 
 # A dozen float64 temporaries are alive at once: slices keep them small, and near the caches of a CPU.
 SLICE_NUMEL = 1 << 16
@@ -34,15 +44,6 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
     return odd.float()
 
 
-def sqrt(x: Tensor) -> Tensor:
-    """Compute the correctly rounded float32 square root.
-
-    ``torch.sqrt`` on a float32 CPU tensor calls MKL, which is 1 ulp off for some values. In float64 an ulp does not
-    matter: the root of a float32 is never within 2**-50 (relative) of a float32 rounding boundary.
-    """
-    return x.double().sqrt().float()
-
-
 def adam_reference(
     param: Tensor,
     exp_avg: Tensor,
@@ -55,10 +56,41 @@ def adam_reference(
     with torch.no_grad():
         for start in range(0, param.numel(), SLICE_NUMEL):
             p, m, v, g = (t[start : start + SLICE_NUMEL] for t in (param, exp_avg, exp_avg_sq, grad))
-            p_new, m_new, v_new = _adam(p, m, v, g.float(), scalars)
+            p_new, m_new, v_new = _adam(p, m.float(), v.float(), g.float(), scalars)
+            if m.dtype == torch.bfloat16:
+                for_m, for_v = random_bits(m_new, v_new, scalars.noise)
+                m_new, v_new = to_bfloat16(m_new, for_m), to_bfloat16(v_new, for_v)
             m.copy_(m_new)
             v.copy_(v_new)
             p.copy_(p_new)
+            if out is not None:
+                out[start : start + SLICE_NUMEL].copy_(p_new)
+
+
+def adam_8bit_reference(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor,
+    exp_avg_sq_scale: Tensor,
+    grad: Tensor,
+    scalars: AdamScalars,
+    out: Tensor | None = None,
+) -> None:
+    """Update flat buffers in place; same contract as ``update.adam_8bit_update``, without its validation."""
+    with torch.no_grad():
+        for start in range(0, param.numel(), SLICE_NUMEL):
+            p, m, v, g = (t[start : start + SLICE_NUMEL] for t in (param, exp_avg, exp_avg_sq, grad))
+            ms, vs = (
+                t[start // BLOCK_NUMEL : (start + SLICE_NUMEL) // BLOCK_NUMEL]
+                for t in (exp_avg_scale, exp_avg_sq_scale)
+            )
+            old = unpack_exp_avg(m, ms), unpack_exp_avg_sq(v, vs)
+            p_new, m_new, v_new = _adam(p, *old, g.float(), scalars)
+            for_m, for_v = random_bits(m_new, v_new, scalars.noise)
+            packed = (*pack_exp_avg(m_new, for_m), *pack_exp_avg_sq(v_new, for_v))
+            for tensor, new in zip((m, ms, v, vs, p), (*packed, p_new), strict=True):
+                tensor.copy_(new)
             if out is not None:
                 out[start : start + SLICE_NUMEL].copy_(p_new)
 

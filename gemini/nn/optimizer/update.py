@@ -1,26 +1,30 @@
-"""``adam_update``: one Adam step on flat buffers, by the kernel of their device."""
+"""One Adam step on flat buffers, by the kernel of their device: ``adam_update``, and ``adam_8bit_update``."""
 
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars, scalars
-from .reference import SLICE_NUMEL, adam_reference
+from .moments import slots
+from .reduced import BLOCK_NUMEL
+from .reference import SLICE_NUMEL, adam_8bit_reference, adam_reference
 
 _logger = logging.getLogger(__name__)
 
-_Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, AdamScalars, Tensor | None], None]
+_Kernel = Callable[..., None]
 
-# Where each kernel lives. Imported on first use, because compilers are slow to import and may be missing.
-_KERNELS = {"cpu": ("cpu_kernel", "adam_cpu", "numba"), "cuda": ("cuda_kernel", "adam_cuda", "Triton")}
+# Where the kernels live. Imported on first use, because compilers are slow to import and may be missing.
+_KERNELS = {"cpu": ("cpu_kernel", "numba"), "cuda": ("cuda_kernel", "Triton")}
+_REFERENCES: dict[str, _Kernel] = {"adam": adam_reference, "adam_8bit": adam_8bit_reference}
 
 _READY_NUMEL = 64
 
 _GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOMENT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def adam_update(
@@ -35,8 +39,10 @@ def adam_update(
 
     Parameters
     ----------
-    param, exp_avg, exp_avg_sq
-        float32, one-dimensional, contiguous, of equal length, on one device. Written.
+    param
+        float32, one-dimensional, contiguous. Written.
+    exp_avg, exp_avg_sq
+        Likewise, or both bfloat16 (see [Note: Reduced states]), of equal length, on one device. Written.
     grad
         The gradient, float32, bfloat16 or float16, likewise. Not changed.
     at_step
@@ -56,47 +62,97 @@ def adam_update(
     CUDA the work is queued on the current stream. Payloads of NaN are not defined, that a NaN stays one is. See
     [Note: Adam arithmetic].
     """
-    _check(param, exp_avg, exp_avg_sq, grad, out)
+    _check("exp_avg", exp_avg, param, _MOMENT_DTYPES)
+    _check("exp_avg_sq", exp_avg_sq, param, (exp_avg.dtype,))
+    _check_around(param, grad, out)
     if param.numel() > 0:
         _kernel_of(param.device.type)(param, exp_avg, exp_avg_sq, grad, at_step, out)
 
 
+def adam_8bit_update(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor,
+    exp_avg_sq_scale: Tensor,
+    grad: Tensor,
+    at_step: AdamScalars,
+    out: Tensor | None = None,
+) -> None:
+    """Do one Adam step on moments in 8 bits. Cuts at multiples of `reduced.BLOCK_NUMEL` give the same bits.
+
+    Parameters
+    ----------
+    param, grad, at_step, out
+        As in `adam_update`.
+    exp_avg, exp_avg_sq
+        uint8, as long as ``param``. Written.
+    exp_avg_scale, exp_avg_sq_scale
+        float32, one element for each block, the last of which may be shorter. Written.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a tensor does not fit this description. Nothing has been written then.
+    """
+    blocks = -(-param.numel() // BLOCK_NUMEL)
+    _check("exp_avg", exp_avg, param, (torch.uint8,))
+    _check("exp_avg_sq", exp_avg_sq, param, (torch.uint8,))
+    _check("exp_avg_scale", exp_avg_scale, param, (torch.float32,), blocks)
+    _check("exp_avg_sq_scale", exp_avg_sq_scale, param, (torch.float32,), blocks)
+    _check_around(param, grad, out)
+    if param.numel() > 0:
+        kernel = _kernel_of(param.device.type, "adam_8bit")
+        kernel(param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad, at_step, out)
+
+
+def update_states(
+    param: Tensor, states: Sequence[Tensor], grad: Tensor, at_step: AdamScalars, out: Tensor | None = None
+) -> None:
+    """Do one step on states that are kept in any of the ways that `moments` knows."""
+    if len(states) == 2:
+        exp_avg, exp_avg_sq = states
+        adam_update(param, exp_avg, exp_avg_sq, grad, at_step, out)
+    else:
+        exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale = states
+        adam_8bit_update(param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad, at_step, out)
+
+
 @functools.cache
-def ready(device: torch.device, grad_dtype: torch.dtype, out_dtype: torch.dtype | None, has_l2: bool) -> None:
+def ready(
+    device: torch.device, grad_dtype: torch.dtype, out_dtype: torch.dtype | None, has_l2: bool, states: str = "fp32"
+) -> None:
     """Have the kernel for these types: compiled, loaded, its threads started. All that takes memory, and may fail."""
-    param, exp_avg, exp_avg_sq = (torch.zeros(_READY_NUMEL, device=device) for _ in range(3))
+    param = torch.zeros(_READY_NUMEL, device=device)
+    kept = [slot.zeros(_READY_NUMEL, device) for slot in slots(states)]
     grad = torch.zeros(_READY_NUMEL, dtype=grad_dtype, device=device)
     out = None if out_dtype is None else torch.zeros(_READY_NUMEL, dtype=out_dtype, device=device)
     weight_decay = 0.1 if has_l2 else 0.0
     hyper = AdamHyper(
         lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, decoupled=False, bias_correction=True
     )
-    adam_update(param, exp_avg, exp_avg_sq, grad, scalars(hyper, 1), out)
+    update_states(param, kept, grad, scalars(hyper, 1), out)
 
 
-def _check(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, out: Tensor | None) -> None:
-    numel, device = param.numel(), param.device
-    for name, tensor in (
-        ("param", param),
-        ("exp_avg", exp_avg),
-        ("exp_avg_sq", exp_avg_sq),
-        ("grad", grad),
-        ("out", out),
-    ):
-        if tensor is None:
-            continue
-        dtypes = _GRAD_DTYPES if name in ("grad", "out") else (torch.float32,)
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-        if tensor.dim() != 1 or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be one-dimensional and contiguous, got shape {tuple(tensor.shape)}, "
-                f"stride {tensor.stride()}"
-            )
-        if tensor.numel() != numel:
-            raise ValueError(f"{name} has {tensor.numel()} elements, param has {numel}")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, param on {device}")
+def _check_around(param: Tensor, grad: Tensor, out: Tensor | None) -> None:
+    _check("param", param, param, (torch.float32,))
+    _check("grad", grad, param, _GRAD_DTYPES)
+    if out is not None:
+        _check("out", out, param, _GRAD_DTYPES)
+
+
+def _check(name: str, tensor: Tensor, param: Tensor, dtypes: Sequence[torch.dtype], numel: int | None = None) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be one-dimensional and contiguous, got shape {tuple(tensor.shape)}, stride {tensor.stride()}"
+        )
+    wanted = param.numel() if numel is None else numel
+    if tensor.numel() != wanted:
+        raise ValueError(f"{name} has {tensor.numel()} elements, must have {wanted} where param has {param.numel()}")
+    if tensor.device != param.device:
+        raise ValueError(f"{name} is on {tensor.device}, param on {param.device}")
 
 
 def atomic_numel(device: torch.device) -> int | None:
@@ -105,12 +161,12 @@ def atomic_numel(device: torch.device) -> int | None:
 
 
 @functools.cache
-def _kernel_of(device_type: str) -> _Kernel:
+def _kernel_of(device_type: str, name: str = "adam") -> _Kernel:
     if device_type not in _KERNELS:
-        return adam_reference
-    module, function, compiler = _KERNELS[device_type]
+        return _REFERENCES[name]
+    module, compiler = _KERNELS[device_type]
     try:
-        kernel: _Kernel = getattr(importlib.import_module(f".{module}", __package__), function)
+        kernel: _Kernel = getattr(importlib.import_module(f".{module}", __package__), f"{name}_{device_type}")
     except ImportError as error:
         # Cached, hence said once.
         _logger.warning(
@@ -119,5 +175,5 @@ def _kernel_of(device_type: str) -> _Kernel:
             error,
             device_type,
         )
-        return adam_reference
+        return _REFERENCES[name]
     return kernel

@@ -4,6 +4,7 @@ import math
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_scalars_are_rounded_once_from_float64() -> None:
 
 def test_without_bias_correction_every_step_has_the_scalars_of_the_limit() -> None:
     plain = AdamHyper(**{**VALID, "bias_correction": False})
-    assert scalars(plain, 1) == scalars(plain, 1000)
+    assert replace(scalars(plain, 1), noise=0) == replace(scalars(plain, 1000), noise=0)
     assert scalars(plain, 1).step_size == f32(-1e-3)
     assert scalars(plain, 1).bias2_sqrt == 1.0
 

@@ -8,8 +8,9 @@ from adam_cases import GRAD_DTYPES, OUT_DTYPES, Draw, Update, buffers, hyper, ra
 
 from gemini.nn.optimizer.arithmetic import scalars
 from gemini.nn.optimizer.hybrid_adam import HybridAdam
+from gemini.nn.optimizer.moments import packed, slots
 from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.update import adam_update, update_states
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,11 +32,27 @@ def test_on_cuda_both_realisations_give_the_bits_of_the_cpu(update: Update, draw
         assert all(same_bits(a.cpu(), b) for a, b in zip(got, expected, strict=True)), (h, grad_dtype, out_dtype)
 
 
-def test_cuda_runs_the_kernel_and_not_the_reference() -> None:
-    from gemini.nn.optimizer.cuda_kernel import adam_cuda
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+@pytest.mark.parametrize("draw", [spread, random_bits])
+def test_on_cuda_reduced_states_have_the_bits_of_the_cpu(states: str, draw: Draw) -> None:
+    for h, grad_dtype in itertools.product(HYPERS, GRAD_DTYPES):
+        param, exp_avg, exp_avg_sq, grad = buffers(10_007, seed=0, draw=draw)
+        kept = packed(states, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq})
+        on_cpu = [param, *(kept[slot.name] for slot in slots(states)), grad.to(grad_dtype)]
+        on_cuda = [tensor.cuda() for tensor in on_cpu]
+        s = scalars(h, 3, grad_scale=0.3)
+        update_states(on_cpu[0], on_cpu[1:-1], on_cpu[-1], s)
+        update_states(on_cuda[0], on_cuda[1:-1], on_cuda[-1], s)
+        for a, b in zip(on_cuda, on_cpu, strict=True):
+            assert torch.equal(a.cpu(), b) if b.dtype is torch.uint8 else same_bits(a.cpu(), b), (h, grad_dtype)
+
+
+def test_cuda_runs_the_kernels_and_not_the_references() -> None:
+    from gemini.nn.optimizer.cuda_kernel import adam_8bit_cuda, adam_cuda
     from gemini.nn.optimizer.update import _kernel_of
 
     assert _kernel_of("cuda") is adam_cuda
+    assert _kernel_of("cuda", "adam_8bit") is adam_8bit_cuda
 
 
 def test_training_on_cuda_gives_the_weights_of_the_cpu() -> None:

@@ -51,9 +51,11 @@ def test_a_wrong_dtype_is_named(position: int, dtype: torch.dtype) -> None:
         adam_update(*tensors, SCALARS)
 
 
-def test_moments_in_low_precision_are_refused() -> None:
-    tensors = buffers(10, seed=0)
-    with pytest.raises(TypeError, match="exp_avg must be"):
+def test_moments_of_float16_or_of_two_dtypes_are_refused() -> None:
+    tensors = buffers(8, seed=0)
+    with pytest.raises(TypeError, match=r"exp_avg must be torch.float32 or torch.bfloat16, got torch.float16"):
+        adam_update(tensors[0], tensors[1].half(), tensors[2].half(), tensors[3], SCALARS)
+    with pytest.raises(TypeError, match=r"exp_avg_sq must be torch.bfloat16, got torch.float32"):
         adam_update(tensors[0], tensors[1].bfloat16(), tensors[2], tensors[3], SCALARS)
 
 
