@@ -1,5 +1,8 @@
 """The gradient of one chunk: written slot by slot as backward produces it, read by the update."""
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -14,18 +17,61 @@ class GradientBuffer:
     Adding is additive and keeps the order of arrival, as ``p.grad`` does: reentrant checkpointing delivers the
     gradient of one parameter once per segment, and accumulation once per micro-batch. A slot without a gradient
     is not read by anyone, so it needs no zeros; the step leaves its parameter alone, as torch does.
+
+    Parameters
+    ----------
+    buffer
+        Where it lives; None where memory is borrowed for each gradient anew.
+    borrow
+        Lends that memory, when the first slot's gradient comes.
     """
 
-    def __init__(self, layout: ChunkLayout, buffer: Buffer, backend: DeviceBackend) -> None:
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        buffer: Buffer | None,
+        backend: DeviceBackend,
+        borrow: Callable[[], Buffer] | None = None,
+    ) -> None:
         self.layout = layout
         self.buffer = buffer
         self.present: set[int] = set()
         self._backend = backend
+        self._borrow = borrow
+        self._is_given_up = False
         self._norms: dict[int, Tensor] = {}
         self._norm_wanted = False
         """Whether anyone has asked for 2-norms yet: who clips does so in every step, who does not never."""
-        tensor = buffer.tensor
-        self._views = [] if tensor is None else [_shaped(tensor, slot) for slot in layout.slots]
+        self._views = _views(layout, buffer)
+
+    def _attach(self) -> Buffer:
+        """The buffer, borrowed if there is none that is ours still."""
+        if self.buffer is None or self._is_given_up:
+            self._is_given_up = False
+            assert self._borrow is not None
+            self.buffer = self._borrow()
+            self._views = _views(self.layout, self.buffer)
+            if self.buffer.tensor is not None:  # the update runs over the gaps between slots, which nobody writes
+                ends = [(slot.offset, slot.stop) for slot in self.layout.slots]
+                for (_, stop), (start, _) in pairwise([(0, 0), *ends, (self.layout.numel, self.layout.numel)]):
+                    self.buffer.tensor[stop:start].zero_()
+        return self.buffer
+
+    @property
+    def is_borrowed(self) -> bool:
+        """True if it has memory that is to be given back; a file, it keeps."""
+        return self.buffer is not None and self.buffer.tensor is not None and self._borrow is not None
+
+    def give_up(self) -> Buffer | None:
+        """What has been borrowed is no longer ours once the update that reads it is over."""
+        self._is_given_up = True
+        return self.buffer
+
+    def detach(self, buffer: Buffer) -> None:
+        """Let go what was borrowed, if it is not another buffer since."""
+        if self.buffer is buffer:
+            self.buffer = None
+            self._views = []
 
     def add(self, position: int, gradient: Tensor) -> None:
         """Put or add the gradient of the slot at ``position``.
@@ -42,13 +88,14 @@ class GradientBuffer:
             )
         gradient = gradient.detach()  # one of backward(create_graph=True) would keep its graph alive in the buffer
         accumulate = position in self.present
+        buffer = self._attach()
         if self._views:
             self._backend.download(gradient, self._views[position], accumulate)
         else:
-            self._add_on_disk(position, gradient, accumulate)
+            self._add_on_disk(buffer, position, gradient, accumulate)
         self.present.add(position)
 
-    def _add_on_disk(self, position: int, gradient: Tensor, accumulate: bool) -> None:
+    def _add_on_disk(self, buffer: Buffer, position: int, gradient: Tensor, accumulate: bool) -> None:
         slot = self.layout.slots[position]
         if not accumulate and gradient.stride() == slot.stride:
             flat = gradient.as_strided((slot.numel,), (1,))
@@ -57,16 +104,16 @@ class GradientBuffer:
             shaped = flat.as_strided(slot.shape, slot.stride)
             if accumulate:
                 self._backend.synchronize()
-                self.buffer.read(slot.offset, flat)
+                buffer.read(slot.offset, flat)
                 shaped.add_(gradient.to(flat.device))
             else:
                 shaped.copy_(gradient)
-        self._backend.store(flat, self.buffer, slot.offset)
+        self._backend.store(flat, buffer, slot.offset)
         if self._norm_wanted:
             self._norms[position] = _norm(flat.as_strided(slot.shape, slot.stride), 2.0)  # while it is in RAM
 
     def view(self, position: int) -> Tensor | None:
-        """The gradient of a slot itself, in its parameter's shape; None where it is a file."""
+        """The gradient of a slot itself, in its parameter's shape; None where it is a file, or where there is none."""
         return self._views[position] if self._views else None
 
     def norms(self, order: float = 2.0) -> list[Tensor]:
@@ -83,11 +130,11 @@ class GradientBuffer:
 
     def read(self, position: int) -> Tensor:
         """A copy of one gradient, in its parameter's shape."""
-        slot = self.layout.slots[position]
+        slot, buffer = self.layout.slots[position], self._attach()
         if not self._views:
             self._backend.synchronize()
-        flat = torch.empty(slot.numel, dtype=self.buffer.dtype)
-        self.buffer.read(slot.offset, flat)
+        flat = torch.empty(slot.numel, dtype=buffer.dtype)
+        buffer.read(slot.offset, flat)
         return flat.as_strided(slot.shape, slot.stride)
 
     def write(self, position: int, gradient: Tensor) -> None:
@@ -100,6 +147,12 @@ class GradientBuffer:
         """Forget all gradients."""
         self.present = set()
         self._norms = {}
+
+
+def _views(layout: ChunkLayout, buffer: Buffer | None) -> list[Tensor]:
+    if buffer is None or buffer.tensor is None:
+        return []
+    return [_shaped(buffer.tensor, slot) for slot in layout.slots]
 
 
 def _shaped(flat: Tensor, slot: Slot) -> Tensor:

@@ -25,6 +25,12 @@ def align(numel: int, multiple: int = ALIGN_NUMEL) -> int:
     return -(-numel // multiple) * multiple
 
 
+def size_class(nbytes: int) -> int:
+    """Round up to one of eight sizes between powers of two, so that blocks of memory for similar sizes are the same."""
+    grain = max(1 << max(nbytes - 1, 0).bit_length() >> 4, 64)
+    return align(nbytes, grain)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor to be packed."""

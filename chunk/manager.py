@@ -1,8 +1,10 @@
 """All chunks of a model: builds them, gives them memory, and finds a parameter's place."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from .buffer import Buffer
 from .chunk import Chunk
 from .disk import DiskBackend
 from .gradient import GradientBuffer
+from .gradient_pool import GradientPool, Use
 from .host_arena import padded
 from .layout import Slot
 from .ledger import Ledger, mib
@@ -54,6 +57,8 @@ class ChunkManager:
         One per chunk, in chunk order.
     ledger, device, disk
         Who counts, who computes, who stores. ``disk`` may be None if no home is on DISK.
+    gradient_room
+        Bytes per tier for gradients that have no home.
 
     Raises
     ------
@@ -62,14 +67,28 @@ class ChunkManager:
     """
 
     def __init__(
-        self, plans: Sequence[ChunkPlan], ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None
+        self,
+        plans: Sequence[ChunkPlan],
+        ledger: Ledger,
+        device: DeviceBackend,
+        disk: DiskBackend | None,
+        gradient_room: Mapping[Tier, int] = MappingProxyType({}),
     ) -> None:
         self.ledger = ledger
         self.device = device
         self.disk = disk
         self.moves = MoveCounts()
+        self.before_read: Callable[[], None] = lambda: None
+        """Called before a value is handed out. Raises where there are no values of one step."""
+        self.after_write: Callable[[Tensor, Role], None] = lambda parameter, role: None
+        """Called with what has been replaced."""
+        self.withheld: Set[Chunk] = frozenset()
+        """Chunks whose parameters nobody is shown: they have taken a step that the others have not."""
         self._clock = 0
         self._reserve(plans)
+        self.gradient_pool = GradientPool(ledger, device, disk, self._evict_for)
+        for tier, nbytes in gradient_room.items():
+            self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
         self.chunks = tuple(self._build(plan) for plan in plans)
         self._places: dict[int, tuple[Chunk, int]] = {}
 
@@ -103,6 +122,10 @@ class ChunkManager:
         if Role.GRADIENT in plan.homes:
             buffer = self._home(plan, Role.GRADIENT, plan.homes[Role.GRADIENT])
             chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
+        elif plan.borrows_gradient:
+            tier = Tier.DEVICE if master.tier is Tier.DEVICE else Tier.HOST
+            borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
+            chunk.gradient = GradientBuffer(plan.layout, None, self.device, borrow)
         return chunk
 
     def _home(self, plan: ChunkPlan, role: Role, tier: Tier) -> Buffer:
@@ -118,6 +141,11 @@ class ChunkManager:
         """Make ``parameter`` live in a slot: its data is its chunk's view from now on, or NaN while that is away."""
         chunk.bind(position, parameter)
         self._places[id(parameter)] = (chunk, position)
+
+    def lends_until(self, chunk: Chunk, use: Use) -> None:
+        """Take back what a chunk has borrowed for its gradient, if it has, once an update is over."""
+        if chunk.gradient is not None and chunk.gradient.is_borrowed:
+            self.gradient_pool.retire(chunk.gradient, use)
 
     # -- finding
 
@@ -294,6 +322,13 @@ class ChunkManager:
                 raise self._no_room(chunk, keep)
             self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
 
+    def _evict_for(self, tier: Tier, nbytes: int) -> None:
+        """Evict until so many bytes of a tier are free, or nothing idle is left where that would help."""
+        if tier is Tier.DISK or self.ledger.bounded_by(tier) is not self.ledger.bounded_by(Tier.DEVICE):
+            return
+        while self.ledger.free(tier) < nbytes and (idle := self._idle(())):
+            self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
+
     def evict_idle(self, keep: Sequence[Chunk] = ()) -> None:
         """Free every full copy that nothing uses, but for those of ``keep``."""
         for chunk in self._idle(keep):
@@ -351,6 +386,7 @@ class ChunkManager:
 
     def read(self, parameter: Tensor, role: Role) -> Tensor:
         """A copy, on CPU, of what one role holds for a parameter, in its shape (waits for a pending update)."""
+        self.before_read()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_edits(chunk)
@@ -370,6 +406,7 @@ class ChunkManager:
         if role is Role.MASTER and chunk.is_resident and not chunk.full_is_home:
             self.evict(chunk)
         self.write_slot(chunk, position, role, value)
+        self.after_write(parameter, role)
 
     def write_slot(self, chunk: Chunk, position: int, role: Role, value: Tensor) -> None:
         """Put ``value`` (any dtype, the slot's shape) into a home; of the master also into its shadow."""
@@ -388,7 +425,7 @@ class ChunkManager:
     def show(self, parameter: Tensor) -> None:
         """Wait for the pending update of a parameter, and show its values if its chunk is resident."""
         place = self.find(parameter)
-        if place is not None:
+        if place is not None and place[0] not in self.withheld:
             place[0].settle()
             self.keep_assigned(place[0])
             place[0].reveal()
@@ -397,8 +434,9 @@ class ChunkManager:
         """Wait for every pending update, and show the parameters of resident chunks their values again."""
         for chunk in self.chunks:
             chunk.settle()
-            self.keep_assigned(chunk)
-            chunk.reveal()
+            if chunk not in self.withheld:
+                self.keep_assigned(chunk)
+                chunk.reveal()
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""

@@ -40,11 +40,13 @@ class ChunkPlan:
     """Of the full copy and the gradient."""
     states: tuple[StateSlot, ...] = ()
     """What the roles ``STATE_ROLES`` are here, in that order."""
+    borrows_gradient: bool = False
+    """Its gradient has no home: it lives in borrowed memory until the update, which comes within backward."""
 
     @property
     def is_trainable(self) -> bool:
         """True if an optimizer updates it (which one with no states of its own does as well)."""
-        return Role.GRADIENT in self.homes
+        return Role.GRADIENT in self.homes or self.borrows_gradient
 
     def dtype(self, role: Role) -> torch.dtype:
         """fp32 for the master of a trainable chunk, what its slot says for a state, else the compute dtype."""

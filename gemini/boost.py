@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backward_updates import BackwardUpdates
 from .boosted import Boosted
 from .capacity import Capacities, find_capacities
 from .checkpoint import serve_parts
@@ -28,6 +29,7 @@ from .chunk import (
     Tier,
     tuned,
 )
+from .completion import Completion
 from .config import GeminiConfig
 from .gradients import Gradients
 from .hooks import Hooks
@@ -46,6 +48,7 @@ from .telemetry.writer import TelemetryWriter
 from .tracker import NonModelMeter
 from .units import Units
 from .update_queue import BLOCK_SETS, UpdateQueue, warm_up
+from .updater import Updater
 
 
 def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: GeminiConfig) -> GeminiModule:
@@ -90,8 +93,14 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
 
     runtime = Runtime(manager, config.max_prefetch, meter, capacities.device_limit_bytes)
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
-    gradients = Gradients(manager, packing.parameters, are_scaled=scaler is not None)
-    step = ChunkedStep(manager, runtime, queue, gradients, SingleProcess(), scaler, config.max_norm)
+    gradients = Gradients(manager, packing.parameters, scaler is not None, config.update_in_backward)
+    updater = Updater(manager, queue, gradients)
+    if config.update_in_backward and optimizer is not None:
+        completion = Completion(manager, packing.parameters)
+        runtime.in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, runtime.keeps)
+    step = ChunkedStep(
+        manager, runtime, updater, gradients, SingleProcess(), scaler, config.max_norm, runtime.in_backward
+    )
     units, statistics = Units(model, manager), Statistics(manager)
     monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
     hooks = Hooks(
@@ -100,7 +109,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         runtime,
         cast_inputs=config.compute_dtype if config.precision != "fp32" else None,
         force_outputs_fp32=config.force_outputs_fp32,
-        on_abandoned_backward=step.drop_gradients,
+        on_abandoned_backward=step.abandon,
         **({} if monitor is None else {"on_error": monitor.on_error}),
     )
     if monitor is not None:
@@ -149,7 +158,8 @@ def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tu
         device = CudaBackend(capacities.device, fetch_staging, config.pin_memory, store_staging)
     else:
         device = RamBackend(fetch_staging, store_staging)
-    return ChunkManager(packing.plans, ledger, device, disk), UpdateQueue(update_staging)
+    manager = ChunkManager(packing.plans, ledger, device, disk, packing.placement.gradient_room)
+    return manager, UpdateQueue(update_staging)
 
 
 def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torch.device) -> None:

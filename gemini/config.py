@@ -40,6 +40,8 @@ class GeminiConfig:
     """Page-lock the homes on HOST (CUDA only)."""
     max_norm: float = 0.0
     """Clip the gradients' 2-norm in every step; 0 for never."""
+    update_in_backward: bool = False
+    """Update each chunk as soon as backward is through with it; gradients never exist all at once."""
     force_outputs_fp32: bool = False
     steady_device_ratio: float = 0.9
     """Share of the free device memory that a run may use (CUDA, when ``device_memory`` is None)."""
@@ -62,6 +64,16 @@ class GeminiConfig:
             raise ValueError(f"max_prefetch must be 0 or more, got {self.max_prefetch}")
         if not self.max_norm >= 0:  # also not a number
             raise ValueError(f"max_norm must be 0 (no clipping) or positive, got {self.max_norm}")
+        if self.update_in_backward and self.max_norm > 0:
+            raise ValueError(
+                f"update_in_backward=True cannot go with max_norm={self.max_norm}: the norm of all gradients is known "
+                "only when backward is over; leave max_norm at 0, or update_in_backward off"
+            )
+        if self.update_in_backward and self.precision == "fp16":
+            raise ValueError(
+                "update_in_backward=True cannot go with precision='fp16': whether gradients overflow is known only "
+                "when backward is over; use precision='bf16' or 'fp32', or leave update_in_backward off"
+            )
         if self.search_range is not None and not 0 < self.search_range[0] <= self.search_range[1]:
             raise ValueError(f"search_range must be two positive sizes, the smaller one first, got {self.search_range}")
         if not 0.0 < self.steady_device_ratio <= 1.0:

@@ -129,6 +129,10 @@ class Cycle:
             return self._schedule.between
         return Actions(prefetch=planner.first)
 
+    def keeps(self, chunk: int) -> bool:
+        """True if the plan of this cycle has a full copy there at its end; without a plan any may be."""
+        return self._schedule is None or chunk in self._schedule.end
+
     def replan(self, plan: Plan) -> None:
         """Make every plan anew, because the capacity is another one. The cycle under way goes on without."""
         for planners in self._planners.values():

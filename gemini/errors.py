@@ -8,6 +8,7 @@
     +-- CheckpointError      a file that cannot be read or does not match the model
     +-- LazyInitError        a lazy tensor was used in a way that cannot be replayed
     +-- OffloadError         the disk tier could not read or write
+    +-- TornStep             backward failed when update_in_backward had updated some of the parameters
 
 This file is the bottom of the import order: it imports nothing of ours, so ``chunk`` and ``lazy`` may use it.
 User mistakes (a bad argument) are ``ValueError`` and ``TypeError``.
@@ -38,6 +39,13 @@ class LazyInitError(GeminiError, RuntimeError):
 
 class OffloadError(GeminiError, OSError):
     """Reading or writing the disk tier failed. Parameters and optimizer states are as they were before the call."""
+
+
+class TornStep(GeminiError, RuntimeError):
+    """With ``update_in_backward=True`` a backward failed when it had updated some parameters and not others.
+
+    The model refuses to go on until a checkpoint of model and optimizer has been loaded.
+    """
 
 
 def is_out_of_memory(error: BaseException) -> bool:

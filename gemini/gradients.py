@@ -11,10 +11,12 @@ and clips nothing without a word.
     p.grad    None --backward--> view or AbsentGradient --step, zero_grad--> None
 
 What the user does to ``p.grad`` in between counts, as in PyTorch: None forgets the gradient, a tensor replaces it.
+
+Where the optimizer uses gradients up within backward, ``p.grad`` is an `AbsentGradient` from then until ``zero_grad``.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -32,18 +34,27 @@ _METADATA: frozenset[Any] = frozenset(
     }
 )
 
+_CLIP = (
+    "Clip with optimizer.clip_grad_by_norm(max_norm) or GeminiPlugin(max_norm=...), which see all gradients; forget "
+    "them with optimizer.zero_grad()"
+)
+_USED_UP = "with update_in_backward=True the optimizer uses it up within backward"
+_BOOST_WITHOUT = "To clip, scale or look at gradients boost without it"
+
 
 class AbsentGradient(Tensor):
     """Stands for a gradient that is not in ``p.grad``: has its shape, dtype and device, and refuses to be read."""
 
     reason: str
+    remedy: str
 
     @staticmethod
-    def of(parameter: Tensor, reason: str) -> "AbsentGradient":
+    def of(parameter: Tensor, reason: str, remedy: str = _CLIP) -> "AbsentGradient":
         """A stand-in (no memory) for the gradient of ``parameter``; ``reason`` says where that is."""
         nan = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device)
         stand_in: AbsentGradient = nan.expand(parameter.shape).as_subclass(AbsentGradient)
         stand_in.reason = reason
+        stand_in.remedy = remedy
         return stand_in
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -54,11 +65,9 @@ class AbsentGradient(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        reason = next((a.reason for a in _flat(args) if isinstance(a, AbsentGradient)), "it is in a chunk")
-        raise RuntimeError(
-            f"this gradient cannot be read through p.grad: {reason}. Clip with optimizer.clip_grad_by_norm(max_norm) "
-            "or GeminiPlugin(max_norm=...), which see all gradients; forget them with optimizer.zero_grad()"
-        )
+        told = next(((a.reason, a.remedy) for a in _flat(args) if isinstance(a, AbsentGradient)), None)
+        reason, remedy = told or ("it is in a chunk", _CLIP)
+        raise RuntimeError(f"this gradient cannot be read through p.grad: {reason}. {remedy}")
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:
@@ -80,10 +89,21 @@ class Gradients:
         The managed parameters.
     are_scaled
         Backward runs on a scaled loss: then nobody is shown a gradient, since it is not the one expected.
+    are_used_up
+        The optimizer takes gradients within backward: nobody is shown one, nor can one be taken back.
     """
 
-    def __init__(self, manager: ChunkManager, parameters: Sequence[nn.Parameter], are_scaled: bool) -> None:
+    def __init__(
+        self, manager: ChunkManager, parameters: Sequence[nn.Parameter], are_scaled: bool, are_used_up: bool = False
+    ) -> None:
+        self.before_arrival: Callable[[Chunk, int], None] = lambda chunk, position: None
+        """Called before a gradient goes into its chunk."""
+        self.on_arrival: Callable[[Chunk, int], None] = lambda chunk, position: None
+        """Called when autograd has put a gradient into its chunk."""
+        self.used_up: Set[Chunk] = frozenset()
+        """Chunks whose gradients the step under way has used up."""
         self._manager = manager
+        self._are_used_up = are_used_up
         self._shown: dict[int, Tensor] = {}
         """id of a parameter -> what ``p.grad`` was set to. Without an entry ``p.grad`` is autograd's or the user's."""
         self._stand_ins: dict[int, AbsentGradient] = {}
@@ -95,9 +115,12 @@ class Gradients:
                 continue
             parameter.register_post_accumulate_grad_hook(partial(_taking, itself))
             view = place[0].gradient.view(place[1])
-            if are_scaled or view is None or (view.dtype, view.device) != (parameter.dtype, parameter.device):
+            if are_used_up:
+                self._stand_ins[id(parameter)] = AbsentGradient.of(parameter, _USED_UP, _BOOST_WITHOUT)
+            elif are_scaled or view is None or (view.dtype, view.device) != (parameter.dtype, parameter.device):
                 reason = _reason(place[0], parameter, are_scaled)
                 self._stand_ins[id(parameter)] = AbsentGradient.of(parameter, reason)
+            if id(parameter) in self._stand_ins:
                 parameter.register_hook(partial(_making_way, itself, weakref.ref(parameter)))
 
     # -- during backward
@@ -114,12 +137,14 @@ class Gradients:
         assert chunk.gradient is not None
         parameter.grad = None  # first: if what follows fails, the next backward must not find it here
         self._shown.pop(id(parameter), None)
+        self.before_arrival(chunk, position)
         chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
         if shown is None:
             chunk.gradient.add(position, gradient)
         else:
             chunk.gradient.write(position, gradient)  # the user had replaced what was shown: this is the whole
         self._show(parameter, chunk, position)
+        self.on_arrival(chunk, position)
 
     def make_way(self, parameter: Tensor) -> None:
         """Before autograd adds to ``p.grad``: a stand-in cannot be added to."""
@@ -143,6 +168,8 @@ class Gradients:
         ------
         TypeError
             If a gradient that the user has put there is sparse.
+        ValueError
+            If one that was used up within backward has been replaced since.
         """
         for chunk in self._manager.chunks:
             if chunk.gradient is None:
@@ -152,6 +179,11 @@ class Gradients:
                 gradient, shown = parameter.grad, self._shown.get(id(parameter))
                 if gradient is shown:
                     continue
+                if chunk in self.used_up and shown is not None and position not in chunk.gradient.present:
+                    raise ValueError(
+                        f"the gradient of {chunk.layout.slots[position].name} was changed between backward and step(), "
+                        f"but {_USED_UP}; boost without it"
+                    )
                 chunk.settle()
                 if gradient is None:
                     self._forget(parameter)
@@ -160,8 +192,28 @@ class Gradients:
                     chunk.gradient.write(position, gradient)
                     self._show(parameter, chunk, position)
 
-    def hide(self, chunk: Chunk) -> None:
+    def first_not_zeroed(self) -> str | None:
+        """The name of a parameter whose gradient has been used up, and that has not been zeroed since."""
+        for chunk in self._manager.chunks:
+            for position, binding in enumerate(chunk.bindings):
+                shown = self._shown.get(id(binding.parameter))
+                if shown is None or chunk.gradient is None or position in chunk.gradient.present:
+                    continue
+                if binding.parameter.grad is shown:
+                    return chunk.layout.slots[position].name
+                self._shown.pop(id(binding.parameter))
+        return None
+
+    def hand_over(self, chunk: Chunk) -> None:
         """From now on the chunk's gradients are the optimizer's."""
+        if not self._are_used_up:
+            self.hide(chunk)
+            return
+        assert chunk.gradient is not None
+        chunk.gradient.clear()
+
+    def hide(self, chunk: Chunk) -> None:
+        """Show no gradient of a chunk any more."""
         for binding in chunk.bindings:
             if self._shown.pop(id(binding.parameter), None) is not None:
                 binding.parameter.grad = None
@@ -180,7 +232,7 @@ class Gradients:
 
 
 def _reason(chunk: Chunk, parameter: Tensor, are_scaled: bool) -> str:
-    assert chunk.gradient is not None
+    assert chunk.gradient is not None and chunk.gradient.buffer is not None
     buffer = chunk.gradient.buffer
     if are_scaled:
         return "it is multiplied by the loss scale of fp16"

@@ -63,6 +63,7 @@ class Hooks:
         self._model = model
         self._units = units
         self._runtime = runtime
+        self._updates = runtime.in_backward
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
         self._on_abandoned_backward = on_abandoned_backward
@@ -168,6 +169,8 @@ class Hooks:
         if not (self._depth or self._running or _in_backward()):
             self._before_part(unit)
         visit = Visit(unit)
+        if self._updates is not None and _in_backward():
+            self._updates.before_use(f"{unit.name}, run again by backward,", visit.chunks)
         self._running.append(visit)
         if torch.is_grad_enabled():
             visit.input_nodes = tuple(t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad)
@@ -189,6 +192,8 @@ class Hooks:
         self._running.remove(visit)
         if output is None:
             self._on_error(sys.exc_info()[1])
+        if self._updates is not None and self._runtime.cycle.with_gradients and output is not None:
+            self._updates.called(visit, torch.is_grad_enabled(), _in_backward())
         self._runtime.leave(visit)
         if self._observer is not None and is_compiled(module):
             self._observer.resume()
@@ -232,7 +237,7 @@ class Hooks:
         # An input without a gradient in this backward never comes: the visit then ends with the backward.
         visit.inputs_missing -= 1
         if visit.inputs_missing == 0:
-            self._runtime.leave(visit)
+            self._runtime.leave_backward(visit)
 
     # -- uses outside of a parameter's own unit
 
@@ -264,6 +269,8 @@ class Hooks:
         """A parameter that nothing pins is asked for, and maybe used."""
         if torch.compiler.is_compiling():
             return
+        if self._updates is not None:
+            self._updates.before_use("code outside of any unit", [chunk])
         if self._observer is not None:
             self._asked.add(id(parameter))  # the observer will see whether and by whom it is used
         elif self._running and not _in_backward():

@@ -1,33 +1,24 @@
 """What a boosted optimizer does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chunk import Chunk, ChunkManager, ChunkState, Communicator, Role, Tier
+from .backward_updates import BackwardUpdates
+from .chunk import Chunk, ChunkManager, Communicator, Role
 from .gradient_norm import clip_coefficient, first_nonfinite, total_norm
 from .gradients import Gradients
 from .nn.optimizer.managed import ManagedOptimizer
-from .nn.optimizer.rule import AtStep, StateSlot, StepMaker, steps_of
+from .nn.optimizer.rule import StateSlot, steps_of
 from .runtime import Runtime
 from .saved_groups import check_groups
 from .scaler import LossScaler
-from .update_queue import ChunkUpdate, Run, UpdateQueue
+from .updater import Updater
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A parameter group's arithmetic, with the options that it has now."""
-
-    make: StepMaker
-    remembers: bool
-    """Whether a step of it is counted."""
 
 
 class ChunkedStep:
@@ -35,36 +26,38 @@ class ChunkedStep:
 
     Parameters
     ----------
-    manager, runtime, queue, gradients, communicator
+    manager, runtime, updater, gradients, communicator
         Where gradients and states are, who knows the order of use, who updates, what ``p.grad`` shows, who agrees among
         ranks.
     scaler
         The loss scale of fp16; None for dtypes that need none.
     max_norm
         Clip the gradients' 2-norm in every step; 0 for never.
+    in_backward
+        Has done a part of each step already; None where no step begins before its backward is over.
     """
 
     def __init__(
         self,
         manager: ChunkManager,
         runtime: Runtime,
-        queue: UpdateQueue,
+        updater: Updater,
         gradients: Gradients,
         communicator: Communicator,
         scaler: LossScaler | None,
         max_norm: float,
+        in_backward: BackwardUpdates | None = None,
     ) -> None:
         self.manager = manager
         self.scaler = scaler
-        self.steps: dict[int, int] = {}
-        """id of a parameter -> how many steps it has taken; of a rule that does not count, whether it has a state."""
+        self.in_backward = in_backward
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         """The last norm computed, unscaled."""
         self.recover: Callable[[], None] = lambda: None
         """Cleans up after a backward that the user called and that failed. Set when the hooks are installed."""
         self._runtime = runtime
-        self._queue = queue
+        self._updater = updater
         self._gradients = gradients
         self._communicator = communicator
         self._max_norm = max_norm
@@ -72,17 +65,23 @@ class ChunkedStep:
         """Told what ended a backward, before anything is put in order."""
         self._is_scaled = False
         self._coefficient = 1.0
-        self.slots: dict[int, tuple[StateSlot, ...]] = {
-            chunk.layout.group.param_group: tuple(chunk.states.values())
-            for chunk in manager.chunks
-            if chunk.is_trainable
-        }
-        """By group: the states that there is room for."""
+
+    @property
+    def steps(self) -> dict[int, int]:
+        """See `Updater.steps`."""
+        return self._updater.steps
+
+    @property
+    def slots(self) -> Mapping[int, tuple[StateSlot, ...]]:
+        """See `Updater.slots`."""
+        return self._updater.slots
 
     # -- backward
 
     def backward(self, loss: Tensor) -> None:
         """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
+        if self.in_backward is not None:
+            self.in_backward.before_backward()
         if self.scaler is not None:
             self._is_scaled = True
             loss = loss * self.scaler.scale
@@ -91,16 +90,33 @@ class ChunkedStep:
         except BaseException as error:
             self.on_error(error)
             self._runtime.abort()
-            self.drop_gradients()
-            self._runtime.explain(error)
+            self.abandon()
+            self._runtime.explain(error, self.in_backward.torn_text if self.in_backward is not None else "")
+            if self.in_backward is not None and self.in_backward.torn_text and hasattr(error, "add_note"):
+                error.add_note(self.in_backward.torn_text)
             raise
 
+    def abandon(self) -> None:
+        """A backward has failed: its gradients are worth nothing."""
+        if self.in_backward is None or self.in_backward.failed():
+            self.drop_gradients()
+
     def drop_gradients(self) -> None:
-        """Forget what is in the chunks (a failed backward's gradients are worth nothing)."""
+        """Forget what is in the chunks.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer has used some of it already, within backward.
+        """
+        if self.in_backward is not None:
+            self.in_backward.before_zero_grad()
         self.manager.device.discard()
         for chunk in self.manager.chunks:
             if chunk.gradient is not None:
                 self._gradients.hide(chunk)
+                if chunk.gradient.present:
+                    self.manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
         self._is_scaled = False
         self._coefficient = 1.0
@@ -111,8 +127,10 @@ class ChunkedStep:
         self.recover()
         self._runtime.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
+        if self.in_backward is not None:
+            self.in_backward.before_step(optimizer)
         self._refuse_unfrozen(optimizer)
-        groups = self._groups(optimizer)
+        groups = self._updater.groups(optimizer)
         chunks = self._chunks_with_gradients()
         plain = self._plain_parameters(optimizer)
         scale = self._scale
@@ -126,10 +144,7 @@ class ChunkedStep:
                 coefficient *= clip_coefficient(norm, self._max_norm)
         grad_scale = coefficient / scale
 
-        taken: dict[int, int] = {}
-        updates = [
-            self._plan_update(groups[chunk.layout.group.param_group], chunk, grad_scale, taken) for chunk in chunks
-        ]
+        updates = [self._updater.plan(groups[chunk.layout.group.param_group], chunk, grad_scale) for chunk in chunks]
         order = self._runtime.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
         prepared = [
@@ -137,27 +152,14 @@ class ChunkedStep:
             for index, parameters in plain.items()
             for step in optimizer.prepare_parameters(optimizer.param_groups[index], parameters, grad_scale)
         ]
-        tickets = self._queue.submit(updates)
-
-        self.steps.update(taken)
-        for update, ticket in zip(updates, tickets, strict=True):
-            update.chunk.update = ticket
-            assert update.chunk.gradient is not None
-            update.chunk.supersede(update.chunk.gradient.present)
-            self._gradients.hide(update.chunk)
-            update.chunk.poison()  # nobody may see half of an update; the next pin or `settle` shows the values again
+        self._updater.start(updates)
         optimizer.commit_parameters(prepared)
         self._coefficient = 1.0
         if self.scaler is not None:
             self.scaler.update(overflow=False)
+        if self.in_backward is not None:
+            self.in_backward.after_step()
         self._prefetch()
-
-    def _groups(self, optimizer: ManagedOptimizer) -> list["_Group"]:
-        rule = optimizer.rule
-        return [
-            _Group(rule.of_group(group, self.slots.get(index, rule.slots(group))), rule.remembers(group))
-            for index, group in enumerate(optimizer.param_groups)
-        ]
 
     @property
     def _scale(self) -> float:
@@ -207,38 +209,6 @@ class ChunkedStep:
         self._coefficient = 1.0
         return True
 
-    def _plan_update(self, group: "_Group", chunk: Chunk, grad_scale: float, taken: dict[int, int]) -> ChunkUpdate:
-        of_step: dict[int, AtStep] = {}
-        runs: list[Run] = []
-        assert chunk.gradient is not None
-        previous = -2
-        for position in sorted(chunk.gradient.present):
-            slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
-            step = self.steps.get(id(parameter), 0) + 1
-            if group.remembers:
-                taken[id(parameter)] = step
-            if step not in of_step:
-                of_step[step] = group.make(step, grad_scale)
-            at_step = of_step[step]
-            if runs and position == previous + 1 and runs[-1].at_step is at_step:
-                runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
-            else:
-                runs.append(Run(slot.offset, slot.stop, at_step))
-            previous = position
-        return ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk))
-
-    def _refreshed(self, chunk: Chunk) -> Tensor | None:
-        """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
-        if chunk.full_is_home or not chunk.is_resident:
-            return None
-        if self.manager.device.is_ram or chunk.homes[Role.MASTER].tier is Tier.DEVICE:
-            if chunk.state is ChunkState.FETCHING:
-                self.manager.pin(chunk)
-                self.manager.unpin(chunk)
-            return chunk.full
-        self.manager.evict(chunk)
-        return None
-
     def zero_grad(self, optimizer: ManagedOptimizer) -> None:
         self.drop_gradients()
         for group in optimizer.param_groups:
@@ -257,6 +227,8 @@ class ChunkedStep:
     def clip_grad_by_norm(
         self, optimizer: ManagedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> Tensor:
+        if self.in_backward is not None:
+            self.in_backward.refuse_clipping()
         norm = total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / self._scale
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
@@ -267,6 +239,8 @@ class ChunkedStep:
         return norm
 
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
+        if self.in_backward is not None:
+            self.in_backward.refuse_clipping()
         bound = value * self._scale
         for chunk in self._chunks_with_gradients():
             assert chunk.gradient is not None

@@ -228,7 +228,7 @@ def description(
         group = chunk.layout.group
         marks = (" frozen" if not group.trainable else "") + (" fp32" if group.keeps_fp32 else "")
         buffers = {chunk.name(role): home for role, home in chunk.homes.items()}
-        if chunk.gradient is not None:
+        if chunk.gradient is not None and chunk.gradient.buffer is not None:
             buffers[Role.GRADIENT.value] = chunk.gradient.buffer
         for slot in chunk.layout.slots:
             parameters[slot.key] = {

@@ -26,6 +26,7 @@ from .chunk import (
 from .chunk.search import RING_CHUNKS, bounds, waste_ratio
 from .config import GeminiConfig
 from .errors import OutOfMemory
+from .gradient_room import gradient_room
 from .nn.optimizer.adam_rule import ADAM
 from .placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
 from .sizes import format_bytes
@@ -182,7 +183,13 @@ def _decide_with(
     block = _staging_block(layouts, capacities, role_count)
     placement = _place(layouts, use, config, capacities, staging_bytes(block, role_count))
     plans = tuple(
-        ChunkPlan(layout, homes, layout.group.dtype(config), layout.group.states)
+        ChunkPlan(
+            layout,
+            homes,
+            layout.group.dtype(config),
+            layout.group.states,
+            borrows_gradient=layout.group.trainable and Role.GRADIENT not in homes,
+        )
         for layout, homes in zip(layouts, placement.homes, strict=True)
     )
     copies = _copies(layouts, config, capacities, placement)
@@ -231,6 +238,8 @@ class _Use:
     siblings: Sequence[tuple[str, frozenset[int]]]
     """The same, with the units beside it in its module. Those that read the same input (query, key and value) stay in
     use in backward until the last of them is done; which these are is not known yet."""
+    stages: Sequence[frozenset[int]]
+    """The chunks that each module uses by itself, in the order of the modules, which is mostly that of their use."""
 
 
 def _use(model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[nn.Parameter]) -> _Use:
@@ -241,13 +250,17 @@ def _use(model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[
     }
     units = nested_chunks(model, owned)
     of_name = dict(units)
-    siblings = []
+    siblings, stages = [], []
     for name, module in model.named_modules():
+        stages.append(owned[module])
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             continue  # their members run one after the other, or who knows
+        children = list(module.children())
+        if not any(list(child.children()) for child in children):  # query, key and value, say
+            stages.append(frozenset().union(*(owned[child] for child in children)))
         members = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
         siblings.append((name, frozenset().union(*(of_name.get(member, frozenset()) for member in members))))
-    return _Use(units, siblings)
+    return _Use(units, siblings, stages)
 
 
 def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities, role_count: int) -> int:
@@ -260,7 +273,7 @@ def staging_bytes(block_numel: int, role_count: int) -> int:
     return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * role_count) * block_numel * 4
 
 
-def _need(layout: ChunkLayout, compute_dtype: torch.dtype) -> ChunkNeed:
+def _need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) -> ChunkNeed:
     low = layout.numel * compute_dtype.itemsize
     if not layout.group.trainable:
         return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
@@ -269,9 +282,10 @@ def _need(layout: ChunkLayout, compute_dtype: torch.dtype) -> ChunkNeed:
     roles = {
         Role.MASTER: full,
         **{role: layout.numel * slot.dtype.itemsize for role, slot in states},
-        Role.GRADIENT: low,
     }
-    return ChunkNeed(roles=roles, full_nbytes=low, shadow_nbytes=low if low < full else 0)
+    if not borrow:
+        roles[Role.GRADIENT] = low
+    return ChunkNeed(roles=roles, full_nbytes=low, shadow_nbytes=low if low < full else 0, borrows_gradient=borrow)
 
 
 def _place(
@@ -281,14 +295,42 @@ def _place(
     capacities: Capacities,
     staging_bytes: int,
 ) -> Placement:
+    """Place homes; with ``update_in_backward`` gradients have none, unless there is not even RAM for a few of them."""
+    arguments = (layouts, use, config, capacities, staging_bytes)
+    if not (config.update_in_backward and capacities.nbytes[Tier.DISK]):
+        return _place_around_ring(*arguments, borrow=config.update_in_backward)
+    try:
+        return _place_around_ring(*arguments, borrow=True)
+    except _TooSmall:
+        return _place_around_ring(*arguments, borrow=False)
+
+
+def _place_around_ring(
+    layouts: Sequence[ChunkLayout],
+    use: _Use,
+    config: GeminiConfig,
+    capacities: Capacities,
+    staging_bytes: int,
+    borrow: bool,
+) -> Placement:
     """Place homes around a ring for full copies, as large as prefetching likes, or as small as the units allow."""
-    needs = [_need(layout, layout.group.dtype(config)) for layout in layouts]
+    needs = [_need(layout, layout.group.dtype(config), borrow) for layout in layouts]
+    gradients = {
+        layout.index: layout.numel * layout.group.dtype(config).itemsize
+        for layout, need in zip(layouts, needs, strict=True)
+        if need.borrows_gradient
+    }
+    gradient_bytes = gradient_room(use.stages, gradients)
     streamed = _copies(layouts, config, capacities, None)
     ahead = max(streamed, default=0)
 
     def attempt(ring_bytes: int) -> Placement:
         room = Room(
-            capacities=capacities.nbytes, unified=capacities.unified, ring_bytes=ring_bytes, staging_bytes=staging_bytes
+            capacities=capacities.nbytes,
+            unified=capacities.unified,
+            ring_bytes=ring_bytes,
+            staging_bytes=staging_bytes,
+            gradient_bytes=gradient_bytes,
         )
         return place(needs, room, config.policy)
 

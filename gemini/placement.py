@@ -1,8 +1,8 @@
 """Where each chunk's homes live. Pure: frozen values in, frozen values out; no torch, no device, no clock.
 
 The floor is what the optimizer keeps: 12 bytes a parameter for Adam (master and both moments, fp32), 4 for plain SGD;
-plus the gradient between backward and step. The full copies stream through a ring on DEVICE, whose room is taken off
-first. What is left is filled fastest tier first:
+plus the gradient between backward and step (with ``update_in_backward`` room for a few of them, taken off first). The
+full copies stream through a ring on DEVICE, whose room is taken off first. What is left is filled fastest tier first:
 
 - DEVICE, where it is memory of its own, takes whole chunks (all roles together, so that the update runs there);
 - HOST takes the masters of all other chunks first, then gradients, then the optimizer's states;
@@ -17,7 +17,7 @@ more per byte than a master does, and would leave the disk idle in backward; so 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .chunk.tier import STATE_ROLES, Role, Tier
 
@@ -37,6 +37,8 @@ class ChunkNeed:
     """Bytes of its full copy."""
     shadow_nbytes: int = 0
     """Bytes of the master in the compute dtype; 0 where that is the master's own."""
+    borrows_gradient: bool = False
+    """Its gradient has no home."""
 
     def nbytes(self, role: Role, tier: Tier) -> int:
         """Bytes that a role takes on a tier; DISK gives whole pages."""
@@ -56,6 +58,8 @@ class Room:
     """Room for full copies, kept free on DEVICE (on HOST when unified)."""
     staging_bytes: int
     """Room on HOST for the blocks through which DISK homes are read, taken only if there are any."""
+    gradient_bytes: int = 0
+    """Room for gradients without a home, on each of DEVICE and HOST that has masters of trainable chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class Placement:
     """One per chunk: its roles, and SHADOW where it has one."""
     nbytes: Mapping[Tier, int]
     """Bytes of homes on each tier."""
+    gradient_room: Mapping[Tier, int] = field(default_factory=dict)
+    """Bytes for gradients without a home, beside these."""
 
     @property
     def uses_disk(self) -> bool:
@@ -173,11 +179,22 @@ def _fill(
         return needs[index].nbytes(role, Tier.DISK if disk_bytes else Tier.HOST)
 
     share = policy.device_share(sum(sum(need.roles.values()) for need in needs))
+    gradient_room: dict[Tier, int] = {}
+    if room.gradient_bytes and any(need.borrows_gradient for need in needs):
+        free[Tier.DEVICE] = max(free[Tier.DEVICE] - room.gradient_bytes, 0)
     for index, need in enumerate(needs):
         whole = sum(need.roles.values())
         if whole <= free[Tier.DEVICE] and used[Tier.DEVICE] + whole <= share:
             for role in need.roles:
                 put(index, role, (Tier.DEVICE,))
+            if need.borrows_gradient:
+                gradient_room[Tier.DEVICE] = room.gradient_bytes
+    if any(need.borrows_gradient and Role.MASTER not in homes[index] for index, need in enumerate(needs)):
+        gradient_room[Tier.HOST] = room.gradient_bytes
+        free[Tier.HOST] -= room.gradient_bytes
+        if free[Tier.HOST] < 0:
+            working[Tier.HOST] = working.get(Tier.HOST, 0) - free[Tier.HOST]
+            free[Tier.HOST] = 0
     for role in TRAINABLE_ORDER:
         for index, need in enumerate(needs):
             if role in need.roles and role not in homes[index]:
@@ -187,4 +204,4 @@ def _fill(
     for index, need in enumerate(needs):
         if need.shadow_nbytes and homes[index][Role.MASTER] is Tier.HOST and not room.unified:
             put(index, Role.SHADOW, (Tier.HOST,))
-    return Placement(tuple(homes), used)
+    return Placement(tuple(homes), used, gradient_room)

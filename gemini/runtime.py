@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
+from .backward_updates import BackwardUpdates
 from .chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from .cycle import Cycle
 from .errors import OutOfMemory, is_out_of_memory
@@ -43,7 +44,10 @@ class Runtime:
         self.profile = NonModelProfile()
         self.on_abort: Callable[[], None] = lambda: None
         """Told when every visit is closed; whoever keeps visits forgets them."""
+        self.in_backward: BackwardUpdates | None = None
+        """Told of what backward is through with; None where nobody updates chunks before it is over."""
         self._device_limit_bytes = device_limit_bytes
+        self._pool_growths = 0
         self._open: dict[Visit, None] = {}
         self._held: dict[Chunk, None] = {}
         self._backward_visits: dict[int, list[Visit]] = {}
@@ -131,7 +135,9 @@ class Runtime:
         gradients = sum(
             slot.numel * chunk.gradient.buffer.dtype.itemsize
             for chunk in self.manager.chunks
-            if chunk.gradient is not None and chunk.gradient.buffer.tensor is not None
+            if chunk.gradient is not None
+            and chunk.gradient.buffer is not None
+            and chunk.gradient.buffer.tensor is not None
             for position, slot in enumerate(chunk.layout.slots)
             if position in chunk.gradient.present
         )
@@ -188,6 +194,8 @@ class Runtime:
 
         ``shapes`` are those of its inputs; a heavier batch than any before is measured like the first one.
         """
+        if self.in_backward is not None:
+            self.in_backward.before_forward()
         if self.profile.is_measuring and self.cycle.is_complete:
             self.meter.sample(self._model_bytes())
             self.profile.end(self.meter.last_bytes)
@@ -196,6 +204,9 @@ class Runtime:
         self._leave_room_for(batch)
         if with_gradients != self.cycle.with_gradients:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
+        if self.manager.gradient_pool.growths > self._pool_growths:
+            self._pool_growths = self.manager.gradient_pool.growths
+            self.cycle.replan(self._plan)
         resident = [c.index for c in self.manager.chunks if c.is_resident]
         self.cycle.restart(with_gradients, self._plan, resident)
 
@@ -258,6 +269,8 @@ class Runtime:
 
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
+        if self.in_backward is not None:
+            self.in_backward.begin(task)
         is_first = task not in self._backward_visits
         self._backward_visits.setdefault(task, []).append(visit)
         return is_first
@@ -265,7 +278,19 @@ class Runtime:
     def end_backward(self, task: int) -> None:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
         for visit in self._backward_visits.pop(task, ()):
-            self.leave(visit)
+            self.leave_backward(visit)
+        if self.in_backward is not None:
+            self.in_backward.end(task)
+
+    def leave_backward(self, visit: Visit) -> None:
+        """A backward is through with a visit."""
+        self.leave(visit)
+        if self.in_backward is not None:
+            self.in_backward.left(visit)
+
+    def keeps(self, chunk: Chunk) -> bool:
+        """True if the next cycle will find the full copy that a chunk has now, as far as the plan says."""
+        return self.cycle.keeps(chunk.index)
 
     # -- when something went wrong
 
@@ -276,8 +301,13 @@ class Runtime:
         for visit in list(self._open):
             self.leave(visit)
 
-    def explain(self, error: BaseException) -> None:
+    def explain(self, error: BaseException, torn: str = "") -> None:
         """If the model's own computation ran out of memory: leave it more from now on, and say so.
+
+        Parameters
+        ----------
+        torn
+            What it has left half done, in words.
 
         Raises
         ------
@@ -291,7 +321,7 @@ class Runtime:
         self.manager.device.trim()
         before = self.full_capacity_bytes
         after = self._lower(held)
-        raise out_of_memory(error, self.manager, held, before, after) from error
+        raise out_of_memory(error, self.manager, held, before, after, torn) from error
 
     def _lower(self, held_bytes: int) -> int:
         """Keep half of the full copies that were there when it was too much, and what one moment needs at least."""

@@ -139,10 +139,11 @@ def of_layout(manager: ChunkManager) -> Stats:
         stats[f"chunk/{tier.value}_count"] = sum(c.homes[Role.MASTER].tier is tier for c in chunks)
     parameters = sum(c.homes[Role.MASTER].nbytes for c in chunks)
     optimizer = sum(c.homes[role].nbytes for c in chunks for role in c.states)
-    gradients = sum(c.gradient.buffer.nbytes for c in chunks if c.gradient is not None)
+    buffers = [c.gradient.buffer for c in chunks if c.gradient is not None and c.gradient.buffer is not None]
+    gradients = sum(buffer.nbytes for buffer in buffers) or manager.gradient_pool.nbytes
     on_host_too = (Tier.DEVICE, Tier.HOST) if manager.ledger.unified else (Tier.DEVICE,)
     homes = [home for c in chunks for role, home in c.homes.items() if role is not Role.SHADOW]
-    homes += [c.gradient.buffer for c in chunks if c.gradient is not None]
+    homes += buffers
     total_bytes = sum(home.nbytes for home in homes)
     off = sum(home.nbytes for home in homes if home.tier not in on_host_too)
     stats["placement/offload_optim_frac"] = off / total_bytes if total_bytes else 0.0

@@ -72,7 +72,12 @@ class Ticket:
 
     def done(self) -> bool:
         """True if `wait` would return or raise at once."""
-        return self._blocks_left == 0 or self._error is not None
+        return self.is_over or self._error is not None
+
+    @property
+    def is_over(self) -> bool:
+        """True if nothing of it is left to do."""
+        return self._blocks_left == 0
 
     def finish_block(self) -> None:
         with self._changed:
@@ -115,7 +120,7 @@ class _Block:
 
     def buffers(self) -> dict[Role, Buffer]:
         chunk = self.update.chunk
-        assert chunk.gradient is not None
+        assert chunk.gradient is not None and chunk.gradient.buffer is not None
         return {**chunk.homes, Role.GRADIENT: chunk.gradient.buffer}
 
     def tensor(self, role: Role, buffer: Buffer) -> Tensor:
@@ -187,7 +192,7 @@ class UpdateQueue:
         return tickets
 
     def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, AtStep]]:
-        assert update.chunk.gradient is not None
+        assert update.chunk.gradient is not None and update.chunk.gradient.buffer is not None
         homes = [*update.chunk.homes.values(), update.chunk.gradient.buffer]
         streams = any(home.tensor is None for home in homes)
         size = self._staging.block_numel if streams and self._staging is not None else update.chunk.layout.numel

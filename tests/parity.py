@@ -119,9 +119,14 @@ def check_at_rest(model: nn.Module) -> None:
     assert [c.pins for c in manager.chunks] == [0] * len(manager.chunks)
     assert not [c for c in manager.chunks if c.state is ChunkState.IN_USE]
     homes = [home for c in manager.chunks for home in c.homes.values()]
-    homes += [c.gradient.buffer for c in manager.chunks if c.gradient is not None]
+    gradients = [c.gradient for c in manager.chunks if c.gradient is not None]
+    homes += [g.buffer for g in gradients if g.buffer is not None and not g.is_borrowed]
     full = sum(c.full_nbytes for c in manager.chunks if c.is_resident)
-    on_device = full + sum(home.nbytes for home in homes if home.tier is Tier.DEVICE)
+    on_device = (
+        full
+        + manager.gradient_pool.nbytes_on(Tier.DEVICE)
+        + sum(home.nbytes for home in homes if home.tier is Tier.DEVICE)
+    )
     assert manager.ledger._used[Tier.DEVICE] == on_device
     assert manager.ledger.used(Tier.DISK) == sum(
         -(-home.nbytes // PAGE_BYTES) * PAGE_BYTES for home in homes if home.tier is Tier.DISK

@@ -16,11 +16,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lazy",),
     ("nn",),
     ("tracker",),
-    ("placement", "trace", "planner", "non_model"),
+    ("placement", "gradient_room", "trace", "planner", "non_model"),
     ("telemetry",),
     ("config", "capacity"),
     (
         # The pieces of the runtime
+        "completion", "updater", "backward_updates",
         "scaler", "observer", "bracket", "watched", "units", "cycle", "shortage", "update_queue", "packing", "runtime",
         "hooks", "gradient_norm", "gradients", "saved_groups", "managed_step", "stats", "timeline",
     ),
@@ -46,7 +47,7 @@ ISOLATED: Mapping[str, frozenset[str]] = {
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
 # count: `gemini.chunk.tier` is free of torch although its package's __init__ is not.
-WITHOUT_TORCH = ("placement", "trace", "planner", "non_model", "sizes", "cores", "telemetry", "stat")
+WITHOUT_TORCH = ("placement", "gradient_room", "trace", "planner", "non_model", "sizes", "cores", "telemetry", "stat")
 
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 

@@ -69,6 +69,11 @@ class GeminiPlugin:
     disk_checksums
         Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
         names the chunk. Costs some CPU time.
+    update_in_backward
+        The optimizer updates each chunk as soon as backward is through with it, so that gradients never exist all at
+        once and the disk tier works during backward; `optimizer.step()` does the rest. Same numbers. Without clipping,
+        loss scale and accumulation only, and a backward that fails when some chunks have been updated leaves them so:
+        then the model refuses to go on until a checkpoint is loaded.
     telemetry
         True writes a run for ``gemini-stat``, a path says where, False writes nothing.
 
@@ -128,6 +133,7 @@ class GeminiPlugin:
         disk_memory: int | str | None = None,
         offload_dir: str | Path | None = None,
         disk_checksums: bool = False,
+        update_in_backward: bool = False,
         telemetry: bool | str | Path = True,
     ) -> None:
         _refuse_foreign(
@@ -146,6 +152,11 @@ class GeminiPlugin:
             master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
             norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
         )
+        if update_in_backward and enable_gradient_accumulation:
+            raise ValueError(
+                "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up "
+                "within each backward; choose one of them"
+            )
         search_range = None
         if min_chunk_size_m is not None:
             low = int(min_chunk_size_m * _MEBI)
@@ -164,6 +175,7 @@ class GeminiPlugin:
             max_prefetch=max_prefetch,
             pin_memory=pin_memory,
             max_norm=max_norm,
+            update_in_backward=update_in_backward,
             force_outputs_fp32=force_outputs_fp32,
             steady_device_ratio=steady_cuda_cap_ratio,
             warmup_non_model_ratio=warmup_non_model_data_ratio,
@@ -207,6 +219,11 @@ class GeminiPlugin:
         self, model: nn.Module | None = None, optimizer: Optimizer | None = None
     ) -> AbstractContextManager[None]:
         """See `Booster.no_sync`."""
+        if self.config.update_in_backward:
+            raise ValueError(
+                "no_sync is for accumulating gradients, and update_in_backward=True uses them up within each backward; "
+                "boost without it"
+            )
         return nullcontext()
 
     def prepare_dataloader(

@@ -135,6 +135,8 @@ def model_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> 
     """The ledger's peaks: homes, staging, and as many full copies as there is room for."""
     found = dict(packing.placement.nbytes)
     found[Tier.HOST] += packing.staging_bytes
+    for tier, nbytes in packing.placement.gradient_room.items():
+        found[tier] += nbytes
     where = Tier.HOST if unified else Tier.DEVICE
     room = limits[where] - found[where]
     copies = sorted(_copies(packing, unified))
@@ -177,7 +179,7 @@ def _terms(packing: Packing) -> dict[str, int]:
     return {
         "masters": by_role[Role.MASTER],
         "moments": sum(by_role[role] for role in STATE_ROLES),
-        "gradients": by_role[Role.GRADIENT],
+        "gradients": by_role[Role.GRADIENT] + sum(packing.placement.gradient_room.values()),
         "padding_within_these": waste,
         "staging": packing.staging_bytes,
         "chunk_count": len(packing.plans),

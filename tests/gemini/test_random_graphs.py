@@ -157,3 +157,18 @@ def test_a_random_graph_trains_as_without_management(seed: int) -> None:
     task = Task(lambda: Graph(seed), batches(), lambda model, x: model(x))
     prefetch = {} if seed % 2 else {"max_prefetch": 0}
     check_parity(task, device_memory=tightest(task, "device", **prefetch, **SMALL), **prefetch, **SMALL)
+
+
+AMONG_OTHERS = (41, 60, 195, 237)
+"""Checkpoints of both kinds within each other, and layers whose output only chooses among others."""
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(seed, marks=[] if seed < 8 or seed in AMONG_OTHERS else pytest.mark.heavy) for seed in range(GRAPHS)],
+)
+def test_a_random_graph_trains_so_when_chunks_are_updated_in_backward(seed: int) -> None:
+    task = Task(lambda: Graph(seed), batches(), lambda model, x: model(x))
+    options: dict[str, Any] = {"update_in_backward": True, **SMALL}
+    check_parity(task, device_memory=tightest(task, "device", **options), **options)

@@ -1,0 +1,160 @@
+"""Memory for gradients that do not stay: a chunk borrows it at its first gradient and until its update is over.
+
+Blocks are kept for the next chunk of about their size, so that in training nothing is asked of the system. Several
+blocks and not one piece of memory: chunks come and go in about the order of the model, but not quite, and differ in
+size, so that one piece would have holes too small for any.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from gemini.errors import OutOfMemory
+
+from .buffer import Buffer, MemoryBuffer
+from .disk import DiskBackend
+from .gradient import GradientBuffer
+from .layout import ChunkLayout, size_class
+from .ledger import Ledger
+from .memory import DeviceBackend
+from .tier import Tier
+
+logger = logging.getLogger(__name__)
+
+WAITS = 3
+"""How often an update that failed is waited for again: waiting has it tried again, and backward cannot be repeated."""
+
+
+class Use(Protocol):
+    """An update that still reads borrowed memory."""
+
+    @property
+    def is_over(self) -> bool: ...
+
+    def wait(self) -> None:
+        """Return when it is over; raise what stopped it, and have it tried again meanwhile."""
+
+
+class GradientPool:
+    """Lends gradient buffers, and takes them back when the updates that read them are over.
+
+    Parameters
+    ----------
+    ledger, device, disk
+        Who counts, who has memory, and where gradients go that find none (None: nowhere).
+    make_room
+        Frees so many bytes of a tier if it can: full copies that nothing uses may lie there.
+    """
+
+    def __init__(
+        self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None, make_room: Callable[[Tier, int], None]
+    ) -> None:
+        self.growths = 0
+        """How often the room that was set aside did not do."""
+        self._ledger = ledger
+        self._device = device
+        self._disk = disk
+        self._make_room = make_room
+        self._room = dict.fromkeys(Tier, 0)
+        self._idle: list[MemoryBuffer] = []
+        self._lent: dict[int, MemoryBuffer] = {}
+        """id of a buffer that was handed out -> the block that it lies in."""
+        self._in_update: deque[tuple[GradientBuffer, Buffer, Use]] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory set aside, lent or not."""
+        return sum(self._room.values())
+
+    def nbytes_on(self, tier: Tier) -> int:
+        """Of them, those on one tier."""
+        return self._room[tier]
+
+    def reserve(self, tier: Tier, nbytes: int, what: str) -> None:
+        """Set room aside.
+
+        Raises
+        ------
+        OutOfMemory
+            If the tier has none.
+        """
+        self._ledger.take(tier, nbytes, what)
+        self._room[tier] += nbytes
+
+    def borrow(self, layout: ChunkLayout, tier: Tier, dtype: torch.dtype) -> Buffer:
+        """Memory for the gradient of a chunk. Waits for updates under way if there is none, and grows if that fails.
+
+        Raises
+        ------
+        OutOfMemory
+            If no tier has room for more. The message says how much more would do.
+        """
+        self._take_back()
+        nbytes = size_class(layout.numel * dtype.itemsize)
+        while (block := self._find(tier, nbytes)) is None:
+            if self._in_update:
+                self._wait()
+                continue
+            what = f"gradient of chunk {layout.index} (with {layout.slots[0].name}), beside those that wait for others,"
+            self.growths += 1
+            missing = nbytes + self._taken(tier) - self._room[tier]
+            try:
+                self._make_room(tier, missing)
+                self.reserve(tier, missing, what)
+            except OutOfMemory:
+                if self._disk is None:
+                    raise
+                return self._disk.allocate(layout.numel, dtype, what)  # stays the chunk's
+        assert block.tensor is not None
+        part = MemoryBuffer(tier, block.tensor[: layout.numel * dtype.itemsize].view(dtype))
+        self._lent[id(part)] = block
+        return part
+
+    def _find(self, tier: Tier, nbytes: int) -> MemoryBuffer | None:
+        """A block of just this size: one that is idle, or a new one, for which others may have to go."""
+        for i, block in enumerate(self._idle):
+            if (block.tier, block.nbytes) == (tier, nbytes):
+                return self._idle.pop(i)
+        if nbytes + self._taken(tier) > self._room[tier]:
+            return None
+        others = [block for block in self._idle if block.tier is tier]
+        while nbytes + self._taken(tier) + sum(block.nbytes for block in others) > self._room[tier]:
+            self._idle.remove(others.pop())
+        return self._device.home(tier, nbytes, torch.uint8)
+
+    def _taken(self, tier: Tier) -> int:
+        return sum(block.nbytes for block in self._lent.values() if block.tier is tier)
+
+    def retire(self, gradient: GradientBuffer, use: Use) -> None:
+        """Take back what was lent to ``gradient`` once ``use`` is over."""
+        buffer = gradient.give_up()
+        assert buffer is not None
+        self._in_update.append((gradient, buffer, use))
+
+    def release(self, gradient: GradientBuffer) -> None:
+        """Take back at once what nobody will read."""
+        if gradient.is_borrowed and (buffer := gradient.give_up()) is not None:
+            self._end_loan(gradient, buffer)
+
+    def _end_loan(self, gradient: GradientBuffer, buffer: Buffer) -> None:
+        gradient.detach(buffer)
+        self._idle.append(self._lent.pop(id(buffer)))
+
+    def _take_back(self) -> None:
+        while self._in_update and self._in_update[0][2].is_over:
+            gradient, buffer, _ = self._in_update.popleft()
+            self._end_loan(gradient, buffer)
+
+    def _wait(self) -> None:
+        for attempt in range(1, WAITS + 1):
+            try:
+                self._in_update[0][2].wait()
+                break
+            except Exception as error:
+                if attempt == WAITS:
+                    raise
+                logger.warning("an update within backward is tried again: %s", error)
+        self._take_back()
