@@ -53,6 +53,11 @@ class Cycle:
         foreseen = self._followers.get(last) if last is not None else None
         return foreseen or next(iter(self._planners[with_gradients]), None)
 
+    @property
+    def followed(self) -> tuple[Schedule, Collection[int]] | None:
+        """The plan of the cycle under way, and the chunks that were there when it began; None without a plan."""
+        return None if self._schedule is None else (self._schedule, self._resident)
+
     def moments(self) -> Iterator[Moment]:
         """Every moment known, of plans and of the cycle under way."""
         for planners in self._planners.values():

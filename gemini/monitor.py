@@ -19,7 +19,9 @@ from .config import GeminiConfig
 from .errors import is_out_of_memory
 from .managed_step import ChunkedStep
 from .packing import Packing
+from .prediction import Outlook, bytes_of_copies, measure, predict
 from .runtime import Runtime
+from .sizes import format_bytes
 from .stats import Reading, Statistics, Stats, read
 from .telemetry.layout import chunks_file, oom_file, timeline_file
 from .telemetry.writer import TelemetryWriter
@@ -89,6 +91,8 @@ class Monitor:
         self._units = units
         self._last = LastStep(runtime, step, statistics)
         self._description: Mapping[str, Any] = {}
+        self._homes: dict[Tier, int] = dict.fromkeys(Tier, 0)
+        """Bytes of homes and staging."""
         self._described_units = -1
         self._last_points: list[Point] = []
         self._last_step = 0
@@ -101,16 +105,20 @@ class Monitor:
     def after_step(self, number: int, seconds: float) -> None:
         """Record the step, and the timeline of one that was sampled; choose whether the next one is."""
         runtime, writer = self._runtime, self.writer
-        if not runtime.timeline.points and not writer.is_due and number > 1:
+        is_sampled = bool(runtime.timeline.points)
+        if not is_sampled and not writer.is_due and number > 1:
             self._last.unrecorded = (number, seconds)
             return
         self._last.unrecorded = None
+        if is_sampled:
+            self._last_points = runtime.take_timeline()
+            if number > 1:
+                self._look_back()
         reading = self._last.read(number, seconds)
         assert reading is not None  # runtime and step are what calls
         writer.record_step(partial(self._statistics.expand, reading))
         peaks = reading.memory[1]
-        if runtime.timeline.points:
-            self._last_points = runtime.take_timeline()
+        if is_sampled:
             self._last_step, self._last_time, self._peaks = number, time.monotonic(), peaks
             record = partial(as_record, self._last_points, number, self._tier)
             writer.record("timeline", record)
@@ -127,9 +135,31 @@ class Monitor:
             return True
         return step - self._last_step >= TIMELINE_STEPS and time.monotonic() - self._last_time >= TIMELINE_SECONDS
 
+    def _look_back(self) -> None:
+        """What the step that was sampled took, against what was predicted after the warm-up."""
+        runtime, measured = self._runtime, measure(self._last_points, self._tier)
+        if runtime.outlook is not None:
+            runtime.outlook = runtime.outlook.after(measured)
+            return
+        followed, known = runtime.cycle.followed, runtime.profile.heaviest.get(True)
+        if followed is None or known is None:
+            return
+        nbytes = {c.index: c.full_nbytes for c in runtime.manager.chunks if not c.full_is_home}
+        copies = bytes_of_copies(*followed, nbytes)
+        unified = runtime.manager.ledger.unified
+        predicted = predict(self._homes, copies, known.moments, self._tier, unified)
+        runtime.outlook = Outlook(predicted, measured)
+        if logger.isEnabledFor(logging.INFO):
+            for tier, before, now in zip(Tier, predicted.tiers, measured.tiers, strict=True):
+                if now:
+                    said, seen, off = format_bytes(before), format_bytes(now), before / now - 1
+                    logger.info("%s: %s predicted, %s measured (%+.1f%%)", tier.value, said, seen, 100 * off)
+
     def describe(self, packing: Packing, config: GeminiConfig, capacities: Capacities) -> None:
         """Write down what was decided at `boost`: enough to make the decision again."""
         self._description = description(self._runtime.manager, packing, config, capacities)
+        self._homes = {**packing.placement.nbytes}
+        self._homes[Tier.HOST] += packing.staging_bytes
         self._describe()
 
     def _describe(self) -> None:

@@ -82,6 +82,8 @@ class Packing:
     """Most roles that the update of a chunk has: as many buffers, in blocks, are staged for one that is on DISK."""
     full_copies_limit_bytes: int | None
     """What full copies may take on DEVICE, where the policy says less than what is free."""
+    together_bytes: int
+    """Full copies that units beside each other may have in use at once. With less room a step may run out of it."""
 
     @property
     def staging_bytes(self) -> int:
@@ -198,6 +200,7 @@ def _decide_with(
         staging_block_numel=block if placement.uses_disk else 0,
         update_role_count=role_count,
         full_copies_limit_bytes=_full_copies_limit(copies, use, config, capacities),
+        together_bytes=_largest((*use.units, *use.siblings), copies)[1],
     )  # fmt: skip
 
 

@@ -7,12 +7,14 @@ from .backward_updates import BackwardUpdates
 from .chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from .cycle import Cycle
 from .errors import OutOfMemory, is_out_of_memory
+from .native_memory import be_exact, be_quick, has_room_to_be_quick
 from .non_model import Batch, NonModelProfile
 from .planner import Actions, Planner
+from .prediction import Outlook
 from .shortage import out_of_memory
 from .timeline import Point, Timeline
 from .trace import Moment, Phase, Trace
-from .tracker import NonModelMeter
+from .tracker import NonModelMeter, host_headroom
 from .units import Visit
 
 
@@ -42,6 +44,8 @@ class Runtime:
         self.timeline = Timeline(manager.ledger)
         self.meter = meter
         self.profile = NonModelProfile()
+        self.outlook: Outlook | None = None
+        """What was predicted after the warm-up and what was measured since; None until both are known."""
         self.on_abort: Callable[[], None] = lambda: None
         """Told when every visit is closed; whoever keeps visits forgets them."""
         self.in_backward: BackwardUpdates | None = None
@@ -51,6 +55,8 @@ class Runtime:
         self._open: dict[Visit, None] = {}
         self._held: dict[Chunk, None] = {}
         self._backward_visits: dict[int, list[Visit]] = {}
+        self._is_exact = False
+        """malloc keeps nothing, because of a cycle that is (or was) measured; to be thought over."""
         self.given_up_bytes = 0
         """What full copies no longer take of their capacity since the model's own computation ran out of memory."""
 
@@ -201,6 +207,7 @@ class Runtime:
             self.profile.end(self.meter.last_bytes)
         batch = Batch(with_gradients, shapes)
         self.profile.begin(batch)
+        self._choose_malloc()
         self._leave_room_for(batch)
         if with_gradients != self.cycle.with_gradients:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
@@ -209,6 +216,20 @@ class Runtime:
             self.cycle.replan(self._plan)
         resident = [c.index for c in self.manager.chunks if c.is_resident]
         self.cycle.restart(with_gradients, self._plan, resident)
+
+    def _choose_malloc(self) -> None:
+        """Have malloc keep nothing while non-model data in RAM are measured, and for as long as RAM is short."""
+        if not self.manager.device.is_ram:
+            return
+        if self.profile.is_measuring or self.timeline.is_on:
+            be_exact()
+            self._is_exact = True
+        elif self._is_exact:
+            self._is_exact = False  # asked once, until something is measured again
+            away = sum(c.full_nbytes for c in self.manager.chunks if not c.is_resident)
+            growth = min(self.manager.ledger.free(Tier.DEVICE), away)
+            if has_room_to_be_quick(host_headroom()[0], growth, self.meter.peak_bytes):
+                be_quick()
 
     def _leave_room_for(self, batch: Batch) -> None:
         """Give full copies what non-model data leave of DEVICE, once a training step has shown what they take."""
@@ -319,6 +340,8 @@ class Runtime:
         held = sum(c.full_nbytes for c in self.manager.chunks if c.is_resident)
         self.manager.evict_idle()
         self.manager.device.trim()
+        if self.manager.device.is_ram:
+            be_exact()
         before = self.full_capacity_bytes
         after = self._lower(held)
         raise out_of_memory(error, self.manager, held, before, after, torn) from error

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from .chunk import ChunkManager, ChunkState, Role, Tier
 from .managed_step import ChunkedStep
+from .prediction import Outlook
 from .runtime import Runtime
 from .sizes import format_bytes
 
@@ -38,6 +39,7 @@ class Reading(NamedTuple):
     skipped_count: int
     loss_scale: float | None
     grad_norm: float | None
+    outlook: Outlook | None
 
 
 # One call of C each: after 50 ms of computing, every line of Python costs a cache miss or two.
@@ -67,6 +69,7 @@ def read(manager: ChunkManager, runtime: Runtime, step: ChunkedStep, step_count:
         step.skipped_steps,
         None if step.scaler is None else step.scaler.scale,
         step.grad_norm,
+        runtime.outlook,
     )
 
 
@@ -119,6 +122,11 @@ class Statistics:
             stats["step/loss_scale"] = reading.loss_scale
         if reading.grad_norm is not None:
             stats["step/grad_norm"] = reading.grad_norm
+        if reading.outlook is not None:
+            for name, peaks in reading.outlook._asdict().items():
+                for tier, nbytes in zip(Tier, peaks.tiers, strict=True):
+                    stats[f"prediction/{tier.value}_{name}_bytes"] = nbytes
+                stats[f"prediction/non_model_{name}_bytes"] = peaks.non_model
         return stats
 
 

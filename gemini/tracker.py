@@ -145,11 +145,12 @@ class NonModelMeter:
     came from torch's allocator on that device. Sampling resets the allocator's peak statistics.
 
     On CPU they are what the peak resident set grew by since :meth:`start`, minus what the model data grew by. The
-    interpreter and its libraries thereby drop out, as they do in :func:`host_budget`. The kernel keeps the peak (VmHWM)
-    and lets us reset it; where it does not (``exact`` is then False), the current resident set stands in and
-    temporaries inside an interval are missed. RSS counts touched pages only: ``model_bytes`` should leave out memory
-    that was allocated but never written. Memory that malloc keeps after a free stays counted: that errs on the safe
-    side.
+    interpreter and its libraries thereby drop out, as they do in :func:`host_budget`; so do pages of files, such as the
+    20 MiB of kernels' code that a first step brings in (measured), which no limit counts or which are dropped before
+    anyone is refused memory. The kernel keeps the peak (VmHWM) and lets us reset it; where it does not (``exact`` is
+    then False), the current resident set stands in and temporaries inside an interval are missed. RSS counts touched
+    pages only: ``model_bytes`` should leave out memory that was allocated but never written. Memory that malloc keeps
+    after a free stays counted: that errs on the safe side.
 
     One sample costs some 50 microseconds of system calls on CPU: for warm-up, not for every step.
     """
@@ -160,6 +161,8 @@ class NonModelMeter:
         self._device = torch.device(device)
         self._proc = root / "proc/self"
         self._baseline = 0
+        self._file_bytes = 0
+        """Pages of files in the resident set when the interval began."""
         self.exact = True
         self.peak_bytes = 0
         self.last_bytes = 0
@@ -170,7 +173,9 @@ class NonModelMeter:
         self.peak_bytes = self.last_bytes = 0
         self.mark()
         # On CUDA whatever else is allocated already *is* non-model data and takes room from the chunks: no baseline.
-        self._baseline = 0 if self._device.type == "cuda" else _resident_bytes(self._proc) - model_bytes
+        if self._device.type != "cuda":
+            resident, _, self._file_bytes = _resident_bytes(self._proc)
+            self._baseline = resident - self._file_bytes - model_bytes
 
     def mark(self) -> None:
         """Begin an interval here; without it an interval begins at the previous sample."""
@@ -188,7 +193,10 @@ class NonModelMeter:
 
             peak = torch.cuda.max_memory_allocated(self._device)
         else:
-            peak = _peak_resident_bytes(self._proc) if self.exact else _resident_bytes(self._proc)
+            resident, highest, files = _resident_bytes(self._proc)
+            # Files' pages may have come or gone before or after the peak: on the safe side.
+            peak = (highest if self.exact else resident) - min(files, self._file_bytes)
+            self._file_bytes = files
         self.last_bytes = max(0, peak - self._baseline - model_bytes)
         self.peak_bytes = max(self.peak_bytes, self.last_bytes)
         self.mark()
@@ -279,17 +287,16 @@ def _available_ram(root: Path) -> Iterator[_Headroom]:
         yield _Headroom("available RAM", memory.available, memory.total, shared=True)
 
 
-def _peak_resident_bytes(proc: Path) -> int:
-    return _field(_read(proc / "status"), "VmHWM:") * 1024
-
-
-def _resident_bytes(proc: Path) -> int:
-    resident = _field(_read(proc / "status"), "VmRSS:") * 1024
+def _resident_bytes(proc: Path) -> tuple[int, int, int]:
+    """The resident set, its highest since the last reset (0 where it is not known), and the pages of files in it."""
+    status = _fields(_read(proc / "status"))
+    names = ("VmRSS:", "VmHWM:", "RssFile:")
+    resident, highest, files = ((_number(status.get(name, "")) or 0) * 1024 for name in names)
     if resident:
-        return resident
+        return resident, highest, files
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process().memory_info().rss), 0, 0
 
 
 def _reset_peak_resident(proc: Path) -> bool:
@@ -316,8 +323,10 @@ def _number(text: str) -> int | None:
 
 def _field(text: str, *names: str) -> int:
     """The number after the first of ``names`` that begins a line, 0 when there is none."""
-    values = {words[0]: words[1] for line in text.splitlines() if len(words := line.split()) >= 2}
-    for name in names:
-        if name in values:
-            return _number(values[name]) or 0
-    return 0
+    values = _fields(text)
+    return next((_number(values[name]) or 0 for name in names if name in values), 0)
+
+
+def _fields(text: str) -> dict[str, str]:
+    """The second word of each line by the first one."""
+    return {words[0]: words[1] for line in text.splitlines() if len(words := line.split()) >= 2}

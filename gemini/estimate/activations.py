@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from gemini.estimate.subject import Subject, loss_of
 
-SCRATCH_BYTES = 4 << 20
-"""A thread: what kernels keep for themselves and no operation shows. Measured: 8 to 10 MiB with two threads, over
-GPT2, Llama and BERT, with and without checkpointing."""
+SCRATCH_BYTES = 3 << 20
+"""A thread: what kernels keep for themselves and no operation shows, most of it oneDNN's code (0.6 MiB for each shape
+of a product). Measured: 4 to 12 MiB with two threads, over GPT2, Llama, BERT, T5 and Mixtral, with and without
+checkpointing."""
 SHORT = 2
 """Layers that stay of a list that is cut; one more is run to see what a layer adds."""
 

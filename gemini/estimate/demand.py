@@ -13,6 +13,7 @@ from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer.adam_rule import ADAM
 from gemini.packing import Packing, decide
+from gemini.sizes import format_bytes
 from gemini.tracker import Budget
 
 from .subject import Subject
@@ -113,6 +114,7 @@ def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
         packing = data.pack(limits, unified)
         model = model_bytes(packing, limits, unified)
         terms = _terms(packing)
+        problem = _too_narrow(packing, limits[Tier.HOST if unified else Tier.DEVICE], unified)
     except OutOfMemory as error:
         problem = str(error)
         everything = _everything(data)
@@ -146,6 +148,18 @@ def model_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> 
     if unified:
         found[Tier.DEVICE] = sum(copies)
     return found
+
+
+def _too_narrow(packing: Packing, limit: int, unified: bool) -> str | None:
+    """Training may find out that units use their chunks together for whose full copies there is room one by one."""
+    tier = Tier.HOST if unified else Tier.DEVICE
+    room = limit - packing.placement.nbytes[tier] - (packing.staging_bytes if unified else 0)
+    if room >= packing.together_bytes:
+        return None
+    return (
+        f"full copies that may be in use together take {format_bytes(packing.together_bytes)}, "
+        f"homes leave {format_bytes(max(room, 0))} of {tier.value}"
+    )
 
 
 def _that_fit(copies: Sequence[int], room: int) -> list[int]:

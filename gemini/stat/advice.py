@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gemini.sizes import format_bytes
-from gemini.stat.rates import RISK_HIGH, Rates
+from gemini.stat.rates import RISK_HIGH, Rates, prediction
 from gemini.telemetry.documents import ChunksView, TimelineView
 from gemini.telemetry.reader import RunView
 
 _STALLS_MATTER = 0.05
 _WASTE_MATTERS = 0.05
+_ERROR_MATTERS = 0.10
 _WEAR_MATTERS = 1e12
 """Bytes written a day."""
 
@@ -26,7 +27,7 @@ class Advice:
 
 def advise(run: RunView, found: Rates, chunks: ChunksView | None, timeline: TimelineView | None) -> list[Advice]:
     """What the numbers suggest; empty where all is well."""
-    advices = [*_risks(run, found, timeline), *_stalls(run, found, chunks), *_rest(run, found)]
+    advices = [*_risks(run, found, timeline), *_surprises(run), *_stalls(run, found, chunks), *_rest(run, found)]
     return sorted(advices, key=lambda advice: not advice.is_urgent)
 
 
@@ -57,6 +58,29 @@ def _risks(run: RunView, found: Rates, timeline: TimelineView | None) -> Iterato
         if other > max(model, 0.3 * capacity) and not run.stats.get("memory/unified"):
             text = f"activations take {format_bytes(other)} at the peak, more than model data: checkpoint them"
             yield Advice(is_urgent=False, text=text, arguments=None)
+
+
+def _surprises(run: RunView) -> Iterator[Advice]:
+    """Where steps take another amount of memory than the warm-up made one expect."""
+    seen = prediction(run.stats)
+    if seen is None or abs(seen.ratio - 1) <= _ERROR_MATTERS:
+        return
+    text = (
+        f"{seen.tier}: a step takes {format_bytes(seen.measured)}, {format_bytes(seen.predicted)} were predicted after "
+        f"the warm-up ({seen.ratio - 1:+.0%})"
+    )
+    capacity = run.stats.get(f"{seen.tier}/capacity_bytes", 0.0)
+    more = seen.measured - seen.predicted
+    if more < 0:
+        text += ": the warm-up's batch was heavier than those that follow, larger ones have room"
+        yield Advice(is_urgent=False, text=text, arguments=None)
+    elif seen.non_model_growth < more / 2:
+        yield Advice(is_urgent=False, text=f"{text}: full copies stay that the plan lets go", arguments=None)
+    else:
+        text += ": batches are heavier than the first one, or the training keeps tensors from step to step"
+        less = int(capacity - more)
+        arguments = f'{seen.tier}_memory="{less >> 20}MiB"' if less > capacity / 2 else None
+        yield Advice(is_urgent=False, text=text, arguments=arguments)
 
 
 def _stalls(run: RunView, found: Rates, chunks: ChunksView | None) -> Iterator[Advice]:

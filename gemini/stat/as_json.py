@@ -24,6 +24,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "model_data": ("total_bytes", "parameter_bytes", "gradient_bytes", "optimizer_bytes"),
     "non_model": ("peak_bytes",),
+    "prediction": tuple(f"{what}_{when}_bytes" for what in (*TIERS, "non_model") for when in ("predicted", "measured")),
     "move": (
         "fetch_count",
         "fetch_bytes",

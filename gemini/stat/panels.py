@@ -6,7 +6,7 @@ from itertools import groupby
 from rich.text import Text
 
 from gemini.stat.advice import Advice
-from gemini.stat.rates import RISK_HIGH, Rates
+from gemini.stat.rates import RISK_HIGH, Rates, prediction
 from gemini.stat.text import count, duration, percent, printable, seconds, size
 from gemini.telemetry.documents import ChunksView, TimelineView, states_of
 from gemini.telemetry.reader import TIERS, RunView
@@ -44,6 +44,14 @@ def tiers(run: RunView, found: Rates, width: int, plain: bool) -> list[Text]:
             line.append(_kinds(run, tier), style="dim")
         lines.append(line)
     return lines
+
+
+def foreseen(run: RunView) -> str:
+    """What the warm-up promised of a step's peak, and what came; empty before both are known."""
+    found = prediction(run.stats)
+    if found is None:
+        return ""
+    return f"{found.tier}: predicted {size(found.predicted)}, measured {size(found.measured)} ({found.ratio - 1:+.0%})"
 
 
 def _kinds(run: RunView, tier: str) -> str:

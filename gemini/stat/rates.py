@@ -138,3 +138,31 @@ def read_hardware(path: Path | None = None) -> dict[str, float]:
     if not isinstance(links, dict):
         return {}
     return {str(key): found for key, value in links.items() if (found := number(value)) is not None and found > 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A step's peak on the tier where units run, in bytes."""
+
+    tier: str
+    predicted: float
+    """After the warm-up."""
+    measured: float
+    """The most of the steps since that were sampled."""
+    non_model_growth: float
+    """What of the difference is activations and temporaries."""
+
+    @property
+    def ratio(self) -> float:
+        """Measured to predicted."""
+        return self.measured / self.predicted
+
+
+def prediction(stats: Mapping[str, float]) -> Prediction | None:
+    """None before there is one."""
+    tier = "host" if stats.get("memory/unified") else "device"
+    predicted, measured = (stats.get(f"prediction/{tier}_{when}_bytes") for when in ("predicted", "measured"))
+    if not predicted or not measured:
+        return None
+    before, now = (stats.get(f"prediction/non_model_{when}_bytes", 0.0) for when in ("predicted", "measured"))
+    return Prediction(tier=tier, predicted=predicted, measured=measured, non_model_growth=now - before)

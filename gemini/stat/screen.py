@@ -114,7 +114,8 @@ def _parts(shown: Shown, view: View, width: int, height: int, plain: bool) -> li
     wide = width >= 100
     run, wanted = shown.run, [part for part in PARTS if part not in view.hidden]
     blocks: dict[str, list[Text]] = {}
-    blocks["tiers"] = [panels.heading("memory by tier", width, plain), *panels.tiers(run, shown.rates, width, plain)]
+    title = panels.heading("memory by tier", width, plain, panels.foreseen(run))
+    blocks["tiers"] = [title, *panels.tiers(run, shown.rates, width, plain)]
     blocks["moves"] = [panels.heading(_moves_title(shown), width, plain), *panels.moves(shown.rates, width)]
     limit = 4 if height >= 34 else 1
     blocks["advice"] = [

@@ -9,6 +9,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from gemini.stat.rates import prediction
 from gemini.stat.text import UNKNOWN, count, duration, percent, printable, seconds, size
 from gemini.telemetry.reader import TIERS, RunStatus, RunView
 
@@ -159,6 +160,8 @@ def _rows(stats: Mapping[str, float]) -> Iterator[tuple[str, list[tuple[str, str
     yield "model data", [*kinds, (size(get("model_data/optimizer_bytes")), "optimizer")]
     yield "", [(size(get("model_data/total_bytes")), "in all")]
     yield "non-model", [(size(get("non_model/peak_bytes")), "at its peak")]
+    if cells := _prediction(stats):
+        yield "predicted", cells
     hits = (percent(get("move/prefetch_hit_ratio")), "prefetch hits")
     yield "moves", [(count(get("move/fetch_count")), "fetches"), (size(get("move/fetch_bytes")), "fetched"), hits]
     yield (
@@ -171,6 +174,18 @@ def _rows(stats: Mapping[str, float]) -> Iterator[tuple[str, list[tuple[str, str
     )
     if get("disk/capacity_bytes") or get("move/disk_read_bytes") or get("move/disk_write_bytes"):
         yield "disk", [(size(get("move/disk_read_bytes")), "read"), (size(get("move/disk_write_bytes")), "written")]
+
+
+def _prediction(stats: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What the warm-up promised where units run, and what came."""
+    found = prediction(stats)
+    if found is None:
+        return []
+    return [
+        (size(found.predicted), f"peak of {found.tier}"),
+        (size(found.measured), "measured"),
+        (f"{found.ratio - 1:+.0%}", "off"),
+    ]
 
 
 def _facts(facts: Mapping[str, object]) -> Table:

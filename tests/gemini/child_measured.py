@@ -1,13 +1,11 @@
 """Trains one configuration for some steps and prints its measured peaks; see test_estimate_measured.py.
 
-    python child_measured.py SPEC FIELDS BATCH SEQ_LEN CHECKPOINTING PRECISION [CAP_BYTES HOST_MEMORY OFFLOAD_DIR]
+    python child_measured.py SPEC FIELDS BATCH SEQ_LEN CHECKPOINTING PRECISION [PLUGIN]
 
-With a cap, RLIMIT_DATA is set to that much more than the warm process has.
+PLUGIN are further arguments of GeminiPlugin, as JSON. child_solved.py trains by the same function.
 """
 
-import gc
 import json
-import resource
 import sys
 from typing import Any
 
@@ -41,20 +39,10 @@ def train(subject: Subject, batch: int, length: int, checkpointing: bool, steps:
 
 
 def main() -> None:
-    spec, fields, batch, length, checkpointing, precision, *cap = sys.argv[1:]
+    spec, fields, batch, length, checkpointing, precision, *plugin = sys.argv[1:]
     subject = find_subject(spec, json.loads(fields))
-    plugin: dict[str, Any] = {"precision": precision}
-    if cap:
-        # Libraries, kernels and thread pools first, so that the cap is about the training alone.
-        small = find_subject(spec, {**json.loads(fields), "n_layer": 1, "n_embd": 64, "n_head": 2})
-        train(small, 2, 32, bool(int(checkpointing)), 2, precision=precision)
-        gc.collect()
-        data = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
-        resource.setrlimit(resource.RLIMIT_DATA, (data + int(cap[0]), data + int(cap[0])))
-        plugin["host_memory"] = int(cap[1])
-        if len(cap) > 2:
-            plugin["offload_dir"] = cap[2]
-    model = train(subject, int(batch), int(length), bool(int(checkpointing)), 3, **plugin)
+    more = json.loads(plugin[0]) if plugin else {}
+    model = train(subject, int(batch), int(length), bool(int(checkpointing)), 3, precision=precision, **more)
     print(json.dumps(model.memory_stats()))
 
 
