@@ -22,6 +22,11 @@ GUARD = 0.05
 """Share of the non-model data kept free beside them: what allocators round up and kernels need for themselves."""
 
 
+LEAST_GUARD_BYTES = 24 << 20
+"""In RAM at least so much: limits such as RLIMIT_DATA count oneDNN's code twice (1.1 MiB a shape, half of it touched)
+and the stacks of threads."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What there is for one rank."""
@@ -103,7 +108,7 @@ def capacities(limits: Mapping[Tier, int], unified: bool) -> Capacities:
 def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
     """What a training needs that leaves ``non_model_bytes`` room where units run."""
     unified = machine.device_bytes is None
-    aside = round(non_model_bytes * (1 + GUARD))
+    aside = non_model_bytes + max(round(non_model_bytes * GUARD), LEAST_GUARD_BYTES if unified else 0)
     limits = {
         Tier.DEVICE: max(1, (machine.device_bytes or 0) - aside),
         Tier.HOST: max(1, machine.ram_bytes - (aside if unified else 0)),
