@@ -168,7 +168,7 @@ class UpdateQueue:
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
         self._thread = start_workers(1, "update")
-        self._thread.submit(keep_to_one_thread)
+        self._thread.submit(keep_to_one_thread).result()
         self._disk = start_workers(2, "update-io", IO_STACK_BYTES)
         self._lock = threading.Lock()
         self._steps: deque[list[_Block]] = deque()
