@@ -71,7 +71,7 @@ class GeminiPlugin:
         names the chunk. Costs some CPU time.
     update_in_backward
         The optimizer updates each chunk as soon as backward is through with it, so that gradients never exist all at
-        once and the disk tier works during backward; `optimizer.step()` does the rest. Same numbers. Without clipping,
+        once; `optimizer.step()` does the rest. Same numbers; it buys room, not time. Without clipping,
         loss scale and accumulation only, and a backward that fails when some chunks have been updated leaves them so:
         then the model refuses to go on until a checkpoint is loaded.
     telemetry

@@ -43,6 +43,9 @@ def main() -> int:
     parser.add_argument("--cap", default="4GiB")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to use")
     parser.add_argument("--skip-equality", action="store_true", help="only the large model")
+    parser.add_argument(
+        "--compare-backward", action="store_true", help="only the large model, the normal step and update_in_backward"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -53,6 +56,8 @@ def main() -> int:
 
     asked = {name: getattr(options, name) for name in ("layers", "hidden", "batch_size", "seq_len", "steps")}
     asked |= {"kind": "managed", "folder": str(options.folder), "cap": parse_bytes(options.cap)}
+    if options.compare_backward:
+        return compare_backward(asked)
     answers = []
 
     def check(what: str, holds: bool) -> None:
@@ -103,6 +108,35 @@ def main() -> int:
     return 0 if all(answers) else 1
 
 
+def compare_backward(asked: dict[str, Any]) -> int:
+    """The normal step and ``update_in_backward``, by turns, twice each."""
+    names = {False: "normal step", True: "update_in_backward"}
+    results: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for _ in range(2):
+        for in_backward in names:
+            result = run({**asked, "update_in_backward": in_backward})
+            if "error" in result:
+                print(f"FAIL  {names[in_backward]} ends with {result['error']}")
+                return 1
+            results[in_backward].append(result)
+    medians = {}
+    for in_backward, name in names.items():
+        one = results[in_backward][0]
+        seconds = [s for result in results[in_backward] for s in result["step_seconds"]]
+        medians[in_backward] = statistics.median(seconds)
+        peak = max(result["peak_data"] for result in results[in_backward])
+        print(
+            f"      {name}: {one['parameters'] / 1e6:.0f}M parameters, {medians[in_backward]:.2f} s a step (median of "
+            f"{[round(s, 2) for s in seconds]}), reads {one['read_bytes'] / 1e9:.2f} GB and writes "
+            f"{one['written_bytes'] / 1e9:.2f} GB, {one['disk_used'] / 1e9:.1f} GB on disk, "
+            f"{one['gradient_bytes'] / 2**20:.0f} MiB for gradients, peak VmData {peak / 2**20:.0f} MiB"
+        )
+    same = {tuple(result["losses"]) for each in results.values() for result in each}
+    print(f"{'ok  ' if len(same) == 1 else 'FAIL'}  the losses are the same")
+    print(f"      update_in_backward takes {medians[True] / medians[False]:.2f} times as long")
+    return 0 if len(same) == 1 else 1
+
+
 def run(asked: dict[str, Any]) -> dict[str, Any]:
     """What the child printed last, with the highest VmData seen from here; ``error`` if it did not get there."""
     command = [sys.executable, __file__, "--child", json.dumps(asked)]
@@ -150,7 +184,7 @@ def child(asked: dict[str, Any]) -> None:
     if asked["kind"] == "plain":
         plain(GPT2LMHeadModel(config), batches)
         return
-    managed(config, batches, asked["folder"])
+    managed(config, batches, asked["folder"], asked.get("update_in_backward", False))
 
 
 def plain(model: Any, batches: list[Any]) -> None:
@@ -175,7 +209,7 @@ def plain(model: Any, batches: list[Any]) -> None:
     print(json.dumps({"losses": losses}))
 
 
-def managed(config: Any, batches: list[Any], folder: str) -> None:
+def managed(config: Any, batches: list[Any], folder: str, update_in_backward: bool) -> None:
     from gemini.booster import Booster
     from gemini.booster.plugin import GeminiPlugin
     from gemini.lazy import LazyInitContext
@@ -188,7 +222,7 @@ def managed(config: Any, batches: list[Any], folder: str) -> None:
     count = sum(p.numel() for p in model.parameters())
     optimizer: Any = HybridAdam(model.parameters(), lr=1e-4)
     with tempfile.TemporaryDirectory(dir=folder) as offload_dir:
-        booster = Booster(plugin=GeminiPlugin(offload_dir=offload_dir))
+        booster = Booster(plugin=GeminiPlugin(offload_dir=offload_dir, update_in_backward=update_in_backward))
         model, optimizer, *_ = booster.boost(model, optimizer)
         boost_seconds = time.perf_counter() - begin
         losses, ends, moved = [], [], []
@@ -213,6 +247,7 @@ def managed(config: Any, batches: list[Any], folder: str) -> None:
                 "step_seconds": [later - earlier for earlier, later in pairwise(ends)],
                 "read_bytes": (moved[-1][0] - moved[0][0]) / (len(moved) - 1),
                 "written_bytes": (moved[-1][1] - moved[0][1]) / (len(moved) - 1),
+                "gradient_bytes": after["model_data/gradient_bytes"],
                 "disk_used": after["disk/used_bytes"],
                 "host_capacity": after["host/capacity_bytes"],
             }
