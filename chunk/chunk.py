@@ -78,6 +78,13 @@ class Chunk:
         slot = self.states.get(role)
         return role.value if slot is None else slot.name
 
+    def place(self, position: int, role: Role) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Where a role has the values of a parameter: offset in its buffer, shape and strides there."""
+        slot, state = self.layout.slots[position], self.states.get(role)
+        if state is None or state.block_numel == 1:
+            return slot.offset, slot.shape, slot.stride
+        return slot.offset // state.block_numel, (state.numel(slot.numel),), (1,)
+
     @property
     def source(self) -> Buffer:
         """What a fetch reads."""

@@ -42,10 +42,16 @@ class TensorSpec:
     """Strides in elements; dense (a permutation of contiguous), so that the tensor spans exactly its numel."""
     group: Any = None
     """Hashable; tensors of different groups never share a chunk."""
+    align_numel: int = ALIGN_NUMEL
+    """Its slot starts at a multiple of this (itself a multiple of `ALIGN_NUMEL`); the same within a group."""
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    def aligned(self, numel: int) -> int:
+        """Where the next slot can start."""
+        return align(numel, self.align_numel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +117,16 @@ def pack(specs: Sequence[TensorSpec], chunk_numel: int) -> tuple[ChunkLayout, ..
 
     for key, spec in enumerate(specs):
         if spec.numel > chunk_numel:  # beside the open chunk, which goes on filling
-            done.append((spec.group, [Slot(key, spec.name, 0, spec.numel, spec.shape, spec.stride)], align(spec.numel)))
+            done.append(
+                (spec.group, [Slot(key, spec.name, 0, spec.numel, spec.shape, spec.stride)], spec.aligned(spec.numel))
+            )
             continue
         slots, end = open_chunks.pop(spec.group, ([], 0))
         if end + spec.numel > chunk_numel:
             done.append((spec.group, slots, end))
             slots, end = [], 0
         slots.append(Slot(key, spec.name, end, spec.numel, spec.shape, spec.stride))
-        open_chunks[spec.group] = (slots, align(end + spec.numel))
+        open_chunks[spec.group] = (slots, spec.aligned(end + spec.numel))
     done.extend((group, slots, end) for group, (slots, end) in open_chunks.items())
 
     # Chunk numbers follow first use, so that "the first chunks" means the same to placement and to people.

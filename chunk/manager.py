@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from types import MappingProxyType
 
 import torch
@@ -95,13 +96,9 @@ class ChunkManager:
     # -- building
 
     def _reserve(self, plans: Sequence[ChunkPlan]) -> None:
-        homes = [
-            (plan.layout.numel, plan.dtype(role)) for plan in plans for role, t in plan.homes.items() if t is Tier.HOST
-        ]
-        if sum(numel * dtype.itemsize for numel, dtype in homes) <= self.ledger.free(
-            Tier.HOST
-        ):  # else a home will say so
-            self.device.reserve(sum(padded(numel * dtype.itemsize) for numel, dtype in homes))
+        homes = [plan.nbytes(role) for plan in plans for role, tier in plan.homes.items() if tier is Tier.HOST]
+        if sum(homes) <= self.ledger.free(Tier.HOST):  # else a home will say so
+            self.device.reserve(sum(map(padded, homes)))
 
     def _build(self, plan: ChunkPlan) -> Chunk:
         homes: dict[Role, Buffer] = {
@@ -129,7 +126,7 @@ class ChunkManager:
         return chunk
 
     def _home(self, plan: ChunkPlan, role: Role, tier: Tier) -> Buffer:
-        numel, dtype = plan.layout.numel, plan.dtype(role)
+        numel, dtype = plan.numel(role), plan.dtype(role)
         what = f"{plan.name(role)} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
         if tier is Tier.DISK:
             assert self.disk is not None
@@ -385,7 +382,10 @@ class ChunkManager:
     # -- values
 
     def read(self, parameter: Tensor, role: Role) -> Tensor:
-        """A copy, on CPU, of what one role holds for a parameter, in its shape (waits for a pending update)."""
+        """A copy, on CPU, of what one role holds for a parameter (waits for a pending update).
+
+        In the parameter's shape; flat where blocks of elements share a value.
+        """
         self.before_read()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
@@ -393,10 +393,10 @@ class ChunkManager:
         return self._read_slot(chunk, position, role)
 
     def _read_slot(self, chunk: Chunk, position: int, role: Role) -> Tensor:
-        slot, home = chunk.layout.slots[position], chunk.homes[role]
-        flat = torch.empty(slot.numel, dtype=home.dtype)
-        home.read(slot.offset, flat)
-        return flat.as_strided(slot.shape, slot.stride)
+        home, (offset, shape, stride) = chunk.homes[role], chunk.place(position, role)
+        flat = torch.empty(prod(shape), dtype=home.dtype)
+        home.read(offset, flat)
+        return flat.as_strided(shape, stride)
 
     def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
         """Replace what one role holds for a parameter; a full copy made before is dropped."""
@@ -409,18 +409,18 @@ class ChunkManager:
         self.after_write(parameter, role)
 
     def write_slot(self, chunk: Chunk, position: int, role: Role, value: Tensor) -> None:
-        """Put ``value`` (any dtype, the slot's shape) into a home; of the master also into its shadow."""
-        slot, home = chunk.layout.slots[position], chunk.homes[role]
+        """Put ``value`` (any dtype, the shape of `read`, or one for all) into a home; a master also into its shadow."""
+        home, (offset, shape, stride) = chunk.homes[role], chunk.place(position, role)
         if role is Role.MASTER and Role.SHADOW in chunk.homes:
             self.write_slot(chunk, position, Role.SHADOW, value.to(home.dtype))  # rounded once, as the update does it
         with torch.no_grad():
             if home.tensor is not None:
-                home.tensor.as_strided(slot.shape, slot.stride, home.tensor.storage_offset() + slot.offset).copy_(value)
+                home.tensor.as_strided(shape, stride, home.tensor.storage_offset() + offset).copy_(value)
                 return
             value = value.detach().to("cpu", home.dtype)
-            if (value.shape, value.stride()) != (slot.shape, slot.stride):
-                value = torch.empty(slot.numel, dtype=home.dtype).as_strided(slot.shape, slot.stride).copy_(value)
-            home.write(slot.offset, value.as_strided((slot.numel,), (1,)))
+            if (value.shape, value.stride()) != (shape, stride):
+                value = torch.empty(prod(shape), dtype=home.dtype).as_strided(shape, stride).copy_(value)
+            home.write(offset, value.as_strided((prod(shape),), (1,)))
 
     def show(self, parameter: Tensor) -> None:
         """Wait for the pending update of a parameter, and show its values if its chunk is resident."""

@@ -54,6 +54,15 @@ class ChunkPlan:
             return self.states[STATE_ROLES.index(role)].dtype
         return torch.float32 if role is Role.MASTER and self.is_trainable else self.compute_dtype
 
+    def numel(self, role: Role) -> int:
+        """Elements of the role's buffer: fewer than the chunk has where blocks of them share one."""
+        numel = self.layout.numel
+        return self.states[STATE_ROLES.index(role)].numel(numel) if role in STATE_ROLES else numel
+
+    def nbytes(self, role: Role) -> int:
+        """Bytes of the role's buffer."""
+        return self.numel(role) * self.dtype(role).itemsize
+
     def name(self, role: Role) -> str:
         """For messages: the optimizer's word for a state, the role's own for the others."""
         return self.states[STATE_ROLES.index(role)].name if role in STATE_ROLES else role.value

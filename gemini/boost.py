@@ -199,9 +199,8 @@ def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> Non
     if optimizer.rule.starts_filled:
         for chunk in manager.chunks:
             for role, slot in chunk.states.items():
-                for position, of in enumerate(chunk.layout.slots):
-                    initial = torch.full((), optimizer.rule.initial(slot.name))
-                    manager.write_slot(chunk, position, role, initial.expand(of.shape))
+                for position in range(len(chunk.layout.slots)):
+                    manager.write_slot(chunk, position, role, torch.full((), optimizer.rule.initial(slot.name)))
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:

@@ -15,6 +15,7 @@ from .nn.optimizer.managed import ManagedOptimizer
 from .nn.optimizer.rule import StateSlot, steps_of
 from .runtime import Runtime
 from .saved_groups import check_groups
+from .saved_states import read_state, write_state
 from .scaler import LossScaler
 from .updater import Updater
 
@@ -266,12 +267,13 @@ class ChunkedStep:
         """The state of one parameter in torch's layout, on CPU; empty before its first step."""
         place = self.manager.find(parameter)
         if place is None:
-            return dict(optimizer.state.get(parameter, {}))
+            return optimizer.exported_state(parameter)
         if not self.has_state(optimizer, parameter):
             return {}
         rule, steps = optimizer.rule, self.steps.get(id(parameter), 0)
         counted = {"step": torch.tensor(float(steps))} if rule.takes_step else {}
-        return {**counted, **{s.name: self.manager.read(parameter, role) for role, s in place[0].states.items()}}
+        names = [slot.name for slot in rule.saved_slots(tuple(place[0].states.values()))]
+        return {**counted, **{name: read_state(self.manager, rule, parameter, name) for name in names}}
 
     def has_state(self, optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
         """Whether the optimizer keeps something for a parameter; before its first step most do not."""
@@ -285,15 +287,12 @@ class ChunkedStep:
         """Put one parameter's state (torch's layout) where it belongs."""
         place = self.manager.find(parameter)
         if place is None:
-            optimizer.state[parameter] = {
-                key: torch.as_tensor(value).to(parameter.device if key != "step" else "cpu", copy=True)
-                for key, value in state.items()
-            }
+            optimizer.restore_state(parameter, state)
             return
         self.steps[id(parameter)] = steps_of(optimizer.rule, state)
-        for role, slot in place[0].states.items():
+        for slot in optimizer.rule.saved_slots(tuple(place[0].states.values())):
             if state.get(slot.name) is not None:
-                self.manager.write(parameter, role, state[slot.name])
+                write_state(self.manager, optimizer.rule, parameter, slot.name, state[slot.name])
         if "master" in state:
             self.manager.write(parameter, Role.MASTER, state["master"])
 
@@ -304,8 +303,7 @@ class ChunkedStep:
             optimizer.state.pop(parameter, None)
         elif self.steps.pop(id(parameter), 0):
             for role, slot in place[0].states.items():
-                initial = torch.full((), optimizer.rule.initial(slot.name))
-                self.manager.write(parameter, role, initial.expand(parameter.shape))
+                self.manager.write(parameter, role, torch.full((), optimizer.rule.initial(slot.name)))
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]

@@ -23,6 +23,7 @@ from .chunk import (
     pack,
     search_chunk_numel,
 )
+from .chunk.layout import ALIGN_NUMEL, align
 from .chunk.search import RING_CHUNKS, bounds, waste_ratio
 from .config import GeminiConfig
 from .errors import OutOfMemory
@@ -151,7 +152,10 @@ def _specs(
         trainable = parameter.requires_grad and index >= 0
         keeps_fp32 = id(parameter) in with_statistics
         group = Group(index, True, keeps_fp32, slots[index]) if trainable else Group(-1, False, keeps_fp32)
-        specs.append(TensorSpec(name, tuple(parameter.shape), _dense_stride(parameter), group))
+        # States that a block of elements shares begin with a parameter, so that they do not depend on what is around.
+        multiple = max((slot.block_numel for slot in group.states), default=1)
+        stride = _dense_stride(parameter)
+        specs.append(TensorSpec(name, tuple(parameter.shape), stride, group, align(ALIGN_NUMEL, multiple)))
     return specs
 
 
@@ -284,7 +288,7 @@ def _need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) -> Chun
     states = zip(STATE_ROLES, layout.group.states, strict=False)
     roles = {
         Role.MASTER: full,
-        **{role: layout.numel * slot.dtype.itemsize for role, slot in states},
+        **{role: slot.numel(layout.numel) * slot.dtype.itemsize for role, slot in states},
     }
     if not borrow:
         roles[Role.GRADIENT] = low

@@ -126,8 +126,13 @@ class _Block:
     def tensor(self, role: Role, buffer: Buffer) -> Tensor:
         """The elements of this block, in memory."""
         if buffer.tensor is not None:
-            return buffer.tensor[self.start : self.stop]
-        return self.staged[role].view(buffer.dtype)[self.offset : self.offset + self.numel]
+            return buffer.tensor[self.part(role, self.start, self.stop)]
+        return self.staged[role].view(buffer.dtype)[self.part(role, self.offset, self.offset + self.numel)]
+
+    def part(self, role: Role | str, start: int, stop: int) -> slice:
+        """What a role has for these elements; they begin with a block of those that share a value."""
+        state = self.update.chunk.states.get(role) if isinstance(role, Role) else None
+        return slice(start, stop) if state is None else slice(start // state.block_numel, state.numel(stop))
 
 
 def update_roles(state_count: int) -> tuple[Role, ...]:
@@ -150,7 +155,7 @@ def warm_up(rule: Rule, param_groups: Sequence[Mapping[str, Any]], device: torch
     """
     for slots, group in {rule.slots(group): group for group in reversed(param_groups)}.items():
         master = torch.zeros(_WARM_UP_NUMEL, device=device)
-        states = [torch.zeros(_WARM_UP_NUMEL, dtype=slot.dtype, device=device) for slot in slots]
+        states = [slot.zeros(_WARM_UP_NUMEL, device) for slot in slots]
         gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
         for out in (None, full):
             rule.of_group(group, slots)(1, 1.0).apply(master, states, gradient, out)
@@ -267,7 +272,7 @@ class UpdateQueue:
             return  # a retry: staging holds what was computed
         for role in block.staged:
             buffer = block.buffers()[role]
-            buffer.read(block.start, block.tensor(role, buffer))
+            buffer.read(block.part(role, block.start, block.stop).start, block.tensor(role, buffer))
 
     def _compute(self, block: _Block) -> None:
         if block.is_computed:
@@ -278,14 +283,15 @@ class UpdateQueue:
         step = block.at_step.atomic_numel(tensors[Role.MASTER].device) or block.numel
         while not block.is_computed:  # what one call wrote is not computed again by a retry
             stop = min(block.computed_numel + step, block.numel)
-            _update(block.at_step, {role: t[block.computed_numel : stop] for role, t in tensors.items()})
+            done = block.computed_numel
+            _update(block.at_step, {role: t[block.part(role, done, stop)] for role, t in tensors.items()})
             block.computed_numel = stop
 
     def _write(self, block: _Block) -> None:
         for role in block.staged:
             if role is not Role.GRADIENT:
                 buffer = block.buffers()[role]
-                buffer.write(block.start, block.tensor(role, buffer))
+                buffer.write(block.part(role, block.start, block.stop).start, block.tensor(role, buffer))
 
     def _finish(self, writes: deque[tuple[_Block, "Future[None]"]]) -> None:
         block, future = writes[0]

@@ -42,6 +42,8 @@ class Task:
     precision: str = "fp32"
     lr: float = 1e-2
     weight_decay: float = 0.1
+    states: str = "fp32"
+    """How `HybridAdam` keeps the moments."""
     prepare: Callable[[nn.Module], None] = lambda model: None
     """Applied to the model before training starts (activation checkpointing)."""
 
@@ -51,7 +53,7 @@ class Task:
 
 
 def hybrid(parameters: Any, task: Task) -> HybridAdam:
-    return HybridAdam(parameters, lr=task.lr, weight_decay=task.weight_decay)
+    return HybridAdam(parameters, lr=task.lr, weight_decay=task.weight_decay, states=task.states)
 
 
 def torch_fused(parameters: Any, task: Task) -> torch.optim.AdamW:
@@ -74,11 +76,11 @@ def run_plain(task: Task, optimizer: Callable[[Any, Task], torch.optim.Optimizer
         opt.zero_grad()
         losses.append(loss.item())
     state = {name: opt.state.get(p, {}) for name, p in model.named_parameters()}
+    names, saved = list(state), opt.state_dict()["state"]  # numbered in the order of the parameters
     return Run(
         losses,
         {name: state[name].get("master", p).detach().clone() for name, p in model.named_parameters()},
-        {name: s["exp_avg"] for name, s in state.items() if "exp_avg" in s},
-        {name: s["exp_avg_sq"] for name, s in state.items() if "exp_avg_sq" in s},
+        *({names[i]: s[key] for i, s in saved.items() if key in s} for key in ("exp_avg", "exp_avg_sq")),
         {name: b.clone() for name, b in model.named_buffers()},
     )
 

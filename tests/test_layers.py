@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         # The pieces of the runtime
         "completion", "updater", "backward_updates",
         "scaler", "observer", "bracket", "watched", "units", "cycle", "shortage", "update_queue", "packing", "runtime",
-        "hooks", "gradient_norm", "gradients", "saved_groups", "managed_step", "stats", "timeline",
+        "hooks", "gradient_norm", "gradients", "saved_groups", "saved_states", "managed_step", "stats", "timeline",
         "prediction",
     ),
     ("monitor",),

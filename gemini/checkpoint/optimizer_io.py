@@ -16,9 +16,9 @@ from gemini.errors import CheckpointError
 from gemini.managed_step import ChunkedStep
 from gemini.nn.optimizer.acceptance import rule_name
 from gemini.nn.optimizer.managed import ManagedOptimizer
-from gemini.nn.optimizer.parameter_state import restored
 from gemini.nn.optimizer.rule import steps_of
 from gemini.saved_groups import check_groups
+from gemini.saved_states import read_state, write_state
 from gemini.sizes import parse_bytes
 
 from .match import Source
@@ -145,9 +145,9 @@ def _records(optimizer: ManagedOptimizer, index: int, parameter: Tensor) -> list
     step = _managed(optimizer)
     place = step.manager.find(parameter) if step is not None else None
     if place is not None:
-        slots = place[0].states.values()
+        slots = optimizer.rule.saved_slots(tuple(place[0].states.values()))
         return [TensorRecord(f"{index}.{slot.name}", slot.dtype, tuple(parameter.shape)) for slot in slots]
-    state = optimizer.state[parameter]
+    state = optimizer.exported_state(parameter)
     tensors = {name: v for name, v in state.items() if name != "step" and isinstance(v, Tensor)}
     return [TensorRecord(f"{index}.{name}", v.dtype, tuple(v.shape)) for name, v in tensors.items()]
 
@@ -157,9 +157,8 @@ def _read(optimizer: ManagedOptimizer, parameter: Tensor, key: str) -> Tensor:
     step = _managed(optimizer)
     place = step.manager.find(parameter) if step is not None else None
     if step is not None and place is not None:
-        (role,) = (role for role, slot in place[0].states.items() if slot.name == key)
-        return step.manager.read(parameter, role)
-    value: Tensor = optimizer.state[parameter][key]
+        return read_state(step.manager, optimizer.rule, parameter, key)
+    value: Tensor = optimizer.exported_state(parameter)[key]
     return value.detach().cpu()
 
 
@@ -244,13 +243,15 @@ def _load_state(optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[s
         if state is None:
             optimizer.state.pop(parameter, None)
         else:
-            optimizer.state[parameter] = restored(_tensors(state), parameter, copy=False)
+            optimizer.restore_state(parameter, _tensors(state))
     elif state is not None:
         step.steps[id(parameter)] = steps_of(optimizer.rule, state)
-        named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
-        for role, name in named.items():  # not ``load_state_of``, which takes all of them at once
-            if name in state:
-                step.manager.write(parameter, role, state[name].read())
+        # Not ``load_state_of``, which takes all of them at once.
+        if "master" in state:
+            step.manager.write(parameter, Role.MASTER, state["master"].read())
+        for slot in optimizer.rule.saved_slots(tuple(place[0].states.values())):
+            if slot.name in state:
+                write_state(step.manager, optimizer.rule, parameter, slot.name, state[slot.name].read())
     else:
         step.forget_state_of(optimizer, parameter)
 

@@ -9,6 +9,7 @@ import torch
 
 from gemini.chunk import Role, StateSlot, Tier
 from gemini.config import PRECISIONS, GeminiConfig
+from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
 from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="as GeminiPlugin's (bf16)")
     parser.add_argument(
         "--optimizer", nargs="+", default=["AdamW"], metavar=("NAME", "OPTION=VALUE"),
-        help="of torch.optim, such as: SGD momentum=0.9 (AdamW)",
+        help="of torch.optim, such as: SGD momentum=0.9, or HybridAdam states=8bit (AdamW)",
     )  # fmt: skip
     parser.add_argument("--gpu", metavar="SIZE", help="memory of the accelerator; nothing: train on the CPU")
     parser.add_argument("--ram", metavar="SIZE", help="RAM for this training beside the libraries (what is free here)")
@@ -165,7 +166,7 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
         # 2 forward and 4 backward a parameter and token, one more forward where activations are recomputed.
         flops=(8.0 if options.checkpointing else 6.0) * data.numel * tokens,
         # Of another optimizer's speed nothing is known; it reads and writes so much more or less than Adam.
-        adam_elements=data.numel * data.state_bytes // 12,
+        adam_elements=round(data.numel * data.state_bytes / 12),
         disk_read_bytes=read,
         disk_write_bytes=written,
         upload_bytes=uploaded,
@@ -218,9 +219,9 @@ def _show(options: argparse.Namespace, found: Demand, answer: dict[str, Any]) ->
 
 def _slots(name: str, *assignments: str) -> tuple[StateSlot, ...]:
     """What the optimizer of this name, with these options, keeps of each element."""
-    cls = getattr(torch.optim, name, None)
+    cls = HybridAdam if name == HybridAdam.__name__ else getattr(torch.optim, name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise Usage(f"--optimizer expects the name of one of torch.optim, got {name!r}")
+        raise Usage(f"--optimizer expects the name of one of torch.optim or HybridAdam, got {name!r}")
     try:
         optimizer = accepted(cls([torch.zeros(1)], **dict(_assignment(text) for text in assignments)))
     except (TypeError, ValueError) as error:

@@ -84,7 +84,7 @@ class ModelData:
         self.numel = sum(p.numel() for p in self.model.parameters())
         self.groups = [{"params": list(self.model.parameters())}]
         self.slots = tuple(slots)
-        self.state_bytes = 4 + sum(slot.dtype.itemsize for slot in slots)
+        self.state_bytes = 4 + sum(slot.dtype.itemsize / slot.block_numel for slot in slots)
         """Of a parameter, master included."""
 
     def pack(self, limits: Mapping[Tier, int], unified: bool) -> Packing:
@@ -192,8 +192,8 @@ def _terms(packing: Packing) -> dict[str, int]:
     waste = 0
     for plan in packing.plans:
         for role in plan.homes:
-            by_role[role] += plan.layout.numel * plan.dtype(role).itemsize
-            waste += (plan.layout.numel - plan.layout.used_numel) * plan.dtype(role).itemsize
+            by_role[role] += plan.nbytes(role)
+            waste += plan.nbytes(role) * (plan.layout.numel - plan.layout.used_numel) // plan.layout.numel
     largest = max((slot.numel for plan in packing.plans for slot in plan.layout.slots), default=0)
     return {
         "masters": by_role[Role.MASTER],
@@ -208,7 +208,7 @@ def _terms(packing: Packing) -> dict[str, int]:
 
 
 def _everything(data: ModelData) -> int:
-    return data.numel * (data.state_bytes + data.config.compute_dtype.itemsize)
+    return round(data.numel * (data.state_bytes + data.config.compute_dtype.itemsize))
 
 
 def as_argument(nbytes: int, *, up: bool = False) -> str:

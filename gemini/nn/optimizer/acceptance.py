@@ -38,11 +38,6 @@ def accepted(optimizer: Optimizer) -> ManagedOptimizer:
     ValueError
         If it has an option with which it cannot be managed.
     """
-    if isinstance(optimizer, HybridAdam) and optimizer.rule.states != "fp32":
-        raise ValueError(
-            f"HybridAdam(states={optimizer.rule.states!r}) cannot be boosted yet, it works on plain parameters only; "
-            "leave states at 'fp32'"
-        )
     if isinstance(optimizer, ManagedOptimizer):
         return optimizer
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):

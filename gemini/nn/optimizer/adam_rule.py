@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import moments
 from .arithmetic import AdamHyper, AdamScalars, scalars
 from .group_options import refuse_options
-from .moments import slots
 from .rule import StateSlot, StepMaker
 from .update import atomic_numel, update_states
 
@@ -43,10 +43,22 @@ class AdamRule:
 
     def __init__(self, states: str = "fp32") -> None:
         self.states = states
-        self._slots = slots(states)
+        self._slots = moments.slots(states)
 
     def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
         return self._slots
+
+    def saved_slots(self, slots: Sequence[StateSlot]) -> tuple[StateSlot, ...]:
+        return tuple(StateSlot(slot.name) for slot in slots if slot.name in moments.MOMENTS)
+
+    def kept_names(self, name: str) -> tuple[str, ...]:
+        return moments.kept_names(self.states, name)
+
+    def to_saved(self, name: str, kept: Sequence[Tensor]) -> Tensor:
+        return moments.unpack(self.states, name, kept)
+
+    def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
+        return moments.pack(self.states, name, saved)
 
     def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
         return partial(_at_step, AdamHyper.of_group(group))

@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 
 from . import pieces
 from .elementwise import Kind
-from .rule import AtStep, StateSlot, StepMaker
+from .rule import AtStep, KeptAsSaved, StateSlot, StepMaker
 from .sgd import SgdAtStep, is_plain_form
 
 _REFUSED = ("differentiable", "capturable")
 
 
-class ElementwiseRule:
+class ElementwiseRule(KeptAsSaved):
     """An element-wise torch optimizer (a `Rule`).
 
     Parameters

@@ -157,6 +157,12 @@ class HybridAdam(ManagedOptimizer):
             self.param_groups.pop()
             raise
 
+    def exported_state(self, param: Tensor) -> dict[str, Any]:
+        return exported(self.state.get(param, {}), param, self.rule.states)
+
+    def restore_state(self, param: Tensor, saved: Mapping[str, Any]) -> None:
+        self.state[param] = restored(saved, param, copy=True, states=self.rule.states)
+
     def saved_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         # Users change the one, torch reads the other.
         return {**super().saved_options(group), "decoupled_weight_decay": group["adamw_mode"]}

@@ -148,6 +148,18 @@ class ManagedOptimizer(Optimizer):
         """
         super().add_param_group(group)
 
+    def exported_state(self, param: Tensor) -> dict[str, Any]:
+        """The state of a parameter outside of chunks as a state dict has it; empty if it has none."""
+        return dict(self.state.get(param, {}))
+
+    def restore_state(self, param: Tensor, saved: Mapping[str, Any]) -> None:
+        """Give a parameter outside of chunks a state that came from a state dict. Copies."""
+        tensors = {
+            name: value.to(param.device, copy=True) for name, value in saved.items() if isinstance(value, Tensor)
+        }
+        counted = {"step": torch.tensor(float(saved["step"]))} if "step" in saved else {}
+        self.state[param] = {**saved, **tensors, **counted}
+
     def saved_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a group as a state dict has them, without the parameters."""
         return {name: value for name, value in group.items() if name != "params"}

@@ -1,6 +1,6 @@
 """How Adam's two moments are kept: the words of ``HybridAdam(states=...)``, and the way to float32 and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ _SLOTS = {
     ),
 }
 
+STATES = tuple(_SLOTS)
+
 
 def slots(states: str) -> tuple[StateSlot, ...]:
     """What is kept, in the order in which kernels take it.
@@ -33,25 +35,34 @@ def slots(states: str) -> tuple[StateSlot, ...]:
     return _SLOTS[states]
 
 
-def unpacked(states: str, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moments in float32, exactly, from flat tensors by the names of the slots."""
+def kept_names(states: str, moment: str) -> tuple[str, ...]:
+    """The slots that a moment is kept in."""
+    return (moment, f"{moment}_scale") if states == "8bit" else (moment,)
+
+
+def unpack(states: str, moment: str, kept: Sequence[Tensor]) -> Tensor:
+    """A moment in float32, exactly, from what its slots have (flat)."""
     if states == "8bit":
-        return {
-            "exp_avg": unpack_exp_avg(kept["exp_avg"], kept["exp_avg_scale"]),
-            "exp_avg_sq": unpack_exp_avg_sq(kept["exp_avg_sq"], kept["exp_avg_sq_scale"]),
-        }
-    return {name: kept[name].float() for name in MOMENTS}
+        return (unpack_exp_avg if moment == "exp_avg" else unpack_exp_avg_sq)(*kept)
+    return kept[0].float()
+
+
+def pack(states: str, moment: str, value: Tensor) -> tuple[Tensor, ...]:
+    """What `unpack` undoes: what its slots have for a moment (flat), rounded to nearest where it has to be."""
+    if states == "8bit":
+        return (pack_exp_avg if moment == "exp_avg" else pack_exp_avg_sq)(value.float())
+    return (value.to(slots(states)[0].dtype),)
+
+
+def unpacked(states: str, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All moments from flat tensors by the names of the slots."""
+    return {name: unpack(states, name, [kept[of] for of in kept_names(states, name)]) for name in MOMENTS}
 
 
 def packed(states: str, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `unpacked` undoes: flat tensors by the names of the slots, rounded to nearest where they have to be."""
-    if states == "8bit":
-        exp_avg, exp_avg_scale = pack_exp_avg(moments["exp_avg"].float())
-        exp_avg_sq, exp_avg_sq_scale = pack_exp_avg_sq(moments["exp_avg_sq"].float())
-        return {
-            "exp_avg": exp_avg,
-            "exp_avg_sq": exp_avg_sq,
-            "exp_avg_scale": exp_avg_scale,
-            "exp_avg_sq_scale": exp_avg_sq_scale,
-        }
-    return {slot.name: moments[slot.name].to(slot.dtype) for slot in slots(states)}
+    """What `unpacked` undoes."""
+    return {
+        of: tensor
+        for name in MOMENTS
+        for of, tensor in zip(kept_names(states, name), pack(states, name, moments[name]), strict=True)
+    }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemini.chunk import StateSlot
 
-__all__ = ["AtStep", "Rule", "StateSlot", "StepMaker", "steps_of"]
+__all__ = ["AtStep", "KeptAsSaved", "Rule", "StateSlot", "StepMaker", "steps_of"]
 
 
 class AtStep(Protocol):
@@ -59,6 +59,18 @@ class Rule(Protocol):
     def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
         """What it keeps for each element of the parameters of a group."""
 
+    def saved_slots(self, slots: Sequence[StateSlot]) -> tuple[StateSlot, ...]:
+        """What state dicts and checkpoints have instead of these slots, each in the shape of the parameter."""
+
+    def kept_names(self, name: str) -> tuple[str, ...]:
+        """The slots that a saved state is kept in."""
+
+    def to_saved(self, name: str, kept: Sequence[Tensor]) -> Tensor:
+        """A saved state (flat) from what the slots of `kept_names` have for a parameter (flat)."""
+
+    def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
+        """What `to_saved` undoes."""
+
     def remembers(self, group: Mapping[str, Any]) -> bool:
         """Whether a step with these options leaves a state behind. Plain SGD's does not."""
 
@@ -76,6 +88,22 @@ class Rule(Protocol):
 
     def refuse(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group (a saved one, say) switches on an option that is not supported."""
+
+
+class KeptAsSaved:
+    """The part of a rule that says: states are saved as they are kept."""
+
+    def saved_slots(self, slots: Sequence[StateSlot]) -> tuple[StateSlot, ...]:
+        return tuple(slots)
+
+    def kept_names(self, name: str) -> tuple[str, ...]:
+        return (name,)
+
+    def to_saved(self, name: str, kept: Sequence[Tensor]) -> Tensor:
+        return kept[0]
+
+    def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
+        return (saved,)
 
 
 def steps_of(rule: Rule, saved: Mapping[str, Any]) -> int:

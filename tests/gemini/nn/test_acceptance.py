@@ -79,9 +79,3 @@ def test_options_that_are_not_elementwise_are_refused_and_nothing_has_changed(
     assert type(model) is nn.Linear
     assert torch.equal(model.weight, before)
     assert torch.equal(torch.random.get_rng_state(), drawn)
-
-
-@pytest.mark.parametrize("states", ["bf16", "8bit"])
-def test_reduced_states_are_not_managed_yet(states: str) -> None:
-    with pytest.raises(ValueError, match="cannot be boosted yet"):
-        accepted(HybridAdam([torch.zeros(3, requires_grad=True)], states=states))
