@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gemini.errors import OutOfMemory
 from gemini.nn.optimizer import HybridAdam, adam_rule, cpu_kernel, kernel_pool
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.update import adam_update, update_states
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -171,13 +171,13 @@ def test_any_failing_allocation_leaves_a_boosted_optimizer_as_it_was(precision: 
 
 
 def failing_at(numbers: set[int]) -> Callable[..., None]:
-    """An `adam_update` some calls of which find no memory."""
+    """An `update_states` some calls of which find no memory."""
     calls: Iterator[int] = iter(range(1 << 30))
 
     def update(*args: Any) -> None:
         if next(calls) in numbers:
             raise MemoryError("no memory")
-        adam_update(*args)
+        update_states(*args)
 
     return update
 
@@ -195,7 +195,7 @@ def test_memory_that_runs_out_in_the_background_is_told_with_a_name_and_costs_no
     ours = Trained(options)
     assert [ours.step(step) for step in range(2)] == losses[:2]
     ours.model._gemini.manager.settle()
-    monkeypatch.setattr(adam_rule, "adam_update", failing_at({0, 3, 4, 9}))
+    monkeypatch.setattr(adam_rule, "update_states", failing_at({0, 3, 4, 9}))
     monkeypatch.setattr(adam_rule, "atomic_numel", lambda device: atomic)
     assert ours.step(2) == losses[2]
     errors = 0
