@@ -8,7 +8,7 @@ import pytest
 import torch
 from loop import PLACEMENTS, Trained
 
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.update import update_states
 from gemini.update_queue import UpdateQueue
 
 pytestmark = pytest.mark.timeout(120)
@@ -30,7 +30,7 @@ def stall_workers(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[str]:
 
         return run
 
-    monkeypatch.setattr("gemini.nn.optimizer.adam_rule.adam_update", stalling("compute", adam_update))
+    monkeypatch.setattr("gemini.nn.optimizer.adam_rule.update_states", stalling("compute", update_states))
     for name in ("_read", "_write"):
         monkeypatch.setattr(UpdateQueue, name, stalling(name, getattr(UpdateQueue, name)))
     return done
