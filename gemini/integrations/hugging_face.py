@@ -1,5 +1,7 @@
 """``transformers.Trainer``: training under management, and memory statistics in its logs."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -113,9 +115,23 @@ class GeminiTrainerMixin:
                 betas=(arguments.adam_beta1, arguments.adam_beta2),
                 eps=arguments.adam_epsilon,
             )
-        plugin = self.gemini_plugin or GeminiPlugin(max_norm=arguments.max_grad_norm or 0.0)
+        plugin = _clipping(self.gemini_plugin or GeminiPlugin(), arguments.max_grad_norm or 0.0)
         if plugin.config.precision == "fp16":
             raise ValueError("a Trainer calls backward itself, without a loss scale: use precision='bf16' or 'fp32'")
         arguments.max_grad_norm = 0.0  # gradients are in the chunks, where the trainer finds none to clip
         _, self.optimizer, *_ = Booster(plugin=plugin).boost(model, self.optimizer)
         return self.optimizer  # type: ignore[no-any-return]
+
+
+def _clipping(plugin: GeminiPlugin, max_norm: float) -> GeminiPlugin:
+    """The plugin, with this ``max_norm`` if it has none of its own."""
+    if max_norm == 0 or plugin.config.max_norm > 0:
+        return plugin
+    if plugin.config.update_in_backward:
+        raise ValueError(
+            f"update_in_backward=True cannot clip, and the trainer's max_grad_norm is {max_norm:g} (its default is 1): "
+            "give TrainingArguments(max_grad_norm=0.0)"
+        )
+    clipping = copy.copy(plugin)
+    clipping.config = replace(plugin.config, max_norm=max_norm)
+    return clipping

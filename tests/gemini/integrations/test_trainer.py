@@ -103,10 +103,22 @@ def test_logs_hold_the_statistics_before_others_see_them(tmp_path: Path) -> None
     assert trainer.state.log_history[0]["memory/step/count"] == 1
 
 
-def test_clipping_goes_to_the_plugin(tmp_path: Path) -> None:
-    trainer = ManagedTrainer(model=model(), args=arguments(tmp_path, max_grad_norm=0.1), train_dataset=Tokens())
+@pytest.mark.parametrize("plugin", [None, GeminiPlugin(telemetry=False)], ids=["its own", "the user's"])
+def test_clipping_goes_to_the_plugin(plugin: GeminiPlugin | None, tmp_path: Path) -> None:
+    asked = arguments(tmp_path, max_grad_norm=0.1)
+    trainer = ManagedTrainer(model=model(), args=asked, train_dataset=Tokens(), gemini_plugin=plugin)
     trainer.train()
     assert boosted(trainer.model).step.grad_norm is not None
+    assert boosted(trainer.model).config.max_norm == 0.1
+    assert plugin is None or plugin.config.max_norm == 0  # it is the user's, and may serve another model
+
+
+def test_clipping_beside_updates_in_backward_is_refused(tmp_path: Path) -> None:
+    plugin = GeminiPlugin(update_in_backward=True, telemetry=False)
+    asked = arguments(tmp_path, max_grad_norm=0.1)
+    trainer = ManagedTrainer(model=model(), args=asked, train_dataset=Tokens(), gemini_plugin=plugin)
+    with pytest.raises(ValueError, match=r"max_grad_norm=0\.0"):
+        trainer.train()
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
