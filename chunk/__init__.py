@@ -20,6 +20,7 @@ from .search import ChunkSearch, search_chunk_numel
 from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
+from .weak import weakly
 from .workers import IO_STACK_BYTES, end_elsewhere, start_workers
 from .write_behind import STORE_BLOCKS
 
@@ -57,4 +58,5 @@ __all__ = [
     "search_chunk_numel",
     "start_workers",
     "tuned",
+    "weakly",
 ]

@@ -24,6 +24,7 @@ from .memory import Arrived, DeviceBackend
 from .plan import ChunkPlan
 from .state import ChunkState
 from .tier import Role, Tier
+from .weak import weakly
 from .workers import end_elsewhere
 
 HOLDERS_NAMED = 4
@@ -87,7 +88,7 @@ class ChunkManager:
         """Chunks whose parameters nobody is shown: they have taken a step that the others have not."""
         self._clock = 0
         self._reserve(plans)
-        self.gradient_pool = GradientPool(ledger, device, disk, self._evict_for)
+        self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
         self.chunks = tuple(self._build(plan) for plan in plans)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk import Chunk, ChunkManager, Role, Tier
+from .chunk import Chunk, ChunkManager, Role, Tier, weakly
 from .completion import Completion
 from .errors import TornStep
 from .gradients import Gradients
@@ -84,8 +84,8 @@ class BackwardUpdates:
         self._missing: set[tuple[int, Role]] = set()
         """ids of parameters and roles that are still to be loaded after a torn step."""
         manager.withheld = gradients.used_up = self._updated
-        manager.before_read = self.refuse_reading
-        manager.after_write = self._replaced
+        manager.before_read = weakly(self.refuse_reading)
+        manager.after_write = weakly(self._replaced)
         gradients.before_arrival = self._refuse_late
         gradients.on_arrival = self._arrived
 

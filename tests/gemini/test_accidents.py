@@ -66,10 +66,11 @@ def test_out_of_memory_in_the_model_leaves_everything_usable(placement: dict[str
     check_same(ours, plain)
 
 
-def test_a_model_that_is_dropped_gives_its_memory_and_files_back(tmp_path: Any) -> None:
-
+@pytest.mark.parametrize("in_backward", [False, True], ids=["", "updated in backward"])
+def test_a_model_that_is_dropped_gives_its_memory_and_files_back(in_backward: bool, tmp_path: Any) -> None:
     threads = set(threading.enumerate())
-    run = Trained({"host_memory": "300KiB", "offload_dir": tmp_path, **SMALL})
+    placement = {"host_memory": "300KiB", "offload_dir": tmp_path, "update_in_backward": in_backward, **SMALL}
+    run = Trained(placement)
     run.step(0)
     workers = [
         t
