@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from gemini.errors import OutOfMemory, is_out_of_memory
+from gemini.errors import is_out_of_memory
 
 from .buffer import Buffer
 from .chunk import Chunk
@@ -19,16 +19,14 @@ from .gradient import GradientBuffer
 from .gradient_pool import GradientPool, Use
 from .host_arena import padded
 from .layout import Slot
-from .ledger import Ledger, mib
+from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
 from .plan import ChunkPlan
+from .shortage import no_room, refused
 from .state import ChunkState
 from .tier import Role, Tier
 from .weak import weakly
 from .workers import end_elsewhere
-
-HOLDERS_NAMED = 4
-"""How many chunks a message about memory names."""
 
 
 @dataclass(slots=True)
@@ -185,7 +183,7 @@ class ChunkManager:
             except BaseException as again:
                 if not is_out_of_memory(again):
                     raise
-                raise self._refused(chunk, again) from again
+                raise refused(self.ledger, self.chunks, chunk, again) from again
         chunk.was_prefetched = background
         self.moves.fetch_count += 1
         self.moves.fetch_bytes += chunk.full_nbytes
@@ -317,7 +315,7 @@ class ChunkManager:
         while self.ledger.free(Tier.DEVICE) < chunk.full_nbytes:
             idle = self._idle(keep)
             if not idle:
-                raise self._no_room(chunk, keep)
+                raise no_room(self.ledger, self.chunks, chunk, keep)
             self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
 
     def _evict_for(self, tier: Tier, nbytes: int) -> None:
@@ -347,38 +345,6 @@ class ChunkManager:
                 raise
             return True
         return False
-
-    def _no_room(self, chunk: Chunk, keep: Sequence[Chunk]) -> OutOfMemory:
-        tier = self.ledger.bounded_by(Tier.DEVICE)
-        free = self.ledger.free(Tier.DEVICE)
-        missing = sum(c.full_nbytes for c in {chunk, *keep} if not c.is_resident)  # the others are asked for next
-        enough = self.ledger.capacity(tier) + missing - free
-        return OutOfMemory(
-            f"{tier.value} tier out of memory. {self._needs(chunk)}, {mib(free)} are free, {self._holders()}; "
-            f"set {tier.value}_memory to {enough} bytes ({mib(enough)}) or more"
-        )
-
-    def _refused(self, chunk: Chunk, error: BaseException) -> OutOfMemory:
-        tier = self.ledger.bounded_by(Tier.DEVICE)
-        less = max(self.ledger.capacity(tier) - chunk.full_nbytes, 0)
-        return OutOfMemory(
-            f"{tier.value} tier out of memory. {self._needs(chunk)}; of the capacity of "
-            f"{mib(self.ledger.capacity(tier))} {mib(self.ledger.free(Tier.DEVICE))} are free, but the system gives no "
-            f"more ({str(error).splitlines()[0] if str(error) else type(error).__name__}); {self._holders()}; use a "
-            f"smaller batch or checkpoint activations, or set {tier.value}_memory to {less} bytes ({mib(less)}) or less"
-        )
-
-    def _needs(self, chunk: Chunk) -> str:
-        return f"Chunk {chunk.index} (with {chunk.layout.slots[0].name}) needs {mib(chunk.full_nbytes)}"
-
-    def _holders(self) -> str:
-        """Which full copies are in the way, for messages."""
-        held = [c for c in self.chunks if c.is_resident and c.full_nbytes]
-        largest = sorted(held, key=lambda c: -c.full_nbytes)[:HOLDERS_NAMED]
-        named = ", ".join(f"{c.index} (with {c.layout.slots[0].name}, {mib(c.full_nbytes)})" for c in largest)
-        more = f" and {len(held) - len(largest)} more" if len(held) > len(largest) else ""
-        total = mib(sum(c.full_nbytes for c in held))
-        return f"chunks in use hold {total}{f': {named}{more}' if named else ''}, none is left to evict"
 
     # -- values
 

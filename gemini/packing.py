@@ -1,7 +1,7 @@
 """From parameters to a placed set of chunks: the decisions of `boost`, before anything is changed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,10 @@ from .chunk import (
 from .chunk.layout import ALIGN_NUMEL, align
 from .chunk.search import RING_CHUNKS, bounds, waste_ratio
 from .config import GeminiConfig
-from .errors import OutOfMemory
 from .gradient_room import gradient_room
 from .nn.optimizer.adam_rule import ADAM
 from .placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
-from .sizes import format_bytes
-from .tracker import Budget
+from .remedy import TooSmall, out_of_memory, remedy
 from .units import nested_chunks
 from .update_queue import BLOCK_SETS, update_roles
 
@@ -45,8 +43,6 @@ STAGING_SHARE = 8
 """Staging takes at most one part in so many of the HOST capacity."""
 SHRINKINGS = 4
 """Chunk sizes to try, each half of the one before: a unit may need several chunks, or one beside a huge tensor."""
-REMEDY_ATTEMPTS = 32
-"""Each changes a capacity by what the one before lacked; two or three do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +123,9 @@ def decide(
     attempt = partial(_decide, model, specs, tuple(named.values()), config)
     try:
         return attempt(capacities)
-    except _TooSmall as error:
-        remedies = [_remedy(tier, error, attempt, capacities) for tier in (Tier.DISK, Tier.HOST)]
-        failure = _out_of_memory(error, [remedy for remedy in remedies if remedy is not None], capacities)
+    except TooSmall as error:
+        remedies = [remedy(tier, error, attempt, capacities) for tier in (Tier.DISK, Tier.HOST)]
+        failure = out_of_memory(error, [enough for enough in remedies if enough is not None], capacities)
     raise failure
 
 
@@ -170,7 +166,7 @@ def _decide(
     for search in searches[:-1]:
         try:
             return _decide_with(search, model, specs, parameters, config, capacities)
-        except _TooSmall:  # smaller chunks make a smaller ring
+        except TooSmall:  # smaller chunks make a smaller ring
             continue
     return _decide_with(searches[-1], model, specs, parameters, config, capacities)
 
@@ -308,7 +304,7 @@ def _place(
         return _place_around_ring(*arguments, borrow=config.update_in_backward)
     try:
         return _place_around_ring(*arguments, borrow=True)
-    except _TooSmall:
+    except TooSmall:
         return _place_around_ring(*arguments, borrow=False)
 
 
@@ -357,7 +353,7 @@ def _place_around_ring(
             continue
         if _largest(use.units, _copies(layouts, config, capacities, placement))[1] <= ring_bytes:
             return placement
-    raise _TooSmall(sum(sum(need.roles.values()) for need in needs), name, least, fault)
+    raise TooSmall(sum(sum(need.roles.values()) for need in needs), name, least, fault)
 
 
 def _copies(
@@ -391,69 +387,3 @@ def _full_is_home(
     in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and capacities.unified)
     group = layout.group
     return in_reach and (group.dtype(config) is torch.float32 or not group.trainable)
-
-
-class _TooSmall(Exception):
-    """What was tried last, with the smallest ring, and what it lacks."""
-
-    def __init__(self, homes_bytes: int, unit: str, unit_bytes: int, fault: DoesNotFit) -> None:
-        super().__init__(str(fault))
-        self.homes_bytes = homes_bytes
-        self.unit = unit
-        self.unit_bytes = unit_bytes
-        self.fault = fault
-
-
-def _remedy(
-    tier: Tier, error: _TooSmall, attempt: Callable[[Capacities], Packing], capacities: Capacities
-) -> dict[Tier, int] | None:
-    """Capacities that are enough when homes without a place go to ``tier``; None if none was found.
-
-    Found by trying: other capacities make other chunks and other staging, so no formula is exact.
-    """
-    enough: dict[Tier, int] = {}
-    for _ in range(REMEDY_ATTEMPTS):
-        more = dict(error.fault.working_bytes)
-        more[tier] = more.get(tier, 0) + error.fault.homes_bytes
-        enough |= {t: enough.get(t, capacities.nbytes[t]) + nbytes for t, nbytes in more.items() if nbytes}
-        budgets = {**capacities.budgets, **{t: Budget(nbytes, "tried") for t, nbytes in enough.items()}}
-        if capacities.unified:
-            budgets[Tier.DEVICE] = budgets[Tier.HOST]
-        try:
-            attempt(replace(capacities, budgets=budgets))
-            return enough
-        except _TooSmall as again:
-            error = again
-    return None
-
-
-def _out_of_memory(error: _TooSmall, remedies: Sequence[Mapping[Tier, int]], capacities: Capacities) -> OutOfMemory:
-    budgets = capacities.budgets
-    tiers = (Tier.HOST, Tier.DISK) if capacities.unified else tuple(Tier)
-    have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in tiers)
-    where_units_run = Tier.HOST if capacities.unified else Tier.DEVICE
-    if error.unit_bytes > budgets[where_units_run].bytes:
-        problem = (
-            f"{where_units_run.value} tier out of memory. Unit {error.unit!r} alone needs "
-            f"{format_bytes(error.unit_bytes)} of parameters at once"
-        )
-    else:
-        problem = (
-            f"all tiers out of memory. The model data need {format_bytes(error.homes_bytes)} and room to work, "
-            f"{format_bytes(error.fault.missing_bytes)} have no place"
-        )
-    told = list(dict.fromkeys(_told(remedy, budgets[Tier.DISK].bytes > 0) for remedy in remedies))
-    if error.unit_bytes > budgets[where_units_run].bytes:
-        told.append("make chunks smaller (chunk_config_dict)")
-    return OutOfMemory(f"{problem}; there are {have}; {', or '.join(told)}")
-
-
-def _told(remedy: Mapping[Tier, int], has_disk: bool) -> str:
-    parts = [f"{tier.value}_memory to {nbytes} bytes" for tier, nbytes in remedy.items() if tier is not Tier.DISK]
-    if Tier.DISK not in remedy:
-        return f"set {' and '.join(parts)} or more"
-    disk = f"disk_memory to {remedy[Tier.DISK]} bytes"
-    if has_disk:
-        return f"set {' and '.join((disk, *parts))} or more"
-    folder = f"give a folder for the disk tier, GeminiPlugin(offload_dir=...), and set {disk}"
-    return f"{' and '.join((folder, *parts))} or more"

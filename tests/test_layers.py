@@ -22,7 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         # The pieces of the runtime
         "completion", "updater", "backward_updates",
-        "scaler", "observer", "bracket", "watched", "units", "cycle", "shortage", "update_queue", "packing", "runtime",
+        "scaler", "observer", "bracket", "watched", "units", "cycle", "shortage", "update_queue", "remedy",
+        "packing", "runtime",
         "hooks", "gradient_norm", "gradients", "saved_groups", "saved_states", "managed_step", "stats", "timeline",
         "prediction",
     ),
