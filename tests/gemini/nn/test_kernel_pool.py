@@ -1,5 +1,6 @@
 """Cutting a buffer and sharing it between threads."""
 
+import heapq
 import threading
 
 import pytest
@@ -7,14 +8,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini.nn.optimizer import kernel_pool
-from gemini.nn.optimizer.kernel_pool import KernelPool, default_pool, slice_numel
+from gemini.nn.optimizer.kernel_pool import KernelPool, default_pool, slices
 
 
-@given(numel=st.integers(1, 1 << 32), threads=st.integers(1, 256))
-def test_slices_are_whole_cache_lines_and_not_too_large(numel: int, threads: int) -> None:
-    step = slice_numel(numel, threads)
-    assert step % 64 == 0
-    assert 64 <= step <= 1 << 20
+@given(numel=st.integers(0, 1 << 36), threads=st.integers(1, 256))
+def test_slices_cover_a_buffer_in_whole_cache_lines_and_end_at_the_same_time(numel: int, threads: int) -> None:
+    cut = slices(numel, threads)
+    assert [piece.start for piece in cut] == [0, *(piece.stop for piece in cut[:-1])][: len(cut)]
+    assert sum(piece.stop - piece.start for piece in cut) == numel
+    assert all(piece.start % 64 == 0 for piece in cut)
+    assert len(cut) <= 64 * threads
+    # Whoever is free takes the next one. Nobody works for longer than the others together need for what is left.
+    busy = [0] * threads
+    for piece in cut:
+        heapq.heapreplace(busy, busy[0] + piece.stop - piece.start)
+    assert max(busy) - min(busy) < 1 << 17
+
+
+def test_a_slow_thread_holds_the_others_up_by_little() -> None:
+    numel, paces = 1 << 25, [1, 1, 3, 2]
+    ends = [(0, thread) for thread in range(4)]
+    for piece in slices(numel, 4):
+        end, thread = heapq.heappop(ends)
+        heapq.heappush(ends, (end + (piece.stop - piece.start) * paces[thread], thread))
+    ideal = numel / sum(1 / pace for pace in paces)
+    assert max(ends)[0] <= 1.03 * ideal
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
