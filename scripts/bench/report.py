@@ -56,11 +56,9 @@ def _wait_for_rest(processes: Sequence[psutil.Process]) -> None:
 def _running_threads(process: psutil.Process) -> int:
     """How many threads of a process are on a core or wait for one, without the calling one."""
     me = threading.get_native_id()
-    states = []
-    for thread in Path(f"/proc/{process.pid}/task").iterdir():
-        if int(thread.name) != me:
-            # After the name, which may hold anything but ends with the last parenthesis.
-            states.append((thread / "stat").read_text().rpartition(")")[2].split()[0])
+    threads = [thread for thread in Path(f"/proc/{process.pid}/task").iterdir() if int(thread.name) != me]
+    # The state comes after the name, which may hold anything but ends with the last parenthesis.
+    states = [(thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads]
     return states.count("R")
 
 
