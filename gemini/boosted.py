@@ -5,17 +5,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .capacity import Capacities
 from .chunk import ChunkManager
 from .config import GeminiConfig
-from .hooks import Hooks
-from .managed_step import ChunkedStep
-from .monitor import Monitor
-from .packing import Packing
-from .runtime import Runtime
-from .stats import Statistics, Stats, read
+from .memory.capacity import Capacities
+from .memory.tracker import NonModelMeter
+from .monitor.monitor import Monitor
+from .monitor.stats import Statistics, Stats, read
+from .packing.packing import Packing
+from .runtime.hooks import Hooks
+from .runtime.runtime import Runtime
+from .step.managed_step import ChunkedStep
 from .telemetry.writer import TelemetryWriter
-from .tracker import NonModelMeter
 
 
 @dataclass(eq=False)

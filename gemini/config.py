@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .placement import AutoPlacementPolicy, PlacementPolicy
+from .planning.placement import AutoPlacementPolicy, PlacementPolicy
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

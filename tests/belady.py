@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from gemini.planner import Planner, Schedule
+from gemini.planning.planner import Planner, Schedule
 
 
 def belady(

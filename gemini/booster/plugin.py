@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from gemini.boost import boost_model
+from gemini.boosting.boost import boost_model
 from gemini.config import GeminiConfig
-from gemini.managed_step import ChunkedStep
 from gemini.nn.optimizer.acceptance import accepted
-from gemini.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.sizes import parse_bytes
+from gemini.step.managed_step import ChunkedStep
 
 logger = logging.getLogger(__name__)
 

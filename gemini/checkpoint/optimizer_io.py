@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from gemini.chunk import Role
 from gemini.errors import CheckpointError
-from gemini.managed_step import ChunkedStep
 from gemini.nn.optimizer.acceptance import rule_name
 from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.nn.optimizer.rule import steps_of
-from gemini.saved_groups import check_groups
-from gemini.saved_states import read_state, write_state
 from gemini.sizes import parse_bytes
+from gemini.step.managed_step import ChunkedStep
+from gemini.step.saved_groups import check_groups
+from gemini.step.saved_states import read_state, write_state
 
 from .match import Source
 from .optimizer_files import (

@@ -230,7 +230,7 @@ def _slots(name: str, *assignments: str) -> tuple[StateSlot, ...]:
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    from gemini.tracker import NON_MODEL_HOST_BYTES, host_budget
+    from gemini.memory.tracker import NON_MODEL_HOST_BYTES, host_budget
 
     return Machine(
         device_bytes=None if options.gpu is None else _bytes("--gpu", options.gpu),

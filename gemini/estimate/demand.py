@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from gemini.capacity import Capacities
 from gemini.chunk import STATE_ROLES, Role, StateSlot, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
+from gemini.memory.capacity import Capacities
+from gemini.memory.tracker import Budget
 from gemini.nn.optimizer.adam_rule import ADAM
-from gemini.packing import Packing, decide
+from gemini.packing.packing import Packing, decide
 from gemini.sizes import format_bytes
-from gemini.tracker import Budget
 
 from .subject import Subject
 

@@ -13,8 +13,8 @@ from torch import nn
 from gemini.chunk import StateSlot, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
-from gemini.packing import decide
-from gemini.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.packing.packing import decide
+from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.sizes import format_bytes
 from gemini.stat.console import Exit, find, print_json, read
 from gemini.stat.text import printable, size

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gemini.native_memory import be_exact, be_quick, bound_kernels
+from gemini.memory.native_memory import be_exact, be_quick, bound_kernels
 
 
 def taken() -> int:

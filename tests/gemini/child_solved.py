@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gemini.native_memory import be_exact
+from gemini.memory.native_memory import be_exact
 
 be_exact()  # before anything large is imported: holes that malloc keeps would be room beyond the cap
 

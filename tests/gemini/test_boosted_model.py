@@ -14,8 +14,8 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Tier
+from gemini.memory.non_model import Measured
 from gemini.nn.optimizer import HybridAdam
-from gemini.non_model import Measured
 
 
 def test_a_parameter_away_from_its_chunk_reads_as_nan() -> None:

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gemini
-from gemini import boost
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.boosting import boost
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
 

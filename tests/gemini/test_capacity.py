@@ -8,15 +8,15 @@ import torch
 from parity import masters
 from torch import nn
 
-from gemini import capacity
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.capacity import find_capacities
 from gemini.chunk import Role, Tier
 from gemini.config import GeminiConfig
+from gemini.memory import capacity
+from gemini.memory.capacity import find_capacities
+from gemini.memory.tracker import Budget
 from gemini.nn.optimizer import HybridAdam
-from gemini.tracker import Budget
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="emulates a device on a box without one")
 GIB = 1 << 30

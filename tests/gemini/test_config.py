@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemini.capacity import find_capacities
 from gemini.chunk import Tier
 from gemini.config import PRECISIONS, GeminiConfig
-from gemini.placement import AutoPlacementPolicy
+from gemini.memory.capacity import find_capacities
+from gemini.planning.placement import AutoPlacementPolicy
 
 
 def test_the_defaults_are_valid_and_frozen() -> None:

@@ -10,8 +10,8 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Tier
+from gemini.memory.non_model import Batch
 from gemini.nn.optimizer import HybridAdam
-from gemini.non_model import Batch
 
 WIDTH, DEPTH = 32, 10
 COPY = WIDTH * (WIDTH + 1) * 2

@@ -17,7 +17,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.errors import OutOfMemory
 from gemini.estimate.explain import recorded_groups, skeleton
 from gemini.nn.optimizer import HybridAdam
-from gemini.packing import decide
+from gemini.packing.packing import decide
 from gemini.stat.cli import main
 from gemini.telemetry.documents import read_chunks
 from gemini.telemetry.schema import load_schema

@@ -12,8 +12,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.gradients import AbsentGradient
 from gemini.nn.optimizer import HybridAdam
+from gemini.updates.gradients import AbsentGradient
 
 Between = Callable[[int, list[nn.Parameter], torch.optim.Optimizer], None]
 SMALL_CHUNKS = {"chunk_config_dict": {1: {"chunk_size": 1024}}}

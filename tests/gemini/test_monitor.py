@@ -20,12 +20,12 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
-from gemini.monitor import chunk_map
+from gemini.memory.timeline import Point, as_record, pool
+from gemini.monitor.monitor import chunk_map
 from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry import documents, reader
 from gemini.telemetry.layout import chunks_file, oom_file, records_file, request_file, timeline_file
 from gemini.telemetry.schema import load_schema
-from gemini.timeline import Point, as_record, pool
 
 
 class Training:

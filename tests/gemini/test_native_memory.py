@@ -9,10 +9,11 @@ import pytest
 import torch
 from loop import SMALL, batch, build
 
-from gemini import native_memory, runtime
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.memory import native_memory
 from gemini.nn.optimizer import HybridAdam
+from gemini.runtime import runtime
 
 CHILD = Path(__file__).with_name("child_native_memory.py")
 MIB = 1 << 20

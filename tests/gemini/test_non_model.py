@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemini.non_model import Batch, NonModelProfile
+from gemini.memory.non_model import Batch, NonModelProfile
 
 SMALL, WIDE, LONG = ((4, 128),), ((8, 128),), ((2, 512),)
 

@@ -9,7 +9,7 @@ import torch
 from loop import PLACEMENTS, Trained
 
 from gemini.nn.optimizer.update import update_states
-from gemini.update_queue import UpdateQueue
+from gemini.updates.update_queue import UpdateQueue
 
 pytestmark = pytest.mark.timeout(120)
 

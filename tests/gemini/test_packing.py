@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gemini.capacity import Capacities, find_capacities
 from gemini.chunk import FETCH_WORKERS, Role, Tier
 from gemini.chunk.search import bounds
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
-from gemini.packing import Packing, decide, managed_parameters
-from gemini.placement import StaticPlacementPolicy
-from gemini.tracker import Budget
-from gemini.update_queue import BLOCK_SETS, update_roles
+from gemini.memory.capacity import Capacities, find_capacities
+from gemini.memory.tracker import Budget
+from gemini.packing.packing import Packing, decide, managed_parameters
+from gemini.planning.placement import StaticPlacementPolicy
+from gemini.updates.update_queue import BLOCK_SETS, update_roles
 
 PLENTY = 1 << 40
 UPDATE_ROLES = update_roles(2)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from gemini.capacity import Capacities
 from gemini.chunk import Role, Tier
 from gemini.config import GeminiConfig
-from gemini.packing import Packing, decide, managed_parameters
-from gemini.tracker import Budget
+from gemini.memory.capacity import Capacities
+from gemini.memory.tracker import Budget
+from gemini.packing.packing import Packing, decide, managed_parameters
 
 transformers = pytest.importorskip("transformers")
 GIB = 1 << 30

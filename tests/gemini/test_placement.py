@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from gemini.chunk import Role, Tier
 from gemini.chunk.disk import PAGE_BYTES
-from gemini.placement import (
+from gemini.planning.placement import (
     DISK_PAGE_BYTES as PAGE,
 )
-from gemini.placement import (
+from gemini.planning.placement import (
     TRAINABLE_ORDER,
     AutoPlacementPolicy,
     ChunkNeed,

@@ -8,8 +8,8 @@ from belady import belady, play
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gemini.planner import Actions, Planner, Schedule
-from gemini.trace import Moment, Phase, Trace, TraceRecorder
+from gemini.planning.planner import Actions, Planner, Schedule
+from gemini.planning.trace import Moment, Phase, Trace, TraceRecorder
 
 
 def trace_of(moments: Sequence[Sequence[int]]) -> Trace:

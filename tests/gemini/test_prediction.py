@@ -14,13 +14,13 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk.tier import Tier
+from gemini.memory.prediction import Outlook, Peaks, bytes_of_copies, measure, predict
+from gemini.memory.timeline import Point
 from gemini.nn.optimizer import HybridAdam
-from gemini.planner import Planner
-from gemini.prediction import Outlook, Peaks, bytes_of_copies, measure, predict
+from gemini.planning.planner import Planner
+from gemini.planning.trace import Moment, Phase, Trace
 from gemini.stat.cli import main
 from gemini.telemetry.layout import records_file
-from gemini.timeline import Point
-from gemini.trace import Moment, Phase, Trace
 
 MIB = 1 << 20
 

@@ -10,7 +10,6 @@ import torch
 from parity import Task, check_equal, check_parity, run_managed, run_plain
 from torch import nn
 
-from gemini import packing
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
@@ -23,7 +22,8 @@ from gemini.nn.optimizer import HybridAdam, update
 from gemini.nn.optimizer.moments import slots
 from gemini.nn.optimizer.reduced import BLOCK_NUMEL
 from gemini.nn.optimizer.reference import adam_8bit_reference, adam_reference
-from gemini.placement import Placement, place
+from gemini.packing import packing
+from gemini.planning.placement import Placement, place
 from gemini.stat import cli
 
 REDUCED = ["bf16", "8bit"]

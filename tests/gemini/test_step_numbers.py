@@ -12,12 +12,12 @@ import torch
 from parity import masters
 from torch import Tensor, nn
 
-from gemini import managed_step
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam, adam_rule
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.reference import adam_reference
+from gemini.step import managed_step
 
 STEPS = 3
 MAX_NORM = 0.05

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemini.chunk import Role, Tier
-from gemini.placement import (
+from gemini.planning.placement import (
     AutoPlacementPolicy,
     ChunkNeed,
     DoesNotFit,
@@ -20,8 +20,8 @@ from gemini.placement import (
     StaticPlacementPolicy,
     place,
 )
-from gemini.planner import Planner
-from gemini.trace import Moment, Phase, Trace
+from gemini.planning.planner import Planner
+from gemini.planning.trace import Moment, Phase, Trace
 
 LAPS = 6
 SETTLED = 3

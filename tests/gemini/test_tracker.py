@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemini.memory.tracker import NonModelMeter, device_budget, disk_budget, host_budget
 from gemini.sizes import format_bytes, parse_bytes
-from gemini.tracker import NonModelMeter, device_budget, disk_budget, host_budget
 
 GIB = 1 << 30
 NO_LIMIT_V1 = "9223372036854771712"
@@ -173,7 +173,7 @@ def test_a_real_rlimit_is_seen(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (GIB // 2, GIB // 2))
 
-    code = "from gemini.tracker import host_budget; b = host_budget(1.0); print(b.bytes, b.source)"
+    code = "from gemini.memory.tracker import host_budget; b = host_budget(1.0); print(b.bytes, b.source)"
     child = subprocess.run(
         [sys.executable, "-c", code], preexec_fn=limit, capture_output=True, text=True, timeout=60, check=True
     )

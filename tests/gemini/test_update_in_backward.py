@@ -10,14 +10,14 @@ from parity import Task, check_at_rest, check_equal, masters, run_managed, run_p
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gemini.backward_updates import Progress
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Tier
 from gemini.errors import OutOfMemory, TornStep
-from gemini.gradients import AbsentGradient
 from gemini.nn.optimizer import HybridAdam
+from gemini.updates.backward_updates import Progress
+from gemini.updates.gradients import AbsentGradient
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -15,7 +15,7 @@ from gemini.chunk.gradient import GradientBuffer
 from gemini.chunk.gradient_pool import GradientPool
 from gemini.chunk.layout import size_class
 from gemini.errors import OutOfMemory
-from gemini.gradient_room import gradient_room
+from gemini.planning.gradient_room import gradient_room
 
 ROOT = Path(__file__).parents[2]
 

@@ -34,7 +34,7 @@ from gemini.nn.optimizer.adam_rule import AdamAtStep
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.rule import AtStep
 from gemini.nn.optimizer.update import adam_update
-from gemini.update_queue import BLOCK_SETS, ChunkUpdate, Run, Ticket, UpdateQueue, update_roles
+from gemini.updates.update_queue import BLOCK_SETS, ChunkUpdate, Run, Ticket, UpdateQueue, update_roles
 
 pytestmark = pytest.mark.timeout(60)
 

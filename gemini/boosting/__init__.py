@@ -1,0 +1,1 @@
+"""From a module and its optimizer to chunks, hooks and a managed step."""

@@ -1,0 +1,271 @@
+"""Boosting a model: from a plain (or lazy) module and its optimizer to chunks, hooks and a managed step."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..boosted import Boosted
+from ..checkpoint import serve_parts
+from ..chunk import (
+    FETCH_WORKERS,
+    STORE_BLOCKS,
+    Chunk,
+    ChunkManager,
+    CudaBackend,
+    DeviceBackend,
+    DiskBackend,
+    Ledger,
+    RamBackend,
+    Role,
+    SingleProcess,
+    Staging,
+    Tier,
+    tuned,
+)
+from ..config import GeminiConfig
+from ..lazy import is_lazy, materialize
+from ..memory.capacity import Capacities, find_capacities
+from ..memory.native_memory import be_exact, bound_kernels
+from ..memory.tracker import NonModelMeter
+from ..monitor.monitor import Monitor, probes
+from ..monitor.stats import Statistics, Stats
+from ..nn.optimizer.adam_rule import ADAM
+from ..nn.optimizer.managed import ManagedOptimizer
+from ..nn.optimizer.rule import steps_of
+from ..packing.packing import Packing, decide, managed_parameters
+from ..runtime.hooks import Hooks
+from ..runtime.runtime import Runtime
+from ..step.managed_step import ChunkedStep
+from ..step.scaler import LossScaler
+from ..telemetry.writer import TelemetryWriter
+from ..units.units import Units
+from ..updates.backward_updates import BackwardUpdates
+from ..updates.completion import Completion
+from ..updates.gradients import Gradients
+from ..updates.update_queue import BLOCK_SETS, UpdateQueue, warm_up
+from ..updates.updater import Updater
+from .module import GeminiModule, mix_in
+
+
+def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: GeminiConfig) -> GeminiModule:
+    """Put a model under management, in place.
+
+    Parameters
+    ----------
+    model
+        Plain or lazy; parameters keep their identity, names and ties.
+    optimizer
+        Built on the model's parameters; None for inference, where no parameter gets states or a gradient buffer.
+    config
+        What the user asked for.
+
+    Raises
+    ------
+    OutOfMemory, OffloadError, ValueError
+        If it cannot work. Model and optimizer are as they were before then.
+    """
+    _refuse(model)
+    param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
+    if optimizer is not None:
+        warm_up(optimizer.rule, param_groups, torch.device("cpu"), config.compute_dtype)
+    capacities = find_capacities(config)
+    bound_kernels()
+    packing = decide(model, param_groups, config, capacities, (optimizer.rule if optimizer is not None else ADAM).slots)
+    manager, queue = _build(packing, config, capacities)
+    if packing.full_copies_limit_bytes is not None:
+        on_device = manager.ledger.used(Tier.DEVICE)
+        manager.ledger.resize(
+            Tier.DEVICE, min(on_device + packing.full_copies_limit_bytes, capacities.nbytes[Tier.DEVICE])
+        )
+
+    device = capacities.device
+    if optimizer is not None:
+        for dtype in {plan.compute_dtype for plan in packing.plans if plan.is_trainable}:
+            for where in {device, torch.device("cpu")}:
+                warm_up(optimizer.rule, param_groups, where, dtype)
+    meter = NonModelMeter(device)
+    _fill(model, packing, manager, device)
+    if optimizer is not None:
+        _take_over_states(optimizer, manager)
+
+    runtime = Runtime(manager, config.max_prefetch, meter, capacities.device_limit_bytes)
+    scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
+    gradients = Gradients(manager, packing.parameters, scaler is not None, config.update_in_backward)
+    updater = Updater(manager, queue, gradients)
+    if config.update_in_backward and optimizer is not None:
+        completion = Completion(manager, packing.parameters)
+        runtime.in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, runtime.keeps)
+    step = ChunkedStep(
+        manager, runtime, updater, gradients, SingleProcess(), scaler, config.max_norm, runtime.in_backward
+    )
+    units, statistics = Units(model, manager), Statistics(manager)
+    monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
+    hooks = Hooks(
+        model,
+        units,
+        runtime,
+        cast_inputs=config.compute_dtype if config.precision != "fp32" else None,
+        force_outputs_fp32=config.force_outputs_fp32,
+        on_abandoned_backward=step.abandon,
+        **({} if monitor is None else {"on_error": monitor.on_error}),
+    )
+    if monitor is not None:
+        step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
+    step.recover = hooks.recover
+    state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, statistics, monitor)
+    serve_parts(model, manager)
+    mix_in(model)
+    assert isinstance(model, GeminiModule)
+    model.__dict__["_gemini"] = state  # not setattr, which a compiled model hands on to the one it wraps
+    if optimizer is not None:
+        for parameter, saved in optimizer.state.items():
+            if manager.find(parameter) is not None and (steps := steps_of(optimizer.rule, _real(saved))):
+                step.steps[id(parameter)] = steps
+        for parameter in packing.parameters:
+            optimizer.state.pop(parameter, None)
+        optimizer._managed = step
+        optimizer.register_step_post_hook(_counting(weakref.ref(state)))
+    weakref.finalize(model, _close, queue, manager, state.telemetry)
+    if manager.device.is_ram:
+        be_exact()  # so that what malloc kept of the building is no part of where the measurement begins
+    meter.start()
+    return model
+
+
+def _refuse(model: nn.Module) -> None:
+    if isinstance(model, GeminiModule):
+        raise ValueError("this model has been boosted already; boost it once, with its optimizer")
+    sparse = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+    if sparse:
+        raise ValueError(f"sparse gradients cannot live in chunks: build {', '.join(sparse)} with sparse=False")
+
+
+def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tuple[ChunkManager, UpdateQueue]:
+    ledger = Ledger(capacities.nbytes, capacities.unified)
+    disk = fetch_staging = store_staging = update_staging = None
+    if packing.staging_block_numel:
+        assert config.offload_dir is not None
+        requests = tuned(config.offload_dir, packing.placement.nbytes[Tier.DISK])
+        disk = DiskBackend(config.offload_dir, ledger, requests, checksums=config.disk_checksums)
+        pin = capacities.device.type == "cuda" and config.pin_memory
+        fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
+        store_staging = Staging(STORE_BLOCKS, packing.staging_block_numel, pin)
+        update_staging = Staging(BLOCK_SETS * packing.update_role_count, packing.staging_block_numel, pin)
+        ledger.take(Tier.HOST, packing.staging_bytes, "staging for the disk tier")
+    device: DeviceBackend
+    if capacities.device.type == "cuda":
+        device = CudaBackend(capacities.device, fetch_staging, config.pin_memory, store_staging)
+    else:
+        device = RamBackend(fetch_staging, store_staging)
+    manager = ChunkManager(packing.plans, ledger, device, disk, packing.placement.gradient_room)
+    return manager, UpdateQueue(update_staging)
+
+
+def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torch.device) -> None:
+    """Values into homes, one parameter at a time; then every parameter follows its chunk."""
+    places: dict[int, tuple[Chunk, int]] = {}
+    for chunk in manager.chunks:
+        for position, slot in enumerate(chunk.layout.slots):
+            places[id(packing.parameters[slot.key])] = (chunk, position)
+
+    def write(parameter: Tensor, value: Tensor) -> Tensor:
+        place = places.get(id(parameter))
+        if place is None:
+            return value.to(device)
+        manager.write_slot(*place, Role.MASTER, value)
+        return value.new_full((), float("nan")).expand(value.shape)
+
+    lazy = {id(p) for p in model.parameters() if is_lazy(p)}
+    materialize(model, write)
+    for parameter in model.parameters():
+        if id(parameter) not in lazy:
+            parameter.data = write(parameter, parameter.data)
+    for parameter in packing.parameters:
+        manager.bind(parameter, *places[id(parameter)])
+    if device.type != "cpu":
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+
+def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> None:
+    """An optimizer that has stepped before goes on where it was; one that starts with states gets them."""
+    if optimizer.rule.starts_filled:
+        for chunk in manager.chunks:
+            for role, slot in chunk.states.items():
+                for position in range(len(chunk.layout.slots)):
+                    manager.write_slot(chunk, position, role, torch.full((), optimizer.rule.initial(slot.name)))
+    for parameter, saved in optimizer.state.items():
+        place = manager.find(parameter)
+        if place is None or not place[0].is_trainable:
+            continue
+        named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
+        for role, name in named.items():
+            if _real(saved).get(name) is not None:
+                manager.write_slot(*place, role, saved[name])
+
+
+def _real(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state; one that an optimizer made inside ``LazyInitContext`` is what it is before the first step: nothing."""
+    return {} if any(is_lazy(value) for value in saved.values() if isinstance(value, Tensor)) else saved
+
+
+def _monitor(
+    model: nn.Module,
+    config: GeminiConfig,
+    capacities: Capacities,
+    packing: Packing,
+    runtime: Runtime,
+    step: ChunkedStep,
+    statistics: Statistics,
+    units: Units,
+) -> Monitor | None:
+    if config.telemetry is False:
+        return None
+    facts = {
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in managed_parameters(model).values()),
+        "precision": config.precision,
+        "placement_policy": type(config.policy).__name__,
+        "chunk_numel": max((plan.layout.numel for plan in packing.plans), default=0),
+        "capacities": {tier.value: budget.source for tier, budget in capacities.budgets.items()},
+        "offload_dir": str(config.offload_dir) if config.offload_dir is not None else None,
+    }
+    folder = config.telemetry if isinstance(config.telemetry, Path) else None
+
+    def writer(last: Callable[[], Stats | None]) -> TelemetryWriter:
+        return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(runtime.manager), last=last)
+
+    monitor = Monitor(writer, runtime, step, statistics, units.all)
+    monitor.describe(packing, config, capacities)
+    return monitor
+
+
+def _tell(reference: "weakref.WeakMethod[Callable[[BaseException | None], None]]", error: BaseException) -> None:
+    """Weak, because the telemetry thread has the step, and the monitor leads to the model."""
+    method = reference()
+    if method is not None:
+        method(error)
+
+
+def _counting(state: "weakref.ref[Boosted]") -> Any:
+    def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+        target = state()
+        if target is not None:
+            target.after_step()
+
+    return after_step
+
+
+def _close(queue: UpdateQueue, manager: ChunkManager, telemetry: TelemetryWriter | None) -> None:
+    """When the model is gone: end threads, give the disk file back, end the telemetry."""
+    queue.close()
+    manager.close()
+    if telemetry is not None:
+        telemetry.close()

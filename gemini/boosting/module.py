@@ -1,0 +1,89 @@
+"""What a boosted model can do besides what it could before."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import full_state_dict, load_named
+from ..monitor.stats import summary
+from ..units.bracket import refuse_compilation
+
+
+class GeminiModule(nn.Module):
+    """Mixed into the class of a boosted model; the object, its attributes, hooks and names stay the user's.
+
+    Parameters are readable through the model's accessors (`named_parameters`, `state_dict`, `gemini.named_tensors`).
+    Where a part of it is asked for by name (``model.head.weight``) it is brought too. A parameter whose chunk is not on
+    DEVICE reads as NaN when it is reached in another way.
+    """
+
+    _gemini: Any  # a Boosted; not written as such, because transformers evaluates the hints of a model's class
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_compilation()
+        return self._gemini.hooks.call(super().__call__, args, kwargs)
+
+    def memory_stats(self) -> dict[str, int | float]:
+        """Bytes, counts and seconds as a flat dict, for loggers; `memory_summary` explains them in words."""
+        stats: dict[str, int | float] = self._gemini.stats()
+        return stats
+
+    def memory_summary(self) -> str:
+        """The statistics as a table, for people."""
+        budgets = self._gemini.capacities.budgets
+        return summary(self._gemini.stats(), {tier: budget.source for tier, budget in budgets.items()})
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        # One at a time: models ask for `next(self.parameters())` just to learn a dtype, and need not wait for the rest.
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            self._gemini.manager.show(parameter)
+            yield name, parameter
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those in the chunks too."""
+        self._gemini.step.drop_gradients()
+        with self._gemini.hooks.only_describing():
+            super().zero_grad(set_to_none)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Gather every parameter (fp32 master where there is one) and buffer on CPU, ties under each of their names.
+
+        This holds the whole model in RAM; `gemini.named_tensors` and `booster.save_model` do not.
+        """
+        return full_state_dict(self, super().state_dict, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy values into the homes (masters, then full copies made anew). ``assign`` makes no difference."""
+        return load_named(self, state_dict, strict)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GeminiModule":
+        raise RuntimeError(
+            "a boosted model cannot be moved or converted with .to(), .cuda(), .half() and the like: its chunks decide "
+            "where parameters are. Convert before booster.boost, or choose GeminiPlugin(precision=...)"
+        )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "a boosted model cannot be replicated by torch.nn.DataParallel: its parameters live in chunks. "
+            "Run one process per device with torchrun"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError(
+            "a boosted model cannot be copied: its parameters live in chunks. Build a second model and load "
+            "model.state_dict() into it"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(
+            "a boosted model cannot be pickled: its parameters live in chunks. Save it with booster.save_model, "
+            "or pickle model.state_dict()"
+        )
+
+
+def mix_in(model: nn.Module) -> None:
+    """Make ``model`` a `GeminiModule` in place, keeping the name of its class (it is written into checkpoints)."""
+    cls = type(model)
+    mixed = type(cls.__name__, (GeminiModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    object.__setattr__(model, "__class__", mixed)  # what torch.compile returns hands attributes on to what it wraps

@@ -1,0 +1,1 @@
+"""How many bytes there are, what takes them, and what to say when they are not enough."""

@@ -1,0 +1,66 @@
+"""How much each tier may hold: what the user said, or what the tracker found."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..chunk import Tier
+from ..config import GeminiConfig
+from ..sizes import format_bytes
+from .tracker import NON_MODEL_HOST_BYTES, Budget, device_budget, disk_budget, host_budget
+
+
+@dataclass(frozen=True, slots=True)
+class Capacities:
+    """Bytes per tier, and where each number comes from."""
+
+    device: torch.device
+    """What computes."""
+    unified: bool
+    """DEVICE and HOST are the same RAM, and HOST's number bounds both."""
+    budgets: Mapping[Tier, Budget]
+    device_limit_bytes: int | None
+    """What model and non-model data may take on DEVICE together, where its budget is a guess until the warm-up has
+    measured the latter; None where the user gave the budget."""
+
+    @property
+    def nbytes(self) -> dict[Tier, int]:
+        return {tier: budget.bytes for tier, budget in self.budgets.items()}
+
+
+def find_capacities(config: GeminiConfig) -> Capacities:
+    """Resolve the capacities of all tiers on this machine."""
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+    unified = not has_cuda and config.device_memory is None
+    host = _said("host_memory", config.host_memory) or host_budget(spare_bytes=NON_MODEL_HOST_BYTES)
+    if not has_cuda and config.device_memory is not None and config.host_memory is None:
+        # The emulated device is in the same RAM, which must not be given away twice.
+        less = f"{host.source}, less {format_bytes(config.device_memory)} for the emulated device"
+        host = Budget(max(host.bytes - config.device_memory, 0), less)
+    if config.offload_dir is None:
+        disk = Budget(0, "no offload_dir")
+    else:
+        disk = _said("disk_memory", config.disk_memory) or _free_disk(config)
+    limit = None
+    if unified:
+        on_device = Budget(host.bytes, f"the same RAM as host: {host.source}")
+    elif config.device_memory is not None:
+        on_device = Budget(config.device_memory, "argument device_memory")
+    else:
+        on_device = device_budget(device, config.steady_device_ratio * (1.0 - config.warmup_non_model_ratio))
+        limit = device_budget(device, config.steady_device_ratio).bytes
+    return Capacities(device, unified, {Tier.DEVICE: on_device, Tier.HOST: host, Tier.DISK: disk}, limit)
+
+
+def _said(name: str, nbytes: int | None) -> Budget | None:
+    return None if nbytes is None else Budget(nbytes, f"argument {name}")
+
+
+def _free_disk(config: GeminiConfig) -> Budget:
+    assert config.offload_dir is not None
+    folder = config.offload_dir.absolute()
+    while not folder.exists() and folder != folder.parent:  # it is made when it is first used
+        folder = folder.parent
+    return disk_budget(folder)

@@ -1,0 +1,1 @@
+"""What a boosted model tells of itself."""

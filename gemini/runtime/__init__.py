@@ -1,0 +1,1 @@
+"""The hot path: PyTorch's events become moves of chunks."""

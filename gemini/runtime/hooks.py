@@ -1,0 +1,334 @@
+"""Translating PyTorch's events into calls of the runtime; nothing else happens here.
+
+Forward: module hooks. Backward: a prehook on the autograd node of each output enters, a hook on the gradients of the
+inputs leaves (nodes run in reverse order of creation, so when the inputs' gradients are there every node of the unit
+has run). Where an input is a leaf, needs no gradient or was changed in place, that does not hold, and the unit leaves
+when the backward is over. No ``autograd.Function``, no tensor subclass.
+
+What no hook brackets is held until the optimizer has stepped: a parameter that code outside of any module asks for, a
+unit whose results cannot be seen, and in a backward that will itself be differentiated whatever it uses, because the
+nodes that it makes belong to no unit.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chunk import Chunk
+from ..planning.trace import Phase
+from ..units.bracket import bracket, is_compiled
+from ..units.observer import Observer, tensors_in
+from ..units.units import Unit, Units, Visit, bracketed_modules
+from ..units.watched import watch_parameters
+from .runtime import Runtime
+
+_INTERNALS = frozenset(vars(nn.Module()))
+"""Attributes that are not the user's."""
+
+
+class Hooks:
+    """Everything that is installed on one model.
+
+    Parameters
+    ----------
+    model, units, runtime
+        What is run, by what it is bracketed, and who is told.
+    cast_inputs
+        Floating-point inputs of the model are converted to this dtype; None leaves them.
+    force_outputs_fp32
+        Floating-point outputs of the model are converted to fp32.
+    on_abandoned_backward
+        Called when it is found that the last backward never ended.
+    on_error
+        Called with the exception that ends a unit's forward (or None), while its visit is still open.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Units,
+        runtime: Runtime,
+        *,
+        cast_inputs: torch.dtype | None,
+        force_outputs_fp32: bool,
+        on_abandoned_backward: Callable[[], None],
+        on_error: Callable[[BaseException | None], None] = lambda error: None,
+    ) -> None:
+        self._model = model
+        self._units = units
+        self._runtime = runtime
+        self._updates = runtime.in_backward
+        self._cast_inputs = cast_inputs
+        self._force_outputs_fp32 = force_outputs_fp32
+        self._on_abandoned_backward = on_abandoned_backward
+        self._on_error = on_error
+        self._depth = 0
+        """How many calls of the model are under way, one inside the other."""
+        self._running: list[Visit] = []
+        """Forward calls of units under way, innermost last."""
+        self._has_pending_graph = False
+        """A forward has made a graph, and no backward has come to it yet."""
+        self._observer: Observer | None = None
+        self._observed_kinds: set[tuple[bool, bool]] = set()
+        self._foreign: dict[nn.Module, Visit] = {}
+        self._asked: set[int] = set()
+        """ids of parameters that were asked for while the observer was there."""
+        self._described: set[int] = set()
+        """Those that no operation took then: code looked at their dtype, say."""
+        self._looked_again: set[int] = set()
+        """Those for which the observer has been called again."""
+        runtime.on_abort = self._forget
+        for unit in units.all:
+            self._install(unit)
+        bracket(model, self._before_model, self._after_model)
+        for module in bracketed_modules(model):
+            if not is_compiled(module):
+                places = {name: runtime.manager.find(p) for name, p in module._parameters.items() if p is not None}
+                chunks = {name: place[0] for name, place in places.items() if place is not None}
+                watch_parameters(module, chunks, self._on_unseen_use, self._is_between_forward_and_backward)
+
+    def _install(self, unit: Unit) -> None:
+        if unit.module is not self._model:  # its hooks are the model's, so that a new cycle begins before it enters
+            bracket(unit.module, partial(self._before_unit, unit), partial(self._after_unit, unit))
+
+    # -- the model
+
+    def call(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the model; whatever ends it, nothing is left pinned.
+
+        Raises
+        ------
+        OutOfMemory
+            In place of what torch raises when there is no memory for the model's own computation.
+        """
+        self._depth += 1
+        try:
+            return forward(*args, **kwargs)
+        except BaseException as error:
+            if self._depth == 1 and not _in_backward():
+                self._runtime.abort()  # a KeyboardInterrupt calls no hooks
+                self._runtime.explain(error)
+            raise
+        finally:
+            self._depth -= 1
+
+    def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._depth <= 1 and not _in_backward():
+            self.recover()
+            grad = torch.is_grad_enabled()
+            self._runtime.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
+            if (grad, model.training) not in self._observed_kinds:
+                self._observer = Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave).__enter__()
+        if self._cast_inputs is not None:
+            args, kwargs = _cast(args, self._cast_inputs), _cast(kwargs, self._cast_inputs)
+        self._before_unit(self._units.of[model], model, args, kwargs)
+        return args, kwargs
+
+    def recover(self) -> None:
+        """Clean up after a forward or backward that an exception ended, where nobody told."""
+        if _in_backward():
+            return  # an optimizer that steps within backward
+        if self._runtime.is_in_backward:
+            self._runtime.abort()
+            self._on_abandoned_backward()
+        elif self._running:
+            self._runtime.abort()
+
+    def _forget(self) -> None:
+        """The runtime closes every visit: stop observing."""
+        if self._observer is not None:
+            observer, self._observer = self._observer, None
+            observer.__exit__(None, None, None)
+        self._foreign.clear()
+        self._running.clear()
+
+    def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self._after_unit(self._units.of[model], model, args, kwargs, output)
+        if self._depth <= 1 and not _in_backward():
+            if self._observer is not None:
+                observer, self._observer = self._observer, None
+                observer.__exit__(None, None, None)
+                for module in list(self._foreign):
+                    self._on_foreign_leave(module, output if module is model else None)
+                self._described |= self._asked
+                self._asked.clear()
+                if output is not None:
+                    self._observed_kinds.add((torch.is_grad_enabled(), model.training))
+            self._has_pending_graph = torch.is_grad_enabled() and output is not None
+        return _cast(output, torch.float32) if self._force_outputs_fp32 and output is not None else None
+
+    # -- units
+
+    def _before_unit(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not (self._depth or self._running or _in_backward()):
+            self._before_part(unit)
+        visit = Visit(unit)
+        if self._updates is not None and _in_backward():
+            self._updates.before_use(f"{unit.name}, run again by backward,", visit.chunks)
+        self._running.append(visit)
+        if torch.is_grad_enabled():
+            visit.input_nodes = tuple(t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad)
+        self._runtime.enter(visit, Phase.FORWARD)
+        if self._observer is not None and is_compiled(module):
+            self._observer.pause()
+
+    def _before_part(self, unit: Unit) -> None:
+        """A part of the model is called by itself; the cycle begins anew when it comes round."""
+        self.recover()
+        grad = torch.is_grad_enabled()
+        if self._runtime.cycle.is_over(unit.index, grad):
+            self._runtime.begin_forward(grad)
+
+    def _after_unit(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        visit = next((v for v in reversed(self._running) if v.unit is unit), None)
+        if visit is None:
+            return  # another hook raised before ours ran
+        self._running.remove(visit)
+        if output is None:
+            self._on_error(sys.exc_info()[1])
+        if self._updates is not None and self._runtime.cycle.with_gradients and output is not None:
+            self._updates.called(visit, torch.is_grad_enabled(), _in_backward())
+        self._runtime.leave(visit)
+        if self._observer is not None and is_compiled(module):
+            self._observer.resume()
+        if torch.is_grad_enabled():
+            if self._observer is not None:
+                unit.stashes = tuple(
+                    name for name, value in vars(module).items() if name not in _INTERNALS and _has_graph(value)
+                )
+            self._watch_backward(visit, [t for t in tensors_in((args, kwargs)) if t.requires_grad], output)
+        visit.input_nodes = ()
+
+    def _watch_backward(self, visit: Visit, inputs: list[Tensor], output: Any) -> None:
+        stashed = (getattr(visit.unit.module, name, None) for name in visit.unit.stashes)
+        results = chain(tensors_in(output), tensors_in(tuple(stashed)), inputs)
+        nodes = {t.grad_fn for t in results if t.grad_fn is not None and t.grad_fn not in visit.input_nodes}
+        for node in nodes:
+            node.register_prehook(partial(self._before_backward, visit))
+        if not nodes:
+            if output is not None and _makes_gradients(visit, inputs):
+                self._runtime.hold(visit.chunks)
+            return
+        unchanged = all(t.grad_fn is not None and t.grad_fn in visit.input_nodes for t in inputs)
+        if inputs and unchanged:
+            # Not register_multi_grad_hook: its closure holds the nodes that hold it, and such graphs are never freed.
+            visit.input_count = len({id(t) for t in inputs})
+            for tensor in {id(t): t for t in inputs}.values():
+                tensor.register_hook(partial(self._after_input, visit))
+
+    def _before_backward(self, visit: Visit, gradients: Any) -> None:
+        self._has_pending_graph = False
+        task = torch._C._current_graph_task_id()
+        if self._runtime.join_backward(task, visit):
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._runtime.end_backward, task))
+        if not visit.is_open:
+            visit.inputs_missing = visit.input_count
+            self._runtime.enter(visit, Phase.BACKWARD)
+        if torch.is_grad_enabled():  # create_graph=True
+            self._runtime.hold(visit.chunks)
+
+    def _after_input(self, visit: Visit, gradient: Any) -> None:
+        # An input without a gradient in this backward never comes: the visit then ends with the backward.
+        visit.inputs_missing -= 1
+        if visit.inputs_missing == 0:
+            self._runtime.leave_backward(visit)
+
+    # -- uses outside of a parameter's own unit
+
+    def _on_use(self, parameter: nn.Parameter, module: nn.Module) -> None:
+        """The observer saw an operation that takes a parameter; from now on ``module`` brings it."""
+        self._asked.discard(id(parameter))
+        place = self._runtime.manager.find(parameter)
+        if place is None or place[0].pins > 0:
+            return
+        self._described.discard(id(parameter))
+        unit, is_new = self._units.extend(module, parameter)
+        if is_new:
+            self._install(unit)
+        visit = next((v for v in reversed(self._running) if v.unit is unit), None) or self._foreign.get(module)
+        if visit is None:
+            # Its hooks came too late for this call: the observer closes the visit, its inputs are not known.
+            visit = self._foreign[module] = Visit(unit)
+        self._runtime.add_to_open(visit, [place[0]])
+
+    def _on_foreign_leave(self, module: nn.Module, output: Any) -> None:
+        visit = self._foreign.pop(module, None)
+        if visit is None:
+            return
+        self._runtime.leave(visit)
+        if torch.is_grad_enabled():
+            self._watch_backward(visit, [], output)
+
+    def _on_unseen_use(self, parameter: nn.Parameter, chunk: Chunk) -> None:
+        """A parameter that nothing pins is asked for, and maybe used."""
+        if torch.compiler.is_compiling():
+            return
+        if self._updates is not None:
+            self._updates.before_use("code outside of any unit", [chunk])
+        if self._observer is not None:
+            self._asked.add(id(parameter))  # the observer will see whether and by whom it is used
+        elif self._running and not _in_backward():
+            if id(parameter) not in self._described:
+                visit = self._running[-1]
+                visit.extra = (*visit.extra, chunk)
+                self._runtime.add_to_open(visit, [chunk])
+                if id(parameter) not in self._looked_again:
+                    self._looked_again.add(id(parameter))
+                    self._observed_kinds.clear()  # to learn which module it is
+        elif torch.is_grad_enabled() or _in_backward():
+            self._runtime.hold([chunk])
+        else:
+            self._runtime.manager.fetch(chunk)
+            self._runtime.manager.pin(chunk)
+            self._runtime.manager.unpin(chunk)
+
+    @contextmanager
+    def only_describing(self) -> Iterator[None]:
+        """Within, going through all parameters is no use of them."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def _is_between_forward_and_backward(self) -> bool:
+        """True where going through all parameters is most likely for a penalty."""
+        return self._has_pending_graph and not self._depth and torch.is_grad_enabled()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _has_graph(value: Any) -> bool:
+    return any(t.grad_fn is not None for t in tensors_in(value))
+
+
+def _makes_gradients(visit: Visit, inputs: list[Tensor]) -> bool:
+    """False for what has no part in any backward, such as a frozen module on data."""
+    own = visit.unit.module.parameters(recurse=False)
+    return bool(inputs) or any(parameter.requires_grad for parameter in own)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        cast = {key: _cast(item, dtype) for key, item in value.items()}
+        if type(value) is dict:
+            return cast
+        for key, item in cast.items():  # ModelOutput and its like: keep the class
+            value[key] = item
+        return value
+    if isinstance(value, tuple):
+        items = [_cast(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_cast(item, dtype) for item in value]
+    return value

@@ -1,0 +1,327 @@
+"""What a boosted optimizer does: unscale, clip, and hand each chunk's update to the queue."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chunk import Chunk, ChunkManager, Communicator, Role
+from ..nn.optimizer.managed import ManagedOptimizer
+from ..nn.optimizer.rule import StateSlot, steps_of
+from ..runtime.runtime import Runtime
+from ..updates.backward_updates import BackwardUpdates
+from ..updates.gradient_norm import clip_coefficient, first_nonfinite, total_norm
+from ..updates.gradients import Gradients
+from ..updates.updater import Updater
+from .saved_groups import check_groups
+from .saved_states import read_state, write_state
+from .scaler import LossScaler
+
+logger = logging.getLogger(__name__)
+
+
+class ChunkedStep:
+    """The optimizer step over chunks (a `ManagedStep`).
+
+    Parameters
+    ----------
+    manager, runtime, updater, gradients, communicator
+        Where gradients and states are, who knows the order of use, who updates, what ``p.grad`` shows, who agrees among
+        ranks.
+    scaler
+        The loss scale of fp16; None for dtypes that need none.
+    max_norm
+        Clip the gradients' 2-norm in every step; 0 for never.
+    in_backward
+        Has done a part of each step already; None where no step begins before its backward is over.
+    """
+
+    def __init__(
+        self,
+        manager: ChunkManager,
+        runtime: Runtime,
+        updater: Updater,
+        gradients: Gradients,
+        communicator: Communicator,
+        scaler: LossScaler | None,
+        max_norm: float,
+        in_backward: BackwardUpdates | None = None,
+    ) -> None:
+        self.manager = manager
+        self.scaler = scaler
+        self.in_backward = in_backward
+        self.skipped_steps = 0
+        self.grad_norm: float | None = None
+        """The last norm computed, unscaled."""
+        self.recover: Callable[[], None] = lambda: None
+        """Cleans up after a backward that the user called and that failed. Set when the hooks are installed."""
+        self._runtime = runtime
+        self._updater = updater
+        self._gradients = gradients
+        self._communicator = communicator
+        self._max_norm = max_norm
+        self.on_error: Callable[[BaseException], None] = lambda error: None
+        """Told what ended a backward, before anything is put in order."""
+        self._is_scaled = False
+        self._coefficient = 1.0
+
+    @property
+    def steps(self) -> dict[int, int]:
+        """See `Updater.steps`."""
+        return self._updater.steps
+
+    @property
+    def slots(self) -> Mapping[int, tuple[StateSlot, ...]]:
+        """See `Updater.slots`."""
+        return self._updater.slots
+
+    # -- backward
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
+        if self.in_backward is not None:
+            self.in_backward.before_backward()
+        if self.scaler is not None:
+            self._is_scaled = True
+            loss = loss * self.scaler.scale
+        try:
+            loss.backward()
+        except BaseException as error:
+            self.on_error(error)
+            self._runtime.abort()
+            self.abandon()
+            self._runtime.explain(error, self.in_backward.torn_text if self.in_backward is not None else "")
+            if self.in_backward is not None and self.in_backward.torn_text and hasattr(error, "add_note"):
+                error.add_note(self.in_backward.torn_text)
+            raise
+
+    def abandon(self) -> None:
+        """A backward has failed: its gradients are worth nothing."""
+        if self.in_backward is None or self.in_backward.failed():
+            self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget what is in the chunks.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer has used some of it already, within backward.
+        """
+        if self.in_backward is not None:
+            self.in_backward.before_zero_grad()
+        self.manager.device.discard()
+        for chunk in self.manager.chunks:
+            if chunk.gradient is not None:
+                self._gradients.hide(chunk)
+                if chunk.gradient.present:
+                    self.manager.gradient_pool.release(chunk.gradient)
+                chunk.gradient.clear()
+        self._is_scaled = False
+        self._coefficient = 1.0
+
+    # -- ManagedStep
+
+    def step(self, optimizer: ManagedOptimizer) -> None:
+        self.recover()
+        self._runtime.release_held()
+        # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
+        if self.in_backward is not None:
+            self.in_backward.before_step(optimizer)
+        self._refuse_unfrozen(optimizer)
+        groups = self._updater.groups(optimizer)
+        chunks = self._chunks_with_gradients()
+        plain = self._plain_parameters(optimizer)
+        scale = self._scale
+        coefficient = self._coefficient
+        if self.scaler is not None or self._max_norm > 0:
+            norm = total_norm(chunks, plain, 2.0) / scale
+            self.grad_norm = float(norm)
+            if self.scaler is not None and self._overflowed(norm, chunks):
+                return
+            if self._max_norm > 0:
+                coefficient *= clip_coefficient(norm, self._max_norm)
+        grad_scale = coefficient / scale
+
+        updates = [self._updater.plan(groups[chunk.layout.group.param_group], chunk, grad_scale) for chunk in chunks]
+        order = self._runtime.use_order()
+        updates.sort(key=lambda update: order[update.chunk.index])
+        prepared = [
+            step
+            for index, parameters in plain.items()
+            for step in optimizer.prepare_parameters(optimizer.param_groups[index], parameters, grad_scale)
+        ]
+        self._updater.start(updates)
+        optimizer.commit_parameters(prepared)
+        self._coefficient = 1.0
+        if self.scaler is not None:
+            self.scaler.update(overflow=False)
+        if self.in_backward is not None:
+            self.in_backward.after_step()
+        self._prefetch()
+
+    @property
+    def _scale(self) -> float:
+        return self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
+
+    def _prefetch(self) -> None:
+        try:
+            self._runtime.prefetch_next_cycle()
+        except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
+            logger.debug("nothing is fetched ahead of the next forward: %s", error)
+
+    def _chunks_with_gradients(self) -> list[Chunk]:
+        self.manager.device.synchronize()
+        self._gradients.collect()
+        self.manager.device.synchronize()  # what the user replaced may be on its way
+        chunks = [c for c in self.manager.chunks if c.gradient is not None and c.gradient.present]
+        for chunk in chunks:
+            chunk.settle()  # an error of the last step surfaces before anything of this one is changed
+            self.manager.keep_edits(chunk)
+        return chunks
+
+    def _refuse_unfrozen(self, optimizer: ManagedOptimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None or (place := self.manager.find(parameter)) is None:
+                    continue
+                chunk, position = place
+                if not chunk.is_trainable:
+                    raise ValueError(
+                        f"{chunk.layout.slots[position].name} has a gradient but was frozen when boosted, "
+                        "so it has no optimizer state; unfreeze parameters before booster.boost"
+                    )
+
+    def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
+        assert self.scaler is not None
+        if not bool(self._communicator.agree_max((~torch.isfinite(norm)).float())):
+            return False
+        before = self.scaler.scale
+        self.scaler.update(overflow=True)
+        self.skipped_steps += 1
+        logger.info(
+            "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
+            first_nonfinite(chunks),
+            before,
+            self.scaler.scale,
+        )
+        self._coefficient = 1.0
+        return True
+
+    def zero_grad(self, optimizer: ManagedOptimizer) -> None:
+        self.drop_gradients()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def add_param_group(self, optimizer: ManagedOptimizer, group: dict[str, Any]) -> None:
+        parameters = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
+        if any(self.manager.find(p) is not None for p in parameters):
+            raise ValueError(
+                "add_param_group after boost: these parameters are in chunks packed without optimizer states; "
+                "add the group to the optimizer before booster.boost"
+            )
+        optimizer.register_param_group(group)
+
+    def clip_grad_by_norm(
+        self, optimizer: ManagedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
+    ) -> Tensor:
+        if self.in_backward is not None:
+            self.in_backward.refuse_clipping()
+        norm = total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / self._scale
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped"
+            )
+        self.grad_norm = float(norm)
+        self._coefficient *= clip_coefficient(norm, max_norm)
+        return norm
+
+    def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
+        if self.in_backward is not None:
+            self.in_backward.refuse_clipping()
+        bound = value * self._scale
+        for chunk in self._chunks_with_gradients():
+            assert chunk.gradient is not None
+            for position in sorted(chunk.gradient.present):
+                chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
+        for parameters in self._plain_parameters(optimizer).values():
+            torch.nn.utils.clip_grad_value_(parameters, bound)
+
+    def state_dict(self, optimizer: ManagedOptimizer) -> dict[str, Any]:
+        groups, states, index = [], {}, 0
+        for group in optimizer.param_groups:
+            packed = optimizer.saved_options(group)
+            packed["params"] = list(range(index, index + len(group["params"])))
+            groups.append(packed)
+            for parameter in group["params"]:
+                state = self.state_of(optimizer, parameter)
+                if state:
+                    states[index] = state
+                index += 1
+        return {"state": states, "param_groups": groups}
+
+    def state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of one parameter in torch's layout, on CPU; empty before its first step."""
+        place = self.manager.find(parameter)
+        if place is None:
+            return optimizer.exported_state(parameter)
+        if not self.has_state(optimizer, parameter):
+            return {}
+        rule, steps = optimizer.rule, self.steps.get(id(parameter), 0)
+        counted = {"step": torch.tensor(float(steps))} if rule.takes_step else {}
+        names = [slot.name for slot in rule.saved_slots(tuple(place[0].states.values()))]
+        return {**counted, **{name: read_state(self.manager, rule, parameter, name) for name in names}}
+
+    def has_state(self, optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
+        """Whether the optimizer keeps something for a parameter; before its first step most do not."""
+        place = self.manager.find(parameter)
+        if place is None:
+            return bool(optimizer.state.get(parameter))
+        started = self.steps.get(id(parameter), 0) > 0 or optimizer.rule.starts_filled
+        return place[0].is_trainable and started
+
+    def load_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor, state: dict[str, Tensor]) -> None:
+        """Put one parameter's state (torch's layout) where it belongs."""
+        place = self.manager.find(parameter)
+        if place is None:
+            optimizer.restore_state(parameter, state)
+            return
+        self.steps[id(parameter)] = steps_of(optimizer.rule, state)
+        for slot in optimizer.rule.saved_slots(tuple(place[0].states.values())):
+            if state.get(slot.name) is not None:
+                write_state(self.manager, optimizer.rule, parameter, slot.name, state[slot.name])
+        if "master" in state:
+            self.manager.write(parameter, Role.MASTER, state["master"])
+
+    def forget_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> None:
+        """Make the state of a parameter what it is before the first step."""
+        place = self.manager.find(parameter)
+        if place is None:
+            optimizer.state.pop(parameter, None)
+        elif self.steps.pop(id(parameter), 0):
+            for role, slot in place[0].states.items():
+                self.manager.write(parameter, role, torch.full((), optimizer.rule.initial(slot.name)))
+
+    def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
+        saved_groups = state_dict["param_groups"]
+        check_groups(optimizer, saved_groups, state_dict["state"], self.slots)
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                if index in state_dict["state"]:
+                    self.load_state_of(optimizer, parameter, state_dict["state"][index])
+                else:
+                    self.forget_state_of(optimizer, parameter)
+
+    # -- helpers
+
+    def _plain_parameters(self, optimizer: ManagedOptimizer) -> dict[int, list[Tensor]]:
+        """Parameters with a gradient that are in no chunk (fp64, say), by group."""
+        return {
+            i: parameters
+            for i, group in enumerate(optimizer.param_groups)
+            if (parameters := [p for p in group["params"] if p.grad is not None and self.manager.find(p) is None])
+        }

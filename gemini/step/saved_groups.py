@@ -1,0 +1,67 @@
+"""Comparing a saved optimizer with the one that is to take it over."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..chunk import StateSlot
+from ..nn.optimizer.managed import ManagedOptimizer
+
+_BESIDE = ("step", "master")
+"""What a state has beside the slots of the optimizer's rule."""
+
+
+def check_groups(
+    optimizer: ManagedOptimizer,
+    saved_groups: Sequence[Mapping[str, Any]],
+    states: Mapping[int, Mapping[str, Any]],
+    room: Mapping[int, Sequence[StateSlot]],
+) -> None:
+    """Compare a saved state with the optimizer before anything is changed.
+
+    Parameters
+    ----------
+    room
+        By group: the states that its chunks have room for; groups without chunks have none.
+
+    Raises
+    ------
+    ValueError
+        If groups, states or shapes differ, or an option is not supported; all in one message.
+    """
+    ours, theirs = [len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in saved_groups]
+    if ours != theirs:
+        raise ValueError(f"the saved optimizer has groups of {theirs} parameters, this one has groups of {ours}")
+    rule, faults = optimizer.rule, []
+    for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        merged = {**group, **saved}
+        rule.refuse(merged)
+        slots = rule.slots(merged)
+        lacking = [slot.name for slot in slots if index in room and slot not in room[index]]
+        if lacking:
+            faults.append(
+                f"with its options {rule.name} keeps {', '.join(lacking)}, for which group {index} has no room; give "
+                "the optimizer these options before booster.boost"
+            )
+        wanted = {slot.name for slot in rule.saved_slots(slots)}
+        known = {slot.name for slot in rule.saved_slots((*slots, *rule.slots(group), *room.get(index, ())))}
+        for parameter, number in zip(group["params"], saved["params"], strict=True):
+            faults += _faults(parameter, number, states.get(number, {}), wanted, known, rule.name)
+    if faults:
+        raise ValueError("the saved optimizer does not fit: " + "; ".join(faults))
+
+
+def _faults(
+    parameter: Tensor, number: Any, state: Mapping[str, Any], wanted: set[str], known: set[str], rule: str
+) -> Iterator[str]:
+    found = {name: value for name, value in state.items() if value is not None and name not in _BESIDE}
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        yield f"parameter {number} has {', '.join(unknown)}, which {rule} does not keep"
+    elif found:
+        yield from (f"{number}.{name} is missing" for name in sorted(wanted - found.keys()))
+    for name, value in found.items():
+        if name in known and tuple(value.shape) != tuple(parameter.shape):
+            shapes = f"saved {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+            yield f"{name} of parameter {number}: {shapes}"

@@ -1,0 +1,35 @@
+"""One state of one parameter, as state dicts and checkpoints have it, from the chunks and into them."""
+
+from torch import Tensor
+
+from ..chunk import ChunkManager, Role
+from ..nn.optimizer.rule import Rule
+
+
+def read_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor:
+    """A copy on CPU, in the parameter's shape."""
+    kept = [manager.read(parameter, role) for role in _roles(manager, rule, parameter, name)]
+    slot = manager.slot(parameter)
+    saved = rule.to_saved(name, [tensor.as_strided((tensor.numel(),), (1,)) for tensor in kept])
+    return saved.as_strided(slot.shape, slot.stride)
+
+
+def write_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:
+    """Put ``value`` (any dtype, the parameter's shape) where it belongs."""
+    roles = _roles(manager, rule, parameter, name)
+    if len(roles) == 1:
+        manager.write(parameter, roles[0], value)
+        return
+    slot = manager.slot(parameter)
+    flat = value.detach().new_empty(slot.numel, device="cpu")
+    flat.as_strided(slot.shape, slot.stride).copy_(value)
+    for role, kept in zip(roles, rule.to_kept(name, flat), strict=True):
+        shaped = kept.as_strided(slot.shape, slot.stride) if kept.numel() == slot.numel else kept
+        manager.write(parameter, role, shaped)
+
+
+def _roles(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> list[Role]:
+    place = manager.find(parameter)
+    assert place is not None
+    of_name = {slot.name: role for role, slot in place[0].states.items()}
+    return [of_name[kept] for kept in rule.kept_names(name)]

@@ -1,0 +1,126 @@
+"""Units: the modules whose forward brackets the uses of their parameters."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..chunk import Chunk, ChunkManager
+from .bracket import is_compiled
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """A module and the chunks that must be on DEVICE while it runs."""
+
+    index: int
+    name: str
+    module: nn.Module
+    chunks: tuple[Chunk, ...]
+    stashes: tuple[str, ...] = ()
+    """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One call of a unit; backward sees the same object again."""
+
+    unit: Unit
+    is_open: bool = False
+    extra: tuple[Chunk, ...] = ()
+    """What this call needs besides, as was seen when it came to it."""
+    pinned: list[Chunk] = field(default_factory=list)
+    """What this visit holds; not ``chunks``, which may grow while the visit is open."""
+    input_nodes: tuple[object, ...] = ()
+    """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
+    input_count: int = 0
+    """How many inputs tell when their gradient is complete; 0 where that says nothing about the unit."""
+    inputs_missing: int = 0
+    """How many of them have not, in the backward under way."""
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """What must be on DEVICE while it is open."""
+        return (*self.unit.chunks, *self.extra) if self.extra else self.unit.chunks
+
+
+class Units:
+    """The units of a model, growing when a parameter is seen in use outside of its own.
+
+    The model itself is always one. A compiled module is one with all that is below it: nothing of ours may be in what
+    is compiled.
+    """
+
+    def __init__(self, model: nn.Module, manager: ChunkManager) -> None:
+        self._manager = manager
+        self._names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+        self.all: list[Unit] = []
+        self.of: dict[nn.Module, Unit] = {}
+        for module in bracketed_modules(model):
+            chunks = self.chunks_of(module.parameters(recurse=is_compiled(module)))
+            if chunks or module is model:
+                self._add(module, chunks)
+
+    def chunks_of(self, parameters: Iterable[Tensor]) -> tuple[Chunk, ...]:
+        """The chunks that hold these parameters, in chunk order; unmanaged ones are left out."""
+        found = {}
+        for parameter in parameters:
+            place = self._manager.find(parameter)
+            if place is not None:
+                found[place[0].index] = place[0]
+        return tuple(found[i] for i in sorted(found))
+
+    def extend(self, module: nn.Module, parameter: Tensor) -> tuple[Unit, bool]:
+        """Make ``module`` bracket ``parameter`` too; True if it was no unit before."""
+        unit = self.of.get(module)
+        is_new = unit is None
+        if unit is None:
+            unit = self._add(module, ())
+        chunks = {chunk.index: chunk for chunk in (*unit.chunks, *self.chunks_of([parameter]))}
+        unit.chunks = tuple(chunks[i] for i in sorted(chunks))
+        return unit, is_new
+
+    def _add(self, module: nn.Module, chunks: tuple[Chunk, ...]) -> Unit:
+        unit = Unit(len(self.all), self._names.get(module, type(module).__name__), module, chunks)
+        self.all.append(unit)
+        self.of[module] = unit
+        return unit
+
+
+def bracketed_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module but those within a compiled one, each once."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        if module not in seen:
+            seen.add(module)
+            yield module
+            if not is_compiled(module):
+                for child in module.children():
+                    yield from walk(child)
+
+    return walk(model)
+
+
+def nested_chunks(
+    model: nn.Module, chunks_of_module: "dict[nn.Module, frozenset[int]]"
+) -> list[tuple[str, frozenset[int]]]:
+    """For each unit, by name, the chunks in use while it runs: its own and those of the units around it.
+
+    ``chunks_of_module`` maps modules to the chunks of the parameters that they own directly.
+    """
+    found = []
+
+    def walk(module: nn.Module, name: str, outer: frozenset[int]) -> None:
+        own = chunks_of_module.get(module, frozenset())
+        if is_compiled(module):
+            own = own.union(*(chunks_of_module.get(inner, frozenset()) for inner in module.modules()))
+        if own:
+            found.append((name, outer | own))
+        if is_compiled(module):
+            return
+        for child_name, child in module.named_children():
+            walk(child, f"{name}.{child_name}".lstrip("."), outer | own)
+
+    walk(model, "", frozenset())
+    return found

@@ -1,0 +1,252 @@
+"""How gradients get from autograd into chunks, and what ``p.grad`` of a managed parameter shows.
+
+A gradient lives in its chunk's buffer. Between backward and step ``p.grad`` is a view of it where parameter and buffer
+agree in dtype and device, so whatever reads or changes gradients there (``torch.nn.utils.clip_grad_norm_``, a
+``GradScaler``, a logger) does to training what it does in plain PyTorch. Where that cannot be, ``p.grad`` is an
+`AbsentGradient`, which says so to whoever reads it. It is never None there: ``clip_grad_norm_`` skips such parameters,
+and clips nothing without a word.
+
+::
+
+    p.grad    None --backward--> view or AbsentGradient --step, zero_grad--> None
+
+What the user does to ``p.grad`` in between counts, as in PyTorch: None forgets the gradient, a tensor replaces it.
+
+Where the optimizer uses gradients up within backward, ``p.grad`` is an `AbsentGradient` from then until ``zero_grad``.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence, Set
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chunk import Chunk, ChunkManager
+
+_METADATA: frozenset[Any] = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "requires_grad", "ndim")),
+        *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_sparse", "is_leaf", "grad_fn")),
+        *(getattr(Tensor, name) for name in ("size", "numel", "dim", "stride", "is_floating_point", "is_complex")),
+        *(getattr(Tensor, name) for name in ("element_size", "__len__", "__hash__")),
+    }
+)
+
+_CLIP = (
+    "Clip with optimizer.clip_grad_by_norm(max_norm) or GeminiPlugin(max_norm=...), which see all gradients; forget "
+    "them with optimizer.zero_grad()"
+)
+_USED_UP = "with update_in_backward=True the optimizer uses it up within backward"
+_BOOST_WITHOUT = "To clip, scale or look at gradients boost without it"
+
+
+class AbsentGradient(Tensor):
+    """Stands for a gradient that is not in ``p.grad``: has its shape, dtype and device, and refuses to be read."""
+
+    reason: str
+    remedy: str
+
+    @staticmethod
+    def of(parameter: Tensor, reason: str, remedy: str = _CLIP) -> "AbsentGradient":
+        """A stand-in (no memory) for the gradient of ``parameter``; ``reason`` says where that is."""
+        nan = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device)
+        stand_in: AbsentGradient = nan.expand(parameter.shape).as_subclass(AbsentGradient)
+        stand_in.reason = reason
+        stand_in.remedy = remedy
+        return stand_in
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"<a gradient that is not here: {self.reason}>"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        told = next(((a.reason, a.remedy) for a in _flat(args) if isinstance(a, AbsentGradient)), None)
+        reason, remedy = told or ("it is in a chunk", _CLIP)
+        raise RuntimeError(f"this gradient cannot be read through p.grad: {reason}. {remedy}")
+
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+class Gradients:
+    """Moves each gradient into its chunk as soon as it is complete, and shows it.
+
+    Parameters
+    ----------
+    manager
+        Has the chunks.
+    parameters
+        The managed parameters.
+    are_scaled
+        Backward runs on a scaled loss: then nobody is shown a gradient, since it is not the one expected.
+    are_used_up
+        The optimizer takes gradients within backward: nobody is shown one, nor can one be taken back.
+    """
+
+    def __init__(
+        self, manager: ChunkManager, parameters: Sequence[nn.Parameter], are_scaled: bool, are_used_up: bool = False
+    ) -> None:
+        self.before_arrival: Callable[[Chunk, int], None] = lambda chunk, position: None
+        """Called before a gradient goes into its chunk."""
+        self.on_arrival: Callable[[Chunk, int], None] = lambda chunk, position: None
+        """Called when autograd has put a gradient into its chunk."""
+        self.used_up: Set[Chunk] = frozenset()
+        """Chunks whose gradients the step under way has used up."""
+        self._manager = manager
+        self._are_used_up = are_used_up
+        self._shown: dict[int, Tensor] = {}
+        """id of a parameter -> what ``p.grad`` was set to. Without an entry ``p.grad`` is autograd's or the user's."""
+        self._stand_ins: dict[int, AbsentGradient] = {}
+        # Weak: the garbage collector does not see through hooks that live in C++, and we have the parameters.
+        itself = weakref.ref(self)
+        for parameter in parameters:
+            place = manager.find(parameter)
+            if place is None or place[0].gradient is None:
+                continue
+            parameter.register_post_accumulate_grad_hook(partial(_taking, itself))
+            view = place[0].gradient.view(place[1])
+            if are_used_up:
+                self._stand_ins[id(parameter)] = AbsentGradient.of(parameter, _USED_UP, _BOOST_WITHOUT)
+            elif are_scaled or view is None or (view.dtype, view.device) != (parameter.dtype, parameter.device):
+                reason = _reason(place[0], parameter, are_scaled)
+                self._stand_ins[id(parameter)] = AbsentGradient.of(parameter, reason)
+            if id(parameter) in self._stand_ins:
+                parameter.register_hook(partial(_making_way, itself, weakref.ref(parameter)))
+
+    # -- during backward
+
+    def take(self, parameter: Tensor) -> None:
+        """Put what autograd left in ``p.grad`` into the chunk, and show it."""
+        gradient, place = parameter.grad, self._manager.find(parameter)
+        if gradient is None or place is None:
+            return
+        chunk, position = place
+        shown = self._shown.get(id(parameter))
+        if gradient is shown:
+            return  # autograd added to the view, so the chunk has it
+        assert chunk.gradient is not None
+        parameter.grad = None  # first: if what follows fails, the next backward must not find it here
+        self._shown.pop(id(parameter), None)
+        self.before_arrival(chunk, position)
+        chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
+        if shown is None:
+            chunk.gradient.add(position, gradient)
+        else:
+            chunk.gradient.write(position, gradient)  # the user had replaced what was shown: this is the whole
+        self._show(parameter, chunk, position)
+        self.on_arrival(chunk, position)
+
+    def make_way(self, parameter: Tensor) -> None:
+        """Before autograd adds to ``p.grad``: a stand-in cannot be added to."""
+        shown = self._shown.get(id(parameter))
+        if shown is None or shown is not self._stand_ins.get(id(parameter)):
+            return
+        if parameter.grad is shown:
+            parameter.grad = None
+        elif parameter.grad is None:
+            self._forget(parameter)
+        else:
+            return  # the user's tensor: autograd adds to it, and `take` has the whole
+        self._shown.pop(id(parameter), None)
+
+    # -- between backward and step
+
+    def collect(self) -> None:
+        """Take over what the user has done to ``p.grad`` since.
+
+        Raises
+        ------
+        TypeError
+            If a gradient that the user has put there is sparse.
+        ValueError
+            If one that was used up within backward has been replaced since.
+        """
+        for chunk in self._manager.chunks:
+            if chunk.gradient is None:
+                continue
+            for position, binding in enumerate(chunk.bindings):
+                parameter = binding.parameter
+                gradient, shown = parameter.grad, self._shown.get(id(parameter))
+                if gradient is shown:
+                    continue
+                if chunk in self.used_up and shown is not None and position not in chunk.gradient.present:
+                    raise ValueError(
+                        f"the gradient of {chunk.layout.slots[position].name} was changed between backward and step(), "
+                        f"but {_USED_UP}; boost without it"
+                    )
+                chunk.settle()
+                if gradient is None:
+                    self._forget(parameter)
+                    self._shown.pop(id(parameter), None)
+                else:
+                    chunk.gradient.write(position, gradient)
+                    self._show(parameter, chunk, position)
+
+    def first_not_zeroed(self) -> str | None:
+        """The name of a parameter whose gradient has been used up, and that has not been zeroed since."""
+        for chunk in self._manager.chunks:
+            for position, binding in enumerate(chunk.bindings):
+                shown = self._shown.get(id(binding.parameter))
+                if shown is None or chunk.gradient is None or position in chunk.gradient.present:
+                    continue
+                if binding.parameter.grad is shown:
+                    return chunk.layout.slots[position].name
+                self._shown.pop(id(binding.parameter))
+        return None
+
+    def hand_over(self, chunk: Chunk) -> None:
+        """From now on the chunk's gradients are the optimizer's."""
+        if not self._are_used_up:
+            self.hide(chunk)
+            return
+        assert chunk.gradient is not None
+        chunk.gradient.clear()
+
+    def hide(self, chunk: Chunk) -> None:
+        """Show no gradient of a chunk any more."""
+        for binding in chunk.bindings:
+            if self._shown.pop(id(binding.parameter), None) is not None:
+                binding.parameter.grad = None
+
+    def _show(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
+        assert chunk.gradient is not None
+        shown = self._stand_ins.get(id(parameter), chunk.gradient.view(position))
+        parameter.grad = shown
+        assert shown is not None
+        self._shown[id(parameter)] = shown
+
+    def _forget(self, parameter: Tensor) -> None:
+        place = self._manager.find(parameter)
+        if place is not None and place[0].gradient is not None:
+            place[0].gradient.present.discard(place[1])
+
+
+def _reason(chunk: Chunk, parameter: Tensor, are_scaled: bool) -> str:
+    assert chunk.gradient is not None and chunk.gradient.buffer is not None
+    buffer = chunk.gradient.buffer
+    if are_scaled:
+        return "it is multiplied by the loss scale of fp16"
+    where = buffer.tier.value if buffer.tensor is None else str(buffer.tensor.device)
+    return f"it is kept on {where}, and the parameter is on {parameter.device}"
+
+
+def _taking(reference: "weakref.ref[Gradients]", parameter: Tensor) -> None:
+    gradients = reference()
+    if gradients is not None:
+        gradients.take(parameter)
+
+
+def _making_way(reference: "weakref.ref[Gradients]", of: "Callable[[], Tensor | None]", gradient: Tensor) -> None:
+    gradients, parameter = reference(), of()
+    if gradients is not None and parameter is not None:
+        gradients.make_way(parameter)
