@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from gemini.boosted import is_boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.nn.optimizer import HybridAdam
 
 PREFIX = "memory/"
 
@@ -64,8 +63,9 @@ class GeminiTrainerMixin:
 
         MyTrainer(model=model, args=args, train_dataset=data, gemini_plugin=GeminiPlugin(host_memory="8GiB")).train()
 
-    The optimizer becomes a `HybridAdam` with the arguments' rates; clipping goes to the plugin. The model keeps its
-    identity, so a trainer's own saving works.
+    The optimizer is the one that the trainer makes by its arguments (``optim="adamw_torch_fused"``, ``"sgd"``, ...) or is
+    given, as `Booster.boost` takes it over; clipping goes to the plugin. The model keeps its identity, so a trainer's own
+    saving works.
 
     Parameters
     ----------
@@ -76,6 +76,8 @@ class GeminiTrainerMixin:
     ------
     ValueError
         For arguments that management cannot keep: fp16 of the trainer, ``torch_compile`` of the whole model.
+    TypeError
+        For an optimizer that cannot be managed, with the reason.
     """
 
     optimizer: Any  # the trainer's
@@ -102,24 +104,12 @@ class GeminiTrainerMixin:
         if is_boosted(model):
             return self.optimizer  # type: ignore[no-any-return]
         arguments: TrainingArguments = self.args  # type: ignore[attr-defined]
-        if self.optimizer is None:
-            decayed = set(self.get_decay_parameter_names(model))  # type: ignore[attr-defined]
-            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for n, p in named if n in decayed], "weight_decay": arguments.weight_decay},
-                {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-            ]
-            self.optimizer = HybridAdam(
-                [group for group in groups if group["params"]],
-                lr=arguments.learning_rate,
-                betas=(arguments.adam_beta1, arguments.adam_beta2),
-                eps=arguments.adam_epsilon,
-            )
         plugin = _clipping(self.gemini_plugin or GeminiPlugin(), arguments.max_grad_norm or 0.0)
         if plugin.config.precision == "fp16":
             raise ValueError("a Trainer calls backward itself, without a loss scale: use precision='bf16' or 'fp32'")
         arguments.max_grad_norm = 0.0  # gradients are in the chunks, where the trainer finds none to clip
-        _, self.optimizer, *_ = Booster(plugin=plugin).boost(model, self.optimizer)
+        made = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        _, self.optimizer, *_ = Booster(plugin=plugin).boost(model, made)
         return self.optimizer  # type: ignore[no-any-return]
 
 

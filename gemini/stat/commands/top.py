@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, show
+from gemini.stat import as_json
+from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, print_json, read, show
 from gemini.stat.follow import Follower
 from gemini.stat.keyboard import keyboard
 from gemini.stat.screen import Shown, View, screen
@@ -24,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Exit:
     if options.json:
-        from gemini.stat.commands import show as plain
-
-        return plain.run(options)
+        found = read(find(options), options)
+        print_json(as_json.snapshot(found))
+        return of_run(found)
     if options.interval <= 0:
         raise Usage(f"--interval must be positive, got {options.interval}")
     view = View(hidden=_hidden(getattr(options, "only", None)))

@@ -63,16 +63,14 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_a_managed_trainer_trains_as_a_plain_one_with_the_same_optimizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd", "adagrad"])
+def test_a_managed_trainer_trains_as_a_plain_one_with_its_own_optimizer(optim: str, tmp_path: Path) -> None:
+    asked = {"optim": optim, "weight_decay": 0.1}
     plain_model = model()
-    named = list(plain_model.named_parameters())
-    plain = transformers.Trainer(model=plain_model, args=arguments(tmp_path / "a"), train_dataset=Tokens())
-    decayed = set(plain.get_decay_parameter_names(plain_model))
-    groups = [{"params": [p for n, p in named if (n in decayed) is on], "weight_decay": 0.0} for on in (True, False)]
-    plain.optimizer = HybridAdam(groups, lr=1e-2)
+    plain = transformers.Trainer(model=plain_model, args=arguments(tmp_path / "a", **asked), train_dataset=Tokens())
     managed = ManagedTrainer(
         model=model(),
-        args=arguments(tmp_path / "b"),
+        args=arguments(tmp_path / "b", **asked),
         train_dataset=Tokens(),
         gemini_plugin=GeminiPlugin(precision="fp32", telemetry=False),
     )
@@ -83,6 +81,28 @@ def test_a_managed_trainer_trains_as_a_plain_one_with_the_same_optimizer(tmp_pat
     managed.save_model(str(tmp_path / "saved"))
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.lm_head.weight, managed.model.state_dict()["lm_head.weight"])
+
+
+def test_a_given_optimizer_is_kept(tmp_path: Path) -> None:
+    trained = model()
+    optimizer = HybridAdam(trained.parameters(), lr=0.25, states="bf16")
+    trainer = ManagedTrainer(
+        model=trained,
+        args=arguments(tmp_path),
+        train_dataset=Tokens(),
+        optimizers=(optimizer, None),
+        gemini_plugin=GeminiPlugin(telemetry=False),
+    )
+    trainer.train()
+    assert boosted(trained).step_count == 4
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is optimizer  # accelerate wraps it
+
+
+def test_an_optimizer_of_whole_matrices_is_refused(tmp_path: Path) -> None:
+    trainer = ManagedTrainer(model=model(), args=arguments(tmp_path, optim="adafactor"), train_dataset=Tokens())
+    with pytest.raises(TypeError, match="Adafactor"):
+        trainer.train()
 
 
 def test_logs_hold_the_statistics_before_others_see_them(tmp_path: Path) -> None:
