@@ -63,9 +63,9 @@ class GeminiTrainerMixin:
 
         MyTrainer(model=model, args=args, train_dataset=data, gemini_plugin=GeminiPlugin(host_memory="8GiB")).train()
 
-    The optimizer is the one that the trainer makes by its arguments (``optim="adamw_torch_fused"``, ``"sgd"``, ...) or is
-    given, as `Booster.boost` takes it over; clipping goes to the plugin. The model keeps its identity, so a trainer's own
-    saving works.
+    The optimizer is the one that the trainer is given or makes by its arguments (``optim="adamw_torch_fused"``,
+    ``"sgd"``, ...), as `Booster.boost` takes it over; clipping goes to the plugin. The model keeps its identity, so a
+    trainer's own saving works.
 
     Parameters
     ----------
