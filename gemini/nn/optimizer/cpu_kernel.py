@@ -15,11 +15,12 @@ numba specialises the kernels on these types, and on ``None`` where there is no 
 operation is the same in the vector body and in the scalar remainder of a loop, so results do not depend on how a buffer
 is cut.
 
-A large copy is written around the caches ("streamed"): a line of it that is written whole need not be read first, which
-is 2 of 30 bytes a parameter. Measured: 0.51 instead of 0.58 ns a parameter on two threads, 0.62 instead of 0.66 on one,
-which is what the same reads and writes take without any arithmetic. Tried and slower: software prefetching at any
-distance and in any order, the next page's first lines alone as well; streaming parameters and moments too (0.45 instead
-of 0.34). No different: blocks of 64 to 2048 elements; division by a constant as a product and a correction.
+Where it pays, a large copy is written around the caches ("streamed"): a line of it that is written whole need not be
+read first, which is 2 of 30 bytes a parameter. Measured, ns a parameter on one and two threads: 0.62 and 0.51 and not
+0.66 and 0.58 on an EPYC, which is what the same reads and writes take without any arithmetic; but 2.30 and 1.13 instead
+of 2.00 and 0.99 on a Xeon (Skylake server). Tried and slower, on both: software prefetching at any distance and in any
+order. On the EPYC: the next page's first lines alone as well; streaming parameters and moments too (0.45 instead of
+0.34). No different: blocks of 64 to 2048 elements; division by a constant as a product and a correction.
 
 All in one file: numba looks at the file of a kernel alone to find out whether compiled code in its cache is old.
 """
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_name
 from numba import carray, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -47,6 +49,8 @@ if config.DISABLE_JIT:
 
 _logger = logging.getLogger(__name__)
 
+STREAMING_PAYS = get_host_cpu_name().startswith("znver")
+"""Elsewhere lines are held for long on their way around the caches. What has not been measured is not streamed."""
 STREAM_NUMEL = 1 << 20
 """Copies from this length on are streamed: the update goes through 30 MB, so that little of a copy would be in the
 caches when it is used."""
@@ -549,7 +553,9 @@ def _numbers(s: AdamScalars) -> tuple[Any, ...]:
 
 
 def _streams(out: Tensor | None, grad: Tensor) -> bool:
-    return out is not None and out.numel() >= STREAM_NUMEL and out.data_ptr() != grad.data_ptr()
+    if not STREAMING_PAYS or out is None:
+        return False
+    return out.numel() >= STREAM_NUMEL and out.data_ptr() != grad.data_ptr()
 
 
 def _call(kernel: Any, *args: Any) -> None:

@@ -153,6 +153,7 @@ def test_a_copy_that_is_streamed_has_the_same_bits_wherever_it_begins(
     around = torch.full((offset + numel + 70,), 7.0, dtype=out_dtype)
     pool = KernelPool(threads)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernel, "STREAMING_PAYS", True)
         patch.setattr(cpu_kernel, "STREAM_NUMEL", 1)
         patch.setattr(kernel_pool, "_SMALLEST_SLICE_NUMEL", 256)
         param, exp_avg, exp_avg_sq, grad = tensors
@@ -167,6 +168,7 @@ def test_a_large_copy_is_streamed_unless_it_takes_the_place_of_the_gradient(monk
     heads: list[int] = []
     kernel = cpu_kernel._kernel
     monkeypatch.setattr(cpu_kernel, "_kernel", lambda *args: (heads.append(args[-2]), kernel(*args)))
+    monkeypatch.setattr(cpu_kernel, "STREAMING_PAYS", True)
     monkeypatch.setattr(cpu_kernel, "STREAM_NUMEL", 5000)
     pool = KernelPool(1)
     s = scalars(HYPERS[0], 1)

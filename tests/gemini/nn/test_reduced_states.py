@@ -110,6 +110,7 @@ def test_a_long_buffer_has_the_same_bits_with_any_threads_streamed_or_not(
     expected = stepped(reference, tensors[0], kept, grad, s, out_dtype)
     monkeypatch.setattr(kernel_pool, "_SMALLEST_SLICE_NUMEL", 1 << 12)
     for threads, limit in itertools.product((1, 3), (1, 1 << 30)):
+        monkeypatch.setattr(cpu_kernel, "STREAMING_PAYS", True)
         monkeypatch.setattr(cpu_kernel, "STREAM_NUMEL", limit)
         pool = KernelPool(threads)
 
