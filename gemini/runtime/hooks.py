@@ -1,9 +1,14 @@
 """Translating PyTorch's events into calls of the runtime; nothing else happens here.
 
-Forward: module hooks. Backward: a prehook on the autograd node of each output enters, a hook on the gradients of the
-inputs leaves (nodes run in reverse order of creation, so when the inputs' gradients are there every node of the unit
-has run). Where an input is a leaf, needs no gradient or was changed in place, that does not hold, and the unit leaves
-when the backward is over. No ``autograd.Function``, no tensor subclass.
+Forward: module hooks. Backward: a prehook on the autograd node of each output enters. What comes first leaves:
+
+- hooks after the last nodes that the unit made, where these are known (see `subgraph`);
+- hooks on the gradients of its inputs: nodes run in reverse order of creation, so when these gradients are complete
+  every node of the unit has run, and maybe much more, if others read the same tensor. Where an input is a leaf, needs
+  no gradient or was changed in place, they say nothing;
+- the end of the backward.
+
+No ``autograd.Function``, no tensor subclass.
 
 What no hook brackets is held until the optimizer has stepped: a parameter that code outside of any module asks for, a
 unit whose results cannot be seen, and in a backward that will itself be differentiated whatever it uses, because the
@@ -24,7 +29,8 @@ from ..chunk import Chunk
 from ..planning.trace import Phase
 from ..units.bracket import bracket, is_compiled
 from ..units.observer import Observer, tensors_in
-from ..units.units import Unit, Units, Visit, bracketed_modules
+from ..units.subgraph import first_nodes, last_nodes, next_number
+from ..units.units import Countdown, Unit, Units, Visit, bracketed_modules
 from ..units.watched import watch_parameters
 from .runtime import Runtime
 
@@ -174,6 +180,7 @@ class Hooks:
         self._running.append(visit)
         if torch.is_grad_enabled():
             visit.input_nodes = tuple(t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad)
+            visit.first_number = next_number()
         self._runtime.enter(visit, Phase.FORWARD)
         if self._observer is not None and is_compiled(module):
             self._observer.pause()
@@ -208,19 +215,26 @@ class Hooks:
     def _watch_backward(self, visit: Visit, inputs: list[Tensor], output: Any) -> None:
         stashed = (getattr(visit.unit.module, name, None) for name in visit.unit.stashes)
         results = chain(tensors_in(output), tensors_in(tuple(stashed)), inputs)
-        nodes = {t.grad_fn for t in results if t.grad_fn is not None and t.grad_fn not in visit.input_nodes}
+        own = range(0) if visit.first_number is None else range(visit.first_number, next_number())
+        nodes = first_nodes(results, visit.input_nodes, own)
         for node in nodes:
             node.register_prehook(partial(self._before_backward, visit))
         if not nodes:
             if output is not None and _makes_gradients(visit, inputs):
                 self._runtime.hold(visit.chunks)
             return
-        unchanged = all(t.grad_fn is not None and t.grad_fn in visit.input_nodes for t in inputs)
-        if inputs and unchanged:
+        self._leave_after(visit, [node.register_hook for node in last_nodes(nodes, visit.input_nodes, own)])
+        if all(t.grad_fn is not None and t.grad_fn in visit.input_nodes for t in inputs):
             # Not register_multi_grad_hook: its closure holds the nodes that hold it, and such graphs are never freed.
-            visit.input_count = len({id(t) for t in inputs})
-            for tensor in {id(t): t for t in inputs}.values():
-                tensor.register_hook(partial(self._after_input, visit))
+            self._leave_after(visit, [t.register_hook for t in {id(t): t for t in inputs}.values()])
+
+    def _leave_after(self, visit: Visit, hookings: "list[Callable[[Callable[..., None]], object]]") -> None:
+        """Have backward leave a visit when each of these has called its hook."""
+        if hookings:
+            countdown = Countdown(len(hookings))
+            visit.countdowns.append(countdown)
+            for hook_on in hookings:
+                hook_on(partial(self._count, visit, countdown))
 
     def _before_backward(self, visit: Visit, gradients: Any) -> None:
         self._has_pending_graph = False
@@ -228,15 +242,15 @@ class Hooks:
         if self._runtime.join_backward(task, visit):
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._runtime.end_backward, task))
         if not visit.is_open:
-            visit.inputs_missing = visit.input_count
+            for countdown in visit.countdowns:
+                countdown.restart()
             self._runtime.enter(visit, Phase.BACKWARD)
         if torch.is_grad_enabled():  # create_graph=True
             self._runtime.hold(visit.chunks)
 
-    def _after_input(self, visit: Visit, gradient: Any) -> None:
-        # An input without a gradient in this backward never comes: the visit then ends with the backward.
-        visit.inputs_missing -= 1
-        if visit.inputs_missing == 0:
+    def _count(self, visit: Visit, countdown: Countdown, *gradients: Any) -> None:
+        # What this backward does not come to is never counted: the visit then ends with the backward.
+        if countdown.tick():
             self._runtime.leave_backward(visit)
 
     # -- uses outside of a parameter's own unit

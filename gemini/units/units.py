@@ -22,6 +22,23 @@ class Unit:
 
 
 @dataclass(slots=True, eq=False)
+class Countdown:
+    """Events that must all have come."""
+
+    total: int
+    missing: int = 0
+
+    def restart(self) -> None:
+        """None has come."""
+        self.missing = self.total
+
+    def tick(self) -> bool:
+        """One has come; True if it was the last."""
+        self.missing -= 1
+        return self.missing == 0
+
+
+@dataclass(slots=True, eq=False)
 class Visit:
     """One call of a unit; backward sees the same object again."""
 
@@ -33,10 +50,10 @@ class Visit:
     """What this visit holds; not ``chunks``, which may grow while the visit is open."""
     input_nodes: tuple[object, ...] = ()
     """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
-    input_count: int = 0
-    """How many inputs tell when their gradient is complete; 0 where that says nothing about the unit."""
-    inputs_missing: int = 0
-    """How many of them have not, in the backward under way."""
+    first_number: int | None = None
+    """The number of the first autograd node that it made; None where that is not known."""
+    countdowns: list[Countdown] = field(default_factory=list)
+    """What backward counts; each says by itself when it is through with the visit."""
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
