@@ -47,7 +47,8 @@ from ..units.units import Units
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.completion import Completion
 from ..updates.gradients import Gradients
-from ..updates.update_queue import BLOCK_SETS, UpdateQueue, warm_up
+from ..updates.update_pipeline import BLOCK_SETS
+from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
 from .module import GeminiModule, mix_in
 

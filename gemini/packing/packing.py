@@ -30,7 +30,7 @@ from ..nn.optimizer.adam_rule import ADAM
 from ..planning.gradient_room import gradient_room
 from ..planning.placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
 from ..units.units import nested_chunks
-from ..updates.update_queue import BLOCK_SETS, update_roles
+from ..updates.update_pipeline import BLOCK_SETS, update_roles
 from .remedy import TooSmall, out_of_memory, remedy
 
 SlotsOf = Callable[[Mapping[str, Any]], tuple[StateSlot, ...]]

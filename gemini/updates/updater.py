@@ -9,7 +9,8 @@ from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import AtStep, StateSlot, StepMaker
 from .gradients import Gradients
-from .update_queue import ChunkUpdate, Run, UpdateQueue
+from .update_pipeline import ChunkUpdate, Run
+from .update_queue import UpdateQueue
 
 
 @dataclass(frozen=True, slots=True)

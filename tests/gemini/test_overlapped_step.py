@@ -9,7 +9,7 @@ import torch
 from loop import PLACEMENTS, Trained
 
 from gemini.nn.optimizer.update import update_states
-from gemini.updates.update_queue import UpdateQueue
+from gemini.updates.update_pipeline import UpdatePipeline
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -32,7 +32,7 @@ def stall_workers(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[str]:
 
     monkeypatch.setattr("gemini.nn.optimizer.adam_rule.update_states", stalling("compute", update_states))
     for name in ("_read", "_write"):
-        monkeypatch.setattr(UpdateQueue, name, stalling(name, getattr(UpdateQueue, name)))
+        monkeypatch.setattr(UpdatePipeline, name, stalling(name, getattr(UpdatePipeline, name)))
     return done
 
 

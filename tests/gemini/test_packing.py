@@ -20,7 +20,7 @@ from gemini.memory.capacity import Capacities, find_capacities
 from gemini.memory.tracker import Budget
 from gemini.packing.packing import Packing, decide, managed_parameters
 from gemini.planning.placement import StaticPlacementPolicy
-from gemini.updates.update_queue import BLOCK_SETS, update_roles
+from gemini.updates.update_pipeline import BLOCK_SETS, update_roles
 
 PLENTY = 1 << 40
 UPDATE_ROLES = update_roles(2)

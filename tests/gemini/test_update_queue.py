@@ -3,180 +3,22 @@
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 
 import pytest
 import torch
-from torch import Tensor
+from update_rig import HYPER, IN_RAM, MIXED, ON_DISK, Faults, Rig, content, rig, runs_of, wait_for_all
 
-from gemini.chunk import (
-    Buffer,
-    Chunk,
-    ChunkLayout,
-    DiskBackend,
-    GradientBuffer,
-    Ledger,
-    MemoryBuffer,
-    RamBackend,
-    Role,
-    Staging,
-    TensorSpec,
-    Tier,
-    pack,
-    workers,
-)
+from gemini.chunk import Role, Tier, workers
 from gemini.errors import OffloadError
 from gemini.nn.optimizer.adam_rule import AdamAtStep
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.rule import AtStep
-from gemini.nn.optimizer.update import adam_update
-from gemini.updates.update_queue import BLOCK_SETS, ChunkUpdate, Run, Ticket, UpdateQueue, update_roles
+from gemini.nn.optimizer.arithmetic import scalars
+from gemini.updates.ticket import Ticket
+from gemini.updates.update_pipeline import ChunkUpdate, Run
+from gemini.updates.update_queue import UpdateQueue
 
 pytestmark = pytest.mark.timeout(60)
-
-BLOCK_NUMEL = 64
-UPDATE_ROLES = update_roles(2)
-HYPER = AdamHyper(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=True, bias_correction=True)
-ON_DISK = dict.fromkeys(UPDATE_ROLES, Tier.DISK)
-IN_RAM = dict.fromkeys(UPDATE_ROLES, Tier.HOST)
-MIXED = {**ON_DISK, Role.MASTER: Tier.HOST, Role.GRADIENT: Tier.HOST}
-
-
-class Faults:
-    """Makes the calls with these numbers (counted from 0 over all buffers and threads) fail."""
-
-    def __init__(self, *numbers: int) -> None:
-        self.numbers = set(numbers)
-        self.always = False
-        self.calls = 0
-        self._lock = Lock()
-
-    def check(self) -> None:
-        with self._lock:
-            number, self.calls = self.calls, self.calls + 1
-            if self.always or number in self.numbers:
-                raise OffloadError(5, f"call {number} fails")
-
-
-class FaultyBuffer:
-    """A disk home whose reads and writes may fail."""
-
-    tier = Tier.DISK
-    tensor: Tensor | None = None
-
-    def __init__(self, buffer: Buffer, faults: Faults) -> None:
-        self.numel, self.dtype, self.nbytes = buffer.numel, buffer.dtype, buffer.nbytes
-        self._buffer, self._faults = buffer, faults
-
-    def read(self, start: int, out: Tensor) -> None:
-        self._faults.check()
-        self._buffer.read(start, out)
-
-    def write(self, start: int, source: Tensor) -> None:
-        if start % 3:  # a write that fails may have changed any part of its range
-            self._buffer.write(start, torch.full_like(source, float("nan")))
-        self._faults.check()
-        self._buffer.write(start, source)
-
-
-@dataclass
-class Rig:
-    """Chunks with random values, a queue, and what the values should become."""
-
-    chunks: list[Chunk]
-    queue: UpdateQueue
-    faults: Faults
-    expected: list[dict[Role, Tensor]]
-    steps: int = 0
-
-    def submit(self, *indices: int) -> list[Ticket]:
-        """One step of these chunks (of all, by default); `expected` follows."""
-        self.steps += 1
-        at_step = scalars(HYPER, self.steps, grad_scale=0.5)
-        updates = []
-        for index in indices or range(len(self.chunks)):
-            chunk, expected = self.chunks[index], self.expected[index]
-            runs = runs_of(chunk.layout, AdamAtStep(at_step))
-            for run in runs:
-                adam_update(*(expected[role][run.start : run.stop] for role in UPDATE_ROLES), at_step)
-            updates.append(ChunkUpdate(chunk, runs, None))
-        return self.queue.submit(updates)
-
-    def check(self) -> None:
-        for chunk, expected in zip(self.chunks, self.expected, strict=True):
-            for role in UPDATE_ROLES:
-                assert torch.equal(content(chunk, role), expected[role]), (chunk.index, role)
-
-
-def runs_of(layout: ChunkLayout, at_step: AtStep) -> tuple[Run, ...]:
-    """All slots but those whose key is a multiple of 5, which have no gradient in this step."""
-    return tuple(Run(slot.offset, slot.stop, at_step) for slot in layout.slots if slot.key % 5)
-
-
-def home(chunk: Chunk, role: Role) -> Buffer:
-    assert chunk.gradient is not None
-    return chunk.gradient.buffer if role is Role.GRADIENT else chunk.homes[role]
-
-
-def content(chunk: Chunk, role: Role) -> Tensor:
-    buffer = home(chunk, role)
-    out = torch.empty(buffer.numel, dtype=buffer.dtype)
-    (buffer._buffer if isinstance(buffer, FaultyBuffer) else buffer).read(0, out)
-    return out
-
-
-@contextmanager
-def rig(
-    folder: Path, places: Sequence[dict[Role, Tier]], faults: Faults, tensors: int = 6, numel: int = 50
-) -> Iterator[Rig]:
-    generator = torch.Generator().manual_seed(0)
-    ledger = Ledger(dict.fromkeys(Tier, 1 << 24), unified=False)
-    disk, device = DiskBackend(folder, ledger), RamBackend(None)
-    layouts = pack([TensorSpec("w", (numel,), (1,), i) for i in range(len(places)) for _ in range(tensors)], 1 << 20)
-    chunks, expected = [], []
-    for layout, tiers in zip(layouts, places, strict=True):
-        buffers: dict[Role, Buffer] = {}
-        values = {}
-        for role in UPDATE_ROLES:
-            dtype = torch.bfloat16 if role is Role.GRADIENT else torch.float32
-            value = torch.randn(layout.numel, generator=generator).abs().to(dtype)
-            values[role] = value.clone()
-            if tiers[role] is Tier.DISK:
-                buffer = disk.allocate(layout.numel, dtype, "test")
-                buffer.write(0, value)
-                buffers[role] = FaultyBuffer(buffer, faults)
-            else:
-                buffers[role] = MemoryBuffer(Tier.HOST, value)
-        gradient = GradientBuffer(layout, buffers.pop(Role.GRADIENT), device)
-        chunk = Chunk(layout, buffers, torch.empty(layout.numel, dtype=torch.bfloat16), full_is_home=False)
-        chunk.gradient = gradient
-        chunks.append(chunk)
-        expected.append(values)
-    queue = UpdateQueue(Staging(BLOCK_SETS * len(UPDATE_ROLES), BLOCK_NUMEL))
-    try:
-        yield Rig(chunks, queue, faults, expected)
-    finally:
-        queue.close()
-        device.close()
-        disk.close()
-
-
-def wait_for_all(tickets: Sequence[Ticket]) -> list[BaseException]:
-    """Wait until each is over, trying again as often as needed; the errors on the way."""
-    errors: list[BaseException] = []
-    for ticket in tickets:
-        while True:
-            try:
-                ticket.wait()
-                break
-            except OffloadError as error:
-                errors.append(error)
-    return errors
-
 
 PLACES = {"disk": [ON_DISK] * 3, "mixed": [MIXED, ON_DISK, IN_RAM], "ram": [IN_RAM] * 3}
 
@@ -199,9 +41,10 @@ def test_steps_submitted_one_after_the_other_run_one_after_the_other(tmp_path: P
 
 
 def count_calls(folder: Path, work: Callable[[Rig], object], places: list[dict[Role, Tier]]) -> int:
-    with rig(folder, places, Faults()) as r:
+    faults = Faults()
+    with rig(folder, places, faults) as r:
         work(r)
-        return r.faults.calls
+        return faults.calls
 
 
 @pytest.mark.parametrize("places", [PLACES["disk"][:2], PLACES["mixed"]], ids=["disk", "mixed"])
@@ -241,28 +84,30 @@ def test_many_failures_in_a_row_lose_nothing(tmp_path: Path, seed: int) -> None:
 
 
 def test_as_long_as_the_disk_is_broken_every_wait_raises_and_nothing_hangs(tmp_path: Path) -> None:
-    with rig(tmp_path, PLACES["disk"], Faults()) as r:
-        r.faults.always = True
+    faults = Faults()
+    with rig(tmp_path, PLACES["disk"], faults) as r:
+        faults.always = True
         tickets = r.submit()
         for _ in range(3):
             for ticket in tickets:
                 with pytest.raises(OffloadError):
                     ticket.wait()
-        r.faults.always = False
+        faults.always = False
         wait_for_all(tickets)
         r.check()
 
 
 def test_a_step_submitted_behind_one_that_failed_fails_with_it_and_is_retried_with_it(tmp_path: Path) -> None:
-    with rig(tmp_path, PLACES["disk"], Faults()) as r:
-        r.faults.always = True
+    faults = Faults()
+    with rig(tmp_path, PLACES["disk"], faults) as r:
+        faults.always = True
         (first,) = r.submit(0)
         with pytest.raises(OffloadError):
             first.wait()
         (second,) = r.submit(1)
         with pytest.raises(OffloadError):
             second.wait()
-        r.faults.always = False
+        faults.always = False
         wait_for_all([second, first])
         r.check()
 
@@ -355,7 +200,7 @@ def test_after_closing_a_failed_update_still_says_why(tmp_path: Path) -> None:
 
 def test_a_waiter_that_wakes_after_another_began_the_retry_waits_for_the_retry(tmp_path: Path) -> None:
     with rig(tmp_path, [IN_RAM], Faults()) as r:
-        ticket = Ticket(r.queue, 1)
+        ticket = Ticket(r.queue.retry, 1)
         seen: list[object] = []
 
         def wait() -> None:

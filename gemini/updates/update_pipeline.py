@@ -1,0 +1,305 @@
+"""Updates of chunks as one stream of blocks: one is read ahead, one is computed, one is written behind.
+
+::
+
+    add -> waiting --read--> reading --compute--> writing --> over
+              ^ in order        |                    |
+              '---- what is not done when one fails -'
+
+The stream does not stop between the updates that were added one by one (``update_in_backward`` adds each chunk by
+itself). Only what an earlier update of the same chunk has not written yet is not read.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..chunk import IO_STACK_BYTES, STATE_ROLES, Buffer, Chunk, Role, Staging, start_workers
+from ..errors import OffloadError, OutOfMemory
+from ..nn.optimizer.rule import AtStep
+from .ticket import Ticket
+
+BLOCK_SETS = 3
+"""Staging for three blocks: one arrives, one is computed, one is written back."""
+_READS = 2
+"""Blocks that are read or computed at a time."""
+_NAMES_SHOWN = 4
+_REFRESHED = "full copy"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring elements of a chunk that take the same step."""
+
+    start: int
+    stop: int
+    at_step: AtStep
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkUpdate:
+    """What to do to one chunk."""
+
+    chunk: Chunk
+    runs: tuple[Run, ...]
+    out: Tensor | None
+    """The full copy to refresh in the same pass, where one exists in the same memory."""
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A piece of a run, small enough for staging."""
+
+    update: ChunkUpdate
+    ticket: Ticket
+    start: int
+    stop: int
+    offset: int
+    """Of its elements in staging, so that they lie there as they lie in the file."""
+    at_step: AtStep
+    staged: dict[Role, Tensor] = field(default_factory=dict)
+    """Borrowed blocks, as the buffers that `Staging` handed out."""
+    computed_numel: int = 0
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_computed(self) -> bool:
+        return self.computed_numel == self.numel
+
+    def buffers(self) -> dict[Role, Buffer]:
+        """Where the chunk has what its update takes."""
+        chunk = self.update.chunk
+        assert chunk.gradient is not None and chunk.gradient.buffer is not None
+        return {**chunk.homes, Role.GRADIENT: chunk.gradient.buffer}
+
+    def to_borrow(self) -> list[Role]:
+        """What still needs staging."""
+        return [role for role, buffer in self.buffers().items() if buffer.tensor is None and role not in self.staged]
+
+    def follows(self, other: "Block") -> bool:
+        """True if it may read what ``other``, of an earlier update, writes."""
+        return self.update.chunk is other.update.chunk and self.update is not other.update
+
+    def tensor(self, role: Role, buffer: Buffer) -> Tensor:
+        """The elements of this block, in memory."""
+        if buffer.tensor is not None:
+            return buffer.tensor[self.part(role, self.start, self.stop)]
+        return self.staged[role].view(buffer.dtype)[self.part(role, self.offset, self.offset + self.numel)]
+
+    def part(self, role: Role | str, start: int, stop: int) -> slice:
+        """What a role has for these elements; they begin with a block of those that share a value."""
+        state = self.update.chunk.states.get(role) if isinstance(role, Role) else None
+        return slice(start, stop) if state is None else slice(start // state.block_numel, state.numel(stop))
+
+
+_InFlight = tuple[Block, Future[None] | None]
+"""A block, and what moves it (None: it lies in memory)."""
+
+
+def update_roles(state_count: int) -> tuple[Role, ...]:
+    """What the update of a chunk with so many optimizer states reads."""
+    return (Role.MASTER, *STATE_ROLES[:state_count], Role.GRADIENT)
+
+
+class UpdatePipeline:
+    """The stream. Any thread may add to it; one thread at a time runs it.
+
+    Parameters
+    ----------
+    staging
+        Blocks for disk homes, ``BLOCK_SETS`` times as many as the update of a chunk has roles; None if there are none.
+        Nobody else borrows of it.
+    """
+
+    def __init__(self, staging: Staging | None) -> None:
+        self._staging = staging
+        self._disk = start_workers(2, "update-io", IO_STACK_BYTES)
+        self._waiting: deque[Block] = deque()
+        self._reading: deque[_InFlight] = deque()
+        self._writing: deque[_InFlight] = deque()
+        self._changed = threading.Condition()
+        """Something was added, or has been read or written."""
+
+    def add(self, blocks: Iterable[Block]) -> None:
+        """Put blocks behind all others. They are done if `run` is under way, or is called later."""
+        with self._changed:
+            self._waiting.extend(blocks)
+            self._changed.notify_all()
+
+    @property
+    def left(self) -> Sequence[Block]:
+        """What is not done, in order, while nobody runs it."""
+        return self._waiting
+
+    def run(self) -> None:
+        """Do all there is. When it raises, nothing is lost, and calling it again goes on where it stopped."""
+        try:
+            with torch.no_grad():
+                while self._advance():
+                    pass
+        finally:
+            self._settle()
+
+    def _advance(self) -> bool:
+        """Do what can be done, or wait for something to do; False if nothing is left."""
+        while self._writing and _is_over(self._writing):
+            self._finish()
+        while self._may_begin():
+            self._begin()
+        if self._reading and _is_over(self._reading):
+            self._compute_first()
+        elif self._reading or self._writing:
+            with self._changed:
+                self._changed.wait_for(self._can_advance)
+        return bool(self._reading or self._writing or self._waiting)
+
+    def _can_advance(self) -> bool:
+        return any(queue and _is_over(queue) for queue in (self._reading, self._writing)) or self._may_begin()
+
+    def _may_begin(self) -> bool:
+        if not self._waiting or len(self._reading) == _READS:
+            return False
+        block, in_flight = self._waiting[0], [other for other, _ in chain(self._reading, self._writing)]
+        if block.to_borrow() and sum(bool(other.staged) for other in in_flight) >= BLOCK_SETS:
+            return False
+        return not any(block.follows(other) for other in in_flight)
+
+    def _begin(self) -> None:
+        block = self._waiting[0]
+        for role in block.to_borrow():
+            assert self._staging is not None
+            block.staged[role] = self._staging.borrow()
+        self._reading.append((block, self._move(self._read, block)))
+        self._waiting.popleft()
+
+    def _compute_first(self) -> None:
+        block, read = self._reading[0]
+        with _of(block):
+            if read is not None:
+                read.result()
+            _compute(block)
+        self._writing.append((block, self._move(self._write, block)))
+        self._reading.popleft()
+
+    def _finish(self) -> None:
+        block, write = self._writing[0]
+        if write is not None:
+            with _of(block):
+                write.result()
+        self._writing.popleft()
+        self._release(block)
+        block.ticket.finish_block()
+
+    def _move(self, move: Callable[[Block], None], block: Block) -> "Future[None] | None":
+        if not block.staged:
+            return None
+        future = self._disk.submit(move, block)
+        future.add_done_callback(self._wake)
+        return future
+
+    def _wake(self, future: "Future[None]") -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _read(self, block: Block) -> None:
+        if block.computed_numel:
+            return  # a retry: staging holds what was computed
+        for role in block.staged:
+            buffer = block.buffers()[role]
+            buffer.read(block.part(role, block.start, block.stop).start, block.tensor(role, buffer))
+
+    def _write(self, block: Block) -> None:
+        for role in block.staged:
+            if role is not Role.GRADIENT:
+                buffer = block.buffers()[role]
+                buffer.write(block.part(role, block.start, block.stop).start, block.tensor(role, buffer))
+
+    def _release(self, block: Block) -> None:
+        for staged in block.staged.values():
+            assert self._staging is not None
+            self._staging.give_back(staged)
+        block.staged.clear()
+
+    def _settle(self) -> None:
+        """Wait for what is in flight, and put back what is not done: begun ones with their staging."""
+        undone = []
+        while self._writing:
+            block, write = self._writing[0]
+            if write is None or write.exception() is None:
+                self._finish()
+            else:
+                undone.append(block)
+                self._writing.popleft()
+        while self._reading:
+            block, read = self._reading.popleft()
+            if read is not None:
+                read.exception()
+            undone.append(block)
+        with self._changed:
+            self._waiting.extendleft(reversed(undone))
+        for block in self._waiting if undone else ():
+            if not block.computed_numel:
+                self._release(block)  # the retry reads it again
+
+    def close(self) -> None:
+        """End the threads that read and write. Waits for what they do."""
+        self._disk.shutdown(wait=True)
+
+
+def _is_over(queue: "deque[_InFlight]") -> bool:
+    move = queue[0][1]
+    return move is None or move.done()
+
+
+def _compute(block: Block) -> None:
+    if block.is_computed:
+        return
+    tensors: dict[Role | str, Tensor] = {r: block.tensor(r, buffer) for r, buffer in block.buffers().items()}
+    if block.update.out is not None:
+        tensors[_REFRESHED] = block.update.out[block.start : block.stop]
+    step = block.at_step.atomic_numel(tensors[Role.MASTER].device) or block.numel
+    while not block.is_computed:  # what one call wrote is not computed again by a retry
+        stop = min(block.computed_numel + step, block.numel)
+        done = block.computed_numel
+        _update(block.at_step, {role: t[block.part(role, done, stop)] for role, t in tensors.items()})
+        block.computed_numel = stop
+
+
+def _update(at_step: AtStep, tensors: Mapping[Role | str, Tensor]) -> None:
+    shadow, refreshed = tensors.get(Role.SHADOW), tensors.get(_REFRESHED)
+    states = [tensors[role] for role in STATE_ROLES if role in tensors]
+    out = refreshed if shadow is None else shadow
+    at_step.apply(tensors[Role.MASTER], states, tensors[Role.GRADIENT], out)
+    if shadow is not None and refreshed is not None:
+        refreshed.copy_(shadow)
+
+
+@contextmanager
+def _of(block: Block) -> Iterator[None]:
+    """Errors raised inside say whose update they stopped."""
+    try:
+        yield
+    except Exception as error:
+        raise _named(error, block) from error
+
+
+def _named(error: Exception, block: Block) -> Exception:
+    layout = block.update.chunk.layout
+    names = [slot.name for slot in layout.slots if slot.offset < block.stop and slot.stop > block.start]
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    where = f"in the optimizer's update of {', '.join(names[:_NAMES_SHOWN])}{more} (chunk {layout.index})"
+    if isinstance(error, OffloadError):
+        return OffloadError(error.errno, f"{error.strerror}, {where}")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return OutOfMemory(f"host tier out of memory {where}: {error}; nothing is lost; lower host_memory")
+    return (TypeError if isinstance(error, TypeError) else RuntimeError)(f"{error}, {where}")
