@@ -36,7 +36,7 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_name
 from numba import carray, config, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array
 from torch import Tensor
 
@@ -190,6 +190,16 @@ def _stack_block(typingctx: Any, like: Any) -> Any:
         return builder.bitcast(memory, context.get_value_type(signature.return_type))
 
     return types.CPointer(dtype)(like), codegen
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to numbers of the type of ``like``'s elements."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), codegen
 
 
 @intrinsic
@@ -445,7 +455,49 @@ _kernel = _compiled(_adam)
 _kernel_8bit = _compiled(_adam_8bit)
 
 
-_ready: set[tuple[Any, ...]] = set()
+def _at(address: int, like: Any, numel: int) -> Any:
+    """The array of ``like``'s type that lies there; None where ``like`` is. For kernels."""
+    raise NotImplementedError
+
+
+@overload(_at)
+def _typed_at(address, like, numel):  # type: ignore[no-untyped-def]  # numba compares the signatures
+    if like is types.none:
+        return lambda address, like, numel: None
+    return lambda address, like, numel: carray(_pointer(address, like), numel)
+
+
+def _adam_many(table: Any, param: Any, state: Any, grad: Any, out: Any, step: Any, numbers: Any) -> None:
+    """One step of each row of ``table`` (`MANY_COLUMNS`). Of the other arrays only the types count."""
+    for numel, counter, p, g, copy, m, v in table:
+        moments = _at(m, state, numel), _at(v, state, numel)
+        _kernel(_at(p, param, numel), *moments, _at(g, grad, numel), _at(copy, out, numel), numel, numbers)
+        _at(counter, param, 1)[0] = step
+
+
+def _adam_8bit_many(table: Any, param: Any, state: Any, grad: Any, out: Any, step: Any, numbers: Any) -> None:
+    """As `_adam_many`, with moments in 8 bits."""
+    for numel, counter, p, g, copy, m, v, m_scale, v_scale in table:
+        blocks = (numel + _BLOCK_NUMEL - 1) // _BLOCK_NUMEL
+        moments = _at(m, state, numel), _at(v, state, numel)
+        scales = _at(m_scale, param, blocks), _at(v_scale, param, blocks)
+        _kernel_8bit(
+            _at(p, param, numel), *moments, *scales, _at(g, grad, numel), _at(copy, out, numel), False, numbers
+        )
+        _at(counter, param, 1)[0] = step
+
+
+def _gather(addresses: Any, out: Any) -> None:
+    """The numbers that lie there."""
+    for i in range(addresses.size):
+        out[i] = _at(addresses[i], out, 1)[0]
+
+
+_gather_kernel = _compiled(_gather)
+_many = {False: _compiled(_adam_many), True: _compiled(_adam_8bit_many)}
+"""By whether moments are in 8 bits."""
+
+_ready: set[tuple[Any, ...] | str] = set()
 """Types that the kernel has been compiled for."""
 
 _ELEMENTS: dict[torch.dtype, Any] = {
@@ -533,6 +585,52 @@ def adam_8bit_cpu(
         ms, vs = (scale[at.start // _BLOCK_NUMEL : -(-at.stop // _BLOCK_NUMEL)] for scale in scales)
         pieces.append((p, m, v, ms, vs, g, None if copy is None else copy[at], streams, numbers))
     threads.run(lambda piece: _kernel_8bit(*piece), pieces)
+
+
+MANY_COLUMNS = (
+    "numel", "step", "param", "grad", "out", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale",
+)  # fmt: skip
+"""Of a table of tensors: a length, and addresses (0 where there is no copy); the last two only with 8 bits."""
+
+
+def many_cpu(
+    table: Any,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    scalars: AdamScalars,
+    step: int,
+    pool: KernelPool | None = None,
+) -> Callable[[], None]:
+    """Make ready one step of many CPU tensors at once. It is done by calling the result, which does not fail.
+
+    Parameters
+    ----------
+    table
+        int64, a row for each parameter (`MANY_COLUMNS`). Nobody else keeps its memory alive. Two rows share none.
+    dtypes
+        Of moments, gradients, and low-precision copies (None: there are none); the rest is float32.
+    step
+        Written to where the rows say.
+    """
+    arrays = [None if dtype is None else np.empty(0, _ELEMENTS[dtype]) for dtype in dtypes]
+    types_only = (np.empty(0, np.float32), *arrays, np.float32(step), _numbers(scalars))
+    kernel = _many[dtypes[0] is torch.uint8]
+    kind = ("many", *dtypes, scalars.l2 == 0.0)
+    if kind not in _ready:
+        _call(kernel, table[:0], *types_only)
+        _ready.add(kind)
+    threads = pool or default_pool()
+    pieces = [table[rows] for rows in threads.cut_rows(table[:, 0])]
+    return lambda: threads.run(lambda piece: kernel(piece, *types_only), pieces)
+
+
+def values_at(addresses: Any) -> Any:
+    """The float32 numbers that lie at these addresses (int64)."""
+    out = np.empty(addresses.size, np.float32)
+    if "gather" not in _ready:
+        _call(_gather_kernel, addresses[:0], out)
+        _ready.add("gather")
+    _gather_kernel(addresses, out)
+    return out
 
 
 def _numbers(s: AdamScalars) -> tuple[Any, ...]:

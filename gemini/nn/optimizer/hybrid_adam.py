@@ -9,9 +9,9 @@ from torch.optim.optimizer import Optimizer
 
 from .adam_rule import ADAM, AdamRule
 from .group_options import TORCH_DEFAULTS, completed, refuse_options
-from .managed import ManagedOptimizer
+from .managed import ManagedOptimizer, Prepared
 from .parameter_state import PARAM_DTYPES, check_saved, exported, restored
-from .prepared import PreparedStep, prepare
+from .prepared import prepare
 
 _Self = TypeVar("_Self", bound="HybridAdam")
 
@@ -144,7 +144,7 @@ class HybridAdam(ManagedOptimizer):
     @torch.no_grad()
     def prepare_parameters(
         self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0
-    ) -> list[PreparedStep]:
+    ) -> list[Prepared]:
         return prepare(group, params, self.state, grad_scale, self.rule.states)
 
     def register_param_group(self, group: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -70,6 +72,13 @@ class KernelPool:
     def cut(self, numel: int) -> list[slice]:
         """The slices of a buffer for `run`; one, if more threads would not make it faster."""
         return slices(numel, self.threads)
+
+    def cut_rows(self, numels: Sequence[int]) -> list[slice]:
+        """Neighbouring buffers for each thread, of about as many elements; see `cut`."""
+        count = max(min(self.threads, sum(numels) // _SMALLEST_SLICE_NUMEL), 1)
+        ends = list(accumulate(numels))
+        bounds = [bisect_left(ends, ends[-1] * i // count) for i in range(count)] if ends else [0]
+        return [slice(*pair) for pair in pairwise([*bounds, len(ends)])]
 
     def run(self, work: Callable[[_Item], None], items: Sequence[_Item]) -> None:
         """Call ``work`` with each item; return when all are done.

@@ -36,8 +36,15 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def complete_state(state: dict[str, Any], param: Tensor, states: str) -> None:
-    """Add to ``state`` what is missing for an update of ``param``: everything at first, a master after loading."""
+def completed(known: dict[str, Any] | None, param: Tensor, states: str) -> dict[str, Any]:
+    """A state with all that an update of ``param`` needs: ``known`` itself, or a copy with what was missing there.
+
+    That is everything at first, and a master after loading.
+    """
+    needs_more = known is None or "step" not in known or ("master" not in known and needs_master(param))
+    if known is not None and not needs_more:
+        return known
+    state = dict(known or {})
     if "step" not in state:
         state["step"] = torch.tensor(0.0)
         for slot in slots(states):
@@ -48,6 +55,7 @@ def complete_state(state: dict[str, Any], param: Tensor, states: str) -> None:
                 state[slot.name] = slot.zeros(param.numel(), param.device)
     if needs_master(param) and "master" not in state:
         state["master"] = param.detach().to(torch.float32)
+    return state
 
 
 def check_saved(saved: Mapping[str, Any], param: Tensor, where: str) -> None:

@@ -4,7 +4,7 @@
 compiles kernels. `PreparedStep.commit` then only runs kernels over memory that is there.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars, scalars
+from .batch import Dtypes, States, in_batches
 from .layout import copy_back, flatten, memory_order
-from .parameter_state import PARAM_DTYPES, complete_state, flat_states, needs_master
+from .managed import Prepared
+from .parameter_state import PARAM_DTYPES, completed, flat_states, needs_master
 from .reference import adam_float64
 from .update import ready, update_states
-
-States = MutableMapping[Any, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def prepare(
     states: Mapping[Any, dict[str, Any]],
     grad_scale: float = 1.0,
     kept_as: str = "fp32",
-) -> list[PreparedStep]:
+) -> list[Prepared]:
     """Make ready the update of those ``params`` that have a gradient.
 
     Parameters
@@ -78,53 +78,54 @@ def prepare(
     """
     hyper = AdamHyper.of_group(group)
     of_step: dict[int, AdamScalars] = {}  # parameters may have seen different numbers of gradients
-    return [_prepared(param, states.get(param), hyper, of_step, grad_scale, kept_as) for param in updatable(params)]
+
+    def at_step(step: int) -> AdamScalars:
+        if step not in of_step:
+            of_step[step] = scalars(hyper, step, grad_scale)
+        return of_step[step]
+
+    found = [(*one, completed(states.get(one[0]), one[0], kept_as)) for one in updatable(params)]
+    batches, others = in_batches(found, at_step, kept_as)
+    singles = [_prepared(param, grad, state, hyper, at_step, grad_scale, kept_as) for param, grad, _, state in others]
+    return [*batches, *singles]
 
 
-def updatable(params: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters that have a gradient, all of them usable.
+def updatable(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor, Dtypes]]:
+    """The parameters that have a gradient, with it and the dtypes of both; all of them usable.
 
     Raises
     ------
     TypeError
         If one is not.
     """
-    found = [param for param in params if param.grad is not None]
-    for param in found:
-        assert param.grad is not None
-        if param.grad.layout != torch.strided:
+    found = [(p, grad, (p.dtype, grad.dtype)) for p in params if (grad := p.grad) is not None]
+    for param, grad, (dtype, grad_dtype) in found:
+        if grad.layout != torch.strided:
             raise TypeError(
                 f"HybridAdam does not support sparse gradients (parameter of shape {tuple(param.shape)}); "
                 "use Embedding(sparse=False), or torch.optim.SparseAdam for these parameters"
             )
-        known = param.grad.dtype in PARAM_DTYPES
-        if not known or (param.grad.dtype == torch.float64) != (param.dtype == torch.float64):
-            raise TypeError(f"a gradient of {param.grad.dtype} cannot update a parameter of {param.dtype}")
+        if grad_dtype not in PARAM_DTYPES or (grad_dtype == torch.float64) != (dtype == torch.float64):
+            raise TypeError(f"a gradient of {grad_dtype} cannot update a parameter of {dtype}")
     return found
 
 
 def _prepared(
     param: Tensor,
-    known: dict[str, Any] | None,
+    grad: Tensor,
+    state: dict[str, Any],
     hyper: AdamHyper,
-    of_step: dict[int, AdamScalars],
+    at_step: Callable[[int], AdamScalars],
     grad_scale: float,
     kept_as: str,
 ) -> PreparedStep:
-    assert param.grad is not None
-    state = known or {}
-    if "step" not in state or (needs_master(param) and "master" not in state):
-        state = dict(state)  # a state that is not complete stays as it is until the commit
-        complete_state(state, param, kept_as)
     step = int(state["step"].item()) + 1
     if param.dtype == torch.float64:
         moments = (state["exp_avg"], state["exp_avg_sq"])
         new = tuple(tensor.detach().clone() for tensor in (param, *moments))
-        adam_float64(new[0], new[1], new[2], param.grad, hyper, step, grad_scale)
+        adam_float64(new[0], new[1], new[2], grad, hyper, step, grad_scale)
         order = memory_order(param)
         return PreparedStep(param, state, step, None, (param, *moments), tuple(flatten(t, order) for t in new), None)
-    if step not in of_step:
-        of_step[step] = scalars(hyper, step, grad_scale)
     order = memory_order(param)
     # Without a master the parameter is its own.
     has_master = needs_master(param)
@@ -132,6 +133,6 @@ def _prepared(
     copy = ((param, flatten(param, order)),) if has_master else ()
     pairs = ((master, flatten(master, order)), *flat_states(state, order, kept_as), *copy)
     written, flat = zip(*pairs, strict=True)
-    gradient = flatten(param.grad, order)
-    ready(param.device, gradient.dtype, param.dtype if has_master else None, of_step[step].l2 != 0.0, kept_as)
-    return PreparedStep(param, state, step, of_step[step], written, flat, gradient)
+    gradient = flatten(grad, order)
+    ready(param.device, gradient.dtype, param.dtype if has_master else None, at_step(step).l2 != 0.0, kept_as)
+    return PreparedStep(param, state, step, at_step(step), written, flat, gradient)

@@ -4,6 +4,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,11 @@ def ready(
         lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, decoupled=False, bias_correction=True
     )
     update_states(param, kept, grad, scalars(hyper, 1), out)
+
+
+def many_kernels() -> Any:
+    """The module with `cpu_kernel.many_cpu` and `cpu_kernel.values_at`; None without numba."""
+    return None if _kernel_of("cpu") is adam_reference else importlib.import_module(".cpu_kernel", __package__)
 
 
 def _check_around(param: Tensor, grad: Tensor, out: Tensor | None) -> None:
