@@ -21,6 +21,13 @@ from .scaler import LossScaler
 
 logger = logging.getLogger(__name__)
 
+_NAMES_SHOWN = 4
+_NO_ROOM = (
+    "there is no room for gradients and states, because of being frozen or in no group when boosted. To unfreeze "
+    "parameters later let them require gradients and be in a group before booster.boost, freeze them after "
+    "booster.boost, and unfreeze them when it is time; or save the model, and boost a new one that loads it"
+)
+
 
 class ChunkedStep:
     """The optimizer step over chunks (a `ManagedStep`).
@@ -189,10 +196,8 @@ class ChunkedStep:
                     continue
                 chunk, position = place
                 if not chunk.is_trainable:
-                    raise ValueError(
-                        f"{chunk.layout.slots[position].name} has a gradient but was frozen when boosted, "
-                        "so it has no optimizer state; unfreeze parameters before booster.boost"
-                    )
+                    name = chunk.layout.slots[position].name
+                    raise ValueError(f"{name} has a gradient, but for it {_NO_ROOM}")
 
     def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
         assert self.scaler is not None
@@ -218,11 +223,11 @@ class ChunkedStep:
 
     def add_param_group(self, optimizer: ManagedOptimizer, group: dict[str, Any]) -> None:
         parameters = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
-        if any(self.manager.find(p) is not None for p in parameters):
-            raise ValueError(
-                "add_param_group after boost: these parameters are in chunks packed without optimizer states; "
-                "add the group to the optimizer before booster.boost"
-            )
+        places = [place for p in parameters if isinstance(p, Tensor) and (place := self.manager.find(p)) is not None]
+        frozen = [chunk.layout.slots[position].name for chunk, position in places if not chunk.is_trainable]
+        if frozen:
+            more = f" and {len(frozen) - _NAMES_SHOWN} more" if len(frozen) > _NAMES_SHOWN else ""
+            raise ValueError(f"add_param_group: for {', '.join(frozen[:_NAMES_SHOWN])}{more} {_NO_ROOM}")
         optimizer.register_param_group(group)
 
     def clip_grad_by_norm(

@@ -110,12 +110,6 @@ def test_the_device_grows_by_what_the_warm_up_shows_to_be_free() -> None:
     assert 36 << 10 < run.model.memory_stats()["device/peak_bytes"] <= 150 << 10
 
 
-def test_add_param_group_after_boost_says_what_to_do() -> None:
-    run = Trained({})
-    with pytest.raises(ValueError, match=r"before booster\.boost"):
-        run.optimizer.add_param_group({"params": [run.model[0].weight]})
-
-
 def test_a_sparse_embedding_is_refused_before_anything_is_changed() -> None:
     model = nn.Sequential(nn.Embedding(8, 8, sparse=True))
     with pytest.raises(ValueError, match="sparse=False"):
