@@ -1,6 +1,7 @@
 """For all tests: nothing is written outside of the test's own folders, and no hub is asked."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -19,3 +20,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def _own_state_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
     monkeypatch.delenv("GEMINI_MEMORY_RUN_DIR", raising=False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread: small tensors gain nothing from more, and on a busy machine wait for them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

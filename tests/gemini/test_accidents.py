@@ -3,7 +3,6 @@
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -88,15 +87,6 @@ def test_a_model_that_is_dropped_gives_its_memory_and_files_back(in_backward: bo
         worker.join(30)
         assert not worker.is_alive()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For many steps of tiny tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class FailsAtCall:

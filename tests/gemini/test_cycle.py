@@ -1,6 +1,6 @@
 """A run that takes turns between kinds of cycles is prefetched as one that always does the same."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +12,8 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATTERNS: dict[str, Callable[[int], bool]] = {
     "always the same": lambda n: True,
@@ -31,15 +33,6 @@ class TwoPaths(nn.Module):
         for layer in self.first if self.takes_first(self.calls) else self.second:
             x = torch.tanh(layer(x))
         return x
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The tensors are tiny: several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)

@@ -1,6 +1,6 @@
 """Models used in unusual ways: parameters, graphs and modules that no hook of a module sees."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gemini.boosted import boosted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTH = 32
 SMALL = {"chunk_config_dict": {1: {"chunk_size": 256}}}
@@ -34,15 +36,6 @@ def weight() -> nn.Parameter:
 def mean_square(model: nn.Module, x: Tensor) -> Tensor:
     output = model(x)
     return output if output.dim() == 0 else output.float().square().mean()  # type: ignore[no-any-return]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The tensors are tiny: several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Renormalised(nn.Module):

@@ -1,6 +1,6 @@
 """Element-wise torch optimizers under management: the bits of plain torch, wherever the chunks are."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,16 +17,7 @@ from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import pieces
 
-pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_computes() -> Iterator[None]:
-    """So small a model gains nothing from more, and on a busy machine waits for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 
 SOME = ["SGD", "SGD of Nesterov", "Adagrad", "RMSprop with all"]

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from gemini.boosted import boosted
 from gemini.chunk import Tier
 from gemini.errors import OutOfMemory, is_out_of_memory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STREAMED = {"device_memory": "48KiB", **SMALL}
 SHAPES = {
@@ -43,15 +44,6 @@ class Fails(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         raise ctx.error
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The tensors are tiny: several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def failing(error: BaseException, where: str) -> Any:

@@ -1,7 +1,7 @@
 """Random modules: shared layers, borrowed weights, work in place, branches by step, checkpoints; bit for bit."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +10,8 @@ from parity import Task, check_parity, tightest
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTH = 16
 STEPS = 3
@@ -133,15 +135,6 @@ def _checkpointed(first: Op, second: Op, use_reentrant: bool) -> Op:
         return checkpoint(segment, x, y, use_reentrant=use_reentrant)  # type: ignore[no-any-return]
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The tensors are tiny: several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batches() -> list[Any]:

@@ -1,7 +1,6 @@
 """Checkpoints of element-wise torch optimizers: to and from torch, and never into another optimizer."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.checkpoint import load_optimizer
 from gemini.errors import CheckpointError
 
-pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_computes() -> Iterator[None]:
-    """So small a model gains nothing from more, and on a busy machine waits for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 
 FORMS = ["folder", "optimizer.pt"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemini.nn.optimizer.arithmetic import AdamHyper, AdamScalars
 
@@ -76,3 +76,19 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     integer = torch.int32 if a.element_size() == 4 else torch.int16
     nan = a.isnan()
     return torch.equal(nan, b.isnan()) and torch.equal(a.view(integer)[~nan], b.view(integer)[~nan])
+
+
+def pair(numel: int, seed: int = 0) -> tuple[nn.Parameter, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(numel, generator=generator)
+    return nn.Parameter(values.clone()), nn.Parameter(values.clone())
+
+
+def give_gradients(params: tuple[Tensor, ...], step: int) -> None:
+    """The same gradient for each, with sizes over many orders of magnitude."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    grad = torch.randn(params[0].shape, generator=generator)
+    grad *= 10 ** (2 * torch.randn(params[0].shape, generator=generator))
+    for param in params:
+        # In float16 the largest would be infinite.
+        param.grad = grad.clamp(-6e4, 6e4).to(param.dtype).clone()

@@ -1,0 +1,80 @@
+"""A chunk manager with known values on a fake device that counts every byte."""
+
+from collections.abc import Sequence
+
+import torch
+from fakes import FakeBackend, FakeUpdate
+from torch import Tensor
+
+from gemini.chunk import Chunk, ChunkManager, ChunkPlan, DiskBackend, Ledger, Role, StateSlot, TensorSpec, Tier, pack
+
+NUMEL = 96
+FULL_NBYTES = NUMEL * 2  # bf16
+TRAINABLE = dict.fromkeys((Role.MASTER, Role.STATE_0, Role.STATE_1, Role.GRADIENT), Tier.HOST)
+FROZEN = {Role.MASTER: Tier.HOST}
+ADAM = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
+
+
+class Rig:
+    """Chunks of two parameters each (33 and 20 elements), with known values, bound to parameters."""
+
+    def __init__(
+        self,
+        homes: Sequence[dict[Role, Tier]],
+        room: int = 2,
+        unified: bool = False,
+        disk: DiskBackend | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        layouts = pack([TensorSpec(f"w{i}", (n,), (1,), i // 2) for i, n in enumerate([33, 20] * len(homes))], 100)
+        assert all(layout.numel == NUMEL for layout in layouts)
+        self.capacity = room * NUMEL * dtype.itemsize
+        capacities = {Tier.DEVICE: self.capacity, Tier.HOST: 1 << 20, Tier.DISK: 1 << 20}
+        self.ledger = Ledger(capacities, unified)
+        self.device = FakeBackend(self.capacity if not unified else 1 << 30)
+        plans = [ChunkPlan(layout, tiers, dtype, ADAM) for layout, tiers in zip(layouts, homes, strict=True)]
+        self.manager = ChunkManager(plans, self.ledger, self.device, disk)
+        self.chunks = self.manager.chunks
+        generator = torch.Generator().manual_seed(0)
+        self.values: dict[int, list[Tensor]] = {}
+        self.parameters: dict[int, list[Tensor]] = {}
+        for chunk in self.chunks:
+            self.values[chunk.index] = [torch.randn(slot.shape, generator=generator) for slot in chunk.layout.slots]
+            self.parameters[chunk.index] = [torch.empty(slot.shape, dtype=dtype) for slot in chunk.layout.slots]
+            for position, value in enumerate(self.values[chunk.index]):
+                self.manager.write_slot(chunk, position, Role.MASTER, value)
+                self.manager.bind(self.parameters[chunk.index][position], chunk, position)
+
+    def use(self, chunk: Chunk) -> None:
+        self.manager.fetch(chunk)
+        self.manager.pin(chunk)
+        self.manager.unpin(chunk)
+
+    def has_values(self, chunk: Chunk) -> bool:
+        pairs = zip(self.parameters[chunk.index], self.values[chunk.index], strict=True)
+        return all(torch.equal(parameter, value.to(parameter.dtype)) for parameter, value in pairs)
+
+    def is_poisoned(self, chunk: Chunk) -> bool:
+        return all(
+            bool(p.isnan().all()) and p.untyped_storage().nbytes() == p.element_size() and p.shape == v.shape
+            for p, v in zip(self.parameters[chunk.index], self.values[chunk.index], strict=True)
+        )
+
+    def used_bytes_agree(self) -> bool:
+        return self.ledger.used(Tier.DEVICE) == sum(c.full_nbytes for c in self.chunks if c.is_resident)
+
+
+def pending(rig: Rig, chunk: Chunk, value: float = 3.0) -> FakeUpdate:
+    """An update that writes ``value`` into the master, and through to a full copy, when it is waited for."""
+
+    def work() -> None:
+        master = chunk.homes[Role.MASTER]
+        master.write(0, torch.full((NUMEL,), value, dtype=master.dtype))
+        if chunk.is_resident:
+            chunk.full.fill_(value)
+
+    update = FakeUpdate(work)
+    chunk.update = update
+    chunk.poison()
+    rig.values[chunk.index] = [torch.full_like(v, value) for v in rig.values[chunk.index]]
+    return update
