@@ -3,6 +3,8 @@
 Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or policies.
 """
 
+from gemini.stacks import IO_STACK_BYTES
+
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import Communicator, SingleProcess
@@ -21,7 +23,7 @@ from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
 from .weak import weakly
-from .workers import IO_STACK_BYTES, end_elsewhere, start_workers
+from .workers import end_elsewhere, start_workers
 from .write_behind import STORE_BLOCKS
 
 __all__ = [

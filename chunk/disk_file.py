@@ -22,8 +22,9 @@ from pathlib import Path
 from threading import Lock
 
 from gemini.errors import OffloadError
+from gemini.stacks import IO_STACK_BYTES
 
-from .workers import IO_STACK_BYTES, start_workers
+from .workers import start_workers
 
 PAGE_BYTES = 4096
 LEAST_DIRECT_BYTES = 1 << 16

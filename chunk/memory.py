@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gemini.stacks import IO_STACK_BYTES
+
 from .buffer import Buffer, MemoryBuffer
 from .host_memory import zeroed
 from .staging import Staging
@@ -147,7 +149,7 @@ class RamBackend:
     def __init__(self, staging: Staging | None, store_staging: Staging | None = None) -> None:
         self.uploads = Uploads()
         self._staging = staging
-        self._workers = start_workers(FETCH_WORKERS, "fetch")
+        self._workers = start_workers(FETCH_WORKERS, "fetch", IO_STACK_BYTES)
         self._store = WriteBehind(store_staging)
 
     def reserve(self, host_bytes: int) -> None:

@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 from gemini.errors import OutOfMemory
+from gemini.stacks import small_stacks
 
 START_SECONDS = 30.0
 END_SECONDS = 2.0
-IO_STACK_BYTES = 1 << 19
-"""Enough for threads that only read and write."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +34,11 @@ def start_workers(count: int, name: str, stack_bytes: int = 0) -> ThreadPoolExec
     """
     pool = ThreadPoolExecutor(count, thread_name_prefix=f"gemini-memory-{name}")
     here = threading.Barrier(count + 1)  # each task holds its thread until all are there
-    before = threading.stack_size(stack_bytes) if stack_bytes else 0
     try:
-        for _ in range(count):
-            pool.submit(here.wait, START_SECONDS)
-        here.wait(START_SECONDS)
+        with small_stacks(stack_bytes):
+            for _ in range(count):
+                pool.submit(here.wait, START_SECONDS)
+            here.wait(START_SECONDS)
     except RuntimeError as error:
         here.abort()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -47,9 +46,6 @@ def start_workers(count: int, name: str, stack_bytes: int = 0) -> ThreadPoolExec
             f"host tier out of memory. The system refuses a worker thread ({error}); "
             "lower host_memory, so that more of the limit is left for stacks and activations"
         ) from error
-    finally:
-        if stack_bytes:
-            threading.stack_size(before)
     _undertaker.start()
     return pool
 
@@ -80,7 +76,8 @@ class _Undertaker:
         with self._lock:
             if self._pid != os.getpid():
                 self._work = SimpleQueue()
-                threading.Thread(target=self._run, name="gemini-memory-end", daemon=True).start()
+                with small_stacks():
+                    threading.Thread(target=self._run, name="gemini-memory-end", daemon=True).start()
                 self._pid = os.getpid()
 
     def end(self, work: Callable[[], object]) -> None:

@@ -7,9 +7,11 @@ from functools import partial
 
 from torch import Tensor
 
+from gemini.stacks import IO_STACK_BYTES
+
 from .buffer import Buffer
 from .staging import Staging, pieces
-from .workers import IO_STACK_BYTES, end_elsewhere, start_workers
+from .workers import end_elsewhere, start_workers
 
 STORE_BLOCKS = 3
 """Staging for it: one block is filled while others are written."""

@@ -20,7 +20,7 @@ from gemini.telemetry.discovery import NoRun
 from . import floor
 from .activations import Activations
 from .bench import read_speed
-from .demand import Demand, Machine, ModelData, as_argument, demand, with_machine
+from .demand import Demand, Machine, ModelData, arguments, demand, with_machine
 from .solve import solve_batch_size, solve_memory, solve_seq_len
 from .subject import NotFound, Subject, find_subject
 
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> Exit:
     machine = _machine(options)
     config = GeminiConfig(precision=options.precision)
     try:
-        subject = find_subject(options.target, dict(_assignment(text) for text in options.set))
+        subject = find_subject(options.target, dict(assignment(text) for text in options.set))
         data = ModelData(subject, config, _slots(*options.optimizer))
         activations = Activations(subject, config.compute_dtype, options.checkpointing)
     except NotFound as error:
@@ -128,22 +128,13 @@ def _answer(
         },
         "device_and_host_are_one": machine.device_bytes is None,
         "terms": dict(found.terms),
-        "arguments": _arguments(options, found) if found.fits else None,
+        "arguments": arguments(found, options.precision, options.offload_dir) if found.fits else None,
         "step_seconds_floor": max(times.values()) if times else None,
         "step_seconds_floor_by": times,
         "solved": solved,
         "problem": found.problem,
         "remarks": _remarks(options, machine),
     }
-
-
-def _arguments(options: argparse.Namespace, found: Demand) -> str:
-    """Ready to paste."""
-    parts = [f'precision="{options.precision}"']
-    parts += [f"{name}={as_argument(nbytes, up=True)}" for name, nbytes in found.limits.items() if nbytes >= 1024]
-    if found.limits.get("disk_memory"):
-        parts.append(f"offload_dir={options.offload_dir or '/path/on/a/fast/disk'!r}")
-    return f"GeminiPlugin({', '.join(parts)})"
 
 
 def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine: Machine) -> dict[str, float]:
@@ -223,7 +214,7 @@ def _slots(name: str, *assignments: str) -> tuple[StateSlot, ...]:
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise Usage(f"--optimizer expects the name of one of torch.optim or HybridAdam, got {name!r}")
     try:
-        optimizer = accepted(cls([torch.zeros(1)], **dict(_assignment(text) for text in assignments)))
+        optimizer = accepted(cls([torch.zeros(1)], **dict(assignment(text) for text in assignments)))
     except (TypeError, ValueError) as error:
         raise Usage(f"--optimizer {name}: {error}") from error
     return optimizer.rule.slots(optimizer.param_groups[0])
@@ -255,7 +246,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name.isidentifier():
         raise Usage(f"expected NAME=VALUE, got {text!r}")

@@ -11,6 +11,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
 from gemini.memory.capacity import Capacities
+from gemini.memory.native_memory import stack_bytes
 from gemini.memory.tracker import Budget
 from gemini.nn.optimizer.adam_rule import ADAM
 from gemini.packing.packing import Packing, decide
@@ -20,11 +21,6 @@ from .subject import Subject
 
 GUARD = 0.05
 """Share of the non-model data kept free beside them: what allocators round up and kernels need for themselves."""
-
-
-LEAST_GUARD_BYTES = 24 << 20
-"""In RAM at least so much: limits such as RLIMIT_DATA count oneDNN's code twice (1.1 MiB a shape, half of it touched)
-and the stacks of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +104,11 @@ def capacities(limits: Mapping[Tier, int], unified: bool) -> Capacities:
 def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
     """What a training needs that leaves ``non_model_bytes`` room where units run."""
     unified = machine.device_bytes is None
-    aside = non_model_bytes + max(round(non_model_bytes * GUARD), LEAST_GUARD_BYTES if unified else 0)
+    aside = non_model_bytes + round(non_model_bytes * GUARD)
+    stacks = stack_bytes(machine.disk_bytes > 0)
     limits = {
         Tier.DEVICE: max(1, (machine.device_bytes or 0) - aside),
-        Tier.HOST: max(1, machine.ram_bytes - (aside if unified else 0)),
+        Tier.HOST: max(1, machine.ram_bytes - stacks - (aside if unified else 0)),
         Tier.DISK: machine.disk_bytes,
     }
     problem = None
@@ -209,6 +206,15 @@ def _terms(packing: Packing) -> dict[str, int]:
 
 def _everything(data: ModelData) -> int:
     return round(data.numel * (data.state_bytes + data.config.compute_dtype.itemsize))
+
+
+def arguments(found: Demand, precision: str, offload_dir: str | None) -> str:
+    """What fits, ready to paste."""
+    parts = [f'precision="{precision}"']
+    parts += [f"{name}={as_argument(nbytes, up=True)}" for name, nbytes in found.limits.items() if nbytes >= 1024]
+    if found.limits.get("disk_memory"):
+        parts.append(f"offload_dir={offload_dir or '/path/on/a/fast/disk'!r}")
+    return f"GeminiPlugin({', '.join(parts)})"
 
 
 def as_argument(nbytes: int, *, up: bool = False) -> str:

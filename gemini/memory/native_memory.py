@@ -12,6 +12,9 @@ and for as long as it is short, and quick where there is room for what malloc ma
     exact --measured, and there is room--> quick
     exact <--a heavier batch is measured, or memory ran out-- quick
 
+**Threads.** Limits on address space (RLIMIT_DATA, RLIMIT_AS) count all of a stack, 8 MiB by default, of which a page or
+two are used: `stack_bytes` of the threads that a training starts.
+
 **oneDNN.** It and torch's wrapper of it each keep the last 1024 kernels that were compiled, one a shape: 0.6 MiB of RAM
 and 1.1 MiB of RLIMIT_DATA each (measured). Experts, which get another number of tokens at each step, and batches of
 ever new lengths fill that: 70 to 90 MiB a step. Those never come again and a model needs some dozens, so the last
@@ -22,6 +25,10 @@ import ctypes
 import functools
 import os
 
+from ..chunk import FETCH_WORKERS
+from ..chunk.disk_tuning import DEPTHS
+from ..stacks import IO_STACK_BYTES, default_stack_bytes
+
 EXACT_BYTES = 64 << 10
 """Larger blocks are mapped by themselves."""
 QUICK_BYTES = 32 << 20
@@ -30,6 +37,12 @@ QUICK_TRIM_BYTES = 64 << 20
 KEPT_RATIO = 2.5
 """What quick training may take, relative to what it needs; the most that was measured is 2.1."""
 KERNELS_KEPT = 256
+_UPDATE_THREADS = 2
+"""The one that computes, and the one that sets it up, whose stack glibc keeps for another."""
+_IO_THREADS = FETCH_WORKERS + 4
+"""Two that stream an update, telemetry, and the one that ends others."""
+_DISK_THREADS = max(DEPTHS)
+"""One that stores gradients, and those that read and write beside the one that asks."""
 _KERNELS_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -75,6 +88,12 @@ def bound_kernels() -> None:
     """Have oneDNN keep fewer kernels, unless the user has said how many. Too late once it has compiled the first."""
     for name in _KERNELS_VARIABLES:
         os.environ.setdefault(name, str(KERNELS_KEPT))
+
+
+def stack_bytes(uses_disk: bool) -> int:
+    """What the threads that a training starts take of such limits; those of libraries compute in any training."""
+    reading = _IO_THREADS + (_DISK_THREADS if uses_disk else 0)
+    return _UPDATE_THREADS * default_stack_bytes() + reading * IO_STACK_BYTES
 
 
 def _is_ours() -> bool:

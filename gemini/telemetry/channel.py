@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gemini.stacks import small_stacks
 from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file
 from gemini.telemetry.outcome import outcome, program
 from gemini.telemetry.probes import Fields, Probes
@@ -63,7 +64,8 @@ class Channel:
         self._wake_up: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._file = RecordFile(run, rank, header)
         self._thread = threading.Thread(target=self._run, name="gemini-memory-telemetry", daemon=True)
-        self._thread.start()
+        with small_stacks():
+            self._thread.start()
 
     def put(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:
         self._put(kind, fields)

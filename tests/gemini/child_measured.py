@@ -27,7 +27,7 @@ def train(subject: Subject, batch: int, length: int, checkpointing: bool, steps:
     if checkpointing:
         _checkpoint(model)
     model.train()
-    booster = Booster(plugin=GeminiPlugin(telemetry=False, **plugin))
+    booster = Booster(plugin=GeminiPlugin(**{"telemetry": False, **plugin}))
     model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
     inputs: dict[str, Any] = subject.batch(batch, length)
     for _ in range(steps):

@@ -1,6 +1,7 @@
 """gemini-stat estimate: what it says is what training does."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,27 @@ def test_solutions_fit_and_more_does_not() -> None:
     assert on_disk > 0
 
 
-@pytest.mark.parametrize("limit", [1, 7, 64, 1000])
-def test_the_largest_is_found(limit: int) -> None:
-    assert largest(lambda n: n <= limit, 1, 1 << 20) == limit
-    assert largest(lambda n: n <= limit, 32, 1 << 20, 32) == limit // 32 * 32
+@pytest.mark.parametrize("limit", [0, 1, 7, 64, 1000])
+@pytest.mark.parametrize("multiple", [1, 32])
+@pytest.mark.parametrize("curve", [lambda n: 5 * n, lambda n: 1000 + 3 * n + n * n, lambda n: n // 10 * 10])
+def test_the_largest_is_found_in_few_tries(limit: int, multiple: int, curve: Callable[[int], int]) -> None:
+    tried = []
+
+    def need(n: int) -> int | None:
+        tried.append(n)
+        return curve(n)
+
+    fitting = [n for n in range(multiple, 2000, multiple) if curve(n) <= curve(limit)]
+    assert largest(need, curve(limit), 1 << 20, multiple) == max(fitting, default=0)
+    assert len(tried) == len(set(tried)) <= 15
+
+
+@pytest.mark.parametrize("limit", [7, 64, 1000])
+def test_what_is_too_large_for_another_reason_bounds_the_largest(limit: int) -> None:
+    assert largest(lambda n: n if n <= limit else None, 1 << 20, 1 << 20) == limit
+    assert largest(lambda n: n if n <= limit else None, 1 << 20, 1 << 20, 32) == limit // 32 * 32
     with pytest.raises(ValueError, match="up to 100"):
-        largest(lambda n: True, 1, 100)
+        largest(lambda n: n, 1 << 20, 100)
 
 
 def test_arguments_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
