@@ -32,7 +32,7 @@ from ..lazy import is_lazy, materialize
 from ..memory.capacity import Capacities, find_capacities
 from ..memory.native_memory import be_exact, bound_kernels
 from ..memory.tracker import NonModelMeter
-from ..monitor.monitor import Monitor, probes
+from ..monitor.monitor import Monitor, model_facts, probes
 from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
@@ -244,7 +244,7 @@ def _monitor(
         return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(runtime.manager), last=last)
 
     monitor = Monitor(writer, runtime, step, statistics, units.all)
-    monitor.describe(packing, config, capacities)
+    monitor.describe(packing, config, capacities, model_facts(model))
     return monitor
 
 

@@ -1,27 +1,21 @@
 """``gemini-stat explain-oom``: what there was when memory ran out, and the changes with which there would be enough."""
 
 import argparse
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from gemini.chunk import StateSlot, Tier
-from gemini.config import GeminiConfig
-from gemini.errors import OutOfMemory
-from gemini.packing.packing import decide
-from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.chunk import Tier
 from gemini.sizes import format_bytes
 from gemini.stat.console import Exit, find, print_json, read
 from gemini.stat.text import printable, size
 from gemini.telemetry.discovery import NoRun
 from gemini.telemetry.documents import (
     ChunksView,
-    ChunkView,
     TimelineView,
     read_chunks,
     read_oom,
@@ -30,24 +24,28 @@ from gemini.telemetry.documents import (
 )
 from gemini.telemetry.reader import TIERS, RunView, number
 
-from .demand import GUARD, as_argument, capacities, model_bytes
+from .changes import Case, Change, Check, estimated
+from .command import assignment
+from .demand import GUARD, Machine, as_argument
+from .recorded import config_of, limits_of, packs, state_slots
+from .subject import NotFound, Subject, find_subject, recorded_subject
 
 HELP = "What there was when memory ran out (or, of a run that goes on, at its peak), and what would have helped."
+CHANGES = 3
 _MIB = 1 << 20
+_CHECKED = {
+    Check.ESTIMATE: "verified: the estimate says that a whole step fits",
+    Check.PACKING: "verified for model data by the trainer's packing; what activations take then is not known",
+    Check.NOTHING: "not verified",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One thing that would have made it fit."""
-
-    text: str
-    arguments: str | None
-    verified: bool
-    """The trainer's own packing was asked and said yes; False where the change is outside of what it decides."""
+    parser.add_argument(
+        "--model", metavar="MODEL", help="what was trained, as for estimate (models of transformers are recorded)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of its configuration")
+    parser.add_argument("--checkpointing", action="store_true", help="it did recompute activations")
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -57,8 +55,16 @@ def run(options: argparse.Namespace) -> Exit:
     timeline = _timeline(oom, path, found.rank)
     if oom is None and timeline is None:
         raise NoRun(f"{path} has recorded neither an out-of-memory error nor a timeline")
-    changes = list(_changes(found, oom, chunks, timeline))[:3]
-    holders = _holders(found, timeline)
+    case, unknown = _case(options, oom, chunks)
+    changes: list[Change] = []
+    if case is not None:
+        try:
+            changes = list(islice(estimated(case), CHANGES))
+        except Exception as error:  # a model that cannot be run on fake tensors, or a record that is not what it seems
+            unknown = f"the estimate failed: {type(error).__name__}: {error}"
+    if case is None or unknown is not None:
+        changes = list(islice(_recorded(found, oom, chunks, timeline), CHANGES))
+    holders = _holders(found, oom, chunks, timeline)
     if options.json:
         print_json(
             {
@@ -69,17 +75,98 @@ def run(options: argparse.Namespace) -> Exit:
                 "unit": None if oom is None else oom.get("unit"),
                 "tiers": _tiers(found, oom),
                 "holders": [{"what": what, "bytes": nbytes} for what, nbytes in holders],
-                "changes": [{"text": c.text, "arguments": c.arguments, "verified": c.verified} for c in changes],
+                "changes": [_as_json(change) for change in changes],
+                "not_estimated": unknown,
             }
         )
     else:
-        _show(found, oom, chunks, timeline, holders, changes)
+        _show(found, oom, chunks, timeline, holders)
+        _show_changes(changes, unknown)
     return Exit.OK
 
 
+def _as_json(change: Change) -> dict[str, Any]:
+    return {
+        "text": change.text,
+        "arguments": change.arguments,
+        "verified": change.check is not Check.NOTHING,
+        "verified_by": change.check.value,
+        "batch_size": change.batch_size,
+        "seq_len": change.seq_len,
+        "checkpointing": change.checkpointing,
+        "ram_bytes": change.ram_bytes,
+    }
+
+
+def _case(
+    options: argparse.Namespace, oom: Mapping[str, Any] | None, chunks: ChunksView | None
+) -> tuple[Case | None, str | None]:
+    """What the estimate can be asked about, or why it cannot."""
+    if oom is None or chunks is None:
+        return None, "no out-of-memory error and its batch are recorded"
+    shape = _shape(oom)
+    if not shape:
+        return None, "the shape of the batch is not recorded"
+    machine = _machine(chunks)
+    if machine is None:
+        return None, "how much memory there was is not recorded"
+    try:
+        subject, recomputes = _subject(options, chunks)
+    except NotFound as error:
+        if options.model is not None:
+            raise NoRun(str(error)) from error
+        return None, str(error)
+    slots = next((state_slots(chunk) for chunk in chunks.chunks if chunk.states), [])
+    folder = chunks.config.get("offload_dir")
+    case = Case(
+        subject=subject,
+        config=config_of(chunks),
+        slots=tuple(slots),
+        numel=sum(math.prod(_sizes(item.get("shape"))) for item in chunks.parameters),
+        machine=machine,
+        batch_size=shape[0],
+        seq_len=shape[1] if len(shape) == 2 else 1,
+        is_text=len(shape) == 2,
+        checkpointing=recomputes,
+        offload_dir=str(folder) if folder else None,
+    )
+    return case, None
+
+
+def _subject(options: argparse.Namespace, chunks: ChunksView) -> tuple[Subject, bool]:
+    if options.model is not None:
+        return find_subject(options.model, dict(assignment(text) for text in options.set)), options.checkpointing
+    if not isinstance(chunks.model.get("config"), dict):
+        raise NotFound("the model is not known: --model MODEL has the estimate verify changes")
+    return recorded_subject(chunks.model, len(chunks.parameters)), bool(chunks.model.get("checkpointing"))
+
+
+def _shape(oom: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of the first tensor of the batch."""
+    shapes = oom.get("batch_shapes")
+    return _sizes(shapes[0]) if isinstance(shapes, list) and shapes else ()
+
+
+def _sizes(shape: object) -> tuple[int, ...]:
+    sizes = [number(item) for item in shape] if isinstance(shape, list) else []
+    return tuple(int(item) for item in sizes if item is not None and 0 < item < 1 << 32)
+
+
+def _machine(chunks: ChunksView) -> Machine | None:
+    if not chunks.ram_bytes or not (chunks.unified or chunks.device_limit_bytes):
+        return None
+    return Machine(
+        device_bytes=None if chunks.unified else chunks.device_limit_bytes,
+        ram_bytes=chunks.ram_bytes,
+        disk_bytes=chunks.capacities.get(Tier.DISK.value, 0),
+    )
+
+
 def _timeline(oom: Mapping[str, Any] | None, path: Path, rank: int) -> TimelineView | None:
-    recorded = timeline_of(oom.get("last_timeline")) if oom is not None else None
-    return recorded or read_timeline(path, rank)
+    """The last whole step, or what there was of the first one."""
+    of_error = oom or {}
+    whole = timeline_of(of_error.get("last_timeline")) or read_timeline(path, rank)
+    return whole or timeline_of(of_error.get("moments_before"))
 
 
 def _tiers(run_: RunView, oom: Mapping[str, Any] | None) -> dict[str, dict[str, int]]:
@@ -96,28 +183,39 @@ def _tiers(run_: RunView, oom: Mapping[str, Any] | None) -> dict[str, dict[str, 
     return found
 
 
-def _holders(run_: RunView, timeline: TimelineView | None) -> list[tuple[str, int]]:
+def _holders(
+    run_: RunView, oom: Mapping[str, Any] | None, chunks: ChunksView | None, timeline: TimelineView | None
+) -> list[tuple[str, int]]:
     """Who has the memory, most first."""
-    found = [
-        ("optimizer states", int(run_.stats.get("model_data/optimizer_bytes", 0))),
-        ("masters and frozen parameters", int(run_.stats.get("model_data/parameter_bytes", 0))),
-        ("gradients", int(run_.stats.get("model_data/gradient_bytes", 0))),
-    ]
+    homes = Counter[str]()
+    for chunk in chunks.chunks if chunks is not None else ():
+        for role, nbytes in chunk.home_bytes.items():
+            homes["states" if role in chunk.states else role] += nbytes
+    used = _tiers(run_, oom)["device"]["used_bytes"]
+    non_model = int(number((oom or {}).get("non_model_peak_bytes")) or 0)
     if timeline is not None:
-        found.append(("activations and temporaries at the peak", timeline.non_model[timeline.peak]))
-    unified = bool(run_.stats.get("memory/unified"))
-    found.append(("full copies" + (" (in RAM)" if unified else ""), int(run_.stats.get("device/used_bytes", 0))))
+        non_model = max(non_model, timeline.non_model[timeline.peak])
+    unified = chunks.unified if chunks is not None else bool(run_.stats.get("memory/unified"))
+    found = [
+        ("optimizer states", homes["states"]),
+        ("masters and frozen parameters", homes["master"]),
+        ("gradients", homes["gradient"]),
+        ("bf16 shadows of masters", homes["shadow"]),
+        ("activations and temporaries at the peak", non_model),
+        ("full copies" + (" (in RAM)" if unified else ""), used),
+    ]
     return sorted((item for item in found if item[1] > 0), key=lambda item: -item[1])
 
 
-def _changes(
+def _recorded(
     run_: RunView, oom: Mapping[str, Any] | None, chunks: ChunksView | None, timeline: TimelineView | None
 ) -> Iterator[Change]:
+    """What records alone say."""
     tiers = _tiers(run_, oom)
     unified = chunks.unified if chunks is not None else bool(run_.stats.get("memory/unified"))
     where = "host" if unified or _tier_of(oom) == "host" else "device"
     non_model = max(timeline.non_model, default=0) if timeline is not None else 0
-    missing = max(_missing(oom), _MIB)
+    missing = _missing(oom) or _MIB
     if chunks is not None:
         yield from _smaller_budget(chunks, tiers, where, missing)
         yield from _more_room(chunks, tiers, where, missing, str((oom or {}).get("error", "")))
@@ -128,122 +226,51 @@ def _changes(
                 f"batches of {ratio:.0%} of the size: activations took {format_bytes(non_model)} "
                 f"and {format_bytes(missing)} were missing"
             )
-            yield Change(text=text, arguments=None, verified=False)
-    yield Change(
-        text="recompute activations in backward (model.gradient_checkpointing_enable())", arguments=None, verified=False
-    )
+            yield Change(text=text)
+    yield Change(text="recompute activations in backward (model.gradient_checkpointing_enable())")
 
 
 def _smaller_budget(
     chunks: ChunksView, tiers: Mapping[str, Mapping[str, int]], where: str, missing: int
 ) -> Iterator[Change]:
     """Less model data where memory ran out, and the rest one tier down."""
-    limits = _limits(chunks)
+    limits = limits_of(chunks)
     capacity = limits[Tier(where)]
     smaller = min(tiers[where]["used_bytes"], capacity) - round(missing * (1 + GUARD))
     moved = capacity - smaller
     name = f"{where}_memory"
-    if smaller > 0 and _packs(chunks, {**limits, Tier(where): smaller}):
+    if smaller > 0 and packs(chunks, {**limits, Tier(where): smaller}):
         yield Change(
             text=f"{format_bytes(missing)} less of model data on {where}; the rest has room elsewhere",
             arguments=f"{name}={as_argument(smaller)}",
-            verified=True,
+            check=Check.PACKING,
         )
         return
     disk = limits[Tier.DISK] + 2 * moved
-    if smaller > 0 and _packs(chunks, {**limits, Tier(where): smaller, Tier.DISK: disk}):
+    if smaller > 0 and packs(chunks, {**limits, Tier(where): smaller, Tier.DISK: disk}):
         yield Change(
             text=f"{format_bytes(missing)} less of model data on {where}, {format_bytes(disk)} of disk for the rest",
             arguments=f'{name}={as_argument(smaller)}, offload_dir=..., disk_memory="{-(-disk // _MIB)}MiB"',
-            verified=True,
+            check=Check.PACKING,
         )
 
 
 def _more_room(
     chunks: ChunksView, tiers: Mapping[str, Mapping[str, int]], where: str, missing: int, error: str
 ) -> Iterator[Change]:
-    """What our own errors say outright, or the capacity that was missing."""
-    named = re.search(r"set (device|host|disk)_memory to (\d+) bytes", error)
+    """What our own errors say outright, or the memory that was missing."""
+    named = re.search(r"set (device|host|disk)_memory to (\d+) bytes(?! or less)", error)
+    if named is None and re.search(r"\b(device|host|disk) tier out of memory(?!\. The model's own)", error) is None:
+        # Not for want of what model data may take: with more of that there would be even less for the rest.
+        yield Change(text=f"{format_bytes(missing)} more of {where} memory at least, if there is so much")
+        return
     tier, nbytes = (named[1], int(named[2])) if named else (where, tiers[where]["capacity_bytes"] + missing)
-    limits = {**_limits(chunks), Tier(tier): nbytes}
+    limits = {**limits_of(chunks), Tier(tier): nbytes}
     yield Change(
         text=f"{format_bytes(nbytes)} for model data on {tier}, if there is so much",
         arguments=f'{tier}_memory="{-(-nbytes // _MIB)}MiB"',
-        verified=_packs(chunks, limits),
+        check=Check.PACKING if packs(chunks, limits) else Check.NOTHING,
     )
-
-
-def _packs(chunks: ChunksView, limits: Mapping[Tier, int]) -> bool:
-    """Ask the trainer's packing about the recorded parameters."""
-    model = skeleton(chunks)
-    groups = recorded_groups(chunks, model)
-    try:
-        packing = decide(
-            model, groups, _config(chunks), capacities(limits, chunks.unified), lambda group: tuple(group["slots"])
-        )
-    except OutOfMemory:
-        return False
-    needed = model_bytes(packing, limits, chunks.unified)
-    return all(needed[tier] <= limits[tier] for tier in Tier if not (chunks.unified and tier is Tier.DEVICE))
-
-
-def recorded_groups(chunks: ChunksView, model: nn.Module) -> list[dict[str, Any]]:
-    """The optimizer's groups, with ``slots`` for what it keeps in the chunks of each."""
-    parameters = dict(model.named_parameters())
-    groups: dict[int, dict[str, Any]] = {}
-    for item in chunks.parameters:
-        index = int(item["param_group"])
-        if index >= 0:
-            slots = _slots(chunks.chunks[int(item["chunk"])])
-            groups.setdefault(index, {"params": [], "slots": slots})["params"].append(parameters[str(item["name"])])
-    return [groups[index] for index in sorted(groups)]
-
-
-def _slots(chunk: ChunkView) -> list[StateSlot]:
-    """Only the bytes per element are recorded; packing looks at nothing else."""
-    dtypes = {1: torch.uint8, 2: torch.bfloat16}
-    sizes = {name: chunk.home_bytes.get(name, 0) // max(chunk.numel, 1) for name in chunk.states}
-    return [StateSlot(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
-
-
-def skeleton(chunks: ChunksView) -> nn.Module:
-    """Modules with the recorded parameters, on ``meta``: what packing looks at, and nothing else."""
-    root = nn.Module()
-    for item in chunks.parameters:
-        *path, leaf = str(item["name"]).split(".")
-        module = root
-        for part in path:
-            if part not in module._modules:
-                module._modules[part] = nn.Module()
-            child = module._modules[part]
-            assert child is not None
-            module = child
-        if item.get("keeps_fp32"):
-            module.running_mean = True  # type: ignore[assignment]
-        shape = tuple(int(n) for n in item["shape"])
-        made = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=bool(item.get("trainable")))
-        module._parameters[leaf] = made
-    return root
-
-
-def _config(chunks: ChunksView) -> GeminiConfig:
-    recorded = chunks.config
-    policy: PlacementPolicy = AutoPlacementPolicy()
-    if recorded.get("policy") == "StaticPlacementPolicy":
-        policy = StaticPlacementPolicy(
-            offload_optim_frac=float(recorded.get("offload_optim_frac") or 0.0),
-            offload_param_frac=float(recorded.get("offload_param_frac") or 0.0),
-        )
-    return GeminiConfig(
-        precision=str(recorded.get("precision", "bf16")),
-        policy=policy,
-        max_prefetch=int(recorded.get("max_prefetch", 2)),
-        chunk_numel=recorded.get("chunk_numel"),
-    )
-
-
-def _limits(chunks: ChunksView) -> dict[Tier, int]:
-    return {tier: chunks.capacities.get(tier.value, 0) for tier in Tier}
 
 
 def _tier_of(oom: Mapping[str, Any] | None) -> str:
@@ -274,7 +301,6 @@ def _show(
     chunks: ChunksView | None,
     timeline: TimelineView | None,
     holders: list[tuple[str, int]],
-    changes: list[Change],
 ) -> None:
     if oom is not None:
         print(f"{printable(str(oom.get('error')), 600)}")
@@ -292,9 +318,14 @@ def _show(
     print("\nwho has it")
     for what, nbytes in holders:
         print(f"{size(nbytes):>12}  {what}")
-    print("\nwhat would have helped")
+
+
+def _show_changes(changes: list[Change], unknown: str | None) -> None:
+    print("\nwhat would have helped" if changes else "\nno change was found with which it fits")
     for index, change in enumerate(changes, 1):
-        note = " (checked by the trainer's own packing)" if change.verified else ""
-        print(f" {index}. {change.text}{note}")
+        print(f" {index}. {change.text}")
         if change.arguments:
-            print(f"    GeminiPlugin({change.arguments})")
+            print(f"    {change.arguments if '(' in change.arguments else f'GeminiPlugin({change.arguments})'}")
+        print(f"    {_CHECKED[change.check]}")
+    if unknown is not None:
+        print(f"\nactivations were not estimated: {unknown}")

@@ -3,7 +3,7 @@
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,41 @@ def _from_function(spec: str, overrides: dict[str, Any]) -> Subject:
     return Subject(spec, lambda: made()[0], batch)
 
 
+def recorded_subject(content: Mapping[str, Any], parameters: int) -> Subject:
+    """A model of transformers as a run has recorded it: ``class`` and ``config``.
+
+    Parameters
+    ----------
+    parameters
+        How many it has: what says that it has more layers than that is not believed.
+
+    Raises
+    ------
+    NotFound
+        If it cannot be built here.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise NotFound("the run trained a model of transformers, which is not installed here") from error
+    fields = dict(content["config"])
+    kind = str(fields.pop("model_type", ""))
+    config = _made(transformers, kind, {**fields, "architectures": [str(content["class"])]})
+    if int(getattr(config, "num_hidden_layers", 0)) > parameters:
+        raise NotFound(f"the recorded model has {parameters} parameters and more layers than that")
+    return _subject_of(transformers, config, "as recorded")
+
+
 def _from_transformers(spec: str, overrides: dict[str, Any]) -> Subject:
     try:
         import transformers
     except ImportError as error:
         raise NotFound(f"{spec} is a transformers configuration and transformers is not installed") from error
     config = _config(transformers, spec, overrides)
+    return _subject_of(transformers, config, spec)
+
+
+def _subject_of(transformers: Any, config: Any, name: str) -> Subject:
     cls = _class(transformers, config)
 
     def batch(size: int, length: int) -> Batch:
@@ -107,7 +136,7 @@ def _from_transformers(spec: str, overrides: dict[str, Any]) -> Subject:
         labels = tokens if "ForSequenceClassification" not in cls.__name__ else tokens[:, 0]
         return {"input_ids": tokens, "labels": labels}
 
-    return Subject(f"{cls.__name__} ({spec})", lambda: cls(config), batch)
+    return Subject(f"{cls.__name__} ({name})", lambda: cls(config), batch)
 
 
 def _config(transformers: Any, spec: str, overrides: dict[str, Any]) -> Any:
@@ -146,8 +175,9 @@ def _made(transformers: Any, kind: str, fields: dict[str, Any]) -> Any:
 def _class(transformers: Any, config: Any) -> Any:
     """The class that the configuration names, else the first head for its type that has a loss."""
     for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
     for auto in (
         "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageClassification",
         "AutoModelForSequenceClassification",

@@ -23,6 +23,8 @@ class Capacities:
     device_limit_bytes: int | None
     """What model and non-model data may take on DEVICE together, where its budget is a guess until the warm-up has
     measured the latter; None where the user gave the budget."""
+    ram_bytes: int = 0
+    """RAM that the tightest limit left to this rank when nothing of the training was there; 0: not looked at."""
 
     @property
     def nbytes(self) -> dict[Tier, int]:
@@ -51,7 +53,9 @@ def find_capacities(config: GeminiConfig) -> Capacities:
     else:
         on_device = device_budget(device, config.steady_device_ratio * (1.0 - config.warmup_non_model_ratio))
         limit = device_budget(device, config.steady_device_ratio).bytes
-    return Capacities(device, unified, {Tier.DEVICE: on_device, Tier.HOST: host, Tier.DISK: disk}, limit)
+    return Capacities(
+        device, unified, {Tier.DEVICE: on_device, Tier.HOST: host, Tier.DISK: disk}, limit, host_budget(1.0).bytes
+    )
 
 
 def _said(name: str, nbytes: int | None) -> Budget | None:

@@ -3,6 +3,7 @@
 The training thread copies counters and goes on; names, sums and text are made on the telemetry thread.
 """
 
+import json
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from ..config import GeminiConfig
@@ -37,6 +39,8 @@ TIMELINE_SECONDS = 10.0
 NEW_PEAK_RATIO = 1.01
 """... and when a tier's peak has grown by that much since the last one."""
 
+_SHAPES = 16
+"""Of a batch, at most so many are recorded."""
 _SEEN = "_gemini_memory_recorded"
 
 HOME_LETTERS = {Tier.DEVICE: "d", Tier.HOST: "h", Tier.DISK: "k"}
@@ -155,9 +159,11 @@ class Monitor:
                     said, seen, off = format_bytes(before), format_bytes(now), before / now - 1
                     logger.info("%s: %s predicted, %s measured (%+.1f%%)", tier.value, said, seen, 100 * off)
 
-    def describe(self, packing: Packing, config: GeminiConfig, capacities: Capacities) -> None:
-        """Write down what was decided at `boost`: enough to make the decision again."""
-        self._description = description(self._runtime.manager, packing, config, capacities)
+    def describe(
+        self, packing: Packing, config: GeminiConfig, capacities: Capacities, model: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write down what was decided at `boost`: enough to make the decision again. ``model`` is `model_facts`."""
+        self._description = {**description(self._runtime.manager, packing, config, capacities), "model": model}
         self._homes = {**packing.placement.nbytes}
         self._homes[Tier.HOST] += packing.staging_bytes
         self._describe()
@@ -195,6 +201,7 @@ class Monitor:
             "is_ours": hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
             "unit": visits[-1] if visits else None,
             "phase": phase,
+            "batch_shapes": [list(shape) for shape in runtime.batch.shapes[:_SHAPES]] if runtime.batch else [],
             "tiers": {
                 tier.value: {
                     "used_bytes": manager.ledger.used(tier),
@@ -248,6 +255,19 @@ def process_memory() -> dict[str, Any]:
     return found
 
 
+def model_facts(model: nn.Module) -> dict[str, Any] | None:
+    """What it takes to build a model of transformers again; None for any other."""
+    config = getattr(model, "config", None)
+    try:
+        content = json.loads(config.to_json_string())  # type: ignore[union-attr]
+        assert isinstance(content["model_type"], str)
+    except Exception:  # another library's configuration, or none
+        return None
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second of transformers before 5, where
+    recomputes = next((getattr(model, name) for name in names if hasattr(type(model), name)), False)  # only it is there
+    return {"class": type(model).__name__, "config": content, "checkpointing": bool(recomputes)}
+
+
 def description(
     manager: ChunkManager, packing: Packing, config: GeminiConfig, capacities: Capacities
 ) -> Mapping[str, Any]:
@@ -287,6 +307,8 @@ def description(
             tier.value: {"bytes": budget.bytes, "source": budget.source} for tier, budget in capacities.budgets.items()
         },
         "unified": capacities.unified,
+        "ram_bytes": capacities.ram_bytes,
+        "device_limit_bytes": capacities.device_limit_bytes,
         "config": {
             "precision": config.precision,
             "policy": type(config.policy).__name__,

@@ -46,6 +46,8 @@ class Runtime:
         self.profile = NonModelProfile()
         self.outlook: Outlook | None = None
         """What was predicted after the warm-up and what was measured since; None until both are known."""
+        self.batch: Batch | None = None
+        """Of the cycle that runs."""
         self.on_abort: Callable[[], None] = lambda: None
         """Told when every visit is closed; whoever keeps visits forgets them."""
         self.in_backward: BackwardUpdates | None = None
@@ -205,7 +207,7 @@ class Runtime:
         if self.profile.is_measuring and self.cycle.is_complete:
             self.meter.sample(self._model_bytes())
             self.profile.end(self.meter.last_bytes)
-        batch = Batch(with_gradients, shapes)
+        self.batch = batch = Batch(with_gradients, shapes)
         self.profile.begin(batch)
         self._choose_malloc()
         self._leave_room_for(batch)

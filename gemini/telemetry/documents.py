@@ -47,6 +47,12 @@ class ChunksView:
     capacities: Mapping[str, int]
     unified: bool
     config: Mapping[str, Any]
+    ram_bytes: int
+    """What the limit on RAM left to this rank before the training began; 0 where it is not known."""
+    device_limit_bytes: int
+    """What model and other data may take of the accelerator; 0 where it is not known."""
+    model: Mapping[str, Any]
+    """What it takes to build a model of transformers; empty for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,9 @@ def read_chunks(run: Path, rank: int) -> ChunksView | None:
         capacities=capacities,
         unified=bool(content.get("unified")),
         config=_dict(content.get("config")),
+        ram_bytes=int(number(content.get("ram_bytes")) or 0),
+        device_limit_bytes=int(number(content.get("device_limit_bytes")) or 0),
+        model=_dict(content.get("model")),
     )
 
 

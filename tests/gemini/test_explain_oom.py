@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from capped import CHILD, MIB, as_keywords, sets, tried
 from loop import SMALL, batch, build
 from stat_runs import make_run
 
@@ -15,12 +16,39 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.errors import OutOfMemory
-from gemini.estimate.explain import recorded_groups, skeleton
+from gemini.estimate.recorded import recorded_groups, skeleton
+from gemini.estimate.subject import find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.packing.packing import decide
 from gemini.stat.cli import main
+from gemini.stat.console import Exit
 from gemini.telemetry.documents import read_chunks
+from gemini.telemetry.layout import chunks_file
 from gemini.telemetry.schema import load_schema
+
+TINY: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 64, "n_positions": 64},
+    "llama": {
+        "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 32, "vocab_size": 64, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+def run_out_of_memory(model: Any, inputs: Any, folder: Path) -> None:
+    """A run whose first forward does, or so it says."""
+    booster = Booster(plugin=GeminiPlugin(telemetry=folder))
+    model, *_ = booster.boost(model, HybridAdam(model.parameters()))
+
+    def fail(module: Any, args: Any) -> None:
+        raise MemoryError("made up")
+
+    list(model.modules())[-1].register_forward_pre_hook(fail)
+    with pytest.raises(OutOfMemory):
+        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    telemetry = boosted(model).telemetry
+    assert telemetry is not None
+    telemetry.close()
 
 
 def train_until_it_breaks(folder: Path, error: BaseException, optimizer: Any = HybridAdam, **plugin: Any) -> Any:
@@ -66,7 +94,7 @@ def test_the_recorded_parameters_pack_as_the_model_did(optimizer: dict[str, Any]
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 0.03 MiB. GPU 0 has"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 30000 bytes."),
     ],
 )
@@ -109,3 +137,102 @@ def test_a_verified_change_trains(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_run_that_goes_on_is_explained_at_its_peak(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain-oom", str(make_run())]) == 0
     assert "the present peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_recorded_model_of_transformers_is_estimated(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = find_subject(kind, TINY[kind]).build()
+    run_out_of_memory(model, {"input_ids": torch.zeros(3, 40, dtype=torch.long)}, tmp_path / "run")
+    assert main(["explain-oom", str(tmp_path / "run"), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["not_estimated"] is None
+    assert [change["verified_by"] for change in content["changes"]] == ["estimate"] * 3
+    # There was enough after all: the error was made up.
+    assert content["changes"][0]["batch_size"] is None
+    assert {change["checkpointing"] for change in content["changes"]} == {None, True}
+    assert {change["batch_size"] for change in content["changes"]} == {None, 2}
+
+
+def test_what_a_record_claims_of_a_model_is_not_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = find_subject("gpt2", TINY["gpt2"]).build()
+    run_out_of_memory(model, {"input_ids": torch.zeros(3, 40, dtype=torch.long)}, tmp_path / "run")
+    file = chunks_file(tmp_path / "run", 0)
+    content = json.loads(file.read_text())
+    for claim in (
+        {"class": "GPT2LMHeadModel", "config": {"model_type": "gpt2", "n_layer": 10**9}},
+        {"class": "Trainer", "config": {"model_type": "gpt2"}},
+        {"class": "GPT2LMHeadModel", "config": {"model_type": "../../x"}},
+        {"class": ["GPT2LMHeadModel"], "config": {"model_type": "gpt2", "n_embd": -1}},
+        {"class": "GPT2LMHeadModel", "config": []},
+    ):
+        file.write_text(json.dumps({**content, "model": claim}))
+        assert main(["explain-oom", str(tmp_path / "run"), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["not_estimated"]
+        assert "estimate" not in {change["verified_by"] for change in found["changes"]}
+
+
+def test_another_model_than_the_one_that_ran_out_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    run_out_of_memory(build(), batch(0), tmp_path / "run")
+    assert main(["explain-oom", str(tmp_path / "run"), "--model", "small_gpt:gpt", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "parameters, and the run's model had" in found["not_estimated"]
+    assert main(["explain-oom", str(tmp_path / "run"), "--model", "no_module:gpt"]) == Exit.NO_RUN
+
+
+def test_an_unknown_model_says_how_to_have_it_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_out_of_memory(build(), batch(0), tmp_path / "run")
+    assert main(["explain-oom", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "--model MODEL" in out
+    assert "not verified" in out
+    assert "verified: the estimate" not in out
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("spec", "batch_size", "length", "ram", "plugin"),
+    [
+        ("small_gpt:gpt", 160, 128, 256, {}),
+        ("small_gpt:wide", 14, 128, 256, {"host_memory": "240MiB"}),
+        ("gpt2", 4, 256, 560, {"host_memory": "400MiB"}),
+    ],
+    ids=["activations", "model data", "recorded"],
+)
+def test_a_run_that_ran_out_trains_with_each_change(
+    spec: str,
+    batch_size: int,
+    length: int,
+    ram: int,
+    plugin: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(CHILD.parent))
+    at = {"batch": batch_size, "length": length, "cap_bytes": ram * MIB}
+    (ran,) = tried(spec, "fp32", {**at, "plugin": {**plugin, "telemetry": str(tmp_path / "run")}})
+    assert ran["error"] == "OutOfMemory"
+    named = ["--model", spec, *sets(spec)] if ":" in spec else []
+    assert main(["explain-oom", str(tmp_path / "run"), *named, "--json"]) == 0
+    changes = json.loads(capsys.readouterr().out)["changes"]
+    assert [change["verified_by"] for change in changes] == ["estimate"] * 3
+    trials = [
+        {
+            "batch": change["batch_size"] or batch_size,
+            "length": change["seq_len"] or length,
+            "checkpointing": change["checkpointing"],
+            "cap_bytes": (change["ram_bytes"] or ram * MIB),
+            "plugin": as_keywords(change["arguments"], tmp_path / "disk"),
+        }
+        for change in changes
+    ]
+    results = tried(spec, "fp32", *trials)
+    for change, result in zip(changes, results, strict=True):
+        print(f"\n{spec}: {change['text']}: {result['error'] or 'trains'}")
+    assert [result["error"] for result in results] == [None] * 3

@@ -1,0 +1,89 @@
+"""A run's model data as its records have them: enough to ask the trainer's own packing again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemini.chunk import StateSlot, Tier
+from gemini.config import GeminiConfig
+from gemini.errors import OutOfMemory
+from gemini.packing.packing import decide
+from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.telemetry.documents import ChunksView, ChunkView
+
+from .demand import capacities, model_bytes
+
+
+def packs(chunks: ChunksView, limits: Mapping[Tier, int]) -> bool:
+    """Ask the trainer's packing about the recorded parameters."""
+    model = skeleton(chunks)
+    groups = recorded_groups(chunks, model)
+    try:
+        packing = decide(
+            model, groups, config_of(chunks), capacities(limits, chunks.unified), lambda group: tuple(group["slots"])
+        )
+    except OutOfMemory:
+        return False
+    needed = model_bytes(packing, limits, chunks.unified)
+    return all(needed[tier] <= limits[tier] for tier in Tier if not (chunks.unified and tier is Tier.DEVICE))
+
+
+def recorded_groups(chunks: ChunksView, model: nn.Module) -> list[dict[str, Any]]:
+    """The optimizer's groups, with ``slots`` for what it keeps in the chunks of each."""
+    parameters = dict(model.named_parameters())
+    groups: dict[int, dict[str, Any]] = {}
+    for item in chunks.parameters:
+        index = int(item["param_group"])
+        if index >= 0:
+            slots = state_slots(chunks.chunks[int(item["chunk"])])
+            groups.setdefault(index, {"params": [], "slots": slots})["params"].append(parameters[str(item["name"])])
+    return [groups[index] for index in sorted(groups)]
+
+
+def state_slots(chunk: ChunkView) -> list[StateSlot]:
+    """Only the bytes per element are recorded; packing looks at nothing else."""
+    dtypes = {1: torch.uint8, 2: torch.bfloat16}
+    sizes = {name: chunk.home_bytes.get(name, 0) // max(chunk.numel, 1) for name in chunk.states}
+    return [StateSlot(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
+
+
+def skeleton(chunks: ChunksView) -> nn.Module:
+    """Modules with the recorded parameters, on ``meta``: what packing looks at, and nothing else."""
+    root = nn.Module()
+    for item in chunks.parameters:
+        *path, leaf = str(item["name"]).split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module._modules[part] = nn.Module()
+            child = module._modules[part]
+            assert child is not None
+            module = child
+        if item.get("keeps_fp32"):
+            module.running_mean = True  # type: ignore[assignment]
+        shape = tuple(int(n) for n in item["shape"])
+        made = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=bool(item.get("trainable")))
+        module._parameters[leaf] = made
+    return root
+
+
+def config_of(chunks: ChunksView) -> GeminiConfig:
+    recorded = chunks.config
+    policy: PlacementPolicy = AutoPlacementPolicy()
+    if recorded.get("policy") == "StaticPlacementPolicy":
+        policy = StaticPlacementPolicy(
+            offload_optim_frac=float(recorded.get("offload_optim_frac") or 0.0),
+            offload_param_frac=float(recorded.get("offload_param_frac") or 0.0),
+        )
+    return GeminiConfig(
+        precision=str(recorded.get("precision", "bf16")),
+        policy=policy,
+        max_prefetch=int(recorded.get("max_prefetch", 2)),
+        chunk_numel=recorded.get("chunk_numel"),
+    )
+
+
+def limits_of(chunks: ChunksView) -> dict[Tier, int]:
+    return {tier: chunks.capacities.get(tier.value, 0) for tier in Tier}
