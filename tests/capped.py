@@ -36,7 +36,7 @@ def tried(spec: str, precision: str, *trials: dict[str, Any], **more: Any) -> li
     asked = {"spec": spec, "fields": FIELDS[spec], "warm": WARM[spec], "precision": precision, "trials": trials, **more}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, str(CHILD), json.dumps(asked)], capture_output=True, text=True, timeout=280, env=clean
+        [sys.executable, str(CHILD), json.dumps(asked)], capture_output=True, text=True, timeout=600, env=clean
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

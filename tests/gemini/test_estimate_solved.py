@@ -61,6 +61,7 @@ def test_the_largest_batch_trains_and_a_larger_one_does_not(
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("spec", ["gpt2", "llama"])
 @pytest.mark.parametrize("what", ["batch-size", "seq-len"])
@@ -72,6 +73,7 @@ def test_the_largest_trains_and_a_fifth_more_does_not(
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("spec", ["gpt2", "llama"])
 def test_the_least_ram_is_enough_and_less_is_not(spec: str, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +91,7 @@ def test_the_least_ram_is_enough_and_less_is_not(spec: str, precision: str, caps
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("spec", ["gpt2", "llama"])
 def test_the_least_disk_is_enough_and_less_is_not(

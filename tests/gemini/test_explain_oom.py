@@ -195,6 +195,7 @@ def test_an_unknown_model_says_how_to_have_it_estimated(tmp_path: Path, capsys: 
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("spec", "batch_size", "length", "ram", "plugin"),
     [
