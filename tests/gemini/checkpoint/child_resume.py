@@ -1,4 +1,4 @@
-"""Train, save, load and train on, in a process of its own: ``child_resume.py first|second FOLDER``."""
+"""Train, save, load and train on, in a process of its own: ``child_resume.py first|second FOLDER THREADS``."""
 
 import sys
 from pathlib import Path
@@ -36,6 +36,6 @@ def run(part: str, folder: Path, precision: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(sys.argv[3]))
     for each in ("fp32", "bf16", "fp16"):
         run(sys.argv[1], Path(sys.argv[2]), each)
