@@ -15,7 +15,7 @@ from parity import check_at_rest
 
 from gemini.errors import OffloadError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 
 class Faults:
