@@ -12,6 +12,8 @@ GIB = 1 << 30
 UNITS = ["wte", *(f"h.{i}.{name}" for i in range(4) for name in ("attn", "mlp")), "ln_f"]
 MOMENTS = 2 * len(UNITS)
 
+PREDICTION = {"prediction/device_predicted_bytes": 20.0 * GIB, "prediction/device_measured_bytes": 21.0 * GIB}
+
 
 def stats(step: int, **changes: float) -> dict[str, float]:
     """Of one step of a run that fetches, stalls and streams from disk."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pexpect
 import pyte
 import pytest
-from stat_runs import make_run, open_run, stats
+from stat_runs import PREDICTION, make_run, open_run, stats
 
 from gemini.stat.cli import main
 
@@ -73,7 +73,7 @@ class Terminal:
 @pytest.fixture
 def live(tmp_path: Path) -> Iterator[Path]:
     """A run in this very process, which therefore looks alive from outside."""
-    writer = open_run()
+    writer = open_run(**PREDICTION)
     assert writer.run_dir is not None
     yield writer.run_dir
     writer.close()
@@ -87,6 +87,7 @@ def test_the_live_screen_fits_and_shows_every_part(live: Path, columns: int, lin
     for expected in (
         "RUNNING", "device", "20.0 GiB", "24.0 GiB", "host", "disk", "^forward", "^backward", "forward of ln_f",
         "DDDDDDDDHHHH>*hhhh", "disk > host", "advice", "resident 410", "host_memory",
+        "device: predicted 20.0 GiB, measured 21.0 GiB (+5%)",
     ):  # fmt: skip
         assert expected in text, expected
     assert len(shown) == lines

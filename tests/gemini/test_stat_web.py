@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stat_runs import MOMENTS, chunks, make_run, open_run, stats
+from stat_runs import MOMENTS, PREDICTION, chunks, make_run, open_run, stats
 
 from gemini.stat import web_files
 from gemini.stat.cli import main
@@ -80,6 +80,7 @@ def test_the_page_and_its_parts_are_served(served: Served) -> None:
 
 def test_the_api_says_what_the_command_line_says(served: Served) -> None:
     snapshot = served.json("/api/v1/snapshot")
+    assert snapshot["snapshot"]["prediction"]["device_predicted_bytes"] is None  # the page then has no line
     assert snapshot["snapshot"]["step"] == 12
     assert snapshot["row"]["advice"][0]["arguments"].startswith("host_memory=")
     assert len(served.json("/api/v1/timeline")["moments"]) == MOMENTS + 1
@@ -226,11 +227,13 @@ def test_the_live_page_in_a_browser(browser: Any) -> None:
 
 def test_the_report_in_a_browser_without_a_network(browser: Any, tmp_path: Path) -> None:
     target = tmp_path / "report.html"
-    assert main(["report", str(make_run()), "-o", str(target)]) == 0
+    assert main(["report", str(make_run(**PREDICTION)), "-o", str(target)]) == 0
     browser.context.set_offline(True)
     browser.goto(target.as_uri())
     browser.wait_for_selector("#status.finished", timeout=20000)
     assert "forward of ln_f" in browser.inner_text("#peak")
     assert browser.inner_text("#title").count("step 12") == 1
+    said = browser.inner_text("#tiers .predicted")
+    assert said == "A step's peak on device: predicted 20.0 GiB, measured 21.0 GiB (+5%)"
     assert [url for url in browser.requested if not url.startswith(("file:", "data:"))] == []
     assert browser.complaints == []

@@ -64,12 +64,14 @@
       `optimizer ${bytes(snapshot.model_data.optimizer_bytes)}`, `non-model at its peak ${bytes(snapshot.non_model.peak_bytes)}`,
       `process ${bytes(snapshot.process.rss_bytes)}`,
     ];
-    const where = snapshot.device_and_host_are_one ? "host" : "device", seen = snapshot.prediction || {};
-    if (seen[`${where}_measured_bytes`]) {
-      kinds.push(`a step's peak on ${where}: predicted ${bytes(seen[`${where}_predicted_bytes`])}, ` +
-        `measured ${bytes(seen[`${where}_measured_bytes`])}`);
-    }
     const parts = [table(["tier", "", "used", "capacity", "peak", "risk"], rows), make("p", kinds.join(" · "), "note")];
+    const where = snapshot.device_and_host_are_one ? "host" : "device", seen = snapshot.prediction || {};
+    const said = seen[`${where}_predicted_bytes`], came = seen[`${where}_measured_bytes`];
+    if (said && came) {
+      const off = Math.round(100 * (came / said - 1));
+      parts.push(make("p", `A step's peak on ${where}: predicted ${bytes(said)}, measured ${bytes(came)} ` +
+        `(${off < 0 ? "" : "+"}${off}%)`, "note predicted"));
+    }
     if (snapshot.device_and_host_are_one) parts.push(make("p", "Device and host are one RAM: host counts both.", "note"));
     fill($("tiers"), ...parts);
   }
