@@ -52,6 +52,8 @@ class Completion:
         """Chunk -> calls with a graph that backward has not been through."""
         self._without_graph: Counter[Unit] = Counter()
         """Calls of each unit without a graph that backward has not been through in another form."""
+        self._borrowed: defaultdict[Unit, set[Chunk]] = defaultdict(set)
+        """What such calls turned out to use beside their unit's own."""
         self._recomputed: set[Visit] = set()
         """Calls with a graph that backward made itself."""
 
@@ -59,7 +61,7 @@ class Completion:
         """True if backward is through with a chunk, but for units that are open just now."""
         if self._awaited[chunk.index] or self._calls[chunk.index]:
             return False
-        return not any(chunk in unit.chunks for unit in self._without_graph)
+        return not any(chunk in unit.chunks or chunk in self._borrowed[unit] for unit in self._without_graph)
 
     @property
     def is_idle(self) -> bool:
@@ -99,6 +101,7 @@ class Completion:
             self._recomputed.add(visit)
         elif not (in_backward and self._without_graph[visit.unit]):
             self._without_graph[visit.unit] += 1
+            self._borrowed[visit.unit].update(visit.extra)
 
     def left(self, visit: Visit) -> None:
         """Backward has been through a call."""
@@ -115,6 +118,7 @@ class Completion:
         self._awaited.clear()
         self._calls.clear()
         self._without_graph.clear()
+        self._borrowed.clear()
         self._recomputed.clear()
 
 

@@ -152,8 +152,9 @@ def test_a_random_graph_trains_as_without_management(seed: int) -> None:
     check_parity(task, device_memory=tightest(task, "device", **prefetch, **SMALL), **prefetch, **SMALL)
 
 
-AMONG_OTHERS = (41, 60, 195, 237)
-"""Checkpoints of both kinds within each other, and layers whose output only chooses among others."""
+AMONG_OTHERS = (41, 60, 110, 195, 237)
+"""Checkpoints of both kinds within each other, layers whose output only chooses among others, and (110) a weight that a
+reentrant checkpoint borrows for the first time in the second step."""
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
