@@ -301,7 +301,7 @@ WHERE = ("forward", "loss.backward", "booster.backward", "evaluation")
 @pytest.fixture(scope="module")
 def said() -> Any:
     """What became of each kind of shortage, in a child under RLIMIT_DATA, and of a run that never saw one."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = {
         **os.environ,
         "PYTHONPATH": str(root),

@@ -16,7 +16,7 @@ MIXES = {"600MiB": (600, 512, 8), "800MiB": (800, 768, 10), "1200MiB": (1200, 76
 def test_a_gpt_trains_under_a_small_limit_with_no_argument_but_offload_dir(
     mix: tuple[int, int, int], tmp_path: Path
 ) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     script = Path(__file__).parent / "child_small_limit.py"
     command = [sys.executable, str(script), *map(str, mix), str(tmp_path)]
     # A thread's stack and arena count against the limit: as many of them on every machine.

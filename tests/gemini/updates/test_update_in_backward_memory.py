@@ -17,7 +17,7 @@ from gemini.chunk.layout import size_class
 from gemini.errors import OutOfMemory
 from gemini.planning.gradient_room import gradient_room
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def child(bytes_a_parameter: float, update_in_backward: bool) -> subprocess.CompletedProcess[str]:
