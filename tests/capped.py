@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CHILD = Path(__file__).parent / "gemini" / "child_solved.py"
+CHILD = Path(__file__).parent / "gemini" / "estimate" / "child_solved.py"
 MIB = 1 << 20
 FIELDS: dict[str, dict[str, Any]] = {
     "small_gpt:gpt": {"layers": 4},

@@ -24,7 +24,7 @@ GIB = 1 << 30
 
 @pytest.fixture(autouse=True)
 def ram_of_ten_gib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "host_budget", lambda **_: Budget(10 * GIB, "80% of a made-up limit"))
+    monkeypatch.setattr(capacity, "host_budget", lambda *_, **__: Budget(10 * GIB, "80% of a made-up limit"))
 
 
 @without_cuda
