@@ -30,8 +30,8 @@ def child(bytes_a_parameter: float, update_in_backward: bool) -> subprocess.Comp
 
 @pytest.mark.timeout(300)
 def test_under_a_limit_of_the_system_gradients_of_a_few_chunks_fit_and_all_do_not() -> None:
-    """fp32: 12 bytes of master and moments and 4 of gradient a parameter; 24 chunks."""
-    ours, normal, roomy = child(13.0, True), child(13.0, False), child(16.5, False)
+    """fp32: 12 bytes of master and moments and 4 of gradient a parameter, and what malloc leaves between; 24 chunks."""
+    ours, normal, roomy = child(13.0, True), child(13.0, False), child(18.0, False)
     assert roomy.returncode == 0, roomy.stderr[-2000:]
     assert ours.returncode == 0, ours.stderr[-2000:]
     assert normal.returncode != 0
