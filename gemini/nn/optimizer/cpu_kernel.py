@@ -16,11 +16,11 @@ operation is the same in the vector body and in the scalar remainder of a loop, 
 is cut.
 
 Where it pays, a large copy is written around the caches ("streamed"): a line of it that is written whole need not be
-read first, which is 2 of 30 bytes a parameter. Measured, ns a parameter on one and two threads: 0.62 and 0.51 and not
-0.66 and 0.58 on an EPYC, which is what the same reads and writes take without any arithmetic; but 2.30 and 1.13 instead
-of 2.00 and 0.99 on a Xeon (Skylake server). Tried and slower, on both: software prefetching at any distance and in any
-order. On the EPYC: the next page's first lines alone as well; streaming parameters and moments too (0.45 instead of
-0.34). No different: blocks of 64 to 2048 elements; division by a constant as a product and a correction.
+read first, which is 2 of 30 bytes a parameter. Measured, ns a parameter without and with it: on an EPYC 0.66 and 0.62
+with one thread, 0.58 and 0.51 with two; on a Xeon (Skylake server) 2.00 and 2.30, 0.99 and 1.13. Tried and slower, on
+both: software prefetching at any distance and in any order. On the EPYC alone: streaming parameters and moments too
+(0.45 instead of 0.34). No different: blocks of 64 to 2048 elements; division by a constant as a product and a
+correction.
 
 All in one file: numba looks at the file of a kernel alone to find out whether compiled code in its cache is old.
 """
