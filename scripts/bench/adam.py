@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gemini.nn.optimizer import kernel_pool
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.cpu_kernel import adam_cpu
+from gemini.nn.optimizer.cpu_update import adam_cpu
 from gemini.nn.optimizer.update import adam_update
 
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, bias_correction=True)

@@ -10,7 +10,7 @@
       update.adam_update          one flat buffer, dispatched by device
         arithmetic                the definition: hyperparameters -> the float32 scalars of one step (no torch)
         reference                 plain torch, readable, exact; any device
-        cpu_kernel                numba, one pass, releases the GIL
+        cpu_update, cpu_kernel    numba, one pass, releases the GIL
         cuda_kernel               Triton, one pass
 
     elementwise_optimizer.ElementwiseOptimizer    the same for other torch optimizers that are element-wise

@@ -25,23 +25,17 @@ correction.
 All in one file: numba looks at the file of a kernel alone to find out whether compiled code in its cache is old.
 """
 
-import ctypes
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_name
 from numba import carray, config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array
-from torch import Tensor
 
-from .arithmetic import AdamScalars
-from .kernel_pool import KernelPool, default_pool
 from .reduced import BLOCK_NUMEL, EXP_AVG, ROOT
 
 if config.DISABLE_JIT:
@@ -49,15 +43,9 @@ if config.DISABLE_JIT:
 
 _logger = logging.getLogger(__name__)
 
-STREAMING_PAYS = get_host_cpu_name().startswith("znver")
-"""Elsewhere lines are held for long on their way around the caches. What has not been measured is not streamed."""
-STREAM_NUMEL = 1 << 20
-"""Copies from this length on are streamed: the update goes through 30 MB, so that little of a copy would be in the
-caches when it is used."""
-
 _BLOCK_NUMEL = BLOCK_NUMEL
 """Elements that are computed into buffers on the stack before they are streamed or packed."""
-_LINE_BYTES = 64
+LINE_BYTES = 64
 """A cache line, and the widest vector."""
 
 _F32, _F16, _I32, _I16, _I8 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
@@ -186,7 +174,7 @@ def _stack_block(typingctx: Any, like: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         block = ir.ArrayType(context.get_data_type(dtype), _BLOCK_NUMEL)
         memory = cgutils.alloca_once(builder, block)
-        memory.align = _LINE_BYTES
+        memory.align = LINE_BYTES
         return builder.bitcast(memory, context.get_value_type(signature.return_type))
 
     return types.CPointer(dtype)(like), codegen
@@ -207,12 +195,12 @@ def _stream_line(typingctx: Any, target: Any, source: Any, at: Any) -> Any:
     """Copy the cache line that begins at element ``at``, aligned in both, without leaving the target in the caches."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        line = ir.VectorType(_I8, _LINE_BYTES).as_pointer()
+        line = ir.VectorType(_I8, LINE_BYTES).as_pointer()
         to, origin = (
             builder.bitcast(builder.gep(make_array(kind)(context, builder, value).data, [args[2]]), line)
             for kind, value in zip(signature.args[:2], args[:2], strict=True)
         )
-        store = builder.store(builder.load(origin, align=_LINE_BYTES), to, align=_LINE_BYTES)
+        store = builder.store(builder.load(origin, align=LINE_BYTES), to, align=LINE_BYTES)
         store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
         return context.get_dummy_value()
 
@@ -367,7 +355,7 @@ def _adam(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, out: Any, head: 
             g, copy = grad[start:stop], out[start:stop]
             for i in range(_BLOCK_NUMEL):
                 buffer[i] = _narrow(_element(p, m, v, g, i, numbers), out)
-            for i in range(0, _BLOCK_NUMEL, _LINE_BYTES // out.itemsize):
+            for i in range(0, _BLOCK_NUMEL, LINE_BYTES // out.itemsize):
                 _stream_line(copy, buffer, i)
         _fence()
     for start, stop in ((0, head), (head + whole, param.size)):
@@ -433,7 +421,7 @@ def _adam_8bit(
         if out is not None:
             copy = out[start:stop]
             if streams and p.size == _BLOCK_NUMEL:
-                for i in range(0, _BLOCK_NUMEL, _LINE_BYTES // out.itemsize):
+                for i in range(0, _BLOCK_NUMEL, LINE_BYTES // out.itemsize):
                     _stream_line(copy, buffer, i)
             else:
                 for i in range(p.size):
@@ -451,8 +439,8 @@ def _compiled(function: Callable[..., None]) -> Any:
         return njit(**_OPTIONS)(function)
 
 
-_kernel = _compiled(_adam)
-_kernel_8bit = _compiled(_adam_8bit)
+adam_kernel = _compiled(_adam)
+adam_8bit_kernel = _compiled(_adam_8bit)
 
 
 def _at(address: int, like: Any, numel: int) -> Any:
@@ -471,7 +459,7 @@ def _adam_many(table: Any, param: Any, state: Any, grad: Any, out: Any, step: An
     """One step of each row of ``table`` (`MANY_COLUMNS`). Of the other arrays only the types count."""
     for numel, counter, p, g, copy, m, v in table:
         moments = _at(m, state, numel), _at(v, state, numel)
-        _kernel(_at(p, param, numel), *moments, _at(g, grad, numel), _at(copy, out, numel), numel, numbers)
+        adam_kernel(_at(p, param, numel), *moments, _at(g, grad, numel), _at(copy, out, numel), numel, numbers)
         _at(counter, param, 1)[0] = step
 
 
@@ -481,7 +469,7 @@ def _adam_8bit_many(table: Any, param: Any, state: Any, grad: Any, out: Any, ste
         blocks = (numel + _BLOCK_NUMEL - 1) // _BLOCK_NUMEL
         moments = _at(m, state, numel), _at(v, state, numel)
         scales = _at(m_scale, param, blocks), _at(v_scale, param, blocks)
-        _kernel_8bit(
+        adam_8bit_kernel(
             _at(p, param, numel), *moments, *scales, _at(g, grad, numel), _at(copy, out, numel), False, numbers
         )
         _at(counter, param, 1)[0] = step
@@ -493,174 +481,6 @@ def _gather(addresses: Any, out: Any) -> None:
         out[i] = _at(addresses[i], out, 1)[0]
 
 
-_gather_kernel = _compiled(_gather)
-_many = {False: _compiled(_adam_many), True: _compiled(_adam_8bit_many)}
+gather_kernel = _compiled(_gather)
+many_kernels = {False: _compiled(_adam_many), True: _compiled(_adam_8bit_many)}
 """By whether moments are in 8 bits."""
-
-_ready: set[tuple[Any, ...] | str] = set()
-"""Types that the kernel has been compiled for."""
-
-_ELEMENTS: dict[torch.dtype, Any] = {
-    torch.float32: np.float32,
-    torch.bfloat16: np.int16,
-    torch.float16: np.uint16,
-    torch.uint8: np.uint8,
-}
-
-
-def _array(tensor: Tensor) -> Any:
-    # Not ``tensor.numpy()``: that makes the storage unresizable for good, and full copies of chunks are resized.
-    # The array does not keep the memory alive: the caller holds the tensor while it uses the array.
-    raw: Any = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    return np.frombuffer(raw, dtype=_ELEMENTS[tensor.dtype])
-
-
-def adam_cpu(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    scalars: AdamScalars,
-    out: Tensor | None = None,
-    pool: KernelPool | None = None,
-) -> None:
-    """Update flat CPU buffers in place; same contract as ``update.adam_update``, without its validation.
-
-    Can be called from several threads at once, on different buffers. When it raises, nothing has been changed.
-
-    Parameters
-    ----------
-    pool
-        The threads to use; those of the process by default.
-    """
-    arrays = [_array(t) for t in (param, exp_avg, exp_avg_sq, grad)]
-    copy = None if out is None else _array(out)
-    numbers = _numbers(scalars)
-
-    # Everything that can fail is done before the first element changes: the kernel is compiled for these types, and the
-    # slices are made. What is left to the threads allocates nothing to speak of.
-    kind = (exp_avg.dtype, grad.dtype, None if out is None else out.dtype, scalars.l2 == 0.0)
-    if kind not in _ready:
-        _call(_kernel, *(array[:0] for array in arrays), None if copy is None else copy[:0], 0, numbers)
-        _ready.add(kind)
-    threads = pool or default_pool()
-    streams = _streams(out, grad)
-    pieces = []
-    for at in threads.cut(param.numel()):
-        part, head = None, at.stop - at.start
-        if copy is not None:
-            part = copy[at]
-            if streams:
-                head = min(-part.ctypes.data % _LINE_BYTES // part.itemsize, head)
-        pieces.append((*(array[at] for array in arrays), part, head, numbers))
-    threads.run(lambda piece: _kernel(*piece), pieces)
-
-
-def adam_8bit_cpu(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_scale: Tensor,
-    exp_avg_sq_scale: Tensor,
-    grad: Tensor,
-    scalars: AdamScalars,
-    out: Tensor | None = None,
-    pool: KernelPool | None = None,
-) -> None:
-    """As `adam_cpu`, with moments in 8 bits; same contract as ``update.adam_8bit_update``."""
-    arrays = [_array(t) for t in (param, exp_avg, exp_avg_sq, grad)]
-    scales = [_array(t) for t in (exp_avg_scale, exp_avg_sq_scale)]
-    copy = None if out is None else _array(out)
-    numbers = _numbers(scalars)
-    kind = (exp_avg.dtype, grad.dtype, None if out is None else out.dtype, scalars.l2 == 0.0)
-    if kind not in _ready:
-        p, m, v, g, ms, vs = (array[:0] for array in (*arrays, *scales))
-        _call(_kernel_8bit, p, m, v, ms, vs, g, None if copy is None else copy[:0], False, numbers)
-        _ready.add(kind)
-    threads = pool or default_pool()
-    streams = _streams(out, grad) and out is not None and out.data_ptr() % _LINE_BYTES == 0
-    pieces = []
-    for at in threads.cut(param.numel()):
-        p, m, v, g = (array[at] for array in arrays)
-        ms, vs = (scale[at.start // _BLOCK_NUMEL : -(-at.stop // _BLOCK_NUMEL)] for scale in scales)
-        pieces.append((p, m, v, ms, vs, g, None if copy is None else copy[at], streams, numbers))
-    threads.run(lambda piece: _kernel_8bit(*piece), pieces)
-
-
-MANY_COLUMNS = (
-    "numel", "step", "param", "grad", "out", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale",
-)  # fmt: skip
-"""Of a table of tensors: a length, and addresses (0 where there is no copy); the last two only with 8 bits."""
-
-
-def many_cpu(
-    table: Any,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
-    scalars: AdamScalars,
-    step: int,
-    pool: KernelPool | None = None,
-) -> Callable[[], None]:
-    """Make ready one step of many CPU tensors at once. It is done by calling the result, which does not fail.
-
-    Parameters
-    ----------
-    table
-        int64, a row for each parameter (`MANY_COLUMNS`). Nobody else keeps its memory alive. Two rows share none.
-    dtypes
-        Of moments, gradients, and low-precision copies (None: there are none); the rest is float32.
-    step
-        Written to where the rows say.
-    """
-    arrays = [None if dtype is None else np.empty(0, _ELEMENTS[dtype]) for dtype in dtypes]
-    types_only = (np.empty(0, np.float32), *arrays, np.float32(step), _numbers(scalars))
-    kernel = _many[dtypes[0] is torch.uint8]
-    kind = ("many", *dtypes, scalars.l2 == 0.0)
-    if kind not in _ready:
-        _call(kernel, table[:0], *types_only)
-        _ready.add(kind)
-    threads = pool or default_pool()
-    pieces = [table[rows] for rows in threads.cut_rows(table[:, 0])]
-    return lambda: threads.run(lambda piece: kernel(piece, *types_only), pieces)
-
-
-def values_at(addresses: Any) -> Any:
-    """The float32 numbers that lie at these addresses (int64)."""
-    out = np.empty(addresses.size, np.float32)
-    if "gather" not in _ready:
-        _call(_gather_kernel, addresses[:0], out)
-        _ready.add("gather")
-    _gather_kernel(addresses, out)
-    return out
-
-
-def _numbers(s: AdamScalars) -> tuple[Any, ...]:
-    """What the kernels unpack."""
-    return (
-        np.float32(s.grad_scale),
-        np.float32(s.decay),
-        None if s.l2 == 0.0 else np.float32(s.l2),
-        np.float32(s.lerp),
-        s.lerp_from_grad,
-        np.float32(s.beta2),
-        np.float32(s.grad_sq),
-        np.float32(s.step_size),
-        np.float32(s.bias2_sqrt),
-        np.float32(s.eps),
-        np.int32(s.noise),
-    )
-
-
-def _streams(out: Tensor | None, grad: Tensor) -> bool:
-    if not STREAMING_PAYS or out is None:
-        return False
-    return out.numel() >= STREAM_NUMEL and out.data_ptr() != grad.data_ptr()
-
-
-def _call(kernel: Any, *args: Any) -> None:
-    try:
-        kernel(*args)
-    except OSError as error:
-        # The kernel itself does no I/O: numba compiled it and then failed to store it, before running it. It is in
-        # memory now, so that the second call does not touch the disk.
-        _logger.info("the compiled Adam kernel cannot be kept for the next process: %s", error)
-        kernel(*args)

@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 _Kernel = Callable[..., None]
 
 # Where the kernels live. Imported on first use, because compilers are slow to import and may be missing.
-_KERNELS = {"cpu": ("cpu_kernel", "numba"), "cuda": ("cuda_kernel", "Triton")}
+_KERNELS = {"cpu": ("cpu_update", "numba"), "cuda": ("cuda_kernel", "Triton")}
 _REFERENCES: dict[str, _Kernel] = {"adam": adam_reference, "adam_8bit": adam_8bit_reference}
 
 _READY_NUMEL = 64
@@ -136,8 +136,8 @@ def ready(
 
 
 def many_kernels() -> Any:
-    """The module with `cpu_kernel.many_cpu` and `cpu_kernel.values_at`; None without numba."""
-    return None if _kernel_of("cpu") is adam_reference else importlib.import_module(".cpu_kernel", __package__)
+    """The module with `cpu_update.many_cpu` and `cpu_update.values_at`; None without numba."""
+    return None if _kernel_of("cpu") is adam_reference else importlib.import_module(".cpu_update", __package__)
 
 
 def _check_around(param: Tensor, grad: Tensor, out: Tensor | None) -> None:

@@ -18,8 +18,8 @@ from gemini.nn.optimizer.reference import adam_reference
 
 pytest.importorskip("numba")
 
-from gemini.nn.optimizer import cpu_kernel, kernel_pool
-from gemini.nn.optimizer.cpu_kernel import adam_cpu
+from gemini.nn.optimizer import cpu_update, kernel_pool
+from gemini.nn.optimizer.cpu_update import adam_cpu
 from gemini.nn.optimizer.kernel_pool import KernelPool
 
 HYPERS = [
@@ -153,8 +153,8 @@ def test_a_copy_that_is_streamed_has_the_same_bits_wherever_it_begins(
     around = torch.full((offset + numel + 70,), 7.0, dtype=out_dtype)
     pool = KernelPool(threads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernel, "STREAMING_PAYS", True)
-        patch.setattr(cpu_kernel, "STREAM_NUMEL", 1)
+        patch.setattr(cpu_update, "STREAMING_PAYS", True)
+        patch.setattr(cpu_update, "STREAM_NUMEL", 1)
         patch.setattr(kernel_pool, "_SMALLEST_SLICE_NUMEL", 256)
         param, exp_avg, exp_avg_sq, grad = tensors
         adam_cpu(param, exp_avg, exp_avg_sq, grad, s, around[offset : offset + numel], pool)
@@ -166,10 +166,10 @@ def test_a_copy_that_is_streamed_has_the_same_bits_wherever_it_begins(
 
 def test_a_large_copy_is_streamed_unless_it_takes_the_place_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     heads: list[int] = []
-    kernel = cpu_kernel._kernel
-    monkeypatch.setattr(cpu_kernel, "_kernel", lambda *args: (heads.append(args[-2]), kernel(*args)))
-    monkeypatch.setattr(cpu_kernel, "STREAMING_PAYS", True)
-    monkeypatch.setattr(cpu_kernel, "STREAM_NUMEL", 5000)
+    kernel = cpu_update.adam_kernel
+    monkeypatch.setattr(cpu_update, "adam_kernel", lambda *args: (heads.append(args[-2]), kernel(*args)))
+    monkeypatch.setattr(cpu_update, "STREAMING_PAYS", True)
+    monkeypatch.setattr(cpu_update, "STREAM_NUMEL", 5000)
     pool = KernelPool(1)
     s = scalars(HYPERS[0], 1)
     for numel, in_place in ((5000, False), (4999, False), (5000, True)):
@@ -274,10 +274,10 @@ def test_the_kernel_is_vector_code(tmp_path: Path) -> None:
         pytest.skip("looks for x86 vector instructions")
     # In another process with an empty cache: numba cannot show the assembly of what it loaded.
     show = (
-        "from gemini.nn.optimizer.cpu_kernel import _kernel\n"
+        "from gemini.nn.optimizer.cpu_kernel import adam_kernel\n"
         "tensors[3] = tensors[3].bfloat16()\n"
         "result(adam_update, tensors, s, torch.bfloat16)\n"
-        "for assembly in _kernel.inspect_asm().values():\n"
+        "for assembly in adam_kernel.inspect_asm().values():\n"
         "    print(*(assembly.count(name) for name in ('vsqrtps', 'vsqrtss', 'vdivps', 'vfmadd', 'vmovnt')))\n"
     )
     done = run_python(SMALL_UPDATE + show, NUMBA_CACHE_DIR=str(tmp_path))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gemini.nn.optimizer import cpu_kernel, kernel_pool
+from gemini.nn.optimizer import cpu_update, kernel_pool
 from gemini.nn.optimizer.arithmetic import AdamScalars, scalars
-from gemini.nn.optimizer.cpu_kernel import adam_8bit_cpu, adam_cpu
+from gemini.nn.optimizer.cpu_update import adam_8bit_cpu, adam_cpu
 from gemini.nn.optimizer.kernel_pool import KernelPool
 from gemini.nn.optimizer.moments import packed, slots, unpacked
 from gemini.nn.optimizer.reduced import (
@@ -110,8 +110,8 @@ def test_a_long_buffer_has_the_same_bits_with_any_threads_streamed_or_not(
     expected = stepped(reference, tensors[0], kept, grad, s, out_dtype)
     monkeypatch.setattr(kernel_pool, "_SMALLEST_SLICE_NUMEL", 1 << 12)
     for threads, limit in itertools.product((1, 3), (1, 1 << 30)):
-        monkeypatch.setattr(cpu_kernel, "STREAMING_PAYS", True)
-        monkeypatch.setattr(cpu_kernel, "STREAM_NUMEL", limit)
+        monkeypatch.setattr(cpu_update, "STREAMING_PAYS", True)
+        monkeypatch.setattr(cpu_update, "STREAM_NUMEL", limit)
         pool = KernelPool(threads)
 
         def with_pool(*args: object, pool: KernelPool = pool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemini.errors import OutOfMemory
-from gemini.nn.optimizer import HybridAdam, adam_rule, cpu_kernel, kernel_pool
+from gemini.nn.optimizer import HybridAdam, adam_rule, cpu_update, kernel_pool
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.update import adam_update, update_states
 
@@ -99,10 +99,10 @@ def test_the_kernel_itself_changes_nothing_when_it_cannot_begin(monkeypatch: pyt
     def no_memory(*args: Any) -> Any:
         raise MemoryError
 
-    for where, name in ((kernel_pool.KernelPool, "cut"), (cpu_kernel, "_kernel")):
+    for where, name in ((kernel_pool.KernelPool, "cut"), (cpu_update, "adam_kernel")):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, no_memory)
-            patch.setattr(cpu_kernel, "_ready", set())
+            patch.setattr(cpu_update, "_ready", set())
             with pytest.raises(MemoryError):
                 adam_update(*tensors, at_step)
         assert all(torch.equal(tensor, torch.ones(1 << 18)) for tensor in tensors)
