@@ -22,6 +22,7 @@ from .search import ChunkSearch, search_chunk_numel
 from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
+from .values import write_slot
 from .weak import weakly
 from .workers import end_elsewhere, start_workers
 from .write_behind import STORE_BLOCKS
@@ -61,4 +62,5 @@ __all__ = [
     "start_workers",
     "tuned",
     "weakly",
+    "write_slot",
 ]

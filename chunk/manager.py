@@ -1,10 +1,8 @@
-"""All chunks of a model: builds them, gives them memory, and finds a parameter's place."""
+"""All chunks of a model: moves them, finds a parameter's place, and reads and replaces what lies there."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import partial
-from math import prod
 from types import MappingProxyType
 
 import torch
@@ -12,19 +10,18 @@ from torch import Tensor
 
 from gemini.errors import is_out_of_memory
 
-from .buffer import Buffer
+from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
 from .disk import DiskBackend
-from .gradient import GradientBuffer
 from .gradient_pool import GradientPool, Use
-from .host_arena import padded
 from .layout import Slot
 from .ledger import Ledger
-from .memory import Arrived, DeviceBackend
+from .memory import DeviceBackend
 from .plan import ChunkPlan
 from .shortage import no_room, refused
 from .state import ChunkState
 from .tier import Role, Tier
+from .values import read_slot, write_slot
 from .weak import weakly
 from .workers import end_elsewhere
 
@@ -85,53 +82,15 @@ class ChunkManager:
         self.withheld: Set[Chunk] = frozenset()
         """Chunks whose parameters nobody is shown: they have taken a step that the others have not."""
         self._clock = 0
-        self._reserve(plans)
+        reserve_homes(plans, ledger, device)
         self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
-        self.chunks = tuple(self._build(plan) for plan in plans)
+        builder = ChunkBuilder(ledger, device, disk, self.gradient_pool)
+        self.chunks = tuple(map(builder.build, plans))
         self._places: dict[int, tuple[Chunk, int]] = {}
 
-    # -- building
-
-    def _reserve(self, plans: Sequence[ChunkPlan]) -> None:
-        homes = [plan.nbytes(role) for plan in plans for role, tier in plan.homes.items() if tier is Tier.HOST]
-        if sum(homes) <= self.ledger.free(Tier.HOST):  # else a home will say so
-            self.device.reserve(sum(map(padded, homes)))
-
-    def _build(self, plan: ChunkPlan) -> Chunk:
-        homes: dict[Role, Buffer] = {
-            role: self._home(plan, role, tier) for role, tier in plan.homes.items() if role is not Role.GRADIENT
-        }
-        master = homes[Role.MASTER]
-        shares_memory = master.tier is Tier.DEVICE or (master.tier is Tier.HOST and self.ledger.unified)
-        if shares_memory and master.dtype is plan.compute_dtype:
-            assert master.tensor is not None
-            chunk = Chunk(plan.layout, homes, master.tensor, full_is_home=True, states=plan.states)
-            chunk.begin_fetch(Arrived())
-            chunk.finish_fetch()
-            chunk.reveal()
-        else:
-            full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
-            chunk = Chunk(plan.layout, homes, full, full_is_home=False, states=plan.states)
-            self.device.shrink(full)
-        if Role.GRADIENT in plan.homes:
-            buffer = self._home(plan, Role.GRADIENT, plan.homes[Role.GRADIENT])
-            chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
-        elif plan.borrows_gradient:
-            tier = Tier.DEVICE if master.tier is Tier.DEVICE else Tier.HOST
-            borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
-            chunk.gradient = GradientBuffer(plan.layout, None, self.device, borrow)
-        return chunk
-
-    def _home(self, plan: ChunkPlan, role: Role, tier: Tier) -> Buffer:
-        numel, dtype = plan.numel(role), plan.dtype(role)
-        what = f"{plan.name(role)} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
-        if tier is Tier.DISK:
-            assert self.disk is not None
-            return self.disk.allocate(numel, dtype, what)
-        self.ledger.take(tier, numel * dtype.itemsize, what)
-        return self.device.home(tier, numel, dtype)
+    # -- places
 
     def bind(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
         """Make ``parameter`` live in a slot: its data is its chunk's view from now on, or NaN while that is away."""
@@ -142,8 +101,6 @@ class ChunkManager:
         """Take back what a chunk has borrowed for its gradient, if it has, once an update is over."""
         if chunk.gradient is not None and chunk.gradient.is_borrowed:
             self.gradient_pool.retire(chunk.gradient, use)
-
-    # -- finding
 
     def find(self, parameter: Tensor) -> tuple[Chunk, int] | None:
         """The chunk and the position of a parameter in it, or None if it is not managed."""
@@ -262,10 +219,10 @@ class ChunkManager:
         for position in chunk.take_edited():
             chunk.settle()
             view = chunk.views[position]
-            home = self._read_slot(chunk, position, Role.MASTER).to(view.device)
+            home = read_slot(chunk, position, Role.MASTER).to(view.device)
             with torch.no_grad():
                 home = torch.where(view == home.to(view.dtype), home, view.to(home.dtype))
-            self.write_slot(chunk, position, Role.MASTER, home)
+            write_slot(chunk, position, Role.MASTER, home)
 
     def keep_assigned(self, chunk: Chunk) -> None:
         """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does).
@@ -285,7 +242,7 @@ class ChunkManager:
             chunk.settle()
             if chunk.state is ChunkState.FETCHING:
                 self._arrive(chunk)
-            self.write_slot(chunk, position, Role.MASTER, value)
+            write_slot(chunk, position, Role.MASTER, value)
             if chunk.is_resident and not chunk.full_is_home:
                 with torch.no_grad():
                     chunk.views[position].copy_(value)
@@ -357,13 +314,7 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_edits(chunk)
-        return self._read_slot(chunk, position, role)
-
-    def _read_slot(self, chunk: Chunk, position: int, role: Role) -> Tensor:
-        home, (offset, shape, stride) = chunk.homes[role], chunk.place(position, role)
-        flat = torch.empty(prod(shape), dtype=home.dtype)
-        home.read(offset, flat)
-        return flat.as_strided(shape, stride)
+        return read_slot(chunk, position, role)
 
     def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
         """Replace what one role holds for a parameter; a full copy made before is dropped."""
@@ -372,22 +323,8 @@ class ChunkManager:
         self.keep_assigned(chunk)
         if role is Role.MASTER and chunk.is_resident and not chunk.full_is_home:
             self.evict(chunk)
-        self.write_slot(chunk, position, role, value)
+        write_slot(chunk, position, role, value)
         self.after_write(parameter, role)
-
-    def write_slot(self, chunk: Chunk, position: int, role: Role, value: Tensor) -> None:
-        """Put ``value`` (any dtype, the shape of `read`, or one for all) into a home; a master also into its shadow."""
-        home, (offset, shape, stride) = chunk.homes[role], chunk.place(position, role)
-        if role is Role.MASTER and Role.SHADOW in chunk.homes:
-            self.write_slot(chunk, position, Role.SHADOW, value.to(home.dtype))  # rounded once, as the update does it
-        with torch.no_grad():
-            if home.tensor is not None:
-                home.tensor.as_strided(shape, stride, home.tensor.storage_offset() + offset).copy_(value)
-                return
-            value = value.detach().to("cpu", home.dtype)
-            if (value.shape, value.stride()) != (shape, stride):
-                value = torch.empty(prod(shape), dtype=home.dtype).as_strided(shape, stride).copy_(value)
-            home.write(offset, value.as_strided((prod(shape),), (1,)))
 
     def show(self, parameter: Tensor) -> None:
         """Wait for the pending update of a parameter, and show its values if its chunk is resident."""

@@ -6,7 +6,19 @@ import torch
 from fakes import FakeBackend, FakeUpdate
 from torch import Tensor
 
-from gemini.chunk import Chunk, ChunkManager, ChunkPlan, DiskBackend, Ledger, Role, StateSlot, TensorSpec, Tier, pack
+from gemini.chunk import (
+    Chunk,
+    ChunkManager,
+    ChunkPlan,
+    DiskBackend,
+    Ledger,
+    Role,
+    StateSlot,
+    TensorSpec,
+    Tier,
+    pack,
+    write_slot,
+)
 
 NUMEL = 96
 FULL_NBYTES = NUMEL * 2  # bf16
@@ -42,7 +54,7 @@ class Rig:
             self.values[chunk.index] = [torch.randn(slot.shape, generator=generator) for slot in chunk.layout.slots]
             self.parameters[chunk.index] = [torch.empty(slot.shape, dtype=dtype) for slot in chunk.layout.slots]
             for position, value in enumerate(self.values[chunk.index]):
-                self.manager.write_slot(chunk, position, Role.MASTER, value)
+                write_slot(chunk, position, Role.MASTER, value)
                 self.manager.bind(self.parameters[chunk.index][position], chunk, position)
 
     def use(self, chunk: Chunk) -> None:

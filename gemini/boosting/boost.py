@@ -26,6 +26,7 @@ from ..chunk import (
     Staging,
     Tier,
     tuned,
+    write_slot,
 )
 from ..config import GeminiConfig
 from ..lazy import is_lazy, materialize
@@ -178,7 +179,7 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
         place = places.get(id(parameter))
         if place is None:
             return value.to(device)
-        manager.write_slot(*place, Role.MASTER, value)
+        write_slot(*place, Role.MASTER, value)
         return value.new_full((), float("nan")).expand(value.shape)
 
     lazy = {id(p) for p in model.parameters() if is_lazy(p)}
@@ -201,7 +202,7 @@ def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> Non
         for chunk in manager.chunks:
             for role, slot in chunk.states.items():
                 for position in range(len(chunk.layout.slots)):
-                    manager.write_slot(chunk, position, role, torch.full((), optimizer.rule.initial(slot.name)))
+                    write_slot(chunk, position, role, torch.full((), optimizer.rule.initial(slot.name)))
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:
@@ -209,7 +210,7 @@ def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> Non
         named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
         for role, name in named.items():
             if _real(saved).get(name) is not None:
-                manager.write_slot(*place, role, saved[name])
+                write_slot(*place, role, saved[name])
 
 
 def _real(saved: Mapping[str, Any]) -> Mapping[str, Any]:
