@@ -5,21 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from odd_models import WIDTH, ScalesInPlace, batches
+from odd_models import mean_square as loss
 from parity import Task, check_parity, tightest
 from torch import Tensor, nn
 from torch.nn import functional
-
-WIDTH = 32
-
-
-def batches(count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 6, WIDTH, generator=generator) for _ in range(count)]
-
-
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    output = model(batch)
-    return output if output.dim() == 0 else output.float().square().mean()  # type: ignore[no-any-return]
 
 
 class UsesOthersWeights(nn.Module):
@@ -66,16 +56,6 @@ class AlternatingExperts(nn.Module):
         self.calls += 1
         for expert in ((0, 1), (2, 3), (1, 2), (0, 3))[self.calls % 4]:
             x = torch.tanh(self.experts[expert](x))
-        return x
-
-
-class ScalesInPlace(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((WIDTH,), 1.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.mul_(self.weight)
         return x
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from odd_models import ScalesInPlace
 from parity import Task, check_parity, tightest
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,18 +20,6 @@ GRAPHS = 300
 BY_DEFAULT = 40
 SMALL = {"chunk_config_dict": {1: {"chunk_size": 128}}}
 Op = Callable[["Graph", Tensor, Tensor], Tensor]
-
-
-class Scale(nn.Module):
-    """Works in place on its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((WIDTH,), 1.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.mul_(self.weight)
-        return x
 
 
 class Pair(nn.Module):
@@ -57,7 +46,7 @@ class Graph(nn.Module):
         if draw.random() < 0.3:
             self.linears[1].requires_grad_(False)
         self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)])
-        self.scale, self.pair = Scale(), Pair(self.linears[3])
+        self.scale, self.pair = ScalesInPlace(WIDTH), Pair(self.linears[3])
         self.table = nn.Embedding(8, WIDTH)
         self.offset = nn.Parameter(torch.randn(WIDTH))
         self.drop = nn.Dropout(0.1)

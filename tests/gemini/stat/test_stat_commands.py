@@ -26,10 +26,9 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    for name in ("GEMINI_MEMORY_RUN_DIR", "NO_COLOR", "FORCE_COLOR", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+    for name in ("NO_COLOR", "FORCE_COLOR", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -18,12 +18,6 @@ from gemini.telemetry.reader import read_run
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("GEMINI_MEMORY_RUN_DIR", raising=False)
-
-
 def test_records_come_out_as_they_went_in(capsys: Capture) -> None:
     assert main(["export", str(make_run())]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

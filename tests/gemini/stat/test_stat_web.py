@@ -21,12 +21,6 @@ from gemini.telemetry.layout import chunks_file
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.delenv("GEMINI_MEMORY_RUN_DIR", raising=False)
-
-
 class Served:
     """A run that is served on a free port of loopback."""
 
