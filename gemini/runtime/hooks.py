@@ -29,7 +29,8 @@ from ..chunk import Chunk
 from ..planning.trace import Phase
 from ..units.bracket import bracket, is_compiled
 from ..units.observer import Observer, tensors_in
-from ..units.subgraph import first_nodes, last_nodes, next_number
+from ..units.results import Mark, Results
+from ..units.subgraph import first_nodes, last_nodes, next_number, unreachable
 from ..units.units import Countdown, Unit, Units, Visit, bracketed_modules
 from ..units.watched import watch_parameters
 from .runtime import Runtime
@@ -81,6 +82,8 @@ class Hooks:
         self._has_pending_graph = False
         """A forward has made a graph, and no backward has come to it yet."""
         self._observer: Observer | None = None
+        self._results: Results | None = None
+        """Sees what is made: the observer, or later, for a unit that is new or leaves some of it elsewhere."""
         self._observed_kinds: set[tuple[bool, bool]] = set()
         self._foreign: dict[nn.Module, Visit] = {}
         self._asked: set[int] = set()
@@ -130,7 +133,8 @@ class Hooks:
             grad = torch.is_grad_enabled()
             self._runtime.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
             if (grad, model.training) not in self._observed_kinds:
-                self._observer = Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave).__enter__()
+                self._observer = Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave)
+                self._results = self._observer.__enter__()
         if self._cast_inputs is not None:
             args, kwargs = _cast(args, self._cast_inputs), _cast(kwargs, self._cast_inputs)
         self._before_unit(self._units.of[model], model, args, kwargs)
@@ -148,9 +152,8 @@ class Hooks:
 
     def _forget(self) -> None:
         """The runtime closes every visit: stop observing."""
-        if self._observer is not None:
-            observer, self._observer = self._observer, None
-            observer.__exit__(None, None, None)
+        self._observer = None
+        self._stop_seeing()
         self._foreign.clear()
         self._running.clear()
 
@@ -158,10 +161,10 @@ class Hooks:
         self._after_unit(self._units.of[model], model, args, kwargs, output)
         if self._depth <= 1 and not _in_backward():
             if self._observer is not None:
-                observer, self._observer = self._observer, None
-                observer.__exit__(None, None, None)
                 for module in list(self._foreign):
-                    self._on_foreign_leave(module, output if module is model else None)
+                    self._on_foreign_leave(module, self._observer.begin, output if module is model else None)
+                self._observer = None
+                self._stop_seeing()
                 self._described |= self._asked
                 self._asked.clear()
                 if output is not None:
@@ -180,10 +183,12 @@ class Hooks:
         self._running.append(visit)
         if torch.is_grad_enabled():
             visit.input_nodes = tuple(t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad)
-            visit.first_number = next_number()
+            if unit.leaves_elsewhere is not False and visit.chunks and self._results is None:
+                self._results = visit.results = Results().__enter__()
+            visit.begin = Mark(next_number(), 0) if self._results is None else self._results.mark()
         self._runtime.enter(visit, Phase.FORWARD)
-        if self._observer is not None and is_compiled(module):
-            self._observer.pause()
+        if self._results is not None and is_compiled(module):
+            self._results.pause()
 
     def _before_part(self, unit: Unit) -> None:
         """A part of the model is called by itself; the cycle begins anew when it comes round."""
@@ -202,8 +207,8 @@ class Hooks:
         if self._updates is not None and self._runtime.cycle.with_gradients and output is not None:
             self._updates.called(visit, torch.is_grad_enabled(), _in_backward())
         self._runtime.leave(visit)
-        if self._observer is not None and is_compiled(module):
-            self._observer.resume()
+        if self._results is not None and is_compiled(module):
+            self._results.resume()
         if torch.is_grad_enabled():
             if self._observer is not None:
                 unit.stashes = tuple(
@@ -211,19 +216,38 @@ class Hooks:
                 )
             self._watch_backward(visit, [t for t in tensors_in((args, kwargs)) if t.requires_grad], output)
         visit.input_nodes = ()
+        if visit.results is not None:
+            visit.results = None
+            self._stop_seeing()
+
+    def _stop_seeing(self) -> None:
+        if self._results is not None:
+            results, self._results = self._results, None
+            results.__exit__(None, None, None)
 
     def _watch_backward(self, visit: Visit, inputs: list[Tensor], output: Any) -> None:
         stashed = (getattr(visit.unit.module, name, None) for name in visit.unit.stashes)
         results = chain(tensors_in(output), tensors_in(tuple(stashed)), inputs)
-        own = range(0) if visit.first_number is None else range(visit.first_number, next_number())
+        own = range(0) if visit.begin is None else range(visit.begin.number, next_number())
         nodes = first_nodes(results, visit.input_nodes, own)
+        if self._results is not None and visit.begin is not None and visit.chunks:
+            elsewhere = unreachable(self._results.since(visit.begin), nodes, own)
+            visit.unit.leaves_elsewhere = bool(visit.unit.leaves_elsewhere or elsewhere)
+            nodes |= elsewhere
         for node in nodes:
             node.register_prehook(partial(self._before_backward, visit))
         if not nodes:
             if output is not None and _makes_gradients(visit, inputs):
                 self._runtime.hold(visit.chunks)
             return
-        self._leave_after(visit, [node.register_hook for node in last_nodes(nodes, visit.input_nodes, own)])
+        last = last_nodes(nodes, visit.input_nodes, own)
+        self._leave_after(visit, [node.register_hook for node in last])
+        if self._results is not None:
+            visit.unit.is_closed = bool(last)
+        elif visit.unit.is_closed and not last:
+            self._runtime.hold(visit.chunks)  # some of the graph may be elsewhere now; the observer will tell
+            visit.unit.is_closed = False
+            self._observed_kinds.clear()
         if all(t.grad_fn is not None and t.grad_fn in visit.input_nodes for t in inputs):
             # Not register_multi_grad_hook: its closure holds the nodes that hold it, and such graphs are never freed.
             self._leave_after(visit, [t.register_hook for t in {id(t): t for t in inputs}.values()])
@@ -271,12 +295,13 @@ class Hooks:
             visit = self._foreign[module] = Visit(unit)
         self._runtime.add_to_open(visit, [place[0]])
 
-    def _on_foreign_leave(self, module: nn.Module, output: Any) -> None:
+    def _on_foreign_leave(self, module: nn.Module, begin: Mark, output: Any) -> None:
         visit = self._foreign.pop(module, None)
         if visit is None:
             return
         self._runtime.leave(visit)
         if torch.is_grad_enabled():
+            visit.begin = begin
             self._watch_backward(visit, [], output)
 
     def _on_unseen_use(self, parameter: nn.Parameter, chunk: Chunk) -> None:

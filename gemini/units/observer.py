@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from .bracket import is_compiled
+from .results import Mark, Results
 
 READING_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 """Tensor properties that hand out values; all others (shape, dtype, grad, ...) only describe."""
@@ -27,7 +27,7 @@ DESCRIBING = frozenset(
 )
 
 
-class Observer(TorchFunctionMode):
+class Observer(Results):
     """Calls ``on_use(parameter, running module)`` for each use of a parameter's values.
 
     Parameters
@@ -37,22 +37,23 @@ class Observer(TorchFunctionMode):
     on_use
         Asked before the operation runs; brings the parameter if need be.
     on_leave
-        Told when a module's forward ends, with its output (None after an exception).
+        Told when a module's forward ends, with when it began and its output (None after an exception).
     """
 
     def __init__(
         self,
         modules: Iterable[nn.Module],
         on_use: Callable[[nn.Parameter, nn.Module], None],
-        on_leave: Callable[[nn.Module, Any], None],
+        on_leave: Callable[[nn.Module, Mark, Any], None],
     ) -> None:
         super().__init__()
         self._modules = tuple(modules)
         self._on_use = on_use
         self._on_leave = on_leave
-        self._running: list[nn.Module] = [self._modules[0]]
+        self.begin = self.mark()
+        """When the model began."""
+        self._running: list[tuple[nn.Module, Mark]] = [(self._modules[0], self.begin)]
         self._hooks = ExitStack()
-        self._is_paused = False
 
     def __enter__(self) -> "Observer":
         # On every module, because any may turn out to bracket a use; gone again at exit.
@@ -65,36 +66,22 @@ class Observer(TorchFunctionMode):
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self.resume()
         super().__exit__(*exc)
         self._hooks.close()
 
-    def pause(self) -> None:
-        """See nothing for a while: what is compiled must not be compiled with this mode in it."""
-        if _get_current_function_mode() is self:
-            super().__exit__(None, None, None)
-            self._is_paused = True
-
-    def resume(self) -> None:
-        """The end of `pause`."""
-        if self._is_paused:
-            super().__enter__()
-            self._is_paused = False
-
     def _enter_module(self, module: nn.Module, args: Any) -> None:
-        self._running.append(module)
+        self._running.append((module, self.mark()))
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        if len(self._running) > 1 and self._running[-1] is module:
-            self._running.pop()
-            self._on_leave(module, output)
+        if len(self._running) > 1 and self._running[-1][0] is module:
+            self._on_leave(*self._running.pop(), output)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if reads_values(func):
             for parameter in _parameters((args, kwargs)):
-                self._on_use(parameter, self._running[-1])
-        return func(*args, **kwargs)
+                self._on_use(parameter, self._running[-1][0])
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def reads_values(func: Any) -> bool:

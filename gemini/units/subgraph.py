@@ -52,6 +52,21 @@ def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) 
     return found
 
 
+def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -> set[Any]:
+    """The nodes of those of ``tensors`` that a call made (see ``own``) and to which ``first`` does not lead."""
+    found = {node for node in (t.grad_fn for t in tensors) if node is not None and node._sequence_nr() in own}
+    if found:
+        reached = set(first)
+        ahead = list(first)
+        while ahead:
+            for following, _ in ahead.pop().next_functions:
+                if following is not None and following not in reached and following._sequence_nr() in own:
+                    reached.add(following)
+                    ahead.append(following)
+        found -= reached
+    return found
+
+
 def last_nodes(first: Collection[Any], inputs: Collection[Any], own: range) -> list[Any]:
     """By which backward leaves a call: when these have run, all of its nodes have.
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..chunk import Chunk, ChunkManager
 from .bracket import is_compiled
+from .results import Mark, Results
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +20,10 @@ class Unit:
     chunks: tuple[Chunk, ...]
     stashes: tuple[str, ...] = ()
     """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
+    leaves_elsewhere: bool | None = None
+    """It leaves such tensors also where only a look at all results finds them; None before the first look."""
+    is_closed: bool = False
+    """When it was last looked at, all of its graph could be reached from its results."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,8 +55,10 @@ class Visit:
     """What this visit holds; not ``chunks``, which may grow while the visit is open."""
     input_nodes: tuple[object, ...] = ()
     """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
-    first_number: int | None = None
-    """The number of the first autograd node that it made; None where that is not known."""
+    begin: Mark | None = None
+    """What was made before it; None where that is not known."""
+    results: Results | None = None
+    """What it makes, where that is watched for this visit alone."""
     countdowns: list[Countdown] = field(default_factory=list)
     """What backward counts; each says by itself when it is through with the visit."""
 

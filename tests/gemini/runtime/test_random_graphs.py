@@ -1,4 +1,5 @@
-"""Random modules: shared layers, borrowed weights, work in place, branches by step, checkpoints; bit for bit."""
+"""Random modules: shared layers, borrowed weights, work in place, branches by step, checkpoints, graphs put elsewhere;
+bit for bit."""
 
 import random
 from collections.abc import Callable
@@ -34,13 +35,30 @@ class Pair(nn.Module):
         return {"sum": z + y, "passed": x}
 
 
+class TellingLinear(nn.Linear):
+    """A part of its graph goes to somebody else."""
+
+    tell: Callable[[Tensor], None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.tell(functional.linear(y.sin(), self.weight).square().mean())
+        return y
+
+
 class Graph(nn.Module):
     """Its operations are drawn once, from ``seed``; which branch a step takes depends on how often it was called."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         draw = random.Random(seed)
-        self.linears = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=draw.random() < 0.7) for _ in range(4)])
+        kind = TellingLinear if seed % 4 == 3 else nn.Linear
+        self.linears = nn.ModuleList([kind(WIDTH, WIDTH, bias=draw.random() < 0.7) for _ in range(4)])
+        told: list[Tensor] = []
+        self.take = lambda: [told.pop() for _ in range(len(told))]
+        if kind is TellingLinear:
+            for linear in self.linears:
+                linear.tell = told.append
         if draw.random() < 0.5:
             self.linears[2].weight = self.linears[0].weight
         if draw.random() < 0.3:
@@ -56,12 +74,14 @@ class Graph(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.take()  # what checkpoints told again in the last backward
         values = [x]
         for node, (a, b) in zip(self.nodes, self.picks, strict=True):
             values.append(
                 functional.layer_norm(node(self, values[-1 - a % len(values)], values[-1 - b % len(values)]), (WIDTH,))
             )
-        return sum(values[-3:]).square().mean() + sum(values[1:]).mean()  # type: ignore[union-attr]
+        told = sum(self.take(), x.new_zeros(()))
+        return sum(values[-3:]).square().mean() + sum(values[1:]).mean() + told  # type: ignore[union-attr]
 
 
 def _node(draw: random.Random, depth: int) -> Op:

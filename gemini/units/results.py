@@ -1,0 +1,71 @@
+"""What calls of units make, to find what they leave neither in their outputs nor in their attributes.
+
+A part of the graph that somebody else keeps (a list of auxiliary losses, say) leads backward into a unit by no node
+that its outputs know. It is found among all results with a graph: one that is alive when the call is over, and that
+cannot be reached from the outputs. Seeing every operation costs microseconds each, so it is done in the first cycle of
+each kind, and later only while a unit runs that is new or known to do so.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from .subgraph import next_number
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point in time, to tell what was made after it."""
+
+    number: int
+    """Of the next autograd node."""
+    result: int
+    """How many results there were."""
+
+
+class Results(TorchFunctionMode):
+    """Remembers the results of all operations that have a graph, without keeping them alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[ReferenceType[Tensor]] = []
+        self._is_paused = False
+
+    def mark(self) -> Mark:
+        """Return the point in time that is now."""
+        return Mark(next_number(), len(self._made))
+
+    def since(self, mark: Mark) -> Iterator[Tensor]:
+        """Go through what was made after ``mark`` and is still there: somebody holds it, or a graph has saved it."""
+        for made in self._made[mark.result :]:
+            tensor = made()
+            if tensor is not None:
+                yield tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, torch.Tensor) and item.requires_grad:
+                self._made.append(ref(item))
+        return result
+
+    def __exit__(self, *exc: Any) -> None:
+        self.resume()
+        super().__exit__(*exc)
+
+    def pause(self) -> None:
+        """See nothing for a while: what is compiled must not be compiled with this mode in it."""
+        if _get_current_function_mode() is self:
+            super().__exit__(None, None, None)
+            self._is_paused = True
+
+    def resume(self) -> None:
+        """The end of `pause`."""
+        if self._is_paused:
+            super().__enter__()
+            self._is_paused = False
