@@ -91,6 +91,8 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
             for where in {device, torch.device("cpu")}:
                 warm_up(optimizer.rule, param_groups, where, dtype)
     meter = NonModelMeter(device)
+    if manager.device.is_ram:
+        be_exact()  # values that live for a moment would stay on malloc's heap, between small objects that live on
     _fill(model, packing, manager, device)
     if optimizer is not None:
         _take_over_states(optimizer, manager)

@@ -329,6 +329,7 @@ def test_peak_memory_of_a_pretrained_model_is_about_its_largest_tensor(dtype, tm
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path), dtype],
         cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # as in boost: what is freed is gone, not kept by malloc
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     numel, recorded, growth = map(int, child.stdout.split())
@@ -336,4 +337,4 @@ def test_peak_memory_of_a_pretrained_model_is_about_its_largest_tensor(dtype, tm
     largest = 8192 * 512 * 4
     assert numel * 4 > 220 << 20
     assert recorded < 16 << 20
-    assert growth < 2 * largest + (24 << 20)
+    assert growth < largest * (1.5 if dtype == "bfloat16" else 1) + (8 << 20)
