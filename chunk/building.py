@@ -53,6 +53,10 @@ class ChunkBuilder:
             self.device.shrink(full)
         if Role.GRADIENT in plan.homes:
             buffer = self._home(plan, Role.GRADIENT, plan.homes[Role.GRADIENT])
+            if buffer.tensor is not None:
+                # Its pages come now: if there are none it is told before training, and what the resident set grows by
+                # later is full copies and non-model data.
+                buffer.tensor.zero_()
             chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
         elif plan.borrows_gradient:
             tier = Tier.DEVICE if master.tier is Tier.DEVICE else Tier.HOST

@@ -73,6 +73,11 @@ class GradientPool:
         """Of them, those on one tier."""
         return self._room[tier]
 
+    @property
+    def blocks_nbytes(self) -> int:
+        """Of them, those that have been in use, whose pages have come."""
+        return sum(block.nbytes for block in (*self._idle, *self._lent.values()))
+
     def reserve(self, tier: Tier, nbytes: int, what: str) -> None:
         """Set room aside.
 

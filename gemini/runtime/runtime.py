@@ -139,17 +139,10 @@ class Runtime:
         self._held.clear()
 
     def _model_bytes(self) -> int:
-        """What the model data have grown by since boost: full copies, and the gradients there are."""
-        gradients = sum(
-            slot.numel * chunk.gradient.buffer.dtype.itemsize
-            for chunk in self.manager.chunks
-            if chunk.gradient is not None
-            and chunk.gradient.buffer is not None
-            and chunk.gradient.buffer.tensor is not None
-            for position, slot in enumerate(chunk.layout.slots)
-            if position in chunk.gradient.present
+        """What the model data have grown by since boost: full copies, and gradients in memory that is lent."""
+        return self.manager.gradient_pool.blocks_nbytes + sum(
+            c.full_nbytes for c in self.manager.chunks if c.is_resident
         )
-        return gradients + sum(c.full_nbytes for c in self.manager.chunks if c.is_resident)
 
     def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
         try:
