@@ -50,6 +50,16 @@ _EXACT_TRIM_BYTES = 128 << 10
 _USERS_CHOICES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
+def give_back_free() -> None:
+    """Have malloc give the pages of freed blocks back to the system now.
+
+    Being exact after having been quick is not enough: what fits into a hole on the heap is put there, whatever the
+    threshold, and its pages stay when it is freed. Takes some 0.2 ms. Does nothing where malloc is not glibc's.
+    """
+    if _is_ours():
+        _call("malloc_trim", 0)
+
+
 def be_exact() -> None:
     """From now on malloc gives large blocks back to the system when they are freed; what is free goes now.
 
@@ -59,7 +69,7 @@ def be_exact() -> None:
     if _is_ours():
         _call("mallopt", _M_MMAP_THRESHOLD, EXACT_BYTES)
         _call("mallopt", _M_TRIM_THRESHOLD, _EXACT_TRIM_BYTES)
-        _call("malloc_trim", 0)
+    give_back_free()
 
 
 def be_quick() -> None:

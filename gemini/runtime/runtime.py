@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from ..errors import OutOfMemory, is_out_of_memory
-from ..memory.native_memory import be_exact, be_quick, has_room_to_be_quick
+from ..memory.native_memory import be_exact, be_quick, give_back_free, has_room_to_be_quick
 from ..memory.non_model import Batch, NonModelProfile
 from ..memory.prediction import Outlook
 from ..memory.shortage import out_of_memory
@@ -97,6 +97,8 @@ class Runtime:
             if waits:
                 self.stall_seconds += time.perf_counter() - begin
             if is_sampled:
+                if self.manager.device.is_ram:
+                    give_back_free()
                 self.meter.mark()
                 self.timeline.add(visit.unit.index, phase)
         except BaseException as error:

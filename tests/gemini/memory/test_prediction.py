@@ -1,11 +1,13 @@
 """What a step takes of each tier is predicted after the warm-up, compared with what it takes, and shown."""
 
+import gc
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from loop import SMALL, batch, build
 from stat_runs import GIB, make_run
 from torch import nn
@@ -29,6 +31,7 @@ class Training:
     """A small boosted model that writes every step of its telemetry into a folder of its own."""
 
     def __init__(self, folder: Path, model: nn.Module | None = None, **plugin: Any) -> None:
+        gc.collect()  # models of earlier tests, which would go while this one's memory is measured
         model = build() if model is None else model
         self.booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=folder, **plugin))
         self.model, self.optimizer, *_ = self.booster.boost(model, HybridAdam(model.parameters()))
@@ -130,6 +133,20 @@ def test_memory_for_gradients_and_staging_is_model_data_from_the_start(where: st
     outlook = training.state.runtime.outlook
     assert outlook is not None
     assert outlook.measured.non_model - outlook.predicted.non_model < 6 * MIB
+
+
+def test_what_malloc_kept_of_earlier_steps_is_no_part_of_a_step_that_is_sampled(tmp_path: Path) -> None:
+    layers = [layer for _ in range(12) for layer in (nn.Linear(256, 256), nn.Tanh())]
+    training = Training(tmp_path / "run", nn.Sequential(*layers))
+    x, runtime = torch.randn(2048, 256), training.state.runtime
+    for step in range(6):
+        runtime.timeline.is_on = step == 5
+        training.booster.backward(training.model(x).square().mean(), training.optimizer)
+        taken = [point.non_model for point in runtime.timeline.points]
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+    assert max(taken) > 30 * MIB  # 24 activations, of up to 2 MiB
+    assert taken[-2] < max(taken) / 2  # they go one by one in backward
 
 
 class Keeps(nn.Module):
