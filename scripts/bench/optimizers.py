@@ -16,6 +16,7 @@ import report
 import torch
 from torch import Tensor, nn
 
+from gemini.memory.native_memory import be_quick
 from gemini.nn.optimizer import kernel_pool
 from gemini.nn.optimizer.acceptance import accepted
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
+    be_quick()  # as training is where RAM is not short; for both
     cores = sorted(os.sched_getaffinity(0))
     results = []
     for threads in arguments.threads or sorted({1, len(cores)}):

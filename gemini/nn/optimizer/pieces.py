@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .kernel_pool import default_pool
 
-_PIECE_NUMEL = {"cpu": 1 << 17, "cuda": 1 << 23}
-"""A CPU's piece and its temporaries are some MiB, near the caches, and Python takes a fifth of its time at most; a GPU
-is fast with large kernels only."""
+_PIECE_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 23}
+"""A CPU's piece and its temporaries are some MiB, near the caches, and long enough for Python not to matter: with half
+of it two threads were no faster than one (docs/benchmarks.md). A GPU is fast with large kernels only."""
 _AT_ONCE = 16
 """Pieces in work at most: each has temporaries, and memory has been saturated long before."""
 
