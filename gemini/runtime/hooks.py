@@ -230,7 +230,8 @@ class Hooks:
         results = chain(tensors_in(output), tensors_in(tuple(stashed)), inputs)
         own = range(0) if visit.begin is None else range(visit.begin.number, next_number())
         nodes = first_nodes(results, visit.input_nodes, own)
-        if self._results is not None and visit.begin is not None and visit.chunks:
+        has_failed = sys.exc_info()[0] is not None  # then the traceback keeps what the call has made
+        if self._results is not None and visit.begin is not None and visit.chunks and not has_failed:
             elsewhere = unreachable(self._results.since(visit.begin), nodes, own)
             visit.unit.leaves_elsewhere = bool(visit.unit.leaves_elsewhere or elsewhere)
             nodes |= elsewhere

@@ -7,6 +7,7 @@ import pytest
 import torch
 from odd_models import (
     SMALL,
+    WIDTH,
     BorrowsAWeight,
     Boxed,
     CallsItself,
@@ -38,6 +39,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from gemini.boosted import boosted
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.nn.optimizer import HybridAdam
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,6 +176,28 @@ def test_an_unusual_use_trains_as_without_management(build: Any, loss: Any) -> N
         # Every error names a capacity; following them leads to the smallest that works.
         capacity = tightest(task(), "device", **prefetch, **SMALL)
         check_parity(task(), device_memory=capacity, **prefetch, **SMALL)
+
+
+class FailsAtFirst(nn.Linear):
+    has_failed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).sin()
+        if not self.has_failed:
+            self.has_failed = True
+            raise ArithmeticError(f"with {y.numel()} numbers")
+        return y
+
+
+def test_a_call_that_failed_tells_nothing_of_what_a_unit_leaves_elsewhere() -> None:
+    model = FailsAtFirst(WIDTH, WIDTH)
+    model, *_ = Booster(plugin=GeminiPlugin(precision="fp32")).boost(model, HybridAdam(model.parameters()))
+    unit = boosted(model).hooks._units.of[model]
+    with pytest.raises(ArithmeticError):
+        model(batches(1)[0])
+    assert unit.leaves_elsewhere is None
+    model(batches(1)[0])
+    assert unit.leaves_elsewhere is False
 
 
 @pytest.mark.heavy
