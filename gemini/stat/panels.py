@@ -8,7 +8,7 @@ from rich.text import Text
 from gemini.stat.advice import Advice
 from gemini.stat.rates import RISK_HIGH, Rates, prediction
 from gemini.stat.text import count, duration, percent, printable, seconds, size
-from gemini.telemetry.documents import ChunksView, TimelineView, states_of
+from gemini.telemetry.documents import ChunksView, ChunkView, TimelineView, states_of
 from gemini.telemetry.reader import TIERS, RunView
 
 LETTERS = {"d": "blue", "h": "green", "k": "yellow", "D": "bold blue", "H": "bold green", "K": "bold yellow"}
@@ -169,12 +169,12 @@ def map_note(run: RunView, wide: bool) -> str:
     )
 
 
-def homes(chunks: ChunksView, width: int) -> Text:
-    """How many chunks have their master, optimizer states (the first of each) and gradients where."""
+def homes(chunks: Sequence[ChunkView], width: int) -> Text:
+    """How many masters, optimizer states (each by itself) and gradients of chunks are where."""
     of_label: dict[str, list[str | None]] = {
-        "masters": [chunk.homes.get("master") for chunk in chunks.chunks],
-        "states": [chunk.homes[chunk.states[0]] for chunk in chunks.chunks if chunk.states],
-        "gradients": [chunk.homes.get("gradient") for chunk in chunks.chunks],
+        "masters": [chunk.homes.get("master") for chunk in chunks],
+        "states": [chunk.homes[state] for chunk in chunks for state in chunk.states],
+        "gradients": [chunk.homes.get("gradient") for chunk in chunks],
     }
     parts = []
     for label, found in of_label.items():
@@ -203,10 +203,10 @@ def moves(found: Rates, width: int) -> list[Text]:
         right.append(f"written to disk: {size(found.disk_written_per_day)} a day")
     if width < 100:
         return [Text(line[:width]) for line in [*left, *(f" {line}" for line in right[:2])]]
-    rows = max(len(left), len(right))
+    rows, column = max(len(left), len(right)), max(58, *(len(line) + 2 for line in left))
     left += [""] * (rows - len(left))
     right += [""] * (rows - len(right))
-    return [Text(f"{a:<58}{b}"[:width]) for a, b in zip(left, right, strict=True)]
+    return [Text(f"{a:<{column}}{b}"[:width]) for a, b in zip(left, right, strict=True)]
 
 
 def _of_ceiling(speed: float | None, ceiling: float | None) -> str:

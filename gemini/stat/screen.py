@@ -129,7 +129,7 @@ def _parts(shown: Shown, view: View, width: int, height: int, plain: bool) -> li
         count = f"chunks {len(shown.chunks.chunks)}" if shown.chunks is not None else "chunks"
         block = [panels.heading(count, width, plain, note), *panels.chunk_map(run, shown.chunks, width, rows)]
         if wide and shown.chunks is not None:
-            block.append(panels.homes(shown.chunks, width))
+            block.append(panels.homes(shown.chunks.chunks, width))
         blocks["chunks"] = block
         left -= len(block)
     if "timeline" in wanted:
