@@ -69,21 +69,28 @@ def _matches(row: dict[str, Any], options: argparse.Namespace) -> bool:
 def _table(rows: Sequence[dict[str, Any]], states: str) -> Any:
     from rich.table import Table
 
-    table = Table.grid(padding=(0, 2), pad_edge=False)
-    for justify in ("right", "left", "right", "right", "left", "left"):
-        table.add_column(justify=justify, no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    table.add_row("chunk", "state", "homes", "waste", "master", "states", "parameters", style="dim")
-    for row in rows:
-        names = row["parameters"]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        table.add_row(
-            str(row["index"]),
-            row["state"] or "-",
-            size(row["home_bytes"]),
-            percent(row["waste_ratio"]),
-            printable(row["homes"].get("master", "-"), 10),
-            printable(next((t for role, t in row["homes"].items() if role not in PLAIN_ROLES), "-"), 10),
-            printable(names[0], 60) + more if names else "-",
-        )
+    cells = [("chunk", "state", "homes", "waste", "master", "states", "parameters"), *map(_cells, rows)]
+    table = Table.grid(padding=(0, 2), pad_edge=False, expand=True)
+    for column, is_number in enumerate((True, False, True, True, False, False)):
+        # Where the terminal is narrow, only names of parameters are cut.
+        width = max(len(row[column]) for row in cells)
+        table.add_column(justify="right" if is_number else "left", no_wrap=True, min_width=width)
+    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    for number, row in enumerate(cells):
+        table.add_row(*row, style=None if number else "dim")
     return table
+
+
+def _cells(row: dict[str, Any]) -> Sequence[str]:
+    names, homes = row["parameters"], row["homes"]
+    states = dict.fromkeys(tier for role, tier in homes.items() if role not in PLAIN_ROLES)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        str(row["index"]),
+        row["state"] or "-",
+        size(row["home_bytes"]),
+        percent(row["waste_ratio"]),
+        printable(homes.get("master", "-"), 10),
+        printable(", ".join(states), 24) or "-",
+        printable(names[0], 60) + more if names else "-",
+    )
