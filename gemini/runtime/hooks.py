@@ -230,8 +230,7 @@ class Hooks:
         results = chain(tensors_in(output), tensors_in(tuple(stashed)), inputs)
         own = range(0) if visit.begin is None else range(visit.begin.number, next_number())
         nodes = first_nodes(results, visit.input_nodes, own)
-        has_failed = sys.exc_info()[0] is not None  # then the traceback keeps what the call has made
-        if self._results is not None and visit.begin is not None and visit.chunks and not has_failed:
+        if self._results is not None and visit.begin is not None and visit.chunks and not _is_raising():
             elsewhere = unreachable(self._results.since(visit.begin), nodes, own)
             visit.unit.leaves_elsewhere = bool(visit.unit.leaves_elsewhere or elsewhere)
             nodes |= elsewhere
@@ -344,6 +343,11 @@ class Hooks:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_raising() -> bool:
+    """True while an exception is handled: its traceback keeps what calls have made."""
+    return sys.exc_info()[0] is not None
 
 
 def _has_graph(value: Any) -> bool:

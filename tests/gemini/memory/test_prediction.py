@@ -120,12 +120,13 @@ def test_steps_take_what_was_predicted(plugin: dict[str, Any], tmp_path: Path) -
     assert steps[-1]["prediction/host_measured_bytes"] == found["prediction/host_measured_bytes"]
 
 
-@pytest.mark.parametrize("where", ["RAM", "disk"])
+@pytest.mark.parametrize("where", ["RAM", "disk", "memory that is lent"])
 def test_memory_for_gradients_and_staging_is_model_data_from_the_start(where: str, tmp_path: Path) -> None:
     """If its pages came at first use they would pass for non-model data, or cover what is."""
     layers = [nn.Linear(batch(0).shape[-1], 2048), *(nn.Linear(2048, 2048) for _ in range(4))]
     disk = {"host_memory": "160MiB", "disk_memory": "1GiB", "offload_dir": tmp_path} if where == "disk" else {}
-    training = Training(tmp_path / "run", nn.Sequential(*layers), **disk)
+    lends = {"update_in_backward": True} if where == "memory that is lent" else {}
+    training = Training(tmp_path / "run", nn.Sequential(*layers), **disk, **lends)
     training.step(3)
     points = training.state.monitor._last_points  # type: ignore[union-attr]
     assert points[0].non_model < 4 * MIB  # a batch

@@ -15,7 +15,6 @@ from odd_models import (
     ChoosesHard,
     EncoderDecoder,
     Forces,
-    Gossips,
     LeavesAPenalty,
     ListsOfParameters,
     Penalised,
@@ -34,6 +33,7 @@ from odd_models import (
     with_hooks,
 )
 from parity import Task, check_equal, check_parity, run_managed, tightest
+from telling_models import Gossips
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
