@@ -19,6 +19,7 @@ from .manager import ChunkManager
 from .memory import FETCH_WORKERS, DeviceBackend, RamBackend
 from .plan import ChunkPlan, StateSlot
 from .search import ChunkSearch, search_chunk_numel
+from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import STATE_ROLES, Role, Tier
@@ -56,11 +57,15 @@ __all__ = [
     "TensorSpec",
     "Tier",
     "end_elsewhere",
+    "halves",
+    "joined",
+    "marked",
     "pack",
     "pieces",
     "search_chunk_numel",
     "start_workers",
     "tuned",
+    "unmarked",
     "weakly",
     "write_slot",
 ]

@@ -73,6 +73,21 @@ class Chunk:
         """True if an optimizer updates it."""
         return self.gradient is not None
 
+    @property
+    def is_split(self) -> bool:
+        """True if its masters are in two halves. See [Note: Split master]."""
+        return Role.MASTER_LOW in self.homes
+
+    @property
+    def marks_role(self) -> Role:
+        """The state whose signs belong to split masters."""
+        return next(role for role, slot in self.states.items() if slot.has_spare_sign)
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of what a parameter is read as."""
+        return torch.float32 if self.is_split else self.homes[Role.MASTER].dtype
+
     def name(self, role: Role) -> str:
         """What people call a role here: the optimizer's word for a state."""
         slot = self.states.get(role)
@@ -164,14 +179,16 @@ class Chunk:
                 binding.parameter.data = binding.view
             self._poisoned = False
 
-    def take_edited(self) -> list[int]:
-        """Positions whose parameters were changed in place since the last call, other than through ``p.data``."""
+    def edited(self) -> list[int]:
+        """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
         versions = [binding.parameter._version for binding in self.bindings]
         if versions == self._versions:
             return []
-        edited = [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
-        self._versions = versions
-        return edited
+        return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
+
+    def accept(self, position: int) -> None:
+        """Home has what the parameter shows, or will be shown: whatever was done to it until now is no edit."""
+        self._versions[position] = self.bindings[position].parameter._version
 
     def take_assigned(self) -> list[tuple[int, Tensor]]:
         """Positions and values of parameters whose ``data`` the user has set to another tensor.
@@ -194,9 +211,8 @@ class Chunk:
         saved the parameter raise, the others run.
         """
         for position in positions:
-            parameter = self.bindings[position].parameter
-            torch.autograd.graph.increment_version(parameter)
-            self._versions[position] = parameter._version  # nobody has edited it
+            torch.autograd.graph.increment_version(self.bindings[position].parameter)
+            self.accept(position)
 
     def settle(self) -> None:
         """Wait for the pending update of this chunk; raise what went wrong in it (again at each call)."""

@@ -212,17 +212,29 @@ class ChunkManager:
         Forward and backward change no parameter, but ``nn.Embedding(max_norm=...)`` renormalises its weight, and users
         clamp or initialise parameters under ``no_grad``. Only elements that differ are written, so that the others keep
         the bits that the compute dtype has no room for.
+
+        Raises
+        ------
+        ValueError
+            If masters are in two halves: which elements differ cannot be told then.
         """
         self.keep_assigned(chunk)
+        if chunk.is_split and (edited := chunk.edited()):
+            raise ValueError(
+                f"{chunk.layout.slots[edited[0]].name} was changed in place, which with split_master=True changes only "
+                "the upper half of its masters: assign to p.data instead (p.data = p.data.clone() takes what it shows "
+                "now), or boost without split_master"
+            )
         if chunk.full_is_home or chunk.state not in (ChunkState.READY, ChunkState.IN_USE):
             return
-        for position in chunk.take_edited():
+        for position in chunk.edited():
             chunk.settle()
             view = chunk.views[position]
             home = read_slot(chunk, position, Role.MASTER).to(view.device)
             with torch.no_grad():
                 home = torch.where(view == home.to(view.dtype), home, view.to(home.dtype))
             write_slot(chunk, position, Role.MASTER, home)
+            chunk.accept(position)
 
     def keep_assigned(self, chunk: Chunk) -> None:
         """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does).
@@ -243,6 +255,7 @@ class ChunkManager:
             if chunk.state is ChunkState.FETCHING:
                 self._arrive(chunk)
             write_slot(chunk, position, Role.MASTER, value)
+            chunk.accept(position)
             if chunk.is_resident and not chunk.full_is_home:
                 with torch.no_grad():
                     chunk.views[position].copy_(value)
@@ -324,6 +337,8 @@ class ChunkManager:
         if role is Role.MASTER and chunk.is_resident and not chunk.full_is_home:
             self.evict(chunk)
         write_slot(chunk, position, role, value)
+        if role is Role.MASTER:
+            chunk.accept(position)
         self.after_write(parameter, role)
 
     def show(self, parameter: Tensor) -> None:

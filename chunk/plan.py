@@ -20,6 +20,9 @@ class StateSlot:
     block_numel: int = 1
     """Elements of the parameter that share one value. A parameter begins with a block, and may end within one."""
 
+    has_spare_sign: bool = False
+    """float32, never negative, and its optimizer knows that the signs may say something else ([Note: Split master])."""
+
     def numel(self, numel: int) -> int:
         """Values that are kept for so many elements."""
         return -(-numel // self.block_numel)
@@ -35,7 +38,7 @@ class ChunkPlan:
 
     layout: ChunkLayout
     homes: Mapping[Role, Tier]
-    """The tier of each role that this chunk has; a frozen chunk has a MASTER only."""
+    """The tier of each role that this chunk has; a frozen chunk has a MASTER only. MASTER_LOW goes with MASTER."""
     compute_dtype: torch.dtype
     """Of the full copy and the gradient."""
     states: tuple[StateSlot, ...] = ()
@@ -44,15 +47,23 @@ class ChunkPlan:
     """Its gradient has no home: it lives in borrowed memory until the update, which comes within backward."""
 
     @property
+    def is_split(self) -> bool:
+        """True if its master is in two halves, the upper one being the full copy."""
+        return Role.MASTER_LOW in self.homes
+
+    @property
     def is_trainable(self) -> bool:
         """True if an optimizer updates it (which one with no states of its own does as well)."""
         return Role.GRADIENT in self.homes or self.borrows_gradient
 
     def dtype(self, role: Role) -> torch.dtype:
-        """fp32 for the master of a trainable chunk, what its slot says for a state, else the compute dtype."""
+        """fp32 for the whole master of a trainable chunk, what its slot says for a state, else the compute dtype."""
         if role in STATE_ROLES:
             return self.states[STATE_ROLES.index(role)].dtype
-        return torch.float32 if role is Role.MASTER and self.is_trainable else self.compute_dtype
+        if role is Role.MASTER_LOW:
+            return torch.int16
+        is_whole_master = role is Role.MASTER and self.is_trainable and not self.is_split
+        return torch.float32 if is_whole_master else self.compute_dtype
 
     def numel(self, role: Role) -> int:
         """Elements of the role's buffer: fewer than the chunk has where blocks of them share one."""

@@ -20,7 +20,11 @@ class Role(Enum):
     """What one buffer of a chunk holds. All buffers of a chunk share its layout."""
 
     MASTER = "master"
-    """The parameters' truth: fp32 for trainable chunks, the stored dtype for frozen ones."""
+    """The parameters' truth: fp32 for trainable chunks, the stored dtype for frozen ones. Beside a MASTER_LOW it is
+    what the compute dtype has room for, and the full copy."""
+
+    MASTER_LOW = "master_low"
+    """The rest of it. See [Note: Split master]."""
 
     STATE_0 = "state_0"
     """The first state of the optimizer. What it is, and of which dtype, the plan of the chunk says (`StateSlot`)."""

@@ -42,6 +42,8 @@ class GeminiConfig:
     """Clip the gradients' 2-norm in every step; 0 for never."""
     update_in_backward: bool = False
     """Update each chunk as soon as backward is through with it; gradients never exist all at once."""
+    split_master: bool = False
+    """Keep masters as their bf16 full copy and the bits that this has no room for, where units can use that copy."""
     force_outputs_fp32: bool = False
     steady_device_ratio: float = 0.9
     """Share of the free device memory that a run may use (CUDA, when ``device_memory`` is None)."""
@@ -73,6 +75,10 @@ class GeminiConfig:
             raise ValueError(
                 "update_in_backward=True cannot go with precision='fp16': whether gradients overflow is known only "
                 "when backward is over; use precision='bf16' or 'fp32', or leave update_in_backward off"
+            )
+        if self.split_master and self.precision != "bf16":
+            raise ValueError(
+                f"split_master=True needs precision='bf16', the upper half of fp32; it is {self.precision!r}"
             )
         if self.search_range is not None and not 0 < self.search_range[0] <= self.search_range[1]:
             raise ValueError(f"search_range must be two positive sizes, the smaller one first, got {self.search_range}")

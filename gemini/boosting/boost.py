@@ -72,9 +72,11 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         If it cannot work. Model and optimizer are as they were before then.
     """
     _refuse(model)
+    if config.split_master:
+        _refuse_split_master(model, optimizer)
     param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
     if optimizer is not None:
-        warm_up(optimizer.rule, param_groups, torch.device("cpu"), config.compute_dtype)
+        warm_up(optimizer.rule, param_groups, torch.device("cpu"), config.compute_dtype, config.split_master)
     capacities = find_capacities(config)
     bound_kernels()
     packing = decide(model, param_groups, config, capacities, (optimizer.rule if optimizer is not None else ADAM).slots)
@@ -89,7 +91,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if optimizer is not None:
         for dtype in {plan.compute_dtype for plan in packing.plans if plan.is_trainable}:
             for where in {device, torch.device("cpu")}:
-                warm_up(optimizer.rule, param_groups, where, dtype)
+                warm_up(optimizer.rule, param_groups, where, dtype, config.split_master)
     meter = NonModelMeter(device)
     if manager.device.is_ram:
         be_exact()  # values that live for a moment would stay on malloc's heap, between small objects that live on
@@ -147,6 +149,28 @@ def _refuse(model: nn.Module) -> None:
     sparse = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
     if sparse:
         raise ValueError(f"sparse gradients cannot live in chunks: build {', '.join(sparse)} with sparse=False")
+
+
+def _refuse_split_master(model: nn.Module, optimizer: ManagedOptimizer | None) -> None:
+    """Raise where masters cannot be in two halves, or would be changed in place."""
+    if optimizer is not None:
+        slots = {slot for group in optimizer.param_groups for slot in optimizer.rule.slots(group)}
+        if not any(slot.has_spare_sign for slot in slots):
+            kept = ", ".join(sorted(f"{slot.name} in {slot.dtype}" for slot in slots)) or "nothing"
+            raise ValueError(
+                f"split_master=True needs HybridAdam with states='fp32', in whose second moment there is a bit to "
+                f"spare; {optimizer.rule.name} here keeps {kept}"
+            )
+    renormalised = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None and m.weight.requires_grad
+    ]
+    if renormalised:
+        raise ValueError(
+            f"split_master=True cannot go with max_norm in {', '.join(renormalised)}: it changes weights in place; "
+            "boost without split_master"
+        )
 
 
 def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tuple[ChunkManager, UpdateQueue]:

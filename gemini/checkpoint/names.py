@@ -44,7 +44,7 @@ class Entry:
             return self.tensor.dtype
         place = self.manager.find(self.tensor)
         assert place is not None
-        return place[0].homes[Role.MASTER].dtype
+        return place[0].master_dtype
 
     @property
     def numel(self) -> int:

@@ -193,7 +193,7 @@ def _terms(packing: Packing) -> dict[str, int]:
             waste += plan.nbytes(role) * (plan.layout.numel - plan.layout.used_numel) // plan.layout.numel
     largest = max((slot.numel for plan in packing.plans for slot in plan.layout.slots), default=0)
     return {
-        "masters": by_role[Role.MASTER],
+        "masters": by_role[Role.MASTER] + by_role[Role.MASTER_LOW],
         "moments": sum(by_role[role] for role in STATE_ROLES),
         "gradients": by_role[Role.GRADIENT] + sum(packing.placement.gradient_room.values()),
         "padding_within_these": waste,

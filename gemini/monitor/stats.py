@@ -145,7 +145,8 @@ def of_layout(manager: ChunkManager) -> Stats:
     stats["chunk/waste_ratio"] = 1.0 - sum(c.layout.used_numel for c in chunks) / total if total else 0.0
     for tier in Tier:
         stats[f"chunk/{tier.value}_count"] = sum(c.homes[Role.MASTER].tier is tier for c in chunks)
-    parameters = sum(c.homes[Role.MASTER].nbytes for c in chunks)
+    halves = (Role.MASTER, Role.MASTER_LOW)
+    parameters = sum(c.homes[role].nbytes for c in chunks for role in halves if role in c.homes)
     optimizer = sum(c.homes[role].nbytes for c in chunks for role in c.states)
     buffers = [c.gradient.buffer for c in chunks if c.gradient is not None and c.gradient.buffer is not None]
     gradients = sum(buffer.nbytes for buffer in buffers) or manager.gradient_pool.nbytes

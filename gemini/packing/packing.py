@@ -63,6 +63,11 @@ class Group:
         """Of the full copy and the gradient."""
         return torch.float32 if self.keeps_fp32 else config.compute_dtype
 
+    def splits(self, config: GeminiConfig) -> bool:
+        """Whether its masters are in two halves where units can use the upper one. See [Note: Split master]."""
+        has_room = any(slot.has_spare_sign for slot in self.states)
+        return config.split_master and has_room and self.dtype(config) is torch.bfloat16
+
 
 @dataclass(frozen=True, slots=True)
 class Packing:
@@ -187,7 +192,7 @@ def _decide_with(
     plans = tuple(
         ChunkPlan(
             layout,
-            homes,
+            _with_halves(layout, homes, config, capacities),
             layout.group.dtype(config),
             layout.group.states,
             borrows_gradient=layout.group.trainable and Role.GRADIENT not in homes,
@@ -386,4 +391,13 @@ def _full_is_home(
     tier = homes[Role.MASTER]
     in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and capacities.unified)
     group = layout.group
-    return in_reach and (group.dtype(config) is torch.float32 or not group.trainable)
+    return in_reach and (group.dtype(config) is torch.float32 or not group.trainable or group.splits(config))
+
+
+def _with_halves(
+    layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, capacities: Capacities
+) -> Mapping[Role, Tier]:
+    """A master in two halves takes the bytes of a whole one, at the same place."""
+    if layout.group.splits(config) and _full_is_home(layout, homes, config, capacities):
+        return {Role.MASTER: homes[Role.MASTER], Role.MASTER_LOW: homes[Role.MASTER], **homes}
+    return homes

@@ -13,7 +13,7 @@ from gemini.telemetry.layout import chunks_file, oom_file, timeline_file
 from gemini.telemetry.reader import TIERS, check_version, number, numbers, read_regular
 
 _LONGEST = 1 << 20
-PLAIN_ROLES = ("master", "gradient", "shadow")
+PLAIN_ROLES = ("master", "master_low", "gradient", "shadow")
 """Roles of homes that are not states of the optimizer."""
 PHASES = {"f": "forward", "b": "backward", "e": "end"}
 

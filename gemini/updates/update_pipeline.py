@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..chunk import IO_STACK_BYTES, STATE_ROLES, Buffer, Chunk, Role, Staging, start_workers
 from ..errors import OffloadError, OutOfMemory
-from ..nn.optimizer.rule import AtStep
+from ..nn.optimizer.rule import AtStep, SplitAtStep
 from .ticket import Ticket
 
 BLOCK_SETS = 3
@@ -278,6 +278,10 @@ def _compute(block: Block) -> None:
 def _update(at_step: AtStep, tensors: Mapping[Role | str, Tensor]) -> None:
     shadow, refreshed = tensors.get(Role.SHADOW), tensors.get(_REFRESHED)
     states = [tensors[role] for role in STATE_ROLES if role in tensors]
+    if Role.MASTER_LOW in tensors:
+        assert isinstance(at_step, SplitAtStep)
+        at_step.apply_split(tensors[Role.MASTER], tensors[Role.MASTER_LOW], states, tensors[Role.GRADIENT])
+        return
     out = refreshed if shadow is None else shadow
     at_step.apply(tensors[Role.MASTER], states, tensors[Role.GRADIENT], out)
     if shadow is not None and refreshed is not None:

@@ -13,7 +13,7 @@ import torch
 
 from ..chunk import Staging, end_elsewhere, pieces, start_workers
 from ..nn.optimizer.kernel_pool import keep_to_one_thread
-from ..nn.optimizer.rule import AtStep, Rule
+from ..nn.optimizer.rule import AtStep, Rule, SplitAtStep
 from .ticket import Ticket
 from .update_pipeline import Block, ChunkUpdate, UpdatePipeline
 
@@ -21,7 +21,13 @@ _WARM_UP_NUMEL = 1 << 18
 """Enough for several threads."""
 
 
-def warm_up(rule: Rule, param_groups: Sequence[Mapping[str, Any]], device: torch.device, dtype: torch.dtype) -> None:
+def warm_up(
+    rule: Rule,
+    param_groups: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype,
+    split_master: bool = False,
+) -> None:
     """Do what the first update would do for the first time: compile or load the kernel, start its threads.
 
     All of that takes memory; where there is none, the compiler ends the process. So it comes before what is left is
@@ -33,13 +39,19 @@ def warm_up(rule: Rule, param_groups: Sequence[Mapping[str, Any]], device: torch
         The optimizer's arithmetic and groups; groups that keep the same states count as one.
     dtype
         Of gradients and full copies.
+    split_master
+        Masters may be in two halves, too.
     """
     for slots, group in {rule.slots(group): group for group in reversed(param_groups)}.items():
         master = torch.zeros(_WARM_UP_NUMEL, device=device)
         states = [slot.zeros(_WARM_UP_NUMEL, device) for slot in slots]
         gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
+        at_step = rule.of_group(group, slots)(1, 1.0)
         for out in (None, full):
-            rule.of_group(group, slots)(1, 1.0).apply(master, states, gradient, out)
+            at_step.apply(master, states, gradient, out)
+        if split_master and dtype is torch.bfloat16 and isinstance(at_step, SplitAtStep):
+            low = torch.zeros(_WARM_UP_NUMEL, dtype=torch.int16, device=device)
+            at_step.apply_split(full, low, states, gradient)
 
 
 class UpdateQueue:

@@ -16,6 +16,7 @@ FIELDS = {
     "grad": torch.float32,
     "grad16": torch.bfloat16,
     "out16": torch.bfloat16,
+    "low16": torch.int16,
 }
 # Buffers begin at different cache lines of a page, as the chunk manager's homes do.
 _COLOUR_BYTES = 832
@@ -45,7 +46,8 @@ class Buffers:
             found[name] = torch.frombuffer(memory, dtype=dtype, count=numel, offset=offset)
             start += _room(numel, dtype)
         self.param, self.exp_avg, self.exp_avg_sq = found["param"], found["exp_avg"], found["exp_avg_sq"]
-        self.grad, self.grad16, self.out16 = found["grad"], found["grad16"], found["out16"]
+        self.grad, self.grad16 = found["grad"], found["grad16"]
+        self.out16, self.low16 = found["out16"], found["low16"]
 
     def fill(self) -> None:
         self.param.normal_()

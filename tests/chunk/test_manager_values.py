@@ -52,6 +52,7 @@ def test_strided_values_keep_their_elements_in_place(tier: Tier, tmp_path: Path)
     manager = ChunkManager([plan], ledger, FakeBackend(10_000), disk)
     (chunk,) = manager.chunks
     parameter = torch.nn.Parameter(conv)
+    manager.bind(torch.nn.Parameter(torch.zeros(3)), chunk, 0)
     manager.bind(parameter, chunk, 1)
     for value in (conv, conv.contiguous()):
         manager.write(parameter, Role.MASTER, torch.zeros(()).expand(conv.shape))

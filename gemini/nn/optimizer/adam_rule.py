@@ -12,17 +12,21 @@ from . import moments
 from .arithmetic import AdamHyper, AdamScalars, scalars
 from .group_options import refuse_options
 from .rule import StateSlot, StepMaker
-from .update import atomic_numel, update_states
+from .update import adam_split_update, atomic_numel, update_states
 
 
 @dataclass(frozen=True, slots=True)
 class AdamAtStep:
-    """One step of Adam (an `AtStep`)."""
+    """One step of Adam (an `AtStep`, and with float32 states a `SplitAtStep`)."""
 
     scalars: AdamScalars
 
     def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
         update_states(param, states, grad, self.scalars, out)
+
+    def apply_split(self, high: Tensor, low: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
+        exp_avg, exp_avg_sq = states
+        adam_split_update(high, low, exp_avg, exp_avg_sq, grad, self.scalars)
 
     def atomic_numel(self, device: torch.device) -> int | None:
         return atomic_numel(device)

@@ -119,6 +119,50 @@ def _known_bits(builder: Any, number: Any) -> Any:
 
 
 @intrinsic
+def _joined(typingctx: Any, high: Any, low: Any, mark: Any) -> Any:
+    """The master of its two halves and the state with its mark. See [Note: Split master]."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        high = builder.shl(builder.zext(args[0], _I32), _I32(16))
+        mark = builder.and_(builder.lshr(builder.bitcast(args[2], _I32), _I32(15)), _I32(0x10000))
+        return builder.bitcast(builder.add(builder.add(high, builder.sext(args[1], _I32)), mark), _F32)
+
+    return types.float32(types.int16, types.int16, types.float32), codegen
+
+
+@intrinsic
+def _lower_half(typingctx: Any, master: Any) -> Any:
+    """The lower 16 bits of a float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.trunc(builder.bitcast(args[0], _I32), _I16)
+
+    return types.int16(types.float32), codegen
+
+
+@intrinsic
+def _marked(typingctx: Any, number: Any, master: Any) -> Any:
+    """A number that is not negative, with the sign that says that its master is a tie and was rounded down."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        low = builder.and_(builder.bitcast(args[1], _I32), _I32(0x1FFFF))
+        sign = builder.select(builder.icmp_signed("==", low, _I32(0x8000)), _I32(1 << 31), _I32(0))
+        return builder.bitcast(builder.or_(builder.bitcast(args[0], _I32), sign), _F32)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def _unmarked(typingctx: Any, number: Any) -> Any:
+    """What `_marked` undoes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.and_(builder.bitcast(args[0], _I32), _I32(0x7FFFFFFF)), _F32)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
 def _random_bits(typingctx: Any, exp_avg: Any, exp_avg_sq: Any, noise: Any) -> Any:
     """The hash in [Note: Reduced states]."""
 
@@ -327,21 +371,38 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 @njit(inline="always", **_OPTIONS)
+def _stepped(p: Any, m: Any, v: Any, g: Any, numbers: Any) -> Any:
+    """Parameter and moments after a step, of float32."""
+    grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps, _noise = numbers
+    g = g * grad_scale
+    p = p * decay
+    g = _plus_l2(p, l2, g)
+    m = _fma(lerp, g - m, g if lerp_from_grad else m)
+    v = _fma(grad_sq * g, g, beta2 * v)
+    p += (step_size * m) / (np.sqrt(v) / bias2_sqrt + eps)
+    return p, m, v
+
+
+@njit(inline="always", **_OPTIONS)
 def _element(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, i: Any, numbers: Any) -> Any:
     """Update element ``i``; the new parameter."""
-    grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps, noise = numbers
-    g = _widen(grad[i]) * grad_scale
-    p = param[i] * decay
-    g = _plus_l2(p, l2, g)
-    m = _widen(exp_avg[i])
-    m = _fma(lerp, g - m, g if lerp_from_grad else m)
-    v = _fma(grad_sq * g, g, beta2 * _widen(exp_avg_sq[i]))
-    p += (step_size * m) / (np.sqrt(v) / bias2_sqrt + eps)
-    random = _random_bits(m, v, noise)  # not computed where nothing is rounded
+    p, m, v = _stepped(param[i], _widen(exp_avg[i]), _widen(exp_avg_sq[i]), _widen(grad[i]), numbers)
+    random = _random_bits(m, v, numbers[-1])  # not computed where nothing is rounded
     exp_avg[i] = _narrow_randomly(m, exp_avg, _low(random))
     exp_avg_sq[i] = _narrow_randomly(v, exp_avg_sq, _high(random))
     param[i] = p
     return p
+
+
+def _adam_split(high: Any, low: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, numbers: Any) -> None:
+    """One step of a master in two halves. See [Note: Split master]."""
+    for i in range(high.size):
+        p = _joined(high[i], low[i], exp_avg_sq[i])
+        p, m, v = _stepped(p, exp_avg[i], _unmarked(exp_avg_sq[i]), _widen(grad[i]), numbers)
+        high[i] = _narrow(p, high)
+        low[i] = _lower_half(p)
+        exp_avg[i] = m
+        exp_avg_sq[i] = _marked(v, p)
 
 
 def _adam(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, out: Any, head: Any, numbers: Any) -> None:
@@ -441,6 +502,7 @@ def _compiled(function: Callable[..., None]) -> Any:
 
 adam_kernel = _compiled(_adam)
 adam_8bit_kernel = _compiled(_adam_8bit)
+adam_split_kernel = _compiled(_adam_split)
 
 
 def _at(address: int, like: Any, numel: int) -> Any:

@@ -14,7 +14,7 @@ from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 
 from .arithmetic import AdamScalars
-from .cpu_kernel import LINE_BYTES, adam_8bit_kernel, adam_kernel, gather_kernel, many_kernels
+from .cpu_kernel import LINE_BYTES, adam_8bit_kernel, adam_kernel, adam_split_kernel, gather_kernel, many_kernels
 from .kernel_pool import KernelPool, default_pool
 from .reduced import BLOCK_NUMEL
 
@@ -33,6 +33,7 @@ _ready: set[tuple[Any, ...] | str] = set()
 _ELEMENTS: dict[torch.dtype, Any] = {
     torch.float32: np.float32,
     torch.bfloat16: np.int16,
+    torch.int16: np.int16,
     torch.float16: np.uint16,
     torch.uint8: np.uint8,
 }
@@ -115,6 +116,27 @@ def adam_8bit_cpu(
         ms, vs = (scale[at.start // BLOCK_NUMEL : -(-at.stop // BLOCK_NUMEL)] for scale in scales)
         pieces.append((p, m, v, ms, vs, g, None if copy is None else copy[at], streams, numbers))
     threads.run(lambda piece: adam_8bit_kernel(*piece), pieces)
+
+
+def adam_split_cpu(
+    high: Tensor,
+    low: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    scalars: AdamScalars,
+    pool: KernelPool | None = None,
+) -> None:
+    """As `adam_cpu`, on a master in two halves; same contract as ``update.adam_split_update``."""
+    arrays = [_array(t) for t in (high, low, exp_avg, exp_avg_sq, grad)]
+    numbers = _numbers(scalars)
+    kind = ("split", grad.dtype, scalars.l2 == 0.0)
+    if kind not in _ready:
+        _call(adam_split_kernel, *(array[:0] for array in arrays), numbers)
+        _ready.add(kind)
+    threads = pool or default_pool()
+    pieces = [tuple(array[at] for array in arrays) for at in threads.cut(high.numel())]
+    threads.run(lambda piece: adam_split_kernel(*piece, numbers), pieces)
 
 
 MANY_COLUMNS = (

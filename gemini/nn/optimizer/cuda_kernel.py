@@ -130,6 +130,53 @@ def _adam(
         tl.store(out_ptr + at, p.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _adam_split(
+    high_ptr,
+    low_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    grad_ptr,
+    numel,
+    grad_scale,
+    decay,
+    l2,
+    lerp,
+    beta2,
+    grad_sq,
+    step_size,
+    bias2_sqrt,
+    eps,
+    HAS_L2: tl.constexpr,
+    LERP_FROM_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    # See [Note: Split master] for how the halves and the mark are put together and taken apart.
+    high = tl.load(high_ptr + at, mask=inside).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    low = tl.load(low_ptr + at, mask=inside).to(tl.int32)
+    v_bits = tl.load(exp_avg_sq_ptr + at, mask=inside).to(tl.int32, bitcast=True)
+    p = (high + low + ((v_bits >> 15) & 0x10000)).to(tl.float32, bitcast=True) * decay
+    v = (v_bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    g = tl.load(grad_ptr + at, mask=inside).to(tl.float32) * grad_scale
+    m = tl.load(exp_avg_ptr + at, mask=inside)
+    if HAS_L2:
+        g = tl.fma(p, l2, g)
+    if LERP_FROM_GRAD:
+        m = tl.fma(lerp, g - m, g)
+    else:
+        m = tl.fma(lerp, g - m, m)
+    v = tl.fma(grad_sq * g, g, beta2 * v)
+    p = p + tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), bias2_sqrt) + eps)
+    bits = p.to(tl.int32, bitcast=True)
+    v_bits = v.to(tl.int32, bitcast=True) | tl.where((bits & 0x1FFFF) == 0x8000, -(2**31), 0).to(tl.int32)
+    tl.store(exp_avg_ptr + at, m, mask=inside)
+    tl.store(exp_avg_sq_ptr + at, v_bits.to(tl.float32, bitcast=True), mask=inside)
+    tl.store(high_ptr + at, p.to(tl.bfloat16), mask=inside)
+    tl.store(low_ptr + at, bits.to(tl.int16), mask=inside)
+
+
 @triton.jit(do_not_specialize=["noise"])
 def _adam_8bit(
     param_ptr,
@@ -230,6 +277,35 @@ def adam_cuda(
             HAS_L2=s.l2 != 0.0,
             LERP_FROM_GRAD=s.lerp_from_grad,
             HAS_OUT=out is not None,
+            BLOCK=_BLOCK_NUMEL,
+            enable_fp_fusion=False,
+        )
+
+
+def adam_split_cuda(
+    high: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, scalars: AdamScalars
+) -> None:
+    """Update flat CUDA buffers in place on the current stream; same contract as ``update.adam_split_update``."""
+    s = scalars
+    with torch.cuda.device(high.device):
+        _adam_split[(triton.cdiv(high.numel(), _BLOCK_NUMEL),)](
+            high.detach(),
+            low,
+            exp_avg,
+            exp_avg_sq,
+            grad,
+            high.numel(),
+            s.grad_scale,
+            s.decay,
+            s.l2,
+            s.lerp,
+            s.beta2,
+            s.grad_sq,
+            s.step_size,
+            s.bias2_sqrt,
+            s.eps,
+            HAS_L2=s.l2 != 0.0,
+            LERP_FROM_GRAD=s.lerp_from_grad,
             BLOCK=_BLOCK_NUMEL,
             enable_fp_fusion=False,
         )

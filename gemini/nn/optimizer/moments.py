@@ -11,7 +11,7 @@ from .rule import StateSlot
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _SLOTS = {
-    "fp32": tuple(StateSlot(name) for name in MOMENTS),
+    "fp32": (StateSlot("exp_avg"), StateSlot("exp_avg_sq", has_spare_sign=True)),
     "bf16": tuple(StateSlot(name, torch.bfloat16) for name in MOMENTS),
     "8bit": (
         *(StateSlot(name, torch.uint8) for name in MOMENTS),

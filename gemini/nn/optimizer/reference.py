@@ -6,6 +6,8 @@ See [Note: Adam arithmetic] in ``arithmetic.py`` for the order of operations.
 import torch
 from torch import Tensor
 
+from gemini.chunk import halves, joined, marked, unmarked
+
 from .arithmetic import AdamHyper, AdamScalars
 from .reduced import (
     BLOCK_NUMEL,
@@ -93,6 +95,21 @@ def adam_8bit_reference(
                 tensor.copy_(new)
             if out is not None:
                 out[start : start + SLICE_NUMEL].copy_(p_new)
+
+
+def adam_split_reference(
+    high: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, scalars: AdamScalars
+) -> None:
+    """Update flat buffers in place; same contract as ``update.adam_split_update``, without its validation."""
+    with torch.no_grad():
+        for start in range(0, high.numel(), SLICE_NUMEL):
+            at = slice(start, start + SLICE_NUMEL)
+            p = joined(high[at], low[at], exp_avg_sq[at])
+            p, m, v = _adam(p, exp_avg[at], unmarked(exp_avg_sq[at]), grad[at].float(), scalars)
+            upper, lower, mark = halves(p)
+            v = marked(v, mark)
+            for tensor, new in ((high, upper), (low, lower), (exp_avg, m), (exp_avg_sq, v)):
+                tensor[at].copy_(new)
 
 
 def _adam(p: Tensor, m: Tensor, v: Tensor, g: Tensor, s: AdamScalars) -> tuple[Tensor, Tensor, Tensor]:

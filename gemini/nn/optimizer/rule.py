@@ -5,14 +5,14 @@ all, so any cut of a flat buffer into pieces gives the same bits, and pieces may
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from gemini.chunk import StateSlot
 
-__all__ = ["AtStep", "KeptAsSaved", "Rule", "StateSlot", "StepMaker", "steps_of"]
+__all__ = ["AtStep", "KeptAsSaved", "Rule", "SplitAtStep", "StateSlot", "StepMaker", "steps_of"]
 
 
 class AtStep(Protocol):
@@ -40,6 +40,14 @@ class AtStep(Protocol):
 
     def atomic_numel(self, device: torch.device) -> int | None:
         """Elements up to which `apply` writes all or nothing when it raises; None: any number."""
+
+
+@runtime_checkable
+class SplitAtStep(AtStep, Protocol):
+    """A step that knows masters in two halves: of rules with a slot that ``has_spare_sign``."""
+
+    def apply_split(self, high: Tensor, low: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
+        """As `apply` on the masters that these are the halves of. See [Note: Split master]."""
 
 
 StepMaker = Callable[[int, float], AtStep]

@@ -1,4 +1,6 @@
-"""One Adam step on flat buffers, by the kernel of their device: ``adam_update``, and ``adam_8bit_update``."""
+"""One Adam step on flat buffers, by the kernel of their device: ``adam_update``, ``adam_8bit_update`` and
+``adam_split_update``.
+"""
 
 import functools
 import importlib
@@ -12,7 +14,7 @@ from torch import Tensor
 from .arithmetic import AdamHyper, AdamScalars, scalars
 from .moments import slots
 from .reduced import BLOCK_NUMEL
-from .reference import SLICE_NUMEL, adam_8bit_reference, adam_reference
+from .reference import SLICE_NUMEL, adam_8bit_reference, adam_reference, adam_split_reference
 
 _logger = logging.getLogger(__name__)
 
@@ -20,7 +22,11 @@ _Kernel = Callable[..., None]
 
 # Where the kernels live. Imported on first use, because compilers are slow to import and may be missing.
 _KERNELS = {"cpu": ("cpu_update", "numba"), "cuda": ("cuda_kernel", "Triton")}
-_REFERENCES: dict[str, _Kernel] = {"adam": adam_reference, "adam_8bit": adam_8bit_reference}
+_REFERENCES: dict[str, _Kernel] = {
+    "adam": adam_reference,
+    "adam_8bit": adam_8bit_reference,
+    "adam_split": adam_split_reference,
+}
 
 _READY_NUMEL = 64
 
@@ -105,6 +111,34 @@ def adam_8bit_update(
     if param.numel() > 0:
         kernel = _kernel_of(param.device.type, "adam_8bit")
         kernel(param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad, at_step, out)
+
+
+def adam_split_update(
+    high: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, at_step: AdamScalars
+) -> None:
+    """Do one Adam step on masters in two halves, as `adam_update` does it on the masters. See [Note: Split master].
+
+    Parameters
+    ----------
+    high, low
+        bfloat16 and int16, one-dimensional, contiguous. Written. ``high`` is what ``out`` of `adam_update` receives.
+    exp_avg, exp_avg_sq
+        float32, likewise, of equal length, on one device; ``exp_avg_sq`` with the marks of ties. Written.
+    grad, at_step
+        As in `adam_update`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a tensor does not fit this description. Nothing has been written then.
+    """
+    _check("high", high, high, (torch.bfloat16,))
+    _check("low", low, high, (torch.int16,))
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _check(name, moment, high, (torch.float32,))
+    _check("grad", grad, high, _GRAD_DTYPES)
+    if high.numel() > 0:
+        _kernel_of(high.device.type, "adam_split")(high, low, exp_avg, exp_avg_sq, grad, at_step)
 
 
 def update_states(

@@ -6,11 +6,12 @@ import pytest
 import torch
 from adam_cases import GRAD_DTYPES, OUT_DTYPES, Draw, Update, buffers, hyper, random_bits, result, same_bits, spread
 
+from gemini.chunk import halves, joined, marked, unmarked
 from gemini.nn.optimizer.arithmetic import scalars
 from gemini.nn.optimizer.hybrid_adam import HybridAdam
 from gemini.nn.optimizer.moments import packed, slots
 from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_update, update_states
+from gemini.nn.optimizer.update import adam_split_update, adam_update, update_states
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,12 +48,30 @@ def test_on_cuda_reduced_states_have_the_bits_of_the_cpu(states: str, draw: Draw
             assert torch.equal(a.cpu(), b) if b.dtype is torch.uint8 else same_bits(a.cpu(), b), (h, grad_dtype)
 
 
+@pytest.mark.parametrize("draw", [spread, random_bits])
+def test_on_cuda_split_masters_have_the_bits_of_the_cpu(draw: Draw) -> None:
+    for h, grad_dtype in itertools.product(HYPERS, GRAD_DTYPES):
+        param, exp_avg, exp_avg_sq, grad = buffers(10_007, seed=0, draw=draw)
+        high, low, mark = halves(param)
+        on_cpu = [high, low, exp_avg, marked(exp_avg_sq, mark), grad.to(grad_dtype)]
+        on_cuda = [tensor.cuda() for tensor in on_cpu]
+        s = scalars(h, 3, grad_scale=0.3)
+        adam_split_update(*on_cpu, s)
+        adam_split_update(*on_cuda, s)
+        ours, theirs = (
+            [joined(high.cpu(), low.cpu(), v.cpu()), m.cpu(), unmarked(v.cpu()), high.cpu()]
+            for high, low, m, v, _ in (on_cuda, on_cpu)
+        )
+        assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True)), (h, grad_dtype)
+
+
 def test_cuda_runs_the_kernels_and_not_the_references() -> None:
-    from gemini.nn.optimizer.cuda_kernel import adam_8bit_cuda, adam_cuda
+    from gemini.nn.optimizer.cuda_kernel import adam_8bit_cuda, adam_cuda, adam_split_cuda
     from gemini.nn.optimizer.update import _kernel_of
 
     assert _kernel_of("cuda") is adam_cuda
     assert _kernel_of("cuda", "adam_8bit") is adam_8bit_cuda
+    assert _kernel_of("cuda", "adam_split") is adam_split_cuda
 
 
 def test_training_on_cuda_gives_the_weights_of_the_cpu() -> None:

@@ -86,15 +86,20 @@ def one_step(run: Trained, number: int, errors: list[str]) -> float:
 
 @pytest.mark.parametrize(
     ("precision", "options"),
-    [("fp32", {}), ("bf16", {"max_norm": 0.1}), ("bf16", {"disk_checksums": True})],
-    ids=["fp32", "bf16, clipped", "bf16, checksums"],
+    [
+        ("fp32", {}),
+        ("bf16", {"max_norm": 0.1}),
+        ("bf16", {"disk_checksums": True}),
+        ("bf16", {"split_master": True, "host_memory": "200KiB"}),
+    ],
+    ids=["fp32", "bf16, clipped", "bf16, checksums", "bf16, split masters"],
 )
 def test_after_a_failure_of_any_one_call_of_a_step_training_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    placement = PLACEMENTS["disk"]
-    sound, run = Trained(placement, precision, **options), Trained(placement, precision, **options)
+    placement = {**PLACEMENTS["disk"], **options}
+    sound, run = Trained(placement, precision), Trained(placement, precision)
     errors: list[str] = []
     for number in range(2):
         assert one_step(run, number, errors) == one_step(sound, number, [])
