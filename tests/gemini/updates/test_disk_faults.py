@@ -12,7 +12,9 @@ import pytest
 import torch
 from loop import PLACEMENTS, Trained, check_same
 from parity import check_at_rest
+from torch import nn
 
+from gemini.boosted import boosted
 from gemini.errors import OffloadError
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
@@ -84,13 +86,20 @@ def one_step(run: Trained, number: int, errors: list[str]) -> float:
     return loss
 
 
+class Deep(Trained):
+    """Masters have room in RAM beside what the disk takes for itself, and not all moments have."""
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(*(layer for _ in range(3) for layer in list(super(Deep, self).build_model())[:-2]))
+
+
 @pytest.mark.parametrize(
     ("precision", "options"),
     [
         ("fp32", {}),
         ("bf16", {"max_norm": 0.1}),
         ("bf16", {"disk_checksums": True}),
-        ("bf16", {"split_master": True, "host_memory": "200KiB"}),
+        ("bf16", {"split_master": True, "host_memory": "640KiB"}),
     ],
     ids=["fp32", "bf16, clipped", "bf16, checksums", "bf16, split masters"],
 )
@@ -98,8 +107,8 @@ def test_after_a_failure_of_any_one_call_of_a_step_training_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    placement = {**PLACEMENTS["disk"], **options}
-    sound, run = Trained(placement, precision), Trained(placement, precision)
+    placement, make = {**PLACEMENTS["disk"], **options}, Deep if "split_master" in options else Trained
+    sound, run = make(placement, precision), make(placement, precision)
     errors: list[str] = []
     for number in range(2):
         assert one_step(run, number, errors) == one_step(sound, number, [])
@@ -121,6 +130,7 @@ def test_after_a_failure_of_any_one_call_of_a_step_training_goes_on_bit_for_bit(
         assert "Input/output error" in errors[-1] and ("of chunk" in errors[-1])
         failed_calls, number = failed_calls + 1, number + 1
     assert failed_calls > 20
+    assert any(chunk.is_split for chunk in boosted(run.model).manager.chunks) == ("split_master" in options)
     check_same(run, sound)
 
 
