@@ -134,5 +134,5 @@ def _more_memory(case: Case, data: ModelData, non_model: int) -> Iterator[Change
 
 
 def _change(case: Case, text: str, found: Demand, **different: Any) -> Change:
-    pasted = arguments(found, case.config.precision, case.offload_dir)
+    pasted = arguments(found, case.config, case.offload_dir)
     return Change(text=text, arguments=pasted, check=Check.ESTIMATE, **different)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from gemini.telemetry.discovery import NoRun
 from . import floor
 from .activations import Activations
 from .bench import read_speed
-from .demand import Demand, Machine, ModelData, arguments, demand, with_machine
+from .demand import Demand, Machine, ModelData, arguments, demand, streamed_bytes, with_machine
 from .solve import solve_batch_size, solve_memory, solve_seq_len
 from .subject import NotFound, Subject, find_subject
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer", nargs="+", default=["AdamW"], metavar=("NAME", "OPTION=VALUE"),
         help="of torch.optim, such as: SGD momentum=0.9, or HybridAdam states=8bit (AdamW)",
     )  # fmt: skip
+    parser.add_argument("--split-master", action="store_true", help="as GeminiPlugin's; HybridAdam or AdamW in bf16")
     parser.add_argument("--gpu", metavar="SIZE", help="memory of the accelerator; nothing: train on the CPU")
     parser.add_argument("--ram", metavar="SIZE", help="RAM for this training beside the libraries (what is free here)")
     parser.add_argument("--disk", metavar="SIZE", help="room of the disk tier; nothing: no disk tier")
@@ -55,10 +57,11 @@ def run(options: argparse.Namespace) -> Exit:
     if options.target is None:
         raise Usage("which model? gemini-stat estimate MODEL, such as gpt2 or ./config.json")
     machine = _machine(options)
-    config = GeminiConfig(precision=options.precision)
+    slots = _slots(*options.optimizer)
+    config = _config(options, slots)
     try:
         subject = find_subject(options.target, dict(assignment(text) for text in options.set))
-        data = ModelData(subject, config, _slots(*options.optimizer))
+        data = ModelData(subject, config, slots)
         activations = Activations(subject, config.compute_dtype, options.checkpointing)
     except NotFound as error:
         raise NoRun(str(error)) from error
@@ -128,7 +131,7 @@ def _answer(
         },
         "device_and_host_are_one": machine.device_bytes is None,
         "terms": dict(found.terms),
-        "arguments": arguments(found, options.precision, options.offload_dir) if found.fits else None,
+        "arguments": arguments(found, data.config, options.offload_dir) if found.fits else None,
         "step_seconds_floor": max(times.values()) if times else None,
         "step_seconds_floor_by": times,
         "solved": solved,
@@ -144,14 +147,13 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
     if unified:
         limits[Tier.DEVICE] = limits[Tier.HOST]
     packing = data.pack(limits, unified)
-    read = written = uploaded = 0
+    read = written = 0
     for plan in packing.plans:
         for role, tier in plan.homes.items():
             nbytes = plan.layout.numel * plan.dtype(role).itemsize
             if tier is Tier.DISK:
                 read += nbytes * (2 if role is Role.MASTER else 1)  # for the full copy and for the update
                 written += nbytes
-        uploaded += plan.layout.numel * plan.compute_dtype.itemsize
     tokens = options.batch_size * options.seq_len
     work = floor.Work(
         # 2 forward and 4 backward a parameter and token, one more forward where activations are recomputed.
@@ -160,7 +162,7 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
         adam_elements=round(data.numel * data.state_bytes / 12),
         disk_read_bytes=read,
         disk_write_bytes=written,
-        upload_bytes=uploaded,
+        upload_bytes=streamed_bytes(packing, limits, unified),
     )
     return floor.seconds(work, read_speed())
 
@@ -218,6 +220,15 @@ def _slots(name: str, *assignments: str) -> tuple[StateSlot, ...]:
     except (TypeError, ValueError) as error:
         raise Usage(f"--optimizer {name}: {error}") from error
     return optimizer.rule.slots(optimizer.param_groups[0])
+
+
+def _config(options: argparse.Namespace, slots: Sequence[StateSlot]) -> GeminiConfig:
+    if options.split_master and not any(slot.has_spare_sign for slot in slots):
+        raise Usage(f"--split-master needs HybridAdam or AdamW, got --optimizer {' '.join(options.optimizer)}")
+    try:
+        return GeminiConfig(precision=options.precision, split_master=options.split_master)
+    except ValueError as error:
+        raise Usage(str(error)) from error
 
 
 def _machine(options: argparse.Namespace) -> Machine:

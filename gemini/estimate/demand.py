@@ -152,6 +152,18 @@ def model_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> 
     return found
 
 
+def streamed_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> int:
+    """Full copies that a step has to fill again, at least: those that no room is left for, nor have homes on DEVICE."""
+    where = Tier.HOST if unified else Tier.DEVICE
+    kept = model_bytes(packing, limits, unified)[where] - packing.placement.nbytes[where]
+    from_below = [
+        c
+        for plan, c in zip(packing.plans, _copies(packing, unified), strict=True)
+        if plan.homes[Role.MASTER] is not Tier.DEVICE
+    ]
+    return max(0, sum(from_below) - kept)
+
+
 def _too_narrow(packing: Packing, limit: int, unified: bool) -> str | None:
     """Training may find out that units use their chunks together for whose full copies there is room one by one."""
     tier = Tier.HOST if unified else Tier.DEVICE
@@ -174,13 +186,13 @@ def _that_fit(copies: Sequence[int], room: int) -> list[int]:
 
 
 def _copies(packing: Packing, unified: bool) -> list[int]:
-    """Bytes of the full copies that are not their homes."""
+    """Bytes of each chunk's full copy beside its home."""
     found = []
     for plan in packing.plans:
         tier = plan.homes[Role.MASTER]
         in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
-        if not (in_reach and plan.dtype(Role.MASTER) is plan.compute_dtype):
-            found.append(plan.layout.numel * plan.compute_dtype.itemsize)
+        is_home = in_reach and plan.dtype(Role.MASTER) is plan.compute_dtype
+        found.append(0 if is_home else plan.layout.numel * plan.compute_dtype.itemsize)
     return found
 
 
@@ -208,9 +220,10 @@ def _everything(data: ModelData) -> int:
     return round(data.numel * (data.state_bytes + data.config.compute_dtype.itemsize))
 
 
-def arguments(found: Demand, precision: str, offload_dir: str | None) -> str:
+def arguments(found: Demand, config: GeminiConfig, offload_dir: str | None) -> str:
     """What fits, ready to paste."""
-    parts = [f'precision="{precision}"']
+    parts = [f'precision="{config.precision}"']
+    parts += [f"{name}=True" for name in ("update_in_backward", "split_master") if getattr(config, name)]
     parts += [f"{name}={as_argument(nbytes, up=True)}" for name, nbytes in found.limits.items() if nbytes >= 1024]
     if found.limits.get("disk_memory"):
         parts.append(f"offload_dir={offload_dir or '/path/on/a/fast/disk'!r}")

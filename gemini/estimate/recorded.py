@@ -1,6 +1,7 @@
 """A run's model data as its records have them: enough to ask the trainer's own packing again."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,10 +44,14 @@ def recorded_groups(chunks: ChunksView, model: nn.Module) -> list[dict[str, Any]
 
 
 def state_slots(chunk: ChunkView) -> list[StateSlot]:
-    """Only the bytes per element are recorded; packing looks at nothing else."""
+    """Only the bytes per element are recorded, and split masters where there are some; packing looks at nothing else.
+
+    Masters are split with Adam's second moment alone, the last of its states.
+    """
     dtypes = {1: torch.uint8, 2: torch.bfloat16}
     sizes = {name: chunk.home_bytes.get(name, 0) // max(chunk.numel, 1) for name in chunk.states}
-    return [StateSlot(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
+    slots = [StateSlot(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
+    return [replace(slot, has_spare_sign=True) if slot.name == "exp_avg_sq" else slot for slot in slots]
 
 
 def skeleton(chunks: ChunksView) -> nn.Module:
@@ -81,6 +86,8 @@ def config_of(chunks: ChunksView) -> GeminiConfig:
         precision=str(recorded.get("precision", "bf16")),
         policy=policy,
         max_prefetch=int(recorded.get("max_prefetch", 2)),
+        update_in_backward=bool(recorded.get("update_in_backward")),
+        split_master=bool(recorded.get("split_master")),
         chunk_numel=recorded.get("chunk_numel"),
     )
 

@@ -315,6 +315,8 @@ def description(
             "offload_optim_frac": getattr(config.policy, "offload_optim_frac", None),
             "offload_param_frac": getattr(config.policy, "offload_param_frac", None),
             "max_prefetch": config.max_prefetch,
+            "update_in_backward": config.update_in_backward,
+            "split_master": config.split_master,
             "chunk_numel": config.chunk_numel,
             "device_memory": config.device_memory,
             "host_memory": config.host_memory,

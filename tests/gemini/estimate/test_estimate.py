@@ -17,7 +17,7 @@ from gemini.chunk import Tier
 from gemini.config import GeminiConfig
 from gemini.estimate import floor
 from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
-from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes
+from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes, streamed_bytes
 from gemini.estimate.solve import largest, solve_batch_size, solve_memory
 from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
@@ -247,6 +247,35 @@ def test_a_step_takes_as_long_as_its_slowest_part() -> None:
     work = floor.Work(flops=10.0, adam_elements=0, disk_read_bytes=30, disk_write_bytes=5, upload_bytes=7)
     speed = {"flops_per_second": 5.0, "disk_to_host": 10.0, "host_to_disk": 5.0}
     assert floor.seconds(work, speed) == {"computing": 2.0, "reading disk": 3.0, "writing disk": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("ram", "config", "streams"),
+    [(16.1, {}, False), (15.0, {}, True), (14.1, {"split_master": True}, False), (16.1, {"precision": "fp32"}, False)],
+)
+def test_only_full_copies_that_do_not_stay_are_filled_in_each_step(
+    ram: float, config: dict[str, Any], streams: bool
+) -> None:
+    """Bytes a parameter: 12 of states, a gradient, and a full copy where it is not the master, or half of it."""
+    data = ModelData(subject_of(build), GeminiConfig(**config, chunk_numel=1024))
+    limits = {Tier.DEVICE: 1, Tier.HOST: round(ram * data.numel), Tier.DISK: 0}
+    assert (streamed_bytes(data.pack(limits, True), limits, True) > 0) == streams
+
+
+def test_split_masters_take_less_and_are_among_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    peaks = {}
+    for more in ((), ("--split-master",)):
+        assert main(["estimate", *GPT2, "--ram", "1GiB", "--json", *more]) == 0
+        content = json.loads(capsys.readouterr().out)
+        peaks[more] = content["tiers"]["host"]["model_bytes"] / content["parameters"]
+        assert eval(content["arguments"], {"GeminiPlugin": GeminiPlugin}).config.split_master == bool(more)
+    assert list(peaks.values()) == pytest.approx([16.0, 14.0], rel=0.01)
+    for wrong, reason in (
+        (("--optimizer", "SGD"), "--split-master needs HybridAdam or AdamW, got --optimizer SGD"),
+        (("--precision", "fp16"), "split_master=True needs precision='bf16'"),
+    ):
+        assert main(["estimate", *GPT2, "--split-master", *wrong]) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_bench_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

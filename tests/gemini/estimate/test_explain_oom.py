@@ -16,7 +16,7 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.errors import OutOfMemory
-from gemini.estimate.recorded import recorded_groups, skeleton
+from gemini.estimate.recorded import config_of, recorded_groups, skeleton
 from gemini.estimate.subject import find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.packing.packing import decide
@@ -75,20 +75,36 @@ def train_until_it_breaks(folder: Path, error: BaseException, optimizer: Any = H
 
 
 @pytest.mark.parametrize(
-    "optimizer", [{}, {"optimizer": torch.optim.SGD}, {"optimizer": partial(torch.optim.RMSprop, momentum=0.9)}]
+    "options",
+    [
+        {},
+        {"optimizer": torch.optim.SGD},
+        {"optimizer": partial(torch.optim.RMSprop, momentum=0.9)},
+        {"update_in_backward": True, "host_memory": "480KiB"},
+        {"split_master": True, "precision": "bf16", "device_memory": "150KiB"},
+    ],
 )
-def test_the_recorded_parameters_pack_as_the_model_did(optimizer: dict[str, Any], tmp_path: Path) -> None:
+def test_the_recorded_parameters_pack_as_the_model_did(options: dict[str, Any], tmp_path: Path) -> None:
     small = {"device_memory": "36KiB", "host_memory": "500KiB", "disk_memory": "1MiB", "offload_dir": tmp_path, **SMALL}
-    model = train_until_it_breaks(tmp_path / "run", MemoryError(), **optimizer, **small)
+    model = train_until_it_breaks(tmp_path / "run", MemoryError(), **{**small, **options})
     chunks = read_chunks(tmp_path / "run", 0)
     assert chunks is not None
     again = skeleton(chunks)
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
     state = boosted(model)
     groups = recorded_groups(chunks, again)
-    packing = decide(again, groups, state.config, state.capacities, lambda group: tuple(group["slots"]))
+    config = config_of(chunks)
+    assert (config.update_in_backward, config.split_master) == tuple(
+        options.get(name, False) for name in ("update_in_backward", "split_master")
+    )
+    packing = decide(again, groups, config, state.capacities, lambda group: tuple(group["slots"]))
+    assert [plan.homes for plan in packing.plans] == [plan.homes for plan in state.packing.plans]
     assert [plan.layout for plan in packing.plans] == [plan.layout for plan in state.packing.plans]
-    assert packing.placement == state.packing.placement
+    found, expected = packing.placement, state.packing.placement
+    assert (found.homes, found.nbytes) == (expected.homes, expected.nbytes)
+    # Without the modules' types it is not known which of them run one after the other.
+    assert found.gradient_room.keys() == expected.gradient_room.keys()
+    assert all(found.gradient_room[tier] >= nbytes for tier, nbytes in expected.gradient_room.items())
 
 
 @pytest.mark.parametrize(
