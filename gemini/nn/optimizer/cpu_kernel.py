@@ -394,64 +394,101 @@ def _element(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, i: Any, numbe
     return p
 
 
-def _adam_split(high: Any, low: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, numbers: Any) -> None:
-    """One step of a master in two halves. See [Note: Split master]."""
-    for i in range(high.size):
-        p = _joined(high[i], low[i], exp_avg_sq[i])
-        p, m, v = _stepped(p, exp_avg[i], _unmarked(exp_avg_sq[i]), _widen(grad[i]), numbers)
+def _at(address: int, like: Any, start: int, numel: int) -> Any:
+    """So many elements from element ``start`` on of the array of ``like``'s type that begins at an address; None where
+    ``like`` is. For kernels."""
+    raise NotImplementedError
+
+
+@overload(_at)
+def _typed_at(address, like, start, numel):  # type: ignore[no-untyped-def]  # numba compares the signatures
+    if like is types.none:
+        return lambda address, like, start, numel: None
+    return lambda address, like, start, numel: carray(_pointer(address + start * like.itemsize, like), numel)
+
+
+# Kernels get the addresses of whole buffers and the elements that they are to update, ``begin`` to ``end``: making five
+# arrays for each thread's part took Python as long as 1% of an update of 32 M elements. Of the arrays ``as_...`` only
+# the types count.
+
+
+def _adam_split(addresses: Any, as_half: Any, as_state: Any, as_grad: Any, begin: int, end: int, numbers: Any) -> None:
+    """One step of masters in two halves. See [Note: Split master]. Addresses: halves, moments, gradient."""
+    numel = end - begin
+    high, low = _at(addresses[0], as_half, begin, numel), _at(addresses[1], as_half, begin, numel)
+    ms, vs = _at(addresses[2], as_state, begin, numel), _at(addresses[3], as_state, begin, numel)
+    gs = _at(addresses[4], as_grad, begin, numel)
+    for i in range(numel):
+        p = _joined(high[i], low[i], vs[i])
+        p, m, v = _stepped(p, ms[i], _unmarked(vs[i]), _widen(gs[i]), numbers)
         high[i] = _narrow(p, high)
         low[i] = _lower_half(p)
-        exp_avg[i] = m
-        exp_avg_sq[i] = _marked(v, p)
+        ms[i] = m
+        vs[i] = _marked(v, p)
 
 
-def _adam(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, out: Any, head: Any, numbers: Any) -> None:
-    """One step. ``out`` is streamed from its element ``head`` on, where a cache line begins."""
-    whole = (param.size - head) // _BLOCK_NUMEL * _BLOCK_NUMEL
-    if out is not None:
-        buffer = carray(_stack_block(out), _BLOCK_NUMEL)
+def _adam(
+    addresses: Any, as_param: Any, as_state: Any, as_grad: Any, as_out: Any,
+    begin: int, end: int, streams: bool, numbers: Any,
+) -> None:  # fmt: skip
+    """One step. Addresses: parameter, moments, gradient, copy; this is streamed from where a cache line begins."""
+    numel = end - begin
+    param = _at(addresses[0], as_param, begin, numel)
+    exp_avg, exp_avg_sq = _at(addresses[1], as_state, begin, numel), _at(addresses[2], as_state, begin, numel)
+    grad = _at(addresses[3], as_grad, begin, numel)
+    head = numel
+    if as_out is not None:
+        out = _at(addresses[4], as_out, begin, numel)
+        if streams:
+            head = min(-(addresses[4] + begin * as_out.itemsize) % LINE_BYTES // as_out.itemsize, numel)
+    whole = (numel - head) // _BLOCK_NUMEL * _BLOCK_NUMEL
+    if as_out is not None:
+        buffer = carray(_stack_block(as_out), _BLOCK_NUMEL)
         for start in range(head, head + whole, _BLOCK_NUMEL):
             stop = start + _BLOCK_NUMEL
             p, m, v = param[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop]
             g, copy = grad[start:stop], out[start:stop]
             for i in range(_BLOCK_NUMEL):
-                buffer[i] = _narrow(_element(p, m, v, g, i, numbers), out)
-            for i in range(0, _BLOCK_NUMEL, LINE_BYTES // out.itemsize):
+                buffer[i] = _narrow(_element(p, m, v, g, i, numbers), as_out)
+            for i in range(0, _BLOCK_NUMEL, LINE_BYTES // as_out.itemsize):
                 _stream_line(copy, buffer, i)
         _fence()
-    for start, stop in ((0, head), (head + whole, param.size)):
+    for start, stop in ((0, head), (head + whole, numel)):
         # Slices: with indices that may be negative, as far as numba knows, there is no vector code.
         p, m, v, g = param[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop], grad[start:stop]
-        if out is None:
+        if as_out is None:
             for i in range(p.size):
                 _element(p, m, v, g, i, numbers)
         else:
             copy = out[start:stop]
             for i in range(p.size):
-                copy[i] = _narrow(_element(p, m, v, g, i, numbers), out)
+                copy[i] = _narrow(_element(p, m, v, g, i, numbers), as_out)
 
 
 def _adam_8bit(
-    param: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    exp_avg_scale: Any,
-    exp_avg_sq_scale: Any,
-    grad: Any,
-    out: Any,
-    streams: Any,
-    numbers: Any,
-) -> None:
-    """One step with moments in 8 bits. ``out`` begins with a cache line if it is streamed."""
+    addresses: Any, as_param: Any, as_state: Any, as_grad: Any, as_out: Any,
+    begin: int, end: int, streams: bool, numbers: Any,
+) -> None:  # fmt: skip
+    """One step with moments in 8 bits. Addresses: parameter, moments, their scales, gradient, copy.
+
+    ``begin`` begins a block, and a copy that is streamed begins with a cache line there.
+    """
+    numel = end - begin
+    param, grad = _at(addresses[0], as_param, begin, numel), _at(addresses[5], as_grad, begin, numel)
+    exp_avg, exp_avg_sq = _at(addresses[1], as_state, begin, numel), _at(addresses[2], as_state, begin, numel)
+    first, blocks = begin // _BLOCK_NUMEL, (numel + _BLOCK_NUMEL - 1) // _BLOCK_NUMEL
+    exp_avg_scale = _at(addresses[3], as_param, first, blocks)
+    exp_avg_sq_scale = _at(addresses[4], as_param, first, blocks)
     grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps, noise = numbers
     new_exp_avg = carray(_stack_block(np.float32(0)), _BLOCK_NUMEL)
     new_root = carray(_stack_block(np.float32(0)), _BLOCK_NUMEL)
     random = carray(_stack_block(np.int32(0)), _BLOCK_NUMEL)
-    if out is not None:
-        buffer = carray(_stack_block(out), _BLOCK_NUMEL)
-    for block in range(exp_avg_scale.size):
+    if as_out is not None:
+        buffer = carray(_stack_block(as_out), _BLOCK_NUMEL)
+        out = _at(addresses[6], as_out, begin, numel)
+    for block in range(blocks):
         start = block * _BLOCK_NUMEL
-        stop = min(start + _BLOCK_NUMEL, param.size)
+        stop = min(start + _BLOCK_NUMEL, numel)
         p, ms, vs, gs = param[start:stop], exp_avg[start:stop], exp_avg_sq[start:stop], grad[start:stop]
         m_scale, v_scale = exp_avg_scale[block], exp_avg_sq_scale[block]
         m_top, v_top = np.int32(0), np.int32(0)
@@ -471,23 +508,23 @@ def _adam_8bit(
             random[i] = _random_bits(m, v, noise)
             m_top = _larger(m_top, m)
             v_top = _larger(v_top, root)
-            if out is not None:
-                buffer[i] = _narrow(new, out)
+            if as_out is not None:
+                buffer[i] = _narrow(new, as_out)
         m_scale, v_scale = _scale(m_top, _EXP_AVG_MANTISSA), _scale(v_top, _ROOT_MANTISSA)
         exp_avg_scale[block], exp_avg_sq_scale[block] = m_scale, v_scale
         m_inverse, v_inverse = np.float32(1.0) / m_scale, np.float32(1.0) / v_scale
         for i in range(p.size):
             ms[i] = _pack_exp_avg(new_exp_avg[i], m_inverse, _low(random[i]))
             vs[i] = _pack_root(new_root[i], v_inverse, _high(random[i]))
-        if out is not None:
+        if as_out is not None:
             copy = out[start:stop]
             if streams and p.size == _BLOCK_NUMEL:
-                for i in range(0, _BLOCK_NUMEL, LINE_BYTES // out.itemsize):
+                for i in range(0, _BLOCK_NUMEL, LINE_BYTES // as_out.itemsize):
                     _stream_line(copy, buffer, i)
             else:
                 for i in range(p.size):
                     copy[i] = buffer[i]
-    if out is not None:
+    if as_out is not None:
         _fence()
 
 
@@ -500,47 +537,33 @@ def _compiled(function: Callable[..., None]) -> Any:
         return njit(**_OPTIONS)(function)
 
 
-adam_kernel = _compiled(_adam)
-adam_8bit_kernel = _compiled(_adam_8bit)
-adam_split_kernel = _compiled(_adam_split)
+_adam_kernel, _adam_8bit_kernel = _compiled(_adam), _compiled(_adam_8bit)
+part_kernels = {False: _adam_kernel, True: _adam_8bit_kernel}
+"""By whether moments are in 8 bits."""
+split_kernel = _compiled(_adam_split)
 
 
-def _at(address: int, like: Any, numel: int) -> Any:
-    """The array of ``like``'s type that lies there; None where ``like`` is. For kernels."""
-    raise NotImplementedError
-
-
-@overload(_at)
-def _typed_at(address, like, numel):  # type: ignore[no-untyped-def]  # numba compares the signatures
-    if like is types.none:
-        return lambda address, like, numel: None
-    return lambda address, like, numel: carray(_pointer(address, like), numel)
-
-
-def _adam_many(table: Any, param: Any, state: Any, grad: Any, out: Any, step: Any, numbers: Any) -> None:
-    """One step of each row of ``table`` (`MANY_COLUMNS`). Of the other arrays only the types count."""
+def _adam_many(table: Any, as_param: Any, as_state: Any, as_grad: Any, as_out: Any, step: Any, numbers: Any) -> None:
+    """One step of each row of ``table`` (`MANY_COLUMNS`)."""
     for numel, counter, p, g, copy, m, v in table:
-        moments = _at(m, state, numel), _at(v, state, numel)
-        adam_kernel(_at(p, param, numel), *moments, _at(g, grad, numel), _at(copy, out, numel), numel, numbers)
-        _at(counter, param, 1)[0] = step
+        _adam_kernel((p, m, v, g, copy), as_param, as_state, as_grad, as_out, 0, numel, False, numbers)
+        _at(counter, as_param, 0, 1)[0] = step
 
 
-def _adam_8bit_many(table: Any, param: Any, state: Any, grad: Any, out: Any, step: Any, numbers: Any) -> None:
+def _adam_8bit_many(
+    table: Any, as_param: Any, as_state: Any, as_grad: Any, as_out: Any, step: Any, numbers: Any
+) -> None:
     """As `_adam_many`, with moments in 8 bits."""
     for numel, counter, p, g, copy, m, v, m_scale, v_scale in table:
-        blocks = (numel + _BLOCK_NUMEL - 1) // _BLOCK_NUMEL
-        moments = _at(m, state, numel), _at(v, state, numel)
-        scales = _at(m_scale, param, blocks), _at(v_scale, param, blocks)
-        adam_8bit_kernel(
-            _at(p, param, numel), *moments, *scales, _at(g, grad, numel), _at(copy, out, numel), False, numbers
-        )
-        _at(counter, param, 1)[0] = step
+        addresses = (p, m, v, m_scale, v_scale, g, copy)
+        _adam_8bit_kernel(addresses, as_param, as_state, as_grad, as_out, 0, numel, False, numbers)
+        _at(counter, as_param, 0, 1)[0] = step
 
 
 def _gather(addresses: Any, out: Any) -> None:
     """The numbers that lie there."""
     for i in range(addresses.size):
-        out[i] = _at(addresses[i], out, 1)[0]
+        out[i] = _at(addresses[i], out, 0, 1)[0]
 
 
 gather_kernel = _compiled(_gather)

@@ -3,9 +3,9 @@
 Import this module only when there is something to update: numba takes a while.
 """
 
-import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,8 @@ from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 
 from .arithmetic import AdamScalars
-from .cpu_kernel import LINE_BYTES, adam_8bit_kernel, adam_kernel, adam_split_kernel, gather_kernel, many_kernels
+from .cpu_kernel import LINE_BYTES, gather_kernel, many_kernels, part_kernels, split_kernel
 from .kernel_pool import KernelPool, default_pool
-from .reduced import BLOCK_NUMEL
 
 _logger = logging.getLogger(__name__)
 
@@ -27,23 +26,18 @@ STREAM_NUMEL = 1 << 20
 caches when it is used."""
 
 
-_ready: set[tuple[Any, ...] | str] = set()
-"""Types that the kernel has been compiled for."""
+_ready: set[tuple[Any, ...]] = set()
+"""Kernels, and types that they have been compiled for."""
 
-_ELEMENTS: dict[torch.dtype, Any] = {
-    torch.float32: np.float32,
-    torch.bfloat16: np.int16,
-    torch.int16: np.int16,
-    torch.float16: np.uint16,
-    torch.uint8: np.uint8,
+_LIKE: dict[torch.dtype | None, Any] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.bfloat16: np.empty(0, np.int16),
+    torch.float16: np.empty(0, np.uint16),
+    torch.uint8: np.empty(0, np.uint8),
+    None: None,
 }
-
-
-def _array(tensor: Tensor) -> Any:
-    # Not ``tensor.numpy()``: that makes the storage unresizable for good, and full copies of chunks are resized.
-    # The array does not keep the memory alive: the caller holds the tensor while it uses the array.
-    raw: Any = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    return np.frombuffer(raw, dtype=_ELEMENTS[tensor.dtype])
+"""What tells kernels the type of a buffer of which they get the address. (Not ``tensor.numpy()``: that makes the
+storage unresizable for good, and full copies of chunks are resized. The caller holds the tensors while kernels run.)"""
 
 
 def adam_cpu(
@@ -64,27 +58,7 @@ def adam_cpu(
     pool
         The threads to use; those of the process by default.
     """
-    arrays = [_array(t) for t in (param, exp_avg, exp_avg_sq, grad)]
-    copy = None if out is None else _array(out)
-    numbers = _numbers(scalars)
-
-    # Everything that can fail is done before the first element changes: the kernel is compiled for these types, and the
-    # slices are made. What is left to the threads allocates nothing to speak of.
-    kind = (exp_avg.dtype, grad.dtype, None if out is None else out.dtype, scalars.l2 == 0.0)
-    if kind not in _ready:
-        _call(adam_kernel, *(array[:0] for array in arrays), None if copy is None else copy[:0], 0, numbers)
-        _ready.add(kind)
-    threads = pool or default_pool()
-    streams = _streams(out, grad)
-    pieces = []
-    for at in threads.cut(param.numel()):
-        part, head = None, at.stop - at.start
-        if copy is not None:
-            part = copy[at]
-            if streams:
-                head = min(-part.ctypes.data % LINE_BYTES // part.itemsize, head)
-        pieces.append((*(array[at] for array in arrays), part, head, numbers))
-    threads.run(lambda piece: adam_kernel(*piece), pieces)
+    _update((param, exp_avg, exp_avg_sq, grad, out), exp_avg.dtype, scalars, _streams(out, grad), pool)
 
 
 def adam_8bit_cpu(
@@ -99,23 +73,31 @@ def adam_8bit_cpu(
     pool: KernelPool | None = None,
 ) -> None:
     """As `adam_cpu`, with moments in 8 bits; same contract as ``update.adam_8bit_update``."""
-    arrays = [_array(t) for t in (param, exp_avg, exp_avg_sq, grad)]
-    scales = [_array(t) for t in (exp_avg_scale, exp_avg_sq_scale)]
-    copy = None if out is None else _array(out)
-    numbers = _numbers(scalars)
-    kind = (exp_avg.dtype, grad.dtype, None if out is None else out.dtype, scalars.l2 == 0.0)
-    if kind not in _ready:
-        p, m, v, g, ms, vs = (array[:0] for array in (*arrays, *scales))
-        _call(adam_8bit_kernel, p, m, v, ms, vs, g, None if copy is None else copy[:0], False, numbers)
-        _ready.add(kind)
-    threads = pool or default_pool()
     streams = _streams(out, grad) and out is not None and out.data_ptr() % LINE_BYTES == 0
-    pieces = []
-    for at in threads.cut(param.numel()):
-        p, m, v, g = (array[at] for array in arrays)
-        ms, vs = (scale[at.start // BLOCK_NUMEL : -(-at.stop // BLOCK_NUMEL)] for scale in scales)
-        pieces.append((p, m, v, ms, vs, g, None if copy is None else copy[at], streams, numbers))
-    threads.run(lambda piece: adam_8bit_kernel(*piece), pieces)
+    tensors = (param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad, out)
+    _update(tensors, exp_avg.dtype, scalars, streams, pool)
+
+
+def _update(
+    tensors: Sequence[Tensor | None],
+    states: torch.dtype,
+    scalars: AdamScalars,
+    streams: bool,
+    pool: KernelPool | None,
+) -> None:
+    """``tensors`` in the order of the kernel's addresses: the parameter first, gradient and copy last."""
+    param, grad, out = tensors[0], tensors[-2], tensors[-1]
+    assert param is not None and grad is not None
+    kernel = part_kernels[states is torch.uint8]
+    addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    dtypes = (torch.float32, states, grad.dtype, None if out is None else out.dtype)
+    like = [_LIKE[dtype] for dtype in dtypes]
+    numbers = _numbers(scalars)
+    # Everything that can fail is done before the first element changes: the kernel is compiled for these types, and the
+    # parts are known. What is left to the threads allocates nothing to speak of.
+    _have(kernel, dtypes, scalars, addresses, *like, 0, 0, False, numbers)
+    threads = pool or default_pool()
+    threads.run(lambda at: kernel(addresses, *like, at.start, at.stop, streams, numbers), threads.cut(param.numel()))
 
 
 def adam_split_cpu(
@@ -127,16 +109,14 @@ def adam_split_cpu(
     scalars: AdamScalars,
     pool: KernelPool | None = None,
 ) -> None:
-    """As `adam_cpu`, on a master in two halves; same contract as ``update.adam_split_update``."""
-    arrays = [_array(t) for t in (high, low, exp_avg, exp_avg_sq, grad)]
+    """As `adam_cpu`, on masters in two halves; same contract as ``update.adam_split_update``."""
+    addresses = tuple(tensor.data_ptr() for tensor in (high, low, exp_avg, exp_avg_sq, grad))
+    dtypes = (torch.bfloat16, torch.float32, grad.dtype)
+    like = [_LIKE[dtype] for dtype in dtypes]
     numbers = _numbers(scalars)
-    kind = ("split", grad.dtype, scalars.l2 == 0.0)
-    if kind not in _ready:
-        _call(adam_split_kernel, *(array[:0] for array in arrays), numbers)
-        _ready.add(kind)
+    _have(split_kernel, dtypes, scalars, addresses, *like, 0, 0, numbers)
     threads = pool or default_pool()
-    pieces = [tuple(array[at] for array in arrays) for at in threads.cut(high.numel())]
-    threads.run(lambda piece: adam_split_kernel(*piece, numbers), pieces)
+    threads.run(lambda at: split_kernel(addresses, *like, at.start, at.stop, numbers), threads.cut(high.numel()))
 
 
 MANY_COLUMNS = (
@@ -163,13 +143,10 @@ def many_cpu(
     step
         Written to where the rows say.
     """
-    arrays = [None if dtype is None else np.empty(0, _ELEMENTS[dtype]) for dtype in dtypes]
-    types_only = (np.empty(0, np.float32), *arrays, np.float32(step), _numbers(scalars))
+    like = [_LIKE[dtype] for dtype in (torch.float32, *dtypes)]
+    types_only = (*like, np.float32(step), _numbers(scalars))
     kernel = many_kernels[dtypes[0] is torch.uint8]
-    kind = ("many", *dtypes, scalars.l2 == 0.0)
-    if kind not in _ready:
-        _call(kernel, table[:0], *types_only)
-        _ready.add(kind)
+    _have(kernel, dtypes, scalars, table[:0], *types_only)
     threads = pool or default_pool()
     pieces = [table[rows] for rows in threads.cut_rows(table[:, 0])]
     return lambda: threads.run(lambda piece: kernel(piece, *types_only), pieces)
@@ -178,15 +155,14 @@ def many_cpu(
 def values_at(addresses: Any) -> Any:
     """The float32 numbers that lie at these addresses (int64)."""
     out = np.empty(addresses.size, np.float32)
-    if "gather" not in _ready:
-        _call(gather_kernel, addresses[:0], out)
-        _ready.add("gather")
+    _have(gather_kernel, (), None, addresses[:0], out)
     gather_kernel(addresses, out)
     return out
 
 
+@lru_cache(maxsize=16)
 def _numbers(s: AdamScalars) -> tuple[Any, ...]:
-    """What the kernels unpack."""
+    """What the kernels unpack. All chunks of a group have the same."""
     return (
         np.float32(s.grad_scale),
         np.float32(s.decay),
@@ -208,11 +184,16 @@ def _streams(out: Tensor | None, grad: Tensor) -> bool:
     return out.numel() >= STREAM_NUMEL and out.data_ptr() != grad.data_ptr()
 
 
-def _call(kernel: Any, *args: Any) -> None:
+def _have(kernel: Any, dtypes: tuple[torch.dtype | None, ...], scalars: AdamScalars | None, *nothing: Any) -> None:
+    """See to it that a kernel is compiled for these types, by a call in which it has nothing to do."""
+    kind = (id(kernel), dtypes, scalars is not None and scalars.l2 == 0.0)
+    if kind in _ready:
+        return
     try:
-        kernel(*args)
+        kernel(*nothing)
     except OSError as error:
         # The kernel itself does no I/O: numba compiled it and then failed to store it, before running it. It is in
         # memory now, so that the second call does not touch the disk.
         _logger.info("the compiled Adam kernel cannot be kept for the next process: %s", error)
-        kernel(*args)
+        kernel(*nothing)
+    _ready.add(kind)

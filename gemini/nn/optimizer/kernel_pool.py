@@ -68,10 +68,15 @@ class KernelPool:
             raise ValueError(f"a pool needs at least 1 thread, got {threads}")
         self._helpers = _started(threads - 1)
         self.threads = 1 + len(self._helpers)
+        self._last_cut: tuple[int, list[slice]] = (0, [])
 
     def cut(self, numel: int) -> list[slice]:
-        """The slices of a buffer for `run`; one, if more threads would not make it faster."""
-        return slices(numel, self.threads)
+        """The slices of a buffer for `run`; one, if more threads would not make it faster. Not to be changed."""
+        last, found = self._last_cut
+        if numel != last:  # most chunks are as long as the one before
+            found = slices(numel, self.threads)
+            self._last_cut = (numel, found)
+        return found
 
     def cut_rows(self, numels: Sequence[int]) -> list[slice]:
         """Neighbouring buffers for each thread, of about as many elements; see `cut`."""

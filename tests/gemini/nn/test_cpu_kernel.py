@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,9 +166,16 @@ def test_a_copy_that_is_streamed_has_the_same_bits_wherever_it_begins(
 
 
 def test_a_large_copy_is_streamed_unless_it_takes_the_place_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads: list[int] = []
-    kernel = cpu_update.adam_kernel
-    monkeypatch.setattr(cpu_update, "adam_kernel", lambda *args: (heads.append(args[-2]), kernel(*args)))
+    streamed: list[bool] = []
+    kernel = cpu_update.part_kernels[False]
+
+    def seen(*args: Any) -> None:
+        *_, start, stop, streams, _numbers = args
+        if stop > start:
+            streamed.append(streams)
+        kernel(*args)
+
+    monkeypatch.setitem(cpu_update.part_kernels, False, seen)
     monkeypatch.setattr(cpu_update, "STREAMING_PAYS", True)
     monkeypatch.setattr(cpu_update, "STREAM_NUMEL", 5000)
     pool = KernelPool(1)
@@ -178,8 +186,7 @@ def test_a_large_copy_is_streamed_unless_it_takes_the_place_of_the_gradient(monk
         out = grad if in_place else torch.empty(numel, dtype=torch.bfloat16)
         adam_cpu(param, exp_avg, exp_avg_sq, grad, s, out, pool)
     pool.close()
-    assert heads[-3] < 64
-    assert heads[-2:] == [4999, 5000]
+    assert streamed == [True, False, False]
 
 
 def copied(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -274,10 +281,10 @@ def test_the_kernel_is_vector_code(tmp_path: Path) -> None:
         pytest.skip("looks for x86 vector instructions")
     # In another process with an empty cache: numba cannot show the assembly of what it loaded.
     show = (
-        "from gemini.nn.optimizer.cpu_kernel import adam_kernel\n"
+        "from gemini.nn.optimizer.cpu_kernel import part_kernels\n"
         "tensors[3] = tensors[3].bfloat16()\n"
         "result(adam_update, tensors, s, torch.bfloat16)\n"
-        "for assembly in adam_kernel.inspect_asm().values():\n"
+        "for assembly in part_kernels[False].inspect_asm().values():\n"
         "    print(*(assembly.count(name) for name in ('vsqrtps', 'vsqrtss', 'vdivps', 'vfmadd', 'vmovnt')))\n"
     )
     done = run_python(SMALL_UPDATE + show, NUMBA_CACHE_DIR=str(tmp_path))
@@ -287,3 +294,18 @@ def test_the_kernel_is_vector_code(tmp_path: Path) -> None:
     assert min(with_copy) > 0
     # Of both loops: the one that streams and the one that does not.
     assert with_copy[0] >= without_copy[0]
+
+
+def test_the_kernel_of_split_masters_is_vector_code(tmp_path: Path) -> None:
+    if "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("looks for x86 vector instructions")
+    show = (
+        "from gemini.nn.optimizer.cpu_kernel import split_kernel\n"
+        "from gemini.nn.optimizer.update import adam_split_update\n"
+        "halves = [torch.zeros(64, dtype=dtype) for dtype in (torch.bfloat16, torch.int16)]\n"
+        "adam_split_update(*halves, torch.zeros(64), torch.zeros(64), torch.zeros(64).bfloat16(), s)\n"
+        "(assembly,) = split_kernel.inspect_asm().values()\n"
+        "print(*(assembly.count(name) for name in ('vsqrtps', 'vdivps', 'vfmadd')))\n"
+    )
+    done = run_python(SMALL_UPDATE + show, NUMBA_CACHE_DIR=str(tmp_path))
+    assert min(int(count) for count in done.stdout.split()) > 0, done.stderr

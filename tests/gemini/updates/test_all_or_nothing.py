@@ -99,9 +99,13 @@ def test_the_kernel_itself_changes_nothing_when_it_cannot_begin(monkeypatch: pyt
     def no_memory(*args: Any) -> Any:
         raise MemoryError
 
-    for where, name in ((kernel_pool.KernelPool, "cut"), (cpu_update, "adam_kernel")):
+    replacements: list[Callable[[pytest.MonkeyPatch], None]] = [
+        lambda patch: patch.setattr(kernel_pool.KernelPool, "cut", no_memory),
+        lambda patch: patch.setitem(cpu_update.part_kernels, False, no_memory),
+    ]
+    for replace in replacements:
         with monkeypatch.context() as patch:
-            patch.setattr(where, name, no_memory)
+            replace(patch)
             patch.setattr(cpu_update, "_ready", set())
             with pytest.raises(MemoryError):
                 adam_update(*tensors, at_step)
