@@ -28,14 +28,14 @@ def slices(numel: int, threads: int) -> list[slice]:
 
     In a long buffer they get ever shorter, half of an equal share of what is left each time: few starts (microseconds
     each), and yet all threads end at about the same time, also when one is three times as slow as the others. This is
-    factoring (Hummel, Schonberg and Flynn, 1992) without its batches.
+    factoring (Hummel, Schonberg and Flynn, 1992) without its batches. One thread takes all at once.
     """
     found: list[slice] = []
     equal = -(-numel // max(min(threads, numel // _SMALLEST_SLICE_NUMEL), 1))
     start = 0
     while start < numel:
         wanted = equal
-        if numel > threads * _SLICE_NUMEL:
+        if threads > 1 and numel > threads * _SLICE_NUMEL:
             wanted = max((numel - start) // (2 * threads), _SMALLEST_SLICE_NUMEL)
         stop = min(start + -(-wanted // _ALIGN_NUMEL) * _ALIGN_NUMEL, numel)
         found.append(slice(start, stop))
