@@ -198,7 +198,7 @@ def _holders(
     unified = chunks.unified if chunks is not None else bool(run_.stats.get("memory/unified"))
     found = [
         ("optimizer states", homes["states"]),
-        ("masters and frozen parameters", homes["master"]),
+        ("masters and frozen parameters", homes["master"] + homes["master_low"]),
         ("gradients", homes["gradient"]),
         ("bf16 shadows of masters", homes["shadow"]),
         ("activations and temporaries at the peak", non_model),

@@ -102,6 +102,9 @@ def _stalls(run: RunView, found: Rates, chunks: ChunksView | None) -> Iterator[A
             text=f"{text}: {format_bytes(on_disk)} of homes are there",
             arguments=f'host_memory="{-(-capacity >> 20)}MiB"',
         )
+    elif tier == "host" and chunks is not None and _could_split(chunks):
+        text += ": masters there could have their full copies in them, unless parameters are changed in place"
+        yield Advice(is_urgent=False, text=text, arguments="split_master=True")
     elif late > missed and isinstance(depth, int) and depth < 8:
         yield Advice(is_urgent=False, text=f"{text}: prefetches come late", arguments=f"max_prefetch={depth + 2}")
     elif missed:
@@ -111,6 +114,18 @@ def _stalls(run: RunView, found: Rates, chunks: ChunksView | None) -> Iterator[A
             text=f"{text}: {missed:.0f} fetches a step on demand, full copies have too little room",
             arguments=f'device_memory="{capacity >> 20}MiB"' if not run.stats.get("memory/unified") else None,
         )
+
+
+def _could_split(chunks: ChunksView) -> bool:
+    """Whether masters in two halves would have full copies where now they are filled from masters in the same RAM."""
+    if not chunks.unified or chunks.config.get("precision") != "bf16" or chunks.config.get("split_master") is not False:
+        return False
+    moments = {"exp_avg", "exp_avg_sq"}
+    return any(
+        set(chunk.states) == moments and all(chunk.home_bytes.get(name) == 4 * chunk.numel for name in moments)
+        for chunk in chunks.chunks
+        if chunk.homes.get("master") == "host"
+    )
 
 
 def _rest(run: RunView, found: Rates) -> Iterator[Advice]:

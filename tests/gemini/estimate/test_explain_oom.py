@@ -150,6 +150,18 @@ def test_a_verified_change_trains(tmp_path: Path, capsys: pytest.CaptureFixture[
         optimizer.step()
 
 
+def test_both_halves_of_split_masters_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = {}
+    for split in (False, True):
+        model = train_until_it_breaks(tmp_path / str(split), MemoryError(), split_master=split, **SMALL)
+        assert main(["explain-oom", str(tmp_path / str(split)), "--json"]) == 0
+        holders = json.loads(capsys.readouterr().out)["holders"]
+        held[split] = {item["what"]: item["bytes"] for item in holders}
+    padded = sum(chunk.layout.numel for chunk in boosted(model).manager.chunks)
+    assert held[True]["masters and frozen parameters"] == held[False]["masters and frozen parameters"] == 4 * padded
+    assert "full copies (in RAM)" in held[False] and "full copies (in RAM)" not in held[True]
+
+
 def test_a_run_that_goes_on_is_explained_at_its_peak(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain-oom", str(make_run())]) == 0
     assert "the present peak" in capsys.readouterr().out
