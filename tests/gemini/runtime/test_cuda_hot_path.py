@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
@@ -36,9 +37,9 @@ def build() -> nn.Module:
 def managed(**plugin: Any) -> tuple[Booster, nn.Module, Any]:
     sizes = {1: {"chunk_size": WIDTH * (WIDTH + 1)}}
     booster = Booster(plugin=GeminiPlugin(telemetry=False, chunk_config_dict=sizes, **plugin))
-    model = build()
-    boosted, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters(), lr=1e-3))
-    return booster, boosted, optimizer
+    plain = build()
+    model, optimizer, *_ = booster.boost(plain, HybridAdam(plain.parameters(), lr=1e-3))
+    return booster, model, optimizer
 
 
 def train(booster: Booster, model: nn.Module, optimizer: Any, steps: int) -> list[Tensor]:
@@ -106,6 +107,15 @@ def test_streaming_gives_the_numbers_of_the_resident_model(placement: dict[str, 
     expected = train(*managed(**offloaded), steps=6)
     ours = train(*managed(**{**placement, **offloaded}), steps=6)
     assert [loss.item() for loss in ours] == [loss.item() for loss in expected]
+
+
+@pytest.mark.parametrize("placement", [{}, {"device_memory": 6 * WIDTH * (WIDTH + 1) * 14}], ids=["all", "half"])
+def test_split_masters_give_the_numbers_of_whole_ones(placement: dict[str, Any]) -> None:
+    booster, model, optimizer = managed(**placement, split_master=True)
+    split = [chunk.is_split for chunk in boosted(model).manager.chunks]
+    assert any(split) and all(split) == (not placement)
+    expected = train(*managed(**placement), steps=6)
+    assert [loss.item() for loss in train(booster, model, optimizer, 6)] == [loss.item() for loss in expected]
 
 
 def test_the_steady_state_asks_the_system_for_no_memory() -> None:
