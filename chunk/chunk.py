@@ -229,5 +229,16 @@ class Chunk:
         self._versions.append(parameter._version)
         parameter.data = binding.poison if self._poisoned else view
 
+    def become(self, other: "Chunk") -> None:
+        """Have the homes, the full copy and the state of a chunk with the same slots; the parameters follow.
+
+        A full copy that is no home, before and after, keeps its storage: graphs that are still to run may need it.
+        """
+        parameters = [binding.parameter for binding in self.bindings]
+        kept = {} if self.full_is_home or other.full_is_home else {"full": self.full, "views": self.views}
+        vars(self).update({**vars(other), **kept})
+        for position, parameter in enumerate(parameters):
+            self.bind(position, parameter)
+
     def _move_to(self, state: ChunkState) -> None:
         self.state = transition(self.index, self.state, state)

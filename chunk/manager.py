@@ -86,8 +86,8 @@ class ChunkManager:
         self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
-        builder = ChunkBuilder(ledger, device, disk, self.gradient_pool)
-        self.chunks = tuple(map(builder.build, plans))
+        self._builder = ChunkBuilder(ledger, device, disk, self.gradient_pool)
+        self.chunks = tuple(map(self._builder.build, plans))
         self._places: dict[int, tuple[Chunk, int]] = {}
 
     # -- places
@@ -109,6 +109,40 @@ class ChunkManager:
     def slot(self, parameter: Tensor) -> Slot:
         chunk, position = self._places[id(parameter)]
         return chunk.layout.slots[position]
+
+    def rebuild(self, plans: Sequence[ChunkPlan]) -> None:
+        """Give chunks other homes, and what else these plans say, with the values that they have. All or nothing.
+
+        They must be at rest. What a home on DISK took is not given back: it has its place in the file.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            If a new home gets no room; the old ones go when all new ones are there.
+        """
+        used = dict(zip(Tier, self.ledger.counters()[0], strict=True))
+        try:
+            reserve_homes(plans, self.ledger, self.device)
+            built = [self._builder.build(plan) for plan in plans]
+            for new in built:
+                old = self.chunks[new.index]
+                old.settle()
+                self.keep_edits(old)
+                for position in range(len(old.layout.slots)):
+                    write_slot(new, position, Role.MASTER, read_slot(old, position, Role.MASTER))
+        except BaseException:
+            for tier, now in zip(Tier, self.ledger.counters()[0], strict=True):
+                if tier is not Tier.DISK:
+                    self.ledger.give(tier, now - used[tier])
+            raise
+        for new in built:
+            old = self.chunks[new.index]
+            if old.is_resident:
+                self.evict(old)
+            for home in old.homes.values():
+                if home.tier is not Tier.DISK:
+                    self.ledger.give(home.tier, home.nbytes)
+            old.become(new)
 
     # -- moving
 

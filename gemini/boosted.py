@@ -1,11 +1,12 @@
 """The manager's side of one boosted model, and how to get there from the model."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from .chunk import ChunkManager
+from .chunk import ChunkManager, ChunkPlan
 from .config import GeminiConfig
 from .memory.capacity import Capacities
 from .memory.tracker import NonModelMeter
@@ -46,6 +47,13 @@ class Boosted:
     def stats(self) -> Stats:
         """See `GeminiModule.memory_stats`."""
         return self.statistics.expand(read(self.manager, self.runtime, self.step, self.step_count, self.step_seconds))
+
+    def rebuilt(self, plans: Sequence[ChunkPlan]) -> None:
+        """Some chunks have other plans than when the model was boosted."""
+        self.packing = self.packing.with_plans(plans)
+        self.statistics.refresh()
+        if self.monitor is not None:
+            self.monitor.describe(self.packing, self.config, self.capacities)
 
     def after_step(self) -> None:
         """Count the step and tell the telemetry."""

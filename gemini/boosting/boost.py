@@ -26,6 +26,7 @@ from ..chunk import (
     Staging,
     Tier,
     tuned,
+    weakly,
     write_slot,
 )
 from ..config import GeminiConfig
@@ -43,6 +44,7 @@ from ..runtime.hooks import Hooks
 from ..runtime.runtime import Runtime
 from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
+from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Units
 from ..updates.backward_updates import BackwardUpdates
@@ -106,8 +108,11 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if config.update_in_backward and optimizer is not None:
         completion = Completion(manager, packing.parameters)
         runtime.in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, runtime.keeps)
+    unfreezing = Unfreezing(
+        manager, runtime, updater, gradients, config, packing.update_role_count if manager.disk is not None else 0
+    )
     step = ChunkedStep(
-        manager, runtime, updater, gradients, SingleProcess(), scaler, config.max_norm, runtime.in_backward
+        manager, runtime, updater, gradients, SingleProcess(), scaler, config.max_norm, unfreezing, runtime.in_backward
     )
     units, statistics = Units(model, manager), Statistics(manager)
     monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
@@ -124,6 +129,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
     state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, statistics, monitor)
+    unfreezing.on_change = weakly(state.rebuilt)
     serve_parts(model, manager)
     mix_in(model)
     assert isinstance(model, GeminiModule)

@@ -72,6 +72,10 @@ class NonModelProfile:
             self.heaviest[self._batch.with_gradients] = Measured(self._batch, (*self._moments, nbytes))
         self._batch = None
 
+    def forget_training(self) -> None:
+        """Cycles with gradients have another graph from now on."""
+        self.heaviest.pop(True, None)
+
     def expected_peak_bytes(self, batch: Batch) -> int | None:
         """What a cycle will take: what was measured, in proportion for a batch of more elements; None if unknown."""
         known = self.heaviest.get(batch.with_gradients)

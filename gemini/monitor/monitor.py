@@ -162,10 +162,12 @@ class Monitor:
     def describe(
         self, packing: Packing, config: GeminiConfig, capacities: Capacities, model: Mapping[str, Any] | None = None
     ) -> None:
-        """Write down what was decided at `boost`: enough to make the decision again. ``model`` is `model_facts`."""
-        self._description = {**description(self._runtime.manager, packing, config, capacities), "model": model}
+        """Write down what was decided: enough to make the decision again. ``model`` is `model_facts`, told once."""
+        known = {"model": self._description.get("model") if model is None else model}
+        self._description = {**description(self._runtime.manager, packing, config, capacities), **known}
         self._homes = {**packing.placement.nbytes}
         self._homes[Tier.HOST] += packing.staging_bytes
+        self._described_units = -1
         self._describe()
 
     def _describe(self) -> None:

@@ -81,6 +81,12 @@ class Statistics:
         self._ledger = manager.ledger
         self._of_layout = of_layout(manager)
 
+    def refresh(self) -> None:
+        """Some chunks were built anew."""
+        manager = self._manager()
+        if manager is not None:
+            self._of_layout = of_layout(manager)
+
     def expand(self, reading: Reading) -> Stats:
         """The flat dict of a reading. Only ``chunk/resident_count`` is of now and not of the reading's moment."""
         stats: Stats = {}
@@ -131,7 +137,7 @@ class Statistics:
 
 
 def of_layout(manager: ChunkManager) -> Stats:
-    """What is decided at `boost`: chunks, their homes, and the bytes of model data.
+    """What changes seldom: chunks, their homes, and the bytes of model data.
 
     Where DEVICE and HOST are the same RAM (``memory/unified`` is 1), the numbers of HOST cover both and those of DEVICE
     are the full copies' part. ``placement/offload_*_frac`` are what the arguments of these names came to: the share of

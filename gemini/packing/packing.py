@@ -1,7 +1,7 @@
 """From parameters to a placed set of chunks: the decisions of `boost`, before anything is changed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..nn.optimizer.adam_rule import ADAM
 from ..planning.gradient_room import gradient_room
-from ..planning.placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, place
+from ..planning.placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, on_tier, place
 from ..units.units import nested_chunks
 from ..updates.update_pipeline import BLOCK_SETS, update_roles
 from .remedy import TooSmall, out_of_memory, remedy
@@ -91,6 +91,18 @@ class Packing:
     def staging_bytes(self) -> int:
         """What the blocks between DISK and everything else take on HOST."""
         return staging_bytes(self.staging_block_numel, self.update_role_count)
+
+    def with_plans(self, plans: Sequence[ChunkPlan]) -> "Packing":
+        """The same with other plans for some chunks."""
+        other = {plan.layout.index: plan for plan in plans}
+        nbytes = dict(self.placement.nbytes)
+        for index, plan in other.items():
+            for sign, of in ((-1, self.plans[index]), (1, plan)):
+                for role, tier in of.homes.items():
+                    nbytes[tier] += sign * on_tier(of.nbytes(role), tier)
+        new = tuple(other.get(plan.layout.index, plan) for plan in self.plans)
+        placement = replace(self.placement, homes=tuple(plan.homes for plan in new), nbytes=nbytes)
+        return replace(self, plans=new, placement=placement)
 
 
 def managed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -192,7 +204,7 @@ def _decide_with(
     plans = tuple(
         ChunkPlan(
             layout,
-            _with_halves(layout, homes, config, capacities),
+            with_halves(layout, homes, config, capacities.unified),
             layout.group.dtype(config),
             layout.group.states,
             borrows_gradient=layout.group.trainable and Role.GRADIENT not in homes,
@@ -281,7 +293,8 @@ def staging_bytes(block_numel: int, role_count: int) -> int:
     return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * role_count) * block_numel * 4
 
 
-def _need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) -> ChunkNeed:
+def chunk_need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) -> ChunkNeed:
+    """What a chunk asks for; ``borrow``: its gradient has no home."""
     low = layout.numel * compute_dtype.itemsize
     if not layout.group.trainable:
         return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
@@ -322,7 +335,7 @@ def _place_around_ring(
     borrow: bool,
 ) -> Placement:
     """Place homes around a ring for full copies, as large as prefetching likes, or as small as the units allow."""
-    needs = [_need(layout, layout.group.dtype(config), borrow) for layout in layouts]
+    needs = [chunk_need(layout, layout.group.dtype(config), borrow) for layout in layouts]
     gradients = {
         layout.index: layout.numel * layout.group.dtype(config).itemsize
         for layout, need in zip(layouts, needs, strict=True)
@@ -367,7 +380,7 @@ def _copies(
     """Bytes of each chunk's full copy beside its home; before placement, of all that could have one."""
     return [
         0
-        if placement is not None and _full_is_home(layout, placement.homes[i], config, capacities)
+        if placement is not None and _full_is_home(layout, placement.homes[i], config, capacities.unified)
         else layout.numel * layout.group.dtype(config).itemsize
         for i, layout in enumerate(layouts)
     ]
@@ -385,19 +398,17 @@ def _full_copies_limit(copies: Sequence[int], use: _Use, config: GeminiConfig, c
     return max(wanted, _largest(use.units, copies)[1], _largest(use.siblings, copies)[1])
 
 
-def _full_is_home(
-    layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, capacities: Capacities
-) -> bool:
+def _full_is_home(layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool) -> bool:
     tier = homes[Role.MASTER]
-    in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and capacities.unified)
+    in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
     group = layout.group
     return in_reach and (group.dtype(config) is torch.float32 or not group.trainable or group.splits(config))
 
 
-def _with_halves(
-    layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, capacities: Capacities
+def with_halves(
+    layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool
 ) -> Mapping[Role, Tier]:
     """A master in two halves takes the bytes of a whole one, at the same place."""
-    if layout.group.splits(config) and _full_is_home(layout, homes, config, capacities):
+    if layout.group.splits(config) and _full_is_home(layout, homes, config, unified):
         return {Role.MASTER: homes[Role.MASTER], Role.MASTER_LOW: homes[Role.MASTER], **homes}
     return homes

@@ -42,8 +42,12 @@ class ChunkNeed:
 
     def nbytes(self, role: Role, tier: Tier) -> int:
         """Bytes that a role takes on a tier; DISK gives whole pages."""
-        nbytes = self.shadow_nbytes if role is Role.SHADOW else self.roles[role]
-        return -(-nbytes // DISK_PAGE_BYTES) * DISK_PAGE_BYTES if tier is Tier.DISK else nbytes
+        return on_tier(self.shadow_nbytes if role is Role.SHADOW else self.roles[role], tier)
+
+
+def on_tier(nbytes: int, tier: Tier) -> int:
+    """What so many bytes take there: DISK gives whole pages."""
+    return -(-nbytes // DISK_PAGE_BYTES) * DISK_PAGE_BYTES if tier is Tier.DISK else nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The orchestrator: applies the plan as units enter and leave, and keeps working when a step leaves the plan."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from ..errors import OutOfMemory, is_out_of_memory
@@ -243,10 +243,21 @@ class Runtime:
             ledger.resize(Tier.DEVICE, room)
             self.cycle.replan(self._plan)
 
+    def least_bytes(self, other: Mapping[int, int]) -> int:
+        """What one moment would need at least, if full copies of some chunks took so many bytes; all before the first.
+
+        ``other`` maps chunk indices to bytes.
+        """
+        nbytes = [other.get(c.index, c.full_nbytes) for c in self.manager.chunks]
+        return max((sum(nbytes[c] for c in moment.in_use) for moment in self.cycle.moments()), default=sum(nbytes))
+
     def _least_bytes(self) -> int:
-        """What one moment needs at least."""
-        nbytes = [c.full_nbytes for c in self.manager.chunks]
-        return max((sum(nbytes[c] for c in moment.in_use) for moment in self.cycle.moments()), default=0)
+        return self.least_bytes({}) if any(True for _ in self.cycle.moments()) else 0
+
+    def chunks_changed(self) -> None:
+        """Some have other homes and other full copies than when the plans were made, and are trained."""
+        self.profile.forget_training()
+        self.cycle.replan(self._plan)
 
     def _plan(self, trace: Trace) -> Planner:
         chunks = [c for c in self.manager.chunks if not c.full_is_home]

@@ -18,15 +18,9 @@ from ..updates.updater import Updater
 from .saved_groups import check_groups
 from .saved_states import read_state, write_state
 from .scaler import LossScaler
+from .unfreezing import Unfreezing
 
 logger = logging.getLogger(__name__)
-
-_NAMES_SHOWN = 4
-_NO_ROOM = (
-    "there is no room for gradients and states, because of being frozen or in no group when boosted. To unfreeze "
-    "parameters later let them require gradients and be in a group before booster.boost, freeze them after "
-    "booster.boost, and unfreeze them when it is time; or save the model, and boost a new one that loads it"
-)
 
 
 class ChunkedStep:
@@ -41,6 +35,8 @@ class ChunkedStep:
         The loss scale of fp16; None for dtypes that need none.
     max_norm
         Clip the gradients' 2-norm in every step; 0 for never.
+    unfreezing
+        Makes room for parameters that are added later.
     in_backward
         Has done a part of each step already; None where no step begins before its backward is over.
     """
@@ -54,6 +50,7 @@ class ChunkedStep:
         communicator: Communicator,
         scaler: LossScaler | None,
         max_norm: float,
+        unfreezing: Unfreezing,
         in_backward: BackwardUpdates | None = None,
     ) -> None:
         self.manager = manager
@@ -69,6 +66,7 @@ class ChunkedStep:
         self._gradients = gradients
         self._communicator = communicator
         self._max_norm = max_norm
+        self._unfreezing = unfreezing
         self.on_error: Callable[[BaseException], None] = lambda error: None
         """Told what ended a backward, before anything is put in order."""
         self._is_scaled = False
@@ -137,7 +135,7 @@ class ChunkedStep:
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         if self.in_backward is not None:
             self.in_backward.before_step(optimizer)
-        self._refuse_unfrozen(optimizer)
+        self._admit_unfrozen(optimizer)
         groups = self._updater.groups(optimizer)
         chunks = self._chunks_with_gradients()
         plain = self._plain_parameters(optimizer)
@@ -152,7 +150,7 @@ class ChunkedStep:
                 coefficient *= clip_coefficient(norm, self._max_norm)
         grad_scale = coefficient / scale
 
-        updates = [self._updater.plan(groups[chunk.layout.group.param_group], chunk, grad_scale) for chunk in chunks]
+        updates = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
         order = self._runtime.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
         prepared = [
@@ -189,15 +187,18 @@ class ChunkedStep:
             self.manager.keep_edits(chunk)
         return chunks
 
-    def _refuse_unfrozen(self, optimizer: ManagedOptimizer) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None or (place := self.manager.find(parameter)) is None:
-                    continue
-                chunk, position = place
-                if not chunk.is_trainable:
-                    name = chunk.layout.slots[position].name
-                    raise ValueError(f"{name} has a gradient, but for it {_NO_ROOM}")
+    def _admit_unfrozen(self, optimizer: ManagedOptimizer) -> None:
+        """Those that were frozen when the model was boosted, are in a group, and have got a gradient."""
+        for index, group in enumerate(optimizer.param_groups):
+            unfrozen = [
+                parameter
+                for parameter in group["params"]
+                if parameter.grad is not None
+                and self.manager.find(parameter) is not None
+                and not self._gradients.follows(parameter)
+            ]
+            if unfrozen:
+                self._unfreezing.admit(optimizer.rule, group, index, unfrozen)
 
     def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
         assert self.scaler is not None
@@ -222,19 +223,21 @@ class ChunkedStep:
                 parameter.grad = None
 
     def add_param_group(self, optimizer: ManagedOptimizer, group: dict[str, Any]) -> None:
-        parameters = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
-        places = [place for p in parameters if isinstance(p, Tensor) and (place := self.manager.find(p)) is not None]
-        frozen = [chunk.layout.slots[position].name for chunk, position in places if not chunk.is_trainable]
-        if frozen:
-            more = f" and {len(frozen) - _NAMES_SHOWN} more" if len(frozen) > _NAMES_SHOWN else ""
-            raise ValueError(f"add_param_group: for {', '.join(frozen[:_NAMES_SHOWN])}{more} {_NO_ROOM}")
+        if self.in_backward is not None:
+            self.in_backward.before_adding()
         optimizer.register_param_group(group)
+        try:
+            self._unfreezing.admit(optimizer.rule, group, len(optimizer.param_groups) - 1, group["params"])
+        except BaseException:
+            optimizer.param_groups.pop()
+            raise
 
     def clip_grad_by_norm(
         self, optimizer: ManagedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> Tensor:
         if self.in_backward is not None:
             self.in_backward.refuse_clipping()
+        self._admit_unfrozen(optimizer)
         norm = total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / self._scale
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
@@ -247,6 +250,7 @@ class ChunkedStep:
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
         if self.in_backward is not None:
             self.in_backward.refuse_clipping()
+        self._admit_unfrozen(optimizer)
         bound = value * self._scale
         for chunk in self._chunks_with_gradients():
             assert chunk.gradient is not None

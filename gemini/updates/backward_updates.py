@@ -15,7 +15,7 @@ accumulation) is refused, before anything is updated where that is known by then
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any
 
@@ -153,8 +153,7 @@ class BackwardUpdates:
             self._manager.device.synchronize()
         chunk.settle()
         self._manager.keep_edits(chunk)
-        group = self._groups[chunk.layout.group.param_group]
-        planned = self._updater.plan(group, chunk, refresh=self._keeps(chunk))
+        planned = self._updater.plan(self._groups, chunk, refresh=self._keeps(chunk))
         self.progress = Progress.PARTIAL
         self._updated.add(chunk)
         self._updates_here += 1
@@ -249,6 +248,14 @@ class BackwardUpdates:
         """Raise if the gradients that are to be forgotten have been used."""
         if self.progress is Progress.PARTIAL:
             self._refuse("forget the gradients")
+
+    def before_adding(self) -> None:
+        """Raise if parameters would be added to a step that has begun."""
+        self._refuse("add parameters")
+
+    def admit(self, parameters: Sequence[Tensor]) -> None:
+        """Update chunks with these parameters, too, as soon as backward is through with them."""
+        self._completion.follow(parameters)
 
     def refuse_clipping(self) -> None:
         """Raise: there never are all gradients together."""

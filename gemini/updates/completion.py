@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..chunk import Chunk, ChunkManager
 from ..units.units import Unit, Visit
@@ -40,11 +40,8 @@ class Completion:
         self._nodes: list[tuple[int, int, Any]] = []
         """Chunk, position, and the node of the graph that takes this parameter's gradients (kept, or it would be made
         anew for each graph)."""
-        for parameter in parameters:
-            place = manager.find(parameter)
-            if place is not None and place[0].is_trainable:
-                node = torch.autograd.graph.get_gradient_edge(parameter).node
-                self._nodes.append((place[0].index, place[1], node))
+        self._manager = manager
+        self.follow(parameters)
         self._tasks: set[int] = set()
         self._awaited: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)
         """Chunk -> (backward, position) of gradients that will come."""
@@ -56,6 +53,14 @@ class Completion:
         """What such calls turned out to use beside their unit's own."""
         self._recomputed: set[Visit] = set()
         """Calls with a graph that backward made itself."""
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Expect gradients of those that are in chunks with room for them."""
+        for parameter in parameters:
+            place = self._manager.find(parameter)
+            if place is not None and place[0].is_trainable:
+                node = torch.autograd.graph.get_gradient_edge(parameter).node
+                self._nodes.append((place[0].index, place[1], node))
 
     def is_over(self, chunk: Chunk) -> bool:
         """True if backward is through with a chunk, but for units that are open just now."""

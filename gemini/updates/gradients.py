@@ -103,16 +103,25 @@ class Gradients:
         self.used_up: Set[Chunk] = frozenset()
         """Chunks whose gradients the step under way has used up."""
         self._manager = manager
+        self._are_scaled = are_scaled
         self._are_used_up = are_used_up
         self._shown: dict[int, Tensor] = {}
         """id of a parameter -> what ``p.grad`` was set to. Without an entry ``p.grad`` is autograd's or the user's."""
         self._stand_ins: dict[int, AbsentGradient] = {}
+        self._followed: set[int] = set()
+        """ids of the parameters whose gradients go into chunks."""
+        self.follow(parameters)
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Take gradients of those that are in chunks with room for them."""
         # Weak: the garbage collector does not see through hooks that live in C++, and we have the parameters.
         itself = weakref.ref(self)
+        are_scaled, are_used_up = self._are_scaled, self._are_used_up
         for parameter in parameters:
-            place = manager.find(parameter)
+            place = self._manager.find(parameter)
             if place is None or place[0].gradient is None:
                 continue
+            self._followed.add(id(parameter))
             parameter.register_post_accumulate_grad_hook(partial(_taking, itself))
             view = place[0].gradient.view(place[1])
             if are_used_up:
@@ -122,6 +131,10 @@ class Gradients:
                 self._stand_ins[id(parameter)] = AbsentGradient.of(parameter, reason)
             if id(parameter) in self._stand_ins:
                 parameter.register_hook(partial(_making_way, itself, weakref.ref(parameter)))
+
+    def follows(self, parameter: Tensor) -> bool:
+        """True if gradients of this parameter go into its chunk."""
+        return id(parameter) in self._followed
 
     # -- during backward
 
@@ -177,7 +190,7 @@ class Gradients:
             for position, binding in enumerate(chunk.bindings):
                 parameter = binding.parameter
                 gradient, shown = parameter.grad, self._shown.get(id(parameter))
-                if gradient is shown:
+                if gradient is shown or not self.follows(parameter):
                     continue
                 if chunk in self.used_up and shown is not None and position not in chunk.gradient.present:
                     raise ValueError(

@@ -52,9 +52,16 @@ class Updater:
             if chunk.is_trainable
         }
         """By group: the states that there is room for."""
+        self._group_of: dict[int, int] = {}
+        """id of a parameter -> its group, where that need not be the chunk's."""
         self._manager = manager
         self._queue = queue
         self._gradients = gradients
+
+    def admit(self, parameters: Sequence[Tensor], group: int, slots: tuple[StateSlot, ...]) -> None:
+        """Update these parameters from now on, which are in chunks with room for ``slots``."""
+        self.slots[group] = slots
+        self._group_of.update(dict.fromkeys(map(id, parameters), group))
 
     def groups(self, optimizer: ManagedOptimizer) -> list[GroupRule]:
         """The arithmetic of each group.
@@ -70,29 +77,30 @@ class Updater:
             for index, group in enumerate(optimizer.param_groups)
         ]
 
-    def plan(self, group: GroupRule, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
+    def plan(self, groups: Sequence[GroupRule], chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
         """The next step of the parameters of a chunk that have a gradient. Changes nothing but full copies.
 
         Parameters
         ----------
-        group
-            The chunk's.
+        groups
+            The optimizer's.
         refresh
             Write through to the full copy, if there is one. Else it is evicted (which is free).
         """
         taken: dict[int, int] = {}
-        of_step: dict[int, AtStep] = {}
+        of_step: dict[tuple[int, int], AtStep] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
         previous = -2
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
             step = self.steps.get(id(parameter), 0) + 1
-            if group.remembers:
+            index = self._group_of.get(id(parameter), chunk.layout.group.param_group)
+            if groups[index].remembers:
                 taken[id(parameter)] = step
-            if step not in of_step:
-                of_step[step] = group.make(step, grad_scale)
-            at_step = of_step[step]
+            if (index, step) not in of_step:
+                of_step[index, step] = groups[index].make(step, grad_scale)
+            at_step = of_step[index, step]
             if runs and position == previous + 1 and runs[-1].at_step is at_step:
                 runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
             else:

@@ -1,0 +1,149 @@
+"""Giving a boosted optimizer parameters that were frozen when the model was boosted."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chunk import Chunk, ChunkManager, ChunkPlan, StateSlot, Tier, write_slot
+from ..config import GeminiConfig
+from ..errors import OutOfMemory
+from ..nn.optimizer.rule import Rule
+from ..packing.unfreezing import unfrozen_plans
+from ..planning.placement import DoesNotFit, Room
+from ..runtime.runtime import Runtime
+from ..sizes import format_bytes
+from ..updates.gradients import Gradients
+from ..updates.update_pipeline import update_roles
+from ..updates.updater import Updater
+
+_NAMES_SHOWN = 4
+_WAY_OUT = (
+    "To have room from the start let them require gradients and be in a group before booster.boost, freeze them after "
+    "it, and unfreeze them when it is time; or save the model, and boost a new one that loads it"
+)
+
+
+class Unfreezing:
+    """Makes room in chunks for what an optimizer keeps of parameters, and has them updated.
+
+    Parameters
+    ----------
+    manager, runtime, updater, gradients
+        Has the chunks, plans their moves, updates them, and takes their gradients.
+    config
+        What the model was boosted with.
+    staged_roles
+        Of so many roles at once an update can have blocks of disk homes; 0 without a disk tier.
+    """
+
+    def __init__(
+        self,
+        manager: ChunkManager,
+        runtime: Runtime,
+        updater: Updater,
+        gradients: Gradients,
+        config: GeminiConfig,
+        staged_roles: int,
+    ) -> None:
+        self.on_change: Callable[[Sequence[ChunkPlan]], None] = lambda plans: None
+        """Told the plans of the chunks that were built anew."""
+        self._manager = manager
+        self._runtime = runtime
+        self._updater = updater
+        self._gradients = gradients
+        self._config = config
+        self._staged_roles = staged_roles
+
+    def admit(self, rule: Rule, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]) -> None:
+        """Update these parameters of the optimizer's group ``index`` from now on. All or nothing.
+
+        Raises
+        ------
+        OutOfMemory
+            If there is no room for their gradients and states.
+        ValueError
+            If their chunks cannot keep such states, or they are in use.
+        """
+        places = {p: place for p in parameters if (place := self._manager.find(p)) is not None}
+        slots = rule.slots(group)
+        chunks = {chunk.index: chunk for chunk, _ in places.values()}
+        for chunk, position in places.values():
+            name = chunk.layout.slots[position].name
+            if chunk.is_trainable and tuple(chunk.states.values()) != slots:
+                raise ValueError(
+                    f"{name} shares a chunk with parameters for which the optimizer keeps "
+                    f"{_listed(chunk.states.values())}, and with the options of group {index} it keeps "
+                    f"{_listed(slots)}. {_WAY_OUT}"
+                )
+            if chunk.pins:
+                raise ValueError(f"{name} is in use: unfreeze it between steps")
+        frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]
+        plans = self._plans(frozen, slots, index)
+        self._manager.rebuild(plans)
+        if rule.starts_filled:
+            for chunk in frozen:
+                _fill(chunk, rule)
+        admitted = list(places)
+        self._updater.admit(admitted, index, slots)
+        with _requiring_gradients(admitted):
+            self._gradients.follow(admitted)
+            if self._runtime.in_backward is not None:
+                self._runtime.in_backward.admit(admitted)
+        if plans:
+            self._runtime.chunks_changed()
+            self.on_change(plans)
+
+    def _plans(self, chunks: Sequence[Chunk], slots: tuple[StateSlot, ...], index: int) -> tuple[ChunkPlan, ...]:
+        manager, ledger = self._manager, self._manager.ledger
+        layouts = [chunk.layout for chunk in chunks]
+        copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
+        resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if ledger.unified else 0
+        can_stage = manager.disk is not None and len(update_roles(len(slots))) <= self._staged_roles
+        room = Room(
+            capacities={
+                Tier.DEVICE: 0,
+                Tier.HOST: ledger.free(Tier.HOST) + resident,
+                Tier.DISK: ledger.free(Tier.DISK) if can_stage else 0,
+            },
+            unified=ledger.unified,
+            ring_bytes=self._runtime.least_bytes(copies) if ledger.unified else 0,
+            staging_bytes=0,
+        )
+        try:
+            return unfrozen_plans(layouts, index, slots, self._config, room)
+        except DoesNotFit as error:
+            names = [slot.name for layout in layouts for slot in layout.slots]
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            raise OutOfMemory(
+                f"host tier out of memory. To unfreeze chunks with {', '.join(names[:_NAMES_SHOWN])}{more}, "
+                f"{format_bytes(error.missing_bytes)} are missing for their masters, gradients and states; nothing has "
+                f"been changed. {_WAY_OUT}"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{error}. {_WAY_OUT}") from error
+
+
+def _fill(chunk: Chunk, rule: Rule) -> None:
+    for role, slot in chunk.states.items():
+        for position in range(len(chunk.layout.slots)):
+            write_slot(chunk, position, role, torch.full((), rule.initial(slot.name)))
+
+
+def _listed(slots: Any) -> str:
+    return ", ".join(f"{slot.name} in {slot.dtype}" for slot in slots) or "nothing"
+
+
+@contextmanager
+def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks can be put on those alone; they stay when it is over."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

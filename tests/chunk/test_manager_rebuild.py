@@ -1,0 +1,69 @@
+"""Chunks that get other homes while their parameters live on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import FakeBackend
+from manager_rig import ADAM, FROZEN, NUMEL, TRAINABLE, Rig
+
+from gemini.chunk import ChunkPlan, ChunkState, DiskBackend, Ledger, Role, Tier
+from gemini.errors import OutOfMemory
+
+ON_DISK = dict.fromkeys(TRAINABLE, Tier.DISK)
+
+
+def trained(rig: Rig, index: int, homes: dict[Role, Tier] = TRAINABLE) -> ChunkPlan:
+    return ChunkPlan(rig.chunks[index].layout, homes, torch.bfloat16, ADAM)
+
+
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("frozen", [Tier.DEVICE, Tier.HOST, Tier.DISK])
+@pytest.mark.parametrize("homes", [TRAINABLE, ON_DISK], ids=["to RAM", "to disk"])
+def test_values_stay_and_the_ledger_says_what_there_is(
+    homes: dict[Role, Tier], frozen: Tier, unified: bool, tmp_path: Path
+) -> None:
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    rig = Rig([{Role.MASTER: frozen}, FROZEN], room=4, unified=unified, disk=disk)
+    chunk = rig.chunks[0]
+    rig.use(chunk)
+    graphs = [view.clone() for view in chunk.views]
+    saved = chunk.views  # as autograd would have them
+    was_home, index = chunk.full_is_home, chunk.index
+    on_device = rig.ledger.used(Tier.DEVICE)
+    rig.manager.rebuild([trained(rig, 0, homes)])
+    assert rig.chunks[0] is chunk and chunk.index == index and chunk.is_trainable and not chunk.full_is_home
+    assert chunk.state is ChunkState.HOME and rig.is_poisoned(chunk)
+    for position, value in enumerate(rig.values[0]):
+        read = rig.manager.read(rig.parameters[0][position], Role.MASTER)
+        assert read.dtype is torch.float32 and torch.equal(read, value.bfloat16().float())
+        assert not rig.manager.read(rig.parameters[0][position], Role.STATE_1).any()
+    rig.values[0] = [value.bfloat16().float() for value in rig.values[0]]
+    rig.use(chunk)
+    assert rig.has_values(chunk)
+    # Old graphs find the same numbers: in the memory that was a home, or in the full copy, which is there again.
+    assert all(torch.equal(view, graph) for view, graph in zip(saved, graphs, strict=True))
+    assert (saved is chunk.views) != was_home
+    assert rig.ledger.used(Tier.DEVICE) <= on_device + chunk.full_nbytes
+    assert rig.used_bytes_agree() or frozen is Tier.DEVICE
+    host = sum(h.nbytes for c in rig.chunks for h in c.homes.values() if h.tier is Tier.HOST)
+    assert chunk.gradient is not None and chunk.gradient.buffer is not None
+    host += chunk.gradient.buffer.nbytes if chunk.gradient.buffer.tier is Tier.HOST else 0
+    full = sum(c.full_nbytes for c in rig.chunks if c.is_resident)
+    assert rig.ledger.used(Tier.HOST) == host + (full if unified else 0)
+    rig.manager.close()
+
+
+def test_without_room_for_the_last_all_are_as_before() -> None:
+    rig = Rig([FROZEN, FROZEN, FROZEN])
+    rig.use(rig.chunks[0])
+    states = [chunk.state for chunk in rig.chunks]
+    rig.ledger.resize(Tier.HOST, rig.ledger.used(Tier.HOST) + 3 * 14 * NUMEL - 1)
+    used = rig.ledger.used(Tier.HOST)
+    with pytest.raises(OutOfMemory):
+        rig.manager.rebuild([trained(rig, i) for i in range(3)])
+    assert rig.ledger.used(Tier.HOST) == used
+    assert [chunk.state for chunk in rig.chunks] == states and not any(chunk.is_trainable for chunk in rig.chunks)
+    assert rig.has_values(rig.chunks[0])
+    assert isinstance(rig.device, FakeBackend)
+    rig.manager.close()
