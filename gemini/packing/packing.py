@@ -10,7 +10,6 @@ from torch import nn
 
 from ..chunk import (
     FETCH_WORKERS,
-    STATE_ROLES,
     STORE_BLOCKS,
     ChunkLayout,
     ChunkPlan,
@@ -28,9 +27,10 @@ from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..nn.optimizer.adam_rule import ADAM
 from ..planning.gradient_room import gradient_room
-from ..planning.placement import AutoPlacementPolicy, ChunkNeed, DoesNotFit, Placement, Room, on_tier, place
+from ..planning.placement import AutoPlacementPolicy, DoesNotFit, Placement, Room, on_tier, place
 from ..units.units import nested_chunks
 from ..updates.update_pipeline import BLOCK_SETS, update_roles
+from .homes import Group, chunk_need, full_is_home, with_halves
 from .remedy import TooSmall, out_of_memory, remedy
 
 SlotsOf = Callable[[Mapping[str, Any]], tuple[StateSlot, ...]]
@@ -43,30 +43,6 @@ STAGING_SHARE = 8
 """Staging takes at most one part in so many of the HOST capacity."""
 SHRINKINGS = 4
 """Chunk sizes to try, each half of the one before: a unit may need several chunks, or one beside a huge tensor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Parameters of different groups do not share a chunk."""
-
-    param_group: int
-    """Index of the optimizer's group; -1 without one."""
-    trainable: bool
-    """Has a gradient, and what the optimizer keeps."""
-    keeps_fp32: bool = False
-    """Computes in fp32 whatever the precision: its module has running statistics, which keep their dtype, and takes
-    low-precision inputs beside fp32 weights."""
-    states: tuple[StateSlot, ...] = ()
-    """What the optimizer keeps for each element; the same for all of one optimizer's group."""
-
-    def dtype(self, config: GeminiConfig) -> torch.dtype:
-        """Of the full copy and the gradient."""
-        return torch.float32 if self.keeps_fp32 else config.compute_dtype
-
-    def splits(self, config: GeminiConfig) -> bool:
-        """Whether its masters are in two halves where units can use the upper one. See [Note: Split master]."""
-        has_room = any(slot.has_spare_sign for slot in self.states)
-        return config.split_master and has_room and self.dtype(config) is torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,22 +269,6 @@ def staging_bytes(block_numel: int, role_count: int) -> int:
     return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * role_count) * block_numel * 4
 
 
-def chunk_need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) -> ChunkNeed:
-    """What a chunk asks for; ``borrow``: its gradient has no home."""
-    low = layout.numel * compute_dtype.itemsize
-    if not layout.group.trainable:
-        return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
-    full = layout.numel * 4
-    states = zip(STATE_ROLES, layout.group.states, strict=False)
-    roles = {
-        Role.MASTER: full,
-        **{role: slot.numel(layout.numel) * slot.dtype.itemsize for role, slot in states},
-    }
-    if not borrow:
-        roles[Role.GRADIENT] = low
-    return ChunkNeed(roles=roles, full_nbytes=low, shadow_nbytes=low if low < full else 0, borrows_gradient=borrow)
-
-
 def _place(
     layouts: Sequence[ChunkLayout],
     use: _Use,
@@ -380,7 +340,7 @@ def _copies(
     """Bytes of each chunk's full copy beside its home; before placement, of all that could have one."""
     return [
         0
-        if placement is not None and _full_is_home(layout, placement.homes[i], config, capacities.unified)
+        if placement is not None and full_is_home(layout, placement.homes[i], config, capacities.unified)
         else layout.numel * layout.group.dtype(config).itemsize
         for i, layout in enumerate(layouts)
     ]
@@ -396,19 +356,3 @@ def _full_copies_limit(copies: Sequence[int], use: _Use, config: GeminiConfig, c
         return None
     wanted = round((1.0 - config.policy.offload_param_frac) * sum(copies))
     return max(wanted, _largest(use.units, copies)[1], _largest(use.siblings, copies)[1])
-
-
-def _full_is_home(layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool) -> bool:
-    tier = homes[Role.MASTER]
-    in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
-    group = layout.group
-    return in_reach and (group.dtype(config) is torch.float32 or not group.trainable or group.splits(config))
-
-
-def with_halves(
-    layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool
-) -> Mapping[Role, Tier]:
-    """A master in two halves takes the bytes of a whole one, at the same place."""
-    if layout.group.splits(config) and _full_is_home(layout, homes, config, unified):
-        return {Role.MASTER: homes[Role.MASTER], Role.MASTER_LOW: homes[Role.MASTER], **homes}
-    return homes

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ..chunk import ChunkLayout, ChunkPlan, Role, StateSlot
 from ..config import GeminiConfig
 from ..planning.placement import AutoPlacementPolicy, Room, place
-from .packing import Group, chunk_need, with_halves
+from .homes import Group, chunk_need, with_halves
 
 
 def unfrozen_plans(

@@ -2,12 +2,10 @@
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
-from loop import SMALL, Trained, batch, build, check_same
-from parity import masters
+from loop import SMALL, Trained, check_same
 from torch import nn
 
 from gemini.boosted import boosted
@@ -15,7 +13,6 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Tier
 from gemini.memory.non_model import Measured
-from gemini.nn.optimizer import HybridAdam
 
 
 def test_a_parameter_away_from_its_chunk_reads_as_nan() -> None:
@@ -55,19 +52,6 @@ def test_zero_grad_of_the_model_forgets_the_gradients_in_the_chunks() -> None:
         run.model.zero_grad()
         run.step(1)
     check_same(ours, plain)
-
-
-def test_a_parameter_unfrozen_after_boost_is_named_instead_of_silently_not_trained() -> None:
-    model: Any = build()
-    model[0].requires_grad_(False)
-    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False))
-    model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
-    model[0].requires_grad_(True)
-    booster.backward(model(batch(0)).sum(), optimizer)
-    before = masters(model)
-    with pytest.raises(ValueError, match=r"0\.weight .*before booster\.boost"):
-        optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in masters(model).items())
 
 
 def test_static_fractions_bound_what_is_on_the_device() -> None:

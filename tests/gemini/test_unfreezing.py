@@ -276,6 +276,20 @@ def test_what_is_in_no_group_keeps_its_gradient_and_its_values() -> None:
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
 
 
+def test_parameters_may_be_added_before_they_require_gradients() -> None:
+    plain, ours = Gradual("adam", "fp32", None), Gradual("adam", "fp32", SMALL)
+    losses = []
+    for run in (plain, ours):
+        run.optimizer.add_param_group({"params": run.stages[1], "lr": 1e-3})
+        assert not any(parameter.requires_grad for parameter in run.stages[1])
+        first = run.step(0)
+        for parameter in run.stages[1]:
+            parameter.requires_grad_(True)
+        losses.append([first, run.step(1), run.step(2)])
+    assert losses[0] == losses[1]
+    check_same(ours, plain)
+
+
 def test_a_graph_from_before_is_run_after() -> None:
     plain, ours = Gradual("adam", "bf16", None), Gradual("adam", "bf16", SMALL)
     for run in (plain, ours):
