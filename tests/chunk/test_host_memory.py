@@ -1,5 +1,7 @@
 """RAM for homes: huge pages are asked for where they pay, and never beyond the tensor; streams do not collide."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -42,7 +44,24 @@ def test_without_the_system_call_nothing_happens(monkeypatch: pytest.MonkeyPatch
     host_memory.advise_huge_pages(torch.zeros(2 << 20))
 
 
-def test_large_homes_made_one_after_the_other_begin_at_different_places_in_the_page() -> None:
+def begin_where_the_last_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks as the heap hands them out: what is added to a home in front shifts the next one back."""
+    zeros, blocks = torch.zeros, itertools.count()
+
+    def placed(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+        around = zeros(nbytes + 8192, dtype=dtype)
+        start = -(around.data_ptr() + next(blocks) * 832) % 4096
+        return around[start : start + nbytes]
+
+    monkeypatch.setattr(torch, "zeros", placed)
+
+
+@pytest.mark.parametrize("is_heap", [False, True])
+def test_large_homes_made_one_after_the_other_begin_at_different_places_in_the_page(
+    is_heap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_heap:
+        begin_where_the_last_ended(monkeypatch)
     homes = [host_memory.zeroed(1 << 20, torch.float32) for _ in range(4)]
     assert len({home.data_ptr() % 4096 for home in homes}) == 4
     for home in homes:
