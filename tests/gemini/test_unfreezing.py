@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Tier
+from gemini.chunk import Role, Tier
 from gemini.errors import OutOfMemory
 from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry.documents import read_chunks
@@ -321,10 +321,13 @@ def test_statistics_the_record_and_checkpoints_know_what_was_unfrozen(tmp_path: 
         return run
 
     run = boost(tmp_path / "run")
-    run.step(0)
+    for step in range(2):
+        run.step(step)
     before = run.model.memory_stats()
+    heaviest = boosted(run.model).runtime.profile.heaviest
+    assert True in heaviest
     run.unfreeze(1)
-    assert True not in boosted(run.model).runtime.profile.heaviest  # layers that had no graph take more activations
+    assert True not in heaviest  # layers that had no graph take more activations
     run.step(1)
     stats = run.model.memory_stats()
     unfrozen = {chunk.index: chunk for p in run.stages[1] if (chunk := boosted(run.model).manager.find(p)[0])}
@@ -428,6 +431,46 @@ def test_options_that_keep_other_states_in_the_same_chunk_are_refused() -> None:
     ):
         ours.optimizer.add_param_group({"params": ours.stages[2], "momentum": 0.0})
     assert len(ours.optimizer.param_groups) == 2
+
+
+def test_room_for_full_copies_is_not_taken_for_homes() -> None:
+    def trained(**plugin: Any) -> Gradual:
+        run = Gradual("adam", "bf16", {**SMALL, **plugin})
+        run.step(0)
+        run.step(1)
+        return run
+
+    roomy = trained()
+    manager, runtime = boosted(roomy.model).manager, boosted(roomy.model).runtime
+    old = sum(chunk.homes[Role.MASTER].nbytes for chunk in {manager.find(p)[0] for p in roomy.stages[1]})  # type: ignore[index]
+    roomy.unfreeze(1)
+    resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident)
+    enough = (
+        manager.ledger.used(Tier.HOST) - resident + runtime.least_bytes({}) + old
+    )  # these go when the new ones are there
+    tight, short = trained(host_memory=enough), trained(host_memory=enough - 1)
+    with pytest.raises(OutOfMemory, match="To unfreeze chunks with"):
+        short.unfreeze(1)
+    tight.unfreeze(1)
+    assert [tight.step(step) for step in range(2, 5)] == [roomy.step(step) for step in range(2, 5)]
+    check_same(tight, roomy)
+
+
+def test_what_is_in_use_is_not_unfrozen() -> None:
+    ours = Gradual("adam", "fp32", SMALL)
+    ours.step(0)
+    layer = next(module for module in ours.model if next(iter(module.parameters()), None) is ours.stages[1][0])
+
+    def add(module: nn.Module, inputs: Any) -> None:
+        with pytest.raises(ValueError, match=r"\.weight is in use: unfreeze it between steps"):
+            ours.unfreeze(1)
+
+    handle = layer.register_forward_pre_hook(add)
+    ours.model(batch(1))
+    handle.remove()
+    assert len(ours.optimizer.param_groups) == 1
+    ours.unfreeze(1)
+    ours.step(1)
 
 
 def test_within_a_step_that_backward_has_begun_nothing_is_added() -> None:
