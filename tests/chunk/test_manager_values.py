@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import FakeBackend
+from fakes import FakeBackend, FakeUpdate
 from manager_rig import ADAM, FROZEN, NUMEL, TRAINABLE, Rig
 
 from gemini.chunk import ChunkManager, ChunkPlan, ChunkState, DiskBackend, Ledger, Role, TensorSpec, Tier, pack
@@ -116,3 +116,24 @@ def test_closing_ends_the_device_and_the_disk(tmp_path: Path) -> None:
     assert rig.device.log[-1] == ("close",)
     with pytest.raises(OffloadError):
         rig.manager.read(rig.parameters[0][0], Role.MASTER)
+
+
+def test_what_was_changed_in_place_is_brought_home_when_the_update_before_it_has_been_repeated() -> None:
+    rig = Rig([TRAINABLE])
+    (chunk,) = rig.chunks
+    rig.manager.fetch(chunk)
+    rig.manager.pin(chunk)
+    parameter = rig.parameters[0][0]
+    with torch.no_grad():
+        parameter[3] = 7.0
+    update = FakeUpdate()
+    update.error = OffloadError(5, "the disk is away")
+    chunk.update = update
+    for _ in range(2):
+        with pytest.raises(OffloadError, match="the disk is away"):
+            rig.manager.keep_edits(chunk)
+    update.error = None
+    rig.manager.keep_edits(chunk)
+    assert float(rig.manager.read(parameter, Role.MASTER)[3]) == 7.0
+    rig.manager.unpin(chunk)
+    rig.manager.close()
