@@ -120,21 +120,19 @@ class ChunkManager:
         OutOfMemory, OffloadError
             If a new home gets no room; the old ones go when all new ones are there.
         """
-        used = dict(zip(Tier, self.ledger.counters()[0], strict=True))
-        try:
+        for plan in plans:
+            old = self.chunks[plan.layout.index]
+            if old.state is ChunkState.FETCHING:
+                self._arrive(old)  # what can go wrong goes wrong now
+            old.settle()
+            self.keep_edits(old)
+        with self.ledger.all_or_nothing():
             reserve_homes(plans, self.ledger, self.device)
             built = [self._builder.build(plan) for plan in plans]
             for new in built:
-                old = self.chunks[new.index]
-                old.settle()
-                self.keep_edits(old)
-                for position in range(len(old.layout.slots)):
-                    write_slot(new, position, Role.MASTER, read_slot(old, position, Role.MASTER))
-        except BaseException:
-            for tier, now in zip(Tier, self.ledger.counters()[0], strict=True):
-                if tier is not Tier.DISK:
-                    self.ledger.give(tier, now - used[tier])
-            raise
+                for position in range(len(new.layout.slots)):
+                    value = read_slot(self.chunks[new.index], position, Role.MASTER)
+                    write_slot(new, position, Role.MASTER, value)
         for new in built:
             old = self.chunks[new.index]
             if old.is_resident:
