@@ -1,4 +1,4 @@
-"""Layers that are unfrozen in the middle of training: what is refused, and the way out, with plain PyTorch's bits."""
+"""Layers that are unfrozen in the middle of training, with plain PyTorch's bits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,37 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from loop import PLACEMENTS, SMALL, batch, build
+from gradual import DTYPES, OPTIONS, PLUGINS, Gradual, check_same, parts, rounded, stages
+from loop import PLACEMENTS, SMALL, batch
 from parity import check_at_rest, masters
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Role, Tier
-from gemini.errors import OutOfMemory
+from gemini.chunk import Tier
 from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry.documents import read_chunks
 
 pytestmark = pytest.mark.timeout(120)
 
 STEPS, UNFROZEN_AT = 6, 3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
-
-
-def rounded(precision: str) -> nn.Module:
-    """A model whose values both dtypes can hold."""
-    model = build()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[precision]).float()
-    return model
-
-
-def parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What trains from the start, and what is frozen at first: every other layer."""
-    layers = [module for module in model if list(module.parameters())]  # type: ignore[attr-defined]
-    return tuple([p for layer in layers[i::2] for p in layer.parameters()] for i in (1, 0))  # type: ignore[return-value]
 
 
 def train_plain(precision: str) -> tuple[list[float], dict[str, Tensor]]:
@@ -100,101 +84,6 @@ def test_what_is_frozen_after_boosting_is_unfrozen_with_the_bits_of_plain_pytorc
     found = masters(model)
     assert [name for name, value in expected.items() if not torch.equal(found[name], value.float())] == []
     assert len(optimizer.state_dict()["state"]) == len(head) + len(rest)
-
-
-# -- frozen, or in no group, when boosted
-
-
-def optimizer_of(kind: str) -> Callable[[Any], Any]:
-    return {
-        "adam": lambda groups: HybridAdam(groups, **OPTIONS),
-        "bf16 states": lambda groups: HybridAdam(groups, **OPTIONS, states="bf16"),
-        "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=1e-2, initial_accumulator_value=0.5),
-        "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
-        "plain sgd": lambda groups: torch.optim.SGD(groups, lr=1e-2),
-    }[kind]
-
-
-def stages(model: Any) -> list[list[nn.Parameter]]:
-    """Layers from the last to the first, two at a time: what is unfrozen at a time."""
-    layers = [module for module in model if list(module.parameters())]
-    return [[p for layer in layers[i : i + 2] for p in layer.parameters()] for i in range(len(layers) - 2, -1, -2)]
-
-
-class Gradual:
-    """Unfreezes a stage every two steps, each in a group with a learning rate of its own."""
-
-    def __init__(self, kind: str, precision: str, plugin: dict[str, Any] | None, in_group: bool = False) -> None:
-        model: Any = rounded(precision)
-        if plugin is None:
-            model = model.to(DTYPES[precision])
-        self.stages = stages(model)
-        for stage in self.stages[1:]:
-            for parameter in stage:
-                parameter.requires_grad_(False)
-        groups = [{"params": self.stages[0]}]
-        if in_group:
-            groups += [{"params": stage, "lr": self.rate(i)} for i, stage in enumerate(self.stages) if i]
-        optimizer: Any = optimizer_of(kind)(groups)
-        self.booster = None
-        self.in_group = in_group
-        if plugin is not None:
-            self.booster = Booster(plugin=GeminiPlugin(precision=precision, telemetry=False, **plugin))
-            model, optimizer, *_ = self.booster.boost(model, optimizer)
-        self.model, self.optimizer, self.dtype = model, optimizer, DTYPES[precision]
-
-    @staticmethod
-    def rate(stage: int) -> float:
-        return 1e-2 / (stage + 1)
-
-    def unfreeze(self, stage: int) -> None:
-        for parameter in self.stages[stage]:
-            parameter.requires_grad_(True)
-        if not self.in_group:
-            self.optimizer.add_param_group({"params": self.stages[stage], "lr": self.rate(stage)})
-
-    def backward(self, step: int) -> float:
-        torch.manual_seed(step)
-        loss = self.model(batch(step).to(self.dtype)).float().square().mean()
-        if self.booster is not None:
-            self.booster.backward(loss, self.optimizer)
-        else:
-            loss.backward()
-        return loss.item()
-
-    def step(self, step: int) -> float:
-        loss = self.backward(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
-
-    def train(self) -> list[float]:
-        losses = []
-        for step in range(2 * len(self.stages)):
-            if step and step % 2 == 0:
-                self.unfreeze(step // 2)
-            losses.append(self.step(step))
-        return losses
-
-    def weights(self) -> dict[str, Tensor]:
-        if self.booster is not None:
-            return {name: value.float() for name, value in masters(self.model).items()}
-        state = self.optimizer.state
-        return {n: state.get(p, {}).get("master", p).detach().float() for n, p in self.model.named_parameters()}
-
-
-def check_same(ours: Gradual, plain: Gradual) -> None:
-    found = ours.weights()
-    assert [name for name, value in plain.weights().items() if not torch.equal(found[name], value)] == []
-
-
-PLUGINS: dict[str, dict[str, Any]] = {
-    "resident": {},
-    "one chunk": {"chunk_config_dict": {1: {"chunk_size": 1 << 20}}},
-    "streamed": PLACEMENTS["streamed"],
-    "an emulated device": {"device_memory": "2MiB"},
-    "disk": {**PLACEMENTS["disk"], "host_memory": "400KiB"},
-}
 
 
 @pytest.mark.parametrize(
@@ -353,138 +242,3 @@ def test_statistics_the_record_and_checkpoints_know_what_was_unfrozen(tmp_path: 
     again.booster.load_optimizer(again.optimizer, tmp_path / "optimizer")  # type: ignore[union-attr]
     assert again.step(2) == run.step(2)
     check_same(again, run)
-
-
-# -- what cannot be
-
-
-@pytest.mark.parametrize("in_group", [False, True])
-def test_without_room_it_is_an_error_and_training_goes_on_without_them(in_group: bool) -> None:
-    free = Gradual("adam", "fp32", {"host_memory": "150KiB", **SMALL}, in_group)
-    losses = [free.step(step) for step in range(2)]
-    groups = len(free.optimizer.param_groups)
-    text = r"To unfreeze chunks with .*, .* are missing for their masters, gradients and states; nothing has been chang"
-    used = boosted(free.model).manager.ledger.used(Tier.HOST)
-    if in_group:
-        free.unfreeze(1)
-        free.backward(2)
-        with pytest.raises(OutOfMemory, match=text):
-            free.optimizer.step()
-        for parameter in free.stages[1]:
-            parameter.requires_grad_(False)
-        free.optimizer.zero_grad()
-    else:
-        with pytest.raises(OutOfMemory, match=text):
-            free.unfreeze(1)
-        for parameter in free.stages[1]:
-            parameter.requires_grad_(False)
-    assert len(free.optimizer.param_groups) == groups
-    assert boosted(free.model).manager.ledger.used(Tier.HOST) <= used
-    assert not any(chunk.is_trainable for p in free.stages[1] if (chunk := boosted(free.model).manager.find(p)[0]))
-    plain = Gradual("adam", "fp32", None, in_group)
-    assert [plain.step(step) for step in range(2)] == losses
-    assert [free.step(step) for step in range(2, 4)] == [plain.step(step) for step in range(2, 4)]
-    check_same(free, plain)
-
-
-def test_what_the_system_refuses_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, ours = Gradual("adam", "fp32", None), Gradual("adam", "fp32", SMALL)
-    assert ours.step(0) == plain.step(0)
-    manager = boosted(ours.model).manager
-    used = manager.ledger.used(Tier.HOST)
-    home, calls = manager.device.home, iter(range(100))
-
-    def refusing(*args: Any) -> Any:
-        if next(calls) == 5:
-            raise MemoryError("no more")
-        return home(*args)
-
-    monkeypatch.setattr(manager.device, "home", refusing)
-    with pytest.raises(MemoryError):
-        ours.unfreeze(1)
-    monkeypatch.undo()
-    assert manager.ledger.used(Tier.HOST) == used and len(ours.optimizer.param_groups) == 1
-    for run in (plain, ours):
-        run.unfreeze(1)
-    assert ours.step(1) == plain.step(1)
-    check_same(ours, plain)
-
-
-def test_states_in_blocks_that_do_not_begin_with_the_parameters_are_refused() -> None:
-    model: Any = build()
-    head, rest = parts(model)
-    for parameter in rest:
-        parameter.requires_grad_(False)
-    optimizer = HybridAdam(head, states="8bit")
-    model, optimizer, *_ = Booster(plugin=GeminiPlugin(telemetry=False)).boost(model, optimizer)
-    with pytest.raises(ValueError, match=r"was packed without room for blocks of 256 elements.*freeze them after it"):
-        optimizer.add_param_group({"params": rest})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_options_that_keep_other_states_in_the_same_chunk_are_refused() -> None:
-    ours = Gradual("sgd", "fp32", PLUGINS["one chunk"])
-    ours.step(0)
-    ours.unfreeze(1)
-    with pytest.raises(
-        ValueError, match=r"shares a chunk with .* keeps momentum_buffer in torch.float32, and with the"
-    ):
-        ours.optimizer.add_param_group({"params": ours.stages[2], "momentum": 0.0})
-    assert len(ours.optimizer.param_groups) == 2
-
-
-def test_room_for_full_copies_is_not_taken_for_homes() -> None:
-    def trained(**plugin: Any) -> Gradual:
-        run = Gradual("adam", "bf16", {**SMALL, **plugin})
-        run.step(0)
-        run.step(1)
-        return run
-
-    roomy = trained()
-    manager, runtime = boosted(roomy.model).manager, boosted(roomy.model).runtime
-    old = sum(chunk.homes[Role.MASTER].nbytes for chunk in {manager.find(p)[0] for p in roomy.stages[1]})  # type: ignore[index]
-    roomy.unfreeze(1)
-    resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident)
-    enough = (
-        manager.ledger.used(Tier.HOST) - resident + runtime.least_bytes({}) + old
-    )  # these go when the new ones are there
-    tight, short = trained(host_memory=enough), trained(host_memory=enough - 1)
-    with pytest.raises(OutOfMemory, match="To unfreeze chunks with"):
-        short.unfreeze(1)
-    tight.unfreeze(1)
-    assert [tight.step(step) for step in range(2, 5)] == [roomy.step(step) for step in range(2, 5)]
-    check_same(tight, roomy)
-
-
-def test_what_is_in_use_is_not_unfrozen() -> None:
-    ours = Gradual("adam", "fp32", SMALL)
-    ours.step(0)
-    layer = next(module for module in ours.model if next(iter(module.parameters()), None) is ours.stages[1][0])
-
-    def add(module: nn.Module, inputs: Any) -> None:
-        with pytest.raises(ValueError, match=r"\.weight is in use: unfreeze it between steps"):
-            ours.unfreeze(1)
-
-    handle = layer.register_forward_pre_hook(add)
-    ours.model(batch(1))
-    handle.remove()
-    assert len(ours.optimizer.param_groups) == 1
-    ours.unfreeze(1)
-    ours.step(1)
-
-
-def test_within_a_step_that_backward_has_begun_nothing_is_added() -> None:
-    ours = Gradual("adam", "fp32", {**SMALL, "update_in_backward": True})
-    ours.backward(0)
-    with pytest.raises(ValueError, match="cannot add parameters now"):
-        ours.unfreeze(1)
-    ours.optimizer.step()
-    assert len(ours.optimizer.param_groups) == 1
-
-
-def test_adding_what_another_group_has_is_refused_as_torch_does() -> None:
-    model: Any = build()
-    model, optimizer, *_ = Booster(plugin=GeminiPlugin(telemetry=False)).boost(model, HybridAdam(model.parameters()))
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": [model[0].weight]})
-    assert len(optimizer.param_groups) == 1

@@ -1,16 +1,13 @@
 """``split_master=True``: the numbers of whole masters, in 2 bytes a parameter less, wherever the rest is."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from limited import limited, outcome
 from loop import PLACEMENTS, SMALL, Trained, check_same
 from parity import Task, check_equal, check_parity, run_managed, run_plain
 from torch import Tensor, nn
@@ -26,8 +23,6 @@ from gemini.estimate.subject import Subject
 from gemini.nn.optimizer import HybridAdam, adam_rule, update
 from gemini.nn.optimizer.reference import adam_reference, adam_split_reference
 from gemini.nn.optimizer.update import adam_split_update
-
-ROOT = Path(__file__).parents[3]
 
 
 class Odd(nn.Module):
@@ -243,20 +238,13 @@ def test_statistics_placement_and_estimate_say_14_bytes_a_parameter() -> None:
 
 @pytest.mark.timeout(300)
 def test_under_a_limit_of_the_system_14_bytes_a_parameter_are_enough_for_everything_to_stay() -> None:
-    def child(bytes_a_parameter: float, split_master: bool) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(Path(__file__).parent / "child_split_master.py"), str(bytes_a_parameter)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
-        return subprocess.run(
-            [*command, str(int(split_master))], env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT
-        )
-
-    ours, whole, roomy = child(14.0, True), child(14.0, False), child(18.0, False)
-    for done in (ours, roomy):
-        assert done.returncode == 0, done.stderr[-2000:]
-    results = [json.loads(done.stdout.splitlines()[-1]) for done in (ours, roomy)]
-    assert results[0] == results[1] and results[0]["evictions"] == 0
+    whole = {"precision": "bf16", "split_master": False}
+    split = {**whole, "split_master": True}
+    ours, roomy = outcome(limited(14.0, 48, **split)), outcome(limited(18.0, 48, **whole))
+    assert ours == roomy and ours["evictions"] == 0
     # Whole masters and their copies take 16: something has to give way, or there is none left.
-    assert whole.returncode != 0 or json.loads(whole.stdout.splitlines()[-1])["evictions"] > 0
+    short = limited(14.0, 48, **whole)
+    assert short.returncode != 0 or outcome(short)["evictions"] > 0
 
 
 # -- what cannot be

@@ -1,14 +1,10 @@
 """Gradients never are there all at once: the room they take, by the operating system, the packing and the pool."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from limited import limited, outcome
 
 from gemini.chunk import ChunkLayout, Ledger, RamBackend, Slot, Tier
 from gemini.chunk.gradient import GradientBuffer
@@ -17,26 +13,16 @@ from gemini.chunk.layout import size_class
 from gemini.errors import OutOfMemory
 from gemini.planning.gradient_room import gradient_room
 
-ROOT = Path(__file__).parents[3]
-
-
-def child(bytes_a_parameter: float, update_in_backward: bool) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(Path(__file__).parent / "child_gradient_peak.py"), str(bytes_a_parameter)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
-    return subprocess.run(
-        [*command, str(int(update_in_backward))], env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
-
 
 @pytest.mark.timeout(300)
 def test_under_a_limit_of_the_system_gradients_of_a_few_chunks_fit_and_all_do_not() -> None:
     """fp32: 12 bytes of master and moments and 4 of gradient a parameter, and what malloc leaves between; 24 chunks."""
-    ours, normal, roomy = child(13.0, True), child(13.0, False), child(18.0, False)
-    assert roomy.returncode == 0, roomy.stderr[-2000:]
-    assert ours.returncode == 0, ours.stderr[-2000:]
-    assert normal.returncode != 0
-    assert "llocate memory" in normal.stderr or "out of memory" in normal.stderr, normal.stderr[-2000:]
-    assert json.loads(ours.stdout.splitlines()[-1]) == json.loads(roomy.stdout.splitlines()[-1])
+    normal = {"precision": "fp32", "update_in_backward": False}
+    ours, roomy = limited(13.0, 24, **{**normal, "update_in_backward": True}), limited(18.0, 24, **normal)
+    assert outcome(ours) == outcome(roomy)
+    short = limited(13.0, 24, **normal)
+    assert short.returncode != 0
+    assert "llocate memory" in short.stderr or "out of memory" in short.stderr, short.stderr[-2000:]
 
 
 # -- how much
