@@ -110,10 +110,11 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         return chunk.layout.slots[position]
 
-    def rebuild(self, plans: Sequence[ChunkPlan]) -> None:
+    def rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None) -> None:
         """Give chunks other homes, and what else these plans say, with the values that they have. All or nothing.
 
-        They must be at rest. What a home on DISK took is not given back: it has its place in the file.
+        They must be at rest. What a home on DISK took is not given back: it has its place in the file. ``fill`` puts
+        into the other homes of a new chunk what is not to be zero.
 
         Raises
         ------
@@ -133,6 +134,8 @@ class ChunkManager:
                 for position in range(len(new.layout.slots)):
                     value = read_slot(self.chunks[new.index], position, Role.MASTER)
                     write_slot(new, position, Role.MASTER, value)
+                if fill is not None:
+                    fill(new)
         for new in built:
             old = self.chunks[new.index]
             if old.is_resident:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ class Unfreezing:
             If their chunks cannot keep such states, or they are in use.
         """
         places = {p: place for p in parameters if (place := self._manager.find(p)) is not None}
+        if not places:
+            return
         slots = rule.slots(group)
         chunks = {chunk.index: chunk for chunk, _ in places.values()}
         for chunk, position in places.values():
@@ -81,11 +84,8 @@ class Unfreezing:
             if chunk.pins:
                 raise ValueError(f"{name} is in use: unfreeze it between steps")
         frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]
-        plans = self._plans(frozen, slots, index)
-        self._manager.rebuild(plans)
-        if rule.starts_filled:
-            for chunk in frozen:
-                _fill(chunk, rule)
+        plans = self._plans(frozen, slots, index) if frozen else ()
+        self._manager.rebuild(plans, partial(_fill, rule) if rule.starts_filled else None)
         admitted = list(places)
         self._updater.admit(admitted, index, slots)
         with _requiring_gradients(admitted):
@@ -126,7 +126,7 @@ class Unfreezing:
             raise ValueError(f"{error}. {_WAY_OUT}") from error
 
 
-def _fill(chunk: Chunk, rule: Rule) -> None:
+def _fill(rule: Rule, chunk: Chunk) -> None:
     for role, slot in chunk.states.items():
         for position in range(len(chunk.layout.slots)):
             write_slot(chunk, position, role, torch.full((), rule.initial(slot.name)))

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from gradual import DTYPES, OPTIONS, PLUGINS, Gradual, check_same, parts, rounded, stages
-from loop import PLACEMENTS, SMALL, batch
+from loop import PLACEMENTS, SMALL, Trained, batch
 from parity import check_at_rest, masters
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemini.boosted import boosted
 from gemini.booster import Booster
@@ -177,6 +177,51 @@ def test_parameters_may_be_added_before_they_require_gradients() -> None:
         losses.append([first, run.step(1), run.step(2)])
     assert losses[0] == losses[1]
     check_same(ours, plain)
+
+
+def test_what_is_in_no_chunk_can_be_added_however_little_room_there_is() -> None:
+    ours = Trained({"host_memory": "312KiB", **SMALL}, "bf16")
+    double = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    ours.optimizer.add_param_group({"params": [double]})  # before the first step, when nothing is known of the ring
+    double.grad = torch.ones(4, dtype=torch.float64)
+    ours.step(0)
+    assert (double < 1.0).all()
+
+
+class Penalised(nn.Module):
+    """The loss uses the parameters of a layer that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.penalised = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x).square().mean()
+
+    def penalty(self) -> Tensor:
+        return self.penalised.weight.square().sum() + self.penalised.bias.square().sum()
+
+
+def test_what_the_loss_alone_uses_is_unfrozen_and_updated_in_backward() -> None:
+    plain, model = Penalised(), Penalised()
+    optimizers: list[Any] = []
+    for each in (plain, model):
+        each.penalised.requires_grad_(False)
+        optimizers.append(HybridAdam(each.used.parameters(), **OPTIONS))
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, update_in_backward=True))
+    ours, optimizers[1], *_ = booster.boost(model, optimizers[1])
+    for each, optimizer in zip((plain, ours), optimizers, strict=True):
+        for step in range(4):
+            if step == 2:
+                each.penalised.requires_grad_(True)
+                optimizer.add_param_group({"params": list(each.penalised.parameters())})
+            loss = each(torch.randn(2, 8, generator=torch.Generator().manual_seed(step))) + each.penalty()
+            loss.backward() if each is plain else booster.backward(loss, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+    found = masters(ours)
+    assert not [name for name, value in plain.named_parameters() if not torch.equal(found[name], value)]
 
 
 def test_a_graph_from_before_is_run_after() -> None:

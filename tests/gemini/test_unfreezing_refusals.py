@@ -11,7 +11,7 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Role, Tier
-from gemini.errors import OutOfMemory
+from gemini.errors import OffloadError, OutOfMemory
 from gemini.nn.optimizer import HybridAdam
 
 pytestmark = pytest.mark.timeout(120)
@@ -63,6 +63,24 @@ def test_what_the_system_refuses_leaves_everything_as_it_was(monkeypatch: pytest
         ours.unfreeze(1)
     monkeypatch.undo()
     assert manager.ledger.used(Tier.HOST) == used and len(ours.optimizer.param_groups) == 1
+    for run in (plain, ours):
+        run.unfreeze(1)
+    assert ours.step(1) == plain.step(1)
+    check_same(ours, plain)
+
+
+def test_states_that_cannot_be_filled_leave_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ours = Gradual("adagrad", "fp32", None), Gradual("adagrad", "fp32", SMALL)
+    assert ours.step(0) == plain.step(0)
+
+    def refusing(name: str) -> float:
+        raise OffloadError(5, "the disk is away")
+
+    monkeypatch.setattr(ours.optimizer.rule, "initial", refusing)
+    with pytest.raises(OffloadError):
+        ours.unfreeze(1)
+    monkeypatch.undo()
+    assert len(ours.optimizer.param_groups) == 1
     for run in (plain, ours):
         run.unfreeze(1)
     assert ours.step(1) == plain.step(1)
