@@ -1,0 +1,2 @@
+from outside.harness import Catalogue
+states = Catalogue("states")

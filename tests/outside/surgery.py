@@ -1,0 +1,2 @@
+from outside.harness import Catalogue
+surgery = Catalogue("surgery")

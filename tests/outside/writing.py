@@ -1,0 +1,2 @@
+from outside.harness import Catalogue
+writing = Catalogue("writing")
