@@ -1,7 +1,7 @@
 """All uses outside of forward, by name."""
 
 from outside.gradients import gradients
-from outside.harness import Use
+from outside.harness import PLACEMENTS, Placement, Use
 from outside.libraries import libraries
 from outside.reading import reading
 from outside.states import states
@@ -13,3 +13,15 @@ USES: dict[str, Use] = {
     for catalogue in (reading, writing, gradients, states, surgery, libraries)
     for name, use in catalogue.uses.items()
 }
+
+
+def is_worth_a_run(use: Use, placement: Placement) -> bool:
+    """Whether this placement can show something that the others don't."""
+    if use.needs_host and placement.device != "cpu":
+        return False
+    return placement.topics is None or use.topic in placement.topics
+
+
+def cases() -> list[tuple[str, str]]:
+    """All pairs of a use and a placement on CPU."""
+    return [(u, p) for u, use in USES.items() for p, placement in PLACEMENTS.items() if is_worth_a_run(use, placement)]

@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from outside.catalogue import USES
-from outside.harness import PLACEMENTS, judge
+from outside.harness import PLACEMENTS, Verdict, judge
 
 
 def main() -> None:
@@ -22,7 +22,10 @@ def main() -> None:
     for line in sys.stdin:
         name, placement = line.rstrip("\n").split("\t")
         with tempfile.TemporaryDirectory() as folder:
-            verdict = judge(USES[name], PLACEMENTS[placement], folder)
+            try:
+                verdict = judge(USES[name], PLACEMENTS[placement], folder)
+            except Exception as error:  # before the use, or in plain PyTorch
+                verdict = Verdict("BROKEN", f"{type(error).__name__}: {error}")
         print(json.dumps({"kind": verdict.kind, "text": verdict.text}), file=answers, flush=True)
 
 

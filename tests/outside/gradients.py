@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from outside.harness import Catalogue, Training
+from outside.models import WIDTH
 
 gradients = Catalogue("gradients")
 use = gradients.add
@@ -369,7 +370,7 @@ def set_without_backward(run: Training) -> Any:
 
 @use()
 def some_set_without_backward(run: Training) -> Any:
-    run.model[5].weight.grad = torch.ones(32, 32, device=run.device)
+    run.model[5].weight.grad = torch.ones(WIDTH, WIDTH, device=run.device)
     run.optimizer.step()
     run.optimizer.zero_grad()
 
@@ -626,7 +627,7 @@ def copied_to_another_model(run: Training) -> Any:
 def of_a_batch_without_a_part(run: Training) -> Any:
     """Layers that took no part have no gradient, and are not stepped."""
     x = run.batch()
-    for layer in run.model[:10]:
+    for layer in run.model[:6]:
         x = layer(x)
     run.backward(x.square().mean())
     seen = [p.grad is None for p in run.parameters]

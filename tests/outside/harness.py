@@ -1,9 +1,11 @@
 """Run one use of parameters, gradients or states between training steps, in plain PyTorch and managed, and compare."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
@@ -19,36 +21,70 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """An error that a use must end with, before it has changed anything."""
+
+    error: type[BaseException] | tuple[type[BaseException], ...]
+    message: str
+    """A pattern of the part that names the way out."""
+
+    def fits(self, error: BaseException) -> bool:
+        return isinstance(error, self.error) and re.search(self.message, str(error), re.IGNORECASE) is not None
+
+
+ROOM_FOR_DISK = 310 << 10
+"""Bytes of RAM through which the chunks of these models come from disk and go there."""
+
+ON_DISK = Refusal(RuntimeError, r"p\.grad.*kept on disk.*(clip_grad_by_norm|host_memory)")
+"""A gradient that has no memory cannot be shown in ``p.grad``."""
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where the model data of a managed run are."""
 
     name: str
+    device_share: float | None = None
+    """Room for full copies, as a part of the weights' bytes; none: full copies have all the room they need."""
+    host_weights: float | None = None
+    """Room for homes in RAM, in multiples of the weights' (and gradients') bytes; none: all homes are in RAM."""
     device: str = "cpu"
     """Where batches go."""
-    is_tight: bool = False
-    """Full copies have less room than the model has parameters."""
-    is_on_disk: bool = False
-    """Homes have less RAM than the model data need."""
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `GeminiPlugin`."""
+    refusal: Refusal | None = None
+    """An error with which uses of gradients may end here."""
+    topics: tuple[str, ...] | None = None
+    """The topics that are worth a run here; all of them if none is named."""
 
-    def plugin(self, model: Model, folder: str) -> GeminiPlugin:
-        options: dict[str, Any] = {"chunk_config_dict": {1: {"chunk_size": 256}}, **(self.options or {})}
-        if self.is_tight:
-            options["device_memory"] = model.tight_device_bytes
-        if self.is_on_disk:
-            options.update(host_memory=model.tight_host_bytes, offload_dir=folder)
+    def plugin(self, model: Any, folder: str) -> GeminiPlugin:
+        weights = sum(p.nbytes for p in model.parameters())
+        gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        options: dict[str, Any] = {"chunk_config_dict": {1: {"chunk_size": 256}}, "host_memory": "64MiB", **self.options}
+        if self.device_share is not None:
+            options["device_memory"] = int(weights * self.device_share)
+        if self.host_weights is not None:
+            options["host_memory"] = ROOM_FOR_DISK + int(self.host_weights * (weights + gradients))
+            options["offload_dir"] = folder
         return GeminiPlugin(precision="fp32", telemetry=False, **options)
+
+    def check(self, model: Any) -> None:
+        """Fail if this model's chunks don't have to move."""
+        stats = model.memory_stats()
+        assert self.device_share is None or stats["move/evict_count"], "nothing was evicted: this placement shows nothing"
+        assert self.host_weights is None or stats["disk/used_bytes"], "nothing is on disk: this placement shows nothing"
 
 
 PLACEMENTS = {
     placement.name: placement
     for placement in (
-        Placement("roomy", options={"host_memory": "64MiB"}),
-        Placement("tight", is_tight=True, options={"host_memory": "16MiB"}),
-        Placement("disk", is_on_disk=True),
+        Placement("roomy"),
+        Placement("tight", device_share=0.35),
+        Placement("disk", host_weights=0.0, refusal=ON_DISK),
+        Placement("mixed", device_share=0.35, host_weights=1.0, topics=("gradients", "states", "libraries")),
     )
 }
+"""Full copies are homes; full copies move; all homes are on disk, gradients too; full copies move, moments are on disk."""
 
 
 class Training:
@@ -62,6 +98,8 @@ class Training:
         None in plain PyTorch.
     given_optimizer, given_parameters
         From before `boost`; code of users still has them.
+    batches
+        How many were drawn.
     kept
         For what a use wants to keep alive until the end.
     """
@@ -78,11 +116,11 @@ class Training:
         self.folder = folder
         if placement is not None:
             self.device = placement.device
-            self.booster = Booster(plugin=placement.plugin(kind, folder))
+            self.booster = Booster(plugin=placement.plugin(self.model, folder))
             self.model, self.optimizer, *_ = self.booster.boost(self.model, self.optimizer)
         self.losses: list[float] = []
         self.kept: list[Any] = []
-        self._steps = 0
+        self.batches = 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -95,8 +133,8 @@ class Training:
 
     def batch(self) -> Tensor:
         """The next batch; the same one in every run."""
-        self._steps += 1
-        return self.kind.batch(torch.Generator().manual_seed(self._steps)).to(self.device)
+        self.batches += 1
+        return self.kind.batch(torch.Generator().manual_seed(self.batches)).to(self.device)
 
     def loss(self) -> Tensor:
         loss = self.kind.loss(self.model, self.batch())
@@ -129,30 +167,21 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """An error that a use must end with, before it has changed anything."""
-
-    error: type[BaseException] | tuple[type[BaseException], ...]
-    message: str
-    """A pattern of the part that names the way out."""
-
-    def fits(self, error: BaseException) -> bool:
-        return isinstance(error, self.error) and re.search(self.message, str(error), re.IGNORECASE) is not None
-
-
-@dataclass(frozen=True)
 class Use:
     """What user code does between two training steps.
 
     It returns what it has seen, for comparison: tensors, numbers and strings in lists, tuples and dicts.
     """
 
+    topic: str
     name: str
     run: Callable[[Training], Any]
     model: str = "layers"
     refusal: Refusal | None = None
     may_be_equal: bool = False
     """The use may work as well, if it is then right."""
+    ends_training: bool = False
+    """Nothing is left to train."""
     needs_host: bool = False
     """Plain PyTorch can do it with parameters in RAM only."""
 
@@ -168,7 +197,7 @@ class Catalogue:
         def register(function: Callable[[Training], Any]) -> Callable[[Training], Any]:
             name = f"{self.topic}: {function.__name__.replace('_', ' ').strip()}"
             assert name not in self.uses, f"two uses are called {name!r}"
-            self.uses[name] = Use(name, function, model, **options)
+            self.uses[name] = Use(self.topic, name, function, model, **options)
             return function
 
         return register
@@ -179,6 +208,7 @@ class Outcome:
     """All that a run left. Nothing in it shares memory with the run."""
 
     losses: list[float]
+    """Of the steps after the use."""
     returned: Any
     weights: dict[str, Tensor]
     states: dict[str, Any]
@@ -202,55 +232,69 @@ def judge(use: Use, placement: Placement, folder: str) -> Verdict:
     """Run ``use`` managed, and compare it with plain PyTorch."""
     run = Training(MODELS[use.model], placement, folder)
     run.train(2)
-    if placement.is_tight:
-        stats = run.model.memory_stats()
-        assert stats["move/evict_count"] > 0, "nothing was evicted: this placement shows nothing"
-    if placement.is_on_disk:
-        assert run.model.memory_stats()["disk/used_bytes"] > 0, "nothing is on disk: this placement shows nothing"
+    placement.check(run.model)
     torch.manual_seed(11)
-    refused = None
-    returned = None
     try:
         returned = frozen(use.run(run))
     except Exception as error:
-        if use.refusal is None or not use.refusal.fits(error):
-            return Verdict("ERROR", _described(error))
-        refused = _described(error)
-    if refused is None and use.refusal is not None and not use.may_be_equal:
+        refusals = [refusal for refusal in (use.refusal, placement.refusal) if refusal is not None]
+        if any(refusal.fits(error) for refusal in refusals):
+            return _judge_refusal(run, use, _described(error))
+        return Verdict("ERROR", _described(error))
+    if use.refusal is not None and not use.may_be_equal:
         return Verdict("WRONG", f"not refused; due: {use.refusal.message}")
     try:
-        outcome = finish(run, returned)
-        if run.booster is not None:
-            check_at_rest(run.model)
+        outcome = finish(run, returned, 0 if use.ends_training else 2)
+        check_at_rest(run.model)
     except Exception as error:
-        return Verdict("ERROR", f"{'refused, then ' if refused else 'later '}{_described(error)}")
-    expected = plain(None if refused else use, use.model)
-    found = list(differences(outcome, expected))
-    if found:
-        return Verdict("WRONG", ("refused, but then " if refused else "") + "; ".join(found))
-    return Verdict("refused", refused) if refused else Verdict("equal")
+        return Verdict("ERROR", f"later {_described(error)}")
+    found = list(differences(outcome, plain(use)))
+    return Verdict("WRONG", "; ".join(found)) if found else Verdict("equal")
+
+
+def _judge_refusal(run: Training, use: Use, message: str) -> Verdict:
+    """Compare a run whose use was refused with plain PyTorch that never tried it."""
+    try:
+        run.optimizer.zero_grad()
+        has_stepped = {float(state["step"]) for state in run.optimizer.state_dict()["state"].values()} != {2.0}
+        outcome = finish(run, None)
+        check_at_rest(run.model)
+    except Exception as error:
+        return Verdict("ERROR", f"refused, then {_described(error)}")
+    if has_stepped:  # by what the use did before; what that came to is not known
+        found = [] if all(math.isfinite(loss) for loss in outcome.losses) else ["the loss is not finite"]
+    else:
+        found = list(differences(outcome, without_use(use.model, run.batches - 4)))
+    return Verdict("WRONG", "refused, but then " + "; ".join(found)) if found else Verdict("refused", message)
 
 
 @lru_cache(maxsize=None)
-def plain(use: Use | None, model: str) -> Outcome:
-    """The outcome in plain PyTorch; without a use, of training alone."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        run = Training(MODELS[model], None, folder)
+def plain(use: Use) -> Outcome:
+    """The outcome in plain PyTorch."""
+    with TemporaryDirectory() as folder:
+        run = Training(MODELS[use.model], None, folder)
         run.train(2)
         torch.manual_seed(11)
-        returned = frozen(use.run(run)) if use is not None else None
-        return finish(run, returned)
+        return finish(run, frozen(use.run(run)), 0 if use.ends_training else 2)
 
 
-def finish(run: Training, returned: Any) -> Outcome:
-    """Train on for two steps and take down what is left."""
-    torch.manual_seed(12)
+@lru_cache(maxsize=None)
+def without_use(model: str, skipped: int) -> Outcome:
+    """The outcome of training alone in plain PyTorch, where ``skipped`` batches are not trained on."""
+    run = Training(MODELS[model], None, "")
     run.train(2)
+    for _ in range(skipped):
+        run.batch()
+    return finish(run, None)
+
+
+def finish(run: Training, returned: Any, steps: int = 2) -> Outcome:
+    """Train on and take down what is left."""
+    torch.manual_seed(12)
+    run.train(steps)
     saved = run.optimizer.state_dict()
     return Outcome(
-        losses=run.losses,
+        losses=run.losses[len(run.losses) - steps :],
         returned=returned,
         weights=frozen(dict(run.model.state_dict())),
         states={

@@ -12,9 +12,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-WIDTH = 32
-DEPTH = 20
-"""Deep enough that RAM with room to work in, and for no more than half of the model data, has to be shared with disk."""
+WIDTH = 64
+DEPTH = 12
+"""Such that RAM with room to work in, for weights and for gradients has none for the moments."""
 WORDS = 64
 
 
@@ -42,11 +42,9 @@ def next_token(model: nn.Module, batch: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """A model, its data, and the capacities in which its chunks have to move."""
+    """A model and its data."""
 
     build: Callable[[], nn.Module]
-    tight_device_bytes: int
-    tight_host_bytes: int
     batch: Callable[[Generator], Tensor] = vectors
     loss: Callable[[nn.Module, Tensor], Tensor] = mean_square
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
@@ -69,7 +67,7 @@ class Blocks(nn.Module):
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(WORDS, WIDTH)
-        self.blocks = nn.ModuleList([Block() for _ in range(8)])
+        self.blocks = nn.ModuleList([Block() for _ in range(5)])
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
@@ -94,7 +92,7 @@ def gpt2() -> nn.Module:
     import transformers
 
     config = transformers.GPT2Config(
-        n_layer=8, n_embd=WIDTH, n_head=2, n_inner=2 * WIDTH, vocab_size=WORDS, n_positions=16, bos_token_id=0, eos_token_id=0,
+        n_layer=6, n_embd=32, n_head=2, n_inner=64, vocab_size=WORDS, n_positions=16, bos_token_id=0, eos_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
@@ -104,15 +102,15 @@ def lora() -> nn.Module:
     """Every layer has an adapter; only adapters train."""
     import peft
 
-    config = peft.LoraConfig(r=16, target_modules=[str(i) for i in range(DEPTH)], init_lora_weights=False)
+    config = peft.LoraConfig(r=48, target_modules=[str(i) for i in range(DEPTH)], init_lora_weights=False)
     return peft.get_peft_model(layers(), config)
 
 
 MODELS: dict[str, Model] = {
-    "layers": Model(layers, tight_device_bytes=24 << 10, tight_host_bytes=290 << 10),
-    "normalised": Model(normalised, tight_device_bytes=24 << 10, tight_host_bytes=290 << 10),
-    "blocks": Model(Blocks, 32 << 10, 300 << 10, tokens, next_token),
-    "tied": Model(lambda: Blocks(tied=True), 32 << 10, 300 << 10, tokens, next_token),
-    "gpt2": Model(gpt2, 48 << 10, 300 << 10, tokens, next_token),
-    "lora": Model(lora, 24 << 10, 290 << 10),
+    "layers": Model(layers),
+    "normalised": Model(normalised),
+    "blocks": Model(Blocks, tokens, next_token),
+    "tied": Model(lambda: Blocks(tied=True), tokens, next_token),
+    "gpt2": Model(gpt2, tokens, next_token),
+    "lora": Model(lora),
 }

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from outside.harness import Catalogue, Refusal, Training
+from outside.models import WIDTH
 
 reading = Catalogue("reading")
 use = reading.add
@@ -104,7 +105,7 @@ def numpy_asarray(run: Training) -> Any:
 
 @use()
 def lists(run: Training) -> Any:
-    return run.model[0].weight.tolist(), list(run.model[3].bias), [float(x) for x in run.model[19].bias]
+    return run.model[0].weight.tolist(), list(run.model[3].bias), [float(x) for x in run.model[11].bias]
 
 
 @use()
@@ -115,7 +116,7 @@ def one_element(run: Training) -> Any:
 
 @use()
 def printed(run: Training) -> Any:
-    return [repr(run.given_parameters[i]) for i in (0, 1, 20, 39)] + [str(p) for p in run.parameters]
+    return [repr(run.given_parameters[i]) for i in (0, 1, 20, 23)] + [str(p) for p in run.parameters]
 
 
 @use()
@@ -132,7 +133,7 @@ def indexed(run: Training) -> Any:
 
 @use()
 def arithmetic(run: Training) -> Any:
-    a, b = run.given_parameters[0], run.given_parameters[30]
+    a, b = run.given_parameters[0], run.given_parameters[22]
     return a + b, a * 2, 1 - a, -a, a @ b, a.pow(2), abs(a), a / b.abs().add(1), a // 1, torch.maximum(a, b)
 
 
@@ -179,20 +180,20 @@ def converted(run: Training) -> Any:
 def seen_in_other_shapes(run: Training) -> Any:
     p = run.given_parameters[0]
     return (
-        p.view(-1), p.T, p.reshape(16, 64), p.flatten(), p.unsqueeze(0), p.transpose(0, 1), p.permute(1, 0), p.mT,
-        p.expand(2, 32, 32), p.chunk(2), p.split(8), p.unbind(), p.as_strided((4, 4), (32, 1)), p.narrow(0, 1, 2),
+        p.view(-1), p.T, p.reshape(16, -1), p.flatten(), p.unsqueeze(0), p.transpose(0, 1), p.permute(1, 0), p.mT,
+        p.expand(2, WIDTH, WIDTH), p.chunk(2), p.split(8), p.unbind(), p.as_strided((4, 4), (WIDTH, 1)), p.narrow(0, 1, 2),
     )  # fmt: skip
 
 
 @use()
 def linear_outside_of_forward(run: Training) -> Any:
     layer = run.model[5]
-    return functional.linear(torch.ones(2, 32, device=run.device), layer.weight, layer.bias)
+    return functional.linear(torch.ones(2, WIDTH, device=run.device), layer.weight, layer.bias)
 
 
 @use()
 def modules_called_one_by_one(run: Training) -> Any:
-    x = torch.ones(2, 32, device=run.device)
+    x = torch.ones(2, WIDTH, device=run.device)
     for layer in run.model:
         x = layer(x)
     return x
@@ -201,19 +202,19 @@ def modules_called_one_by_one(run: Training) -> Any:
 @use()
 def functional_call_with_its_own_parameters(run: Training) -> Any:
     parameters = dict(run.model.named_parameters())
-    return functional_call(run.model, parameters, torch.ones(2, 32, device=run.device))
+    return functional_call(run.model, parameters, torch.ones(2, WIDTH, device=run.device))
 
 
 @use()
 def functional_call_with_other_parameters(run: Training) -> Any:
     parameters = {name: p.detach() * 0.5 for name, p in run.model.named_parameters()}
-    return functional_call(run.model, parameters, torch.ones(2, 32, device=run.device))
+    return functional_call(run.model, parameters, torch.ones(2, WIDTH, device=run.device))
 
 
 @use()
 def functional_call_of_another_model(run: Training) -> Any:
     other = run.unmanaged().to(run.device)
-    return functional_call(other, dict(run.model.named_parameters()), torch.ones(2, 32, device=run.device))
+    return functional_call(other, dict(run.model.named_parameters()), torch.ones(2, WIDTH, device=run.device))
 
 
 @use()
@@ -250,7 +251,7 @@ def penalty_alone(run: Training) -> Any:
 
 @use()
 def orthogonality_penalty(run: Training) -> Any:
-    eye = torch.eye(32, device=run.device)
+    eye = torch.eye(WIDTH, device=run.device)
     penalty = sum((layer.weight @ layer.weight.T - eye).square().sum() for layer in run.model)
     run.backward(run.loss() + 1e-3 * penalty)
     run.optimizer.step()
@@ -440,7 +441,7 @@ def tensors_made_like_it(run: Training) -> Any:
     for p in run.given_parameters:
         made += [torch.zeros_like(p), torch.ones_like(p), p.new_zeros(3), torch.full_like(p, 2), p.new_tensor([1.0])]
         assert torch.empty_like(p).shape == p.shape and p.new_empty(2).dtype == p.dtype
-    return made, torch.rand_like(run.given_parameters[0]), torch.randn_like(run.given_parameters[39])
+    return made, torch.rand_like(run.given_parameters[0]), torch.randn_like(run.given_parameters[23])
 
 
 @use()
@@ -567,7 +568,7 @@ def two_threads_at_once(run: Training) -> Any:
 def under_inference_mode(run: Training) -> Any:
     with torch.inference_mode():
         norms = [p.norm().item() for p in run.given_parameters]
-        output = run.model(torch.ones(2, 32, device=run.device))
+        output = run.model(torch.ones(2, WIDTH, device=run.device))
     return norms, output
 
 
@@ -580,7 +581,7 @@ def under_no_grad(run: Training) -> Any:
 @use()
 def under_autocast(run: Training) -> Any:
     with torch.autocast(torch.device(run.device).type, dtype=torch.bfloat16):
-        return run.given_parameters[0] @ run.given_parameters[2], run.model[9].weight.norm(), run.model[1](torch.ones(2, 32))
+        return run.given_parameters[0] @ run.given_parameters[2], run.model[9].weight.norm(), run.model[1](torch.ones(2, WIDTH, device=run.device))
 
 
 @use()
@@ -668,7 +669,7 @@ def mapped_over_by_vmap(run: Training) -> Any:
 @use(refusal=ONLY_EAGER, may_be_equal=True)
 def derivative_by_func(run: Training) -> Any:
     parameters = dict(run.model.named_parameters())
-    x = torch.ones(2, 32, device=run.device)
+    x = torch.ones(2, WIDTH, device=run.device)
     return torch.func.grad(lambda ps: functional_call(run.model, ps, x).square().mean())(parameters)
 
 
@@ -697,7 +698,7 @@ def a_scripted_function(run: Training) -> Any:
 @use()
 def per_sample_gradients(run: Training) -> Any:
     parameters = {name: p.detach() for name, p in run.model.named_parameters()}
-    samples = torch.eye(32, device=run.device)[:3]
+    samples = torch.eye(WIDTH, device=run.device)[:3]
 
     def loss(parameters: Any, x: Tensor) -> Tensor:
         return functional_call(run.model, parameters, (x.unsqueeze(0),)).square().mean()

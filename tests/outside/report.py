@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-from outside.catalogue import USES
+from outside.catalogue import USES, is_worth_a_run
 from outside.harness import PLACEMENTS, Verdict
 
 SECONDS = 60
@@ -74,11 +74,14 @@ def main() -> int:
     for name in names:
         verdicts = {}
         for placement in placements:
+            if not is_worth_a_run(USES[name], PLACEMENTS[placement]):
+                verdicts[placement] = Verdict("-")
+                continue
             verdicts[placement] = verdict = child.judge(name, placement)
             counts[placement][verdict.kind] += 1
             if verdict.kind in ("CRASH", "HANG"):
                 child = Child()
-        if options.wrong and all(verdict.is_right for verdict in verdicts.values()):
+        if options.wrong and all(verdict.is_right or verdict.kind == "-" for verdict in verdicts.values()):
             continue
         print(f"{name:{width}}", *(f"{verdict.kind:8}" for verdict in verdicts.values()))
         for text in dict.fromkeys(v.text for v in verdicts.values() if v.text):

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from outside.harness import Catalogue, Training
-from outside.models import adamw
+from outside.models import WIDTH, adamw
 
 states = Catalogue("states")
 use = states.add
@@ -117,7 +117,7 @@ def replaced(run: Training) -> Any:
 
 @use()
 def swapped_between_parameters(run: Training) -> Any:
-    a, b = run.optimizer.state[run.model[2].weight], run.optimizer.state[run.model[15].weight]
+    a, b = run.optimizer.state[run.model[2].weight], run.optimizer.state[run.model[9].weight]
     a["exp_avg"], b["exp_avg"] = b["exp_avg"], a["exp_avg"]
 
 
@@ -163,7 +163,7 @@ def taken_to_an_unmanaged_optimizer(run: Training) -> Any:
     other.load_state_dict(run.model.state_dict())
     optimizer = adamw(other.parameters())
     optimizer.load_state_dict(run.optimizer.state_dict())
-    run.kind.loss(other, torch.ones(4, 32)).backward()
+    run.kind.loss(other, torch.ones(4, WIDTH)).backward()
     optimizer.step()
     return dict(other.state_dict())
 
@@ -173,7 +173,7 @@ def taken_from_an_unmanaged_optimizer(run: Training) -> Any:
     other = run.unmanaged()
     optimizer = adamw(other.parameters())
     for _ in range(3):
-        run.kind.loss(other, torch.ones(4, 32)).backward()
+        run.kind.loss(other, torch.ones(4, WIDTH)).backward()
         optimizer.step()
         optimizer.zero_grad()
     run.model.load_state_dict(other.state_dict())
@@ -258,7 +258,7 @@ def a_scheduler_of_rate_and_momentum(run: Training) -> Any:
 
 @use()
 def a_group_added(run: Training) -> Any:
-    more = nn.Linear(32, 32).to(run.device)
+    more = nn.Linear(WIDTH, WIDTH).to(run.device)
     run.optimizer.add_param_group({"params": list(more.parameters()), "lr": 1e-3})
     for _ in range(2):
         run.backward(more(run.model(run.batch())).square().mean())

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from outside.catalogue import USES
+from outside.catalogue import USES, cases
 from outside.harness import PLACEMENTS, judge
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]  # libraries' own warnings
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize(("name", "placement"), cases())
 def test_a_use_is_equal_to_plain_pytorch_or_refused(name: str, placement: str, tmp_path: Path) -> None:
     verdict = judge(USES[name], PLACEMENTS[placement], str(tmp_path))
     assert verdict.is_right, f"{verdict.kind}: {verdict.text}"

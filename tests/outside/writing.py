@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
 
 from outside.harness import Catalogue, Refusal, Training
+from outside.models import WIDTH
 
 writing = Catalogue("writing")
 use = writing.add
@@ -62,8 +63,8 @@ def copied_into(run: Training) -> Any:
 @use()
 def copied_from_a_neighbour(run: Training) -> Any:
     with torch.no_grad():
-        run.model[3].weight.copy_(run.model[15].weight)
-        run.model[15].bias.copy_(run.model[3].bias)
+        run.model[3].weight.copy_(run.model[9].weight)
+        run.model[9].bias.copy_(run.model[3].bias)
 
 
 @use()
@@ -133,8 +134,8 @@ def elements_under_no_grad(run: Training) -> Any:
 def initialised_anew(run: Training) -> Any:
     nn.init.kaiming_uniform_(run.model[2].weight, a=2.2)
     nn.init.zeros_(run.model[2].bias)
-    nn.init.orthogonal_(run.model[12].weight)
-    nn.init.trunc_normal_(run.model[13].weight, std=0.02)
+    nn.init.orthogonal_(run.model[8].weight)
+    nn.init.trunc_normal_(run.model[7].weight, std=0.02)
     run.model[5].reset_parameters()
 
 
@@ -284,7 +285,7 @@ def state_dict_of_a_block_loaded(run: Training) -> Any:
 
 @use("blocks")
 def a_block_copied_to_another(run: Training) -> Any:
-    run.model.blocks[6].load_state_dict(run.model.blocks[0].state_dict())
+    run.model.blocks[4].load_state_dict(run.model.blocks[0].state_dict())
 
 
 @use()
@@ -465,14 +466,14 @@ def an_inner_loop_of_another_optimizer(run: Training) -> Any:
 
 @use()
 def data_swapped(run: Training) -> Any:
-    a, b = run.model[2].weight, run.model[17].weight
+    a, b = run.model[2].weight, run.model[10].weight
     a.data, b.data = b.data, a.data
     return a.norm(), b.norm()
 
 
 @use()
 def data_swapped_by_clones(run: Training) -> Any:
-    a, b = run.model[2].weight, run.model[17].weight
+    a, b = run.model[2].weight, run.model[10].weight
     kept = a.detach().clone()
     with torch.no_grad():
         a.copy_(b)
@@ -484,7 +485,7 @@ def random_values_in_place(run: Training) -> Any:
     with torch.no_grad():
         run.given_parameters[0].normal_(0, 0.1)
         run.given_parameters[20].uniform_(-0.1, 0.1)
-        run.given_parameters[39].bernoulli_(0.5)
+        run.given_parameters[23].bernoulli_(0.5)
 
 
 @use()
@@ -533,7 +534,7 @@ def pruned(run: Training) -> Any:
 
 @use()
 def pruned_globally(run: Training) -> Any:
-    chosen = [(run.model[i], "weight") for i in (1, 7, 19)]
+    chosen = [(run.model[i], "weight") for i in (1, 7, 11)]
     prune.global_unstructured(chosen, prune.L1Unstructured, amount=0.4)
     run.step()
     for module, name in chosen:
@@ -579,7 +580,7 @@ def the_whole_model_shared_with_processes(run: Training) -> Any:
 def resized(run: Training) -> Any:
     weight = run.model[4].weight.requires_grad_(False)
     try:
-        weight.resize_(64, 32)
+        weight.resize_(2 * WIDTH, WIDTH)
     finally:
         weight.requires_grad_(True)
 
@@ -587,14 +588,14 @@ def resized(run: Training) -> Any:
 @use(refusal=KEEPS_ITS_SHAPE, may_be_equal=True)
 def resized_through_data(run: Training) -> Any:
     """In plain PyTorch the parameter keeps its shape, and has a larger storage."""
-    run.model[4].weight.data.resize_(64, 32)
+    run.model[4].weight.data.resize_(2 * WIDTH, WIDTH)
 
 
 @use()
 def resized_while_it_trains(run: Training) -> Any:
     """Plain PyTorch refuses it; nothing may have changed."""
     try:
-        run.model[4].weight.resize_(64, 32)
+        run.model[4].weight.resize_(2 * WIDTH, WIDTH)
     except RuntimeError as error:
         return "require grad" in str(error)
     return None
@@ -603,7 +604,7 @@ def resized_while_it_trains(run: Training) -> Any:
 @use()
 def set_to_another_storage(run: Training) -> Any:
     with torch.no_grad():
-        run.model[4].weight.set_(torch.full((32, 32), 0.01, device=run.device))
+        run.model[4].weight.set_(torch.full((WIDTH, WIDTH), 0.01, device=run.device))
 
 
 @use(refusal=KEEPS_ITS_SHAPE, may_be_equal=True)
@@ -618,7 +619,7 @@ def storage_freed(run: Training) -> Any:
 
 @use(refusal=KEEPS_ITS_SHAPE)
 def data_of_another_shape(run: Training) -> Any:
-    run.model[4].weight.data = torch.zeros(64, 32, device=run.device)
+    run.model[4].weight.data = torch.zeros(2 * WIDTH, WIDTH, device=run.device)
     run.model[4].weight.sum().item()
 
 
