@@ -9,7 +9,6 @@ import tempfile
 import warnings
 
 import torch
-
 from outside.catalogue import USES
 from outside.harness import PLACEMENTS, Verdict, judge
 

@@ -3,13 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from outside.harness import Catalogue, Training
+from outside.harness import Catalogue, Refusal, Training, in_another_thread
 from outside.models import WIDTH
+from torch import Tensor, nn
 
 gradients = Catalogue("gradients")
 use = gradients.add
+
+BY_AUTOGRAD = Refusal(RuntimeError, r"torch\.autograd\.grad")
+"""For gradients that have a graph of their own: a chunk keeps numbers."""
 
 
 def steps(run: Training, clear: Any, count: int = 3) -> None:
@@ -587,7 +589,10 @@ def described(run: Training) -> Any:
 @use()
 def in_one_vector(run: Training) -> Any:
     run.backward()
-    seen = torch.cat([p.grad.flatten() for p in run.parameters]), nn.utils.get_total_norm([p.grad for p in run.parameters])
+    seen = (
+        torch.cat([p.grad.flatten() for p in run.parameters]),
+        nn.utils.get_total_norm([p.grad for p in run.parameters]),
+    )
     run.optimizer.step()
     run.optimizer.zero_grad()
     return seen
@@ -646,3 +651,109 @@ def in_an_optimizer_that_steps_in_a_closure(run: Training) -> Any:
     seen = run.optimizer.step(closure)
     run.optimizer.zero_grad()
     return seen.item()
+
+
+@use()
+def scaled_by_torchs_scaler(run: Training) -> Any:
+    scaler = torch.amp.GradScaler(torch.device(run.device).type, init_scale=1024.0, growth_interval=2)
+    norms = []
+    for _ in range(3):
+        run.backward(scaler.scale(run.loss()))
+        scaler.unscale_(run.optimizer)
+        norms.append(nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3))
+        scaler.step(run.optimizer)
+        scaler.update()
+        run.optimizer.zero_grad()
+    return norms, scaler.get_scale()
+
+
+@use()
+def of_some_inputs_only(run: Training) -> Any:
+    run.loss().backward(inputs=[run.model[3].weight, run.given_parameters[1]])
+    seen = [p.grad is None for p in run.parameters]
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return seen
+
+
+@use()
+def by_autograds_own_function(run: Training) -> Any:
+    torch.autograd.backward([run.loss(), run.loss()])
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+@use(refusal=BY_AUTOGRAD, may_be_equal=True)
+def with_a_graph_of_their_own(run: Training) -> Any:
+    run.loss().backward(create_graph=True)
+    penalty = sum(p.grad.square().sum() for p in run.parameters)
+    for p in run.parameters:
+        p.grad = None
+    run.backward(penalty)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+@use()
+def of_another_shape(run: Training) -> Any:
+    """Plain PyTorch refuses it; nothing may have changed."""
+    try:
+        run.model[3].weight.grad = torch.zeros(3, device=run.device)
+    except RuntimeError as error:
+        return "expected shape" in str(error) or "size" in str(error)
+    return None
+
+
+@use()
+def stepped_by_another_optimizer_for_a_while(run: Training) -> Any:
+    other = torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        other.zero_grad()
+        run.backward()
+        other.step()
+    other.zero_grad()
+    return [s["momentum_buffer"] for s in other.state.values()]
+
+
+@use()
+def of_frozen_layers(run: Training) -> Any:
+    """A gradient from before a layer was frozen stays, and is stepped with, until it is cleared."""
+    run.backward()
+    run.model[2].requires_grad_(False)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step()
+    run.model[2].requires_grad_(True)
+
+
+@use()
+def clipped_in_two_parts(run: Training) -> Any:
+    run.backward()
+    total = nn.utils.get_total_norm([p.grad for p in run.given_parameters])
+    nn.utils.clip_grads_with_norm_(run.given_parameters, 1e-3, total)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return total
+
+
+@use()
+def looked_at_by_another_thread(run: Training) -> Any:
+    run.backward()
+    seen = in_another_thread(lambda: [p.grad.norm().item() for p in run.given_parameters])
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return seen
+
+
+@use()
+def backward_in_another_thread(run: Training) -> Any:
+    loss = run.loss()
+    in_another_thread(lambda: run.backward(loss))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+@use()
+def a_whole_step_in_another_thread(run: Training) -> Any:
+    in_another_thread(run.step)
+    return [p.norm() for p in run.parameters]

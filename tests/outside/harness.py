@@ -3,19 +3,20 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
 import torch
+from outside.models import MODELS, Model
 from parity import check_at_rest
 from torch import Tensor, nn
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from outside.models import MODELS, Model
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
@@ -25,15 +26,18 @@ class Refusal:
     """An error that a use must end with, before it has changed anything."""
 
     error: type[BaseException] | tuple[type[BaseException], ...]
-    message: str
-    """A pattern of the part that names the way out."""
+    way_out: str
+    """A pattern of the part of the message that says what to do instead."""
 
     def fits(self, error: BaseException) -> bool:
-        return isinstance(error, self.error) and re.search(self.message, str(error), re.IGNORECASE) is not None
+        """Whether ``error`` is this refusal; torch's own errors don't speak of chunks or boosting."""
+        message = str(error)
+        is_ours = re.search(r"boost|chunk|kept on disk", message) is not None
+        return is_ours and isinstance(error, self.error) and re.search(self.way_out, message) is not None
 
 
-ROOM_FOR_DISK = 310 << 10
-"""Bytes of RAM through which the chunks of these models come from disk and go there."""
+ROOM_FOR_DISK = 300 << 10
+"""Bytes of RAM through which chunks come from disk and go there, besides room for one of them."""
 
 ON_DISK = Refusal(RuntimeError, r"p\.grad.*kept on disk.*(clip_grad_by_norm|host_memory)")
 """A gradient that has no memory cannot be shown in ``p.grad``."""
@@ -59,19 +63,26 @@ class Placement:
 
     def plugin(self, model: Any, folder: str) -> GeminiPlugin:
         weights = sum(p.nbytes for p in model.parameters())
+        largest = max(p.nbytes for p in model.parameters())
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        options: dict[str, Any] = {"chunk_config_dict": {1: {"chunk_size": 256}}, "host_memory": "64MiB", **self.options}
+        options: dict[str, Any] = {
+            "chunk_config_dict": {1: {"chunk_size": 256}},
+            "host_memory": "64MiB",
+            **self.options,
+        }
         if self.device_share is not None:
             options["device_memory"] = int(weights * self.device_share)
         if self.host_weights is not None:
-            options["host_memory"] = ROOM_FOR_DISK + int(self.host_weights * (weights + gradients))
+            options["host_memory"] = ROOM_FOR_DISK + largest + int(self.host_weights * (weights + gradients))
             options["offload_dir"] = folder
         return GeminiPlugin(precision="fp32", telemetry=False, **options)
 
     def check(self, model: Any) -> None:
         """Fail if this model's chunks don't have to move."""
         stats = model.memory_stats()
-        assert self.device_share is None or stats["move/evict_count"], "nothing was evicted: this placement shows nothing"
+        assert self.device_share is None or stats["move/evict_count"], (
+            "nothing was evicted: this placement shows nothing"
+        )
         assert self.host_weights is None or stats["disk/used_bytes"], "nothing is on disk: this placement shows nothing"
 
 
@@ -84,7 +95,7 @@ PLACEMENTS = {
         Placement("mixed", device_share=0.35, host_weights=1.0, topics=("gradients", "states", "libraries")),
     )
 }
-"""Full copies are homes; full copies move; all homes are on disk, gradients too; full copies move, moments are on disk."""
+"""Full copies are homes, full copies move, all homes are on disk, gradients too, full copies move and moments are on disk."""
 
 
 class Training:
@@ -166,6 +177,12 @@ class Training:
             return self.kind.build()
 
 
+def in_another_thread(function: Callable[[], Any]) -> Any:
+    """Return what ``function`` returns, or raise what it raises, in a thread of its own; a minute is enough."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(60)
+
+
 @dataclass(frozen=True)
 class Use:
     """What user code does between two training steps.
@@ -242,7 +259,7 @@ def judge(use: Use, placement: Placement, folder: str) -> Verdict:
             return _judge_refusal(run, use, _described(error))
         return Verdict("ERROR", _described(error))
     if use.refusal is not None and not use.may_be_equal:
-        return Verdict("WRONG", f"not refused; due: {use.refusal.message}")
+        return Verdict("WRONG", f"not refused; due: {use.refusal.way_out}")
     try:
         outcome = finish(run, returned, 0 if use.ends_training else 2)
         check_at_rest(run.model)
@@ -268,7 +285,7 @@ def _judge_refusal(run: Training, use: Use, message: str) -> Verdict:
     return Verdict("WRONG", "refused, but then " + "; ".join(found)) if found else Verdict("refused", message)
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(use: Use) -> Outcome:
     """The outcome in plain PyTorch."""
     with TemporaryDirectory() as folder:
@@ -278,7 +295,7 @@ def plain(use: Use) -> Outcome:
         return finish(run, frozen(use.run(run)), 0 if use.ends_training else 2)
 
 
-@lru_cache(maxsize=None)
+@cache
 def without_use(model: str, skipped: int) -> Outcome:
     """The outcome of training alone in plain PyTorch, where ``skipped`` batches are not trained on."""
     run = Training(MODELS[model], None, "")

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
 from outside.harness import Catalogue, Refusal, Training
 from outside.models import WORDS
+from torch import nn
 
 libraries = Catalogue("libraries")
 use = libraries.add
 
-BEFORE_BOOST = Refusal((RuntimeError, ValueError, NotImplementedError), r"before booster\.boost|before boost")
+BEFORE_BOOST = Refusal((RuntimeError, ValueError, NotImplementedError), r"before booster\.boost")
 
 
 @use("lora")
@@ -82,7 +81,9 @@ def adapters_scaled(run: Training) -> Any:
 
 @use("lora")
 def adapters_counted(run: Training) -> Any:
-    return run.model.get_nb_trainable_parameters(), [name for name, p in run.model.named_parameters() if p.requires_grad]
+    return run.model.get_nb_trainable_parameters(), [
+        name for name, p in run.model.named_parameters() if p.requires_grad
+    ]
 
 
 @use("gpt2")
@@ -119,7 +120,9 @@ def ties_made_again(run: Training) -> Any:
 @use("gpt2")
 def text_generated(run: Training) -> Any:
     run.model.eval()
-    found = run.model.generate(torch.zeros(1, 3, dtype=torch.int64, device=run.device), max_new_tokens=6, do_sample=False)
+    found = run.model.generate(
+        torch.zeros(1, 3, dtype=torch.int64, device=run.device), max_new_tokens=6, do_sample=False
+    )
     run.model.train()
     return found
 

@@ -88,6 +88,16 @@ def normalised() -> nn.Module:
     return nn.Sequential(*[m for _ in range(DEPTH) for m in (nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))])
 
 
+def encoder() -> nn.Module:
+    """Of a kind that evaluates faster, by another kernel, where its parameters are plain ones."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 4)
+
+
+def sequences(generator: Generator) -> Tensor:
+    return torch.randn(2, 5, WIDTH, generator=generator)
+
+
 def gpt2() -> nn.Module:
     import transformers
 
@@ -111,6 +121,7 @@ MODELS: dict[str, Model] = {
     "normalised": Model(normalised),
     "blocks": Model(Blocks, tokens, next_token),
     "tied": Model(lambda: Blocks(tied=True), tokens, next_token),
+    "encoder": Model(encoder, sequences),
     "gpt2": Model(gpt2, tokens, next_token),
     "lora": Model(lora),
 }

@@ -4,24 +4,26 @@ import copy
 import hashlib
 import io
 import pickle
-import threading
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy
 import torch
+from outside.harness import Catalogue, Refusal, Training, in_another_thread
+from outside.models import WIDTH
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from outside.harness import Catalogue, Refusal, Training
-from outside.models import WIDTH
-
 reading = Catalogue("reading")
 use = reading.add
 
-ONLY_EAGER = Refusal((RuntimeError, NotImplementedError, TypeError, ValueError), r"detach|clone|functional_call|state_dict")
+ONLY_EAGER = Refusal(
+    (RuntimeError, NotImplementedError, TypeError, ValueError), r"detach|clone|functional_call|state_dict"
+)
 """For transforms that reach the memory of a parameter without asking it."""
 
 
@@ -165,9 +167,19 @@ def pickled(run: Training) -> Any:
 @use()
 def saved_by_torch(run: Training) -> Any:
     file = io.BytesIO()
-    torch.save({name: p for name, p in run.model.named_parameters()}, file)
+    torch.save(dict(run.model.named_parameters()), file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+@use()
+def data_saved_by_torch(run: Training) -> Any:
+    """A file holds whole storages: one parameter's must not hold its chunk."""
+    file = io.BytesIO()
+    torch.save(run.given_parameters[5].data, file)
+    size = len(file.getvalue())
+    file.seek(0)
+    return torch.load(file, weights_only=True), size < 2048 + run.given_parameters[5].nbytes
 
 
 @use()
@@ -181,7 +193,8 @@ def seen_in_other_shapes(run: Training) -> Any:
     p = run.given_parameters[0]
     return (
         p.view(-1), p.T, p.reshape(16, -1), p.flatten(), p.unsqueeze(0), p.transpose(0, 1), p.permute(1, 0), p.mT,
-        p.expand(2, WIDTH, WIDTH), p.chunk(2), p.split(8), p.unbind(), p.as_strided((4, 4), (WIDTH, 1)), p.narrow(0, 1, 2),
+        p.expand(2, WIDTH, WIDTH), p.chunk(2), p.split(8), p.unbind(), p.narrow(0, 1, 2),
+        p.as_strided((4, 4), (WIDTH, 1)),
     )  # fmt: skip
 
 
@@ -328,6 +341,13 @@ def state_dicts_of_children(run: Training) -> Any:
     return {name: dict(child.state_dict()) for name, child in run.model.named_children()}
 
 
+@use("blocks")
+def state_dict_copied_deeply(run: Training) -> Any:
+    best = copy.deepcopy(run.model.state_dict())
+    run.step()
+    return dict(best)
+
+
 @use()
 def hash_of_a_checkpoint(run: Training) -> Any:
     digest = hashlib.sha256()
@@ -379,9 +399,7 @@ def averaged_model(run: Training) -> Any:
 
 @use("normalised")
 def averaged_model_by_foreach(run: Training) -> Any:
-    average = AveragedModel(
-        run.unmanaged().to(run.device), multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True
-    )
+    average = AveragedModel(run.unmanaged().to(run.device), multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     for _ in range(2):
         average.update_parameters(run.model)
         run.step()
@@ -449,7 +467,7 @@ def described(run: Training) -> Any:
     return [
         (p.shape[0], p.dim(), p.numel(), len(p), p.dtype, p.stride(), p.is_contiguous(), p.element_size() * p.numel(),
          p.nbytes, p.is_leaf, p.requires_grad, p.grad is None, p.grad_fn is None, p.layout == torch.strided, p.ndim,
-         p.is_floating_point(), p.storage_offset() >= 0, p.size(-1), p.device.type == torch.device(run.device).type)
+         p.is_floating_point(), p.storage_offset(), p.size(-1), p.device.type == torch.device(run.device).type)
         for p in run.given_parameters
     ]  # fmt: skip
 
@@ -488,7 +506,7 @@ def ties_told_by_storage(run: Training) -> Any:
 @use()
 def a_storage(run: Training) -> Any:
     p = run.given_parameters[7]
-    return p.untyped_storage().nbytes() >= p.nbytes, p.data_ptr() != 0, p.data_ptr() == p.detach().data_ptr()
+    return p.untyped_storage().nbytes() == p.nbytes, p.data_ptr() != 0, p.data_ptr() == p.detach().data_ptr()
 
 
 @use()
@@ -512,11 +530,6 @@ def types(run: Training) -> Any:
 
 
 @use()
-def exactly_the_type_of_a_parameter(run: Training) -> Any:
-    return [type(p) is nn.Parameter for p in run.given_parameters]
-
-
-@use()
 def keys_of_dicts_and_sets(run: Training) -> Any:
     names = {p: name for name, p in run.model.named_parameters()}
     found = [names[p] for p in run.given_parameters]
@@ -534,34 +547,21 @@ def weak_references(run: Training) -> Any:
 
 @use()
 def another_thread(run: Training) -> Any:
-    seen: list[Any] = []
+    def log() -> Any:
+        norms = [p.norm().item() for p in run.given_parameters]
+        return norms, {name: p.detach().mean() for name, p in run.model.named_parameters()}
 
-    def log() -> None:
-        seen.extend(p.norm().item() for p in run.given_parameters)
-        seen.append({name: p.detach().mean() for name, p in run.model.named_parameters()})
-
-    thread = threading.Thread(target=log)
-    thread.start()
-    thread.join(60)
-    assert not thread.is_alive(), "reading did not end"
-    return seen
+    return in_another_thread(log)
 
 
 @use()
 def two_threads_at_once(run: Training) -> Any:
-    seen: dict[int, Any] = {}
+    def log() -> Any:
+        return [[p.detach().sum().item() for p in run.given_parameters] for _ in range(3)]
 
-    def log(number: int) -> None:
-        for _ in range(3):
-            seen[number] = [p.detach().sum().item() for p in run.given_parameters]
-
-    threads = [threading.Thread(target=log, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads), "reading did not end"
-    return [seen[0], seen[1]]
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(log) for _ in range(2)]
+        return [one.result(60) for one in both]
 
 
 @use()
@@ -581,7 +581,11 @@ def under_no_grad(run: Training) -> Any:
 @use()
 def under_autocast(run: Training) -> Any:
     with torch.autocast(torch.device(run.device).type, dtype=torch.bfloat16):
-        return run.given_parameters[0] @ run.given_parameters[2], run.model[9].weight.norm(), run.model[1](torch.ones(2, WIDTH, device=run.device))
+        return (
+            run.given_parameters[0] @ run.given_parameters[2],
+            run.model[9].weight.norm(),
+            run.model[1](torch.ones(2, WIDTH, device=run.device)),
+        )
 
 
 @use()
@@ -660,7 +664,7 @@ def right_after_step(run: Training) -> Any:
     return seen
 
 
-@use()
+@use(refusal=ONLY_EAGER, may_be_equal=True)
 def mapped_over_by_vmap(run: Training) -> Any:
     weight = run.given_parameters[8]
     return torch.vmap(lambda row: row.norm())(weight), torch.vmap(torch.dot)(weight, weight)
@@ -679,20 +683,22 @@ def jvp_by_func(run: Training) -> Any:
     return torch.func.jvp(lambda w: w.square().sum(), (weight,), (torch.ones_like(weight),))
 
 
-@use(refusal=ONLY_EAGER, may_be_equal=True)
+@use()
 def stacked_by_func(run: Training) -> Any:
     parameters, _ = torch.func.stack_module_state([run.model[0], run.model[1]])
     return parameters
 
 
-@torch.jit.script
-def scripted_norm(x: Tensor) -> Tensor:
-    return (x * x).sum().sqrt()
-
-
 @use(refusal=ONLY_EAGER, may_be_equal=True)
 def a_scripted_function(run: Training) -> Any:
-    return [scripted_norm(p) for p in run.given_parameters]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of scripting itself
+        norm = torch.jit.script(_norm)
+    return [norm(p) for p in run.given_parameters]
+
+
+def _norm(x: Tensor) -> Tensor:
+    return (x * x).sum().sqrt()
 
 
 @use()
@@ -744,3 +750,62 @@ def a_loss_of_weights_checkpointed(run: Training) -> Any:
     run.backward(run.loss() + penalty)
     run.optimizer.step()
     run.optimizer.zero_grad()
+
+
+@use("encoder")
+def evaluated_by_a_fast_path(run: Training) -> Any:
+    """`nn.TransformerEncoderLayer` uses another kernel, and gets other bits, where its parameters are plain ones."""
+    run.model.eval()
+    with torch.no_grad():
+        seen = run.model(run.batch()), run.model(run.batch())
+    run.model.train()
+    return seen
+
+
+@use("encoder")
+def attention_weights_by_hand(run: Training) -> Any:
+    attention = run.model.layers[0].self_attn
+    query, key, value = attention.in_proj_weight.chunk(3)
+    return (query @ key.T).softmax(-1), value.norm(), attention.out_proj.weight.T
+
+
+@use(refusal=ONLY_EAGER, may_be_equal=True)
+def traced_by_jit(run: Training) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(run.model, torch.ones(2, WIDTH, device=run.device), check_trace=False)
+    run.step()
+    return traced(torch.ones(2, WIDTH, device=run.device))
+
+
+@use(refusal=ONLY_EAGER, may_be_equal=True)
+def traced_symbolically(run: Training) -> Any:
+    traced = torch.fx.symbolic_trace(run.model)
+    run.step()
+    return traced(torch.ones(2, WIDTH, device=run.device)), dict(traced.state_dict())
+
+
+@use()
+def iterated_over_lazily(run: Training) -> Any:
+    """A generator that is half used when training goes on."""
+    parameters = run.model.parameters()
+    seen = [next(parameters).sum().item() for _ in range(5)]
+    run.step()
+    return seen, [p.sum().item() for p in parameters]
+
+
+@use()
+def grouped_by_dtype_and_device(run: Training) -> Any:
+    """As `torch.optim` and DDP's buckets do it."""
+    from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+    groups = _group_tensors_by_device_and_dtype([run.given_parameters])
+    return [len(tensors[0]) for tensors, _ in groups.values()], [p.sum() for ts, _ in groups.values() for p in ts[0]]
+
+
+@use()
+def flattened_by_pytree(run: Training) -> Any:
+    from torch.utils import _pytree
+
+    leaves, _ = _pytree.tree_flatten(dict(run.model.named_parameters()))
+    return _pytree.tree_map(lambda p: p.detach() * 2, leaves)

@@ -5,6 +5,8 @@ import io
 from typing import Any
 
 import torch
+from outside.harness import Catalogue, Training
+from outside.models import WIDTH, adamw
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -14,9 +16,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-
-from outside.harness import Catalogue, Training
-from outside.models import WIDTH, adamw
 
 states = Catalogue("states")
 use = states.add
@@ -283,10 +282,11 @@ def frozen_and_unfrozen_with_a_reset(run: Training) -> Any:
 @use()
 def hooks_around_steps(run: Training) -> Any:
     seen: list[Any] = []
-    handles = [
-        run.optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("before", run.model[3].bias.sum().item()))),
-        run.optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("after", run.model[3].bias.sum().item()))),
-    ]  # fmt: skip
+
+    def note(*_: Any) -> None:
+        seen.append(run.model[3].bias.sum().item())
+
+    handles = [run.optimizer.register_step_pre_hook(note), run.optimizer.register_step_post_hook(note)]
     run.train(2)
     for handle in handles:
         handle.remove()
@@ -339,7 +339,9 @@ def options_of_groups(run: Training) -> Any:
     seen = [group["name"] for group in run.optimizer.state_dict()["param_groups"]]
     for group in run.optimizer.param_groups:
         del group["name"]
-    return seen, sorted(k for k in ("lr", "betas", "eps", "weight_decay", "params") if k in run.optimizer.param_groups[0])
+    return seen, sorted(
+        k for k in ("lr", "betas", "eps", "weight_decay", "params") if k in run.optimizer.param_groups[0]
+    )
 
 
 @use()
@@ -371,3 +373,56 @@ def copied_deeply(run: Training) -> Any:
     found = {i: copy.deepcopy(dict(run.optimizer.state[p])) for i, p in enumerate(run.given_parameters)}
     run.step()
     return [(s["exp_avg"], s["exp_avg_sq"]) for s in found.values()]
+
+
+@use()
+def a_group_split_in_two(run: Training) -> Any:
+    """By hand: no decay for biases, as is often added later."""
+    group = run.optimizer.param_groups[0]
+    biases = [p for p in group["params"] if p.dim() == 1]
+    group["params"] = [p for p in group["params"] if p.dim() > 1]
+    run.optimizer.add_param_group({"params": biases, "weight_decay": 0.0})
+    run.train(2)
+    return [len(group["params"]) for group in run.optimizer.param_groups]
+
+
+@use()
+def parameters_taken_out_of_a_group(run: Training) -> Any:
+    group = run.optimizer.param_groups[0]
+    taken, group["params"] = group["params"][:4], group["params"][4:]
+    for p in taken:
+        del run.optimizer.state[p]
+    run.step()
+    return len(run.optimizer.state)
+
+
+@use()
+def a_parameter_replaced_in_its_group(run: Training) -> Any:
+    """As after growing a layer."""
+    new = nn.Parameter(torch.full_like(run.model[3].weight, 0.01))
+    old, run.model[3].weight = run.model[3].weight, new
+    group = run.optimizer.param_groups[0]
+    group["params"] = [new if p is old else p for p in group["params"]]
+    run.optimizer.state.pop(old, None)
+    run.train(2)
+    return new
+
+
+@use()
+def defaults_edited(run: Training) -> Any:
+    """They count for groups that are added later, and for those alone."""
+    run.optimizer.defaults["lr"] = 5e-3
+    run.step()
+    return run.optimizer.param_groups[0]["lr"], run.optimizer.defaults["lr"]
+
+
+@use()
+def rates_by_layer(run: Training) -> Any:
+    """A scheduler whose rate is a tensor's would be another matter; this is a number in each step."""
+    seen = []
+    for step in range(3):
+        for group in run.optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        run.step()
+        seen.append([float(s["step"]) for s in run.optimizer.state_dict()["state"].values()])
+    return seen

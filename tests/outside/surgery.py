@@ -6,10 +6,9 @@ import pickle
 from typing import Any
 
 import torch
-from torch import nn
-
 from outside.harness import Catalogue, Refusal, Training
 from outside.models import WIDTH, adamw
+from torch import nn
 
 surgery = Catalogue("surgery")
 use = surgery.add
@@ -20,7 +19,7 @@ CONVERTED_BEFORE = Refusal(RuntimeError, r"before booster\.boost|precision=")
 COPIED_BY_VALUES = Refusal((RuntimeError, TypeError), r"state_dict|save_model|named_tensors")
 """For what copies modules together with the chunks behind them."""
 
-BOOSTED_ONCE = Refusal((RuntimeError, ValueError, TypeError), r"boost")
+BOOSTED_ONCE = Refusal((RuntimeError, ValueError, TypeError), r"boost it once|before|unmanaged|state_dict|one model")
 """For a second boost of parameters that are in chunks."""
 
 
@@ -494,7 +493,7 @@ def buffers_reset(run: Training) -> Any:
             module.reset_running_stats()
             module.momentum = 0.5
     run.step()
-    return {name: buffer for name, buffer in run.model.named_buffers()}
+    return dict(run.model.named_buffers())
 
 
 @use()
