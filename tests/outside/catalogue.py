@@ -6,16 +6,17 @@ from outside.libraries import libraries
 from outside.reading import reading
 from outside.states import states
 from outside.surgery import surgery
+from outside.trainings import TRAININGS, LibraryTraining
 from outside.writing import writing
 
-USES: dict[str, Use] = {
+USES: dict[str, Use | LibraryTraining] = {
     name: use
     for catalogue in (reading, writing, gradients, states, surgery, libraries)
     for name, use in catalogue.uses.items()
-}
+} | TRAININGS
 
 
-def is_worth_a_run(use: Use, placement: Placement) -> bool:
+def is_worth_a_run(use: Use | LibraryTraining, placement: Placement) -> bool:
     """Whether this placement can show something that the others don't."""
     if use.needs_host and placement.device != "cpu":
         return False

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 from outside.catalogue import USES
-from outside.harness import PLACEMENTS, Verdict, judge
+from outside.harness import PLACEMENTS, Verdict
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
         name, placement = line.rstrip("\n").split("\t")
         with tempfile.TemporaryDirectory() as folder:
             try:
-                verdict = judge(USES[name], PLACEMENTS[placement], folder)
+                verdict = USES[name].judge(PLACEMENTS[placement], folder)
             except Exception as error:  # before the use, or in plain PyTorch
                 verdict = Verdict("BROKEN", f"{type(error).__name__}: {error}")
         print(json.dumps({"kind": verdict.kind, "text": verdict.text}), file=answers, flush=True)

@@ -86,16 +86,18 @@ class Placement:
         assert self.host_weights is None or stats["disk/used_bytes"], "nothing is on disk: this placement shows nothing"
 
 
+ON_SEVERAL_TIERS = ("gradients", "states", "libraries", "trainings")
+"""Topics in which homes of several kinds matter, not only the weights'."""
+
 PLACEMENTS = {
     placement.name: placement
     for placement in (
-        Placement("roomy"),
-        Placement("tight", device_share=0.35),
-        Placement("disk", host_weights=0.0, refusal=ON_DISK),
-        Placement("mixed", device_share=0.35, host_weights=1.0, topics=("gradients", "states", "libraries")),
+        Placement("roomy"),  # full copies are homes
+        Placement("tight", device_share=0.35),  # full copies move
+        Placement("disk", host_weights=0.0, refusal=ON_DISK),  # all homes are on disk, gradients too
+        Placement("mixed", device_share=0.35, host_weights=1.0, topics=ON_SEVERAL_TIERS),  # moments are on disk
     )
 }
-"""Full copies are homes, full copies move, all homes are on disk, gradients too, full copies move and moments are on disk."""
 
 
 class Training:
@@ -202,6 +204,10 @@ class Use:
     needs_host: bool = False
     """Plain PyTorch can do it with parameters in RAM only."""
 
+    def judge(self, placement: Placement, folder: str) -> "Verdict":
+        """Run managed, and compare with plain PyTorch."""
+        return judge(self, placement, folder)
+
 
 class Catalogue:
     """The uses of one file, by name."""
@@ -256,15 +262,15 @@ def judge(use: Use, placement: Placement, folder: str) -> Verdict:
     except Exception as error:
         refusals = [refusal for refusal in (use.refusal, placement.refusal) if refusal is not None]
         if any(refusal.fits(error) for refusal in refusals):
-            return _judge_refusal(run, use, _described(error))
-        return Verdict("ERROR", _described(error))
+            return _judge_refusal(run, use, described(error))
+        return Verdict("ERROR", described(error))
     if use.refusal is not None and not use.may_be_equal:
         return Verdict("WRONG", f"not refused; due: {use.refusal.way_out}")
     try:
         outcome = finish(run, returned, 0 if use.ends_training else 2)
         check_at_rest(run.model)
     except Exception as error:
-        return Verdict("ERROR", f"later {_described(error)}")
+        return Verdict("ERROR", f"later {described(error)}")
     found = list(differences(outcome, plain(use)))
     return Verdict("WRONG", "; ".join(found)) if found else Verdict("equal")
 
@@ -277,7 +283,7 @@ def _judge_refusal(run: Training, use: Use, message: str) -> Verdict:
         outcome = finish(run, None)
         check_at_rest(run.model)
     except Exception as error:
-        return Verdict("ERROR", f"refused, then {_described(error)}")
+        return Verdict("ERROR", f"refused, then {described(error)}")
     if has_stepped:  # by what the use did before; what that came to is not known
         found = [] if all(math.isfinite(loss) for loss in outcome.losses) else ["the loss is not finite"]
     else:
@@ -342,9 +348,15 @@ def frozen(value: Any) -> Any:
 def differences(ours: Outcome, plain: Outcome) -> Iterator[str]:
     """Name what is not bit for bit the same; NaN equals nothing."""
     for part in ("returned", "losses", "weights", "states", "groups"):
-        found = list(_unequal(part, getattr(ours, part), getattr(plain, part)))
+        found = differing(part, getattr(ours, part), getattr(plain, part))
         if found:
-            yield found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+            yield found
+
+
+def differing(where: str, ours: Any, plain: Any) -> str:
+    """Name the first part that is not the same, and how many others are not; nothing if all is."""
+    found = list(_unequal(where, ours, plain))
+    return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "") if found else ""
 
 
 def _unequal(where: str, ours: Any, plain: Any) -> Iterator[str]:
@@ -382,5 +394,5 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from outside.catalogue import USES, cases
 from outside.harness import PLACEMENTS, Placement, Refusal, Training, Use, judge
+from outside.models import MODELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,7 +19,7 @@ def verdict_of(run: Any, folder: Path, placement: str = "tight", **options: Any)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("model", sorted({use.model for use in USES.values()}))
+@pytest.mark.parametrize("model", MODELS)
 def test_training_alone_is_equal_and_chunks_do_move(placement: str, model: str, tmp_path: Path) -> None:
     assert verdict_of(lambda run: None, tmp_path, placement, model=model) == "equal"
 

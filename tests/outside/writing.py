@@ -269,7 +269,7 @@ def state_dict_loaded(run: Training) -> Any:
 
 @use()
 def state_dict_loaded_by_assigning(run: Training) -> Any:
-    # In plain PyTorch this takes the parameters from the optimizer. A boosted model keeps its own: the argument makes no
+    # In plain PyTorch this takes the parameters from the optimizer. A boosted model keeps its own: it makes no
     # difference.
     is_boosted = run.booster is not None
     values = {name: value.to(run.device) for name, value in run.unmanaged().state_dict().items()}
