@@ -126,7 +126,7 @@ class Chunk:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
         assert self.state in (ChunkState.READY, ChunkState.IN_USE)
         if self.loan is None:
-            self.loan = Loan(self.full, self.layout)
+            self.loan = Loan(self.views)
         return self.loan
 
     @property

@@ -176,7 +176,7 @@ class Runtime:
         """Bring chunks and keep them until `release_held`, because nothing will tell when the last use is over."""
         for chunk in chunks:
             if chunk not in self._held:
-                self._fetch(chunk, chunks)
+                self._fetch(chunk, chunks, overdraw=True)
                 self._pin(chunk, chunks)
                 self._held[chunk] = None
 

@@ -1,7 +1,8 @@
 """Units: the modules whose forward brackets the uses of their parameters."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class Units:
         self.all: list[Unit] = []
         self.of: dict[nn.Module, Unit] = {}
         for module in bracketed_modules(model):
-            chunks = self.chunks_of(module.parameters(recurse=is_compiled(module)))
+            chunks = self.chunks_of(own_parameters(module))
             if chunks or module is model:
                 self._add(module, chunks)
 
@@ -118,6 +119,19 @@ class Units:
         return unit
 
 
+def own_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters that must be there when a module is called: its own, mostly.
+
+    A compiled module needs all that are below it. Those with a fast path for inference take their parts' parameters
+    in one kernel, and look at each whether it is plain: if not, they run another path, which gives other numbers.
+    """
+    if is_compiled(module) or isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        return module.parameters()
+    if isinstance(module, nn.TransformerEncoder) and len(module.layers):
+        return chain(module.parameters(recurse=False), module.layers[0].parameters())
+    return module.parameters(recurse=False)
+
+
 def bracketed_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Every module but those within a compiled one, each once."""
     seen: set[nn.Module] = set()
@@ -133,19 +147,15 @@ def bracketed_modules(model: nn.Module) -> Iterator[nn.Module]:
     return walk(model)
 
 
-def nested_chunks(
-    model: nn.Module, chunks_of_module: "dict[nn.Module, frozenset[int]]"
-) -> list[tuple[str, frozenset[int]]]:
+def nested_chunks(model: nn.Module, chunk_of: Mapping[int, int]) -> list[tuple[str, frozenset[int]]]:
     """For each unit, by name, the chunks in use while it runs: its own and those of the units around it.
 
-    ``chunks_of_module`` maps modules to the chunks of the parameters that they own directly.
+    ``chunk_of`` maps ids of parameters to chunks.
     """
     found = []
 
     def walk(module: nn.Module, name: str, outer: frozenset[int]) -> None:
-        own = chunks_of_module.get(module, frozenset())
-        if is_compiled(module):
-            own = own.union(*(chunks_of_module.get(inner, frozenset()) for inner in module.modules()))
+        own = frozenset(chunk_of[id(p)] for p in own_parameters(module) if id(p) in chunk_of)
         if own:
             found.append((name, outer | own))
         if is_compiled(module):

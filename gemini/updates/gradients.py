@@ -11,9 +11,11 @@ and clips nothing without a word.
     p.grad    None --backward--> shown: a view or an AbsentGradient --step--> withdrawn --is asked for, pin--> shown
                 ^-------- zero_grad, or the user's None -------------|--------------|
 
-What the user does to ``p.grad`` counts, as in PyTorch: None forgets the gradient, a tensor replaces it. After a step the
-gradient is still there until somebody clears it, but the update may be reading it in the background: it is withdrawn
-(torch finds None), and shown again when it is asked for, which waits for the update.
+What the user does to ``p.grad`` counts, as in PyTorch: None forgets the gradient, a tensor replaces it. After a step
+the gradient is still there until somebody clears it, but the update may be reading it in the background: it is withdrawn
+(torch finds None), and shown again when it is asked for, which waits for the update. Where a gradient has its home
+elsewhere, who asks for it gets a copy, if the system has the memory; that is then the gradient, as if the user had put
+it there. So is one that has a graph of its own (``create_graph=True``), until the step takes it.
 
 Where the optimizer uses gradients up within backward, ``p.grad`` is an `AbsentGradient` from then until ``zero_grad``.
 """
@@ -152,6 +154,8 @@ class Gradients:
         if gradient is self._shown.get(id(parameter)):
             return  # autograd added to the view, so the chunk has it
         assert chunk.gradient is not None
+        if gradient.requires_grad and not self._are_used_up:
+            return  # somebody will differentiate it; `collect` takes it over
         _set_grad(parameter, None)  # first: if what follows fails, the next backward must not find it here
         was_replaced = self._shown.pop(id(parameter), None) is not None
         self.before_arrival(chunk, position)
@@ -197,7 +201,11 @@ class Gradients:
             for position, binding in enumerate(chunk.bindings):
                 parameter = binding.parameter
                 gradient, shown = _grad_of(parameter), self._shown.get(id(parameter))
-                if gradient is shown or not self.follows(parameter):
+                if not self.follows(parameter):
+                    continue
+                if gradient is shown:
+                    if gradient is not None and chunk.gradient.has_moved(position):
+                        self._bring_back(parameter, chunk, position)
                     continue
                 if chunk in self.used_up and shown is not None and position not in chunk.gradient.present:
                     raise ValueError(
@@ -251,6 +259,27 @@ class Gradients:
             for position in sorted(chunk.gradient.present):
                 if _grad_of(chunk.bindings[position].parameter) is None:
                     self._show(chunk.bindings[position].parameter, chunk, position)
+
+    def copy_in_reach(self, parameter: Tensor) -> None:
+        """Put a copy in place of a stand-in that says where the gradient is, if there is memory for it."""
+        stand_in, place = self._stand_ins.get(id(parameter)), self._manager.find(parameter)
+        if stand_in is None or place is None or self._are_scaled or self._are_used_up:
+            return
+        chunk, position = place
+        assert chunk.gradient is not None
+        if _grad_of(parameter) is stand_in and position in chunk.gradient.present:
+            if self._manager.headroom() < parameter.nbytes:
+                return
+            chunk.settle()
+            _set_grad(parameter, chunk.gradient.read(position).to(parameter.device))
+
+    def _bring_back(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
+        """The user has given the shown gradient other memory (``p.grad.data = ...``)."""
+        assert chunk.gradient is not None
+        chunk.settle()
+        value = chunk.gradient.renew(position)
+        chunk.gradient.write(position, value)
+        self._show(parameter, chunk, position)
 
     def forget_withdrawn(self, parameter: Tensor) -> None:
         """The user clears or replaces the gradient of a parameter, which may be withdrawn."""
