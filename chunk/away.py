@@ -19,6 +19,7 @@ A class of its own, and not one swapped in for good: a ``__torch_function__`` ar
 backward doubles the time of small models, and keeps them from being compiled.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
@@ -160,6 +161,23 @@ class AwayParameter:
             with QUIET():
                 return func(*args, **kwargs)
         return _answer(func, what, args, kwargs)
+
+    def detach(self) -> Any:
+        """As ``Tensor.detach``. For ``nn.Parameter(p)`` it has to give what is made into a parameter."""
+        assert isinstance(self, Tensor)
+        detached = Tensor.detach(self)
+        if sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+            # Of a class that it does not know it wants its own kind back, and says so by setting `_is_param`.
+            return detached.as_subclass(type(self))
+        return detached
+
+    @property
+    def _is_param(self) -> bool:
+        return True
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        self.__class__ = plain_class(type(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:

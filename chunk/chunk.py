@@ -129,6 +129,11 @@ class Chunk:
             self.loan = Loan(self.views)
         return self.loan
 
+    def has_memory(self, tensor: Tensor) -> bool:
+        """True if a tensor lies in the full copy, or in what was lent of it."""
+        is_in_full = tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
+        return is_in_full or (self.loan is not None and self.loan.has(tensor))
+
     @property
     def is_resident(self) -> bool:
         """True if the full copy exists or is arriving."""

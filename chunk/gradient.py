@@ -135,7 +135,8 @@ class GradientBuffer:
         """Give out another tensor for a slot from now on. Returns the one until now."""
         assert self.buffer is not None and self.buffer.tensor is not None
         before = self._views[position]
-        self._views[position] = _shaped(self.buffer.tensor, self.layout.slots[position])
+        slot = self.layout.slots[position]
+        self._views[position] = _shaped(self.buffer.tensor, slot, slot.offset)
         return before
 
     def _address(self, position: int) -> int:
@@ -166,7 +167,7 @@ class GradientBuffer:
             self._backend.synchronize()
         flat = torch.empty(slot.numel, dtype=buffer.dtype)
         buffer.read(slot.offset, flat)
-        return flat.as_strided(slot.shape, slot.stride)
+        return _shaped(flat, slot, 0)
 
     def write(self, position: int, gradient: Tensor) -> None:
         """Replace one gradient (clipping by value)."""
@@ -183,12 +184,12 @@ class GradientBuffer:
 def _views(layout: ChunkLayout, buffer: Buffer | None) -> list[Tensor]:
     if buffer is None or buffer.tensor is None:
         return []
-    return [_shaped(buffer.tensor, slot) for slot in layout.slots]
+    return [_shaped(buffer.tensor, slot, slot.offset) for slot in layout.slots]
 
 
-def _shaped(flat: Tensor, slot: Slot) -> Tensor:
+def _shaped(flat: Tensor, slot: Slot, offset: int) -> Tensor:
     # Through `data`, since torch detaches gradients in place (``zero_grad(set_to_none=False)``), and refuses for views.
-    return flat.as_strided(slot.shape, slot.stride, flat.storage_offset() + slot.offset).data
+    return flat.as_strided(slot.shape, slot.stride, flat.storage_offset() + offset).data
 
 
 def _norm(tensor: Tensor, order: float) -> Tensor:

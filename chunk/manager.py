@@ -318,9 +318,11 @@ class ChunkManager:
 
     def assign(self, parameter: Tensor, value: Tensor) -> None:
         """Take over what is assigned to the ``data`` of a parameter whose chunk is pinned. See [Note: Loans]."""
+        if value is parameter:
+            return
         chunk, position = self._places[id(parameter)]
         value = value.detach()
-        is_ours = any(c.loan is not None and c.loan.has(value) for c in self.chunks)
+        is_ours = any(chunk.has_memory(value) for chunk in self.chunks)
         loan = chunk.lend()
         loan.part_with(position)
         self._take(chunk, position, value)

@@ -131,7 +131,9 @@ class Hooks:
             self.recover()
             grad = torch.is_grad_enabled()
             self._runtime.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
-            if (grad, model.training) not in self._observed_kinds:
+            # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is used
+            # outside of its unit then comes operation by operation, until a forward with gradients has shown it.
+            if grad and (grad, model.training) not in self._observed_kinds:
                 self._observer = Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave)
                 self._results = self._observer.__enter__()
         if self._cast_inputs is not None:
@@ -174,6 +176,8 @@ class Hooks:
         if not (self._depth or self._running or _in_backward()):
             self._before_part(unit)
         visit = Visit(unit)
+        if unit.without_gradients and not torch.is_grad_enabled():
+            visit.extra = unit.without_gradients
         if self._updates is not None and _in_backward():
             self._updates.before_use(f"{unit.name}, run again by backward,", visit.chunks)
         self._running.append(visit)
@@ -334,8 +338,11 @@ class Hooks:
     def _is_worth_holding(self, held: tuple[Chunk, ...], *more: Chunk) -> bool:
         """False where a module that reaches for parameters of others would fill DEVICE with them.
 
-        A model that looks at the weights of all of its layers (a penalty, a log) needs them one after the other.
+        A model that looks at the weights of all of its layers (a penalty, a log) needs them one after the other. Where
+        chunks are updated within backward, each use has to be known by its unit.
         """
+        if self._updates is not None:
+            return True
         nbytes = sum(chunk.full_nbytes for chunk in {*held, *more})
         return nbytes * _HELD_SHARE <= self._runtime.full_capacity_bytes
 

@@ -194,7 +194,8 @@ class Runtime:
 
     def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         try:
-            self.manager.fetch(chunk, keep, overdraw=overdraw)
+            # What is held for later (a double backward) has taken the room of what is needed now.
+            self.manager.fetch(chunk, keep, overdraw=overdraw or bool(self._held))
         except OutOfMemory:
             if not self.given_up_bytes:
                 raise

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ class Unit:
     module_ref: ReferenceType[nn.Module] | None
     """Weak: autograd nodes hold visits, and the garbage collector does not see through them."""
     chunks: tuple[Chunk, ...]
+    without_gradients: tuple[Chunk, ...] = ()
+    """Others that must be there in a call without gradients."""
     stashes: tuple[str, ...] = ()
     """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
     leaves_elsewhere: bool | None = None
@@ -90,8 +91,9 @@ class Units:
         self.of: dict[nn.Module, Unit] = {}
         for module in bracketed_modules(model):
             chunks = self.chunks_of(own_parameters(module))
-            if chunks or module is model:
-                self._add(module, chunks)
+            besides = self.chunks_of(parameters_of_fast_path(module))
+            if chunks or besides or module is model:
+                self._add(module, chunks).without_gradients = tuple(c for c in besides if c not in chunks)
 
     def chunks_of(self, parameters: Iterable[Tensor]) -> tuple[Chunk, ...]:
         """The chunks that hold these parameters, in chunk order; unmanaged ones are left out."""
@@ -120,16 +122,22 @@ class Units:
 
 
 def own_parameters(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters that must be there when a module is called: its own, mostly.
+    """The parameters that must be there when a module is called: its own, and those of what is compiled with it."""
+    return module.parameters(recurse=is_compiled(module))
 
-    A compiled module needs all that are below it. Those with a fast path for inference take their parts' parameters
-    in one kernel, and look at each whether it is plain: if not, they run another path, which gives other numbers.
+
+def parameters_of_fast_path(module: nn.Module) -> Iterator[Tensor]:
+    """What a module needs besides when it is called without gradients.
+
+    These take their parts' parameters in one kernel then, and look at each whether it is plain: if not, they go another
+    way, which gives other numbers.
     """
-    if is_compiled(module) or isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+    if isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention):
         return module.parameters()
     if isinstance(module, nn.TransformerEncoder) and len(module.layers):
-        return chain(module.parameters(recurse=False), module.layers[0].parameters())
-    return module.parameters(recurse=False)
+        first: nn.Module = module.layers[0]
+        return first.parameters()
+    return iter(())
 
 
 def bracketed_modules(model: nn.Module) -> Iterator[nn.Module]:

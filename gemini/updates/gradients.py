@@ -114,6 +114,8 @@ class Gradients:
         """id of a parameter -> what ``p.grad`` was set to. Without an entry ``p.grad`` is autograd's or the user's."""
         self._withdrawn: set[Chunk] = set()
         """Chunks whose gradients an update has taken, and that nobody has cleared or asked for since."""
+        self._put: dict[int, weakref.ref[Tensor]] = {}
+        """id of a parameter -> the tensor that the user put there, and that an update has read; if somebody holds it."""
         self._stand_ins: dict[int, AbsentGradient] = {}
         self._followed: set[int] = set()
         """ids of the parameters whose gradients go into chunks."""
@@ -220,6 +222,7 @@ class Gradients:
                 else:
                     chunk.gradient.part_with(position)
                     chunk.gradient.write(position, gradient)
+                    self._put[id(parameter)] = weakref.ref(gradient)
                     self._show(parameter, chunk, position)
 
     def first_not_zeroed(self) -> str | None:
@@ -240,12 +243,17 @@ class Gradients:
         if self._are_used_up:
             chunk.gradient.clear()
             return
-        self.hide(chunk)
+        self._take_off(chunk)
         self._withdrawn.add(chunk)
 
     def hide(self, chunk: Chunk) -> None:
         """Show no gradient of a chunk any more."""
+        self._take_off(chunk)
         self._withdrawn.discard(chunk)
+        for binding in chunk.bindings:
+            self._put.pop(id(binding.parameter), None)
+
+    def _take_off(self, chunk: Chunk) -> None:
         for binding in chunk.bindings:
             if self._shown.pop(id(binding.parameter), None) is not None:
                 _set_grad(binding.parameter, None)
@@ -257,8 +265,15 @@ class Gradients:
             self._withdrawn.discard(chunk)
             assert chunk.gradient is not None
             for position in sorted(chunk.gradient.present):
-                if _grad_of(chunk.bindings[position].parameter) is None:
-                    self._show(chunk.bindings[position].parameter, chunk, position)
+                parameter = chunk.bindings[position].parameter
+                put = self._put.pop(id(parameter), None)
+                held = None if put is None else put()
+                if _grad_of(parameter) is not None:
+                    continue
+                if held is None:
+                    self._show(parameter, chunk, position)
+                else:
+                    _set_grad(parameter, held)
 
     def copy_in_reach(self, parameter: Tensor) -> None:
         """Put a copy in place of a stand-in that says where the gradient is, if there is memory for it."""
@@ -290,16 +305,16 @@ class Gradients:
     def zero(self) -> None:
         """Fill all gradients with zeros, which stay gradients: the step then moves and decays as torch does."""
         for chunk in self._manager.chunks:
-            if chunk.gradient is not None and chunk.gradient.present:
-                self.reveal(chunk)
-                for position in sorted(chunk.gradient.present):
-                    slot = chunk.layout.slots[position]
-                    view = chunk.gradient.view(position)
-                    if view is None:
-                        zeros = torch.zeros((), dtype=chunk.bindings[position].view.dtype).expand(slot.shape)
-                        chunk.gradient.write(position, zeros)
-                    else:
-                        view.zero_()
+            if chunk.gradient is None:
+                continue
+            self.reveal(chunk)
+            for position, binding in enumerate(chunk.bindings):
+                gradient = _grad_of(binding.parameter)
+                if gradient is not None and gradient is not self._stand_ins.get(id(binding.parameter)):
+                    gradient.detach_().zero_()
+                elif position in chunk.gradient.present:
+                    zero = torch.zeros((), dtype=binding.view.dtype)
+                    chunk.gradient.write(position, zero.expand(binding.view.shape))
 
     def _show(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
         assert chunk.gradient is not None
