@@ -5,10 +5,11 @@ Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or p
 
 from gemini.stacks import IO_STACK_BYTES
 
+from .accelerator import AcceleratorBackend
+from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import Communicator, SingleProcess
-from .cuda import CudaBackend
 from .disk import DiskBackend
 from .disk_file import Requests
 from .disk_tuning import tuned
@@ -33,6 +34,7 @@ __all__ = [
     "IO_STACK_BYTES",
     "STATE_ROLES",
     "STORE_BLOCKS",
+    "AcceleratorBackend",
     "Buffer",
     "Chunk",
     "ChunkLayout",
@@ -41,7 +43,6 @@ __all__ = [
     "ChunkSearch",
     "ChunkState",
     "Communicator",
-    "CudaBackend",
     "DeviceBackend",
     "DiskBackend",
     "GradientBuffer",
@@ -56,10 +57,14 @@ __all__ = [
     "StateSlot",
     "TensorSpec",
     "Tier",
+    "accelerator_in_use",
+    "driver_of",
     "end_elsewhere",
+    "find_accelerator",
     "halves",
     "joined",
     "marked",
+    "memory_of",
     "pack",
     "pieces",
     "search_chunk_numel",

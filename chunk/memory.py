@@ -1,7 +1,8 @@
 """Memory of the DEVICE and HOST tiers, and moves between tiers: the interface, and its implementation in RAM.
 
 `DeviceBackend` is the only interface behind which a device, a stream or a worker of moves is touched. On `RamBackend`
-the device is RAM: moves out of RAM happen at once, moves from disk on worker threads. `CudaBackend` is the other one.
+the device is RAM: moves out of RAM happen at once, moves from disk on worker threads. `AcceleratorBackend` is the other
+one.
 """
 
 import time
@@ -65,7 +66,7 @@ class Uploads:
     def __init__(self) -> None:
         self.nbytes = dict.fromkeys(Tier, 0)
         self.seconds = dict.fromkeys(Tier, 0.0)
-        """0 where moves are not timed: those that a CUDA stream makes."""
+        """0 where moves are not timed: those that a stream of the device makes."""
         self._lock = Lock()
 
     def add(self, tier: Tier, nbytes: int, seconds: float) -> None:

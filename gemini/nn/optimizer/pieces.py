@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .kernel_pool import default_pool
 
-_PIECE_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 23}
+_CPU_PIECE_NUMEL, _ACCELERATOR_PIECE_NUMEL = 1 << 18, 1 << 23
 """A CPU's piece and its temporaries are some MiB, near the caches, and long enough for Python not to matter: with half
 of it two threads were no faster than one (docs/benchmarks.md). A GPU is fast with large kernels only."""
 _AT_ONCE = 16
@@ -70,4 +70,4 @@ def run_or_put_back(work: Callable[[slice], None], pieces: Sequence[slice], writ
 
 
 def _piece_numel(device: torch.device) -> int:
-    return _PIECE_NUMEL.get(device.type, _PIECE_NUMEL["cpu"])
+    return _CPU_PIECE_NUMEL if device.type == "cpu" else _ACCELERATOR_PIECE_NUMEL

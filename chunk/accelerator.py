@@ -1,4 +1,4 @@
-"""DEVICE is a CUDA device: moves on two lanes beside the compute stream, ordered by marks.
+"""DEVICE is an accelerator: moves on two lanes beside the compute stream, ordered by marks.
 
 No ``record_stream`` (it keeps memory for as long as the allocator likes), and nothing on the way of a unit that waits
 for the device: the training thread only says what has to come after what.
@@ -20,9 +20,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from .accelerator_driver import AcceleratorDriver, Mark
 from .buffer import Buffer, MemoryBuffer
-from .cuda_driver import CudaDriver, Mark
-from .host_arena import HostArena
+from .host_arena import HostArena, padded
 from .memory import FETCH_WORKERS, Transfer, Underway, Uploads, fill_from_disk
 from .staging import Staging
 from .tier import Tier
@@ -46,32 +46,31 @@ class _OnLane:
         return self._mark.reached()
 
 
-class CudaBackend:
-    """A `DeviceBackend` on a CUDA device; homes on HOST are page-locked where the system allows it.
+class AcceleratorBackend:
+    """A `DeviceBackend` on an accelerator; homes on HOST are page-locked where the system allows it.
 
     Parameters
     ----------
+    driver
+        Who talks to the device.
     staging, store_staging
         Blocks of RAM for reading and writing DISK homes; None if there are none.
     pin_homes
         Page-lock the homes on HOST. Copies from and to ordinary RAM make the training thread wait.
-    driver
-        Who talks to the device.
     """
 
     is_ram = False
 
     def __init__(
         self,
-        device: torch.device,
+        driver: AcceleratorDriver,
         staging: Staging | None,
         pin_homes: bool,
         store_staging: Staging | None = None,
-        driver: CudaDriver | None = None,
     ) -> None:
-        self.device = device
+        self.device = driver.device
         self.uploads = Uploads()
-        self._driver = CudaDriver(device) if driver is None else driver
+        self._driver = driver
         self._staging = staging
         self._pin_homes = pin_homes
         self._arena: HostArena | None = None
@@ -98,10 +97,7 @@ class CudaBackend:
         return MemoryBuffer(tier, self._arena.take(numel, dtype))
 
     def _new_arena(self, nbytes: int) -> HostArena:
-        def lock(address: int, nbytes: int) -> bool:
-            return self._pin_homes and self._driver.lock(address, nbytes)
-
-        return HostArena(nbytes, lock, self._driver.unlock)
+        return HostArena(self._driver.host_block(padded(nbytes), self._pin_homes))
 
     def grow(self, full: Tensor) -> None:
         self._driver.allocate(full)
