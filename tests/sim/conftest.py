@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from device_build import Unavailable
+from sim_tasks import PLACEMENTS
 from simulated import GIB, SimulatedDevice, register
 
 SEED = int(os.environ.get("GEMINI_MEMORY_SIM_SEED", "0"))
@@ -34,3 +36,8 @@ def device(_registered: SimulatedDevice) -> Iterator[SimulatedDevice]:
     torch.accelerator.synchronize()
     _registered.set_capacity(4 * GIB)
     torch.accelerator.empty_cache()
+
+
+@pytest.fixture(params=PLACEMENTS.values(), ids=PLACEMENTS)
+def placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    return {**request.param, "offload_dir": tmp_path} if "offload_dir" in request.param else dict(request.param)

@@ -1,0 +1,71 @@
+"""What is trained on the simulated device, and where its model data lie."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from parity import Run, Task, run_plain
+from torch import Tensor, nn
+
+WIDTH, VOCABULARY, LENGTH = 64, 50, 6
+
+SMALL = {"chunk_config_dict": {1: {"chunk_size": 4096}}}
+STATIC = {"placement_policy": "static"}
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "device": {},
+    "mixed": {"device_memory": "400KiB", **STATIC, "offload_optim_frac": 0.0, "offload_param_frac": 0.5, **SMALL},
+    "host": {"device_memory": "120KiB", **SMALL},
+    "all on host": {**STATIC, "offload_optim_frac": 1.0, "offload_param_frac": 1.0, **SMALL},
+    "unpinned": {"device_memory": "120KiB", "pin_memory": False, **SMALL},
+    "disk": {"device_memory": "120KiB", "host_memory": "420KiB", "offload_dir": "disk", **SMALL},
+}
+"""Arguments of the plugin. ``offload_dir`` stands for a folder of the test's own. In "mixed" full copies with homes on
+DEVICE come and go."""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.outer = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.outer(nn.functional.gelu(self.inner(self.norm(x)))))
+
+
+class Tiny(nn.Module):
+    """A language model without attention; its head is tied to its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embedding(tokens)))  # type: ignore[no-any-return]
+
+
+def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Wherever the model is."""
+    tokens = tokens.to(next(model.parameters()).device)
+    logits = model(tokens[:, :-1]).float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def batches(steps: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(0, VOCABULARY, (4, LENGTH), generator=generator) for _ in range(steps)]
+
+
+def task(precision: str = "bf16", steps: int = 4, **more: Any) -> Task:
+    return Task(Tiny, batches(steps), loss, precision, **more)
+
+
+@lru_cache
+def expected(precision: str = "bf16", steps: int = 4, states: str = "fp32") -> Run:
+    """The same training by plain PyTorch on the CPU."""
+    return run_plain(task(precision, steps, states=states))
