@@ -17,7 +17,7 @@ from .gradient import GradientBuffer
 from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
-from .memory import FETCH_WORKERS, DeviceBackend, RamBackend
+from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
 from .plan import ChunkPlan, StateSlot
 from .search import ChunkSearch, search_chunk_numel
 from .split_master import halves, joined, marked, unmarked
@@ -36,6 +36,7 @@ __all__ = [
     "STORE_BLOCKS",
     "AcceleratorBackend",
     "Buffer",
+    "Caller",
     "Chunk",
     "ChunkLayout",
     "ChunkManager",
@@ -48,6 +49,7 @@ __all__ = [
     "GradientBuffer",
     "Ledger",
     "MemoryBuffer",
+    "NoDevice",
     "RamBackend",
     "Requests",
     "Role",
@@ -57,6 +59,7 @@ __all__ = [
     "StateSlot",
     "TensorSpec",
     "Tier",
+    "Transfer",
     "accelerator_in_use",
     "driver_of",
     "end_elsewhere",

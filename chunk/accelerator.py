@@ -9,21 +9,27 @@ for the device: the training thread only says what has to come after what.
                        ^                 |                    copy is free only behind what used it before
     compute     -- unit 2 --- unit 3 --- v unit 4 ---         is held until its chunk has arrived
                        |                   |
-    to host            '-> gradients ------'-> gradients      the CPU waits for these in the optimizer's step
+    to host            '-> gradients ------'-> gradients      the CPU waits for these before it updates their chunks
+
+The compute stream is the current one of the thread that calls: it need not be the same in each call. The optimizer's
+updates of homes on DEVICE are kernels, too. Another thread launches them, later than they are asked for, in the stream
+of who asked. So that a chunk's update is over says no more than that they have been launched: who waits for it is held
+behind them, in the stream that the waiting is done in. For a fetch that is the lane.
 """
 
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from .accelerator_driver import AcceleratorDriver, Mark
+from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .buffer import Buffer, MemoryBuffer
 from .host_arena import HostArena, padded
-from .memory import FETCH_WORKERS, Transfer, Underway, Uploads, fill_from_disk
+from .memory import FETCH_WORKERS, Caller, Transfer, Underway, Uploads, fill_from_disk
 from .staging import Staging
 from .tier import Tier
 from .workers import end_elsewhere, start_workers
@@ -34,16 +40,34 @@ CONVERSION_NUMEL = 4 << 20
 
 
 class _OnLane:
-    """A move on a lane: waiting holds the compute stream, not the CPU."""
+    """A move on a lane, or an update in a stream: waiting holds the current stream, not the CPU."""
 
     def __init__(self, mark: Mark) -> None:
         self._mark = mark
 
     def wait(self) -> None:
-        self._mark.hold_compute()
+        self._mark.hold()
 
     def done(self) -> bool:
         return self._mark.reached()
+
+
+class _Caller:
+    """A thread that has gone on since (a `Caller`)."""
+
+    def __init__(self, stream: Lane, downloads: Mark | None) -> None:
+        self._stream = stream
+        self._downloads = downloads
+
+    def stand_in(self) -> AbstractContextManager[None]:
+        return self._stream.entered()
+
+    def wait_for_downloads(self) -> None:
+        if self._downloads is not None:
+            self._downloads.wait()
+
+    def mark(self) -> Transfer:
+        return _OnLane(self._stream.mark())
 
 
 class AcceleratorBackend:
@@ -105,6 +129,9 @@ class AcceleratorBackend:
     def shrink(self, full: Tensor) -> None:
         self._driver.release(full)
 
+    def caller(self) -> Caller:
+        return _Caller(self._driver.current(), self._leaving[-1][0] if self._leaving else None)
+
     def trim(self) -> None:
         self._driver.trim()
 
@@ -112,15 +139,19 @@ class AcceleratorBackend:
 
     def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
         with self._uploading:
-            self._to_device.follow_compute()
+            self._to_device.follow_current()
         if source.tensor is None or (after is not None and not after.done()):
             return Underway(self._workers.submit(self._fill_from_worker, full, source, after))
-        if after is not None:
-            after.wait()
+        self._wait_in_lane(after)
         with torch.profiler.record_function("gemini::fetch"):
             mark = self._put_upload(full, source.tensor)
         self.uploads.add(source.tier, full.nbytes, 0.0)
         return _OnLane(mark)
+
+    def _wait_in_lane(self, after: "Transfer | None") -> None:
+        if after is not None:
+            with self._to_device.entered():
+                after.wait()
 
     def _put_upload(self, full: Tensor, home: Tensor) -> Mark:
         with self._uploading:
@@ -141,8 +172,7 @@ class AcceleratorBackend:
         full.copy_(arrived)
 
     def _fill_from_worker(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
-        if after is not None:
-            after.wait()
+        self._wait_in_lane(after)
         begin = time.perf_counter()
         if source.tensor is not None:
             mark = self._put_upload(full, source.tensor)
@@ -159,7 +189,7 @@ class AcceleratorBackend:
         if not self._driver.is_host(into):
             into.add_(gradient) if accumulate else into.copy_(gradient)
             return
-        self._to_host.follow_compute()
+        self._to_host.follow_current()
         self._to_host.put(partial(self._leave, gradient, into, accumulate))
         self._leaving.append((self._to_host.mark(), (gradient,)))
         while self._leaving and self._leaving[0][0].reached():

@@ -4,7 +4,7 @@ Whoever imitates these can test the backend's logic without a device.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 class Mark(Protocol):
     """A place in a lane."""
 
-    def hold_compute(self) -> None:
-        """Let the compute stream go on only when the lane has got here. The caller does not wait."""
+    def hold(self) -> None:
+        """Let the current stream go on only when the lane has got here. The caller does not wait."""
 
     def wait(self) -> None:
         """Wait until the lane has got here."""
@@ -24,10 +24,13 @@ class Mark(Protocol):
 
 
 class Lane(Protocol):
-    """A stream beside the compute stream: what is put in is done in this order, some time later."""
+    """A stream: what is put in is done in this order, some time later."""
 
-    def follow_compute(self) -> None:
-        """What is put in from now on is done after all that the compute stream has been given up to here."""
+    def follow_current(self) -> None:
+        """What is put in from now on is done after all that the current stream has been given up to here."""
+
+    def entered(self) -> AbstractContextManager[None]:
+        """Have it as the current stream of this thread."""
 
     def put(self, work: Callable[[], object]) -> None:
         """Have work done; its kernels and copies must not wait for the device."""
@@ -37,20 +40,25 @@ class Lane(Protocol):
 
 
 class AcceleratorDriver:
-    """One device. The compute stream is the caller's current one, here and in what the other classes do."""
+    """One device. Each thread has a current stream of its own: a user may train in any, and calls us in it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def lane(self) -> Lane:
-        return _Stream(self.device)
+        """A stream beside that in which the user computes."""
+        return _Stream(torch.Stream(self.device))
+
+    def current(self) -> Lane:
+        """The stream that this thread is in."""
+        return _Stream(torch.accelerator.current_stream(self.device))
 
     def allocate(self, full: Tensor) -> None:
-        """Give a storage its bytes, free for use behind what the compute stream has been given."""
+        """Give a storage its bytes, free for use behind what the current stream has been given."""
         full.untyped_storage().resize_(full.numel() * full.element_size())
 
     def release(self, full: Tensor) -> None:
-        """Take them away, as soon as the compute stream is through with them."""
+        """Take them away, as soon as the stream that they were allocated in is through with them."""
         full.untyped_storage().resize_(0)
 
     def host_block(self, nbytes: int, pin: bool) -> Tensor:
@@ -75,15 +83,24 @@ class AcceleratorDriver:
 
 
 class _Stream:
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.Stream(device)
+    def __init__(self, stream: torch.Stream) -> None:
+        self._stream = stream
 
-    def follow_compute(self) -> None:
-        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+    def follow_current(self) -> None:
+        self._stream.wait_stream(torch.accelerator.current_stream(self._stream.device))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        # ``with stream`` is newer than our oldest torch.
+        before = torch.accelerator.current_stream(self._stream.device)
+        torch.accelerator.set_stream(self._stream)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(before)
 
     def put(self, work: Callable[[], object]) -> None:
-        with torch.no_grad(), on_stream(self._stream):
+        with torch.no_grad(), self.entered():
             work()
 
     def mark(self) -> Mark:
@@ -96,7 +113,7 @@ class _Event:
         self._event = torch.Event(stream.device)
         self._event.record(stream)
 
-    def hold_compute(self) -> None:
+    def hold(self) -> None:
         torch.accelerator.current_stream(self._device).wait_event(self._event)
 
     def wait(self) -> None:
@@ -104,14 +121,3 @@ class _Event:
 
     def reached(self) -> bool:
         return bool(self._event.query())
-
-
-@contextmanager
-def on_stream(stream: torch.Stream) -> Iterator[None]:
-    """Have a stream as the current one of this thread. (``with stream`` is newer than our oldest torch.)"""
-    before = torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)
-    try:
-        yield
-    finally:
-        torch.accelerator.set_stream(before)

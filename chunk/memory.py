@@ -7,6 +7,7 @@ one.
 
 import time
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Protocol
@@ -31,7 +32,7 @@ class Transfer(Protocol):
     """A move under way."""
 
     def wait(self) -> None:
-        """Return when the data may be used by what is called next; raise what went wrong."""
+        """Return when the data may be used by what this thread calls next; raise what went wrong."""
 
     def done(self) -> bool:
         """True if `wait` would return at once."""
@@ -58,6 +59,32 @@ class Underway:
 
     def done(self) -> bool:
         return self._future.done()
+
+
+class Caller(Protocol):
+    """The thread that has another one work for it: where its kernels go, and what it has sent to the host."""
+
+    def stand_in(self) -> AbstractContextManager[None]:
+        """Let the kernels of this thread go where the caller's went."""
+
+    def wait_for_downloads(self) -> None:
+        """Return when the gradients that had been downloaded by then have arrived."""
+
+    def mark(self) -> Transfer | None:
+        """The end of what was put in by those that `stand_in`; None where the host does all itself."""
+
+
+class NoDevice:
+    """A caller whose work is over when it returns."""
+
+    def stand_in(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def wait_for_downloads(self) -> None:
+        pass
+
+    def mark(self) -> Transfer | None:
+        return None
 
 
 class Uploads:
@@ -108,6 +135,9 @@ class DeviceBackend(Protocol):
         OffloadError
             If an earlier one could not be written.
         """
+
+    def caller(self) -> Caller:
+        """The calling thread, for those that are to work for it."""
 
     def trim(self) -> None:
         """Give memory that is cached but not in use back, because an allocation has failed."""
@@ -188,6 +218,9 @@ class RamBackend:
 
     def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
         self._store.write(into, start, gradient)
+
+    def caller(self) -> Caller:
+        return NoDevice()
 
     def trim(self) -> None:
         pass

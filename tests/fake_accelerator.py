@@ -1,7 +1,9 @@
 """An accelerator in RAM whose streams run late, one step of a random one at a time, as far as marks allow."""
 
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 
 import torch
@@ -16,9 +18,9 @@ class FakeMark:
     def __init__(self, lane: "FakeLane", position: int) -> None:
         self.lane, self.position = lane, position
 
-    def hold_compute(self) -> None:
+    def hold(self) -> None:
         with self.lane.owner.lock:
-            self.lane.owner.compute.behind(self)
+            self.lane.owner.current().behind(self)
 
     def wait(self) -> None:
         self.lane.owner.run_until(self)
@@ -39,9 +41,17 @@ class FakeLane:
     def behind(self, mark: FakeMark) -> None:
         self._behind.append(mark)
 
-    def follow_compute(self) -> None:
+    def follow_current(self) -> None:
         with self.owner.lock:
-            self.behind(self.owner.compute.mark())
+            self.behind(self.owner.current().mark())
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        before, self.owner.entered.lane = self.owner.current(), self
+        try:
+            yield
+        finally:
+            self.owner.entered.lane = before
 
     def put(self, work: Work) -> None:
         with self.owner.lock:
@@ -77,10 +87,14 @@ class FakeAccelerator:
         self._random = random.Random(seed)
         self._lanes: list[FakeLane] = []
         self.compute = self.lane()
+        self.entered = threading.local()
 
     def lane(self) -> FakeLane:
         self._lanes.append(FakeLane(self))
         return self._lanes[-1]
+
+    def current(self) -> FakeLane:
+        return getattr(self.entered, "lane", self.compute)
 
     def run_until(self, mark: FakeMark) -> None:
         with self.lock:

@@ -122,7 +122,7 @@ class Updater:
 
     def start(self, planned: Sequence[Planned]) -> None:
         """Hand updates to the queue, in this order; from now on the chunks' gradients are theirs."""
-        tickets = self._queue.submit([each.update for each in planned])
+        tickets = self._queue.submit([each.update for each in planned], self._manager.device.caller())
         for each, ticket in zip(planned, tickets, strict=True):
             chunk = each.chunk
             assert chunk.gradient is not None

@@ -239,8 +239,8 @@ def test_the_room_of_a_shadow_is_counted() -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        pytest.param(lambda backend: setattr(backend._to_device, "follow_compute", lambda: None), id="upload"),
-        pytest.param(lambda backend: setattr(backend._to_host, "follow_compute", lambda: None), id="download"),
+        pytest.param(lambda backend: setattr(backend._to_device, "follow_current", lambda: None), id="upload"),
+        pytest.param(lambda backend: setattr(backend._to_host, "follow_current", lambda: None), id="download"),
     ],
 )
 def test_the_imitation_notices_a_move_that_does_not_follow_the_compute_stream(

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from device_build import Unavailable
-from sim_tasks import PLACEMENTS
+from sim_tasks import LOOP_PLACEMENTS, PLACEMENTS
 from simulated import GIB, SimulatedDevice, register
+
+from gemini.updates import update_pipeline
+from gemini.updates.ticket import Ticket
+from gemini.updates.update_queue import UpdateQueue
 
 SEED = int(os.environ.get("GEMINI_MEMORY_SIM_SEED", "0"))
 """Another order of streams in all tests that don't choose one themselves."""
@@ -40,4 +45,36 @@ def device(_registered: SimulatedDevice) -> Iterator[SimulatedDevice]:
 
 @pytest.fixture(params=PLACEMENTS.values(), ids=PLACEMENTS)
 def placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    return {**request.param, "offload_dir": tmp_path} if "offload_dir" in request.param else dict(request.param)
+    return in_folder(request.param, tmp_path)
+
+
+@pytest.fixture(params=LOOP_PLACEMENTS.values(), ids=LOOP_PLACEMENTS)
+def loop_placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    return in_folder(request.param, tmp_path)
+
+
+def in_folder(placement: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return {**placement, "offload_dir": folder} if "offload_dir" in placement else dict(placement)
+
+
+@pytest.fixture
+def late_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates begin when something waits for one of them, and not before."""
+    awaited = threading.Event()
+    wait, submit, compute = Ticket.wait, UpdateQueue.submit, update_pipeline._compute
+
+    def waiting(ticket: Ticket) -> None:
+        awaited.set()
+        wait(ticket)
+
+    def submitting(queue: UpdateQueue, *arguments: Any) -> Any:
+        awaited.clear()
+        return submit(queue, *arguments)
+
+    def computing(block: Any) -> None:
+        assert awaited.wait(30)
+        compute(block)
+
+    monkeypatch.setattr(Ticket, "wait", waiting)
+    monkeypatch.setattr(UpdateQueue, "submit", submitting)
+    monkeypatch.setattr(update_pipeline, "_compute", computing)

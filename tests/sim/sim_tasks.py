@@ -4,6 +4,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from loop import SMALL as LOOP_SMALL
+from loop import Trained, batch, build
 from parity import Run, Task, run_plain
 from torch import Tensor, nn
 
@@ -69,3 +71,28 @@ def task(precision: str = "bf16", steps: int = 4, **more: Any) -> Task:
 def expected(precision: str = "bf16", steps: int = 4, states: str = "fp32") -> Run:
     """The same training by plain PyTorch on the CPU."""
     return run_plain(task(precision, steps, states=states))
+
+
+class OnDevice(Trained):
+    """The loop of `loop.py`, wherever the model is; ``place`` says where one without management is."""
+
+    def __init__(
+        self, placement: dict[str, Any] | None, precision: str = "fp32", place: str = "cpu", **more: Any
+    ) -> None:
+        self._place = place if placement is None else "cpu"
+        super().__init__(placement, precision, **more)
+
+    def build_model(self) -> nn.Module:
+        return build().to(self._place)
+
+    def loss(self, step: int) -> Tensor:
+        device = next(self.model.parameters()).device
+        return self.model(batch(step).to(device)).float().square().mean()  # type: ignore[no-any-return]
+
+
+LOOP_PLACEMENTS: dict[str, dict[str, Any]] = {
+    "device": {},
+    "mixed": {"device_memory": "330KiB", **STATIC, "offload_optim_frac": 0.0, "offload_param_frac": 0.5, **LOOP_SMALL},
+    "host": {"device_memory": "36KiB", **LOOP_SMALL},
+    "disk": {"device_memory": "60KiB", "host_memory": "300KiB", "offload_dir": "disk", **LOOP_SMALL},
+}

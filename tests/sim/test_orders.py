@@ -1,6 +1,6 @@
 """The numbers do not depend on the order in which streams go on, nor on the stream that the user trains in."""
 
-import threading
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,10 +8,6 @@ import torch
 from parity import check_equal, run_managed
 from sim_tasks import expected, task
 from simulated import SimulatedDevice
-
-from gemini.updates import update_pipeline
-from gemini.updates.ticket import Ticket
-from gemini.updates.update_queue import UpdateQueue
 
 pytestmark = pytest.mark.own_process()
 
@@ -47,34 +43,14 @@ def test_a_user_may_train_in_a_stream_of_their_own(
         check_equal(run, expected(precision))
 
 
-@pytest.fixture
-def late_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Updates begin when something waits for one of them, and not before."""
-    awaited = threading.Event()
-    wait, submit, compute = Ticket.wait, UpdateQueue.submit, update_pipeline._compute
-
-    def waiting(ticket: Ticket) -> None:
-        awaited.set()
-        wait(ticket)
-
-    def submitting(queue: UpdateQueue, updates: Any) -> Any:
-        awaited.clear()
-        return submit(queue, updates)
-
-    def computing(block: Any) -> None:
-        assert awaited.wait(30)
-        compute(block)
-
-    monkeypatch.setattr(Ticket, "wait", waiting)
-    monkeypatch.setattr(UpdateQueue, "submit", submitting)
-    monkeypatch.setattr(update_pipeline, "_compute", computing)
-
-
+@pytest.mark.parametrize("own_stream", [False, True], ids=["", "in a stream of the user's"])
+@pytest.mark.parametrize("options", [{}, {"update_in_backward": True}], ids=["in step", "in backward"])
 @pytest.mark.usefixtures("late_updates")
 def test_what_is_fetched_is_what_the_update_has_made_however_late_it_is(
-    device: SimulatedDevice, placement: dict[str, Any]
+    device: SimulatedDevice, placement: dict[str, Any], options: dict[str, Any], own_stream: bool
 ) -> None:
-    for seed in range(3):
+    for seed in range(2):
         device.seed(seed)
-        run, _ = run_managed(task("bf16"), **placement)
+        with torch.Stream("sim") if own_stream else nullcontext():
+            run, _ = run_managed(task("bf16"), **placement, **options)
         check_equal(run, expected("bf16"))
