@@ -19,6 +19,7 @@ behind them, in the stream that the waiting is done in. For a fetch that is the 
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from threading import Lock
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .buffer import Buffer, MemoryBuffer
+from .conversion import SCRATCH_NUMEL, conversion_pieces
 from .host_arena import HostArena, padded
 from .memory import FETCH_WORKERS, Caller, Transfer, Underway, Uploads, fill_from_disk
 from .staging import Staging
@@ -35,8 +37,8 @@ from .tier import Tier
 from .workers import end_elsewhere, start_workers
 from .write_behind import WriteBehind
 
-CONVERSION_NUMEL = 4 << 20
-"""Masters arrive through a block of so many elements, 16 MiB: long enough for the link's full speed."""
+ADDED_NUMEL = 1 << 20
+"""Elements of a gradient that are added at a time to what is on the host already: it comes to the device for that."""
 
 
 class _OnLane:
@@ -100,9 +102,10 @@ class AcceleratorBackend:
         self._arena: HostArena | None = None
         self._to_device = self._driver.lane()
         self._to_host = self._driver.lane()
-        self._conversion: Tensor | None = None
+        self._scratch = torch.empty(SCRATCH_NUMEL * 4, dtype=torch.uint8, device=self.device)
+        """Where the last elements of a master arrive. Nothing else is taken beside the full copies."""
         self._uploading = Lock()
-        """Held while a chunk is put into the lane: threads do so too, and masters share one block."""
+        """Held while a chunk is put into the lane, which threads do, too."""
         self._leaving: deque[tuple[Mark, tuple[Tensor, ...]]] = deque()
         """Memory that copies to the host still read. The compute stream must not reuse it before."""
         self._workers = start_workers(FETCH_WORKERS, "fetch")
@@ -155,32 +158,34 @@ class AcceleratorBackend:
 
     def _put_upload(self, full: Tensor, home: Tensor) -> Mark:
         with self._uploading:
-            if home.dtype is full.dtype:
-                self._to_device.put(partial(full.copy_, home, non_blocking=True))
-            else:
-                # Through fp32 on the device: converting there costs nothing, on the CPU it costs more than the link.
-                for start in range(0, full.numel(), CONVERSION_NUMEL):
-                    stop = min(start + CONVERSION_NUMEL, full.numel())
-                    self._to_device.put(partial(self._convert, full[start:stop], home[start:stop]))
-            return self._to_device.mark()
+            return self._put(partial(self._fill, full, home))
 
-    def _convert(self, full: Tensor, home: Tensor) -> None:
-        if self._conversion is None:
-            self._conversion = torch.empty(CONVERSION_NUMEL, dtype=torch.float32, device=self.device)
-        arrived = self._conversion.view(home.dtype)[: home.numel()]
-        arrived.copy_(home, non_blocking=True)
-        full.copy_(arrived)
+    def _put(self, fill: Callable[[], None]) -> Mark:
+        try:
+            self._to_device.put(fill)
+        except BaseException:
+            self._to_device.mark().wait()  # what has been put in writes to memory that will be another's
+            raise
+        return self._to_device.mark()
+
+    def _fill(self, full: Tensor, home: Tensor) -> None:
+        if home.dtype is full.dtype or not self._driver.is_host(home):
+            full.copy_(home, non_blocking=True)
+            return
+        for piece in conversion_pieces(full.numel(), home.dtype.itemsize // full.dtype.itemsize):
+            room = self._scratch if piece.room is None else full[piece.room :].view(torch.uint8)
+            arrived = room[: (piece.stop - piece.start) * home.dtype.itemsize].view(home.dtype)
+            arrived.copy_(home[piece.start : piece.stop], non_blocking=True)
+            full[piece.start : piece.stop].copy_(arrived)
 
     def _fill_from_worker(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
         self._wait_in_lane(after)
         begin = time.perf_counter()
         if source.tensor is not None:
-            mark = self._put_upload(full, source.tensor)
+            self._put_upload(full, source.tensor).wait()
         else:
             assert self._staging is not None
-            self._to_device.put(partial(fill_from_disk, full, source, self._staging))
-            mark = self._to_device.mark()
-        mark.wait()
+            self._put(partial(fill_from_disk, full, source, self._staging)).wait()
         self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
 
     # -- to the host
@@ -196,10 +201,12 @@ class AcceleratorBackend:
             self._leaving.popleft()
 
     def _leave(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
-        if accumulate:
-            # On the device and in this lane, behind the copy that filled the home: nothing waits for the CPU.
-            gradient = into.to(self.device, non_blocking=True, copy=True).add_(gradient)
-        into.copy_(gradient, non_blocking=True)
+        if not accumulate:
+            into.copy_(gradient, non_blocking=True)
+            return
+        # On the device and in this lane, behind the copy that filled the home: nothing waits for the CPU.
+        for part, home in _parts(gradient, into):
+            home.copy_(home.to(self.device, non_blocking=True, copy=True).add_(part), non_blocking=True)
 
     def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
         self._store.write(into, start, gradient)
@@ -220,4 +227,15 @@ class AcceleratorBackend:
     def close(self) -> None:
         self._wait_for_copies()
         end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
+        self._to_device.mark().wait()  # the memory of what has been fetched, and not been used, may go after this
         self._store.close()
+
+
+def _parts(gradient: Tensor, into: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of both, small where they lie in memory alike and without gaps."""
+    dense = torch.empty_like(into, device="meta").stride()
+    if not gradient.stride() == into.stride() == dense:
+        yield gradient, into
+        return
+    flat = (gradient.as_strided((gradient.numel(),), (1,)), into.as_strided((into.numel(),), (1,)))
+    yield from zip(*(tensor.split(ADDED_NUMEL) for tensor in flat), strict=True)

@@ -38,6 +38,7 @@ class CudaDriver(AcceleratorDriver):
         return False
 
     def unlock(self, address: int) -> None:
+        torch.cuda.synchronize(self.device)  # a fetch that is of no use any more may still read it
         torch.cuda.cudart().cudaHostUnregister(address)
 
 

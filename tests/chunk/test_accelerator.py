@@ -4,6 +4,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from gemini.chunk import (
     Tier,
     accelerator,
 )
+from gemini.chunk.conversion import conversion_pieces
 from gemini.chunk.layout import ChunkLayout, Slot
 from gemini.chunk.manager import ChunkManager
 from gemini.chunk.memory import Transfer
@@ -171,7 +173,8 @@ def test_a_prefetch_does_not_stop_the_cpu_and_holds_compute_only_where_it_is_use
 
 
 def test_a_master_is_converted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "CONVERSION_NUMEL", 32)
+    pieces = partial(conversion_pieces, longest=32, scratch=4)
+    monkeypatch.setattr(accelerator, "conversion_pieces", pieces)
     rig = Rig(3)
     home, full = rig.home(torch.float32), torch.empty(NUMEL, dtype=torch.bfloat16)
     value = torch.randn(NUMEL)
@@ -180,7 +183,7 @@ def test_a_master_is_converted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     rig.backend.upload(full, home, None, background=False).wait()
     rig.device.drain()
     assert torch.equal(full, value.bfloat16())
-    assert rig.backend._conversion is not None and rig.backend._conversion.numel() == 32
+    assert len(list(pieces(NUMEL, 2))) > 4
 
 
 @pytest.mark.timeout(60)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from device_build import Unavailable
-from sim_tasks import LOOP_PLACEMENTS, PLACEMENTS
+from sim_tasks import LOOP_PLACEMENTS, PLACEMENTS, in_folder
 from simulated import GIB, SimulatedDevice, register
 
 from gemini.updates import update_pipeline
@@ -51,10 +51,6 @@ def placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(params=LOOP_PLACEMENTS.values(), ids=LOOP_PLACEMENTS)
 def loop_placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     return in_folder(request.param, tmp_path)
-
-
-def in_folder(placement: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return {**placement, "offload_dir": folder} if "offload_dir" in placement else dict(placement)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What is trained on the simulated device, and where its model data lie."""
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 """Arguments of the plugin. ``offload_dir`` stands for a folder of the test's own. In "mixed" full copies with homes on
 DEVICE come and go."""
+
+
+def in_folder(placement: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A placement's arguments, with a folder of the test's own."""
+    return {**placement, "offload_dir": folder} if "offload_dir" in placement else dict(placement)
 
 
 class Block(nn.Module):

@@ -222,15 +222,19 @@ class PinnedMemory final : public c10::Allocator {
  private:
   static void release(void* memory);
   std::map<size_t, size_t> ranges_;  // address -> size
+  std::vector<void*> released_;      // kept until no copy can need it, as a real allocator does it
 };
 
 inline PinnedMemory pinned_memory;
 
 inline void PinnedMemory::release(void* memory) {
   Lock lock(device_mutex);
-  streams.wait_for_all();  // a real allocator keeps it until the copies are over
   pinned_memory.ranges_.erase(reinterpret_cast<size_t>(memory));
-  std::free(memory);
+  auto& released = pinned_memory.released_;
+  released.push_back(memory);
+  if (streams.pending() > 0) return;
+  for (void* each : released) std::free(each);
+  released.clear();
 }
 
 }  // namespace sim
