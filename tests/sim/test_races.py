@@ -102,9 +102,8 @@ def test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(
         backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)
         pool = GradientPool(Ledger({Tier.DEVICE: 1024}, False), backend, None, lambda tier, nbytes: None)
         pool.reserve(Tier.DEVICE, 1024, "room")
-        first, second = (
-            GradientBuffer(layout, None, backend, lambda: pool.borrow(layout, Tier.DEVICE, torch.float32)) for _ in "12"
-        )
+        borrow = partial(pool.borrow, layout, Tier.DEVICE, torch.float32)
+        first, second = (GradientBuffer(layout, None, backend, borrow) for _ in range(2))
         first.add(0, torch.ones(256, device="sim"))
         side = torch.Stream("sim")
         side.wait_stream(torch.accelerator.current_stream())

@@ -247,7 +247,7 @@ def test_memory_that_runs_out_in_the_background_costs_nothing(
         run.step(0)
     manager = ours.model._gemini.manager
     manager.settle()
-    monkeypatch.setattr(pieces, "_PIECE_NUMEL", {"cpu": 1000})
+    monkeypatch.setattr(pieces, "_CPU_PIECE_NUMEL", 1000)
     numbers = {0, 3, 4, 9}
     monkeypatch.setattr(pieces, "run", failing_in_the_middle(pieces.run, numbers))
     monkeypatch.setattr(pieces, "rooms", failing(pieces.rooms, numbers))
