@@ -20,7 +20,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "host": {"device_memory": "120KiB", **SMALL},
     "all on host": {**STATIC, "offload_optim_frac": 1.0, "offload_param_frac": 1.0, **SMALL},
     "unpinned": {"device_memory": "120KiB", "pin_memory": False, **SMALL},
-    "disk": {"device_memory": "120KiB", "host_memory": "420KiB", "offload_dir": "disk", **SMALL},
+    "disk": {"device_memory": "60KiB", "host_memory": "300KiB", "offload_dir": "disk", **SMALL},
 }
 """Arguments of the plugin. ``offload_dir`` stands for a folder of the test's own. In "mixed" full copies with homes on
 DEVICE come and go."""

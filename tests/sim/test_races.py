@@ -37,6 +37,7 @@ def test_a_model_that_is_dropped_does_not_write_to_memory_that_others_have_got(d
     manager.settle()
     manager.evict_idle()
     torch.accelerator.synchronize()
+    torch.accelerator.empty_cache()
     chunk = next(chunk for chunk in manager.chunks if not chunk.full_is_home)
     numel = chunk.full.numel()
     manager.fetch(chunk, background=True)

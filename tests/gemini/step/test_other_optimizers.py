@@ -283,14 +283,14 @@ def failing_in_the_middle(run: Callable[..., None], numbers: set[int]) -> Callab
     """A `pieces.run` that has done a part of its work when it fails, where that work allocates."""
     check = failing(lambda: None, numbers)
 
-    def call(work: Callable[[slice], object], of: Sequence[slice]) -> None:
+    def call(work: Callable[[slice], object], of: Sequence[slice], device: torch.device) -> None:
         try:
             if work.__name__ == "keeping":
                 check()
         except MemoryError:
-            run(work, of[: len(of) // 2])
+            run(work, of[: len(of) // 2], device)
             raise
-        run(work, of)
+        run(work, of, device)
 
     return call
 
