@@ -5,11 +5,12 @@ Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or p
 
 from gemini.stacks import IO_STACK_BYTES
 
+from .accelerator import AcceleratorBackend
+from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
 from .away import QUIET, Keeper
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import Communicator, SingleProcess
-from .cuda import CudaBackend
 from .disk import DiskBackend
 from .disk_file import Requests
 from .disk_tuning import tuned
@@ -17,7 +18,7 @@ from .gradient import GradientBuffer
 from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
-from .memory import FETCH_WORKERS, DeviceBackend, RamBackend
+from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
 from .plan import ChunkPlan, StateSlot
 from .search import ChunkSearch, search_chunk_numel
 from .split_master import halves, joined, marked, unmarked
@@ -35,7 +36,9 @@ __all__ = [
     "QUIET",
     "STATE_ROLES",
     "STORE_BLOCKS",
+    "AcceleratorBackend",
     "Buffer",
+    "Caller",
     "Chunk",
     "ChunkLayout",
     "ChunkManager",
@@ -43,13 +46,13 @@ __all__ = [
     "ChunkSearch",
     "ChunkState",
     "Communicator",
-    "CudaBackend",
     "DeviceBackend",
     "DiskBackend",
     "GradientBuffer",
     "Keeper",
     "Ledger",
     "MemoryBuffer",
+    "NoDevice",
     "RamBackend",
     "Requests",
     "Role",
@@ -59,10 +62,15 @@ __all__ = [
     "StateSlot",
     "TensorSpec",
     "Tier",
+    "Transfer",
+    "accelerator_in_use",
+    "driver_of",
     "end_elsewhere",
+    "find_accelerator",
     "halves",
     "joined",
     "marked",
+    "memory_of",
     "pack",
     "pieces",
     "search_chunk_numel",

@@ -122,7 +122,7 @@ class GradientBuffer:
         return any(sys.getrefcount(view) > _OWN_REFERENCES for view in self._views)
 
     def part_with(self, position: int) -> None:
-        """Leave to whoever holds the gradient of a slot a copy of its own: another one is about to take its place."""
+        """Leave a copy to the holders of the gradient of a slot: another gradient is about to take its place."""
         if self._views and sys.getrefcount(self._views[position]) > _OWN_REFERENCES - 1:  # no name of ours for it
             held = self.renew(position)
             held.data = held.clone(memory_format=torch.preserve_format)

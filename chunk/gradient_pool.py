@@ -8,6 +8,7 @@ size, so that one piece would have holes too small for any.
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -38,6 +39,21 @@ class Use(Protocol):
         """Return when it is over; raise what stopped it, and have it tried again meanwhile."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Idle:
+    """A block that nobody has."""
+
+    block: MemoryBuffer
+    last_use: Use | None
+    """The update that has read it last. It is over, but for kernels that the device may still be at."""
+
+    def taken(self) -> MemoryBuffer:
+        """The block, for what this thread does next."""
+        if self.last_use is not None:
+            self.last_use.wait()
+        return self.block
+
+
 class GradientPool:
     """Lends gradient buffers, and takes them back when the updates that read them are over.
 
@@ -59,7 +75,7 @@ class GradientPool:
         self._disk = disk
         self._make_room = make_room
         self._room = dict.fromkeys(Tier, 0)
-        self._idle: list[MemoryBuffer] = []
+        self._idle: list[_Idle] = []
         self._lent: dict[int, MemoryBuffer] = {}
         """id of a buffer that was handed out -> the block that it lies in."""
         self._in_update: deque[tuple[GradientBuffer, Buffer, Use]] = deque()
@@ -76,7 +92,7 @@ class GradientPool:
     @property
     def blocks_nbytes(self) -> int:
         """Of them, those that have been in use, whose pages have come."""
-        return sum(block.nbytes for block in (*self._idle, *self._lent.values()))
+        return sum(block.nbytes for block in (*(idle.block for idle in self._idle), *self._lent.values()))
 
     def reserve(self, tier: Tier, nbytes: int, what: str) -> None:
         """Set room aside.
@@ -120,13 +136,14 @@ class GradientPool:
 
     def _find(self, tier: Tier, nbytes: int) -> MemoryBuffer | None:
         """A block of just this size: one that is idle, or a new one, for which others may have to go."""
-        for i, block in enumerate(self._idle):
-            if (block.tier, block.nbytes) == (tier, nbytes):
-                return self._idle.pop(i)
+        for i, idle in enumerate(self._idle):
+            if (idle.block.tier, idle.block.nbytes) == (tier, nbytes):
+                return self._idle.pop(i).taken()
         if nbytes + self._taken(tier) > self._room[tier]:
             return None
-        others = [block for block in self._idle if block.tier is tier]
-        while nbytes + self._taken(tier) + sum(block.nbytes for block in others) > self._room[tier]:
+        others = [idle for idle in self._idle if idle.block.tier is tier]
+        while nbytes + self._taken(tier) + sum(idle.block.nbytes for idle in others) > self._room[tier]:
+            others[-1].taken()
             self._idle.remove(others.pop())
         return self._device.home(tier, nbytes, torch.uint8)
 
@@ -142,16 +159,15 @@ class GradientPool:
     def release(self, gradient: GradientBuffer) -> None:
         """Take back at once what nobody will read."""
         if gradient.is_borrowed and (buffer := gradient.give_up()) is not None:
-            self._end_loan(gradient, buffer)
+            self._end_loan(gradient, buffer, None)
 
-    def _end_loan(self, gradient: GradientBuffer, buffer: Buffer) -> None:
+    def _end_loan(self, gradient: GradientBuffer, buffer: Buffer, use: Use | None) -> None:
         gradient.detach(buffer)
-        self._idle.append(self._lent.pop(id(buffer)))
+        self._idle.append(_Idle(self._lent.pop(id(buffer)), use))
 
     def _take_back(self) -> None:
         while self._in_update and self._in_update[0][2].is_over:
-            gradient, buffer, _ = self._in_update.popleft()
-            self._end_loan(gradient, buffer)
+            self._end_loan(*self._in_update.popleft())
 
     def _wait(self) -> None:
         for attempt in range(1, WAITS + 1):

@@ -21,26 +21,12 @@ class HostArena:
 
     Parameters
     ----------
-    nbytes
-        Room for all homes, each rounded up to `HOME_ALIGN_BYTES`.
-    lock
-        Page-locks an address range; False where the system does not allow it: the arena is then ordinary RAM.
-    unlock
-        Takes the address of a range that was locked; called before the memory goes back to the system.
+    block
+        Zeros (uint8) with room for all homes, each rounded up to `HOME_ALIGN_BYTES`. It lives as long as the last home.
     """
 
-    def __init__(self, nbytes: int, lock: Callable[[int, int], bool], unlock: Callable[[int], None]) -> None:
-        room = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-        # Zeros that the system gives page by page. Whole pages of our own: locking affects pages.
-        block = torch.zeros(room + PAGE_BYTES, dtype=torch.uint8)
-        skip = -block.data_ptr() % PAGE_BYTES
-        self._free = block[skip : skip + room]
-        address = self._free.data_ptr()
-        interleave(address, room)  # before locking, which brings the pages
-        self.is_locked = room > 0 and lock(address, room)
-        if self.is_locked:
-            # The storage lives as long as the last home in it.
-            weakref.finalize(block.untyped_storage(), unlock, address)
+    def __init__(self, block: Tensor) -> None:
+        self._free = block
 
     @property
     def free_bytes(self) -> int:
@@ -52,6 +38,28 @@ class HostArena:
         assert nbytes <= self.free_bytes, "the arena was made for fewer homes"
         home, self._free = self._free[:nbytes], self._free[padded(nbytes) :]
         return home.view(dtype)
+
+
+def registered_block(nbytes: int, lock: Callable[[int, int], bool], unlock: Callable[[int], None]) -> Tensor:
+    """Zeros (uint8) in whole pages of their own, page-locked as one range.
+
+    Parameters
+    ----------
+    lock
+        Page-locks an address range; False where the system does not allow it: the block is then ordinary RAM.
+    unlock
+        Takes the address of a range that was locked; called before the memory goes back to the system.
+    """
+    room = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+    # Zeros that the system gives page by page. Whole pages of our own: locking affects pages.
+    memory = torch.zeros(room + PAGE_BYTES, dtype=torch.uint8)
+    skip = -memory.data_ptr() % PAGE_BYTES
+    block = memory[skip : skip + room]
+    address = block.data_ptr()
+    interleave(address, room)  # before locking, which brings the pages
+    if room > 0 and lock(address, room):
+        weakref.finalize(memory.untyped_storage(), unlock, address)
+    return block
 
 
 def padded(nbytes: int) -> int:

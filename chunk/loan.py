@@ -1,9 +1,9 @@
 """Memory of a chunk that code outside of the manager holds.
 
 [Note: Loans]
-``p.data``, ``p.detach()``, ``p.numpy()`` give out memory, in plain PyTorch and here. It is the full copy's, under another
-storage object: whether anyone holds a part of it still is then a matter of that storage's use count. (The full copy's own
-says nothing: graphs save views of it.) While a loan is alive
+``p.data``, ``p.detach()``, ``p.numpy()`` give out memory, in plain PyTorch and here. It is the full copy's, under
+another storage object: whether anyone holds a part of it still is then a matter of that storage's use count. (The full
+copy's own says nothing: graphs save views of it.) While a loan is alive
 
 - its chunk is not evicted, and updates are waited for within ``optimizer.step()``, so that the holder sees what plain
   PyTorch shows;
@@ -13,7 +13,7 @@ says nothing: graphs save views of it.) While a loan is alive
 When it is dead they are compared once more.
 
 Assigning to ``p.data`` makes the parameter lie in the memory of the value, in plain PyTorch. Here it keeps its place,
-and the memory changes hands instead: whoever holds what the parameter had until now is left a copy, and the value, if it
+and the memory changes hands instead: holders of what the parameter had until now are left a copy, and the value, if it
 has a storage of its own, from then on lies in the chunk.
 """
 
@@ -48,7 +48,7 @@ class _Part:
         return _Part(value.detach(), storage, self.own_uses, self.own_references)
 
     def leave_a_copy(self) -> None:
-        """Give a copy of this memory to whoever holds it, in exchange for it."""
+        """Give a copy of this memory to its holders, in exchange for it."""
         copied = self.view.clone(memory_format=torch.preserve_format)
         self.storage._swap_data_ptr_(copied.untyped_storage())  # type: ignore[attr-defined]
 

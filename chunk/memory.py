@@ -1,11 +1,13 @@
 """Memory of the DEVICE and HOST tiers, and moves between tiers: the interface, and its implementation in RAM.
 
 `DeviceBackend` is the only interface behind which a device, a stream or a worker of moves is touched. On `RamBackend`
-the device is RAM: moves out of RAM happen at once, moves from disk on worker threads. `CudaBackend` is the other one.
+the device is RAM: moves out of RAM happen at once, moves from disk on worker threads. `AcceleratorBackend` is the other
+one.
 """
 
 import time
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import Lock
 from typing import Protocol
@@ -30,7 +32,7 @@ class Transfer(Protocol):
     """A move under way."""
 
     def wait(self) -> None:
-        """Return when the data may be used by what is called next; raise what went wrong."""
+        """Return when the data may be used by what this thread calls next; raise what went wrong."""
 
     def done(self) -> bool:
         """True if `wait` would return at once."""
@@ -59,13 +61,39 @@ class Underway:
         return self._future.done()
 
 
+class Caller(Protocol):
+    """The thread that has another one work for it: where its kernels go, and what it has sent to the host."""
+
+    def stand_in(self) -> AbstractContextManager[None]:
+        """Let the kernels of this thread go where the caller's went."""
+
+    def wait_for_downloads(self) -> None:
+        """Return when the gradients that had been downloaded by then have arrived."""
+
+    def mark(self) -> Transfer | None:
+        """The end of what was put in by those that `stand_in`; None where the host does all itself."""
+
+
+class NoDevice:
+    """A caller whose work is over when it returns."""
+
+    def stand_in(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def wait_for_downloads(self) -> None:
+        pass
+
+    def mark(self) -> Transfer | None:
+        return None
+
+
 class Uploads:
     """Bytes that full copies were filled with and the seconds of doing so, by the tier they came from. Thread-safe."""
 
     def __init__(self) -> None:
         self.nbytes = dict.fromkeys(Tier, 0)
         self.seconds = dict.fromkeys(Tier, 0.0)
-        """0 where moves are not timed: those that a CUDA stream makes."""
+        """0 where moves are not timed: those that a stream of the device makes."""
         self._lock = Lock()
 
     def add(self, tier: Tier, nbytes: int, seconds: float) -> None:
@@ -107,6 +135,9 @@ class DeviceBackend(Protocol):
         OffloadError
             If an earlier one could not be written.
         """
+
+    def caller(self) -> Caller:
+        """The calling thread, for those that are to work for it."""
 
     def trim(self) -> None:
         """Give memory that is cached but not in use back, because an allocation has failed."""
@@ -187,6 +218,9 @@ class RamBackend:
 
     def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
         self._store.write(into, start, gradient)
+
+    def caller(self) -> Caller:
+        return NoDevice()
 
     def trim(self) -> None:
         pass

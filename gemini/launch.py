@@ -61,19 +61,21 @@ def launch_from_torch(
         return
     rank = _integer_variable("RANK")
     device_id = None
-    if torch.cuda.is_available():
-        device_id = torch.device("cuda", _integer_variable("LOCAL_RANK") % torch.cuda.device_count())
-        torch.cuda.set_device(device_id)
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        index = _integer_variable("LOCAL_RANK") % torch.accelerator.device_count()
+        device_id = torch.device(accelerator.type, index)
+        torch.accelerator.set_device_index(index)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise ValueError(_missing(name))
-    backend = backend or ("nccl" if device_id is not None else "gloo")
+    usual = "gloo" if device_id is None else dist.Backend.default_device_backend_map.get(device_id.type, "gloo")
+    backend = backend or usual
     dist.init_process_group(
         backend,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device_id if backend == "nccl" else None,
+        device_id=device_id if backend == usual != "gloo" else None,
     )
 
 

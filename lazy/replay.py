@@ -270,9 +270,9 @@ def undisturbed(tape: Tape) -> Iterator[None]:
         stack.enter_context(paused(tape))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.cuda.is_available():
-            stack.enter_context(torch.autocast("cuda", enabled=False))
+        for device in ("cpu", torch.accelerator.current_accelerator()):
+            if device is not None and torch.is_autocast_enabled(torch.device(device).type):
+                stack.enter_context(torch.autocast(torch.device(device).type, enabled=False))
         yield
 
 

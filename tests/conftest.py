@@ -5,6 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from own_process import pytest_collection_modifyitems, pytest_runtest_protocol, pytest_unconfigure
+
+__all__ = ["pytest_collection_modifyitems", "pytest_runtest_protocol", "pytest_unconfigure"]  # hooks
 
 # The same examples in every run: whether a change is accepted must not depend on luck. To look for new ones:
 # HYPOTHESIS_PROFILE=explore scripts/test tests/...

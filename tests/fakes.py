@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gemini.chunk import Buffer, MemoryBuffer, Tier
-from gemini.chunk.memory import Transfer
+from gemini.chunk.memory import Caller, NoDevice, Transfer
 
 
 class FakeTransfer:
@@ -127,6 +127,9 @@ class FakeBackend:
 
     def discard(self) -> None:
         self.log.append(("discard",))
+
+    def caller(self) -> Caller:
+        return NoDevice()
 
     def trim(self) -> None:
         self.log.append(("trim",))

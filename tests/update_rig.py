@@ -18,6 +18,7 @@ from gemini.chunk import (
     GradientBuffer,
     Ledger,
     MemoryBuffer,
+    NoDevice,
     RamBackend,
     Role,
     Staging,
@@ -114,7 +115,7 @@ class Rig:
             for run in runs:
                 adam_update(*(expected[role][run.start : run.stop] for role in UPDATE_ROLES), at_step)
             updates.append(ChunkUpdate(chunk, runs, None))
-        return self.queue.submit(updates)
+        return self.queue.submit(updates, NoDevice())
 
     def check(self) -> None:
         for chunk, expected in zip(self.chunks, self.expected, strict=True):

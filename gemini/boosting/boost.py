@@ -14,9 +14,9 @@ from ..checkpoint import serve_parts
 from ..chunk import (
     FETCH_WORKERS,
     STORE_BLOCKS,
+    AcceleratorBackend,
     Chunk,
     ChunkManager,
-    CudaBackend,
     DeviceBackend,
     DiskBackend,
     Ledger,
@@ -25,6 +25,7 @@ from ..chunk import (
     SingleProcess,
     Staging,
     Tier,
+    driver_of,
     tuned,
     weakly,
     write_slot,
@@ -55,6 +56,7 @@ from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
 from .module import GeminiModule, mix_in
+from .parameter_data import give_data
 
 
 def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: GeminiConfig) -> GeminiModule:
@@ -190,16 +192,16 @@ def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tu
         assert config.offload_dir is not None
         requests = tuned(config.offload_dir, packing.placement.nbytes[Tier.DISK])
         disk = DiskBackend(config.offload_dir, ledger, requests, checksums=config.disk_checksums)
-        pin = capacities.device.type == "cuda" and config.pin_memory
+        pin = capacities.device.type != "cpu" and config.pin_memory
         fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
         store_staging = Staging(STORE_BLOCKS, packing.staging_block_numel, pin)
         update_staging = Staging(BLOCK_SETS * packing.update_role_count, packing.staging_block_numel, pin)
         ledger.take(Tier.HOST, packing.staging_bytes, "staging for the disk tier")
     device: DeviceBackend
-    if capacities.device.type == "cuda":
-        device = CudaBackend(capacities.device, fetch_staging, config.pin_memory, store_staging)
-    else:
+    if capacities.device.type == "cpu":
         device = RamBackend(fetch_staging, store_staging)
+    else:
+        device = AcceleratorBackend(driver_of(capacities.device), fetch_staging, config.pin_memory, store_staging)
     headroom = partial(device_headroom, capacities.device)
     manager = ChunkManager(packing.plans, ledger, device, disk, packing.placement.gradient_room, headroom)
     return manager, UpdateQueue(update_staging)
@@ -217,13 +219,13 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
         if place is None:
             return value.to(device)
         write_slot(*place, Role.MASTER, value)
-        return value.new_full((), float("nan")).expand(value.shape)
+        return torch.full((), float("nan"), dtype=value.dtype, device=device).expand(value.shape)
 
     lazy = {id(p) for p in model.parameters() if is_lazy(p)}
     materialize(model, write)
     for parameter in model.parameters():
         if id(parameter) not in lazy:
-            parameter.data = write(parameter, parameter.data)
+            give_data(parameter, write(parameter, parameter.data))
     for parameter in packing.parameters:
         manager.bind(parameter, *places[id(parameter)])
     if device.type != "cpu":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import DiskBackend, Ledger, Tier
+from gemini.chunk import DiskBackend, Ledger, Tier, find_accelerator
 from gemini.errors import OffloadError, OutOfMemory
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.update import adam_update
@@ -75,17 +75,17 @@ def read_speed(path: Path | None = None) -> dict[str, float]:
 def measure_links(numel: int) -> dict[str, float]:
     """Filling a full copy from RAM, as fetches do: bytes of the full copy per second."""
     master = torch.zeros(numel)
-    if torch.cuda.is_available():
-        full = torch.empty(numel, dtype=torch.bfloat16, device="cuda")
+    if (device := find_accelerator()) is not None:
+        full = torch.empty(numel, dtype=torch.bfloat16, device=device)
         pinned = master.bfloat16().pin_memory()
 
         def up() -> None:
             full.copy_(pinned, non_blocking=True)
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
 
         def down() -> None:
             pinned.copy_(full, non_blocking=True)
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
 
         return {"host_to_device": full.nbytes / best(up), "device_to_host": full.nbytes / best(down)}
     full = torch.empty(numel, dtype=torch.bfloat16)
@@ -120,14 +120,14 @@ def measure_adam(numel: int) -> float:
 
 
 def measure_flops() -> float:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    side = 4096 if device == "cuda" else 1024
+    device = find_accelerator()
+    side = 1024 if device is None else 4096
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
 
     def product() -> None:
         a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if device is not None:
+            torch.accelerator.synchronize()
 
     return 2 * side**3 / best(product)
 

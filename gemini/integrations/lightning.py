@@ -10,6 +10,7 @@ from torch import nn
 from gemini.boosted import is_boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk import find_accelerator
 
 PREFIX = "memory/"
 
@@ -44,7 +45,7 @@ class GeminiStrategy(SingleDeviceStrategy):
         device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
+        super().__init__(device or find_accelerator() or "cpu", **kwargs)
         self.plugin = plugin or GeminiPlugin()
         self._module = module
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..chunk import Tier
+from ..chunk import Tier, find_accelerator
 from ..config import GeminiConfig
 from ..sizes import format_bytes
 from .tracker import NON_MODEL_HOST_BYTES, Budget, device_budget, disk_budget, host_budget, host_headroom
@@ -33,11 +33,11 @@ class Capacities:
 
 def find_capacities(config: GeminiConfig) -> Capacities:
     """Resolve the capacities of all tiers on this machine."""
-    has_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
-    unified = not has_cuda and config.device_memory is None
+    accelerator = find_accelerator()
+    device = torch.device("cpu") if accelerator is None else accelerator
+    unified = accelerator is None and config.device_memory is None
     host = _said("host_memory", config.host_memory) or host_budget(spare_bytes=NON_MODEL_HOST_BYTES)
-    if not has_cuda and config.device_memory is not None and config.host_memory is None:
+    if accelerator is None and config.device_memory is not None and config.host_memory is None:
         # The emulated device is in the same RAM, which must not be given away twice.
         less = f"{host.source}, less {format_bytes(config.device_memory)} for the emulated device"
         host = Budget(max(host.bytes - config.device_memory, 0), less)

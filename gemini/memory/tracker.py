@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemini.sizes import format_bytes
 
@@ -88,48 +88,27 @@ def disk_budget(path: str | os.PathLike[str], fraction: float = 0.9) -> Budget:
 
 
 def device_budget(device: "torch.device | str | int", fraction: float = 0.9) -> Budget:
-    """Room on a CUDA device: ``fraction`` of what is free, where other processes count as used.
+    """Room on an accelerator: ``fraction`` of what is free, where other processes count as used.
 
     What torch's allocator holds in its cache but has not handed out is ours and counts as free.
 
     Raises
     ------
     ValueError
-        The device is not a CUDA device; without one, DEVICE is RAM and :func:`host_budget` bounds it.
+        The device is the CPU: then DEVICE is RAM and :func:`host_budget` bounds it.
     """
     import torch
 
+    from gemini.chunk import memory_of
+
     _check_fraction(fraction)
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if device.type != "cuda":
-        raise ValueError(f"expected a CUDA device, got {device}; for RAM use host_budget()")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    measured = _nvml_memory(index)
-    free, total = torch.cuda.mem_get_info(index) if measured is None else measured
-    cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
-    reader = "CUDA" if measured is None else "NVML"
-    return _budget(
-        _Headroom(f"free memory of cuda:{index} by {reader}", free + cached, total, shared=False), fraction, 1
-    )
-
-
-def _nvml_memory(index: int) -> tuple[int, int] | None:
-    """Free and total bytes by NVML, or None where NVML cannot tell (no library, MIG slices, WSL)."""
-    import torch
-
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            # NVML numbers every device of the machine, torch only the visible ones: the UUID is common to both.
-            uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-            memory: Any = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
-            return int(memory.free), int(memory.total)
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # NVML's errors are many and none of them may stop training: CUDA's own number is nearly as good
-        return None
+    device = torch.device(device)
+    if device.type == "cpu":
+        raise ValueError(f"expected an accelerator, got {device}; for RAM use host_budget()")
+    memory = memory_of(device)
+    found, cached = memory.free(), memory.reserved_bytes - memory.allocated_bytes
+    name = f"free memory of {device} by {found.reader}"
+    return _budget(_Headroom(name, found.free + cached, found.total, shared=False), fraction, 1)
 
 
 class NonModelMeter:
@@ -141,8 +120,8 @@ class NonModelMeter:
         ...evict, fetch...
         meter.mark()                # begins the next one, so that moves are not mistaken for activations
 
-    On CUDA an interval's non-model data are the allocator's peak minus ``model_bytes``, which must then be bytes that
-    came from torch's allocator on that device. Sampling resets the allocator's peak statistics.
+    On an accelerator an interval's non-model data are the allocator's peak minus ``model_bytes``, which must then be
+    bytes that came from torch's allocator on that device. Sampling resets the allocator's peak statistics.
 
     On CPU they are what the peak resident set grew by since :meth:`start`, minus what the model data grew by. The
     interpreter and its libraries thereby drop out, as they do in :func:`host_budget`; so do pages of files, such as the
@@ -158,7 +137,10 @@ class NonModelMeter:
     def __init__(self, device: "torch.device | str" = "cpu", *, root: Path = ROOT) -> None:
         import torch
 
-        self._device = torch.device(device)
+        from gemini.chunk import memory_of
+
+        of = torch.device(device)
+        self._memory = None if of.type == "cpu" else memory_of(of)
         self._proc = root / "proc/self"
         self._baseline = 0
         self._file_bytes = 0
@@ -172,26 +154,22 @@ class NonModelMeter:
         """Begin measuring, with ``model_bytes`` of model data on the device now."""
         self.peak_bytes = self.last_bytes = 0
         self.mark()
-        # On CUDA whatever else is allocated already *is* non-model data and takes room from the chunks: no baseline.
-        if self._device.type != "cuda":
+        # On a device whatever else is allocated already *is* non-model data and takes room from chunks: no baseline.
+        if self._memory is None:
             resident, _, self._file_bytes = _resident_bytes(self._proc)
             self._baseline = resident - self._file_bytes - model_bytes
 
     def mark(self) -> None:
         """Begin an interval here; without it an interval begins at the previous sample."""
-        if self._device.type == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._memory is not None:
+            self._memory.reset_peak()
         else:
             self.exact = _reset_peak_resident(self._proc)
 
     def sample(self, model_bytes: int) -> None:
         """End the interval during which ``model_bytes`` of model data were on the device."""
-        if self._device.type == "cuda":
-            import torch
-
-            peak = torch.cuda.max_memory_allocated(self._device)
+        if self._memory is not None:
+            peak = self._memory.peak_bytes
         else:
             resident, highest, files = _resident_bytes(self._proc)
             # Files' pages may have come or gone before or after the peak: on the safe side.

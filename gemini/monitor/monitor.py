@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
+from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier, accelerator_in_use, memory_of
 from ..config import GeminiConfig
 from ..errors import is_out_of_memory
 from ..memory.capacity import Capacities
@@ -103,7 +102,7 @@ class Monitor:
         self._last_time = float("-inf")
         self._peaks: tuple[int, ...] = (0,) * len(Tier)
         self._tier = runtime.manager.ledger.bounded_by(Tier.DEVICE)
-        self._is_cuda = runtime.manager.device.device.type == "cuda"
+        self._is_ram = runtime.manager.device.is_ram
         self.writer = writer(self._last.stats)
 
     def after_step(self, number: int, seconds: float) -> None:
@@ -129,10 +128,10 @@ class Monitor:
             writer.write_document(timeline_file, record)  # found also when its record is far from the file's end
             self._describe()
         asked = writer.is_dump_requested
-        runtime.timeline.is_on = asked or number == 1 or (not self._is_cuda and self._is_due(number, peaks))
+        runtime.timeline.is_on = asked or number == 1 or (self._is_ram and self._is_due(number, peaks))
 
     def _is_due(self, step: int, peaks: tuple[int, ...]) -> bool:
-        # Not on CUDA, where sampling resets the allocator's peak statistics, which users read, too.
+        # Not on an accelerator, where sampling resets the allocator's peak statistics, which users read, too.
         if peaks != self._peaks and any(
             now > before * NEW_PEAK_RATIO for now, before in zip(peaks, self._peaks, strict=True)
         ):
@@ -250,10 +249,11 @@ def process_memory() -> dict[str, Any]:
     free, name = host_headroom()
     # Rounded, so that a process at rest says the same again and nothing is written.
     found: dict[str, Any] = {"rss_bytes": resident >> 20 << 20, "free_bytes": free >> 24 << 24, "limit": name}
-    if torch.cuda.is_initialized():
-        device_free, device_total = torch.cuda.mem_get_info()
-        found |= {"device_free_bytes": device_free >> 20 << 20, "device_total_bytes": device_total}
-        found["device_reserved_bytes"] = torch.cuda.memory_reserved()
+    if (device := accelerator_in_use()) is not None:
+        memory = memory_of(device)
+        there = memory.free()
+        found |= {"device_free_bytes": there.free >> 20 << 20, "device_total_bytes": there.total}
+        found["device_reserved_bytes"] = memory.reserved_bytes
     return found
 
 

@@ -131,8 +131,8 @@ class Hooks:
             self.recover()
             grad = torch.is_grad_enabled()
             self._runtime.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
-            # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is used
-            # outside of its unit then comes operation by operation, until a forward with gradients has shown it.
+            # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
+            # used outside of its unit then comes operation by operation, until a forward with gradients has shown it.
             if grad and (grad, model.training) not in self._observed_kinds:
                 self._observer = Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave)
                 self._results = self._observer.__enter__()

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk import find_accelerator
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
 from gemini.train.model import GPT2LMHeadModel
@@ -164,7 +165,7 @@ def _budget(options: Options) -> tuple[int | None, int | None]:
     if options.device_memory is not None or options.host_memory is not None:
         return options.device_memory, options.host_memory
     half = model_data_bytes(options) // 2
-    return (half, None) if torch.cuda.is_available() else (None, half)
+    return (None, half) if find_accelerator() is None else (half, None)
 
 
 def _cosine(steps: int) -> Callable[[int], float]:

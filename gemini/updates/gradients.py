@@ -12,10 +12,10 @@ and clips nothing without a word.
                 ^-------- zero_grad, or the user's None -------------|--------------|
 
 What the user does to ``p.grad`` counts, as in PyTorch: None forgets the gradient, a tensor replaces it. After a step
-the gradient is still there until somebody clears it, but the update may be reading it in the background: it is withdrawn
-(torch finds None), and shown again when it is asked for, which waits for the update. Where a gradient has its home
-elsewhere, who asks for it gets a copy, if the system has the memory; that is then the gradient, as if the user had put
-it there. So is one that has a graph of its own (``create_graph=True``), until the step takes it.
+the gradient is still there until somebody clears it, but the update may be reading it in the background: it is
+withdrawn (torch finds None), and shown again when it is asked for, which waits for the update. Where a gradient has its
+home elsewhere, reading ``p.grad`` gives a copy, if the system has the memory; that is then the gradient, as if the user
+had put it there. So is one that has a graph of its own (``create_graph=True``), until the step takes it.
 
 Where the optimizer uses gradients up within backward, ``p.grad`` is an `AbsentGradient` from then until ``zero_grad``.
 """
@@ -115,7 +115,7 @@ class Gradients:
         self._withdrawn: set[Chunk] = set()
         """Chunks whose gradients an update has taken, and that nobody has cleared or asked for since."""
         self._put: dict[int, weakref.ref[Tensor]] = {}
-        """id of a parameter -> the tensor that the user put there, and that an update has read; if somebody holds it."""
+        """id of a parameter -> the tensor that the user put there and an update has read, while somebody holds it."""
         self._stand_ins: dict[int, AbsentGradient] = {}
         self._followed: set[int] = set()
         """ids of the parameters whose gradients go into chunks."""

@@ -3,9 +3,13 @@
 import threading
 from collections.abc import Callable
 
+from ..chunk import Transfer
+
 
 class Ticket:
     """What `Chunk.update` holds while an update is not over.
+
+    Of a chunk on DEVICE an update that is over has been launched; who waits for it is held behind it on the device.
 
     Parameters
     ----------
@@ -20,6 +24,8 @@ class Ticket:
         self._blocks_left = block_count
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self._end: Transfer | None = None
+        """Of the last piece: pieces are done in order."""
 
     def wait(self) -> None:
         """Return when the update is over; raise what stopped it, and have it tried again meanwhile."""
@@ -30,6 +36,8 @@ class Ticket:
         if error is not None:
             self._retry()
             raise error
+        if self._end is not None:
+            self._end.wait()
 
     def done(self) -> bool:
         """True if `wait` would return or raise at once."""
@@ -40,9 +48,10 @@ class Ticket:
         """True if nothing of it is left to do."""
         return self._blocks_left == 0
 
-    def finish_block(self) -> None:
-        """One piece less is left."""
+    def finish_block(self, end: Transfer | None) -> None:
+        """One piece less is left. ``end`` is its end on the device; None if it was done here."""
         with self._changed:
+            self._end = end
             self._blocks_left -= 1
             self._changed.notify_all()
 

@@ -21,7 +21,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..chunk import IO_STACK_BYTES, STATE_ROLES, Buffer, Chunk, Role, Staging, start_workers
+from ..chunk import IO_STACK_BYTES, STATE_ROLES, Buffer, Caller, Chunk, Role, Staging, Tier, start_workers
 from ..errors import OffloadError, OutOfMemory
 from ..nn.optimizer.rule import AtStep, SplitAtStep
 from .ticket import Ticket
@@ -58,6 +58,8 @@ class Block:
     """A piece of a run, small enough for staging."""
 
     update: ChunkUpdate
+    caller: Caller
+    """Who asked for it."""
     ticket: Ticket
     start: int
     stop: int
@@ -187,7 +189,9 @@ class UpdatePipeline:
         with _of(block):
             if read is not None:
                 read.result()
-            _compute(block)
+            block.caller.wait_for_downloads()
+            with block.caller.stand_in():
+                _compute(block)
         self._writing.append((block, self._move(self._write, block)))
         self._reading.popleft()
 
@@ -198,7 +202,8 @@ class UpdatePipeline:
                 write.result()
         self._writing.popleft()
         self._release(block)
-        block.ticket.finish_block()
+        on_device = block.update.chunk.homes[Role.MASTER].tier is Tier.DEVICE
+        block.ticket.finish_block(block.caller.mark() if on_device else None)
 
     def _move(self, move: Callable[[Block], None], block: Block) -> "Future[None] | None":
         if not block.staged:

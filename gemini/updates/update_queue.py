@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..chunk import Staging, end_elsewhere, pieces, start_workers
+from ..chunk import Caller, Staging, end_elsewhere, pieces, start_workers
 from ..nn.optimizer.kernel_pool import keep_to_one_thread
 from ..nn.optimizer.rule import AtStep, Rule, SplitAtStep
 from .ticket import Ticket
@@ -73,7 +73,7 @@ class UpdateQueue:
         """What stopped the pipeline. What was submitted since waits behind it."""
         self._is_closed = False
 
-    def submit(self, updates: Sequence[ChunkUpdate]) -> list[Ticket]:
+    def submit(self, updates: Sequence[ChunkUpdate], caller: Caller) -> list[Ticket]:
         """Start updating, in the order given; one ticket per chunk."""
         blocks: list[Block] = []
         tickets = []
@@ -81,7 +81,7 @@ class UpdateQueue:
             cuts = self._cuts(update)
             ticket = Ticket(self.retry, len(cuts))
             tickets.append(ticket)
-            blocks += [Block(update, ticket, *cut) for cut in cuts]
+            blocks += [Block(update, caller, ticket, *cut) for cut in cuts]
         with self._lock:
             self._pipeline.add(blocks)
             self._thread.submit(self._work)

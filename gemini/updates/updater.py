@@ -126,7 +126,7 @@ class Updater:
         Those of chunks of which code outside of the manager holds memory are waited for: what it sees is then of one
         step, and what it writes into a gradient comes too late for this one, as in plain PyTorch.
         """
-        tickets = self._queue.submit([each.update for each in planned])
+        tickets = self._queue.submit([each.update for each in planned], self._manager.device.caller())
         for each, ticket in zip(planned, tickets, strict=True):
             chunk = each.chunk
             assert chunk.gradient is not None

@@ -12,7 +12,7 @@ from fakes import FakeBackend
 from gemini.chunk import (
     FETCH_WORKERS,
     STORE_BLOCKS,
-    CudaBackend,
+    AcceleratorBackend,
     DeviceBackend,
     DiskBackend,
     Ledger,
@@ -20,17 +20,19 @@ from gemini.chunk import (
     RamBackend,
     Staging,
     Tier,
+    driver_of,
 )
 from gemini.errors import OffloadError
 
 BLOCK_NUMEL = 96  # does not divide NUMEL
+CUDA = torch.device("cuda", 0)
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BACKENDS: dict[str, Callable[[], DeviceBackend]] = {
     "ram": lambda: RamBackend(Staging(FETCH_WORKERS, BLOCK_NUMEL), Staging(STORE_BLOCKS, BLOCK_NUMEL)),
     "ram, nothing on disk": lambda: RamBackend(Staging(FETCH_WORKERS, BLOCK_NUMEL)),
     "fake": lambda: FakeBackend(1 << 20),
-    "cuda": lambda: CudaBackend(torch.device("cuda", 0), Staging(FETCH_WORKERS, BLOCK_NUMEL, pin=True), pin_homes=True),
-    "cuda, unpinned": lambda: CudaBackend(torch.device("cuda", 0), Staging(FETCH_WORKERS, BLOCK_NUMEL), False),
+    "cuda": lambda: AcceleratorBackend(driver_of(CUDA), Staging(FETCH_WORKERS, BLOCK_NUMEL, pin=True), pin_homes=True),
+    "cuda, unpinned": lambda: AcceleratorBackend(driver_of(CUDA), Staging(FETCH_WORKERS, BLOCK_NUMEL), False),
 }
 
 

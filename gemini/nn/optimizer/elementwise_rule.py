@@ -129,7 +129,7 @@ class ElementwiseAtStep:
         for group in pieces.groups(param.numel(), param.device):
             pieces.run_or_put_back(work, group, [param, *states])
             if out is not None:
-                pieces.run(lambda piece: out[piece].copy_(param[piece]), group)
+                pieces.run(lambda piece: out[piece].copy_(param[piece]), group, param.device)
 
     def _apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
         grad = grad.to(torch.float32, copy=True)  # a copy, since the optimizer may write into it

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .kernel_pool import default_pool
 
-_PIECE_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 23}
+_CPU_PIECE_NUMEL, _ACCELERATOR_PIECE_NUMEL = 1 << 18, 1 << 23
 """A CPU's piece and its temporaries are some MiB, near the caches, and long enough for Python not to matter: with half
 of it two threads were no faster than one (docs/benchmarks.md). A GPU is fast with large kernels only."""
 _AT_ONCE = 16
@@ -38,17 +38,25 @@ def all_of(param: Tensor) -> list[slice]:
 def rooms(param: Tensor) -> deque[Tensor]:
     """A float32 tensor as long as a piece for each thread that may work at once; take one and put it back."""
     numel = min(param.numel(), _piece_numel(param.device))
-    return deque(torch.empty(numel, device=param.device) for _ in range(default_pool().threads))
+    threads = default_pool().threads if param.device.type == "cpu" else 1
+    return deque(torch.empty(numel, device=param.device) for _ in range(threads))
 
 
-def run(work: Callable[[slice], object], pieces: Sequence[slice]) -> None:
-    """Call ``work`` with each piece, on the threads of the process, without autograd."""
+def run(work: Callable[[slice], object], pieces: Sequence[slice], device: torch.device) -> None:
+    """Call ``work`` with each piece, without autograd; on the CPU by the threads of the process.
+
+    A device is kept busy by one thread, and kernels of others would go into other streams.
+    """
 
     def alone(piece: slice) -> None:
         with torch.no_grad():  # holds for one thread only
             work(piece)
 
-    default_pool().run(alone, pieces)
+    if device.type == "cpu":
+        default_pool().run(alone, pieces)
+    else:
+        for piece in pieces:
+            alone(piece)
 
 
 def run_or_put_back(work: Callable[[slice], None], pieces: Sequence[slice], written: Sequence[Tensor]) -> None:
@@ -60,7 +68,7 @@ def run_or_put_back(work: Callable[[slice], None], pieces: Sequence[slice], writ
         work(piece)
 
     try:
-        run(keeping, pieces)
+        run(keeping, pieces, written[0].device)
     except BaseException:
         with torch.no_grad():
             for kept in before.values():
@@ -70,4 +78,4 @@ def run_or_put_back(work: Callable[[slice], None], pieces: Sequence[slice], writ
 
 
 def _piece_numel(device: torch.device) -> int:
-    return _PIECE_NUMEL.get(device.type, _PIECE_NUMEL["cpu"])
+    return _CPU_PIECE_NUMEL if device.type == "cpu" else _ACCELERATOR_PIECE_NUMEL

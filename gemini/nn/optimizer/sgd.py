@@ -55,7 +55,7 @@ class SgdAtStep:
             if out is not None:
                 out[piece].copy_(param[piece])
 
-        pieces.run(work, pieces.all_of(param))
+        pieces.run(work, pieces.all_of(param), param.device)
 
     def _changes(self, grad: Tensor) -> bool:
         """Whether the gradient that counts is another than the one given."""

@@ -27,7 +27,7 @@ NUMEL = 5000
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     """Pieces of 96 elements, two of them at once."""
-    monkeypatch.setattr(pieces, "_PIECE_NUMEL", {"cpu": 96})
+    monkeypatch.setattr(pieces, "_CPU_PIECE_NUMEL", 96)
     monkeypatch.setattr(pieces, "_AT_ONCE", 2)
     return 96
 

@@ -247,7 +247,7 @@ def test_memory_that_runs_out_in_the_background_costs_nothing(
         run.step(0)
     manager = ours.model._gemini.manager
     manager.settle()
-    monkeypatch.setattr(pieces, "_PIECE_NUMEL", {"cpu": 1000})
+    monkeypatch.setattr(pieces, "_CPU_PIECE_NUMEL", 1000)
     numbers = {0, 3, 4, 9}
     monkeypatch.setattr(pieces, "run", failing_in_the_middle(pieces.run, numbers))
     monkeypatch.setattr(pieces, "rooms", failing(pieces.rooms, numbers))
@@ -283,14 +283,14 @@ def failing_in_the_middle(run: Callable[..., None], numbers: set[int]) -> Callab
     """A `pieces.run` that has done a part of its work when it fails, where that work allocates."""
     check = failing(lambda: None, numbers)
 
-    def call(work: Callable[[slice], object], of: Sequence[slice]) -> None:
+    def call(work: Callable[[slice], object], of: Sequence[slice], device: torch.device) -> None:
         try:
             if work.__name__ == "keeping":
                 check()
         except MemoryError:
-            run(work, of[: len(of) // 2])
+            run(work, of[: len(of) // 2], device)
             raise
-        run(work, of)
+        run(work, of, device)
 
     return call
 

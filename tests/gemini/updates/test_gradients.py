@@ -167,10 +167,10 @@ def test_gradients_stay_after_a_step_until_they_are_cleared_by_anyone() -> None:
     model, plain = build(), build()
     model, optimizer, booster = boost(model)
     theirs = HybridAdam(plain.parameters(), lr=1e-2, weight_decay=0.1)
-    cleared: list[Callable[[nn.Parameter], None]] = [
+    cleared: list[Callable[[nn.Parameter], object]] = [
         lambda p: setattr(p, "grad", None),
         lambda p: delattr(p, "grad"),
-        lambda p: None if p.grad is None else p.grad.zero_() and None,
+        lambda p: p.grad.zero_(),
         lambda p: None,
     ]
     for step, clear in enumerate(cleared):

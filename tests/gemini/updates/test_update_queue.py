@@ -10,7 +10,7 @@ import pytest
 import torch
 from update_rig import HYPER, IN_RAM, MIXED, ON_DISK, Faults, Rig, content, rig, runs_of, wait_for_all
 
-from gemini.chunk import Role, Tier, workers
+from gemini.chunk import NoDevice, Role, Tier, workers
 from gemini.errors import OffloadError
 from gemini.nn.optimizer.adam_rule import AdamAtStep
 from gemini.nn.optimizer.arithmetic import scalars
@@ -142,7 +142,7 @@ def test_the_full_copy_is_refreshed_in_the_same_pass_where_there_was_a_gradient(
             chunk.full.fill_(7.0)
         at_step = AdamAtStep(scalars(HYPER, 1))
         updates = [ChunkUpdate(chunk, runs_of(chunk.layout, at_step), chunk.full) for chunk in r.chunks]
-        wait_for_all(r.queue.submit(updates))
+        wait_for_all(r.queue.submit(updates, NoDevice()))
         for chunk in r.chunks:
             expected = torch.full_like(chunk.full, 7.0)
             for run in runs_of(chunk.layout, at_step):
@@ -154,8 +154,8 @@ def test_an_update_of_no_elements_is_over_at_once(tmp_path: Path) -> None:
     with rig(tmp_path, [IN_RAM], Faults()) as r:
         empty = ChunkUpdate(r.chunks[0], (Run(32, 32, AdamAtStep(scalars(HYPER, 1))),), None)
         nothing = ChunkUpdate(r.chunks[0], (), None)
-        assert all(ticket.done() for ticket in r.queue.submit([empty, nothing]))
-        assert r.queue.submit([]) == []
+        assert all(ticket.done() for ticket in r.queue.submit([empty, nothing], NoDevice()))
+        assert r.queue.submit([], NoDevice()) == []
         r.check()
 
 
@@ -163,7 +163,7 @@ def test_an_error_in_the_arithmetic_surfaces_too_and_changes_nothing(tmp_path: P
     with rig(tmp_path, [IN_RAM], Faults()) as r:
         run = Run(0, 50, AdamAtStep(scalars(HYPER, 1)))
         wrong = ChunkUpdate(r.chunks[0], (run,), torch.empty(1000, dtype=torch.float64))
-        (ticket,) = r.queue.submit([wrong])
+        (ticket,) = r.queue.submit([wrong], NoDevice())
         for _ in range(2):
             with pytest.raises(TypeError, match="out must be"):
                 ticket.wait()
@@ -215,6 +215,6 @@ def test_a_waiter_that_wakes_after_another_began_the_retry_waits_for_the_retry(t
         ticket.fail(OffloadError(5, "once"))
         ticket.reopen()
         waiter.join(0.2)
-        ticket.finish_block()
+        ticket.finish_block(None)
         waiter.join(30)
         assert seen in ([True], ["the error"])  # never that it was over before it was

@@ -1,9 +1,12 @@
-"""A CUDA device in RAM whose streams run late, one step of a random one at a time, as far as marks allow."""
+"""An accelerator in RAM whose streams run late, one step of a random one at a time, as far as marks allow."""
 
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 
+import torch
 from torch import Tensor
 
 Work = Callable[[], object]
@@ -15,12 +18,12 @@ class FakeMark:
     def __init__(self, lane: "FakeLane", position: int) -> None:
         self.lane, self.position = lane, position
 
-    def hold_compute(self) -> None:
-        with self.lane.cuda.lock_:
-            self.lane.cuda.compute.behind(self)
+    def hold(self) -> None:
+        with self.lane.owner.lock:
+            self.lane.owner.current().behind(self)
 
     def wait(self) -> None:
-        self.lane.cuda.run_until(self)
+        self.lane.owner.run_until(self)
 
     def reached(self) -> bool:
         return self.lane.done >= self.position
@@ -29,8 +32,8 @@ class FakeMark:
 class FakeLane:
     """A `Lane` that does nothing by itself."""
 
-    def __init__(self, cuda: "FakeCuda") -> None:
-        self.cuda = cuda
+    def __init__(self, owner: "FakeAccelerator") -> None:
+        self.owner = owner
         self.done = 0
         self._work: list[tuple[list[FakeMark], Work]] = []
         self._behind: list[FakeMark] = []
@@ -38,17 +41,25 @@ class FakeLane:
     def behind(self, mark: FakeMark) -> None:
         self._behind.append(mark)
 
-    def follow_compute(self) -> None:
-        with self.cuda.lock_:
-            self.behind(self.cuda.compute.mark())
+    def follow_current(self) -> None:
+        with self.owner.lock:
+            self.behind(self.owner.current().mark())
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        before, self.owner.entered.lane = self.owner.current(), self
+        try:
+            yield
+        finally:
+            self.owner.entered.lane = before
 
     def put(self, work: Work) -> None:
-        with self.cuda.lock_:
+        with self.owner.lock:
             self._work.append((self._behind, work))
             self._behind = []
 
     def mark(self) -> FakeMark:
-        with self.cuda.lock_:
+        with self.owner.lock:
             return FakeMark(self, len(self._work))
 
     def can_go_on(self) -> bool:
@@ -59,30 +70,34 @@ class FakeLane:
         self.done += 1
 
 
-class FakeCuda:
-    """Stands in for `CudaDriver`.
+class FakeAccelerator:
+    """Stands in for `AcceleratorDriver`.
 
     A stream-ordered allocator hands memory on as soon as the compute stream is through with it. Here nobody else gets
     it, but it is spoilt at that point of the compute stream, and again when it is taken.
     """
 
     def __init__(self, seed: int) -> None:
-        self.lock_ = RLock()
-        self.locked: list[tuple[int, int]] = []
-        self.unlocked: list[int] = []
-        self.refuses_to_lock = False
+        self.device = torch.device("cpu")
+        self.lock = RLock()
+        self.host_blocks: list[bool] = []
+        """For each that was asked for, whether it was to be page-locked."""
         self.hosts: set[int] = set()
         """Storages that count as being on the other side of the link, by address."""
         self._random = random.Random(seed)
         self._lanes: list[FakeLane] = []
         self.compute = self.lane()
+        self.entered = threading.local()
 
     def lane(self) -> FakeLane:
         self._lanes.append(FakeLane(self))
         return self._lanes[-1]
 
+    def current(self) -> FakeLane:
+        return getattr(self.entered, "lane", self.compute)
+
     def run_until(self, mark: FakeMark) -> None:
-        with self.lock_:
+        with self.lock:
             while not mark.reached():
                 self._random.choice([lane for lane in self._lanes if lane.can_go_on()]).go_on()
 
@@ -99,13 +114,9 @@ class FakeCuda:
     def release(self, full: Tensor) -> None:
         self.spoil(full)
 
-    def lock(self, address: int, nbytes: int) -> bool:
-        if not self.refuses_to_lock:
-            self.locked.append((address, nbytes))
-        return not self.refuses_to_lock
-
-    def unlock(self, address: int) -> None:
-        self.unlocked.append(address)
+    def host_block(self, nbytes: int, pin: bool) -> Tensor:
+        self.host_blocks.append(pin)
+        return torch.zeros(nbytes, dtype=torch.uint8)
 
     def is_host(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self.hosts

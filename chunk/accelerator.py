@@ -1,4 +1,4 @@
-"""DEVICE is a CUDA device: moves on two lanes beside the compute stream, ordered by marks.
+"""DEVICE is an accelerator: moves on two lanes beside the compute stream, ordered by marks.
 
 No ``record_stream`` (it keeps memory for as long as the allocator likes), and nothing on the way of a unit that waits
 for the device: the training thread only says what has to come after what.
@@ -9,77 +9,103 @@ for the device: the training thread only says what has to come after what.
                        ^                 |                    copy is free only behind what used it before
     compute     -- unit 2 --- unit 3 --- v unit 4 ---         is held until its chunk has arrived
                        |                   |
-    to host            '-> gradients ------'-> gradients      the CPU waits for these in the optimizer's step
+    to host            '-> gradients ------'-> gradients      the CPU waits for these before it updates their chunks
+
+The compute stream is the current one of the thread that calls: it need not be the same in each call. The optimizer's
+updates of homes on DEVICE are kernels, too. Another thread launches them, later than they are asked for, in the stream
+of who asked. So that a chunk's update is over says no more than that they have been launched: who waits for it is held
+behind them, in the stream that the waiting is done in. For a fetch that is the lane.
 """
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .buffer import Buffer, MemoryBuffer
-from .cuda_driver import CudaDriver, Mark
-from .host_arena import HostArena
-from .memory import FETCH_WORKERS, Transfer, Underway, Uploads, fill_from_disk
+from .conversion import SCRATCH_NUMEL, conversion_pieces
+from .host_arena import HostArena, padded
+from .memory import FETCH_WORKERS, Caller, Transfer, Underway, Uploads, fill_from_disk
 from .staging import Staging
 from .tier import Tier
 from .workers import end_elsewhere, start_workers
 from .write_behind import WriteBehind
 
-CONVERSION_NUMEL = 4 << 20
-"""Masters arrive through a block of so many elements, 16 MiB: long enough for the link's full speed."""
+ADDED_NUMEL = 1 << 20
+"""Elements of a gradient that are added at a time to what is on the host already: it comes to the device for that."""
 
 
 class _OnLane:
-    """A move on a lane: waiting holds the compute stream, not the CPU."""
+    """A move on a lane, or an update in a stream: waiting holds the current stream, not the CPU."""
 
     def __init__(self, mark: Mark) -> None:
         self._mark = mark
 
     def wait(self) -> None:
-        self._mark.hold_compute()
+        self._mark.hold()
 
     def done(self) -> bool:
         return self._mark.reached()
 
 
-class CudaBackend:
-    """A `DeviceBackend` on a CUDA device; homes on HOST are page-locked where the system allows it.
+class _Caller:
+    """A thread that has gone on since (a `Caller`)."""
+
+    def __init__(self, stream: Lane, downloads: Mark | None) -> None:
+        self._stream = stream
+        self._downloads = downloads
+
+    def stand_in(self) -> AbstractContextManager[None]:
+        return self._stream.entered()
+
+    def wait_for_downloads(self) -> None:
+        if self._downloads is not None:
+            self._downloads.wait()
+
+    def mark(self) -> Transfer:
+        return _OnLane(self._stream.mark())
+
+
+class AcceleratorBackend:
+    """A `DeviceBackend` on an accelerator; homes on HOST are page-locked where the system allows it.
 
     Parameters
     ----------
+    driver
+        Who talks to the device.
     staging, store_staging
         Blocks of RAM for reading and writing DISK homes; None if there are none.
     pin_homes
         Page-lock the homes on HOST. Copies from and to ordinary RAM make the training thread wait.
-    driver
-        Who talks to the device.
     """
 
     is_ram = False
 
     def __init__(
         self,
-        device: torch.device,
+        driver: AcceleratorDriver,
         staging: Staging | None,
         pin_homes: bool,
         store_staging: Staging | None = None,
-        driver: CudaDriver | None = None,
     ) -> None:
-        self.device = device
+        self.device = driver.device
         self.uploads = Uploads()
-        self._driver = CudaDriver(device) if driver is None else driver
+        self._driver = driver
         self._staging = staging
         self._pin_homes = pin_homes
         self._arena: HostArena | None = None
         self._to_device = self._driver.lane()
         self._to_host = self._driver.lane()
-        self._conversion: Tensor | None = None
+        self._scratch = torch.empty(SCRATCH_NUMEL * 4, dtype=torch.uint8, device=self.device)
+        """Where the last elements of a master arrive. Nothing else is taken beside the full copies."""
         self._uploading = Lock()
-        """Held while a chunk is put into the lane: threads do so too, and masters share one block."""
+        """Held while a chunk is put into the lane, which threads do, too."""
         self._leaving: deque[tuple[Mark, tuple[Tensor, ...]]] = deque()
         """Memory that copies to the host still read. The compute stream must not reuse it before."""
         self._workers = start_workers(FETCH_WORKERS, "fetch")
@@ -98,16 +124,16 @@ class CudaBackend:
         return MemoryBuffer(tier, self._arena.take(numel, dtype))
 
     def _new_arena(self, nbytes: int) -> HostArena:
-        def lock(address: int, nbytes: int) -> bool:
-            return self._pin_homes and self._driver.lock(address, nbytes)
-
-        return HostArena(nbytes, lock, self._driver.unlock)
+        return HostArena(self._driver.host_block(padded(nbytes), self._pin_homes))
 
     def grow(self, full: Tensor) -> None:
         self._driver.allocate(full)
 
     def shrink(self, full: Tensor) -> None:
         self._driver.release(full)
+
+    def caller(self) -> Caller:
+        return _Caller(self._driver.current(), self._leaving[-1][0] if self._leaving else None)
 
     def trim(self) -> None:
         self._driver.trim()
@@ -116,45 +142,50 @@ class CudaBackend:
 
     def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
         with self._uploading:
-            self._to_device.follow_compute()
+            self._to_device.follow_current()
         if source.tensor is None or (after is not None and not after.done()):
             return Underway(self._workers.submit(self._fill_from_worker, full, source, after))
-        if after is not None:
-            after.wait()
+        self._wait_in_lane(after)
         with torch.profiler.record_function("gemini::fetch"):
             mark = self._put_upload(full, source.tensor)
         self.uploads.add(source.tier, full.nbytes, 0.0)
         return _OnLane(mark)
 
+    def _wait_in_lane(self, after: "Transfer | None") -> None:
+        if after is not None:
+            with self._to_device.entered():
+                after.wait()
+
     def _put_upload(self, full: Tensor, home: Tensor) -> Mark:
         with self._uploading:
-            if home.dtype is full.dtype:
-                self._to_device.put(partial(full.copy_, home, non_blocking=True))
-            else:
-                # Through fp32 on the device: converting there costs nothing, on the CPU it costs more than the link.
-                for start in range(0, full.numel(), CONVERSION_NUMEL):
-                    stop = min(start + CONVERSION_NUMEL, full.numel())
-                    self._to_device.put(partial(self._convert, full[start:stop], home[start:stop]))
-            return self._to_device.mark()
+            return self._put(partial(self._fill, full, home))
 
-    def _convert(self, full: Tensor, home: Tensor) -> None:
-        if self._conversion is None:
-            self._conversion = torch.empty(CONVERSION_NUMEL, dtype=torch.float32, device=self.device)
-        arrived = self._conversion.view(home.dtype)[: home.numel()]
-        arrived.copy_(home, non_blocking=True)
-        full.copy_(arrived)
+    def _put(self, fill: Callable[[], None]) -> Mark:
+        try:
+            self._to_device.put(fill)
+        except BaseException:
+            self._to_device.mark().wait()  # what has been put in writes to memory that will be another's
+            raise
+        return self._to_device.mark()
+
+    def _fill(self, full: Tensor, home: Tensor) -> None:
+        if home.dtype is full.dtype or not self._driver.is_host(home):
+            full.copy_(home, non_blocking=True)
+            return
+        for piece in conversion_pieces(full.numel(), home.dtype.itemsize // full.dtype.itemsize):
+            room = self._scratch if piece.room is None else full[piece.room :].view(torch.uint8)
+            arrived = room[: (piece.stop - piece.start) * home.dtype.itemsize].view(home.dtype)
+            arrived.copy_(home[piece.start : piece.stop], non_blocking=True)
+            full[piece.start : piece.stop].copy_(arrived)
 
     def _fill_from_worker(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
-        if after is not None:
-            after.wait()
+        self._wait_in_lane(after)
         begin = time.perf_counter()
         if source.tensor is not None:
-            mark = self._put_upload(full, source.tensor)
+            self._put_upload(full, source.tensor).wait()
         else:
             assert self._staging is not None
-            self._to_device.put(partial(fill_from_disk, full, source, self._staging))
-            mark = self._to_device.mark()
-        mark.wait()
+            self._put(partial(fill_from_disk, full, source, self._staging)).wait()
         self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
 
     # -- to the host
@@ -163,17 +194,19 @@ class CudaBackend:
         if not self._driver.is_host(into):
             into.add_(gradient) if accumulate else into.copy_(gradient)
             return
-        self._to_host.follow_compute()
+        self._to_host.follow_current()
         self._to_host.put(partial(self._leave, gradient, into, accumulate))
         self._leaving.append((self._to_host.mark(), (gradient,)))
         while self._leaving and self._leaving[0][0].reached():
             self._leaving.popleft()
 
     def _leave(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
-        if accumulate:
-            # On the device and in this lane, behind the copy that filled the home: nothing waits for the CPU.
-            gradient = into.to(self.device, non_blocking=True, copy=True).add_(gradient)
-        into.copy_(gradient, non_blocking=True)
+        if not accumulate:
+            into.copy_(gradient, non_blocking=True)
+            return
+        # On the device and in this lane, behind the copy that filled the home: nothing waits for the CPU.
+        for part, home in _parts(gradient, into):
+            home.copy_(home.to(self.device, non_blocking=True, copy=True).add_(part), non_blocking=True)
 
     def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
         self._store.write(into, start, gradient)
@@ -194,4 +227,15 @@ class CudaBackend:
     def close(self) -> None:
         self._wait_for_copies()
         end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
+        self._to_device.mark().wait()  # the memory of what has been fetched, and not been used, may go after this
         self._store.close()
+
+
+def _parts(gradient: Tensor, into: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of both, small where they lie in memory alike and without gaps."""
+    dense = torch.empty_like(into, device="meta").stride()
+    if not gradient.stride() == into.stride() == dense:
+        yield gradient, into
+        return
+    flat = (gradient.as_strided((gradient.numel(),), (1,)), into.as_strided((into.numel(),), (1,)))
+    yield from zip(*(tensor.split(ADDED_NUMEL) for tensor in flat), strict=True)

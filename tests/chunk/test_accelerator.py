@@ -1,22 +1,23 @@
-"""The CUDA backend: its order of moves on an imitation whose streams run in any order that the marks allow."""
+"""The backend of accelerators: its order of moves on a device whose streams run in any order that marks allow."""
 
 import random
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
+from fake_accelerator import FakeAccelerator
 from fakes import FakeUpdate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemini.chunk import (
+    AcceleratorBackend,
     Buffer,
     ChunkPlan,
-    CudaBackend,
     DiskBackend,
     Ledger,
     MemoryBuffer,
@@ -24,37 +25,36 @@ from gemini.chunk import (
     Staging,
     StateSlot,
     Tier,
-    cuda,
+    accelerator,
 )
-from gemini.chunk.host_arena import HOME_ALIGN_BYTES, PAGE_BYTES, HostArena, padded
+from gemini.chunk.conversion import conversion_pieces
 from gemini.chunk.layout import ChunkLayout, Slot
 from gemini.chunk.manager import ChunkManager
 from gemini.chunk.memory import Transfer
 
 NUMEL = 100
-CPU = torch.device("cpu")
 
 
 class Rig:
     """A backend on the imitation, and what the compute stream saw."""
 
     def __init__(self, seed: int, pin: bool = True) -> None:
-        self.cuda = FakeCuda(seed)
-        self.backend = CudaBackend(CPU, Staging(2, 32), pin, driver=self.cuda)  # type: ignore[arg-type]
+        self.device = FakeAccelerator(seed)
+        self.backend = AcceleratorBackend(self.device, Staging(2, 32), pin)  # type: ignore[arg-type]
         self.checks: list[tuple[torch.Tensor, float]] = []
 
     def home(self, dtype: torch.dtype) -> MemoryBuffer:
         home = self.backend.home(Tier.HOST, NUMEL, dtype)
         assert home.tensor is not None
-        self.cuda.hosts.add(home.tensor.untyped_storage().data_ptr())
+        self.device.hosts.add(home.tensor.untyped_storage().data_ptr())
         return home
 
     def use(self, full: torch.Tensor, expected: float) -> None:
         """Let the compute stream read a full copy."""
-        self.cuda.compute.put(lambda: self.checks.append((full.clone(), expected)))
+        self.device.compute.put(lambda: self.checks.append((full.clone(), expected)))
 
     def close(self) -> None:
-        self.cuda.drain()
+        self.device.drain()
         self.backend.close()
         for seen, expected in self.checks:
             assert torch.equal(seen, torch.full((NUMEL,), expected, dtype=seen.dtype))
@@ -77,7 +77,7 @@ def test_a_unit_reads_what_was_at_home_whatever_the_streams_do_first(seed: int, 
                 update = FakeUpdate(
                     lambda i=i, value=value: homes[i].write(0, torch.full((NUMEL,), value, dtype=dtype))
                 )
-                rig.cuda.drain()
+                rig.device.drain()
                 values[i] = value
                 if rng.random() < 0.5:
                     update.wait()
@@ -105,14 +105,14 @@ def test_gradients_arrive_and_add_up_in_order_although_their_memory_is_used_agai
         value = torch.randn(NUMEL).bfloat16()
         memory = torch.empty(NUMEL, dtype=torch.bfloat16)
         gradient = memory[:]
-        rig.cuda.compute.put(lambda memory=memory, value=value: memory.copy_(value))
+        rig.device.compute.put(lambda memory=memory, value=value: memory.copy_(value))
         into = homes[i].tensor
         assert into is not None
         before = expected[i]
         rig.backend.download(gradient, into, accumulate=before is not None)
         expected[i] = value if before is None else before + value
         # When the last reference goes, the allocator gives the memory to whatever the compute stream does next.
-        weakref.finalize(gradient, rig.cuda.spoil, memory)
+        weakref.finalize(gradient, rig.device.spoil, memory)
         del gradient
         if rng.random() < 0.2:
             rig.backend.synchronize()
@@ -128,7 +128,7 @@ def test_a_gradient_is_kept_until_it_has_left_and_no_longer() -> None:
     rig.backend.download(gradient, home.tensor, accumulate=False)
     kept = [tensor for _, tensors in rig.backend._leaving for tensor in tensors]
     assert any(tensor is gradient for tensor in kept)
-    rig.cuda.drain()
+    rig.device.drain()
     rig.backend.download(torch.ones(NUMEL, dtype=torch.bfloat16), home.tensor, accumulate=True)
     assert [len(rig.backend._leaving)] == [1]
     rig.backend.synchronize()
@@ -159,12 +159,12 @@ def test_a_prefetch_does_not_stop_the_cpu_and_holds_compute_only_where_it_is_use
     rig = Rig(0)
     home, full = rig.home(torch.bfloat16), torch.empty(NUMEL, dtype=torch.bfloat16)
     home.write(0, torch.ones(NUMEL, dtype=torch.bfloat16))
-    done_before = rig.cuda.compute.done
+    done_before = rig.device.compute.done
     rig.backend.grow(full)
     transfer = rig.backend.upload(full, home, None, background=True)
-    other = rig.cuda.compute.mark()
-    assert not transfer.done() and rig.cuda.compute.done == done_before
-    rig.cuda.run_until(other)  # what does not use it goes on
+    other = rig.device.compute.mark()
+    assert not transfer.done() and rig.device.compute.done == done_before
+    rig.device.run_until(other)  # what does not use it goes on
     transfer.wait()
     assert not transfer.done() and rig.backend._to_device.done == 0  # type: ignore[attr-defined]
     rig.use(full, 1.0)
@@ -173,16 +173,17 @@ def test_a_prefetch_does_not_stop_the_cpu_and_holds_compute_only_where_it_is_use
 
 
 def test_a_master_is_converted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "CONVERSION_NUMEL", 32)
+    pieces = partial(conversion_pieces, longest=32, scratch=4)
+    monkeypatch.setattr(accelerator, "conversion_pieces", pieces)
     rig = Rig(3)
     home, full = rig.home(torch.float32), torch.empty(NUMEL, dtype=torch.bfloat16)
     value = torch.randn(NUMEL)
     home.write(0, value)
     rig.backend.grow(full)
     rig.backend.upload(full, home, None, background=False).wait()
-    rig.cuda.drain()
+    rig.device.drain()
     assert torch.equal(full, value.bfloat16())
-    assert rig.backend._conversion is not None and rig.backend._conversion.numel() == 32
+    assert len(list(pieces(NUMEL, 2))) > 4
 
 
 @pytest.mark.timeout(60)
@@ -199,54 +200,7 @@ def test_a_home_on_disk_arrives_behind_what_used_its_memory_before(tmp_path: Pat
     disk.close()
 
 
-# -- one arena for all homes on HOST
-
-
-def arena(nbytes: int, cuda: FakeCuda) -> HostArena:
-    return HostArena(nbytes, cuda.lock, cuda.unlock)
-
-
-@settings(deadline=None, max_examples=100)
-@given(sizes=st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([torch.float32, torch.bfloat16])), max_size=12))
-def test_homes_of_an_arena_are_zero_aligned_and_apart(sizes: list[tuple[int, torch.dtype]]) -> None:
-    cuda = FakeCuda(0)
-    one = arena(sum(padded(numel * dtype.itemsize) for numel, dtype in sizes), cuda)
-    homes = [one.take(numel, dtype) for numel, dtype in sizes]
-    for i, home in enumerate(homes):
-        assert not home.any() and home.data_ptr() % HOME_ALIGN_BYTES == 0
-        home.fill_(i + 1)
-    assert all(bool((home == i + 1).all()) for i, home in enumerate(homes))
-    if homes and one.is_locked:
-        ((address, nbytes),) = cuda.locked
-        assert address % PAGE_BYTES == 0 and nbytes % PAGE_BYTES == 0
-        assert all(address <= h.data_ptr() and h.data_ptr() + h.nbytes <= address + nbytes for h in homes if h.numel())
-
-
-def test_an_arena_is_unlocked_when_its_last_home_is_gone_and_not_before() -> None:
-    cuda = FakeCuda(0)
-    one = arena(1000, cuda)
-    first, second = one.take(10, torch.float32), one.take(10, torch.float32)[2:4]
-    address = cuda.locked[0][0]
-    del one, first
-    assert cuda.unlocked == []
-    del second
-    assert cuda.unlocked == [address]
-
-
-def test_a_system_that_locks_nothing_gives_ordinary_ram() -> None:
-    cuda = FakeCuda(0)
-    cuda.refuses_to_lock = True
-    one = arena(1000, cuda)
-    assert not one.is_locked and not one.take(10, torch.float32).any()
-    del one
-    assert cuda.unlocked == []
-
-
-def test_an_arena_that_is_full_is_noticed() -> None:
-    one = arena(2 * PAGE_BYTES, FakeCuda(0))
-    one.take(PAGE_BYTES // 4, torch.float32)
-    with pytest.raises(AssertionError, match="fewer homes"):
-        one.take(PAGE_BYTES, torch.float32)
+# -- one block for all homes on HOST
 
 
 def plans() -> list[ChunkPlan]:
@@ -263,11 +217,11 @@ def plans() -> list[ChunkPlan]:
 
 
 @pytest.mark.parametrize("pin", [True, False])
-def test_all_homes_of_a_model_on_host_share_one_registration(pin: bool) -> None:
-    cuda = FakeCuda(0)
-    backend = CudaBackend(CPU, None, pin, driver=cuda)  # type: ignore[arg-type]
+def test_all_homes_of_a_model_on_host_share_one_block(pin: bool) -> None:
+    device = FakeAccelerator(0)
+    backend = AcceleratorBackend(device, None, pin)  # type: ignore[arg-type]
     manager = ChunkManager(plans(), Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20}, False), backend, None)
-    assert len(cuda.locked) == pin
+    assert device.host_blocks == [pin]
     tensors = [h.tensor for c in manager.chunks for h in c.homes.values() if h.tier is Tier.HOST]
     tensors += [c.gradient.buffer.tensor for c in manager.chunks if c.gradient and c.gradient.buffer.tier is Tier.HOST]
     assert len(tensors) == 3 * 5
@@ -277,7 +231,7 @@ def test_all_homes_of_a_model_on_host_share_one_registration(pin: bool) -> None:
 
 def test_the_room_of_a_shadow_is_counted() -> None:
     ledger = Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20}, False)
-    manager = ChunkManager(plans(), ledger, CudaBackend(CPU, None, False, driver=FakeCuda(0)), None)  # type: ignore[arg-type]
+    manager = ChunkManager(plans(), ledger, AcceleratorBackend(FakeAccelerator(0), None, False), None)  # type: ignore[arg-type]
     assert ledger.used(Tier.HOST) == 3 * 128 * (4 + 4 + 4 + 2 + 2)
     manager.close()
 
@@ -288,12 +242,12 @@ def test_the_room_of_a_shadow_is_counted() -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        pytest.param(lambda backend: setattr(backend._to_device, "follow_compute", lambda: None), id="upload"),
-        pytest.param(lambda backend: setattr(backend._to_host, "follow_compute", lambda: None), id="download"),
+        pytest.param(lambda backend: setattr(backend._to_device, "follow_current", lambda: None), id="upload"),
+        pytest.param(lambda backend: setattr(backend._to_host, "follow_current", lambda: None), id="download"),
     ],
 )
 def test_the_imitation_notices_a_move_that_does_not_follow_the_compute_stream(
-    broken: Callable[[CudaBackend], None],
+    broken: Callable[[AcceleratorBackend], None],
 ) -> None:
     noticed = 0
     for seed in range(30):
@@ -304,11 +258,11 @@ def test_the_imitation_notices_a_move_that_does_not_follow_the_compute_stream(
         rig.backend.upload(full, home, None, background=True).wait()
         rig.use(full, 0.0)
         gradient = torch.empty(NUMEL, dtype=torch.bfloat16)
-        rig.cuda.compute.put(lambda gradient=gradient: gradient.fill_(1.0))
+        rig.device.compute.put(lambda gradient=gradient: gradient.fill_(1.0))
         rig.backend.download(gradient, home.tensor, accumulate=False)  # type: ignore[arg-type]
         rig.backend.synchronize()
         right = torch.equal(home.tensor, torch.ones(NUMEL, dtype=torch.bfloat16))  # type: ignore[arg-type]
-        rig.cuda.drain()
+        rig.device.drain()
         noticed += not right or not torch.equal(rig.checks[0][0], torch.zeros(NUMEL, dtype=torch.bfloat16))
         rig.checks.clear()
         rig.close()

@@ -1,0 +1,67 @@
+"""RAM for homes in one piece: zero, aligned, apart, and unlocked when the last of them is gone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemini.chunk.host_arena import HOME_ALIGN_BYTES, PAGE_BYTES, HostArena, padded, registered_block
+
+
+class Registrar:
+    """What a device is told of page-locked ranges."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.locked: list[tuple[int, int]] = []
+        self.unlocked: list[int] = []
+
+    def lock(self, address: int, nbytes: int) -> bool:
+        if not self.refuses:
+            self.locked.append((address, nbytes))
+        return not self.refuses
+
+    def arena(self, nbytes: int) -> HostArena:
+        return HostArena(registered_block(nbytes, self.lock, self.unlocked.append))
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes=st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([torch.float32, torch.bfloat16])), max_size=12))
+def test_homes_of_an_arena_are_zero_aligned_and_apart(sizes: list[tuple[int, torch.dtype]]) -> None:
+    registrar = Registrar()
+    arena = registrar.arena(sum(padded(numel * dtype.itemsize) for numel, dtype in sizes))
+    homes = [arena.take(numel, dtype) for numel, dtype in sizes]
+    for i, home in enumerate(homes):
+        assert not home.any() and home.data_ptr() % HOME_ALIGN_BYTES == 0
+        home.fill_(i + 1)
+    assert all(bool((home == i + 1).all()) for i, home in enumerate(homes))
+    if any(home.numel() for home in homes):
+        ((address, nbytes),) = registrar.locked
+        assert address % PAGE_BYTES == 0 and nbytes % PAGE_BYTES == 0
+        assert all(address <= h.data_ptr() and h.data_ptr() + h.nbytes <= address + nbytes for h in homes if h.numel())
+
+
+def test_an_arena_is_unlocked_when_its_last_home_is_gone_and_not_before() -> None:
+    registrar = Registrar()
+    arena = registrar.arena(1000)
+    first, second = arena.take(10, torch.float32), arena.take(10, torch.float32)[2:4]
+    address = registrar.locked[0][0]
+    del arena, first
+    assert registrar.unlocked == []
+    del second
+    assert registrar.unlocked == [address]
+
+
+def test_a_system_that_locks_nothing_gives_ordinary_ram() -> None:
+    registrar = Registrar(refuses=True)
+    arena = registrar.arena(1000)
+    assert not arena.take(10, torch.float32).any()
+    del arena
+    assert registrar.unlocked == []
+
+
+def test_an_arena_that_is_full_is_noticed() -> None:
+    arena = Registrar().arena(2 * PAGE_BYTES)
+    arena.take(PAGE_BYTES // 4, torch.float32)
+    with pytest.raises(AssertionError, match="fewer homes"):
+        arena.take(PAGE_BYTES, torch.float32)

@@ -1,0 +1,76 @@
+"""Fixtures of the tests on the simulated device. All are marked ``own_process``: its name is global to a process."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from device_build import Unavailable
+from sim_tasks import LOOP_PLACEMENTS, PLACEMENTS, in_folder
+from simulated import GIB, SimulatedDevice, register
+
+from gemini.updates import update_pipeline
+from gemini.updates.ticket import Ticket
+from gemini.updates.update_queue import UpdateQueue
+
+SEED = int(os.environ.get("GEMINI_MEMORY_SIM_SEED", "0"))
+"""Another order of streams in all tests that don't choose one themselves."""
+
+
+@pytest.fixture(scope="session")
+def _registered() -> SimulatedDevice:
+    torch.set_num_threads(1)
+    try:
+        return register()
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def device(_registered: SimulatedDevice) -> Iterator[SimulatedDevice]:
+    """The simulated device, at rest, with all its memory."""
+    _registered.seed(SEED)
+    yield _registered
+    torch.accelerator.synchronize()
+    _registered.set_capacity(4 * GIB)
+    torch.accelerator.empty_cache()
+
+
+@pytest.fixture(params=PLACEMENTS.values(), ids=PLACEMENTS)
+def placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    return in_folder(request.param, tmp_path)
+
+
+@pytest.fixture(params=LOOP_PLACEMENTS.values(), ids=LOOP_PLACEMENTS)
+def loop_placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    return in_folder(request.param, tmp_path)
+
+
+@pytest.fixture
+def late_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates begin when something waits for one of them, and not before."""
+    awaited = threading.Event()
+    wait, submit, compute = Ticket.wait, UpdateQueue.submit, update_pipeline._compute
+
+    def waiting(ticket: Ticket) -> None:
+        awaited.set()
+        wait(ticket)
+
+    def submitting(queue: UpdateQueue, *arguments: Any) -> Any:
+        awaited.clear()
+        return submit(queue, *arguments)
+
+    def computing(block: Any) -> None:
+        assert awaited.wait(30)
+        compute(block)
+
+    monkeypatch.setattr(Ticket, "wait", waiting)
+    monkeypatch.setattr(UpdateQueue, "submit", submitting)
+    monkeypatch.setattr(update_pipeline, "_compute", computing)
