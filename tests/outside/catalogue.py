@@ -1,8 +1,9 @@
 """All uses outside of forward, by name."""
 
 from outside.gradients import gradients
-from outside.harness import PLACEMENTS, Placement, Use
+from outside.harness import Use
 from outside.libraries import libraries
+from outside.placements import PLACEMENTS, Placement
 from outside.reading import reading
 from outside.states import states
 from outside.surgery import surgery

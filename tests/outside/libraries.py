@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from outside.harness import Catalogue, Refusal, Training
+from outside.harness import Catalogue
 from outside.models import WORDS
+from outside.placements import Refusal
+from outside.running import Training
 from torch import nn
 
 libraries = Catalogue("libraries")

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 WIDTH = 64
-DEPTH = 12
+DEPTH = 10
 """Such that RAM with room to work in, for weights and for gradients has none for the moments."""
 WORDS = 64
 

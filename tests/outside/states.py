@@ -5,8 +5,9 @@ import io
 from typing import Any
 
 import torch
-from outside.harness import Catalogue, Training
+from outside.harness import Catalogue
 from outside.models import WIDTH, adamw
+from outside.running import Training
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

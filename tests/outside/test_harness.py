@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from outside.catalogue import USES, cases
-from outside.harness import PLACEMENTS, Placement, Refusal, Training, Use, judge
+from outside.harness import Use, judge
 from outside.models import MODELS
+from outside.placements import PLACEMENTS, Placement, Refusal
+from outside.running import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from outside.catalogue import USES, cases
-from outside.harness import PLACEMENTS
+from outside.placements import PLACEMENTS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]  # libraries' own warnings
 

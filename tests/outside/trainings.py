@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from outside.harness import Placement, Verdict, described, differing, frozen
+from outside.comparing import described, differing, frozen
+from outside.harness import Verdict
 from outside.models import WIDTH, gpt2, layers, mean_square
+from outside.placements import Placement
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
