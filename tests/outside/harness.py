@@ -36,6 +36,12 @@ class Use:
     """Nothing is left to train."""
     needs_host: bool = False
     """Plain PyTorch can do it with parameters in RAM only."""
+    library: str | None = None
+    """What has to be installed beside what the model needs."""
+
+    @property
+    def libraries(self) -> list[str]:
+        return [library for library in (MODELS[self.model].library, self.library) if library is not None]
 
     def judge(self, placement: Placement, folder: str) -> "Verdict":
         """Run managed, and compare with plain PyTorch."""

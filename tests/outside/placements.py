@@ -89,7 +89,7 @@ PLACEMENTS = {
 SIMULATED = {
     placement.name: placement
     for placement in (
-        Placement("device", device="sim", topics=ON_SEVERAL_TIERS),  # homes are on the device
+        Placement("device", device="sim", topics=("gradients",)),  # homes are on the device
         Placement("offloaded", device="sim", device_share=0.35, refusal=ELSEWHERE),  # copies move, homes are in RAM
     )
 }

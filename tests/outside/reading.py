@@ -754,7 +754,7 @@ def a_loss_of_weights_checkpointed(run: Training) -> Any:
     run.optimizer.zero_grad()
 
 
-@use("encoder")
+@use("encoder", needs_host=True)
 def evaluated_by_a_fast_path(run: Training) -> Any:
     """`nn.TransformerEncoderLayer` uses another kernel, and gets other bits, where its parameters are plain ones."""
     run.model.eval()
