@@ -1,8 +1,11 @@
 """All uses outside of forward, by name."""
 
+from collections.abc import Mapping
+
 from outside.gradients import gradients
-from outside.harness import PLACEMENTS, Placement, Use
+from outside.harness import Use
 from outside.libraries import libraries
+from outside.placements import Placement
 from outside.reading import reading
 from outside.states import states
 from outside.surgery import surgery
@@ -23,6 +26,6 @@ def is_worth_a_run(use: Use | LibraryTraining, placement: Placement) -> bool:
     return placement.topics is None or use.topic in placement.topics
 
 
-def cases() -> list[tuple[str, str]]:
-    """All pairs of a use and a placement on CPU."""
-    return [(u, p) for u, use in USES.items() for p, placement in PLACEMENTS.items() if is_worth_a_run(use, placement)]
+def cases(placements: Mapping[str, Placement]) -> list[tuple[str, str]]:
+    """All pairs of a use and a placement that are worth a run, by name."""
+    return [(u, p) for u, use in USES.items() for p, placement in placements.items() if is_worth_a_run(use, placement)]

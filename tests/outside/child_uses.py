@@ -10,7 +10,8 @@ import warnings
 
 import torch
 from outside.catalogue import USES
-from outside.harness import PLACEMENTS, Verdict
+from outside.harness import Verdict
+from outside.placements import PLACEMENTS
 
 
 def main() -> None:

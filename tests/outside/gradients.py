@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
-from outside.harness import Catalogue, Refusal, Training, in_another_thread
+from outside.harness import Catalogue
 from outside.models import WIDTH
+from outside.placements import Refusal
+from outside.running import Training, in_another_thread
 from torch import Tensor, nn
 
 gradients = Catalogue("gradients")
@@ -426,7 +428,7 @@ def one_layer_frozen_by_none(run: Training) -> Any:
     for _ in range(2):
         run.backward()
         run.model[4].weight.grad = None
-        run.given_parameters[20].grad = None
+        run.given_parameters[16].grad = None
         run.optimizer.step()
         run.optimizer.zero_grad()
 
@@ -525,7 +527,7 @@ def unscaled_by_hand(run: Training) -> Any:
 @use()
 def swapped(run: Training) -> Any:
     run.backward()
-    a, b = run.model[2].weight, run.model[11].weight
+    a, b = run.model[2].weight, run.model[9].weight
     a.grad, b.grad = b.grad, a.grad
     run.optimizer.step()
     run.optimizer.zero_grad()

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from outside.harness import Catalogue, Refusal, Training
+from outside.harness import Catalogue
 from outside.models import WORDS
+from outside.placements import Refusal
+from outside.running import Training
 from torch import nn
 
 libraries = Catalogue("libraries")
@@ -190,7 +192,7 @@ def read_by_safetensors(run: Training) -> Any:
     load_model(run.model, run.folder + "/model.safetensors")
 
 
-@use("gpt2")
+@use("gpt2", library="accelerate")
 def unwrapped_by_accelerate(run: Training) -> Any:
     from accelerate.utils import extract_model_from_parallel
 
@@ -211,11 +213,12 @@ def averaged_by_timms_rule(run: Training) -> Any:
     return average
 
 
-@use()
+@use(library="lightning")
 def a_module_summarised(run: Training) -> Any:
+    import lightning
     from lightning.pytorch.utilities.model_summary import summarize
 
-    class Holder(_lightning_module()):  # type: ignore[misc]
+    class Holder(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
             self.net = net
@@ -224,7 +227,7 @@ def a_module_summarised(run: Training) -> Any:
     return summary.total_parameters, summary.trainable_parameters
 
 
-@use()
+@use(library="lightning")
 def gradient_norms_logged_by_lightning(run: Training) -> Any:
     from lightning.pytorch.utilities import grad_norm
 
@@ -235,7 +238,7 @@ def gradient_norms_logged_by_lightning(run: Training) -> Any:
     return {name: value if isinstance(value, torch.Tensor) else torch.tensor(value) for name, value in norms.items()}
 
 
-@use()
+@use(library="lightning")
 def stepped_by_lightnings_wrapper(run: Training) -> Any:
     """Manual optimisation: the wrapper's ``zero_grad`` is what clears."""
     from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -264,7 +267,7 @@ def toggled_as_in_adversarial_training(run: Training) -> Any:
     return seen
 
 
-@use()
+@use(library="accelerate")
 def clipped_by_accelerate(run: Training) -> Any:
     from accelerate import Accelerator
 
@@ -312,9 +315,3 @@ def the_whole_saved_by_torch(run: Training) -> Any:
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     return saved["epoch"]
-
-
-def _lightning_module() -> Any:
-    import lightning
-
-    return lightning.LightningModule

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 WIDTH = 64
-DEPTH = 12
+DEPTH = 10
 """Such that RAM with room to work in, for weights and for gradients has none for the moments."""
 WORDS = 64
 
@@ -48,6 +48,8 @@ class Model:
     batch: Callable[[Generator], Tensor] = vectors
     loss: Callable[[nn.Module, Tensor], Tensor] = mean_square
     optimizer: Callable[[Any], torch.optim.Optimizer] = adamw
+    library: str | None = None
+    """What has to be installed."""
 
 
 class Block(nn.Module):
@@ -104,6 +106,7 @@ def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
         n_layer=6, n_embd=32, n_head=2, n_inner=64, vocab_size=WORDS, n_positions=16, bos_token_id=0, eos_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        attn_implementation="eager",  # the same bits on every device
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
@@ -122,6 +125,6 @@ MODELS: dict[str, Model] = {
     "blocks": Model(Blocks, tokens, next_token),
     "tied": Model(lambda: Blocks(tied=True), tokens, next_token),
     "encoder": Model(encoder, sequences),
-    "gpt2": Model(gpt2, tokens, next_token),
-    "lora": Model(lora),
+    "gpt2": Model(gpt2, tokens, next_token, library="transformers"),
+    "lora": Model(lora, library="peft"),
 }

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy
 import torch
-from outside.harness import Catalogue, Refusal, Training, in_another_thread
+from outside.harness import Catalogue
 from outside.models import WIDTH
+from outside.placements import Refusal
+from outside.running import Training, in_another_thread
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -107,7 +109,7 @@ def numpy_asarray(run: Training) -> Any:
 
 @use()
 def lists(run: Training) -> Any:
-    return run.model[0].weight.tolist(), list(run.model[3].bias), [float(x) for x in run.model[11].bias]
+    return run.model[0].weight.tolist(), list(run.model[3].bias), [float(x) for x in run.model[9].bias]
 
 
 @use()
@@ -118,7 +120,7 @@ def one_element(run: Training) -> Any:
 
 @use()
 def printed(run: Training) -> Any:
-    return [repr(run.given_parameters[i]) for i in (0, 1, 20, 23)] + [str(p) for p in run.parameters]
+    return [repr(run.given_parameters[i]) for i in (0, 1, 16, 19)] + [str(p) for p in run.parameters]
 
 
 @use()
@@ -135,7 +137,7 @@ def indexed(run: Training) -> Any:
 
 @use()
 def arithmetic(run: Training) -> Any:
-    a, b = run.given_parameters[0], run.given_parameters[22]
+    a, b = run.given_parameters[0], run.given_parameters[18]
     return a + b, a * 2, 1 - a, -a, a @ b, a.pow(2), abs(a), a / b.abs().add(1), a // 1, torch.maximum(a, b)
 
 
@@ -459,7 +461,7 @@ def tensors_made_like_it(run: Training) -> Any:
     for p in run.given_parameters:
         made += [torch.zeros_like(p), torch.ones_like(p), p.new_zeros(3), torch.full_like(p, 2), p.new_tensor([1.0])]
         assert torch.empty_like(p).shape == p.shape and p.new_empty(2).dtype == p.dtype
-    return made, torch.rand_like(run.given_parameters[0]), torch.randn_like(run.given_parameters[23])
+    return made, torch.rand_like(run.given_parameters[0]), torch.randn_like(run.given_parameters[19])
 
 
 @use()
@@ -752,7 +754,7 @@ def a_loss_of_weights_checkpointed(run: Training) -> Any:
     run.optimizer.zero_grad()
 
 
-@use("encoder")
+@use("encoder", needs_host=True)
 def evaluated_by_a_fast_path(run: Training) -> Any:
     """`nn.TransformerEncoderLayer` uses another kernel, and gets other bits, where its parameters are plain ones."""
     run.model.eval()

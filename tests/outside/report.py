@@ -17,7 +17,8 @@ import threading
 from pathlib import Path
 
 from outside.catalogue import USES, is_worth_a_run
-from outside.harness import PLACEMENTS, Verdict
+from outside.harness import Verdict
+from outside.placements import PLACEMENTS
 
 SECONDS = 60
 """After this long without an answer a use counts as hanging."""

@@ -5,8 +5,10 @@ import io
 from typing import Any
 
 import torch
-from outside.harness import Catalogue, Training
+from outside.harness import Catalogue
 from outside.models import WIDTH, adamw
+from outside.placements import Refusal
+from outside.running import Training
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,6 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 states = Catalogue("states")
 use = states.add
+
+THE_ONE_RETURNED = Refusal((RuntimeError, TypeError, ValueError), r"return")
+"""For the optimizer given to boost, where another one came back."""
 
 
 @use()
@@ -349,9 +354,39 @@ def printed(run: Training) -> Any:
     return "lr: 0.01" in repr(run.optimizer), "weight_decay: 0.1" in str(run.optimizer)
 
 
-@use()
+@use(refusal=THE_ONE_RETURNED, may_be_equal=True)
 def states_of_the_optimizer_given_to_boost(run: Training) -> Any:
     return len(run.given_optimizer.state)
+
+
+@use(refusal=THE_ONE_RETURNED, may_be_equal=True)
+def stepped_by_the_optimizer_given_to_boost(run: Training) -> Any:
+    for _ in range(2):
+        run.backward()
+        run.given_optimizer.step()
+        run.given_optimizer.zero_grad()
+
+
+@use(refusal=THE_ONE_RETURNED, may_be_equal=True)
+def state_dict_of_the_optimizer_given_to_boost(run: Training) -> Any:
+    return [float(state["step"]) for state in run.given_optimizer.state_dict()["state"].values()]
+
+
+@use(refusal=THE_ONE_RETURNED, may_be_equal=True)
+def state_dict_loaded_into_the_optimizer_given_to_boost(run: Training) -> Any:
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    run.train(2)
+    run.given_optimizer.load_state_dict(saved)
+
+
+@use(refusal=THE_ONE_RETURNED, may_be_equal=True)
+def a_group_added_to_the_optimizer_given_to_boost(run: Training) -> Any:
+    more = nn.Linear(WIDTH, WIDTH).to(run.device)
+    run.given_optimizer.add_param_group({"params": list(more.parameters()), "lr": 1e-3})
+    run.backward(more(run.model(run.batch())).square().mean())
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return list(more.parameters())
 
 
 @use()

@@ -6,8 +6,10 @@ import pickle
 from typing import Any
 
 import torch
-from outside.harness import Catalogue, Refusal, Training
+from outside.harness import Catalogue
 from outside.models import WIDTH, adamw
+from outside.placements import Refusal
+from outside.running import Training
 from torch import nn
 
 surgery = Catalogue("surgery")

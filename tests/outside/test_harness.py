@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from outside.catalogue import USES, cases
-from outside.harness import PLACEMENTS, Placement, Refusal, Training, Use, judge
+from outside.harness import Use, judge
 from outside.models import MODELS
+from outside.placements import PLACEMENTS, Placement, Refusal
+from outside.running import Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,6 +23,8 @@ def verdict_of(run: Any, folder: Path, placement: str = "tight", **options: Any)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_training_alone_is_equal_and_chunks_do_move(placement: str, model: str, tmp_path: Path) -> None:
+    for library in Use("reading", "a use", lambda run: None, model).libraries:
+        pytest.importorskip(library, reason=f"{library} is not installed")
     assert verdict_of(lambda run: None, tmp_path, placement, model=model) == "equal"
 
 
@@ -91,4 +95,4 @@ def test_a_placement_in_which_nothing_moves_is_noticed(tmp_path: Path) -> None:
 
 def test_there_are_enough_uses_and_each_runs_in_three_placements() -> None:
     assert len(USES) >= 110
-    assert all(sum(name == use for use, _ in cases()) >= 3 for name in USES)
+    assert all(sum(name == use for use, _ in cases(PLACEMENTS)) >= 3 for name in USES)

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 from outside.catalogue import USES, cases
-from outside.harness import PLACEMENTS
+from outside.placements import PLACEMENTS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]  # libraries' own warnings
 
 
-@pytest.mark.parametrize(("name", "placement"), cases())
+@pytest.mark.parametrize(("name", "placement"), cases(PLACEMENTS))
 def test_a_use_is_equal_to_plain_pytorch_or_refused(name: str, placement: str, tmp_path: Path) -> None:
+    for library in USES[name].libraries:
+        pytest.importorskip(library, reason=f"{library} is not installed")
     verdict = USES[name].judge(PLACEMENTS[placement], str(tmp_path))
     assert verdict.is_right, f"{verdict.kind}: {verdict.text}"

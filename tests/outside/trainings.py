@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from outside.harness import Placement, Verdict, described, differing, frozen
+from outside.comparing import described, differing, frozen
+from outside.harness import Verdict
 from outside.models import WIDTH, gpt2, layers, mean_square
+from outside.placements import Placement
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +25,8 @@ class LibraryTraining:
     build: Callable[[], nn.Module]
     run: Callable[[Any, GeminiPlugin | None, str], Any]
     """Takes the model, the plugin (none in plain PyTorch) and a folder."""
+    libraries: tuple[str, ...]
+    """What has to be installed."""
     topic: str = TOPIC
     needs_host: bool = True
     """The library decides where batches go."""
@@ -201,11 +205,16 @@ def two_fits_of_one_module(model: Any, plugin: GeminiPlugin | None, folder: str)
 
 
 TRAININGS: dict[str, LibraryTraining] = {
-    name: LibraryTraining(name, build, run)
-    for build, runs in (
-        (gpt2, (one_trainer, two_trainers_with_the_same_arguments, evaluated_between, weights_read_in_a_callback)),
+    name: LibraryTraining(name, build, run, libraries)
+    for build, libraries, runs in (
+        (
+            gpt2,
+            ("transformers", "accelerate"),
+            (one_trainer, two_trainers_with_the_same_arguments, evaluated_between, weights_read_in_a_callback),
+        ),
         (
             layers,
+            ("lightning",),
             (
                 lightnings_manual_optimisation,
                 lightnings_manual_optimisation_with_a_schedule,

@@ -4,8 +4,10 @@ import io
 from typing import Any
 
 import torch
-from outside.harness import Catalogue, Refusal, Training, in_another_thread
+from outside.harness import Catalogue
 from outside.models import WIDTH
+from outside.placements import Refusal
+from outside.running import Training, in_another_thread
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
@@ -467,14 +469,14 @@ def an_inner_loop_of_another_optimizer(run: Training) -> Any:
 
 @use()
 def data_swapped(run: Training) -> Any:
-    a, b = run.model[2].weight, run.model[10].weight
+    a, b = run.model[2].weight, run.model[8].weight
     a.data, b.data = b.data, a.data
     return a.norm(), b.norm()
 
 
 @use()
 def data_swapped_by_clones(run: Training) -> Any:
-    a, b = run.model[2].weight, run.model[10].weight
+    a, b = run.model[2].weight, run.model[8].weight
     kept = a.detach().clone()
     with torch.no_grad():
         a.copy_(b)
@@ -485,13 +487,13 @@ def data_swapped_by_clones(run: Training) -> Any:
 def random_values_in_place(run: Training) -> Any:
     with torch.no_grad():
         run.given_parameters[0].normal_(0, 0.1)
-        run.given_parameters[20].uniform_(-0.1, 0.1)
-        run.given_parameters[23].bernoulli_(0.5)
+        run.given_parameters[16].uniform_(-0.1, 0.1)
+        run.given_parameters[19].bernoulli_(0.5)
 
 
 @use()
 def written_out(run: Training) -> Any:
-    a, b = run.given_parameters[4], run.given_parameters[20]
+    a, b = run.given_parameters[4], run.given_parameters[16]
     with torch.no_grad():
         torch.mul(b, 0.5, out=a)
         torch.add(a, a, out=b)
@@ -499,7 +501,7 @@ def written_out(run: Training) -> Any:
 
 @use()
 def written_out_to_data(run: Training) -> Any:
-    a, b = run.given_parameters[4], run.given_parameters[20]
+    a, b = run.given_parameters[4], run.given_parameters[16]
     torch.mul(b.data, 0.5, out=a.data)
 
 
@@ -535,7 +537,7 @@ def pruned(run: Training) -> Any:
 
 @use()
 def pruned_globally(run: Training) -> Any:
-    chosen = [(run.model[i], "weight") for i in (1, 7, 11)]
+    chosen = [(run.model[i], "weight") for i in (1, 7, 9)]
     prune.global_unstructured(chosen, prune.L1Unstructured, amount=0.4)
     run.step()
     for module, name in chosen:
@@ -693,7 +695,7 @@ def a_graph_that_a_write_makes_stale(run: Training) -> Any:
     """Plain PyTorch notices that a weight was changed in place between forward and backward, and says so."""
     loss = run.loss()
     with torch.no_grad():
-        run.model[10].weight.mul_(0.9)
+        run.model[8].weight.mul_(0.9)
     try:
         run.backward(loss)
     except RuntimeError as error:
