@@ -48,9 +48,7 @@ class PreparedBatch:
         torch.autograd.graph.increment_version(self.found.params)
 
 
-def in_batches(
-    found: Found, at_step: Callable[[int], AdamScalars], kept_as: str
-) -> tuple[list[PreparedBatch], Found]:
+def in_batches(found: Found, at_step: Callable[[int], AdamScalars], kept_as: str) -> tuple[list[PreparedBatch], Found]:
     """Make ready those parameters that can be updated many at a time.
 
     Returns

@@ -12,11 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parameter_state import needs_master, state_dtype
+from .parameter_state import PARAM_DTYPES, needs_master, state_dtype
 from .rule import StateSlot
 
 _NEW_STATE = "drop its state with optimizer.state.pop(parameter), or build a new optimizer"
 _NEW_GRADIENT = "clear it with optimizer.zero_grad() and run backward again"
+
+
+def check_dtype(param: Tensor, states: str) -> None:
+    """Raise ``TypeError`` unless ``HybridAdam`` trains parameters of this dtype with states that are kept so."""
+    if param.dtype == torch.float64 and states != "fp32":
+        raise TypeError(
+            f"states={states!r} is not for float64 parameters (of shape {tuple(param.shape)}), which are there for "
+            "accuracy; leave states at 'fp32', or train them in float32"
+        )
+    if param.dtype not in PARAM_DTYPES:
+        hint = "; view it as real (torch.view_as_real)" if param.is_complex() else ""
+        raise TypeError(
+            f"HybridAdam trains {', '.join(map(str, PARAM_DTYPES))} parameters, got {param.dtype} of shape "
+            f"{tuple(param.shape)}{hint}"
+        )
 
 
 def check_parameter(param: Tensor, what: str) -> None:
@@ -30,6 +45,13 @@ def check_gradient(param: Tensor, grad: Tensor, what: str) -> None:
     _check_device(grad, param, f"the gradient of {what}", _NEW_GRADIENT)
     if _is_missing(grad):
         raise ValueError(f"the gradient of {what} has no memory (meta, or its storage was freed); {_NEW_GRADIENT}")
+
+
+def check_state(param: Tensor, state: Tensor, what: str, shape: torch.Size | None = None) -> None:
+    """Raise ``ValueError`` unless a state has the parameter's shape (or another one, if given), and its device."""
+    _check_shape(state, param.shape if shape is None else shape, what, _NEW_STATE)
+    _check_device(state, param, what, _NEW_STATE)
+    _check_memory(state, what, _NEW_STATE)
 
 
 def check_states(param: Tensor, state: Mapping[str, Any], slots: Sequence[StateSlot], states: str, what: str) -> None:
@@ -56,11 +78,9 @@ def check_states(param: Tensor, state: Mapping[str, Any], slots: Sequence[StateS
         if not isinstance(tensor, Tensor):
             found = "is missing" if tensor is None else f"is a {type(tensor).__name__}"
             raise ValueError(f"{here} {found}, expected a tensor of shape {tuple(shape)}; {_NEW_STATE}")
-        _check_shape(tensor, shape, here, _NEW_STATE)
+        check_state(param, tensor, here, shape)
         if tensor.dtype != dtype:
             raise ValueError(f"{here} is {tensor.dtype}, expected {dtype}; {_NEW_STATE}")
-        _check_device(tensor, param, here, _NEW_STATE)
-        _check_memory(tensor, here, _NEW_STATE)
     step = state.get("step")
     if not isinstance(step, Tensor) or step.numel() != 1 or step.is_meta:
         raise ValueError(f"step of {what} is {step!r}, expected a tensor with one number; {_NEW_STATE}")
@@ -82,10 +102,10 @@ def called(group: Mapping[str, Any], param: Tensor) -> str:
     """A parameter of a group, for messages: its name if the group has names, else its place in the group."""
     place = next((i for i, other in enumerate(group["params"]) if other is param), None)
     names = group.get("param_names")
-    shape = f"of shape {tuple(param.shape)}"
+    shape = f"(shape {tuple(param.shape)})"
     if place is None:
         return f"a parameter {shape}"
-    return f"{names[place]} {shape}" if names is not None else f"parameter {place} of its group, {shape}"
+    return f"{names[place]} {shape}" if names is not None else f"parameter {place} of its group {shape}"
 
 
 def _check_shape(tensor: Tensor, shape: torch.Size, what: str, remedy: str) -> None:
@@ -133,4 +153,4 @@ def overlaps_itself(tensor: Tensor) -> bool:
     offsets = torch.zeros((), dtype=torch.int64)
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size, dtype=torch.int64) * stride
-    return offsets.unique().numel() < tensor.numel()
+    return bool(offsets.unique().numel() < tensor.numel())

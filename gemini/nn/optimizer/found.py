@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fitting import called, check_apart, check_gradient, check_parameter, check_states
+from .fitting import called, check_apart, check_dtype, check_gradient, check_parameter, check_states
 from .moments import slots
 from .parameter_state import LOW_PRECISION, PARAM_DTYPES, completed
 
@@ -40,24 +40,27 @@ class Found:
 
     def rows(self, rows: Sequence[int]) -> "Found":
         """Some of them, in this order."""
-        columns = (self.params, self.grads, self.dtypes, self.states)
-        return Found(*([column[i] for i in rows] for column in columns), self.is_new)
+        return Found(
+            [self.params[i] for i in rows],
+            [self.grads[i] for i in rows],
+            [self.dtypes[i] for i in rows],
+            [self.states[i] for i in rows],
+            self.is_new,
+        )
 
     def by_dtypes(self) -> dict[Dtypes, Sequence[int]]:
         """The rows of each pair of dtypes."""
-        kinds = set(self.dtypes)
+        kinds = dict.fromkeys(self.dtypes)
         if len(kinds) == 1:
             return {kind: range(len(self)) for kind in kinds}
-        found: dict[Dtypes, Sequence[int]] = {
-            kind: [i for i, other in enumerate(self.dtypes) if other == kind] for kind in dict.fromkeys(self.dtypes)
-        }
-        return found
+        return {kind: [i for i, other in enumerate(self.dtypes) if other == kind] for kind in kinds}
 
     def check(self, group: Mapping[str, Any], kept_as: str) -> None:
         """Raise ``ValueError`` where a parameter, its gradient and its state do not fit each other."""
         kept = slots(kept_as)
         for param, grad, state in zip(self.params, self.grads, self.states, strict=True):
             what = called(group, param)
+            check_dtype(param, kept_as)
             check_parameter(param, what)
             check_gradient(param, grad, what)
             check_states(param, state, kept, kept_as, what)
@@ -96,7 +99,7 @@ def find(params: Iterable[Tensor], known: Callable[[Tensor], dict[str, Any] | No
             raise TypeError(f"a gradient of {grad_dtype} cannot update a parameter of {dtype}")
     low = {kind for kind in set(dtypes) if kind[0] in LOW_PRECISION}
     before = list(map(known, having))
-    # `completed` only for those that lack something: hardly ever any, after the first step.
+    # `completed` is asked only for those that lack something: after the first step hardly ever one does.
     states = [
         state
         if state is not None and "step" in state and ("master" in state) == (kind in low)
