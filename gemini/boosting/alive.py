@@ -1,0 +1,28 @@
+"""The boosted models of this process that are alive: who has a parameter already, and what is settled before a fork.
+
+Weakly, so that nothing here keeps a model alive.
+"""
+
+import weakref
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..chunk import ChunkManager
+
+_managers: "weakref.WeakSet[ChunkManager]" = weakref.WeakSet()
+
+
+def enrol(manager: ChunkManager) -> None:
+    """Count this one among those that are alive."""
+    _managers.add(manager)
+
+
+def managers() -> Iterator[ChunkManager]:
+    """The managers of all models that are alive."""
+    return iter(list(_managers))
+
+
+def is_managed(parameter: Tensor) -> bool:
+    """True if a parameter lives in the chunks of any boosted model."""
+    return any(manager.find(parameter) is not None for manager in managers())
