@@ -32,7 +32,7 @@ class HostArena:
     def __init__(self, nbytes: int, lock: Callable[[int, int], bool], unlock: Callable[[int], None]) -> None:
         room = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
         # Zeros that the system gives page by page. Whole pages of our own: locking affects pages.
-        block = torch.zeros(room + PAGE_BYTES, dtype=torch.uint8)
+        block = torch.zeros(room + PAGE_BYTES, dtype=torch.uint8, device="cpu")
         skip = -block.data_ptr() % PAGE_BYTES
         self._free = block[skip : skip + room]
         address = self._free.data_ptr()

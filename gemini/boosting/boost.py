@@ -54,6 +54,7 @@ from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
 from .alive import enrol
+from .dtypes import warn_of_other_dtypes
 from .mixing import mix_in
 from .module import GeminiModule
 from .parts import guard_parts
@@ -88,6 +89,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     capacities = find_capacities(config)
     bound_kernels()
     packing = decide(model, param_groups, config, capacities, (optimizer.rule if optimizer is not None else ADAM).slots)
+    warn_of_other_dtypes(packing, config.precision)
     manager, queue = _build(packing, config, capacities)
     if packing.full_copies_limit_bytes is not None:
         on_device = manager.ledger.used(Tier.DEVICE)
@@ -212,7 +214,12 @@ def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> Non
         for chunk in manager.chunks:
             for role, slot in chunk.states.items():
                 for position in range(len(chunk.layout.slots)):
-                    write_slot(chunk, position, role, torch.full((), optimizer.rule.initial(slot.name)))
+                    write_slot(
+                        chunk,
+                        position,
+                        role,
+                        torch.full((), optimizer.rule.initial(slot.name), dtype=torch.float32, device="cpu"),
+                    )
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:

@@ -33,6 +33,7 @@ from ..units.results import Mark, Results
 from ..units.subgraph import first_nodes, last_nodes, next_number, unreachable
 from ..units.units import Countdown, Unit, Units, Visit, bracketed_modules
 from ..units.watched import watch_parameters
+from .dtype_errors import explain_dtypes
 from .runtime import Runtime
 
 _INTERNALS = frozenset(vars(nn.Module()))
@@ -123,6 +124,7 @@ class Hooks:
             if self._depth == 1 and not _in_backward():
                 self._runtime.abort()  # a KeyboardInterrupt calls no hooks
                 self._runtime.explain(error)
+                explain_dtypes(error, self._model, self._cast_inputs)
             raise
         finally:
             self._depth -= 1

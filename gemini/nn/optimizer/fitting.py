@@ -150,7 +150,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     else:
         return False
     # Dimensions that lie between each other: only counting tells.
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size, dtype=torch.int64) * stride
+        offsets = offsets.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device="cpu") * stride
     return bool(offsets.unique().numel() < tensor.numel())

@@ -157,7 +157,9 @@ class ManagedOptimizer(Optimizer):
         tensors = {
             name: value.to(param.device, copy=True) for name, value in saved.items() if isinstance(value, Tensor)
         }
-        counted = {"step": torch.tensor(float(saved["step"]))} if "step" in saved else {}
+        counted = (
+            {"step": torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")} if "step" in saved else {}
+        )
         self.state[param] = {**saved, **tensors, **counted}
 
     def saved_options(self, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def completed(known: dict[str, Any] | None, param: Tensor, states: str) -> dict[
     if not wants_master:
         state.pop("master", None)
     if "step" not in state:
-        state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         for slot in slots(states):
             dtype = state_dtype(param) if states == "fp32" else slot.dtype
             if slot.block_numel == 1:
@@ -87,7 +87,7 @@ def restored(saved: Mapping[str, Any], param: Tensor, *, copy: bool, states: str
     state: dict[str, Any] = {}
     for name, value in saved.items():
         if name == "step":
-            state[name] = torch.tensor(float(value), dtype=torch.float32)
+            state[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif name in ("exp_avg", "exp_avg_sq") or (name == "master" and needs_master(param)):
             state[name] = _like(value, param, copy)
         elif name != "master":

@@ -38,7 +38,7 @@ def all_of(param: Tensor) -> list[slice]:
 def rooms(param: Tensor) -> deque[Tensor]:
     """A float32 tensor as long as a piece for each thread that may work at once; take one and put it back."""
     numel = min(param.numel(), _piece_numel(param.device))
-    return deque(torch.empty(numel, device=param.device) for _ in range(default_pool().threads))
+    return deque(torch.empty(numel, dtype=torch.float32, device=param.device) for _ in range(default_pool().threads))
 
 
 def run(work: Callable[[slice], object], pieces: Sequence[slice]) -> None:

@@ -158,7 +158,7 @@ def ready(
     device: torch.device, grad_dtype: torch.dtype, out_dtype: torch.dtype | None, has_l2: bool, states: str = "fp32"
 ) -> None:
     """Have the kernel for these types: compiled, loaded, its threads started. All that takes memory, and may fail."""
-    param = torch.zeros(_READY_NUMEL, device=device)
+    param = torch.zeros(_READY_NUMEL, dtype=torch.float32, device=device)
     kept = [slot.zeros(_READY_NUMEL, device) for slot in slots(states)]
     grad = torch.zeros(_READY_NUMEL, dtype=grad_dtype, device=device)
     out = None if out_dtype is None else torch.zeros(_READY_NUMEL, dtype=out_dtype, device=device)
