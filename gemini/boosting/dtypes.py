@@ -15,8 +15,8 @@ _CALLS_UP_TO_THE_USER = 5
 def warn_of_other_dtypes(packing: Packing, precision: str) -> None:
     """Warn if parameters will compute in another dtype than the model gave them.
 
-    A model that is float32 throughout is the normal case: it has said nothing about dtypes, and its masters are float32.
-    One with other dtypes has chosen them, and plain PyTorch would compute in them.
+    A model that is float32 throughout is the normal case: it has said nothing about dtypes, and its masters are
+    float32. One with other dtypes has chosen them, and plain PyTorch would compute in them.
     """
     if all(parameter.dtype is torch.float32 for parameter in packing.parameters):
         return

@@ -23,6 +23,7 @@ class GeminiModule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         refuse_compilation()
+        self._gemini.manager.origin.refuse_elsewhere()
         return self._gemini.hooks.call(super().__call__, args, kwargs)
 
     def memory_stats(self) -> dict[str, int | float]:

@@ -144,6 +144,7 @@ class Hooks:
 
     def recover(self) -> None:
         """Clean up after a forward or backward that an exception ended, where nobody told."""
+        self._runtime.manager.origin.refuse_elsewhere()
         if _in_backward():
             return  # an optimizer that steps within backward
         if self._runtime.is_in_backward:
