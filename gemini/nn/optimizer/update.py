@@ -193,6 +193,8 @@ def _check(name: str, tensor: Tensor, param: Tensor, dtypes: Sequence[torch.dtyp
         raise ValueError(f"{name} has {tensor.numel()} elements, must have {wanted} where param has {param.numel()}")
     if tensor.device != param.device:
         raise ValueError(f"{name} is on {tensor.device}, param on {param.device}")
+    if wanted > 0 and not tensor.is_meta and tensor.data_ptr() == 0:
+        raise ValueError(f"{name} has no memory: it is lazy, or its storage has been freed")
 
 
 def atomic_numel(device: torch.device) -> int | None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam, batch, update
+from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.elementwise import kind_of
 from gemini.nn.optimizer.elementwise_optimizer import ElementwiseOptimizer
 from gemini.nn.optimizer.fitting import overlaps_itself
@@ -242,6 +244,28 @@ def test_a_master_of_before_does_not_come_back_when_the_parameter_was_trained_wi
     optimizer.param_groups[0].update(lr=0.0)
     optimizer.step()
     assert torch.equal(params[0].float(), shown)
+
+
+@pytest.mark.parametrize("count", [1, COUNT])
+def test_a_step_inside_lazy_init_context_is_refused(count: int) -> None:
+    params = [nn.Parameter(torch.ones(SHAPE)) for _ in range(count)]
+    optimizer = HybridAdam(params)
+    for param in params:
+        param.grad = torch.ones(SHAPE)
+    with LazyInitContext(), pytest.raises(RuntimeError, match="leave the context"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+
+
+def test_kernels_get_no_address_of_memory_that_is_not_there() -> None:
+    tensors = [torch.zeros(8) for _ in range(4)]
+    at_step = scalars(AdamHyper.of_group(HybridAdam([nn.Parameter(torch.ones(1))]).param_groups[0]), 1)
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="has no memory"):
+            update.adam_update(*tensors, at_step)  # type: ignore[arg-type]
+        tensor.untyped_storage().resize_(32)
 
 
 def test_an_elementwise_optimizer_names_what_does_not_fit() -> None:
