@@ -1,5 +1,7 @@
 """The class of a boosted model: the user's, with `GeminiModule` mixed in for one object."""
 
+import inspect
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -30,12 +32,14 @@ def mix_in(model: nn.Module) -> None:
             )
         object.__setattr__(self, "__class__", new)
 
-    members = {
+    members: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__new__": make,
         "__class__": property(type, replace),
     }
+    with suppress(TypeError, ValueError):  # a class that has none to show
+        members["__signature__"] = inspect.signature(original)
     mixed = type(original.__name__, (GeminiModule, original), members)
     object.__setattr__(model, "__class__", mixed)  # what torch.compile returns hands attributes on to what it wraps

@@ -1,6 +1,7 @@
 """Parts of a boosted model and its class: converting is refused or changes nothing, its class makes plain models."""
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -129,6 +130,7 @@ def test_the_class_of_a_boosted_model_makes_plain_models() -> None:
     model, *_ = booster.boost(Net(8, depth=3))
     assert not MADE
     assert isinstance(model, Net) and type(model).__name__ == "Net" and type(model).__qualname__ == "Net"
+    assert inspect.signature(type(model)) == inspect.signature(Net)
     for make in (lambda: type(model)(4, depth=1), lambda: model.__class__(4), lambda: type(model).small(), model.small):
         second = make()
         assert type(second) is Net and not is_boosted(second)
