@@ -166,6 +166,12 @@ class Chunk:
         """True if `finish_fetch` would not wait."""
         return self._transfer is None or self._transfer.done()
 
+    @property
+    def is_at_rest(self) -> bool:
+        """True if no other thread is writing into its memory, by an update or by a move."""
+        update, transfer = self.update, self._transfer
+        return (update is None or update.done()) and (transfer is None or transfer.done())
+
     def pin(self) -> None:
         """READY or IN_USE -> IN_USE; parameters are readable until the last `unpin`."""
         self.settle()

@@ -137,7 +137,7 @@ class DiskBuffer:
     def _check_whole(self, begin: int, end: int) -> None:
         """Read what was written as one piece and read only in part."""
         assert self._checksums is not None
-        whole = torch.empty(end - begin, dtype=torch.uint8)
+        whole = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         self._file.read(self._offset + begin, whole.data_ptr(), end - begin, self._what)
         self._check(self._checksums.disagreeing(begin, whole.data_ptr(), end - begin))
 

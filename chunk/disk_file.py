@@ -24,6 +24,7 @@ from threading import Lock
 from gemini.errors import OffloadError
 from gemini.stacks import IO_STACK_BYTES
 
+from .origin import Origin
 from .workers import start_workers
 
 PAGE_BYTES = 4096
@@ -75,6 +76,7 @@ class DiskFile:
         """Of all callers together, as below; bytes by seconds is what one of them achieves."""
         self.write_seconds = 0.0
         self._requests = requests or Requests()
+        self._origin = Origin()
         self._lock = Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._direct_fd = -1
@@ -129,6 +131,7 @@ class DiskFile:
         OffloadError
             If the system fails to; any part of the range may have been written then.
         """
+        self._origin.refuse_elsewhere()  # the file is the parent's, too
         begin = time.perf_counter()
         self._transfer(self._write, offset, address, nbytes, what)
         with self._lock:

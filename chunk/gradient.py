@@ -104,7 +104,7 @@ class GradientBuffer:
         if not accumulate and gradient.stride() == slot.stride:
             flat = gradient.as_strided((slot.numel,), (1,))
         else:
-            flat = torch.empty(slot.numel, dtype=gradient.dtype)
+            flat = torch.empty(slot.numel, dtype=gradient.dtype, device="cpu")
             shaped = flat.as_strided(slot.shape, slot.stride)
             if accumulate:
                 self._backend.synchronize()
@@ -165,7 +165,7 @@ class GradientBuffer:
         slot, buffer = self.layout.slots[position], self._attach()
         if not self._views:
             self._backend.synchronize()
-        flat = torch.empty(slot.numel, dtype=buffer.dtype)
+        flat = torch.empty(slot.numel, dtype=buffer.dtype, device="cpu")
         buffer.read(slot.offset, flat)
         return _shaped(flat, slot, 0)
 

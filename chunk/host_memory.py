@@ -30,7 +30,7 @@ def zeroed(numel: int, dtype: torch.dtype) -> Tensor:
     """
     nbytes = numel * dtype.itemsize
     is_coloured = nbytes >= _COLOURED_BYTES
-    storage = torch.zeros(nbytes + (_PAGE_BYTES if is_coloured else 0), dtype=torch.uint8)  # calloc
+    storage = torch.zeros(nbytes + (_PAGE_BYTES if is_coloured else 0), dtype=torch.uint8, device="cpu")  # calloc
     advise_huge_pages(storage)
     interleave(*whole_pages(storage))
     # From where the block really begins, which is anywhere if it came from the heap.

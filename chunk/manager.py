@@ -17,6 +17,7 @@ from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
 from .memory import DeviceBackend
+from .origin import Origin
 from .plan import ChunkPlan
 from .shortage import no_room, refused
 from .state import ChunkState
@@ -24,6 +25,8 @@ from .tier import Role, Tier
 from .values import differing, read_slot, write_slot
 from .weak import weakly
 from .workers import end_elsewhere
+
+_POLL_SECONDS = 0.0005
 
 
 @dataclass(slots=True)
@@ -87,6 +90,7 @@ class ChunkManager:
         """Chunks that have taken a step that the others have not: reading them would mix two steps."""
         self.headroom = headroom
         """Bytes that DEVICE has beyond its capacity."""
+        self.origin = Origin()
         self._clock = 0
         reserve_homes(plans, ledger, device)
         self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
@@ -175,6 +179,7 @@ class ChunkManager:
         """
         if chunk.state is not ChunkState.HOME:
             return
+        self.origin.refuse_elsewhere()
         self.keep_assigned(chunk)
         self.make_room(chunk, keep, overdraw)
         begin = time.perf_counter()
@@ -444,6 +449,7 @@ class ChunkManager:
 
         In the parameter's shape; flat where blocks of elements share a value.
         """
+        self.origin.refuse_elsewhere()
         self.before_read()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
@@ -452,6 +458,7 @@ class ChunkManager:
 
     def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
         """Replace what one role holds for a parameter; a full copy made before is dropped, or follows if it is lent."""
+        self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_assigned(chunk)
@@ -469,6 +476,13 @@ class ChunkManager:
         """Wait for every pending update."""
         for chunk in self.chunks:
             chunk.settle()
+
+    def come_to_rest(self, seconds: float) -> None:
+        """Wait until no update and no move is under way, for so long at most. What failed is raised elsewhere."""
+        deadline = time.monotonic() + seconds
+        for chunk in self.chunks:
+            while not chunk.is_at_rest and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""

@@ -33,7 +33,7 @@ class Staging:
 
 def _block(numel: int, pin: bool) -> Tensor:
     if pin:
-        return torch.empty(numel, dtype=torch.float32, pin_memory=True)  # of whole pages
+        return torch.empty(numel, dtype=torch.float32, device="cpu", pin_memory=True)  # of whole pages
     return torch.frombuffer(mmap.mmap(-1, numel * 4), dtype=torch.float32).zero_()  # its pages come now
 
 

@@ -19,7 +19,7 @@ def read_slot(chunk: Chunk, position: int, role: Role) -> Tensor:
     if not _is_entwined(chunk, role):
         flat = _read(chunk, role, offset, prod(shape))
     else:
-        flat = torch.empty(prod(shape))
+        flat = torch.empty(prod(shape), dtype=torch.float32, device="cpu")
         for part in flat.split(_PIECE_NUMEL):
             part.copy_(_disentangled(chunk, role, offset + part.storage_offset(), part.numel()))
     return flat.as_strided(shape, stride)
@@ -77,7 +77,7 @@ def _entwine(chunk: Chunk, role: Role, start: int, values: Tensor) -> None:
 
 def _read(chunk: Chunk, role: Role, start: int, numel: int) -> Tensor:
     home = chunk.homes[role]
-    flat = torch.empty(numel, dtype=home.dtype)
+    flat = torch.empty(numel, dtype=home.dtype, device="cpu")
     home.read(start, flat)
     return flat
 
@@ -95,5 +95,5 @@ def _flat(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], dtype:
     """``value`` (of this shape, or one for all) on CPU, as it lies in memory with these dense strides."""
     value = value.detach().to("cpu", dtype)
     if (value.shape, value.stride()) != (shape, stride):
-        value = torch.empty(prod(shape), dtype=dtype).as_strided(shape, stride).copy_(value)
+        value = torch.empty(prod(shape), dtype=dtype, device="cpu").as_strided(shape, stride).copy_(value)
     return value.as_strided((prod(shape),), (1,))

@@ -4,11 +4,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import ParamSpec, TypeVar
 
 from gemini.errors import OutOfMemory
 from gemini.stacks import small_stacks
+
+from .origin import Origin
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 START_SECONDS = 30.0
 END_SECONDS = 2.0
@@ -16,7 +22,19 @@ END_SECONDS = 2.0
 logger = logging.getLogger(__name__)
 
 
-def start_workers(count: int, name: str, stack_bytes: int = 0) -> ThreadPoolExecutor:
+class Workers(ThreadPoolExecutor):
+    """A pool that refuses tasks in a forked child, where no thread of it would ever do them."""
+
+    def __init__(self, count: int, name: str) -> None:
+        super().__init__(count, thread_name_prefix=f"gemini-memory-{name}")
+        self._origin = Origin()
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> "Future[_T]":
+        self._origin.refuse_elsewhere()
+        return super().submit(fn, *args, **kwargs)
+
+
+def start_workers(count: int, name: str, stack_bytes: int = 0) -> Workers:
     """A pool whose threads have all been started.
 
     Parameters
@@ -32,7 +50,7 @@ def start_workers(count: int, name: str, stack_bytes: int = 0) -> ThreadPoolExec
     OutOfMemory
         If the system refuses a thread.
     """
-    pool = ThreadPoolExecutor(count, thread_name_prefix=f"gemini-memory-{name}")
+    pool = Workers(count, name)
     here = threading.Barrier(count + 1)  # each task holds its thread until all are there
     try:
         with small_stacks(stack_bytes):

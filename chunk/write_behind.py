@@ -10,6 +10,7 @@ from torch import Tensor
 from gemini.stacks import IO_STACK_BYTES
 
 from .buffer import Buffer
+from .origin import Origin
 from .staging import Staging, pieces
 from .workers import end_elsewhere, start_workers
 
@@ -46,6 +47,7 @@ class WriteBehind:
         self._staging = staging
         self._worker = None if staging is None else start_workers(1, "store", IO_STACK_BYTES)
         self._writes: deque[_Write] = deque()
+        self._origin = Origin()
 
     def write(self, buffer: Buffer, start: int, source: Tensor) -> None:
         """Take ``source`` (flat; it may change afterwards) and write it to ``buffer`` from element ``start`` on.
@@ -96,6 +98,8 @@ class WriteBehind:
         OffloadError
             If a write failed. The next call tries it again.
         """
+        if self._writes:
+            self._origin.refuse_elsewhere()
         for write in self._writes:
             if write.has_surfaced:
                 write.has_surfaced = False

@@ -8,6 +8,7 @@
     +-- CheckpointError      a file that cannot be read or does not match the model
     +-- LazyInitError        a lazy tensor was used in a way that cannot be replayed
     +-- OffloadError         the disk tier could not read or write
+    +-- ForkError            a boosted model was used in a forked child, which has none of its threads
     +-- TornStep             backward failed when update_in_backward had updated some of the parameters
 
 This file is the bottom of the import order: it imports nothing of ours, so ``chunk`` and ``lazy`` may use it.
@@ -39,6 +40,10 @@ class LazyInitError(GeminiError, RuntimeError):
 
 class OffloadError(GeminiError, OSError):
     """Reading or writing the disk tier failed. Parameters and optimizer states are as they were before the call."""
+
+
+class ForkError(GeminiError, RuntimeError):
+    """A boosted model was used in a forked child of the process that boosted it. Nothing has been changed there."""
 
 
 class TornStep(GeminiError, RuntimeError):

@@ -18,7 +18,7 @@ from gemini.errors import LazyInitError
 from .device import check_device, check_requested_device
 from .interception import reading_lazily
 from .materialize import materialize
-from .record import dispatch, is_composite
+from .record import dispatch, is_composite, read
 from .replay import paused
 from .session import session
 from .tape import Tape
@@ -64,7 +64,8 @@ class LazyInitContext:
     Weights from files (``from_pretrained``, ``safetensors``, ``torch.load``) are read at materialisation; until then
     the files must not be written into. What ``torch.load`` reads without ``mmap=True`` is in memory at once.
 
-    Uninitialised parameters (``nn.LazyLinear``) stay what they are. Subclasses of ``nn.Parameter`` get their class at
+    Uninitialised parameters (``nn.LazyLinear``) stay what they are; a first forward inside the context makes them real
+    at once, with memory of their own. Subclasses of ``nn.Parameter`` get their class at
     materialisation. Sparse, nested and quantised tensors are computed at once and are real. Lazy tensors
     have no autograd graph, so an in-place op on a parameter outside of ``no_grad`` is recorded where eager would raise.
 
@@ -171,5 +172,7 @@ class _FunctionMode(TorchFunctionMode):
             with paused(self._tape):
                 return func(*args, **kwargs)
         if func == _set_data and isinstance(args[1], LazyTensor):
+            if isinstance(args[0], nn.UninitializedParameter | nn.UninitializedBuffer):
+                return func(args[0], read(args[1]))  # a dry run gives it its shape; it stays the object that it is
             return assign_data(args[0], args[1])
         return func(*args, **kwargs)

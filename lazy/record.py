@@ -57,6 +57,8 @@ _NOT_ON_META = (
     "quantize_per_",
     "affine_quantized",
 )  # the meta device fails on them, or forgets what they are
+_WRITTEN_SILENTLY = ("running_mean", "running_var")
+"""Arguments of ``native_batch_norm`` and its like, whose schemas do not say that training writes them."""
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 RECORDING = threading.RLock()
@@ -138,7 +140,11 @@ def recording(tape: Tape) -> bool:
 @cache
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     arguments = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return tuple((i, a.name) for i, a in arguments if a.name in _WRITTEN_SILENTLY or _is_written(a))
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 @cache

@@ -24,3 +24,8 @@ session = Session()
 def active_tape() -> Tape | None:
     """Return the tape that this thread records on, or None outside of a context."""
     return session.tape
+
+
+def is_recording() -> bool:
+    """Whether this thread is inside a ``LazyInitContext``."""
+    return session.tape is not None

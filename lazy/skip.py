@@ -73,7 +73,7 @@ def is_reliable() -> bool:
             drawn, skipped = torch.Generator().manual_seed(numel), torch.Generator().manual_seed(numel)
             if drawn.get_state().numel() != STATE_NBYTES:
                 return False
-            probe = torch.empty(numel)
+            probe = torch.empty(numel, dtype=torch.float32, device="cpu")
             value = Value(None, (numel,), (1,), torch.float32, probe.device, True, 0, 0)  # type: ignore[arg-type]
             count = words(Record(kind=None, call=call, scratch=value))  # type: ignore[arg-type]
             for _ in range(2):

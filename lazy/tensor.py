@@ -161,6 +161,19 @@ def is_lazy(tensor: object) -> bool:
     return isinstance(tensor, LazyTensor)
 
 
+def memory_of(tensor: Tensor) -> tuple[object, int]:
+    """Where a tensor lies, or will lie: two with the same first part share memory if their bytes meet.
+
+    Returns
+    -------
+    tuple
+        What its memory is part of, and the byte at which it begins there.
+    """
+    if isinstance(tensor, LazyTensor):
+        return tensor._lazy.value.storage, int(tensor._lazy.meta.storage_offset()) * tensor.element_size()
+    return tensor.device, tensor.data_ptr()
+
+
 def assign_data(target: Tensor, source: Tensor) -> None:
     """``target.data = source`` where at least one of them is lazy."""
     from .record import as_lazy

@@ -1,6 +1,6 @@
 """`Booster`: wraps the objects of a training loop with what its plugin does."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -188,6 +188,9 @@ def _kinds(given: list[Any]) -> list[str | None]:
 
 
 def _kind(value: Any, has_model: bool) -> str:
+    several = _several(value)
+    if several is not None:
+        raise TypeError(f"boost got a {type(value).__name__} of {several}")
     if isinstance(value, Optimizer):
         return "optimizer"
     if isinstance(value, LRScheduler) or (hasattr(value, "get_last_lr") and hasattr(value, "step")):
@@ -202,3 +205,40 @@ def _kind(value: Any, has_model: bool) -> str:
         f"boost got {value!r} of type {type(value).__name__}; expected a model (torch.nn.Module), an optimizer, "
         "a criterion (callable), a dataloader (iterable) or a learning rate scheduler"
     )
+
+
+_ONE_OF_EACH: tuple[tuple[type, str], ...] = (
+    (
+        Optimizer,
+        "optimizers, expected one: give one optimizer with several parameter groups, or, where they take turns (as "
+        "those of a GAN do), boost each model with its own",
+    ),
+    (
+        LRScheduler,
+        "learning rate schedulers, expected one: boost hands it back as it is. Leave the others out, they go on "
+        "steering the same groups; or chain them with torch.optim.lr_scheduler.ChainedScheduler",
+    ),
+    (
+        nn.Module,
+        "models, expected one: boost each with its own optimizer (booster.boost(a, a_optimizer), "
+        "booster.boost(b, b_optimizer)), or all as one model, nn.ModuleList(models)",
+    ),
+)
+
+
+def _several(value: Any) -> str | None:
+    """What to say about a collection of what can only be given once; None for anything else, such as a dataloader."""
+    if isinstance(value, Mapping):
+        inside = list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        inside = list(value)
+    else:
+        return None
+    for item in inside:
+        for kind, says in _ONE_OF_EACH:
+            if isinstance(item, kind):
+                return says
+        deeper = _several(item)
+        if deeper is not None:
+            return deeper
+    return None

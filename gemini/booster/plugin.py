@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gemini.boosting.boost import boost_model
 from gemini.config import GeminiConfig
-from gemini.nn.optimizer.acceptance import accepted
+from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
@@ -208,8 +208,9 @@ class GeminiPlugin:
                 f"this version trains on one rank, got world size {torch.distributed.get_world_size()}; start one, "
                 "its device, host and disk are pooled"
             )
-        managed = accepted(optimizer) if optimizer is not None else None
-        boosted = boost_model(model, managed, self.config)
+        with unchanged_on_failure(optimizer):
+            managed = accepted(optimizer) if optimizer is not None else None
+            boosted = boost_model(model, managed, self.config)
         # A scheduler made for a torch optimizer goes on as it is: both optimizers have the same group objects.
         if self.config.verbose:
             logger.info("boosted\n%s", boosted.memory_summary())

@@ -55,8 +55,13 @@ from ..updates.gradients import Gradients
 from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
-from .module import GeminiModule, mix_in
+from .alive import enrol
+from .dtypes import warn_of_other_dtypes
+from .mixing import mix_in
+from .module import GeminiModule
 from .parameter_data import give_data
+from .parts import guard_parts
+from .refusals import refuse_model, refuse_optimizer, refuse_split_master
 
 
 def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: GeminiConfig) -> GeminiModule:
@@ -76,15 +81,18 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     OutOfMemory, OffloadError, ValueError
         If it cannot work. Model and optimizer are as they were before then.
     """
-    _refuse(model)
+    refuse_model(model)
+    if optimizer is not None:
+        refuse_optimizer(model, optimizer)
     if config.split_master:
-        _refuse_split_master(model, optimizer)
+        refuse_split_master(model, optimizer)
     param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
     if optimizer is not None:
         warm_up(optimizer.rule, param_groups, torch.device("cpu"), config.compute_dtype, config.split_master)
     capacities = find_capacities(config)
     bound_kernels()
     packing = decide(model, param_groups, config, capacities, (optimizer.rule if optimizer is not None else ADAM).slots)
+    warn_of_other_dtypes(packing, config.precision)
     manager, queue = _build(packing, config, capacities)
     if packing.full_copies_limit_bytes is not None:
         on_device = manager.ledger.used(Tier.DEVICE)
@@ -137,7 +145,9 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     )
     unfreezing.on_change = weakly(state.rebuilt)
     serve_parts(model, manager)
+    guard_parts(model, manager)
     mix_in(model)
+    enrol(manager)
     assert isinstance(model, GeminiModule)
     model.__dict__["_gemini"] = state  # not setattr, which a compiled model hands on to the one it wraps
     if optimizer is not None:
@@ -153,36 +163,6 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         be_exact()  # so that what malloc kept of the building is no part of where the measurement begins
     meter.start()
     return model
-
-
-def _refuse(model: nn.Module) -> None:
-    if isinstance(model, GeminiModule):
-        raise ValueError("this model has been boosted already; boost it once, with its optimizer")
-    sparse = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
-    if sparse:
-        raise ValueError(f"sparse gradients cannot live in chunks: build {', '.join(sparse)} with sparse=False")
-
-
-def _refuse_split_master(model: nn.Module, optimizer: ManagedOptimizer | None) -> None:
-    """Raise where masters cannot be in two halves, or would be changed in place."""
-    if optimizer is not None:
-        slots = {slot for group in optimizer.param_groups for slot in optimizer.rule.slots(group)}
-        if not any(slot.has_spare_sign for slot in slots):
-            kept = ", ".join(sorted(f"{slot.name} in {slot.dtype}" for slot in slots)) or "nothing"
-            raise ValueError(
-                f"split_master=True needs HybridAdam with states='fp32', in whose second moment there is a bit to "
-                f"spare; {optimizer.rule.name} here keeps {kept}"
-            )
-    renormalised = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None and m.weight.requires_grad
-    ]
-    if renormalised:
-        raise ValueError(
-            f"split_master=True cannot go with max_norm in {', '.join(renormalised)}: it changes weights in place; "
-            "boost without split_master"
-        )
 
 
 def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tuple[ChunkManager, UpdateQueue]:
@@ -241,7 +221,12 @@ def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> Non
         for chunk in manager.chunks:
             for role, slot in chunk.states.items():
                 for position in range(len(chunk.layout.slots)):
-                    write_slot(chunk, position, role, torch.full((), optimizer.rule.initial(slot.name)))
+                    write_slot(
+                        chunk,
+                        position,
+                        role,
+                        torch.full((), optimizer.rule.initial(slot.name), dtype=torch.float32, device="cpu"),
+                    )
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:

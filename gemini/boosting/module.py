@@ -8,6 +8,7 @@ from torch import nn
 from ..checkpoint import full_state_dict, load_named
 from ..monitor.stats import summary
 from ..units.bracket import refuse_compilation
+from .parts import refuse_conversion
 
 
 class GeminiModule(nn.Module):
@@ -21,6 +22,7 @@ class GeminiModule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         refuse_compilation()
+        self._gemini.manager.origin.refuse_elsewhere()
         return self._gemini.hooks.call(super().__call__, args, kwargs)
 
     def memory_stats(self) -> dict[str, int | float]:
@@ -50,15 +52,22 @@ class GeminiModule(nn.Module):
         return load_named(self, state_dict, strict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GeminiModule":
-        raise RuntimeError(
-            "a boosted model cannot be moved or converted with .to(), .cuda(), .half() and the like: its chunks decide "
-            "where parameters are. Convert before booster.boost, or choose GeminiPlugin(precision=...)"
-        )
+        refuse_conversion(self, fn, recurse, "a boosted model")
+        return self
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
             "a boosted model cannot be replicated by torch.nn.DataParallel: its parameters live in chunks. "
             "Run one process per device with torchrun"
+        )
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Not the user's own hook, which may want options and keeps lists of the classes that the user writes."""
+
+    def __copy__(self) -> Any:
+        raise RuntimeError(
+            "a boosted model cannot be copied, not even with the same parameters (copy.copy): what a forward brings "
+            "and takes is kept once. Use the model itself, or build a second one and load model.state_dict() into it"
         )
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -72,10 +81,3 @@ class GeminiModule(nn.Module):
             "a boosted model cannot be pickled: its parameters live in chunks. Save it with booster.save_model, "
             "or pickle model.state_dict()"
         )
-
-
-def mix_in(model: nn.Module) -> None:
-    """Make ``model`` a `GeminiModule` in place, keeping the name of its class (it is written into checkpoints)."""
-    cls = type(model)
-    mixed = type(cls.__name__, (GeminiModule, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-    object.__setattr__(model, "__class__", mixed)  # what torch.compile returns hands attributes on to what it wraps

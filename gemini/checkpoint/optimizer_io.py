@@ -347,7 +347,7 @@ def _gathered(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, An
     found = {index: _tensors(state) for index, state in states.items()}
     for state in found.values():
         if "step" in state:
-            state["step"] = torch.tensor(float(state["step"]))
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
     return found
 
 

@@ -125,7 +125,7 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
         record = self.records[name]
-        value = torch.empty(record.shape, dtype=record.dtype)
+        value = torch.empty(record.shape, dtype=record.dtype, device="cpu")
         if record.nbytes:
             self._fill(bytes_of(value), self._data_start + self._offsets[name], f"tensor {name!r}")
         return value

@@ -36,6 +36,7 @@ from ..units.observer import Observer, tensors_in
 from ..units.results import Mark, Results
 from ..units.subgraph import first_nodes, last_nodes, next_number, unreachable
 from ..units.units import Countdown, Unit, Units, Visit, bracketed_modules
+from .dtype_errors import explain_dtypes
 from .runtime import Runtime
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
@@ -122,6 +123,7 @@ class Hooks:
             if self._depth == 1 and not _in_backward():
                 self._runtime.abort()  # a KeyboardInterrupt calls no hooks
                 self._runtime.explain(error)
+                explain_dtypes(error, self._model, self._cast_inputs)
             raise
         finally:
             self._depth -= 1
@@ -143,6 +145,7 @@ class Hooks:
 
     def recover(self) -> None:
         """Clean up after a forward or backward that an exception ended, where nobody told."""
+        self._runtime.manager.origin.refuse_elsewhere()
         if _in_backward():
             return  # an optimizer that steps within backward
         if self._runtime.is_in_backward:

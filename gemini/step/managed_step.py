@@ -294,7 +294,7 @@ class ChunkedStep:
         if not self.has_state(optimizer, parameter):
             return {}
         rule, steps = optimizer.rule, self.steps.get(id(parameter), 0)
-        counted = {"step": torch.tensor(float(steps))} if rule.takes_step else {}
+        counted = {"step": torch.tensor(float(steps), dtype=torch.float32, device="cpu")} if rule.takes_step else {}
         names = [slot.name for slot in rule.saved_slots(tuple(place[0].states.values()))]
         return {**counted, **{name: read_state(self.manager, rule, parameter, name) for name in names}}
 
@@ -326,7 +326,11 @@ class ChunkedStep:
             optimizer.state.pop(parameter, None)
         elif self.steps.pop(id(parameter), 0):
             for role, slot in place[0].states.items():
-                self.manager.write(parameter, role, torch.full((), optimizer.rule.initial(slot.name)))
+                self.manager.write(
+                    parameter,
+                    role,
+                    torch.full((), optimizer.rule.initial(slot.name), dtype=torch.float32, device="cpu"),
+                )
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         saved_groups = state_dict["param_groups"]

@@ -129,7 +129,9 @@ class Unfreezing:
 def _fill(rule: Rule, chunk: Chunk) -> None:
     for role, slot in chunk.states.items():
         for position in range(len(chunk.layout.slots)):
-            write_slot(chunk, position, role, torch.full((), rule.initial(slot.name)))
+            write_slot(
+                chunk, position, role, torch.full((), rule.initial(slot.name), dtype=torch.float32, device="cpu")
+            )
 
 
 def _listed(slots: Any) -> str:

@@ -34,7 +34,11 @@ def total_norm(chunks: Sequence[Chunk], plain: Mapping[int, Sequence[Tensor]], o
             assert parameter.grad is not None
             dtype = torch.promote_types(parameter.grad.dtype, torch.float32)  # a norm of fp64 is not taken in fp32
             norms.append(torch.linalg.vector_norm(parameter.grad, order, dtype=dtype).float().cpu())
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), order) if norms else torch.zeros(())
+    total: Tensor = (
+        torch.linalg.vector_norm(torch.stack(norms), order)
+        if norms
+        else torch.zeros((), dtype=torch.float32, device="cpu")
+    )
     return total
 
 

@@ -43,7 +43,7 @@ def warm_up(
         Masters may be in two halves, too.
     """
     for slots, group in {rule.slots(group): group for group in reversed(param_groups)}.items():
-        master = torch.zeros(_WARM_UP_NUMEL, device=device)
+        master = torch.zeros(_WARM_UP_NUMEL, dtype=torch.float32, device=device)
         states = [slot.zeros(_WARM_UP_NUMEL, device) for slot in slots]
         gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
         at_step = rule.of_group(group, slots)(1, 1.0)

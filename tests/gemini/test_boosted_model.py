@@ -39,7 +39,8 @@ def test_copying_pickling_and_moving_a_boosted_model_are_refused_with_the_way_to
         (lambda: copy.deepcopy(model), "state_dict"),
         (lambda: pickle.dumps(model), "save_model"),
         (lambda: model.half(), "precision"),
-        (lambda: model.to("cpu"), "chunks decide"),
+        (lambda: model.to("meta"), "chunks decide"),
+        (lambda: copy.copy(model), "copy.copy"),
     ):
         with pytest.raises(RuntimeError, match=hint):
             forbidden()

@@ -87,6 +87,47 @@ def test_subclasses_of_parameter_get_their_class_and_attributes_back():
         assert other.requires_grad == parameter.requires_grad and vars(other) == vars(parameter), name
 
 
+def test_a_first_forward_inside_the_context_gives_uninitialised_parameters_their_shapes():
+    def build(width):
+        net = nn.Sequential(
+            nn.LazyConv1d(4, 3), nn.LazyBatchNorm1d(), nn.Flatten(), nn.LazyLinear(8), nn.Linear(8, 8), nn.LazyLinear(3)
+        )
+        net(torch.randn(2, 2, width))
+        return net.append(nn.Linear(3, 3))
+
+    torch.manual_seed(0)
+    eager = build(6)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    with LazyInitContext():
+        lazy = build(6)
+    materialize(lazy)
+    assert torch.equal(torch.rand(3), drawn)
+    assert {type(p) for p in lazy.parameters()} == {nn.Parameter}
+    for (name, a), (_, b) in zip(eager.state_dict().items(), lazy.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_running_statistics_that_a_forward_inside_the_context_writes_are_kept():
+    def build(training):
+        net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.SyncBatchNorm(3), nn.BatchNorm1d(3, affine=False))
+        net.train(training)
+        with torch.no_grad():
+            net[:2](torch.randn(4, 3))
+            net[3](torch.randn(4, 3))
+        return net
+
+    for training in (True, False):
+        torch.manual_seed(0)
+        eager = build(training)
+        torch.manual_seed(0)
+        with LazyInitContext():
+            lazy = build(training)
+        materialize(lazy)
+        for (name, a), (_, b) in zip(eager.state_dict().items(), lazy.state_dict().items(), strict=True):
+            assert torch.equal(a, b), name
+
+
 def test_uninitialised_parameters_stay_so_until_their_first_forward():
     def build():
         net = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 2))

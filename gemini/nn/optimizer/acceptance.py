@@ -1,5 +1,8 @@
 """Which optimizers can be boosted, and what to tell about the others."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.optim import Optimizer
 
@@ -50,6 +53,28 @@ def accepted(optimizer: Optimizer) -> ManagedOptimizer:
         return ElementwiseOptimizer(kind, optimizer)
     known = ", ".join(("HybridAdam", "torch.optim.Adam", "AdamW", *elementwise.names()))
     raise TypeError(f"optimizer must be one of {known}; {_why_not(optimizer)}")
+
+
+@contextmanager
+def unchanged_on_failure(optimizer: Optimizer | None) -> Iterator[None]:
+    """Where the body raises, the optimizer has the states and the groups that it came with.
+
+    What `accepted` makes takes over both, and what comes after it may find that the model does not fit.
+    """
+    if optimizer is None:
+        yield
+        return
+    states = dict(optimizer.state)
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
+    try:
+        yield
+    except BaseException:
+        optimizer.state.clear()
+        optimizer.state.update(states)
+        for group, before in groups:
+            group.clear()
+            group.update(before)
+        raise
 
 
 def rule_name(optimizer: Optimizer) -> str | None:

@@ -35,10 +35,11 @@ def check_elementwise(rule: ElementwiseRule, param_groups: Iterable[Mapping[str,
 @torch.no_grad()
 def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    value = torch.randn(_NUMEL, generator=generator)
-    gradients = [torch.randn(_NUMEL, generator=generator) * 10.0**-i for i in range(_STEPS)]
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    value = torch.randn(_NUMEL, generator=generator, **plain)
+    gradients = [torch.randn(_NUMEL, generator=generator, **plain) * 10.0**-i for i in range(_STEPS)]
     names = [slot.name for slot in rule.slots(options)]
-    first = {name: torch.full((_NUMEL,), rule.initial(name)) for name in names}
+    first = {name: torch.full((_NUMEL,), rule.initial(name), **plain) for name in names}
     drawn = torch.random.get_rng_state()
 
     whole = value.clone()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from .elementwise import Kind
 from .elementwise_check import check_elementwise
 from .elementwise_rule import ElementwiseRule
+from .fitting import called, check_gradient, check_parameter, check_state
 from .managed import ManagedOptimizer
 
 
@@ -46,15 +47,28 @@ class ElementwiseOptimizer(ManagedOptimizer):
         self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0
     ) -> list["PreparedCopy"]:
         options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-        return [self._prepared(options, param, grad_scale) for param in params if param.grad is not None]
+        having = [param for param in params if param.grad is not None]
+        for param in having:
+            self._check(group, param)
+        return [self._prepared(options, param, grad_scale) for param in having]
 
-    def _prepared(self, options: Mapping[str, Any], param: Tensor, grad_scale: float) -> "PreparedCopy":
+    def _check(self, group: Mapping[str, Any], param: Tensor) -> None:
+        """Raise where torch's own step would, and also where its result could not be put into the parameter."""
         assert param.grad is not None
         if param.grad.layout != torch.strided:
             raise TypeError(
                 f"{self.rule.name} got a sparse gradient (parameter of shape {tuple(param.shape)}), which a boosted "
                 "optimizer does not take; build the embedding with sparse=False"
             )
+        what, known = called(group, param), self.state.get(param, {})
+        check_parameter(param, what)
+        check_gradient(param, param.grad, what)
+        for slot in self.rule.slots(group):
+            if isinstance(state := known.get(slot.name), Tensor):
+                check_state(param, state, f"{slot.name} of {what}")
+
+    def _prepared(self, options: Mapping[str, Any], param: Tensor, grad_scale: float) -> "PreparedCopy":
+        assert param.grad is not None
         new, grad = param.detach().clone(), param.grad.detach().clone()
         new.grad = grad if grad_scale == 1.0 else grad.mul_(grad_scale)
         known = self.state.get(param, {})

@@ -103,7 +103,9 @@ class ElementwiseRule(KeptAsSaved):
         """The state that the optimizer finds in its step of this number."""
         if step == 1 and not self.starts_filled:
             return {}  # it makes them itself
-        counted: dict[str, Any] = {"step": torch.tensor(float(step - 1))} if self.takes_step else {}
+        counted: dict[str, Any] = (
+            {"step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")} if self.takes_step else {}
+        )
         return {**counted, **states}
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .adam_rule import ADAM, AdamRule
+from .fitting import check_dtype
 from .group_options import TORCH_DEFAULTS, completed, refuse_options
 from .managed import ManagedOptimizer, Prepared
-from .parameter_state import PARAM_DTYPES, check_saved, exported, restored
+from .parameter_state import check_saved, exported, restored
 from .prepared import prepare
 
 _Self = TypeVar("_Self", bound="HybridAdam")
@@ -152,7 +153,7 @@ class HybridAdam(ManagedOptimizer):
         super().register_param_group(group)
         try:
             for param in group["params"]:
-                _check_parameter(param, self.rule.states)
+                check_dtype(param, self.rule.states)
         except TypeError:
             self.param_groups.pop()
             raise
@@ -235,17 +236,3 @@ class HybridAdam(ManagedOptimizer):
             "nvme_offload_dir": self.nvme_offload_dir,
             "rule": self.rule,
         }
-
-
-def _check_parameter(param: Tensor, states: str) -> None:
-    if param.dtype == torch.float64 and states != "fp32":
-        raise TypeError(
-            f"states={states!r} is not for float64 parameters (of shape {tuple(param.shape)}), which are there for "
-            "accuracy; leave states at 'fp32', or train them in float32"
-        )
-    if param.dtype not in PARAM_DTYPES:
-        hint = "; view it as real (torch.view_as_real)" if param.is_complex() else ""
-        raise TypeError(
-            f"HybridAdam trains {', '.join(map(str, PARAM_DTYPES))} parameters, got {param.dtype} of shape "
-            f"{tuple(param.shape)}{hint}"
-        )

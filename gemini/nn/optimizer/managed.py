@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from gemini.lazy.session import is_recording
+
 from .rule import Rule
 
 # Registered hooks live in these dicts; handing the dicts over keeps the users' removable handles working.
@@ -88,6 +90,11 @@ class ManagedOptimizer(Optimizer):
             Also what an allocation raises. Parameters and states are as they were before then, so that the step can be
             repeated. (Without numba the arithmetic itself allocates, and may stop between two parameters.)
         """
+        if is_recording():
+            raise RuntimeError(
+                f"{type(self).__name__}.step was called inside LazyInitContext, which records instead of computing; "
+                "leave the context before training"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -157,7 +164,9 @@ class ManagedOptimizer(Optimizer):
         tensors = {
             name: value.to(param.device, copy=True) for name, value in saved.items() if isinstance(value, Tensor)
         }
-        counted = {"step": torch.tensor(float(saved["step"]))} if "step" in saved else {}
+        counted = (
+            {"step": torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")} if "step" in saved else {}
+        )
         self.state[param] = {**saved, **tensors, **counted}
 
     def saved_options(self, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from .rule import StateSlot
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def needs_master(param: Tensor) -> bool:
     """Whether ``param`` is too coarse to train without a float32 copy."""
-    return param.dtype in _LOW_PRECISION
+    return param.dtype in LOW_PRECISION
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -39,21 +39,24 @@ def state_dtype(param: Tensor) -> torch.dtype:
 def completed(known: dict[str, Any] | None, param: Tensor, states: str) -> dict[str, Any]:
     """A state with all that an update of ``param`` needs: ``known`` itself, or a copy with what was missing there.
 
-    That is everything at first, and a master after loading.
+    That is everything at first, and a master after loading. A master of before is left out when the parameter needs
+    none any more: it would be out of date if it did again.
     """
-    needs_more = known is None or "step" not in known or ("master" not in known and needs_master(param))
-    if known is not None and not needs_more:
+    wants_master = needs_master(param)
+    if known is not None and "step" in known and ("master" in known) == wants_master:
         return known
     state = dict(known or {})
+    if not wants_master:
+        state.pop("master", None)
     if "step" not in state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         for slot in slots(states):
             dtype = state_dtype(param) if states == "fp32" else slot.dtype
             if slot.block_numel == 1:
                 state[slot.name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             else:
                 state[slot.name] = slot.zeros(param.numel(), param.device)
-    if needs_master(param) and "master" not in state:
+    if wants_master and "master" not in state:
         state["master"] = param.detach().to(torch.float32)
     return state
 
@@ -84,7 +87,7 @@ def restored(saved: Mapping[str, Any], param: Tensor, *, copy: bool, states: str
     state: dict[str, Any] = {}
     for name, value in saved.items():
         if name == "step":
-            state[name] = torch.tensor(float(value))
+            state[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif name in ("exp_avg", "exp_avg_sq") or (name == "master" and needs_master(param)):
             state[name] = _like(value, param, copy)
         elif name != "master":

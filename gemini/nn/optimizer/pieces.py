@@ -39,7 +39,7 @@ def rooms(param: Tensor) -> deque[Tensor]:
     """A float32 tensor as long as a piece for each thread that may work at once; take one and put it back."""
     numel = min(param.numel(), _piece_numel(param.device))
     threads = default_pool().threads if param.device.type == "cpu" else 1
-    return deque(torch.empty(numel, device=param.device) for _ in range(threads))
+    return deque(torch.empty(numel, dtype=torch.float32, device=param.device) for _ in range(threads))
 
 
 def run(work: Callable[[slice], object], pieces: Sequence[slice], device: torch.device) -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .arithmetic import AdamHyper, AdamScalars, scalars
-from .batch import Dtypes, States, in_batches
+from .batch import States, in_batches
+from .found import find
 from .layout import copy_back, flatten, memory_order
 from .managed import Prepared
-from .parameter_state import PARAM_DTYPES, completed, flat_states, needs_master
+from .parameter_state import flat_states, needs_master
 from .reference import adam_float64
 from .update import ready, update_states
 
@@ -74,7 +75,7 @@ def prepare(
     Raises
     ------
     TypeError, ValueError
-        If a gradient or a hyperparameter cannot be used.
+        If a gradient or a hyperparameter cannot be used, or a gradient or a state does not fit its parameter.
     """
     hyper = AdamHyper.of_group(group)
     of_step: dict[int, AdamScalars] = {}  # parameters may have seen different numbers of gradients
@@ -84,30 +85,12 @@ def prepare(
             of_step[step] = scalars(hyper, step, grad_scale)
         return of_step[step]
 
-    found = [(*one, completed(states.get(one[0]), one[0], kept_as)) for one in updatable(params)]
+    found = find(params, states.get, kept_as)
     batches, others = in_batches(found, at_step, kept_as)
-    singles = [_prepared(param, grad, state, hyper, at_step, grad_scale, kept_as) for param, grad, _, state in others]
+    others.check(group, kept_as)
+    columns = zip(others.params, others.grads, others.states, strict=True)
+    singles = [_prepared(param, grad, state, hyper, at_step, grad_scale, kept_as) for param, grad, state in columns]
     return [*batches, *singles]
-
-
-def updatable(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor, Dtypes]]:
-    """The parameters that have a gradient, with it and the dtypes of both; all of them usable.
-
-    Raises
-    ------
-    TypeError
-        If one is not.
-    """
-    found = [(p, grad, (p.dtype, grad.dtype)) for p in params if (grad := p.grad) is not None]
-    for param, grad, (dtype, grad_dtype) in found:
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"HybridAdam does not support sparse gradients (parameter of shape {tuple(param.shape)}); "
-                "use Embedding(sparse=False), or torch.optim.SparseAdam for these parameters"
-            )
-        if grad_dtype not in PARAM_DTYPES or (grad_dtype == torch.float64) != (dtype == torch.float64):
-            raise TypeError(f"a gradient of {grad_dtype} cannot update a parameter of {dtype}")
-    return found
 
 
 def _prepared(

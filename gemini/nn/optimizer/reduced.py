@@ -110,7 +110,7 @@ def encode(magnitude: Tensor, scale: Tensor, random: Tensor, form: Format) -> Te
     y = magnitude * (1.0 / scale)  # powers of two: exact
     is_small = y < _SMALLEST_NORMAL
     # What is added makes the last bits of subnormal numbers those of their sum.
-    z = y + torch.where(is_small, _SMALLEST_NORMAL, 0.0)
+    z = torch.where(is_small, y + _SMALLEST_NORMAL, y)
     first = (113 << form.mantissa) - torch.where(is_small, 0, 1 << form.mantissa).int()
     code = ((z.view(torch.int32) + (random.int() << (form.shift - 16))) >> form.shift) - first
     return torch.where(y.isnan(), 0, code.clamp(max=form.largest))
@@ -121,7 +121,7 @@ def decode(code: Tensor, scale: Tensor, form: Format) -> Tensor:
     is_small = code < 1 << form.mantissa
     first = (113 << form.mantissa) - torch.where(is_small, 0, 1 << form.mantissa).int()
     z = ((code + first) << form.shift).view(torch.float32)
-    return (z - torch.where(is_small, _SMALLEST_NORMAL, 0.0)) * scale
+    return torch.where(is_small, z - _SMALLEST_NORMAL, z) * scale
 
 
 def pack_exp_avg(flat: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor]:

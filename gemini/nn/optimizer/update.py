@@ -158,7 +158,7 @@ def ready(
     device: torch.device, grad_dtype: torch.dtype, out_dtype: torch.dtype | None, has_l2: bool, states: str = "fp32"
 ) -> None:
     """Have the kernel for these types: compiled, loaded, its threads started. All that takes memory, and may fail."""
-    param = torch.zeros(_READY_NUMEL, device=device)
+    param = torch.zeros(_READY_NUMEL, dtype=torch.float32, device=device)
     kept = [slot.zeros(_READY_NUMEL, device) for slot in slots(states)]
     grad = torch.zeros(_READY_NUMEL, dtype=grad_dtype, device=device)
     out = None if out_dtype is None else torch.zeros(_READY_NUMEL, dtype=out_dtype, device=device)
@@ -193,6 +193,8 @@ def _check(name: str, tensor: Tensor, param: Tensor, dtypes: Sequence[torch.dtyp
         raise ValueError(f"{name} has {tensor.numel()} elements, must have {wanted} where param has {param.numel()}")
     if tensor.device != param.device:
         raise ValueError(f"{name} is on {tensor.device}, param on {param.device}")
+    if wanted > 0 and not tensor.is_meta and tensor.data_ptr() == 0:
+        raise ValueError(f"{name} has no memory: it is lazy, or its storage has been freed")
 
 
 def atomic_numel(device: torch.device) -> int | None:

@@ -1,0 +1,43 @@
+"""The boosted models of this process that are alive: who has a parameter already, and what is settled before a fork.
+
+Weakly, so that nothing here keeps a model alive.
+"""
+
+import os
+import weakref
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from ..chunk import ChunkManager
+
+_managers: "weakref.WeakSet[ChunkManager]" = weakref.WeakSet()
+
+
+def enrol(manager: ChunkManager) -> None:
+    """Count this one among those that are alive."""
+    _managers.add(manager)
+
+
+def managers() -> Iterator[ChunkManager]:
+    """The managers of all models that are alive."""
+    return iter(list(_managers))
+
+
+def is_managed(parameter: Tensor) -> bool:
+    """True if a parameter lives in the chunks of any boosted model."""
+    return any(manager.find(parameter) is not None for manager in managers())
+
+
+_REST_SECONDS = 60.0
+"""An update of 60 s is no update; whoever forks goes on then, and the child may not use the model in any case."""
+
+
+def _come_to_rest() -> None:
+    """Let what is under way end, so that a child gets whole values, and no lock that is held by a thread it lacks."""
+    for manager in managers():
+        manager.come_to_rest(_REST_SECONDS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_come_to_rest)
