@@ -45,7 +45,8 @@ class Updater:
 
     def __init__(self, manager: ChunkManager, queue: UpdateQueue, gradients: Gradients) -> None:
         self.steps: dict[int, int] = {}
-        """id of a parameter -> how many steps it has taken; of a rule that does not count, whether it has a state."""
+        """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
+        means nothing; where it does, it may be 0, if somebody has set it."""
         self.slots: dict[int, tuple[StateSlot, ...]] = {
             chunk.layout.group.param_group: tuple(chunk.states.values())
             for chunk in manager.chunks
@@ -88,19 +89,19 @@ class Updater:
             Write through to the full copy, if there is one. Else it is evicted (which is free).
         """
         taken: dict[int, int] = {}
-        of_step: dict[tuple[int, int], AtStep] = {}
+        of_step: dict[tuple[int, int, bool], AtStep] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
         previous = -2
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
-            step = self.steps.get(id(parameter), 0) + 1
+            step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
             index = self._group_of.get(id(parameter), chunk.layout.group.param_group)
             if groups[index].remembers:
                 taken[id(parameter)] = step
-            if (index, step) not in of_step:
-                of_step[index, step] = groups[index].make(step, grad_scale)
-            at_step = of_step[index, step]
+            if (index, step, is_fresh) not in of_step:
+                of_step[index, step, is_fresh] = groups[index].make(step, grad_scale, is_fresh)
+            at_step = of_step[index, step, is_fresh]
             if runs and position == previous + 1 and runs[-1].at_step is at_step:
                 runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
             else:

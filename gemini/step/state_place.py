@@ -1,0 +1,59 @@
+"""Where one state of one parameter is, for tensors that show it."""
+
+from typing import Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from .state_tensor import StateTensor, show
+
+
+class Values(Protocol):
+    """The states of parameters in chunks, one value at a time."""
+
+    def dtype(self, parameter: Tensor, name: str) -> torch.dtype:
+        """Of a state, as it is shown."""
+
+    def open(self, parameter: Tensor, name: str) -> Tensor:
+        """The values, for an operation on them: the home itself, or a copy."""
+
+    def close(self, parameter: Tensor, name: str, values: Tensor) -> None:
+        """Bring home what was changed in what `open` returned."""
+
+
+class StatePlace:
+    """One state of one parameter (a `Place`); once another one has taken its place, the values from before, in RAM.
+
+    As in plain PyTorch: ``old = state[p]["exp_avg"]``, then ``state[p]["exp_avg"] = new``, and ``old`` is what it was.
+    """
+
+    def __init__(self, values: Values, parameter: Tensor, name: str) -> None:
+        self._values = values
+        self._parameter = parameter
+        self._name = name
+        self._left: Tensor | None = None
+        self._shown: ref[StateTensor] | None = None
+
+    def open(self) -> Tensor:
+        return self._values.open(self._parameter, self._name) if self._left is None else self._left
+
+    def close(self, values: Tensor) -> None:
+        if self._left is None:
+            self._values.close(self._parameter, self._name, values)
+
+    def let_go(self) -> None:
+        """Keep the values, which are about to be replaced."""
+        if self._left is None:
+            self._left = self.open().clone()
+
+    def show(self) -> StateTensor:
+        """The tensor that stands for it, the same one as long as somebody has it."""
+        shown = self._shown() if self._shown is not None else None
+        if shown is None:
+            is_count = self._name == "step"
+            shape = () if is_count else tuple(self._parameter.shape)
+            device = torch.device("cpu") if is_count else self._parameter.device
+            shown = show(self, shape, self._values.dtype(self._parameter, self._name), device)
+            self._shown = ref(shown)
+        return shown
