@@ -89,7 +89,7 @@ class StateTensor(Tensor):
                 f"{_name(func)} is not for a tensor of a boosted optimizer's state, whose memory may be elsewhere: "
                 "take a copy with clone(), change that, and assign it: optimizer.state[p][name] = copy"
             )
-        if func is _SET_DATA:
+        if func == _SET_DATA:  # made anew each time
             return _set_data(*args)
         return _Operation().run(func, args, kwargs or {})
 
