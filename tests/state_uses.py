@@ -11,7 +11,7 @@ from torch import Tensor
 Parameters = list[Any]
 Use = Callable[[Any, Parameters], Any]
 
-SAFE = ("exp_avg", "momentum_buffer", "prev", "sum")
+SAFE = ("exp_avg", "momentum_buffer", "prev", "sum", "square_avg")
 """States that may have any value without making parameters NaN."""
 
 

@@ -211,13 +211,12 @@ class ChunkedStep:
         self, optimizer: ManagedOptimizer, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]
     ) -> None:
         frozen = [p for p in parameters if self.manager.find(p) is not None and not self.kept.keeps(p)]
+        # From before they were frozen, say, or loaded since.
+        states = [(p, optimizer.exported_state(p)) for p in frozen if p in optimizer.outside]
         self._unfreezing.admit(optimizer.rule, group, index, parameters)
-        outside = optimizer.outside
-        for parameter in frozen:  # a state from before it was frozen, say, or one that was loaded since
-            if parameter in outside:
-                state = optimizer.exported_state(parameter)
-                del outside[parameter]
-                self.kept.replace(parameter, state)
+        for parameter, state in states:
+            del optimizer.outside[parameter]
+            self.kept.replace(parameter, state)
 
     def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
         assert self.scaler is not None
