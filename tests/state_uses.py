@@ -102,7 +102,9 @@ def augmented(optimizer: Any, ps: Parameters) -> Any:
 def foreach(optimizer: Any, ps: Parameters) -> Any:
     for name in floats(optimizer.state[ps[0]]):
         torch._foreach_mul_([optimizer.state[p][name] for p in ps], 0.5)
-        torch._foreach_add_([optimizer.state[p][name] for p in ps], torch._foreach_abs([optimizer.state[p][name] for p in ps]))
+        torch._foreach_add_(
+            [optimizer.state[p][name] for p in ps], torch._foreach_abs([optimizer.state[p][name] for p in ps])
+        )
     return everything(optimizer)
 
 
@@ -283,7 +285,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)

@@ -167,7 +167,9 @@ class Mixed(Trained):
 
     def build_model(self) -> nn.Module:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, 8).double(), nn.Linear(8, 8).double(), nn.Linear(WIDTH, 8))
+        model = nn.Sequential(
+            nn.Linear(WIDTH, 8), nn.Linear(8, 8).double(), nn.Linear(8, 8).double(), nn.Linear(WIDTH, 8)
+        )
         return Summed(model)
 
     def make_optimizer(self, model: Any) -> Any:
@@ -208,7 +210,9 @@ def test_states_of_parameters_outside_of_chunks_and_of_frozen_ones_count(placeme
         run.optimizer.state[frozen]["exp_avg"].mul_(0.5)
         run.step(4)
     check_same(ours, plain)
-    assert same([tensors(s) for s in ours.optimizer.state.values()], [tensors(s) for s in plain.optimizer.state.values()])
+    assert same(
+        [tensors(s) for s in ours.optimizer.state.values()], [tensors(s) for s in plain.optimizer.state.values()]
+    )
 
 
 def half_of(p: Tensor) -> dict[str, Tensor]:
