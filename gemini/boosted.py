@@ -14,6 +14,7 @@ from .monitor.monitor import Monitor
 from .monitor.stats import Statistics, Stats, read
 from .packing.packing import Packing
 from .runtime.hooks import Hooks
+from .runtime.outside import Outside
 from .runtime.runtime import Runtime
 from .step.managed_step import ChunkedStep
 from .telemetry.writer import TelemetryWriter
@@ -31,6 +32,7 @@ class Boosted:
     manager: ChunkManager
     runtime: Runtime
     hooks: Hooks
+    outside: Outside
     step: ChunkedStep
     meter: NonModelMeter
     statistics: Statistics
