@@ -45,6 +45,7 @@ from ..runtime.runtime import Runtime
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
+from ..step.state_mapping import StatesOf
 from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Units
@@ -153,6 +154,8 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
             if kept.keeps(parameter) and (saved := optimizer.state.pop(parameter, None)) is not None:
                 kept.begin(parameter, _real(saved))
         optimizer._managed = step
+        if (given := optimizer.stands_for()) is not None:
+            given.state = StatesOf(weakref.ref(optimizer))  # code from before has it still
         optimizer.register_step_post_hook(_counting(weakref.ref(state)))
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:

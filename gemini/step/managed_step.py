@@ -168,7 +168,8 @@ class ChunkedStep:
                 coefficient *= clip_coefficient(norm, self._max_norm)
         grad_scale = coefficient / scale
 
-        updates = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
+        planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
+        updates = [each for each in planned if each.update.runs]
         order = self._runtime.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
         prepared = [

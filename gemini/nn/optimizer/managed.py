@@ -1,5 +1,6 @@
 """The seam between an optimizer and whoever manages its parameters, and what all optimizers on it have in common."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -80,9 +81,13 @@ class ManagedOptimizer(Optimizer):
     rule: Rule
     """The arithmetic."""
 
+    stands_for: Callable[[], Optimizer | None]
+    """The optimizer whose place this one has taken, if there is one and somebody still has it."""
+
     def __new__(cls: type[_Self], *args: Any, **kwargs: Any) -> _Self:
         optimizer = super().__new__(cls)
         optimizer._managed = None  # before __init__, in which ``Optimizer`` calls our methods already
+        optimizer.stands_for = lambda: None
         return optimizer
 
     @property
@@ -285,5 +290,6 @@ class ManagedOptimizer(Optimizer):
         """Go on with the hooks and schedulers of an optimizer whose place this one takes."""
         for name in _HOOK_DICTS:
             setattr(self, name, getattr(optimizer, name))
+        self.stands_for = weakref.ref(optimizer)
         # A scheduler made for the torch optimizer asks it whether step() ran before its own step(), and warns if not.
         setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it
