@@ -155,7 +155,8 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
                 kept.begin(parameter, _real(saved))
         optimizer._managed = step
         if (given := optimizer.stands_for()) is not None:
-            given.state = StatesOf(weakref.ref(optimizer))  # code from before has it still
+            # Code from before has it still.
+            given.state = StatesOf(weakref.ref(optimizer))  # type: ignore[assignment]
         optimizer.register_step_post_hook(_counting(weakref.ref(state)))
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:

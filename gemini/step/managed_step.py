@@ -139,6 +139,7 @@ class ChunkedStep:
         if set_to_none or self.in_backward is not None:
             self.drop_gradients()
         else:
+            self._gradients.collect()  # those that the user has put into p.grad
             self._gradients.zero()
 
     # -- ManagedStep
