@@ -120,7 +120,7 @@ class Manager:
     def step(self, optimizer: HybridAdam) -> None:
         self.calls.append(("step",))
 
-    def zero_grad(self, optimizer: HybridAdam) -> None:
+    def zero_grad(self, optimizer: HybridAdam, set_to_none: bool) -> None:
         self.calls.append(("zero_grad",))
 
     def state_dict(self, optimizer: HybridAdam) -> dict[str, Any]:
