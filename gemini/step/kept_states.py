@@ -75,9 +75,15 @@ class KeptStates:
         """What the optimizer keeps for each element, as state dicts have it."""
         return self._rule.saved_slots(tuple(self._chunk(parameter).states.values()))
 
-    def dtype(self, parameter: Tensor, name: str) -> torch.dtype:
-        """Of a state, as state dicts have it."""
-        return next((slot.dtype for slot in self.slots(parameter) if slot.name == name), torch.float32)
+    def form(self, parameter: Tensor, name: str) -> Tensor:
+        """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
+        if name == STEP:
+            return torch.empty((), device="meta")
+        dtype, place = (
+            next(slot.dtype for slot in self.slots(parameter) if slot.name == name),
+            self._manager.slot(parameter),
+        )
+        return torch.empty_strided(place.shape, place.stride, dtype=dtype, device="meta")
 
     def _is_begun(self, parameter: Tensor) -> bool:
         return id(parameter) in self._updater.steps or self._rule.starts_filled

@@ -11,7 +11,7 @@ afterwards does not change the state.
 """
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
 from typing import Any
 from weakref import ref
@@ -82,7 +82,7 @@ class _Shown(dict[Any, Any]):
         return {key: copy.deepcopy(value, memo) for key, value in self.items()}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return dict, (dict(self.items()),)
+        return OrderedDict, (), None, None, iter(list(self.items()))  # which torch.load takes with weights_only
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Mapping) and dict(self.items()) == dict(other.items()))

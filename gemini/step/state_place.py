@@ -12,8 +12,8 @@ from .state_tensor import StateTensor, show
 class Values(Protocol):
     """The states of parameters in chunks, one value at a time."""
 
-    def dtype(self, parameter: Tensor, name: str) -> torch.dtype:
-        """Of a state, as it is shown."""
+    def form(self, parameter: Tensor, name: str) -> Tensor:
+        """A meta tensor with the shape, the strides and the dtype of a state, as it is shown."""
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself, or a copy."""
@@ -51,9 +51,7 @@ class StatePlace:
         """The tensor that stands for it, the same one as long as somebody has it."""
         shown = self._shown() if self._shown is not None else None
         if shown is None:
-            is_count = self._name == "step"
-            shape = () if is_count else tuple(self._parameter.shape)
-            device = torch.device("cpu") if is_count else self._parameter.device
-            shown = show(self, shape, self._values.dtype(self._parameter, self._name), device)
+            device = torch.device("cpu") if self._name == "step" else self._parameter.device
+            shown = show(self, self._values.form(self._parameter, self._name), device)
             self._shown = ref(shown)
         return shown

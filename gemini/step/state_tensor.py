@@ -9,17 +9,20 @@ behind when homes move.
 
 ::
 
-    t = optimizer.state[p]["exp_avg"]       NaN, expanded: shape, dtype and device without memory
+    t = optimizer.state[p]["exp_avg"]       on torch's meta device: shape, strides and dtype without memory
     t.mul_(0.5)                             open: wait for updates; a view of the home, or a copy on ``p.device``
                                             run: ``mul_`` on that
                                             close: write a copy home if its version has changed
     row = t[0]                              shares memory with what was opened, so it is such a tensor as well: the
     row.zero_()                             same place, and where in it
 
+C++ code that does not ask the class (``torch.jit.script`` functions, ``torch.vmap``) finds a meta tensor, which has no
+values that could be taken for the state's.
+
 What would let memory out of sight (``data_ptr``, ``untyped_storage``) is refused; ``numpy`` gives a read-only copy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,10 +31,16 @@ from torch import Tensor
 
 _METADATA: frozenset[Any] = frozenset(
     {
-        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad")),
-        *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_sparse", "is_leaf", "grad", "grad_fn", "itemsize")),
-        *(getattr(Tensor, name) for name in ("size", "numel", "dim", "is_floating_point", "is_complex")),
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "layout", "ndim", "requires_grad")),
+        *(getattr(Tensor, name).__get__ for name in ("is_sparse", "is_leaf", "grad", "grad_fn", "itemsize", "nbytes")),
+        *(getattr(Tensor, name) for name in ("size", "stride", "numel", "dim", "is_floating_point", "is_complex")),
         *(getattr(Tensor, name) for name in ("element_size", "nelement", "__len__", "__hash__")),
+    }
+)
+_OF_THE_DEVICE: frozenset[Any] = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_cuda", "is_meta")),
+        Tensor.get_device,
     }
 )
 _REFUSED: frozenset[Any] = frozenset(
@@ -78,12 +87,16 @@ class StateTensor(Tensor):
     place: Place
     part: Part | None
     """None: all of it."""
+    on: torch.device
+    """The device on which the values are shown."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func in _OF_THE_DEVICE:
+            return func(torch.empty(0, device=args[0].on))
         if func in _REFUSED:
             raise RuntimeError(
                 f"{_name(func)} is not for a tensor of a boosted optimizer's state, whose memory may be elsewhere: "
@@ -94,13 +107,12 @@ class StateTensor(Tensor):
         return _Operation().run(func, args, kwargs or {})
 
 
-def show(place: Place, shape: Sequence[int], dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Any:
-    """A tensor that stands for what a place has."""
+def show(place: Place, form: Tensor, device: torch.device, part: Part | None = None) -> StateTensor:
+    """A tensor that stands for what a place has; it has the shape, the strides and the dtype of ``form``."""
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
-        nan = torch.full((), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device)
-        shown: StateTensor = nan.expand(tuple(shape)).as_subclass(StateTensor)
-    shown.place = place
-    shown.part = part
+        empty = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device="meta")
+        shown: StateTensor = empty.as_subclass(StateTensor)
+    shown.place, shown.part, shown.on = place, part, device
     return shown
 
 
@@ -144,11 +156,13 @@ class _Operation:
         return self._opened[id(shown)][1]
 
     def _close(self, func: Any, args: Sequence[Any]) -> None:
-        is_in_place = _name(func).endswith("_") and not _name(func).endswith("__")
+        name = _name(func)
+        # Some operations in place count no version: apply_, and fused ones on lists.
+        written = list(_tensors(args)) if name.endswith("_") and not name.endswith("__") else []
         changed = {
             id(shown.place)
             for shown, real, version in self._opened.values()
-            if real._version != version or (is_in_place and args and args[0] is real)  # apply_ counts no version
+            if real._version != version or any(each is real for each in written)
         }
         for key, (place, base) in self._bases.items():
             if key in changed:
@@ -166,8 +180,17 @@ class _Operation:
             first = base.data_ptr()
             if result.numel() and first <= result.data_ptr() < first + _extent(base):
                 part = Part(result.data_ptr() - first, result.dtype, tuple(result.shape), result.stride())
-                return show(place, result.shape, result.dtype, result.device, part)
+                return show(place, result, result.device, part)
         return result
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Any]:
+    """What an operation in place may write to: its first argument, and all lists."""
+    for i, value in enumerate(args):
+        if i == 0:
+            yield value
+        if isinstance(value, list | tuple):
+            yield from value
 
 
 def _set_data(shown: StateTensor, value: Tensor) -> None:

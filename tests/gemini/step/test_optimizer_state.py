@@ -118,7 +118,7 @@ def test_what_is_handed_out_has_no_memory_and_shows_what_the_optimizer_has_now(p
     held = [[state["exp_avg"] for state in run.optimizer.state.values()] for run in (ours, plain)]
     rows = [[value.view(-1)[1:] for value in values] for values in held]
     with torch._C.DisableTorchFunctionSubclass():
-        assert {value.untyped_storage().nbytes() for value in (*held[0], *rows[0])} == {4}
+        assert {value.is_meta for value in (*held[0], *rows[0])} == {True}
     for run in (ours, plain):
         torch.manual_seed(7)
         run.step(1)
