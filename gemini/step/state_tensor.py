@@ -16,8 +16,8 @@ behind when homes move.
     row = t[0]                              shares memory with what was opened, so it is such a tensor as well: the
     row.zero_()                             same place, and where in it
 
-C++ code that does not ask the class (``torch.jit.script`` functions, ``torch.vmap``) finds a meta tensor, which has no
-values that could be taken for the state's.
+C++ code that does not ask the class (``torch.tensor(t)``) finds a meta tensor, which has no values that could be taken
+for the state's.
 
 What would let memory out of sight (``data_ptr``, ``untyped_storage``) is refused; ``numpy`` gives a read-only copy.
 """

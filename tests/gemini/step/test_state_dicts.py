@@ -291,3 +291,26 @@ def test_the_mapping_keeps_no_optimizer_alive() -> None:
     gc.collect()
     assert gone() is None
     del held
+
+
+def test_the_optimizer_that_was_given_to_boost_shows_and_takes_states() -> None:
+    class Given(Trained):
+        def make_optimizer(self, model: nn.Module) -> Any:
+            self.given = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+            return self.given
+
+    ours, plain = Given({}), Given(None)
+    for run in (ours, plain):
+        steps(run, 0, 1)
+        assert len(run.given.state) == 14
+        for state in run.given.state.values():
+            state["exp_avg"].mul_(0.5)
+        run.given.state.pop(next(iter(run.model.parameters())))
+        steps(run, 1, 2)
+    check_same(ours, plain)
+    gone = weakref.ref(ours.optimizer)
+    given = ours.given
+    del ours, run
+    gc.collect()
+    assert gone() is None
+    assert len(given.state) == 0
