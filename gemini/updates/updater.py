@@ -81,20 +81,15 @@ class Updater:
         """
         rule, groups = optimizer.rule, optimizer.param_groups
         of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
-        there = {
-            (of.get(id(binding.parameter)), tuple(chunk.states.values()))
-            for chunk in self._manager.chunks
-            if chunk.is_trainable
-            for binding in chunk.bindings
-        }
-        return Groups(
-            of,
-            {
-                (index, slots): GroupRule(rule.of_group(groups[index], slots), rule.remembers(groups[index]))
-                for index, slots in there
-                if index is not None
-            },
-        )
+        rules: dict[tuple[int, tuple[StateSlot, ...]], GroupRule] = {}
+        for chunk in self._manager.chunks:
+            if chunk.is_trainable:
+                slots = tuple(chunk.states.values())
+                for index in {of.get(id(binding.parameter)) for binding in chunk.bindings}:
+                    if index is not None and (index, slots) not in rules:
+                        group = groups[index]
+                        rules[index, slots] = GroupRule(rule.of_group(group, slots), rule.remembers(group))
+        return Groups(of, rules)
 
     def plan(self, groups: Groups, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
         """The next step of the parameters of a chunk that have a gradient. Changes nothing but full copies.
