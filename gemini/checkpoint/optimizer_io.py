@@ -51,6 +51,9 @@ def save_optimizer(
 ) -> None:
     """Write states, groups and loss scale.
 
+    Hooks around ``state_dict()`` are called. Where one may change the state dict (a post-hook), all of it is gathered
+    in RAM for it, also for a folder.
+
     Parameters
     ----------
     optimizer
@@ -250,7 +253,8 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
-    anything changes. Parameters that had not been stepped when the checkpoint was written lose their states.
+    anything changes. Parameters that had not been stepped when the checkpoint was written lose their states. Hooks
+    around ``load_state_dict()`` are called; for a pre-hook the whole checkpoint is read into RAM.
 
     Raises
     ------

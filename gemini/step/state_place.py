@@ -1,11 +1,13 @@
 """Where one state of one parameter is, for tensors that show it."""
 
+from contextlib import suppress
 from typing import Protocol
 from weakref import ref
 
 import torch
 from torch import Tensor
 
+from ..errors import TornStep
 from .state_tensor import StateTensor, show
 
 
@@ -43,9 +45,10 @@ class StatePlace:
             self._values.close(self._parameter, self._name, values)
 
     def let_go(self) -> None:
-        """Keep the values, which are about to be replaced."""
+        """Keep the values, which are about to be replaced. Where they are of no single step, those that come count."""
         if self._left is None:
-            self._left = self.open().clone()
+            with suppress(TornStep, ValueError):  # half of a step: loading ends it, and must not fail because of us
+                self._left = self.open().clone()
 
     def show(self) -> StateTensor:
         """The tensor that stands for it, the same one as long as somebody has it."""
