@@ -39,13 +39,14 @@ from ..monitor.monitor import Monitor, model_facts, probes
 from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import steps_of
 from ..packing.packing import Packing, decide, managed_parameters
 from ..runtime.hooks import Hooks
 from ..runtime.outside import Outside
 from ..runtime.runtime import Runtime
+from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
+from ..step.state_mapping import StatesOf
 from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Units
@@ -122,8 +123,18 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     unfreezing = Unfreezing(
         manager, runtime, updater, gradients, config, packing.update_role_count if manager.disk is not None else 0
     )
+    kept = KeptStates(manager, optimizer.rule if optimizer is not None else ADAM, updater)
     step = ChunkedStep(
-        manager, runtime, updater, gradients, SingleProcess(), scaler, config.max_norm, unfreezing, runtime.in_backward
+        manager,
+        runtime,
+        updater,
+        gradients,
+        SingleProcess(),
+        scaler,
+        config.max_norm,
+        unfreezing,
+        kept,
+        runtime.in_backward,
     )
     units, statistics = Units(model, manager), Statistics(manager)
     monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
@@ -151,12 +162,13 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     assert isinstance(model, GeminiModule)
     model.__dict__["_gemini"] = state  # not setattr, which a compiled model hands on to the one it wraps
     if optimizer is not None:
-        for parameter, saved in optimizer.state.items():
-            if manager.find(parameter) is not None and (steps := steps_of(optimizer.rule, _real(saved))):
-                step.steps[id(parameter)] = steps
         for parameter in packing.parameters:
-            optimizer.state.pop(parameter, None)
+            if kept.keeps(parameter) and (saved := optimizer.state.pop(parameter, None)) is not None:
+                kept.begin(parameter, _real(saved))
         optimizer._managed = step
+        if (given := optimizer.stands_for()) is not None:
+            # Code from before has it still.
+            given.state = StatesOf(weakref.ref(optimizer))  # type: ignore[assignment]
         optimizer.register_step_post_hook(_counting(weakref.ref(state)))
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:

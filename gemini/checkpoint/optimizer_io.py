@@ -1,9 +1,10 @@
 """Saving and loading optimizer states. Masters of a boosted model are saved with the model."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gemini.chunk import Role
 from gemini.errors import CheckpointError
 from gemini.nn.optimizer.acceptance import rule_name
 from gemini.nn.optimizer.managed import ManagedOptimizer
-from gemini.nn.optimizer.rule import steps_of
+from gemini.nn.optimizer.rule import Rule, steps_of
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
-from gemini.step.saved_groups import check_groups
-from gemini.step.saved_states import read_state, write_state
+from gemini.step.saved_groups import check_groups, load_options
 
 from .match import Source
 from .optimizer_files import (
@@ -51,6 +50,9 @@ def save_optimizer(
     size_per_shard: int | str = 1024,
 ) -> None:
     """Write states, groups and loss scale.
+
+    Hooks around ``state_dict()`` are called. Where one may change the state dict (a post-hook), all of it is gathered
+    in RAM for it, also for a folder.
 
     Parameters
     ----------
@@ -107,22 +109,13 @@ def _save_file(optimizer: Optimizer, path: Path) -> None:
 
 
 def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> None:
-    parameters = _parameters(optimizer)
-    started = [i for i, parameter in enumerate(parameters) if _has_state(optimizer, parameter)]
-    records = [record for i in started for record in _records(optimizer, i, parameters[i])]
-    parts = into_shards(records, [r.nbytes for r in records], limit) if limit is not None and records else [records]
     name, tensors = prefix + JSON_NAME, prefix + TENSORS_NAME
+    content, found = _content(optimizer, folder / name)
+    parts = (
+        into_shards(found, [each.record.nbytes for each in found], limit) if limit is not None and found else [found]
+    )
     files = shard_names(tensors, len(parts)) if len(parts) > 1 else [tensors]
-    scaler = _loss_scaler(optimizer)
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "optimizer": optimizer.rule.name,
-        "param_groups": _groups(optimizer, folder / name),
-        "steps": {i: _step_of(optimizer, parameters[i]) for i in started} if optimizer.rule.takes_step else {},
-        "loss_scaler": scaler.state_dict() if scaler is not None else None,
-    }
-    homes = {record.name: file for file, part in zip(files, parts, strict=True) for record in part}
+    homes = {each.record.name: file for file, part in zip(files, parts, strict=True) for each in part}
 
     def text(where: Mapping[str, str]) -> str:
         return json.dumps({**content, "weight_map": {n: where[file] for n, file in homes.items()}}, indent=1) + "\n"
@@ -130,44 +123,109 @@ def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: 
     before = _files_of(folder / name)
     with Stage(folder, name) as stage:
         for file, part in zip(files, parts, strict=True):
-            writer = SafetensorsWriter(part, {"format": "pt"})
+            of_name = {each.record.name: each for each in part}
+            writer = SafetensorsWriter([each.record for each in part], {"format": "pt"})
             with stage.create(file, writer.nbytes) as out:
                 writer.begin(out)
                 for record in writer.records:
-                    index, _, key = record.name.partition(".")
-                    writer.append(out, record, _read(optimizer, parameters[int(index)], key))
+                    writer.append(out, record, of_name[record.name].read())
         stage.commit_indexed(files, name, text)
     now = _files_of(folder / name)
     remove(folder / file for file in before if file not in now)
 
 
-def _records(optimizer: ManagedOptimizer, index: int, parameter: Tensor) -> list[TensorRecord]:
-    step = _managed(optimizer)
-    place = step.manager.find(parameter) if step is not None else None
-    if place is not None:
-        slots = optimizer.rule.saved_slots(tuple(place[0].states.values()))
-        return [TensorRecord(f"{index}.{slot.name}", slot.dtype, tuple(parameter.shape)) for slot in slots]
-    state = optimizer.exported_state(parameter)
-    tensors = {name: v for name, v in state.items() if name != "step" and isinstance(v, Tensor)}
-    return [TensorRecord(f"{index}.{name}", v.dtype, tuple(v.shape)) for name, v in tensors.items()]
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor that is to be written, unread."""
+
+    record: TensorRecord
+    read: Callable[[], Tensor]
 
 
-def _read(optimizer: ManagedOptimizer, parameter: Tensor, key: str) -> Tensor:
-    """One tensor of a state, on CPU. Not ``state_of``, which gathers all of them at once."""
+def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], list[_Tensor]]:
+    """What the JSON says but for where the tensors are, and the tensors."""
+    rule, scaler = optimizer.rule, _loss_scaler(optimizer)
+    steps: dict[int, int] = {}
+    found: list[_Tensor] = []
+    if optimizer.has_state_dict_post_hooks:
+        saved, states = _hooked(optimizer, path)
+        for index, state in states.items():
+            steps[index] = steps_of(rule, state)
+            found += [_Tensor(r, partial(_on_cpu, state, _key(r))) for r in _records(rule, index, state, path)]
+    else:
+        optimizer.before_state_dict()
+        saved = [optimizer.saved_options(group) for group in optimizer.param_groups]
+        for index, parameter in enumerate(_parameters(optimizer)):
+            if _has_state(optimizer, parameter):
+                steps[index] = _step_of(optimizer, parameter)
+                records = _records(rule, index, _shown(optimizer, parameter), path)
+                found += [_Tensor(r, partial(_read, optimizer, parameter, _key(r))) for r in records]
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "optimizer": rule.name,
+        "param_groups": _groups(optimizer, saved, path),
+        "steps": steps if rule.takes_step else {},
+        "loss_scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    return content, found
+
+
+def _hooked(optimizer: ManagedOptimizer, path: Path) -> tuple[list[dict[str, Any]], dict[int, Mapping[str, Any]]]:
+    """Groups and states after the hooks of users: they may make anything of a state dict, so there has to be one."""
+    state_dict = optimizer.state_dict()
+    others = [key for key in state_dict if key not in ("state", "param_groups")]
+    others += [key for key in state_dict["state"] if not isinstance(key, int)]
+    if others:
+        raise CheckpointError(
+            f"{path}: a folder has no place for {', '.join(map(repr, others))}, which a hook has put into the state "
+            "dict; save to a .pt file instead"
+        )
+    return state_dict["param_groups"], state_dict["state"]
+
+
+def _records(rule: Rule, index: int, state: Mapping[str, Any], path: Path) -> Iterator[TensorRecord]:
+    for name, value in state.items():
+        if isinstance(value, Tensor) and not (name == "step" and rule.takes_step):
+            yield TensorRecord(f"{index}.{name}", value.dtype, tuple(value.shape))
+        elif value is not None and name != "step":
+            raise CheckpointError(
+                f"{path}: {name!r} in the state of parameter {index} is a {type(value).__name__} and cannot be "
+                "written; save to a .pt file instead"
+            )
+
+
+def _key(record: TensorRecord) -> str:
+    return record.name.partition(".")[2]
+
+
+def _shown(optimizer: ManagedOptimizer, parameter: Tensor) -> Mapping[str, Any]:
+    """A state as state dicts have it; reads nothing of what is in chunks."""
+    if _is_kept(optimizer, parameter):
+        state: Mapping[str, Any] = optimizer.state[parameter]
+        return state
+    return optimizer.exported_state(parameter)
+
+
+def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:
     step = _managed(optimizer)
-    place = step.manager.find(parameter) if step is not None else None
-    if step is not None and place is not None:
-        return read_state(step.manager, optimizer.rule, parameter, key)
-    value: Tensor = optimizer.exported_state(parameter)[key]
+    if step is not None and step.kept.keeps(parameter):
+        value: Tensor = step.kept.copy(parameter, name)
+        return value
+    return _on_cpu(optimizer.exported_state(parameter), name)
+
+
+def _on_cpu(state: Mapping[str, Any], name: str) -> Tensor:
+    value: Tensor = state[name]
     return value.detach().cpu()
 
 
-def _groups(optimizer: ManagedOptimizer, path: Path) -> list[dict[str, Any]]:
+def _groups(optimizer: ManagedOptimizer, saved: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:
     """The groups as plain values; indices count through all groups, as in ``state_dict()``."""
     groups, count = [], 0
-    for group in optimizer.param_groups:
-        options = optimizer.saved_options(group)
-        plain = {key: _plain(value, key, path) for key, value in options.items() if key != "param_names"}
+    for group, options in zip(optimizer.param_groups, saved, strict=True):
+        named = ("params", "param_names")
+        plain = {key: _plain(value, key, path) for key, value in options.items() if key not in named}
         plain["params"] = list(range(count, count + len(group["params"])))
         plain["param_names"] = _names(optimizer, group)
         groups.append(plain)
@@ -195,7 +253,8 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
-    anything changes. Parameters that had not been stepped when the checkpoint was written lose their states.
+    anything changes. Parameters that had not been stepped when the checkpoint was written lose their states. Hooks
+    around ``load_state_dict()`` are called; for a pre-hook the whole checkpoint is read into RAM.
 
     Raises
     ------
@@ -215,9 +274,23 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
                 f"{path} has the state of {saved.optimizer}, which {name} cannot go on with; the optimizer is as it was"
             )
         if isinstance(optimizer, ManagedOptimizer):
+            if optimizer.has_load_state_dict_pre_hooks:
+                saved = _prepared_by_hooks(optimizer, saved, path)
             _load(optimizer, _in_our_order(optimizer, saved, path), path)
+            optimizer.after_load_state_dict()
         else:
             optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
+
+
+def _prepared_by_hooks(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+    """What the hooks of users make of a checkpoint. They may look at all of it, so it has to be in RAM."""
+    state_dict = {"state": _gathered(saved.states), "param_groups": saved.param_groups}
+    changed = optimizer.before_load_state_dict(state_dict)
+    try:
+        states, groups = changed["state"], changed["param_groups"]
+        return replace(saved, states={i: _sources(state) for i, state in states.items()}, param_groups=list(groups))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: a hook made something else than a state dict of it ({error!r})") from error
 
 
 def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> None:
@@ -228,7 +301,8 @@ def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> Non
         raise CheckpointError(f"{path}: {error}") from error
     _check_states(optimizer, saved, path)
     for group, of in zip(optimizer.param_groups, saved.param_groups, strict=True):
-        group.update({key: value for key, value in of.items() if key not in ("params", "param_names")})
+        # Names are those of the file, which may be the model's where nobody has given the optimizer any.
+        load_options(group, {key: value for key, value in of.items() if key != "param_names"})
         for parameter, index in zip(group["params"], of["params"], strict=True):
             _load_state(optimizer, parameter, saved.states.get(index))
     scaler = _loss_scaler(optimizer)
@@ -238,29 +312,24 @@ def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> Non
 
 def _load_state(optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
     step = _managed(optimizer)
-    place = step.manager.find(parameter) if step is not None else None
-    if step is None or place is None:
+    if step is None or not step.kept.keeps(parameter):
         if state is None:
             optimizer.state.pop(parameter, None)
         else:
             optimizer.restore_state(parameter, _tensors(state))
-    elif state is not None:
-        step.steps[id(parameter)] = steps_of(optimizer.rule, state)
-        # Not ``load_state_of``, which takes all of them at once.
-        if "master" in state:
-            step.manager.write(parameter, Role.MASTER, state["master"].read())
-        for slot in optimizer.rule.saved_slots(tuple(place[0].states.values())):
-            if slot.name in state:
-                write_state(step.manager, optimizer.rule, parameter, slot.name, state[slot.name].read())
-    else:
+    elif state is None:
         step.forget_state_of(optimizer, parameter)
+    else:
+        step.kept.replace(parameter, state, read=_real)  # one at a time
 
 
 def _in_our_order(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """Order each saved group as ours: by name where all names are known on both sides, else names must agree."""
-    ours = [_names(optimizer, group) for group in optimizer.param_groups]
+    ours = [
+        _names_like(group, optimizer, of) for group, of in zip(optimizer.param_groups, saved.param_groups, strict=False)
+    ]
     theirs = [group.get("param_names") or [None] * len(group["params"]) for group in saved.param_groups]
-    if [len(names) for names in ours] != [len(names) for names in theirs]:
+    if [len(g["params"]) for g in optimizer.param_groups] != [len(names) for names in theirs]:
         return saved  # the numbers of parameters are compared later
     by_name = not any(name is None for names in (*ours, *theirs) for name in names)
     groups, faults = [], []
@@ -316,16 +385,20 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _has_state(optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
+def _is_kept(optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
     step = _managed(optimizer)
-    return bool(optimizer.state.get(parameter)) if step is None else step.has_state(optimizer, parameter)
+    return step is not None and step.kept.keeps(parameter)
+
+
+def _has_state(optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
+    return bool(optimizer.state.get(parameter))
 
 
 def _step_of(optimizer: ManagedOptimizer, parameter: Tensor) -> int:
     """How many steps a parameter has taken."""
     step = _managed(optimizer)
-    if step is not None and step.manager.find(parameter) is not None:
-        return step.steps.get(id(parameter), 0)
+    if step is not None and step.kept.keeps(parameter):
+        return step.kept.count(parameter)
     return steps_of(optimizer.rule, optimizer.state.get(parameter, {}))
 
 
@@ -339,8 +412,26 @@ def _names(optimizer: ManagedOptimizer, group: Mapping[str, Any]) -> Sequence[st
     return [name or other for name, other in zip(known, given, strict=True)]
 
 
+def _names_like(
+    group: Mapping[str, Any], optimizer: ManagedOptimizer, saved: Mapping[str, Any]
+) -> Sequence[str | None]:
+    """The names of a group, those from whoever built the optimizer where a saved group has the same."""
+    given: Sequence[str] = group.get("param_names") or ()
+    if given and set(given) == set(saved.get("param_names") or ()):
+        return list(given)
+    return _names(optimizer, group)
+
+
 def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.read() if isinstance(value, Source) else value for key, value in state.items()}
+    return {key: _real(value) for key, value in state.items()}
+
+
+def _real(value: Any) -> Any:
+    return value.read() if isinstance(value, Source) else value
+
+
+def _sources(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: Source.of(v) if isinstance(v, Tensor) and k != "step" else v for k, v in state.items()}
 
 
 def _gathered(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -1,23 +1,25 @@
 """What a boosted optimizer does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Communicator, Role
+from ..chunk import Chunk, ChunkManager, Communicator
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import StateSlot, steps_of
+from ..nn.optimizer.rule import StateSlot
 from ..runtime.runtime import Runtime
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradient_norm import clip_coefficient, first_nonfinite, total_norm
 from ..updates.gradients import Gradients
 from ..updates.updater import Updater
-from .saved_groups import check_groups
-from .saved_states import read_state, write_state
+from .kept_states import KeptStates
+from .saved_groups import check_groups, load_options
 from .scaler import LossScaler
+from .state_mapping import OptimizerStates
 from .unfreezing import Unfreezing
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ class ChunkedStep:
         Clip the gradients' 2-norm in every step; 0 for never.
     unfreezing
         Makes room for parameters that are added later.
+    kept
+        Has the states of parameters in chunks.
     in_backward
         Has done a part of each step already; None where no step begins before its backward is over.
     """
@@ -51,9 +55,11 @@ class ChunkedStep:
         scaler: LossScaler | None,
         max_norm: float,
         unfreezing: Unfreezing,
+        kept: KeptStates,
         in_backward: BackwardUpdates | None = None,
     ) -> None:
         self.manager = manager
+        self.kept = kept
         self.scaler = scaler
         self.in_backward = in_backward
         self.skipped_steps = 0
@@ -71,6 +77,7 @@ class ChunkedStep:
         """Told what ended a backward, before anything is put in order."""
         self._is_scaled = False
         self._coefficient = 1.0
+        self._shown: weakref.ref[OptimizerStates] | None = None
 
     @property
     def steps(self) -> dict[int, int]:
@@ -132,6 +139,7 @@ class ChunkedStep:
         if set_to_none or self.in_backward is not None:
             self.drop_gradients()
         else:
+            self._gradients.collect()  # those that the user has put into p.grad
             self._gradients.zero()
 
     # -- ManagedStep
@@ -161,7 +169,8 @@ class ChunkedStep:
                 coefficient *= clip_coefficient(norm, self._max_norm)
         grad_scale = coefficient / scale
 
-        updates = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
+        planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
+        updates = [each for each in planned if each.update.runs]
         order = self._runtime.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
         prepared = [
@@ -209,7 +218,18 @@ class ChunkedStep:
                 and parameter.grad is not None
             ]
             if unfrozen:
-                self._unfreezing.admit(optimizer.rule, group, index, unfrozen)
+                self._admit(optimizer, group, index, unfrozen)
+
+    def _admit(
+        self, optimizer: ManagedOptimizer, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]
+    ) -> None:
+        frozen = [p for p in parameters if self.manager.find(p) is not None and not self.kept.keeps(p)]
+        # From before they were frozen, say, or loaded since.
+        states = [(p, optimizer.exported_state(p)) for p in frozen if p in optimizer.outside]
+        self._unfreezing.admit(optimizer.rule, group, index, parameters)
+        for parameter, state in states:
+            del optimizer.outside[parameter]
+            self.kept.replace(parameter, state)
 
     def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
         assert self.scaler is not None
@@ -241,7 +261,7 @@ class ChunkedStep:
             self.in_backward.before_adding()
         optimizer.register_param_group(group)
         try:
-            self._unfreezing.admit(optimizer.rule, group, len(optimizer.param_groups) - 1, group["params"])
+            self._admit(optimizer, group, len(optimizer.param_groups) - 1, group["params"])
         except BaseException:
             optimizer.param_groups.pop()
             raise
@@ -273,8 +293,24 @@ class ChunkedStep:
         for parameters in self._plain_parameters(optimizer).values():
             torch.nn.utils.clip_grad_value_(parameters, bound)
 
+    def states(self, optimizer: ManagedOptimizer) -> OptimizerStates:
+        shown = self._shown() if self._shown is not None else None
+        if shown is None:
+            # Weak: the optimizer leads here.
+            of = weakref.ref(optimizer)
+            shown = OptimizerStates(self.kept, lambda: getattr(of(), "param_groups", []), optimizer.outside)
+            self._shown = weakref.ref(shown)
+        return shown
+
+    def replace_states(self, optimizer: ManagedOptimizer, states: Mapping[Any, Any]) -> None:
+        shown = self.states(optimizer)
+        if id(states) != id(shown):
+            shown.replace(states)
+            self._shown = None  # what it was shows what there was
+
     def state_dict(self, optimizer: ManagedOptimizer) -> dict[str, Any]:
-        groups, states, index = [], {}, 0
+        groups, index = [], 0
+        states: dict[Any, Any] = {}
         for group in optimizer.param_groups:
             packed = optimizer.saved_options(group)
             packed["params"] = list(range(index, index + len(group["params"])))
@@ -284,64 +320,49 @@ class ChunkedStep:
                 if state:
                     states[index] = state
                 index += 1
+        states.update({key: value for key, value in optimizer.outside.items() if not isinstance(key, Tensor)})
         return {"state": states, "param_groups": groups}
 
-    def state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+    def state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> dict[str, Any]:
         """The state of one parameter in torch's layout, on CPU; empty before its first step."""
-        place = self.manager.find(parameter)
-        if place is None:
+        if not self.kept.keeps(parameter):
             return optimizer.exported_state(parameter)
-        if not self.has_state(optimizer, parameter):
-            return {}
-        rule, steps = optimizer.rule, self.steps.get(id(parameter), 0)
-        counted = {"step": torch.tensor(float(steps), dtype=torch.float32, device="cpu")} if rule.takes_step else {}
-        names = [slot.name for slot in rule.saved_slots(tuple(place[0].states.values()))]
-        return {**counted, **{name: read_state(self.manager, rule, parameter, name) for name in names}}
+        return {name: self.kept.copy(parameter, name) for name in self.kept.names(parameter)}
 
     def has_state(self, optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
         """Whether the optimizer keeps something for a parameter; before its first step most do not."""
-        place = self.manager.find(parameter)
-        if place is None:
-            return bool(optimizer.state.get(parameter))
-        started = self.steps.get(id(parameter), 0) > 0 or optimizer.rule.starts_filled
-        return place[0].is_trainable and started
+        return bool(optimizer.state.get(parameter))
 
-    def load_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor, state: dict[str, Tensor]) -> None:
-        """Put one parameter's state (torch's layout) where it belongs."""
-        place = self.manager.find(parameter)
-        if place is None:
+    def load_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[str, Any]) -> None:
+        """Put one parameter's state (torch's layout), which has been checked, where it belongs."""
+        if self.kept.keeps(parameter):
+            self.kept.replace(parameter, state)
+        else:
             optimizer.restore_state(parameter, state)
-            return
-        self.steps[id(parameter)] = steps_of(optimizer.rule, state)
-        for slot in optimizer.rule.saved_slots(tuple(place[0].states.values())):
-            if state.get(slot.name) is not None:
-                write_state(self.manager, optimizer.rule, parameter, slot.name, state[slot.name])
-        if "master" in state:
-            self.manager.write(parameter, Role.MASTER, state["master"])
 
     def forget_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> None:
         """Make the state of a parameter what it is before the first step."""
-        place = self.manager.find(parameter)
-        if place is None:
+        if self.kept.keeps(parameter):
+            self.kept.release(parameter)
+            self.kept.forget(parameter)
+        else:
             optimizer.state.pop(parameter, None)
-        elif self.steps.pop(id(parameter), 0):
-            for role, slot in place[0].states.items():
-                self.manager.write(
-                    parameter,
-                    role,
-                    torch.full((), optimizer.rule.initial(slot.name), dtype=torch.float32, device="cpu"),
-                )
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
-        saved_groups = state_dict["param_groups"]
-        check_groups(optimizer, saved_groups, state_dict["state"], self.slots)
+        saved_groups, states = state_dict["param_groups"], state_dict["state"]
+        check_groups(optimizer, saved_groups, states, self.slots)
+        numbers = [number for saved in saved_groups for number in saved["params"]]
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
-            for parameter, index in zip(group["params"], saved["params"], strict=True):
-                if index in state_dict["state"]:
-                    self.load_state_of(optimizer, parameter, state_dict["state"][index])
+            load_options(group, saved)
+            for parameter, number in zip(group["params"], saved["params"], strict=True):
+                if number in states:
+                    self.load_state_of(optimizer, parameter, states[number])
                 else:
                     self.forget_state_of(optimizer, parameter)
+        outside = optimizer.outside
+        for key in [key for key in outside if not isinstance(key, Tensor)]:
+            del outside[key]
+        outside.update({key: value for key, value in states.items() if key not in numbers})
 
     # -- helpers
 

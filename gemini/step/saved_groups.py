@@ -1,5 +1,6 @@
 """Comparing a saved optimizer with the one that is to take it over."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ..chunk import StateSlot
 from ..nn.optimizer.managed import ManagedOptimizer
+from ..nn.optimizer.rule import Rule, whole_steps
 
 _BESIDE = ("step", "master")
 """What a state has beside the slots of the optimizer's rule."""
@@ -47,21 +49,43 @@ def check_groups(
         wanted = {slot.name for slot in rule.saved_slots(slots)}
         known = {slot.name for slot in rule.saved_slots((*slots, *rule.slots(group), *room.get(index, ())))}
         for parameter, number in zip(group["params"], saved["params"], strict=True):
-            faults += _faults(parameter, number, states.get(number, {}), wanted, known, rule.name)
+            kept_beside = set(optimizer.state.get(parameter, ()))
+            faults += _faults(parameter, number, states.get(number, {}), wanted, known, kept_beside, rule)
     if faults:
         raise ValueError("the saved optimizer does not fit: " + "; ".join(faults))
 
 
+def load_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Give a group the options of a saved one, and its names if it has any. Copies."""
+    group.update({key: copy.deepcopy(value) for key, value in saved.items() if key != "params"})
+
+
 def _faults(
-    parameter: Tensor, number: Any, state: Mapping[str, Any], wanted: set[str], known: set[str], rule: str
+    parameter: Tensor,
+    number: Any,
+    state: Mapping[str, Any],
+    wanted: set[str],
+    known: set[str],
+    kept_beside: set[str],
+    rule: Rule,
 ) -> Iterator[str]:
     found = {name: value for name, value in state.items() if value is not None and name not in _BESIDE}
-    unknown = [name for name in found if name not in known]
+    shape = tuple(parameter.shape)
+    # What looks like a value for each element tells of another optimizer; other entries are somebody's notes.
+    unknown = [name for name in found if name not in known | kept_beside and _shape_of(found[name]) == shape]
     if unknown:
-        yield f"parameter {number} has {', '.join(unknown)}, which {rule} does not keep"
+        yield f"parameter {number} has {', '.join(unknown)}, which {rule.name} does not keep"
     elif found:
         yield from (f"{number}.{name} is missing" for name in sorted(wanted - found.keys()))
-    for name, value in found.items():
-        if name in known and tuple(value.shape) != tuple(parameter.shape):
-            shapes = f"saved {tuple(value.shape)}, expected {tuple(parameter.shape)}"
-            yield f"{name} of parameter {number}: {shapes}"
+    for name in found.keys() & known:
+        if _shape_of(found[name]) != shape:
+            yield f"{name} of parameter {number}: saved {_shape_of(found[name])}, expected {shape}"
+    if rule.takes_step and state.get("step") is not None:
+        try:
+            whole_steps(state["step"])
+        except ValueError as error:
+            yield f"parameter {number}: {error}"
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if hasattr(value, "shape") else None

@@ -1,5 +1,6 @@
 """One state of one parameter, as state dicts and checkpoints have it, from the chunks and into them."""
 
+import torch
 from torch import Tensor
 
 from ..chunk import ChunkManager, Role
@@ -12,6 +13,27 @@ def read_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) 
     slot = manager.slot(parameter)
     saved = rule.to_saved(name, [tensor.as_strided((tensor.numel(),), (1,)) for tensor in kept])
     return saved.as_strided(slot.shape, slot.stride)
+
+
+def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor | None:
+    """The memory of a state itself, in the parameter's shape, when no update is writing it any more.
+
+    None where it is not on the parameter's device, or has the values in another form than state dicts.
+    """
+    place = manager.find(parameter)
+    assert place is not None
+    chunk, position = place
+    (role, *others) = _roles(manager, rule, parameter, name)
+    home = chunk.homes[role].tensor
+    saved = next(slot for slot in rule.saved_slots(tuple(chunk.states.values())) if slot.name == name)
+    if others or home is None or home.device != parameter.device or home.dtype != saved.dtype:
+        return None
+    if chunk.is_split and role is chunk.marks_role:
+        return None
+    chunk.settle()
+    offset, shape, stride = chunk.place(position, role)
+    with torch.no_grad():
+        return home.as_strided(shape, stride, home.storage_offset() + offset)
 
 
 def write_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:

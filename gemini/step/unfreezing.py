@@ -87,7 +87,7 @@ class Unfreezing:
         plans = self._plans(frozen, slots, index) if frozen else ()
         self._manager.rebuild(plans, partial(_fill, rule) if rule.starts_filled else None)
         admitted = list(places)
-        self._updater.admit(admitted, index, slots)
+        self._updater.admit(index, slots)
         with _requiring_gradients(admitted):
             self._gradients.follow(admitted)
             if self._runtime.in_backward is not None:

@@ -28,7 +28,7 @@ from ..nn.optimizer.managed import ManagedOptimizer
 from ..units.units import Visit
 from .completion import Completion
 from .gradients import Gradients
-from .updater import GroupRule, Updater
+from .updater import Groups, Updater
 
 
 class Progress(Enum):
@@ -73,7 +73,7 @@ class BackwardUpdates:
         self._updater = updater
         self._keeps = keeps
         self._optimizer = weakref.ref(optimizer)  # which has us
-        self._groups: list[GroupRule] = []
+        self._groups = Groups({}, {})
         self._options: list[Mapping[str, Any]] = []
         """What the groups' options were when the first chunk of this step was updated."""
         self._updated: set[Chunk] = set()
@@ -154,6 +154,8 @@ class BackwardUpdates:
         chunk.settle()
         self._manager.keep_edits(chunk)
         planned = self._updater.plan(self._groups, chunk, refresh=self._keeps(chunk))
+        if not planned.update.runs:
+            return
         self.progress = Progress.PARTIAL
         self._updated.add(chunk)
         self._updates_here += 1

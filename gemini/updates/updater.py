@@ -23,6 +23,16 @@ class GroupRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Groups:
+    """The optimizer's parameter groups as they are now, which need not be those of the packing."""
+
+    of: Mapping[int, int]
+    """id of a parameter -> the index of its group. Those that have been taken out of theirs are not updated."""
+    rules: Mapping[tuple[int, tuple[StateSlot, ...]], GroupRule]
+    """By the index of a group, and the states of a chunk with a parameter of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
     """An update that has not been started, and the counts of steps after it."""
 
@@ -45,25 +55,23 @@ class Updater:
 
     def __init__(self, manager: ChunkManager, queue: UpdateQueue, gradients: Gradients) -> None:
         self.steps: dict[int, int] = {}
-        """id of a parameter -> how many steps it has taken; of a rule that does not count, whether it has a state."""
+        """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
+        means nothing; where it does, it may be 0, if somebody has set it."""
         self.slots: dict[int, tuple[StateSlot, ...]] = {
             chunk.layout.group.param_group: tuple(chunk.states.values())
             for chunk in manager.chunks
             if chunk.is_trainable
         }
         """By group: the states that there is room for."""
-        self._group_of: dict[int, int] = {}
-        """id of a parameter -> its group, where that need not be the chunk's."""
         self._manager = manager
         self._queue = queue
         self._gradients = gradients
 
-    def admit(self, parameters: Sequence[Tensor], group: int, slots: tuple[StateSlot, ...]) -> None:
-        """Update these parameters from now on, which are in chunks with room for ``slots``."""
+    def admit(self, group: int, slots: tuple[StateSlot, ...]) -> None:
+        """Update parameters of this group from now on, which are in chunks with room for ``slots``."""
         self.slots[group] = slots
-        self._group_of.update(dict.fromkeys(map(id, parameters), group))
 
-    def groups(self, optimizer: ManagedOptimizer) -> list[GroupRule]:
+    def groups(self, optimizer: ManagedOptimizer) -> Groups:
         """The arithmetic of each group.
 
         Raises
@@ -71,13 +79,19 @@ class Updater:
         ValueError
             If an option is out of range, or needs a state that there is no room for.
         """
-        rule = optimizer.rule
-        return [
-            GroupRule(rule.of_group(group, self.slots.get(index, rule.slots(group))), rule.remembers(group))
-            for index, group in enumerate(optimizer.param_groups)
-        ]
+        rule, groups = optimizer.rule, optimizer.param_groups
+        of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
+        rules: dict[tuple[int, tuple[StateSlot, ...]], GroupRule] = {}
+        for chunk in self._manager.chunks:
+            if chunk.is_trainable:
+                slots = tuple(chunk.states.values())
+                for index in {of.get(id(binding.parameter)) for binding in chunk.bindings}:
+                    if index is not None and (index, slots) not in rules:
+                        group = groups[index]
+                        rules[index, slots] = GroupRule(rule.of_group(group, slots), rule.remembers(group))
+        return Groups(of, rules)
 
-    def plan(self, groups: Sequence[GroupRule], chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
+    def plan(self, groups: Groups, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
         """The next step of the parameters of a chunk that have a gradient. Changes nothing but full copies.
 
         Parameters
@@ -88,19 +102,22 @@ class Updater:
             Write through to the full copy, if there is one. Else it is evicted (which is free).
         """
         taken: dict[int, int] = {}
-        of_step: dict[tuple[int, int], AtStep] = {}
+        of_step: dict[tuple[int, int, bool], AtStep] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
-        previous = -2
+        previous, slots = -2, tuple(chunk.states.values())
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
-            step = self.steps.get(id(parameter), 0) + 1
-            index = self._group_of.get(id(parameter), chunk.layout.group.param_group)
-            if groups[index].remembers:
+            index = groups.of.get(id(parameter))
+            if index is None:
+                continue
+            group = groups.rules[index, slots]
+            step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
+            if group.remembers:
                 taken[id(parameter)] = step
-            if (index, step) not in of_step:
-                of_step[index, step] = groups[index].make(step, grad_scale)
-            at_step = of_step[index, step]
+            if (index, step, is_fresh) not in of_step:
+                of_step[index, step, is_fresh] = group.make(step, grad_scale, is_fresh)
+            at_step = of_step[index, step, is_fresh]
             if runs and position == previous + 1 and runs[-1].at_step is at_step:
                 runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
             else:

@@ -166,7 +166,8 @@ def taken_to_an_unmanaged_optimizer(run: Training) -> Any:
     other = run.unmanaged()
     other.load_state_dict(run.model.state_dict())
     optimizer = adamw(other.parameters())
-    optimizer.load_state_dict(run.optimizer.state_dict())
+    # Copied, since torch's own state dicts share their tensors with the optimizer, which would train both.
+    optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     run.kind.loss(other, torch.ones(4, WIDTH)).backward()
     optimizer.step()
     return dict(other.state_dict())
@@ -316,7 +317,7 @@ def hooks_around_state_dicts(run: Training) -> Any:
         run.optimizer.register_load_state_dict_pre_hook(loading),
         run.optimizer.register_load_state_dict_post_hook(lambda optimizer: seen.append("loaded")),
     ]
-    saved = run.optimizer.state_dict()
+    saved = copy.deepcopy(run.optimizer.state_dict())  # torch's own goes on changing with the optimizer
     run.step()
     run.optimizer.load_state_dict(saved)
     for handle in handles:

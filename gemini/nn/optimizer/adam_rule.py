@@ -80,5 +80,5 @@ class AdamRule:
 ADAM = AdamRule()
 
 
-def _at_step(hyper: AdamHyper, step: int, grad_scale: float) -> AdamAtStep:
+def _at_step(hyper: AdamHyper, step: int, grad_scale: float, is_fresh: bool | None = None) -> AdamAtStep:
     return AdamAtStep(scalars(hyper, step, grad_scale))

@@ -43,7 +43,7 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
     drawn = torch.random.get_rng_state()
 
     whole = value.clone()
-    state = rule.state_before(1, {name: tensor.clone() for name, tensor in first.items()})
+    state = rule.state_before(1, {name: tensor.clone() for name, tensor in first.items()}, is_fresh=True)
     for number, gradient in enumerate(gradients, 1):
         whole.grad = gradient.clone()
         kept = rule.run(options, whole, state)

@@ -69,10 +69,12 @@ class ElementwiseRule(KeptAsSaved):
         options = {name: _kept(value) for name, value in group.items() if name not in ("params", "param_names")}
         names = tuple(slot.name for slot in slots)
 
-        def at_step(step: int, grad_scale: float) -> AtStep:
+        def at_step(step: int, grad_scale: float, is_fresh: bool | None = None) -> AtStep:
             if self.kind.cls is torch.optim.SGD and is_plain_form(options):
                 return SgdAtStep.of(options, step, grad_scale)
-            return ElementwiseAtStep(self, options, names, step, grad_scale)
+            return ElementwiseAtStep(
+                self, options, names, step, grad_scale, step == 1 if is_fresh is None else is_fresh
+            )
 
         return at_step
 
@@ -99,9 +101,9 @@ class ElementwiseRule(KeptAsSaved):
             if name not in ("param_groups", "state") and value is not self._attributes.get(name)
         ]
 
-    def state_before(self, step: int, states: Mapping[str, Tensor]) -> dict[str, Any]:
+    def state_before(self, step: int, states: Mapping[str, Tensor], is_fresh: bool) -> dict[str, Any]:
         """The state that the optimizer finds in its step of this number."""
-        if step == 1 and not self.starts_filled:
+        if is_fresh and not self.starts_filled:
             return {}  # it makes them itself
         counted: dict[str, Any] = (
             {"step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")} if self.takes_step else {}
@@ -113,13 +115,20 @@ class ElementwiseAtStep:
     """One step of a torch optimizer (an `AtStep`)."""
 
     def __init__(
-        self, rule: ElementwiseRule, options: Mapping[str, Any], names: Sequence[str], step: int, grad_scale: float
+        self,
+        rule: ElementwiseRule,
+        options: Mapping[str, Any],
+        names: Sequence[str],
+        step: int,
+        grad_scale: float,
+        is_fresh: bool,
     ) -> None:
         self._rule = rule
         self._options = options
         self._names = names
         self._step = step
         self._grad_scale = grad_scale
+        self._is_fresh = is_fresh
 
     def atomic_numel(self, device: torch.device) -> int | None:
         return pieces.atomic_numel(device)
@@ -138,7 +147,7 @@ class ElementwiseAtStep:
         if self._grad_scale != 1.0:
             grad.mul_(self._grad_scale)
         named = dict(zip(self._names, states, strict=True))
-        state = self._rule.state_before(self._step, named)
+        state = self._rule.state_before(self._step, named, self._is_fresh)
         seen = param.view(param.shape)  # its own object: `grad` and ``.data`` are set on it
         seen.grad = grad
         self._rule.run(self._options, seen, state)

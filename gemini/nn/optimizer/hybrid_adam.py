@@ -72,10 +72,10 @@ class HybridAdam(ManagedOptimizer):
     float32. Loading copies, and rounds to nearest.
     """
 
-    rule: AdamRule = ADAM
-
-    nvme_offload_fraction: float = 0.0
-    nvme_offload_dir: str | None = None
+    # Not with values: see `ManagedOptimizer._managed`.
+    rule: AdamRule
+    nvme_offload_fraction: float
+    nvme_offload_dir: str | None
 
     def __init__(
         self,
@@ -131,6 +131,7 @@ class HybridAdam(ManagedOptimizer):
                 if optimizer.state.get(param):
                     check_saved(optimizer.state[param], param, "from_torch")
         hybrid = cls.__new__(cls)
+        hybrid.rule, hybrid.nvme_offload_fraction, hybrid.nvme_offload_dir = ADAM, 0.0, None
         defaults = {name: value for name, value in optimizer.defaults.items() if name != "adamw_mode"}
         own = completed({"bias_correction": True, **defaults}, {**TORCH_DEFAULTS, "adamw_mode": True})
         # The groups themselves, not copies: register_param_group completes them in place.

@@ -1,7 +1,8 @@
 """The seam between an optimizer and whoever manages its parameters, and what all optimizers on it have in common."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch.optim.optimizer import Optimizer
 from gemini.lazy.session import is_recording
 
 from .rule import Rule
+
+_Self = TypeVar("_Self", bound="ManagedOptimizer")
 
 # Registered hooks live in these dicts; handing the dicts over keeps the users' removable handles working.
 _HOOK_DICTS = (
@@ -48,6 +51,12 @@ class ManagedStep(Protocol):
     def load_state_dict(self, optimizer: "ManagedOptimizer", state_dict: dict[str, Any]) -> None:
         """Take over states in the layout of the torch optimizer that this one stands for."""
 
+    def states(self, optimizer: "ManagedOptimizer") -> MutableMapping[Any, Any]:
+        """Return what ``optimizer.state`` is."""
+
+    def replace_states(self, optimizer: "ManagedOptimizer", states: Mapping[Any, Any]) -> None:
+        """Take over a mapping that was assigned to ``optimizer.state``."""
+
     def add_param_group(self, optimizer: "ManagedOptimizer", group: dict[str, Any]) -> None:
         """Add a group after boosting, or raise."""
 
@@ -67,11 +76,41 @@ class ManagedOptimizer(Optimizer):
     (``prepare_parameters``).
     """
 
-    _managed: ManagedStep | None = None
-    """Who does the work once boosted. On the class because ``Optimizer.__init__`` already calls our methods."""
+    _managed: ManagedStep | None
+    """Who does the work once boosted. Not on the class: wrappers that are subclasses of the optimizer's class without
+    having its attributes, such as Lightning's, ask the optimizer for what they do not find."""
 
     rule: Rule
     """The arithmetic."""
+
+    stands_for: Callable[[], Optimizer | None]
+    """The optimizer whose place this one has taken, if there is one and somebody still has it."""
+
+    def __new__(cls: type[_Self], *args: Any, **kwargs: Any) -> _Self:
+        optimizer = super().__new__(cls)
+        optimizer._managed = None  # before __init__, in which ``Optimizer`` calls our methods already
+        optimizer.stands_for = lambda: None
+        return optimizer
+
+    @property
+    def state(self) -> Any:
+        """The states by parameter, as in ``torch.optim``; once boosted they are shown from where they are."""
+        return self.outside if self._managed is None else self._managed.states(self)
+
+    @state.setter
+    def state(self, states: MutableMapping[Any, Any]) -> None:
+        if self._managed is None:
+            self.__dict__["state"] = states
+        else:
+            self._managed.replace_states(self, states)
+
+    @property
+    def outside(self) -> MutableMapping[Any, Any]:
+        """The states of parameters that are in no chunk, and whatever else has been put there."""
+        own = self.__dict__.get("state")
+        if own is None:
+            raise AttributeError(f"{type(self).__name__} has no state of its own")  # a wrapper asks its optimizer then
+        return own  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -175,9 +214,24 @@ class ManagedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return states and groups, in the layout of the torch optimizer that this one stands for."""
-        if self._managed is not None:
-            return self._managed.state_dict(self)
-        return super().state_dict()
+        if self._managed is None:
+            return super().state_dict()
+        self.before_state_dict()
+        state_dict = self._managed.state_dict(self)
+        for hook in list(self._optimizer_state_dict_post_hooks.values()):
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def before_state_dict(self) -> None:
+        """Call the hooks that come before a state dict is made, or before something is saved that stands for one."""
+        for hook in list(self._optimizer_state_dict_pre_hooks.values()):
+            hook(self)
+
+    @property
+    def has_state_dict_post_hooks(self) -> bool:
+        """True if hooks are to see a state dict that is saved, and may change it."""
+        return bool(self._optimizer_state_dict_post_hooks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict in the layout of the torch optimizer that this one stands for. Tensors are copied.
@@ -187,10 +241,29 @@ class ManagedOptimizer(Optimizer):
         ValueError
             If it does not fit these parameters or asks for an option that is not supported. Nothing has changed then.
         """
-        if self._managed is not None:
-            self._managed.load_state_dict(self, state_dict)
-        else:
+        if self._managed is None:
             super().load_state_dict(state_dict)
+            return
+        self._managed.load_state_dict(self, self.before_load_state_dict(state_dict))
+        self.after_load_state_dict()
+
+    def before_load_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return what hooks want to be loaded instead of a state dict, which is not changed."""
+        state_dict = state_dict.copy()
+        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def after_load_state_dict(self) -> None:
+        """Call the hooks that come when a state dict has been loaded."""
+        for hook in list(self._optimizer_load_state_dict_post_hooks.values()):
+            hook(self)
+
+    @property
+    def has_load_state_dict_pre_hooks(self) -> bool:
+        """True if hooks are to see a state dict before it is loaded, and may change it."""
+        return bool(self._optimizer_load_state_dict_pre_hooks)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._managed is not None:
@@ -226,5 +299,6 @@ class ManagedOptimizer(Optimizer):
         """Go on with the hooks and schedulers of an optimizer whose place this one takes."""
         for name in _HOOK_DICTS:
             setattr(self, name, getattr(optimizer, name))
+        self.stands_for = weakref.ref(optimizer)
         # A scheduler made for the torch optimizer asks it whether step() ran before its own step(), and warns if not.
         setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it

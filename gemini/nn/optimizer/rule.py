@@ -4,7 +4,8 @@ A rule is element-wise: what happens to an element depends on this element's val
 all, so any cut of a flat buffer into pieces gives the same bits, and pieces may lie anywhere.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +13,17 @@ from torch import Tensor
 
 from gemini.chunk import StateSlot
 
-__all__ = ["AtStep", "KeptAsSaved", "Rule", "SplitAtStep", "StateSlot", "StepMaker", "steps_of"]
+__all__ = [
+    "AtStep",
+    "KeptAsSaved",
+    "Rule",
+    "SplitAtStep",
+    "StateSlot",
+    "StepMaker",
+    "has_state",
+    "steps_of",
+    "whole_steps",
+]
 
 
 class AtStep(Protocol):
@@ -50,8 +61,22 @@ class SplitAtStep(AtStep, Protocol):
         """As `apply` on the masters that these are the halves of. See [Note: Split master]."""
 
 
-StepMaker = Callable[[int, float], AtStep]
-"""From the number of the step (1 for a parameter's first) and a factor for its gradient to the step."""
+class StepMaker(Protocol):
+    """Makes the steps of a group."""
+
+    def __call__(self, step: int, grad_scale: float, is_fresh: bool | None = None, /) -> AtStep:
+        """A step of parameters.
+
+        Parameters
+        ----------
+        step
+            Its number, 1 for a parameter's first.
+        grad_scale
+            A factor for the gradient.
+        is_fresh
+            Whether the parameters have no state yet. None: they have none in their first step. They may have one then,
+            too: whose count of steps somebody has set to 0.
+        """
 
 
 class Rule(Protocol):
@@ -114,8 +139,27 @@ class KeptAsSaved:
         return (saved,)
 
 
+def has_state(saved: Mapping[str, Any]) -> bool:
+    """Whether there is anything in a state, as a state dict has it: entries may be None, and a master alone is none."""
+    return any(value is not None for name, value in saved.items() if name != "master")
+
+
+def whole_steps(value: Any) -> int:
+    """A count of steps from a number or a scalar tensor.
+
+    Raises
+    ------
+    ValueError
+        If it is no count.
+    """
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or number != int(number):
+        raise ValueError(f"step counts the steps of a parameter: a whole number of 0 or more, got {number:g}")
+    return int(number)
+
+
 def steps_of(rule: Rule, saved: Mapping[str, Any]) -> int:
     """How many steps a state, as a state dict has it, is old; where it does not say, 1 if there is any."""
     if rule.takes_step:
         return int(saved.get("step", 0))
-    return int(any(value is not None for name, value in saved.items() if name != "master"))
+    return int(has_state(saved))

@@ -1,0 +1,318 @@
+"""The optimizer's states of parameters in chunks: each value alone, in the layout of torch's state dicts."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ..chunk import Chunk, ChunkManager, Role, StateSlot
+from ..nn.optimizer.rule import Rule, has_state, steps_of, whole_steps
+from ..updates.updater import Updater
+from .saved_states import home_of, read_state, write_state
+from .state_place import StatePlace
+from .state_tensor import StateTensor
+
+STEP, MASTER = "step", "master"
+
+
+class Holder(Protocol):
+    """Shows the state of a parameter to somebody who may still have it when that is replaced."""
+
+    def let_go(self) -> None:
+        """Keep what is shown now."""
+
+
+class KeptStates:
+    """Says which parameters have a state, and reads, replaces and forgets it.
+
+    What the optimizer keeps of a parameter is whole or not there at all: what nobody has set in it is what the first
+    step finds. Beside it there may be notes, entries of others that the optimizer does not know.
+
+    Parameters
+    ----------
+    manager, updater
+        Has the values, and counts the steps.
+    rule
+        The optimizer's arithmetic.
+    """
+
+    def __init__(self, manager: ChunkManager, rule: Rule, updater: Updater) -> None:
+        self._manager = manager
+        self._rule = rule
+        self._updater = updater
+        self._notes: dict[int, dict[Any, Any]] = {}
+        """By the id of a parameter."""
+        self._places: WeakValueDictionary[tuple[int, str], StatePlace] = WeakValueDictionary()
+        self._holders: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+    # -- questions
+
+    def keeps(self, parameter: Any) -> bool:
+        """True if the states of this parameter are in its chunk. Those of others, frozen ones too, are elsewhere."""
+        place = self._manager.find(parameter)
+        return place is not None and place[0].is_trainable
+
+    def has(self, parameter: Tensor) -> bool:
+        """Whether there is anything in the state of a parameter; before its first step there mostly is not."""
+        return self._is_begun(parameter) or bool(self._notes.get(id(parameter)))
+
+    def count(self, parameter: Tensor) -> int:
+        """How many steps it has taken."""
+        return self._updater.steps.get(id(parameter), 0)
+
+    def names(self, parameter: Tensor) -> list[Any]:
+        """The keys of its state."""
+        known = self._known(parameter) if self._is_begun(parameter) else []
+        return [*known, *self._notes.get(id(parameter), ())]
+
+    def notes(self, parameter: Tensor) -> Mapping[Any, Any]:
+        """What others have put into its state."""
+        return self._notes.get(id(parameter), {})
+
+    def slots(self, parameter: Tensor) -> tuple[StateSlot, ...]:
+        """What the optimizer keeps for each element, as state dicts have it."""
+        return self._rule.saved_slots(tuple(self._chunk(parameter).states.values()))
+
+    def form(self, parameter: Tensor, name: str) -> Tensor:
+        """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
+        if name == STEP:
+            return torch.empty((), device="meta")
+        dtype, place = (
+            next(slot.dtype for slot in self.slots(parameter) if slot.name == name),
+            self._manager.slot(parameter),
+        )
+        return torch.empty_strided(place.shape, place.stride, dtype=dtype, device="meta")
+
+    def _is_begun(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._updater.steps or self._rule.starts_filled
+
+    def _known(self, parameter: Tensor) -> list[str]:
+        return [*([STEP] if self._rule.takes_step else []), *(slot.name for slot in self.slots(parameter))]
+
+    def _chunk(self, parameter: Tensor) -> Chunk:
+        place = self._manager.find(parameter)
+        assert place is not None
+        return place[0]
+
+    # -- reading
+
+    def get(self, parameter: Tensor, name: Any) -> Any:
+        """One entry of a state: a tensor that shows it, or a note.
+
+        Raises
+        ------
+        KeyError
+            If there is none.
+        """
+        notes = self._notes.get(id(parameter), {})
+        if name in notes:
+            return notes[name]
+        if name not in self.names(parameter):
+            raise KeyError(name)
+        key = (id(parameter), name)
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = StatePlace(self, parameter, name)
+        return place.show()
+
+    def copy(self, parameter: Tensor, name: Any) -> Any:
+        """One entry of a state, as state dicts have it: tensors as copies on CPU."""
+        notes = self._notes.get(id(parameter), {})
+        if name in notes:
+            return notes[name].detach().to("cpu", copy=True) if isinstance(notes[name], Tensor) else notes[name]
+        if name == STEP:
+            return torch.tensor(float(self.count(parameter)))
+        return read_state(self._manager, self._rule, parameter, name)
+
+    def open(self, parameter: Tensor, name: str) -> Tensor:
+        """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""
+        self._manager.before_read()
+        if name == STEP:
+            return torch.tensor(float(self.count(parameter)))
+        home = home_of(self._manager, self._rule, parameter, name)
+        return read_state(self._manager, self._rule, parameter, name).to(parameter.device) if home is None else home
+
+    # -- writing
+
+    def refuse_changes(self) -> None:
+        """Raise where the values are of no single step."""
+        self._manager.before_read()
+
+    def close(self, parameter: Tensor, name: str, values: Tensor) -> None:
+        """Bring home what was changed in what `open` returned."""
+        if name == STEP:
+            self._updater.steps[id(parameter)] = whole_steps(values)
+        elif home_of(self._manager, self._rule, parameter, name) is None:
+            self._check(parameter, name, values)
+            write_state(self._manager, self._rule, parameter, name, values)
+
+    def set(self, parameter: Tensor, name: Any, value: Any) -> None:
+        """Replace one entry of a state, which begins with it if there was none. Copies, but for notes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it cannot be kept. Nothing has changed then.
+        """
+        if self._is_shown_by(parameter, name, value):
+            return
+        self._manager.before_read()
+        if name not in (*self._known(parameter), MASTER):
+            self._notes.setdefault(id(parameter), {})[name] = value
+        elif value is None:
+            if name in self.names(parameter):
+                self.unset(parameter, name)
+        else:
+            self._check(parameter, name, value)
+            self.load(parameter, name, value)
+            if name != MASTER:
+                self._updater.steps.setdefault(id(parameter), 0 if self._rule.takes_step else 1)
+
+    def unset(self, parameter: Tensor, name: Any) -> None:
+        """Take one entry away: a note, or the only thing that is kept.
+
+        Raises
+        ------
+        KeyError, ValueError
+            If there is none, or it is a part of what the optimizer needs.
+        """
+        notes = self._notes.get(id(parameter), {})
+        if name in notes:
+            del notes[name]
+        elif name not in self.names(parameter):
+            raise KeyError(name)
+        elif self._known(parameter) != [name]:
+            raise ValueError(
+                f"{name} cannot be taken out of the state of a parameter, which is whole or not there: "
+                f"optimizer.state.pop(p) forgets all of it, optimizer.state[p][{name!r}].zero_() sets this to zeros"
+            )
+        else:
+            self._forget_values(parameter)
+
+    def check(self, parameter: Tensor, state: Mapping[Any, Any]) -> None:
+        """Raise what is wrong with a state that is to replace that of a parameter.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is not whole, or has something that cannot be kept.
+        """
+        known = self._known(parameter)
+        given = {name: value for name, value in state.items() if value is not None and name in (*known, MASTER)}
+        missing = [name for name in known if name not in given]
+        if missing and has_state(given):
+            raise ValueError(
+                f"the state of a parameter of shape {tuple(parameter.shape)} lacks {', '.join(missing)}: assign all of "
+                f"{', '.join(known)}, which {self._rule.name} keeps, or {{}} to begin anew"
+            )
+        for name, value in given.items():
+            self._check(parameter, name, value)
+
+    def replace(
+        self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value
+    ) -> None:
+        """Give a parameter another state, which has been checked; an empty one is none.
+
+        Parameters
+        ----------
+        read
+            From an entry to its value; each is asked for when it is needed, and one at a time.
+        """
+        known = (*self._known(parameter), MASTER)
+        given = {name: value for name, value in state.items() if value is not None and name in known}
+        notes = {name: value for name, value in state.items() if value is not None and name not in known}
+        self.release(parameter)
+        if not given.keys() >= set(self._known(parameter)):
+            self._forget_values(parameter)
+        for name, value in given.items():
+            if not self._is_shown_by(parameter, name, value):
+                self.load(parameter, name, read(value))
+        self._begin(parameter, given, {name: read(value) for name, value in notes.items()})
+
+    def load(self, parameter: Tensor, name: str, value: Any) -> None:
+        """Put one entry of a state, which has been checked, where it belongs."""
+        if isinstance(value, StateTensor):
+            value = value.clone()
+        self._let_go_of(parameter, name)
+        if name == STEP:
+            self._updater.steps[id(parameter)] = whole_steps(value)
+        elif name == MASTER:
+            self._manager.write(parameter, Role.MASTER, value)
+        else:
+            write_state(self._manager, self._rule, parameter, name, value)
+
+    def begin(self, parameter: Tensor, saved: Mapping[Any, Any]) -> None:
+        """Say that a parameter has this state, whose values are in their places: count steps, and keep the notes."""
+        kept = {slot.name for slot in self._chunk(parameter).states.values()}
+        known = {*kept, *self._known(parameter), STEP, MASTER}
+        given = {name: value for name, value in saved.items() if name in known}
+        self._begin(parameter, given, {name: saved[name] for name in saved.keys() - known if saved[name] is not None})
+
+    def forget(self, parameter: Tensor) -> None:
+        """Make the state of a parameter what it is before the first step."""
+        self._forget_values(parameter)
+        self._notes.pop(id(parameter), None)
+
+    def _begin(self, parameter: Tensor, given: Mapping[str, Any], notes: Mapping[Any, Any]) -> None:
+        if has_state(given):
+            self._updater.steps[id(parameter)] = steps_of(self._rule, given)
+        if notes:
+            self._notes[id(parameter)] = dict(notes)
+        else:
+            self._notes.pop(id(parameter), None)
+
+    def _forget_values(self, parameter: Tensor) -> None:
+        if not self._is_begun(parameter):
+            return
+        self._let_go_of(parameter, *self._known(parameter))
+        for role, slot in self._chunk(parameter).states.items():
+            self._manager.write(parameter, role, torch.full((), self._rule.initial(slot.name)))
+        self._updater.steps.pop(id(parameter), None)
+
+    def _check(self, parameter: Tensor, name: str, value: Any) -> None:
+        if name == STEP:
+            whole_steps(value)
+            return
+        if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
+            what = f"a {value.dtype}, {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} of a parameter is a dense, real tensor of its shape, got {what}")
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"{name} has the shape of its parameter, {tuple(parameter.shape)}, got {tuple(value.shape)}: "
+                "what the optimizer keeps has its place in a chunk, and with it its shape"
+            )
+        chunk = self._chunk(parameter)
+        if name != MASTER and chunk.is_split and name == chunk.name(chunk.marks_role) and bool((value < 0).any()):
+            raise ValueError(
+                f"{name} cannot be negative with split_master=True, which keeps a part of the masters in its signs; "
+                "boost without split_master"
+            )
+
+    # -- who still shows what is replaced
+
+    def hold(self, parameter: Tensor, holder: Holder) -> None:
+        """Tell this one when the state of a parameter is replaced. Weak."""
+        self._holders[id(parameter)] = holder
+
+    def holder(self, parameter: Tensor) -> Any:
+        """Who was last to `hold`; None if it is gone."""
+        return self._holders.get(id(parameter))
+
+    def release(self, parameter: Tensor) -> None:
+        """The state of a parameter is about to be another one: who shows it keeps what it shows."""
+        holder = self._holders.pop(id(parameter), None)
+        if holder is not None:
+            holder.let_go()
+
+    def _let_go_of(self, parameter: Tensor, *names: str) -> None:
+        for name in names:
+            place = self._places.pop((id(parameter), name), None)
+            if place is not None:
+                place.let_go()
+
+    def _is_shown_by(self, parameter: Tensor, name: Any, value: Any) -> bool:
+        """True if a value that is assigned is what is there."""
+        place = self._places.get((id(parameter), name))
+        return isinstance(value, StateTensor) and value.part is None and value.place is place
