@@ -38,6 +38,7 @@ from ..memory.tracker import NonModelMeter
 from ..monitor.monitor import Monitor, model_facts, probes
 from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
+from ..nn.optimizer.given import let_ask
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
 from ..runtime.hooks import Hooks
@@ -46,7 +47,6 @@ from ..runtime.runtime import Runtime
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
-from ..step.state_mapping import StatesOf
 from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Units
@@ -167,8 +167,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
                 kept.begin(parameter, _real(saved))
         optimizer._managed = step
         if (given := optimizer.stands_for()) is not None:
-            # Code from before has it still.
-            given.state = StatesOf(weakref.ref(optimizer))  # type: ignore[assignment]
+            let_ask(given, optimizer)
         optimizer.register_step_post_hook(_counting(weakref.ref(state)))
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:

@@ -14,7 +14,6 @@ import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
 from typing import Any
-from weakref import ref
 
 from torch import Tensor
 
@@ -28,7 +27,7 @@ class _Shown(dict[Any, Any]):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if args and not isinstance(args[0], KeptStates | ref):
+        if args and not isinstance(args[0], KeptStates):
             return dict(*args, **kwargs)
         return super().__new__(cls)
 
@@ -255,43 +254,3 @@ class OptimizerStates(_Shown):
         if not isinstance(value, Mapping):
             raise TypeError(f"the state of a parameter is a mapping of names to values, got {type(value).__name__}")
         self._kept.check(key, value)
-
-
-class StatesOf(_Shown):
-    """The states of another optimizer, for one whose place it has taken; empty when that is gone.
-
-    Parameters
-    ----------
-    optimizer
-        Weak: an optimizer that nobody uses any more does not keep the states in memory.
-    """
-
-    default_factory = dict
-
-    def __init__(self, optimizer: "ref[Any]") -> None:
-        self._optimizer = optimizer
-
-    def _states(self) -> Any:
-        optimizer = self._optimizer()
-        return {} if optimizer is None else optimizer.state
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._states()[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._states()[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._states()[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._states()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._states())
-
-    def __len__(self) -> int:
-        return len(self._states())
-
-    def clear(self) -> None:
-        self._states().clear()
