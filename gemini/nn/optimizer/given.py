@@ -1,7 +1,7 @@
 """The optimizer that was given to ``boost``, where another one came back: it does what that one does.
 
-Code from before still has it: schedulers, loggers, a trainer that made it. Its parameters are in chunks now, and its own
-step would run beside the managed one, so its class becomes one that asks the optimizer that came back.
+Code from before still has it: schedulers, loggers, a trainer that made it. Its parameters are in chunks now, and its
+own step would run beside the managed one, so its class becomes one that asks the optimizer that came back.
 """
 
 from collections.abc import Callable
