@@ -51,9 +51,9 @@ _DESCRIBING = frozenset(
 _LENDING = frozenset("detach numpy __array__ __dlpack__".split())
 _ADDRESSES = frozenset("data_ptr const_data_ptr untyped_storage storage _typed_storage is_set_to".split())
 _REFUSED = {
-    "share_memory_": "share a copy: p.detach().clone().share_memory_()",
-    "resize_": "build the model with the new shape and boost it, or work on a copy",
-    "resize_as_": "build the model with the new shape and boost it, or work on a copy",
+    "share_memory_": "share a copy, p.detach().clone().share_memory_(), and bring it back with p.copy_(copy)",
+    "resize_": "give it the shape before booster.boost, or work on a copy",
+    "resize_as_": "give it the shape before booster.boost, or work on a copy",
     "detach_": "work on p.detach()",
     "set_": "assign with p.data = value, or copy with p.data.copy_(value)",
     "apply_": "work on a copy: p.data = p.detach().clone().apply_(function)",
@@ -234,6 +234,9 @@ def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
     first, keeper = parameters[0], keeper_of(parameters[0])
     if what is Kind.REFUSE:
         name = func.__name__
+        if first.requires_grad and name.startswith("resize"):
+            with QUIET():
+                return func(*args, **kwargs)  # torch refuses it
         raise RuntimeError(
             f"{name} cannot be called on a parameter of a boosted model (shape {tuple(first.shape)}): its memory is a "
             f"part of a chunk. Instead {_REFUSED[name]}"

@@ -115,7 +115,10 @@ def load_named(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
     found = match(model, stored)
     found.check(strict, f"the state dict for {type(model).__name__}")
     found.load(model)
-    return _IncompatibleKeys(list(found.missing), list(found.unexpected))
+    missing = list(found.missing)
+    if not strict:  # one name of a tied tensor is enough, but torch counts the others as missing
+        missing += [name for entry, _ in found.pairs for name in entry.names if name not in stored]
+    return _IncompatibleKeys(missing, list(found.unexpected))
 
 
 def _unexpected(stored: Iterable[str], expected: set[str]) -> tuple[str, ...]:

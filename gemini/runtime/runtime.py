@@ -102,8 +102,9 @@ class Runtime:
         self._open[visit] = None
         try:
             self._evict(actions.evict)
+            beyond = bool(visit.unit.without_gradients) and visit.extra is visit.unit.without_gradients
             for chunk in chunks:
-                self._fetch(chunk, chunks)
+                self._fetch(chunk, chunks, overdraw=beyond)
             self._prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
                 self._pin(chunk, chunks)

@@ -15,12 +15,14 @@ class Refusal:
     error: type[BaseException] | tuple[type[BaseException], ...]
     way_out: str
     """A pattern of the part of the message that says what to do instead."""
+    is_torchs: bool = False
+    """The error is torch's own: loud, and nothing of ours can be told from the call."""
 
     def fits(self, error: BaseException) -> bool:
         """Whether ``error`` is this refusal; torch's own errors don't speak of chunks or boosting."""
         message = str(error)
-        is_ours = re.search(r"boost|chunk|kept on", message) is not None
-        return is_ours and isinstance(error, self.error) and re.search(self.way_out, message) is not None
+        is_known = self.is_torchs or re.search(r"boost|chunk|kept on", message) is not None
+        return is_known and isinstance(error, self.error) and re.search(self.way_out, message) is not None
 
 
 ROOM_FOR_DISK = 300 << 10

@@ -19,6 +19,8 @@ KEEPS_ITS_SHAPE = Refusal(
     (RuntimeError, ValueError, NotImplementedError), r"before booster\.boost|copy_|load_state_dict"
 )
 """For what changes the memory under a parameter: its shape, its storage."""
+KEEPS_ITS_STORAGE = Refusal(RuntimeError, r"storage that is not resizable", is_torchs=True)
+"""For what changes the length of memory that was handed out."""
 
 
 @use()
@@ -588,7 +590,7 @@ def resized(run: Training) -> Any:
         weight.requires_grad_(True)
 
 
-@use(refusal=KEEPS_ITS_SHAPE, may_be_equal=True)
+@use(refusal=KEEPS_ITS_STORAGE)
 def resized_through_data(run: Training) -> Any:
     """In plain PyTorch the parameter keeps its shape, and has a larger storage."""
     run.model[4].weight.data.resize_(2 * WIDTH, WIDTH)
@@ -610,7 +612,7 @@ def set_to_another_storage(run: Training) -> Any:
         run.model[4].weight.set_(torch.full((WIDTH, WIDTH), 0.01, device=run.device))
 
 
-@use(refusal=KEEPS_ITS_SHAPE, may_be_equal=True)
+@use(refusal=KEEPS_ITS_STORAGE)
 def storage_freed(run: Training) -> Any:
     """As FSDP and offloading by hand do; with the values gone, there is no way on."""
     kept = run.model[4].weight.detach().clone()
