@@ -41,13 +41,14 @@ class Wide(OnDevice):
 def test_a_device_of_any_size_trains_with_the_same_numbers(device: SimulatedDevice, mib: float) -> None:
     nbytes = int(mib * (1 << 20))
     device.set_capacity(nbytes)  # of the allocator, which never exceeds it
+    refused = torch.accelerator.memory_stats()["num_ooms"]
     run = Wide({"chunk_config_dict": {1: {"chunk_size": 4096}}})
     check_loop(run, Wide(None), steps=4)
     manager = boosted(run.model).manager
     homes = {home.tier for chunk in manager.chunks for home in chunk.homes.values()}
     assert homes == ({Tier.DEVICE} if mib == 8 else {Tier.DEVICE, Tier.HOST})
     assert manager.ledger.used(Tier.DEVICE) <= torch.accelerator.memory_allocated() <= nbytes
-    assert torch.accelerator.memory_stats()["num_ooms"] == 0
+    assert torch.accelerator.memory_stats()["num_ooms"] == refused
 
 
 @pytest.mark.parametrize("name", LOOP_PLACEMENTS)
