@@ -310,5 +310,8 @@ def _named(error: Exception, block: Block) -> Exception:
     if isinstance(error, OffloadError):
         return OffloadError(error.errno, f"{error.strerror}, {where}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return OutOfMemory(f"host tier out of memory {where}: {error}; nothing is lost; lower host_memory")
+        tier = block.update.chunk.homes[Role.MASTER].tier
+        tier = Tier.HOST if tier is Tier.DISK else tier  # its update is computed there
+        name = f"{tier.value} tier out of memory {where}: {error}; nothing is lost; lower {tier.value}_memory"
+        return OutOfMemory(name)
     return (TypeError if isinstance(error, TypeError) else RuntimeError)(f"{error}, {where}")

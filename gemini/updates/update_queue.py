@@ -17,8 +17,8 @@ from ..nn.optimizer.rule import AtStep, Rule, SplitAtStep
 from .ticket import Ticket
 from .update_pipeline import Block, ChunkUpdate, UpdatePipeline
 
-_WARM_UP_NUMEL = 1 << 18
-"""Enough for several threads."""
+_WARM_UP_NUMEL = {True: 1 << 18, False: 1 << 10}
+"""On the CPU enough for several threads; on a device only the kernel counts, and memory is full by then."""
 
 
 def warm_up(
@@ -42,15 +42,16 @@ def warm_up(
     split_master
         Masters may be in two halves, too.
     """
+    numel = _WARM_UP_NUMEL[device.type == "cpu"]
     for slots, group in {rule.slots(group): group for group in reversed(param_groups)}.items():
-        master = torch.zeros(_WARM_UP_NUMEL, dtype=torch.float32, device=device)
-        states = [slot.zeros(_WARM_UP_NUMEL, device) for slot in slots]
-        gradient, full = (torch.zeros(_WARM_UP_NUMEL, dtype=dtype, device=device) for _ in range(2))
+        master = torch.zeros(numel, dtype=torch.float32, device=device)
+        states = [slot.zeros(numel, device) for slot in slots]
+        gradient, full = (torch.zeros(numel, dtype=dtype, device=device) for _ in range(2))
         at_step = rule.of_group(group, slots)(1, 1.0)
         for out in (None, full):
             at_step.apply(master, states, gradient, out)
         if split_master and dtype is torch.bfloat16 and isinstance(at_step, SplitAtStep):
-            low = torch.zeros(_WARM_UP_NUMEL, dtype=torch.int16, device=device)
+            low = torch.zeros(numel, dtype=torch.int16, device=device)
             at_step.apply_split(full, low, states, gradient)
 
 

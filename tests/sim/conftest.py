@@ -1,5 +1,6 @@
 """Fixtures of the tests on the simulated device. All are marked ``own_process``: its name is global to a process."""
 
+import gc
 import os
 import sys
 import threading
@@ -36,11 +37,12 @@ def _registered() -> SimulatedDevice:
 @pytest.fixture
 def device(_registered: SimulatedDevice) -> Iterator[SimulatedDevice]:
     """The simulated device, at rest, with all its memory."""
+    gc.collect()  # what failed tests and their errors have held
+    torch.accelerator.synchronize()
+    torch.accelerator.empty_cache()
     _registered.seed(SEED)
     yield _registered
-    torch.accelerator.synchronize()
     _registered.set_capacity(4 * GIB)
-    torch.accelerator.empty_cache()
 
 
 @pytest.fixture(params=PLACEMENTS.values(), ids=PLACEMENTS)

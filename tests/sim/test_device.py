@@ -42,13 +42,16 @@ def test_the_host_cannot_touch_device_memory(device: SimulatedDevice) -> None:
 
 
 def test_the_capacity_is_never_exceeded(device: SimulatedDevice) -> None:
-    device.set_capacity(1 << 20)
+    before = torch.accelerator.memory_allocated()
+    device.set_capacity(before + (1 << 20))
+    torch.accelerator.reset_peak_memory_stats()
     kept = torch.empty(1 << 19, dtype=torch.uint8, device="sim")
-    with pytest.raises(torch.OutOfMemoryError, match="capacity 1048576"):
+    with pytest.raises(torch.OutOfMemoryError, match=f"capacity {before + (1 << 20)}"):
         torch.empty((1 << 19) + 1, dtype=torch.uint8, device="sim")
     del kept
     torch.empty(1 << 20, dtype=torch.uint8, device="sim")  # what was kept for reuse is given back
-    assert torch.accelerator.memory_allocated() == 0 and torch.accelerator.max_memory_reserved() <= 1 << 20
+    assert torch.accelerator.memory_allocated() == before
+    assert torch.accelerator.max_memory_reserved() <= before + (1 << 20)
 
 
 def test_memory_that_is_freed_goes_to_the_next_allocation_of_its_stream(device: SimulatedDevice) -> None:
@@ -130,7 +133,7 @@ def test_a_missing_wait_is_wrong_numbers(device: SimulatedDevice, use: Callable[
         for seed in range(SEEDS):
             device.seed(seed)
             right[wait] += use(wait)
-    assert right[True] == SEEDS and right[False] < SEEDS * 0.9
+    assert right[True] == SEEDS and right[False] < SEEDS - 3
 
 
 def test_the_same_seed_gives_the_same_order(device: SimulatedDevice) -> None:
