@@ -48,8 +48,8 @@ def begin_where_the_last_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks as the heap hands them out: what is added to a home in front shifts the next one back."""
     zeros, blocks = torch.zeros, itertools.count()
 
-    def placed(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
-        around = zeros(nbytes + 8192, dtype=dtype)
+    def placed(nbytes: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+        around = zeros(nbytes + 8192, dtype=dtype, device=device)
         start = -(around.data_ptr() + next(blocks) * 832) % 4096
         return around[start : start + nbytes]
 
