@@ -1,6 +1,7 @@
 """The manager's side of one boosted model, and how to get there from the model."""
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from .memory.capacity import Capacities
 from .memory.tracker import NonModelMeter
 from .monitor.monitor import Monitor
 from .monitor.stats import Statistics, Stats, read
+from .nn.optimizer.managed import ManagedOptimizer
 from .packing.packing import Packing
 from .runtime.hooks import Hooks
 from .runtime.runtime import Runtime
@@ -36,6 +38,8 @@ class Boosted:
     statistics: Statistics
     monitor: Monitor | None
     """None: nobody wants to know."""
+    optimizer: "weakref.ref[ManagedOptimizer] | None" = None
+    """The optimizer that updates the parameters; None for inference."""
     step_count: int = 0
     step_seconds: float = 0.0
     _last_step: float = field(default_factory=time.perf_counter)

@@ -54,6 +54,7 @@ from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
 from .module import GeminiModule, mix_in
+from .succession import bind_optimizer
 
 
 def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: GeminiConfig) -> GeminiModule:
@@ -140,8 +141,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
                 step.steps[id(parameter)] = steps
         for parameter in packing.parameters:
             optimizer.state.pop(parameter, None)
-        optimizer._managed = step
-        optimizer.register_step_post_hook(_counting(weakref.ref(state)))
+        bind_optimizer(state, optimizer)
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:
         be_exact()  # so that what malloc kept of the building is no part of where the measurement begins
@@ -286,15 +286,6 @@ def _tell(reference: "weakref.WeakMethod[Callable[[BaseException | None], None]]
     method = reference()
     if method is not None:
         method(error)
-
-
-def _counting(state: "weakref.ref[Boosted]") -> Any:
-    def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-        target = state()
-        if target is not None:
-            target.after_step()
-
-    return after_step
 
 
 def _close(queue: UpdateQueue, manager: ChunkManager, telemetry: TelemetryWriter | None) -> None:

@@ -18,6 +18,7 @@ from ..updates.updater import Updater
 from .saved_groups import check_groups
 from .saved_states import read_state, write_state
 from .scaler import LossScaler
+from .succession import begin_anew, frozen, grouped
 from .unfreezing import Unfreezing
 
 logger = logging.getLogger(__name__)
@@ -231,6 +232,29 @@ class ChunkedStep:
         except BaseException:
             optimizer.param_groups.pop()
             raise
+
+    def succeed(self, optimizer: ManagedOptimizer) -> None:
+        """Work for another optimizer from now on. States begin anew, or with those that it brings.
+
+        Raises
+        ------
+        OutOfMemory, ValueError
+            If there is no room for what it keeps. The optimizer before it goes on then.
+        """
+        if self.in_backward is not None:
+            self.in_backward.before_adding()
+        grouped(self.manager, optimizer)
+        for index, group in enumerate(optimizer.param_groups):
+            if unfrozen := frozen(self.manager, group):
+                self._unfreezing.admit(optimizer.rule, group, index, unfrozen)
+        begin_anew(self.manager, optimizer, self.steps)
+        self._updater.regroup(grouped(self.manager, optimizer))
+        if self.in_backward is not None:
+            self.in_backward.serve(optimizer)
+        for parameter, state in list(optimizer.state.items()):
+            if state and self.manager.find(parameter) is not None:
+                self.load_state_of(optimizer, parameter, state)
+                del optimizer.state[parameter]
 
     def clip_grad_by_norm(
         self, optimizer: ManagedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool

@@ -52,8 +52,13 @@ class Updater:
             if chunk.is_trainable
         }
         """By group: the states that there is room for."""
-        self._group_of: dict[int, int] = {}
-        """id of a parameter -> its group, where that need not be the chunk's."""
+        self._group_of: dict[int, int] = {
+            id(binding.parameter): chunk.layout.group.param_group
+            for chunk in manager.chunks
+            if chunk.is_trainable
+            for binding in chunk.bindings
+        }
+        """id of a parameter -> its group."""
         self._manager = manager
         self._queue = queue
         self._gradients = gradients
@@ -62,6 +67,11 @@ class Updater:
         """Update these parameters from now on, which are in chunks with room for ``slots``."""
         self.slots[group] = slots
         self._group_of.update(dict.fromkeys(map(id, parameters), group))
+
+    def regroup(self, groups: Sequence[tuple[Sequence[Tensor], tuple[StateSlot, ...]]]) -> None:
+        """Sort all parameters into these groups, each with the states that its chunks have room for."""
+        self.slots = {index: slots for index, (parameters, slots) in enumerate(groups) if parameters}
+        self._group_of = {id(p): index for index, (parameters, _) in enumerate(groups) for p in parameters}
 
     def groups(self, optimizer: ManagedOptimizer) -> list[GroupRule]:
         """The arithmetic of each group.
@@ -86,6 +96,11 @@ class Updater:
             The optimizer's.
         refresh
             Write through to the full copy, if there is one. Else it is evicted (which is free).
+
+        Raises
+        ------
+        ValueError
+            If a parameter with a gradient is in no group.
         """
         taken: dict[int, int] = {}
         of_step: dict[tuple[int, int], AtStep] = {}
@@ -95,7 +110,12 @@ class Updater:
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
             step = self.steps.get(id(parameter), 0) + 1
-            index = self._group_of.get(id(parameter), chunk.layout.group.param_group)
+            index = self._group_of.get(id(parameter))
+            if index is None:
+                raise ValueError(
+                    f"{slot.name} has a gradient and is in no group of the optimizer: add it with "
+                    "optimizer.add_param_group, or freeze it with requires_grad_(False)"
+                )
             if groups[index].remembers:
                 taken[id(parameter)] = step
             if (index, step) not in of_step:

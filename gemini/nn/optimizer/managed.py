@@ -1,13 +1,17 @@
 """The seam between an optimizer and whoever manages its parameters, and what all optimizers on it have in common."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .rule import Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Registered hooks live in these dicts; handing the dicts over keeps the users' removable handles working.
 _HOOK_DICTS = (
@@ -65,11 +69,24 @@ class ManagedOptimizer(Optimizer):
     (``prepare_parameters``).
     """
 
-    _managed: ManagedStep | None = None
-    """Who does the work once boosted. On the class because ``Optimizer.__init__`` already calls our methods."""
+    _managed: ManagedStep | None
+    """Does the work of a boosted optimizer; None before."""
+
+    stands_for: "weakref.ref[Optimizer] | None" = None
+    """The optimizer that was given to `Booster.boost`, where this one was made in its place."""
 
     rule: Rule
     """The arithmetic."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Self":
+        """Set ``_managed``, because ``Optimizer.__init__`` already calls our methods.
+
+        It is an attribute of the object and not of the class: Lightning and Fabric wrap an optimizer in an object of a
+        subclass that hands on what it does not find, and there nothing of this name may be found.
+        """
+        optimizer = super().__new__(cls)
+        optimizer._managed = None
+        return optimizer
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -217,5 +234,6 @@ class ManagedOptimizer(Optimizer):
         """Go on with the hooks and schedulers of an optimizer whose place this one takes."""
         for name in _HOOK_DICTS:
             setattr(self, name, getattr(optimizer, name))
+        self.stands_for = weakref.ref(optimizer)
         # A scheduler made for the torch optimizer asks it whether step() ran before its own step(), and warns if not.
         setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it
