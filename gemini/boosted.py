@@ -1,7 +1,6 @@
 """The manager's side of one boosted model, and how to get there from the model."""
 
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,8 +37,8 @@ class Boosted:
     statistics: Statistics
     monitor: Monitor | None
     """None: nobody wants to know."""
-    optimizer: "weakref.ref[ManagedOptimizer] | None" = None
-    """The optimizer that updates the parameters; None for inference."""
+    optimizer: ManagedOptimizer | None = None
+    """The optimizer that updates the parameters; None for inference. Its states are here even if the user lets go."""
     step_count: int = 0
     step_seconds: float = 0.0
     _last_step: float = field(default_factory=time.perf_counter)

@@ -14,15 +14,14 @@ from ..step.succession import Superseded
 
 def bind_optimizer(state: Boosted, optimizer: ManagedOptimizer) -> None:
     """Let the optimizer hand its work to the manager, which counts its steps."""
-    state.optimizer = weakref.ref(optimizer)
+    state.optimizer = optimizer
     optimizer._managed = state.step
     optimizer.register_step_post_hook(_counting(weakref.ref(state)))
 
 
 def optimizer_of(model: nn.Module, given: Optimizer | None) -> ManagedOptimizer | None:
     """The optimizer of a boosted model, if it is the one given or was made in its place; else None."""
-    reference = boosted(model).optimizer
-    current = reference() if reference is not None else None
+    current = boosted(model).optimizer
     if current is None or given is None:
         return None
     is_same = current is given or (current.stands_for is not None and current.stands_for() is given)
@@ -57,10 +56,9 @@ def give_optimizer(model: nn.Module, optimizer: Optimizer) -> ManagedOptimizer:
             "this optimizer belongs to another boosted model, or another optimizer has taken its place since: give the "
             "model the optimizer that it has, or a new one"
         )
-    before = state.optimizer() if state.optimizer is not None else None
     state.step.succeed(managed)
-    if before is not None:
-        before._managed = Superseded()
+    if state.optimizer is not None:
+        state.optimizer._managed = Superseded()
     bind_optimizer(state, managed)
     return managed
 

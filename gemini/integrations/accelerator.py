@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gemini.boosted import boosted, is_boosted
+from gemini.config import GeminiConfig
 from gemini.nn.optimizer.managed import ManagedOptimizer
+
+from .clipping import clip_by_norm, has_all
 
 
 class ManagedAccelerator(Accelerator):
@@ -20,45 +23,45 @@ class ManagedAccelerator(Accelerator):
         return super().prepare_model(model, device_placement=placement, **options)  # type: ignore[no-any-return]
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
-        placement = False if _is_managed(optimizer) else device_placement
+        inner = unwrapped(optimizer)
+        is_managed = isinstance(inner, ManagedOptimizer) and inner._managed is not None
+        placement = False if is_managed else device_placement
         return super().prepare_optimizer(optimizer, device_placement=placement)  # type: ignore[no-any-return]
 
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2
     ) -> Tensor | float | None:
-        """Clip, and return the norm before that; None where gradients are used up one by one and have no norm."""
+        """Clip, and return the norm before that; None where gradients are used up one by one and have no norm.
+
+        A plugin with a ``max_norm`` of its own clips within the step, and nothing is clipped here.
+        """
         parameters = list(parameters)
-        model = self._trained(parameters)
-        if model is None:
+        config, optimizer = self._training(parameters)
+        if config is None or optimizer is None:
             return super().clip_grad_norm_(parameters, max_norm, norm_type)  # type: ignore[no-any-return]
-        config, optimizer = boosted(model).config, _optimizer(model)
         if config.update_in_backward and math.isinf(max_norm):
             return None
-        # A plugin with a norm of its own clips within the step.
-        return optimizer.clip_grad_by_norm(math.inf if config.max_norm > 0 else max_norm, norm_type)
+        return clip_by_norm(optimizer, math.inf if config.max_norm > 0 else max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Iterable[Tensor], clip_value: float) -> None:
         parameters = list(parameters)
-        model = self._trained(parameters)
-        if model is None:
+        _, optimizer = self._training(parameters)
+        if optimizer is None:
             super().clip_grad_value_(parameters, clip_value)
         else:
-            _optimizer(model).clip_grad_by_value(clip_value)
+            optimizer.clip_grad_by_value(clip_value)
 
-    def _trained(self, parameters: Iterable[Tensor]) -> nn.Module | None:
-        """The boosted model whose optimizer has these parameters with a gradient, and no others; else None.
+    def _training(self, parameters: Iterable[Tensor]) -> tuple[GeminiConfig | None, ManagedOptimizer | None]:
+        """The optimizer that trains just these parameters, and how its model is boosted.
 
-        Those of one part of a model are clipped through ``p.grad``, which says so where it cannot be.
+        Gradients of a part of a model are clipped through ``p.grad``, which says so where it cannot be.
         """
-        asked = {id(p) for p in parameters if p.grad is not None}
         for model in self._models:
-            if is_boosted(model) and (reference := boosted(model).optimizer) is not None:
-                optimizer = reference()
-                if optimizer is not None and asked == {
-                    id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-                }:
-                    return model  # type: ignore[no-any-return]
-        return None
+            if is_boosted(model):
+                config, optimizer = boosted(model).config, boosted(model).optimizer
+                if optimizer is not None and has_all(optimizer, parameters):
+                    return config, optimizer
+        return None, None
 
 
 def managed(accelerator: Accelerator) -> Accelerator:
@@ -72,15 +75,3 @@ def managed(accelerator: Accelerator) -> Accelerator:
 def unwrapped(optimizer: Optimizer | None) -> Optimizer | None:
     """The optimizer within accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _optimizer(model: nn.Module) -> ManagedOptimizer:
-    reference = boosted(model).optimizer
-    optimizer = reference() if reference is not None else None
-    assert optimizer is not None
-    return optimizer
-
-
-def _is_managed(optimizer: Optimizer) -> bool:
-    inner = unwrapped(optimizer)
-    return isinstance(inner, ManagedOptimizer) and inner._managed is not None
