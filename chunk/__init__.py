@@ -5,6 +5,7 @@ Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or p
 
 from gemini.stacks import IO_STACK_BYTES
 
+from .away import QUIET, Keeper
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import Communicator, SingleProcess
@@ -31,6 +32,7 @@ from .write_behind import STORE_BLOCKS
 __all__ = [
     "FETCH_WORKERS",
     "IO_STACK_BYTES",
+    "QUIET",
     "STATE_ROLES",
     "STORE_BLOCKS",
     "Buffer",
@@ -45,6 +47,7 @@ __all__ = [
     "DeviceBackend",
     "DiskBackend",
     "GradientBuffer",
+    "Keeper",
     "Ledger",
     "MemoryBuffer",
     "RamBackend",

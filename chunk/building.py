@@ -46,7 +46,6 @@ class ChunkBuilder:
             chunk = Chunk(plan.layout, homes, master.tensor, full_is_home=True, states=plan.states)
             chunk.begin_fetch(Arrived())
             chunk.finish_fetch()
-            chunk.reveal()
         else:
             full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
             chunk = Chunk(plan.layout, homes, full, full_is_home=False, states=plan.states)

@@ -1,14 +1,16 @@
 """One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
 from .buffer import Buffer
 from .gradient import GradientBuffer
 from .layout import ChunkLayout
+from .loan import Loan
 from .memory import Transfer
 from .plan import StateSlot
 from .state import ChunkState, transition
@@ -17,13 +19,16 @@ from .tier import STATE_ROLES, Role
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """A parameter and the two things its data may be."""
+    """A parameter and the two things its data and its class may be."""
 
     parameter: Tensor
     view: Tensor
     """Its slot in the full copy."""
     poison: Tensor
     """A NaN scalar expanded to the same shape: no memory, and a use without the chunk cannot go unnoticed."""
+    plain: type
+    away: type
+    """While nothing has the chunk pinned: see [Note: Away]. Without a keeper a parameter stays plain."""
 
 
 class Chunk:
@@ -61,8 +66,10 @@ class Chunk:
         self.last_used = 0
         self.was_prefetched = False
         self.update: Transfer | None = None
+        self.loan: Loan | None = None
+        """The full copy's memory, if some has been lent since home was last known to have the same values."""
         self._transfer: Transfer | None = None
-        self._poisoned = True
+        self._poisoned = not full_is_home
 
     @property
     def index(self) -> int:
@@ -111,6 +118,18 @@ class Chunk:
         return 0 if self.full_is_home else self.full.numel() * self.full.element_size()
 
     @property
+    def is_lent(self) -> bool:
+        """True if code outside of the manager holds a part of the full copy. See [Note: Loans]."""
+        return self.loan is not None and self.loan.is_alive()
+
+    def lend(self) -> Loan:
+        """The loan of the full copy's memory; the chunk must be on DEVICE."""
+        assert self.state in (ChunkState.READY, ChunkState.IN_USE)
+        if self.loan is None:
+            self.loan = Loan(self.full, self.layout)
+        return self.loan
+
+    @property
     def is_resident(self) -> bool:
         """True if the full copy exists or is arriving."""
         return self.state is not ChunkState.HOME
@@ -147,48 +166,64 @@ class Chunk:
         self.settle()
         if self.pins == 0:
             self._move_to(ChunkState.IN_USE)
-        self.pins += 1
-        if self._poisoned:
             for binding in self.bindings:
-                binding.parameter.data = binding.view
-            self._poisoned = False
+                binding.parameter.__class__ = binding.plain
+        self.pins += 1
+        self._expose()
 
     def unpin(self) -> None:
         assert self.pins > 0, f"chunk {self.index} is not pinned"
         self.pins -= 1
         if self.pins == 0:
             self._move_to(ChunkState.READY)
+            for binding in self.bindings:
+                binding.parameter.__class__ = binding.away
 
     def evict(self) -> None:
         """READY -> HOME. Copies nothing: the full copy is clean, or the manager has kept what was changed in it."""
+        assert not self.is_lent
         self._move_to(ChunkState.HOME)
+        self.loan = None
         self.poison()
 
     def poison(self) -> None:
         """Point the parameters at NaN (the full copy is gone, or an update is rewriting it)."""
         if not self._poisoned:
-            for binding in self.bindings:
-                binding.parameter.data = binding.poison
+            with QUIET():
+                for binding in self.bindings:
+                    binding.parameter.data = binding.poison
             self._poisoned = True
 
-    def reveal(self) -> None:
-        """Point the parameters of a READY chunk at their values again, outside of any visit."""
-        if self._poisoned and self.state is ChunkState.READY:
-            self.settle()
-            for binding in self.bindings:
-                binding.parameter.data = binding.view
+    def _expose(self) -> None:
+        """Point the parameters at the full copy."""
+        if self._poisoned:
+            with QUIET():
+                for binding in self.bindings:
+                    binding.parameter.data = binding.view
             self._poisoned = False
+
+    def point(self, position: int, memory: Tensor) -> None:
+        """Have the parameter at this position lie in other memory for a moment; `point_back` ends that."""
+        with QUIET():
+            self.bindings[position].parameter.data = memory
+
+    def point_back(self, position: int) -> None:
+        """End what `point` began."""
+        binding = self.bindings[position]
+        self.point(position, binding.poison if self._poisoned else binding.view)
 
     def edited(self) -> list[int]:
         """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
-        versions = [binding.parameter._version for binding in self.bindings]
+        with QUIET():
+            versions = [binding.parameter._version for binding in self.bindings]
         if versions == self._versions:
             return []
         return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
 
     def accept(self, position: int) -> None:
-        """Home has what the parameter shows, or will be shown: whatever was done to it until now is no edit."""
-        self._versions[position] = self.bindings[position].parameter._version
+        """Mark home and parameter as equal."""
+        with QUIET():
+            self._versions[position] = self.bindings[position].parameter._version
 
     def take_assigned(self) -> list[tuple[int, Tensor]]:
         """Positions and values of parameters whose ``data`` the user has set to another tensor.
@@ -198,10 +233,10 @@ class Chunk:
         found = []
         for position, binding in enumerate(self.bindings):
             ours = binding.poison if self._poisoned else binding.view
-            if not binding.parameter.is_set_to(ours):
-                with torch._C.DisableTorchFunction():  # whoever watches uses of parameters: this is none
+            with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
+                if not binding.parameter.is_set_to(ours):
                     found.append((position, binding.parameter.data))
-                binding.parameter.data = ours
+                    binding.parameter.data = ours
         return found
 
     def supersede(self, positions: Iterable[int]) -> None:
@@ -211,23 +246,40 @@ class Chunk:
         saved the parameter raise, the others run.
         """
         for position in positions:
-            torch.autograd.graph.increment_version(self.bindings[position].parameter)
+            with QUIET():
+                torch.autograd.graph.increment_version(self.bindings[position].parameter)
             self.accept(position)
 
     def settle(self) -> None:
-        """Wait for the pending update of this chunk; raise what went wrong in it (again at each call)."""
+        """Wait for the pending update of this chunk, and show the full copy again if there is one.
+
+        Raises what went wrong in the update (again at each call).
+        """
         if self.update is not None:
             self.update.wait()
             self.update = None
+            if self.state in (ChunkState.READY, ChunkState.IN_USE):
+                self._expose()
 
     def bind(self, position: int, parameter: Tensor) -> None:
         """Make ``parameter`` follow this chunk from now on."""
         view = self.views[position]
         nan = torch.full((), float("nan"), dtype=view.dtype, device=view.device)
-        binding = Binding(parameter, view, nan.expand(view.shape))
+        plain = plain_class(type(parameter))
+        away = away_class(plain) if is_linked(parameter) else plain
+        binding = Binding(parameter, view, nan.expand(view.shape), plain, away)
         self.bindings.append(binding)
-        self._versions.append(parameter._version)
-        parameter.data = binding.poison if self._poisoned else view
+        with QUIET():
+            self._versions.append(parameter._version)
+            parameter.data = binding.poison if self._poisoned else view
+        parameter.__class__ = binding.plain if self.pins else binding.away
+
+    def entrust(self, keeper: Keeper) -> None:
+        """Have ``keeper`` answer for the chunk's parameters while nothing has it pinned."""
+        for position, binding in enumerate(self.bindings):
+            link(binding.parameter, keeper)
+            self.bindings[position] = entrusted = replace(binding, away=away_class(binding.plain))
+            binding.parameter.__class__ = entrusted.plain if self.pins else entrusted.away
 
     def become(self, other: "Chunk") -> None:
         """Have the homes, the full copy and the state of a chunk with the same slots; the parameters follow.

@@ -1,5 +1,6 @@
 """The gradient of one chunk: written slot by slot as backward produces it, read by the update."""
 
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -9,6 +10,9 @@ from torch import Tensor
 from .buffer import Buffer
 from .layout import ChunkLayout, Slot
 from .memory import DeviceBackend
+
+_OWN_REFERENCES = 3
+"""To a view of a gradient that nobody else holds: the list, a loop's name for it, and the argument that asks."""
 
 
 class GradientBuffer:
@@ -111,6 +115,19 @@ class GradientBuffer:
         self._backend.store(flat, buffer, slot.offset)
         if self._norm_wanted:
             self._norms[position] = _norm(flat.as_strided(slot.shape, slot.stride), 2.0)  # while it is in RAM
+
+    @property
+    def is_held(self) -> bool:
+        """True if code outside of the manager holds a gradient that `view` gave out (torch, in ``p.grad``, counts)."""
+        return any(sys.getrefcount(view) > _OWN_REFERENCES for view in self._views)
+
+    def part_with(self, position: int) -> None:
+        """Leave to whoever holds the gradient of a slot a copy of its own: another one is about to take its place."""
+        if self._views and sys.getrefcount(self._views[position]) > _OWN_REFERENCES - 1:  # no name of ours for it
+            held = self._views[position]
+            assert self.buffer is not None and self.buffer.tensor is not None
+            self._views[position] = _shaped(self.buffer.tensor, self.layout.slots[position])
+            held.data = held.clone(memory_format=torch.preserve_format)
 
     def view(self, position: int) -> Tensor | None:
         """The gradient of a slot itself, in its parameter's shape; None where it is a file, or where there is none."""

@@ -31,6 +31,7 @@ class Ledger:
         self._capacities = {tier: int(capacities.get(tier, 0)) for tier in Tier}
         self._used = dict.fromkeys(Tier, 0)
         self._peak = dict.fromkeys(Tier, 0)
+        self._overdraft = dict.fromkeys(Tier, 0)
         self._lock = Lock()
 
     def bounded_by(self, tier: Tier) -> Tier:
@@ -62,7 +63,23 @@ class Ledger:
         return {tier: (used[tier], peak[tier], capacity[self.bounded_by(tier)]) for tier in Tier}
 
     def free(self, tier: Tier) -> int:
-        return self.capacity(tier) - self.used(self.bounded_by(tier))
+        bound = self.bounded_by(tier)
+        return self._capacities[bound] + self._overdraft[bound] - self.used(bound)
+
+    def overdraft(self, tier: Tier) -> int:
+        """Bytes beyond the capacity that may be used for a while. See `overdraw`."""
+        return self._overdraft[self.bounded_by(tier)]
+
+    def overdraw(self, tier: Tier, nbytes: int) -> None:
+        """Allow ``nbytes`` more than the capacity, for what code outside of the model's units holds, until `repay`."""
+        with self._lock:
+            self._overdraft[self.bounded_by(tier)] += nbytes
+
+    def repay(self, tier: Tier) -> None:
+        """Take back of an overdraft what is not used."""
+        with self._lock:
+            bound = self.bounded_by(tier)
+            self._overdraft[bound] -= max(0, min(self._overdraft[bound], self.free(bound)))
 
     def take(self, tier: Tier, nbytes: int, what: str) -> None:
         """Count ``nbytes`` as used.

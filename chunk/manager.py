@@ -21,7 +21,7 @@ from .plan import ChunkPlan
 from .shortage import no_room, refused
 from .state import ChunkState
 from .tier import Role, Tier
-from .values import read_slot, write_slot
+from .values import differing, read_slot, write_slot
 from .weak import weakly
 from .workers import end_elsewhere
 
@@ -53,9 +53,12 @@ class ChunkManager:
     plans
         One per chunk, in chunk order.
     ledger, device, disk
-        Who counts, who computes, who stores. ``disk`` may be None if no home is on DISK.
+        Counts, computes, stores. ``disk`` may be None if no home is on DISK.
     gradient_room
         Bytes per tier for gradients that have no home.
+    headroom
+        Bytes that DEVICE has beyond its capacity, as far as the system can tell. What code outside of units holds may
+        take of it.
 
     Raises
     ------
@@ -70,6 +73,7 @@ class ChunkManager:
         device: DeviceBackend,
         disk: DiskBackend | None,
         gradient_room: Mapping[Tier, int] = MappingProxyType({}),
+        headroom: Callable[[], int] = lambda: 0,
     ) -> None:
         self.ledger = ledger
         self.device = device
@@ -80,7 +84,8 @@ class ChunkManager:
         self.after_write: Callable[[Tensor, Role], None] = lambda parameter, role: None
         """Called with what has been replaced."""
         self.withheld: Set[Chunk] = frozenset()
-        """Chunks whose parameters nobody is shown: they have taken a step that the others have not."""
+        """Chunks that have taken a step that the others have not: reading them would mix two steps."""
+        self._headroom = headroom
         self._clock = 0
         reserve_homes(plans, ledger, device)
         self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
@@ -120,9 +125,17 @@ class ChunkManager:
         ------
         OutOfMemory, OffloadError
             If a new home gets no room; the old ones go when all new ones are there.
+        ValueError
+            If code outside of the manager holds memory of such a chunk.
         """
         for plan in plans:
             old = self.chunks[plan.layout.index]
+            if old.is_lent:
+                names = ", ".join(old.layout.slots[position].name for position in old.lend().positions)
+                raise ValueError(
+                    f"memory of {names} is held outside of the model (by p.data, p.detach(), a NumPy array or a view): "
+                    "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
+                )
             if old.state is ChunkState.FETCHING:
                 self._arrive(old)  # what can go wrong goes wrong now
             old.settle()
@@ -147,8 +160,10 @@ class ChunkManager:
 
     # -- moving
 
-    def fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), background: bool = False) -> None:
+    def fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), background: bool = False, overdraw: bool = False) -> None:
         """HOME -> FETCHING: make room (evicting the least recently used, but none of ``keep``) and start the move.
+
+        With ``overdraw`` it may go beyond the capacity of DEVICE where the system has the memory.
 
         Raises
         ------
@@ -160,7 +175,7 @@ class ChunkManager:
         if chunk.state is not ChunkState.HOME:
             return
         self.keep_assigned(chunk)
-        self.make_room(chunk, keep)
+        self.make_room(chunk, keep, overdraw)
         begin = time.perf_counter()
         try:
             self._begin_fetch(chunk, background)
@@ -229,8 +244,8 @@ class ChunkManager:
         chunk.unpin()
 
     def evict(self, chunk: Chunk) -> None:
-        """Free a full copy that nothing uses. Does nothing where it is the home itself."""
-        if chunk.full_is_home:
+        """Free a full copy that nothing uses. Does nothing where it is the home itself, or lent."""
+        if chunk.full_is_home or chunk.is_lent:
             return
         if chunk.state is ChunkState.FETCHING:
             self._arrive(chunk)
@@ -246,7 +261,7 @@ class ChunkManager:
 
         Forward and backward change no parameter, but ``nn.Embedding(max_norm=...)`` renormalises its weight, and users
         clamp or initialise parameters under ``no_grad``. Only elements that differ are written, so that the others keep
-        the bits that the compute dtype has no room for.
+        the bits that the compute dtype has no room for. What was lent is compared as well: see [Note: Loans].
 
         Raises
         ------
@@ -262,14 +277,43 @@ class ChunkManager:
             )
         if chunk.full_is_home or chunk.state not in (ChunkState.READY, ChunkState.IN_USE):
             return
-        for position in chunk.edited():
+        positions = set(chunk.edited())
+        if chunk.loan is not None:
+            positions.update(chunk.loan.positions)
+            if not chunk.is_lent:  # asked before looking: what is written from now on is seen the next time
+                chunk.loan = None
+        if positions:
             chunk.settle()
+        for position in sorted(positions):
             view = chunk.views[position]
             home = read_slot(chunk, position, Role.MASTER).to(view.device)
-            with torch.no_grad():
-                home = torch.where(view == home.to(view.dtype), home, view.to(home.dtype))
-            write_slot(chunk, position, Role.MASTER, home)
+            differs = differing(view, home)
+            if differs.any():
+                write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(home.dtype), home))
             chunk.accept(position)
+
+    def refresh(self, chunk: Chunk) -> None:
+        """Fill the full copy of a lent chunk from home again, because an update could not write through to it."""
+        chunk.settle()
+        self.device.upload(chunk.full, chunk.source, None, background=False).wait()
+
+    def assign(self, parameter: Tensor, value: Tensor) -> None:
+        """Take over what is assigned to the ``data`` of a parameter that is away.
+
+        Raises
+        ------
+        ValueError
+            If it has another shape, dtype or device than the parameter, which then keeps its values.
+        """
+        chunk, position = self._places[id(parameter)]
+        view, value = chunk.views[position], value.detach()
+        if (value.dtype, value.device) != (view.dtype, view.device):
+            raise ValueError(
+                f"a tensor of {value.dtype} on {value.device} was assigned to the data of "
+                f"{chunk.layout.slots[position].name}, which is of {view.dtype} on {view.device} and keeps both after "
+                "booster.boost: copy with p.data.copy_(value), or convert the model before booster.boost"
+            )
+        self._take(chunk, position, value)
 
     def keep_assigned(self, chunk: Chunk) -> None:
         """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does).
@@ -280,20 +324,23 @@ class ChunkManager:
             If it has another shape than the parameter, which then keeps its values.
         """
         for position, value in chunk.take_assigned():
-            slot = chunk.layout.slots[position]
-            if value.shape != slot.shape:
-                raise ValueError(
-                    f"a tensor of shape {tuple(value.shape)} was assigned to the data of {slot.name}, whose shape is "
-                    f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape"
-                )
-            chunk.settle()
-            if chunk.state is ChunkState.FETCHING:
-                self._arrive(chunk)
-            write_slot(chunk, position, Role.MASTER, value)
-            chunk.accept(position)
-            if chunk.is_resident and not chunk.full_is_home:
-                with torch.no_grad():
-                    chunk.views[position].copy_(value)
+            self._take(chunk, position, value)
+
+    def _take(self, chunk: Chunk, position: int, value: Tensor) -> None:
+        slot = chunk.layout.slots[position]
+        if value.shape != slot.shape:
+            raise ValueError(
+                f"a tensor of shape {tuple(value.shape)} was assigned to the data of {slot.name}, whose shape is "
+                f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape"
+            )
+        chunk.settle()
+        if chunk.state is ChunkState.FETCHING:
+            self._arrive(chunk)
+        write_slot(chunk, position, Role.MASTER, value)
+        chunk.accept(position)
+        if chunk.is_resident and not chunk.full_is_home:
+            with torch.no_grad():
+                chunk.views[position].copy_(value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
         self.moves.waited_seconds[chunk.homes[Role.MASTER].tier] += time.perf_counter() - begin
@@ -309,17 +356,23 @@ class ChunkManager:
         self.device.shrink(chunk.full)
         self.ledger.give(Tier.DEVICE, chunk.full_nbytes)
 
-    def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
+    def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         """Evict until ``chunk`` fits.
+
+        What does not fit beside memory that is lent may go beyond the capacity, if the system has as much.
 
         Raises
         ------
         OutOfMemory
             If it does not fit beside what is in use and what is to be kept.
         """
-        while self.ledger.free(Tier.DEVICE) < chunk.full_nbytes:
+        while (missing := chunk.full_nbytes - self.ledger.free(Tier.DEVICE)) > 0:
             idle = self._idle(keep)
             if not idle:
+                lent = sum(c.full_nbytes for c in self.chunks if c.state is ChunkState.READY and c.is_lent)
+                if (overdraw or lent >= missing) and self._headroom() >= missing:
+                    self.ledger.overdraw(Tier.DEVICE, missing)
+                    return
                 raise no_room(self.ledger, self.chunks, chunk, keep)
             self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
 
@@ -330,6 +383,22 @@ class ChunkManager:
         while self.ledger.free(tier) < nbytes and (idle := self._idle(())):
             self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
 
+    def forget_addresses(self) -> None:
+        """Addresses of memory that were given out (``p.data_ptr()``) need not stay valid any longer."""
+        for chunk in self.chunks:
+            if chunk.loan is not None:
+                chunk.loan.forget_address()
+
+    def repay(self) -> None:
+        """Give back what went beyond the capacity of DEVICE, as far as nobody holds it."""
+        while (overdraft := self.ledger.overdraft(Tier.DEVICE)) > 0:
+            idle = self._idle(()) if self.ledger.free(Tier.DEVICE) < overdraft else ()
+            if idle:
+                self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))
+            else:
+                self.ledger.repay(Tier.DEVICE)
+                return
+
     def evict_idle(self, keep: Sequence[Chunk] = ()) -> None:
         """Free every full copy that nothing uses, but for those of ``keep``."""
         for chunk in self._idle(keep):
@@ -339,7 +408,7 @@ class ChunkManager:
 
     def _idle(self, keep: Sequence[Chunk]) -> list[Chunk]:
         there = (ChunkState.READY, ChunkState.FETCHING)
-        return [c for c in self.chunks if c.state in there and not c.full_is_home and c not in keep]
+        return [c for c in self.chunks if c.state in there and not (c.full_is_home or c in keep or c.is_lent)]
 
     def _has_failed(self, chunk: Chunk) -> bool:
         """Wait for a move; true if it ran out of memory."""
@@ -365,7 +434,7 @@ class ChunkManager:
         return read_slot(chunk, position, role)
 
     def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
-        """Replace what one role holds for a parameter; a full copy made before is dropped."""
+        """Replace what one role holds for a parameter; a full copy made before is dropped, or follows if it is lent."""
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_assigned(chunk)
@@ -374,23 +443,15 @@ class ChunkManager:
         write_slot(chunk, position, role, value)
         if role is Role.MASTER:
             chunk.accept(position)
+            if chunk.is_lent and not chunk.full_is_home:
+                with torch.no_grad():
+                    chunk.views[position].copy_(value)
         self.after_write(parameter, role)
 
-    def show(self, parameter: Tensor) -> None:
-        """Wait for the pending update of a parameter, and show its values if its chunk is resident."""
-        place = self.find(parameter)
-        if place is not None and place[0] not in self.withheld:
-            place[0].settle()
-            self.keep_assigned(place[0])
-            place[0].reveal()
-
     def settle(self) -> None:
-        """Wait for every pending update, and show the parameters of resident chunks their values again."""
+        """Wait for every pending update."""
         for chunk in self.chunks:
             chunk.settle()
-            if chunk not in self.withheld:
-                self.keep_assigned(chunk)
-                chunk.reveal()
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""

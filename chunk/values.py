@@ -40,6 +40,16 @@ def write_slot(chunk: Chunk, position: int, role: Role, value: Tensor) -> None:
         start += part.numel()
 
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes: what the bits of an element can be compared as. As numbers, NaN differs from itself and -0.0 equals 0.0."""
+
+
+def differing(view: Tensor, home: Tensor) -> Tensor:
+    """Where a full copy has other bits than its home gives it (a mask in their shape)."""
+    as_bits = _BITS[view.element_size()]
+    return view.detach().view(as_bits) != home.to(view.dtype).view(as_bits)
+
+
 def _is_entwined(chunk: Chunk, role: Role) -> bool:
     """True if other homes than the role's own belong to its values, or its home has more than them."""
     return chunk.is_split and role in (Role.MASTER, chunk.marks_role)

@@ -15,6 +15,7 @@ from .monitor.stats import Statistics, Stats, read
 from .nn.optimizer.managed import ManagedOptimizer
 from .packing.packing import Packing
 from .runtime.hooks import Hooks
+from .runtime.outside import Outside
 from .runtime.runtime import Runtime
 from .step.managed_step import ChunkedStep
 from .telemetry.writer import TelemetryWriter
@@ -32,6 +33,7 @@ class Boosted:
     manager: ChunkManager
     runtime: Runtime
     hooks: Hooks
+    outside: Outside
     step: ChunkedStep
     meter: NonModelMeter
     statistics: Statistics

@@ -31,7 +31,7 @@ from ..chunk import (
 )
 from ..config import GeminiConfig
 from ..lazy import is_lazy, materialize
-from ..memory.capacity import Capacities, find_capacities
+from ..memory.capacity import Capacities, device_headroom, find_capacities
 from ..memory.native_memory import be_exact, bound_kernels
 from ..memory.tracker import NonModelMeter
 from ..monitor.monitor import Monitor, model_facts, probes
@@ -41,6 +41,7 @@ from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import steps_of
 from ..packing.packing import Packing, decide, managed_parameters
 from ..runtime.hooks import Hooks
+from ..runtime.outside import Outside
 from ..runtime.runtime import Runtime
 from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
@@ -102,9 +103,9 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if optimizer is not None:
         _take_over_states(optimizer, manager)
 
-    runtime = Runtime(manager, config.max_prefetch, meter, capacities.device_limit_bytes)
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     gradients = Gradients(manager, packing.parameters, scaler is not None, config.update_in_backward)
+    runtime = Runtime(manager, gradients, config.max_prefetch, meter, capacities.device_limit_bytes)
     updater = Updater(manager, queue, gradients)
     if config.update_in_backward and optimizer is not None:
         completion = Completion(manager, packing.parameters)
@@ -129,7 +130,10 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if monitor is not None:
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
-    state = Boosted(type(model), config, capacities, packing, manager, runtime, hooks, step, meter, statistics, monitor)
+    outside = Outside(hooks, runtime, gradients)
+    state = Boosted(
+        type(model), config, capacities, packing, manager, runtime, hooks, outside, step, meter, statistics, monitor
+    )
     unfreezing.on_change = weakly(state.rebuilt)
     serve_parts(model, manager)
     mix_in(model)
@@ -196,7 +200,8 @@ def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tu
         device = CudaBackend(capacities.device, fetch_staging, config.pin_memory, store_staging)
     else:
         device = RamBackend(fetch_staging, store_staging)
-    manager = ChunkManager(packing.plans, ledger, device, disk, packing.placement.gradient_room)
+    headroom = partial(device_headroom, capacities.device)
+    manager = ChunkManager(packing.plans, ledger, device, disk, packing.placement.gradient_room, headroom)
     return manager, UpdateQueue(update_staging)
 
 

@@ -1,6 +1,6 @@
 """What a boosted model can do besides what it could before."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -13,9 +13,8 @@ from ..units.bracket import refuse_compilation
 class GeminiModule(nn.Module):
     """Mixed into the class of a boosted model; the object, its attributes, hooks and names stay the user's.
 
-    Parameters are readable through the model's accessors (`named_parameters`, `state_dict`, `gemini.named_tensors`).
-    Where a part of it is asked for by name (``model.head.weight``) it is brought too. A parameter whose chunk is not on
-    DEVICE reads as NaN when it is reached in another way.
+    Parameters have plain PyTorch's meaning between steps, however they are reached: their chunks come when an operation
+    asks for their values.
     """
 
     _gemini: Any  # a Boosted; not written as such, because transformers evaluates the hints of a model's class
@@ -34,17 +33,10 @@ class GeminiModule(nn.Module):
         budgets = self._gemini.capacities.budgets
         return summary(self._gemini.stats(), {tier: budget.source for tier, budget in budgets.items()})
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        # One at a time: models ask for `next(self.parameters())` just to learn a dtype, and need not wait for the rest.
-        for name, parameter in super().named_parameters(*args, **kwargs):
-            self._gemini.manager.show(parameter)
-            yield name, parameter
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients, those in the chunks too."""
-        self._gemini.step.drop_gradients()
-        with self._gemini.hooks.only_describing():
-            super().zero_grad(set_to_none)
+        """Forget the gradients (or fill them with zeros), those in the chunks too."""
+        self._gemini.step.zero_gradients(set_to_none)
+        super().zero_grad(set_to_none)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Gather every parameter (fp32 master where there is one) and buffer on CPU, ties under each of their names.

@@ -72,7 +72,7 @@ class _Loading:
 
 def _managed(module: nn.Module, manager: ChunkManager, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The module's own managed parameters that ``state_dict`` has."""
-    own = dict.items(module._parameters)  # not the watched ones': nothing is used here
+    own = module._parameters.items()
     return {
         name: parameter
         for name, parameter in own

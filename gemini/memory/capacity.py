@@ -8,7 +8,7 @@ import torch
 from ..chunk import Tier
 from ..config import GeminiConfig
 from ..sizes import format_bytes
-from .tracker import NON_MODEL_HOST_BYTES, Budget, device_budget, disk_budget, host_budget
+from .tracker import NON_MODEL_HOST_BYTES, Budget, device_budget, disk_budget, host_budget, host_headroom
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +68,10 @@ def _free_disk(config: GeminiConfig) -> Budget:
     while not folder.exists() and folder != folder.parent:  # it is made when it is first used
         folder = folder.parent
     return disk_budget(folder)
+
+
+def device_headroom(device: torch.device) -> int:
+    """Bytes that this process may still take where ``device`` computes, whatever the capacities say."""
+    if device.type == "cpu":
+        return host_headroom()[0]
+    return int(torch.accelerator.get_memory_info(device.index)[0])

@@ -10,17 +10,21 @@ Forward: module hooks. Backward: a prehook on the autograd node of each output e
 
 No ``autograd.Function``, no tensor subclass.
 
-What no hook brackets is held until the optimizer has stepped: a parameter that code outside of any module asks for, a
-unit whose results cannot be seen, and in a backward that will itself be differentiated whatever it uses, because the
-nodes that it makes belong to no unit.
+What no hook brackets is held until the optimizer has stepped: a unit whose results cannot be seen, and in a backward
+that will itself be differentiated whatever it uses, because the nodes that it makes belong to no unit. Uses outside of
+any unit come from the parameters themselves: see `outside`.
+
+Hooks on autograd nodes hold a visit, and of this object a weak reference only: the garbage collector does not see
+through nodes, and a model that keeps a tensor with a graph would keep itself.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Collection
 from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +36,9 @@ from ..units.observer import Observer, tensors_in
 from ..units.results import Mark, Results
 from ..units.subgraph import first_nodes, last_nodes, next_number, unreachable
 from ..units.units import Countdown, Unit, Units, Visit, bracketed_modules
-from ..units.watched import watch_parameters
 from .runtime import Runtime
 
-_INTERNALS = frozenset(vars(nn.Module()))
+_INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
 """Attributes that are not the user's."""
 
 
@@ -79,32 +82,26 @@ class Hooks:
         """How many calls of the model are under way, one inside the other."""
         self._running: list[Visit] = []
         """Forward calls of units under way, innermost last."""
-        self._has_pending_graph = False
-        """A forward has made a graph, and no backward has come to it yet."""
+        self._thread = 0
+        """The thread that runs the units in ``_running``."""
         self._observer: Observer | None = None
         self._results: Results | None = None
         """Sees what is made: the observer, or later, for a unit that is new or leaves some of it elsewhere."""
         self._observed_kinds: set[tuple[bool, bool]] = set()
         self._foreign: dict[nn.Module, Visit] = {}
-        self._asked: set[int] = set()
-        """ids of parameters that were asked for while the observer was there."""
-        self._described: set[int] = set()
-        """Those that no operation took then: code looked at their dtype, say."""
+        self._outside = Unit(-1, "code outside of any unit", None, ())
         self._looked_again: set[int] = set()
-        """Those for which the observer has been called again."""
+        """ids of parameters for which the observer has been called again."""
         runtime.on_abort = self._forget
         for unit in units.all:
             self._install(unit)
         bracket(model, self._before_model, self._after_model)
-        for module in bracketed_modules(model):
-            if not is_compiled(module):
-                places = {name: runtime.manager.find(p) for name, p in module._parameters.items() if p is not None}
-                chunks = {name: place[0] for name, place in places.items() if place is not None}
-                watch_parameters(module, chunks, self._on_unseen_use, self._is_between_forward_and_backward)
 
     def _install(self, unit: Unit) -> None:
-        if unit.module is not self._model:  # its hooks are the model's, so that a new cycle begins before it enters
-            bracket(unit.module, partial(self._before_unit, unit), partial(self._after_unit, unit))
+        module = unit.module
+        if module is not None and module is not self._model:
+            # The model's own are those of a unit, too, so that a new cycle begins before it enters.
+            bracket(module, partial(self._before_unit, unit), partial(self._after_unit, unit))
 
     # -- the model
 
@@ -165,11 +162,8 @@ class Hooks:
                     self._on_foreign_leave(module, self._observer.begin, output if module is model else None)
                 self._observer = None
                 self._stop_seeing()
-                self._described |= self._asked
-                self._asked.clear()
                 if output is not None:
                     self._observed_kinds.add((torch.is_grad_enabled(), model.training))
-            self._has_pending_graph = torch.is_grad_enabled() and output is not None
         return _cast(output, torch.float32) if self._force_outputs_fp32 and output is not None else None
 
     # -- units
@@ -181,6 +175,7 @@ class Hooks:
         if self._updates is not None and _in_backward():
             self._updates.before_use(f"{unit.name}, run again by backward,", visit.chunks)
         self._running.append(visit)
+        self._thread = threading.get_ident()
         if torch.is_grad_enabled():
             visit.input_nodes = tuple(t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad)
             if unit.leaves_elsewhere is not False and visit.chunks and self._results is None:
@@ -226,16 +221,16 @@ class Hooks:
             results.__exit__(None, None, None)
 
     def _watch_backward(self, visit: Visit, inputs: list[Tensor], output: Any) -> None:
-        stashed = (getattr(visit.unit.module, name, None) for name in visit.unit.stashes)
-        results = chain(tensors_in(output), tensors_in(tuple(stashed)), inputs)
+        module = visit.unit.module
+        stashed = tuple(getattr(module, name, None) for name in visit.unit.stashes)
+        results = chain(tensors_in(output), tensors_in(stashed), inputs)
         own = range(0) if visit.begin is None else range(visit.begin.number, next_number())
         nodes = first_nodes(results, visit.input_nodes, own)
         if self._results is not None and visit.begin is not None and visit.chunks and not _is_raising():
             elsewhere = unreachable(self._results.since(visit.begin), nodes, own)
             visit.unit.leaves_elsewhere = bool(visit.unit.leaves_elsewhere or elsewhere)
             nodes |= elsewhere
-        for node in nodes:
-            node.register_prehook(partial(self._before_backward, visit))
+        self._enter_before(visit, nodes)
         if not nodes:
             if output is not None and _makes_gradients(visit, inputs):
                 self._runtime.hold(visit.chunks)
@@ -252,23 +247,31 @@ class Hooks:
             # Not register_multi_grad_hook: its closure holds the nodes that hold it, and such graphs are never freed.
             self._leave_after(visit, [t.register_hook for t in {id(t): t for t in inputs}.values()])
 
+    def _enter_before(self, visit: Visit, nodes: "Collection[Any]") -> None:
+        """Have backward enter a visit before it runs the first of these."""
+        before = partial(_call, WeakMethod(self._before_backward), visit)
+        for node in nodes:
+            node.register_prehook(before)
+
     def _leave_after(self, visit: Visit, hookings: "list[Callable[[Callable[..., None]], object]]") -> None:
         """Have backward leave a visit when each of these has called its hook."""
         if hookings:
             countdown = Countdown(len(hookings))
             visit.countdowns.append(countdown)
             for hook_on in hookings:
-                hook_on(partial(self._count, visit, countdown))
+                hook_on(partial(_call, WeakMethod(self._count), visit, countdown))
 
     def _before_backward(self, visit: Visit, gradients: Any) -> None:
-        self._has_pending_graph = False
         task = torch._C._current_graph_task_id()
         if self._runtime.join_backward(task, visit):
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._runtime.end_backward, task))
         if not visit.is_open:
             for countdown in visit.countdowns:
                 countdown.restart()
-            self._runtime.enter(visit, Phase.BACKWARD)
+            if visit.unit is self._outside:
+                self._runtime.enter_outside(visit)
+            else:
+                self._runtime.enter(visit, Phase.BACKWARD)
         if torch.is_grad_enabled():  # create_graph=True
             self._runtime.hold(visit.chunks)
 
@@ -281,11 +284,9 @@ class Hooks:
 
     def _on_use(self, parameter: nn.Parameter, module: nn.Module) -> None:
         """The observer saw an operation that takes a parameter; from now on ``module`` brings it."""
-        self._asked.discard(id(parameter))
         place = self._runtime.manager.find(parameter)
         if place is None or place[0].pins > 0:
             return
-        self._described.discard(id(parameter))
         unit, is_new = self._units.extend(module, parameter)
         if is_new:
             self._install(unit)
@@ -304,41 +305,56 @@ class Hooks:
             visit.begin = begin
             self._watch_backward(visit, [], output)
 
-    def _on_unseen_use(self, parameter: nn.Parameter, chunk: Chunk) -> None:
-        """A parameter that nothing pins is asked for, and maybe used."""
-        if torch.compiler.is_compiling():
-            return
-        if self._updates is not None:
-            self._updates.before_use("code outside of any unit", [chunk])
-        if self._observer is not None:
-            self._asked.add(id(parameter))  # the observer will see whether and by whom it is used
-        elif self._running and not _in_backward():
-            if id(parameter) not in self._described:
-                visit = self._running[-1]
-                visit.extra = (*visit.extra, chunk)
-                self._runtime.add_to_open(visit, [chunk])
-                if id(parameter) not in self._looked_again:
-                    self._looked_again.add(id(parameter))
-                    self._observed_kinds.clear()  # to learn which module it is
-        elif torch.is_grad_enabled() or _in_backward():
-            self._runtime.hold([chunk])
-        else:
-            self._runtime.manager.fetch(chunk)
-            self._runtime.manager.pin(chunk)
-            self._runtime.manager.unpin(chunk)
+    # -- uses outside of any unit
 
-    @contextmanager
-    def only_describing(self) -> Iterator[None]:
-        """Within, going through all parameters is no use of them."""
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
+    @property
+    def innermost(self) -> Visit | None:
+        """The unit whose forward this thread is in, if any."""
+        is_inside = self._running and self._thread == threading.get_ident() and not _in_backward()
+        return self._running[-1] if is_inside else None
 
-    def _is_between_forward_and_backward(self) -> bool:
-        """True where going through all parameters is most likely for a penalty."""
-        return self._has_pending_graph and not self._depth and torch.is_grad_enabled()
+    def add_to_innermost(self, visit: Visit, chunks: Collection[Chunk], parameters: Collection[Tensor]) -> None:
+        """A running unit uses parameters that it does not bracket: have them there until it ends."""
+        visit.extra = (*visit.extra, *chunks)
+        self._runtime.add_to_open(visit, tuple(chunks))
+        unknown = {id(parameter) for parameter in parameters} - self._looked_again
+        if unknown and self._observer is None:
+            self._looked_again |= unknown
+            self._observed_kinds.clear()  # to learn which module it is
+
+    def bring_in_backward(self, begin: int, result: Any, chunks: tuple[Chunk, ...]) -> None:
+        """Have these chunks there when backward comes to what an operation outside of any unit made.
+
+        Parameters
+        ----------
+        begin
+            The number of the first autograd node that it may have made.
+        result
+            What it returned.
+        """
+        own = range(begin, next_number())
+        nodes = {node for node in first_nodes(tensors_in(result), (), own) if node._sequence_nr() in own}
+        if nodes:
+            visit = Visit(self._outside, extra=chunks)
+            self._enter_before(visit, nodes)
+            self._leave_after(visit, [node.register_hook for node in last_nodes(nodes, _NotIn(own), own)])
+
+
+class _NotIn:
+    """Every autograd node whose number is not in a range."""
+
+    def __init__(self, own: range) -> None:
+        self._own = own
+
+    def __contains__(self, node: Any) -> bool:
+        return node._sequence_nr() not in self._own
+
+
+def _call(method: "WeakMethod[Callable[..., None]]", *args: Any) -> None:
+    """Call a method of an object that may be gone."""
+    bound = method()
+    if bound is not None:
+        bound(*args)
 
 
 def _in_backward() -> bool:
@@ -356,7 +372,8 @@ def _has_graph(value: Any) -> bool:
 
 def _makes_gradients(visit: Visit, inputs: list[Tensor]) -> bool:
     """False for what has no part in any backward, such as a frozen module on data."""
-    own = visit.unit.module.parameters(recurse=False)
+    module = visit.unit.module
+    own = () if module is None else module.parameters(recurse=False)
     return bool(inputs) or any(parameter.requires_grad for parameter in own)
 
 

@@ -1,5 +1,6 @@
 """The orchestrator: applies the plan as units enter and leave, and keeps working when a step leaves the plan."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from ..planning.planner import Actions, Planner
 from ..planning.trace import Moment, Phase, Trace
 from ..units.units import Visit
 from ..updates.backward_updates import BackwardUpdates
+from ..updates.gradients import Gradients
 
 
 class Runtime:
@@ -23,8 +25,8 @@ class Runtime:
 
     Parameters
     ----------
-    manager
-        The chunks.
+    manager, gradients
+        The chunks, and what ``p.grad`` shows of their gradients.
     depth
         How many chunks may be on their way ahead of use.
     meter
@@ -35,9 +37,17 @@ class Runtime:
     """
 
     def __init__(
-        self, manager: ChunkManager, depth: int, meter: NonModelMeter, device_limit_bytes: int | None = None
+        self,
+        manager: ChunkManager,
+        gradients: Gradients,
+        depth: int,
+        meter: NonModelMeter,
+        device_limit_bytes: int | None = None,
     ) -> None:
         self.manager = manager
+        self.lock = threading.RLock()
+        """Held while chunks move and while parameters are used outside of units: any thread may read parameters."""
+        self._gradients = gradients
         self.cycle = Cycle()
         self.depth = depth
         self.stall_seconds = 0.0
@@ -72,8 +82,11 @@ class Runtime:
         OutOfMemory, OffloadError
             If that is impossible; nothing of this visit stays pinned then.
         """
-        if visit.is_open:
-            return
+        if not visit.is_open:
+            with self.lock:
+                self._enter(visit, phase)
+
+    def _enter(self, visit: Visit, phase: Phase) -> None:
         chunks = visit.chunks
         in_use = frozenset(c.index for group in (chunks, *(v.pinned for v in self._open)) for c in group)
         actions = self.cycle.advance(Moment(visit.unit.index, phase, in_use)) or Actions()
@@ -93,7 +106,8 @@ class Runtime:
                 self._fetch(chunk, chunks)
             self._prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
-                self._pin(chunk, visit)
+                self._pin(chunk, chunks)
+                visit.pinned.append(chunk)
             if waits:
                 self.stall_seconds += time.perf_counter() - begin
             if is_sampled:
@@ -111,27 +125,59 @@ class Runtime:
         """Let the unit's chunks go. Idempotent: a recomputation and the end of backward may both say so."""
         if not visit.is_open:
             return
-        visit.is_open = False
-        del self._open[visit]
-        for chunk in visit.pinned:
-            self.manager.unpin(chunk)
-        visit.pinned.clear()
+        with self.lock:
+            visit.is_open = False
+            del self._open[visit]
+            for chunk in visit.pinned:
+                self.manager.unpin(chunk)
+            visit.pinned.clear()
 
     def add_to_open(self, visit: Visit, chunks: Sequence[Chunk]) -> None:
         """Bring chunks that an open (or new) visit turned out to need; it lists them already."""
         if visit.is_open:
             for chunk in chunks:
                 self._fetch(chunk)
-                self._pin(chunk, visit)
+                self._pin(chunk, visit.chunks)
+                visit.pinned.append(chunk)
         else:
             self.enter(visit, Phase.FORWARD)
+
+    def enter_outside(self, visit: Visit) -> None:
+        """Backward comes to what code outside of any unit made: bring its chunks. No moment of the cycle."""
+        visit.is_open = True
+        self._open[visit] = None
+        try:
+            visit.pinned.extend(self.bring(visit.chunks))
+        except BaseException:
+            self.leave(visit)
+            raise
+
+    def bring(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Pin chunks for code outside of any unit, beyond the capacity if need be. `let_go` ends it."""
+        pinned: list[Chunk] = []
+        try:
+            for chunk in chunks:
+                chunk.settle()
+                self._fetch(chunk, chunks, overdraw=True)
+                self._pin(chunk, chunks)
+                pinned.append(chunk)
+        except BaseException:
+            self.let_go(pinned)
+            raise
+        return pinned
+
+    def let_go(self, chunks: Sequence[Chunk]) -> None:
+        """Unpin what `bring` pinned."""
+        for chunk in chunks:
+            self.manager.unpin(chunk)
+        self.manager.repay()
 
     def hold(self, chunks: Sequence[Chunk]) -> None:
         """Bring chunks and keep them until `release_held`, because nothing will tell when the last use is over."""
         for chunk in chunks:
             if chunk not in self._held:
                 self._fetch(chunk, chunks)
-                self.manager.pin(chunk, keep=chunks)
+                self._pin(chunk, chunks)
                 self._held[chunk] = None
 
     def release_held(self) -> None:
@@ -146,9 +192,9 @@ class Runtime:
             c.full_nbytes for c in self.manager.chunks if c.is_resident
         )
 
-    def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
+    def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         try:
-            self.manager.fetch(chunk, keep)
+            self.manager.fetch(chunk, keep, overdraw=overdraw)
         except OutOfMemory:
             if not self.given_up_bytes:
                 raise
@@ -157,9 +203,9 @@ class Runtime:
             self.given_up_bytes = 0
             self.manager.fetch(chunk, keep)
 
-    def _pin(self, chunk: Chunk, visit: Visit) -> None:
-        self.manager.pin(chunk, keep=visit.chunks)
-        visit.pinned.append(chunk)
+    def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
+        self.manager.pin(chunk, keep)
+        self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _evict(self, indices: Sequence[int]) -> None:
         for index in indices:
@@ -202,6 +248,8 @@ class Runtime:
         if self.profile.is_measuring and self.cycle.is_complete:
             self.meter.sample(self._model_bytes())
             self.profile.end(self.meter.last_bytes)
+        self.manager.forget_addresses()
+        self.manager.repay()
         self.batch = batch = Batch(with_gradients, shapes)
         self.profile.begin(batch)
         self._choose_malloc()

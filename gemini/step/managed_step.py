@@ -128,10 +128,21 @@ class ChunkedStep:
         self._is_scaled = False
         self._coefficient = 1.0
 
+    def zero_gradients(self, set_to_none: bool) -> None:
+        """Forget what is in the chunks, or fill it with zeros; see `torch.optim.Optimizer.zero_grad`."""
+        if set_to_none or self.in_backward is not None:
+            self.drop_gradients()
+        else:
+            self._gradients.zero()
+
     # -- ManagedStep
 
     def step(self, optimizer: ManagedOptimizer) -> None:
         self.recover()
+        with self._runtime.lock:
+            self._step(optimizer)
+
+    def _step(self, optimizer: ManagedOptimizer) -> None:
         self._runtime.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         if self.in_backward is not None:
@@ -194,9 +205,9 @@ class ChunkedStep:
             unfrozen = [
                 parameter
                 for parameter in group["params"]
-                if parameter.grad is not None
-                and self.manager.find(parameter) is not None
+                if self.manager.find(parameter) is not None
                 and not self._gradients.follows(parameter)
+                and parameter.grad is not None
             ]
             if unfrozen:
                 self._unfreezing.admit(optimizer.rule, group, index, unfrozen)
@@ -217,11 +228,14 @@ class ChunkedStep:
         self._coefficient = 1.0
         return True
 
-    def zero_grad(self, optimizer: ManagedOptimizer) -> None:
-        self.drop_gradients()
+    def zero_grad(self, optimizer: ManagedOptimizer, set_to_none: bool) -> None:
+        self.zero_gradients(set_to_none)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None
+                if set_to_none:
+                    parameter.grad = None
+                elif self.manager.find(parameter) is None and parameter.grad is not None:
+                    parameter.grad.detach_().zero_()
 
     def add_param_group(self, optimizer: ManagedOptimizer, group: dict[str, Any]) -> None:
         if self.in_backward is not None:
@@ -356,5 +370,5 @@ class ChunkedStep:
         return {
             i: parameters
             for i, group in enumerate(optimizer.param_groups)
-            if (parameters := [p for p in group["params"] if p.grad is not None and self.manager.find(p) is None])
+            if (parameters := [p for p in group["params"] if self.manager.find(p) is None and p.grad is not None])
         }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ class Unit:
 
     index: int
     name: str
-    module: nn.Module
+    module_ref: ReferenceType[nn.Module] | None
+    """Weak: autograd nodes hold visits, and the garbage collector does not see through them."""
     chunks: tuple[Chunk, ...]
     stashes: tuple[str, ...] = ()
     """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
@@ -24,6 +26,11 @@ class Unit:
     """It leaves such tensors also where only a look at all results finds them; None before the first look."""
     is_closed: bool = False
     """When it was last looked at, all of its graph could be reached from its results."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, while it lives; None for code outside of any."""
+        return None if self.module_ref is None else self.module_ref()
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +112,7 @@ class Units:
         return unit, is_new
 
     def _add(self, module: nn.Module, chunks: tuple[Chunk, ...]) -> Unit:
-        unit = Unit(len(self.all), self._names.get(module, type(module).__name__), module, chunks)
+        unit = Unit(len(self.all), self._names.get(module, type(module).__name__), ref(module), chunks)
         self.all.append(unit)
         self.of[module] = unit
         return unit

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chunk import Chunk, ChunkManager
+from ..chunk import QUIET, Chunk, ChunkManager
 from ..units.units import Unit, Visit
 
 
@@ -59,7 +59,8 @@ class Completion:
         for parameter in parameters:
             place = self._manager.find(parameter)
             if place is not None and place[0].is_trainable:
-                node = torch.autograd.graph.get_gradient_edge(parameter).node
+                with QUIET():
+                    node = torch.autograd.graph.get_gradient_edge(parameter).node
                 self._nodes.append((place[0].index, place[1], node))
 
     def is_over(self, chunk: Chunk) -> bool:

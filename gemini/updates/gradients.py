@@ -8,9 +8,12 @@ and clips nothing without a word.
 
 ::
 
-    p.grad    None --backward--> view or AbsentGradient --step, zero_grad--> None
+    p.grad    None --backward--> shown: a view or an AbsentGradient --step--> withdrawn --is asked for, pin--> shown
+                ^-------- zero_grad, or the user's None -------------|--------------|
 
-What the user does to ``p.grad`` in between counts, as in PyTorch: None forgets the gradient, a tensor replaces it.
+What the user does to ``p.grad`` counts, as in PyTorch: None forgets the gradient, a tensor replaces it. After a step the
+gradient is still there until somebody clears it, but the update may be reading it in the background: it is withdrawn
+(torch finds None), and shown again when it is asked for, which waits for the update.
 
 Where the optimizer uses gradients up within backward, ``p.grad`` is an `AbsentGradient` from then until ``zero_grad``.
 """
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chunk import Chunk, ChunkManager
+from ..chunk import QUIET, Chunk, ChunkManager
 
 _METADATA: frozenset[Any] = frozenset(
     {
@@ -107,6 +110,8 @@ class Gradients:
         self._are_used_up = are_used_up
         self._shown: dict[int, Tensor] = {}
         """id of a parameter -> what ``p.grad`` was set to. Without an entry ``p.grad`` is autograd's or the user's."""
+        self._withdrawn: set[Chunk] = set()
+        """Chunks whose gradients an update has taken, and that nobody has cleared or asked for since."""
         self._stand_ins: dict[int, AbsentGradient] = {}
         self._followed: set[int] = set()
         """ids of the parameters whose gradients go into chunks."""
@@ -140,22 +145,23 @@ class Gradients:
 
     def take(self, parameter: Tensor) -> None:
         """Put what autograd left in ``p.grad`` into the chunk, and show it."""
-        gradient, place = parameter.grad, self._manager.find(parameter)
+        gradient, place = _grad_of(parameter), self._manager.find(parameter)
         if gradient is None or place is None:
             return
         chunk, position = place
-        shown = self._shown.get(id(parameter))
-        if gradient is shown:
+        if gradient is self._shown.get(id(parameter)):
             return  # autograd added to the view, so the chunk has it
         assert chunk.gradient is not None
-        parameter.grad = None  # first: if what follows fails, the next backward must not find it here
-        self._shown.pop(id(parameter), None)
+        _set_grad(parameter, None)  # first: if what follows fails, the next backward must not find it here
+        was_replaced = self._shown.pop(id(parameter), None) is not None
         self.before_arrival(chunk, position)
         chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
-        if shown is None:
-            chunk.gradient.add(position, gradient)
-        else:
+        if was_replaced or position not in chunk.gradient.present:
+            chunk.gradient.part_with(position)
+        if was_replaced:
             chunk.gradient.write(position, gradient)  # the user had replaced what was shown: this is the whole
+        else:
+            chunk.gradient.add(position, gradient)
         self._show(parameter, chunk, position)
         self.on_arrival(chunk, position)
 
@@ -164,9 +170,10 @@ class Gradients:
         shown = self._shown.get(id(parameter))
         if shown is None or shown is not self._stand_ins.get(id(parameter)):
             return
-        if parameter.grad is shown:
-            parameter.grad = None
-        elif parameter.grad is None:
+        gradient = _grad_of(parameter)
+        if gradient is shown:
+            _set_grad(parameter, None)
+        elif gradient is None:
             self._forget(parameter)
         else:
             return  # the user's tensor: autograd adds to it, and `take` has the whole
@@ -189,7 +196,7 @@ class Gradients:
                 continue
             for position, binding in enumerate(chunk.bindings):
                 parameter = binding.parameter
-                gradient, shown = parameter.grad, self._shown.get(id(parameter))
+                gradient, shown = _grad_of(parameter), self._shown.get(id(parameter))
                 if gradient is shown or not self.follows(parameter):
                     continue
                 if chunk in self.used_up and shown is not None and position not in chunk.gradient.present:
@@ -198,10 +205,12 @@ class Gradients:
                         f"but {_USED_UP}; boost without it"
                     )
                 chunk.settle()
+                self._shown.pop(id(parameter), None)
+                del shown
                 if gradient is None:
                     self._forget(parameter)
-                    self._shown.pop(id(parameter), None)
                 else:
+                    chunk.gradient.part_with(position)
                     chunk.gradient.write(position, gradient)
                     self._show(parameter, chunk, position)
 
@@ -212,29 +221,61 @@ class Gradients:
                 shown = self._shown.get(id(binding.parameter))
                 if shown is None or chunk.gradient is None or position in chunk.gradient.present:
                     continue
-                if binding.parameter.grad is shown:
+                if _grad_of(binding.parameter) is shown:
                     return chunk.layout.slots[position].name
                 self._shown.pop(id(binding.parameter))
         return None
 
     def hand_over(self, chunk: Chunk) -> None:
         """From now on the chunk's gradients are the optimizer's."""
-        if not self._are_used_up:
-            self.hide(chunk)
-            return
         assert chunk.gradient is not None
-        chunk.gradient.clear()
+        if self._are_used_up:
+            chunk.gradient.clear()
+            return
+        self.hide(chunk)
+        self._withdrawn.add(chunk)
 
     def hide(self, chunk: Chunk) -> None:
         """Show no gradient of a chunk any more."""
+        self._withdrawn.discard(chunk)
         for binding in chunk.bindings:
             if self._shown.pop(id(binding.parameter), None) is not None:
-                binding.parameter.grad = None
+                _set_grad(binding.parameter, None)
+
+    def reveal(self, chunk: Chunk) -> None:
+        """Show gradients that an update has taken, when it is over."""
+        if chunk in self._withdrawn:
+            chunk.settle()
+            self._withdrawn.discard(chunk)
+            assert chunk.gradient is not None
+            for position in sorted(chunk.gradient.present):
+                if _grad_of(chunk.bindings[position].parameter) is None:
+                    self._show(chunk.bindings[position].parameter, chunk, position)
+
+    def forget_withdrawn(self, parameter: Tensor) -> None:
+        """The user clears or replaces the gradient of a parameter, which may be withdrawn."""
+        place = self._manager.find(parameter)
+        if place is not None and place[0] in self._withdrawn:
+            self._forget(parameter)
+
+    def zero(self) -> None:
+        """Fill all gradients with zeros, which stay gradients: the step then moves and decays as torch does."""
+        for chunk in self._manager.chunks:
+            if chunk.gradient is not None and chunk.gradient.present:
+                self.reveal(chunk)
+                for position in sorted(chunk.gradient.present):
+                    slot = chunk.layout.slots[position]
+                    view = chunk.gradient.view(position)
+                    if view is None:
+                        zeros = torch.zeros((), dtype=chunk.bindings[position].view.dtype).expand(slot.shape)
+                        chunk.gradient.write(position, zeros)
+                    else:
+                        view.zero_()
 
     def _show(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
         assert chunk.gradient is not None
         shown = self._stand_ins.get(id(parameter), chunk.gradient.view(position))
-        parameter.grad = shown
+        _set_grad(parameter, shown)
         assert shown is not None
         self._shown[id(parameter)] = shown
 
@@ -242,6 +283,17 @@ class Gradients:
         place = self._manager.find(parameter)
         if place is not None and place[0].gradient is not None:
             place[0].gradient.present.discard(place[1])
+
+
+def _grad_of(parameter: Tensor) -> Tensor | None:
+    """What torch has in ``p.grad``, whatever the parameter would say while it is away."""
+    with QUIET():
+        return parameter.grad
+
+
+def _set_grad(parameter: Tensor, gradient: Tensor | None) -> None:
+    with QUIET():
+        parameter.grad = gradient
 
 
 def _reason(chunk: Chunk, parameter: Tensor, are_scaled: bool) -> str:

@@ -132,7 +132,7 @@ class Updater:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
         if chunk.full_is_home or not chunk.is_resident:
             return None
-        if refresh and (self._manager.device.is_ram or chunk.homes[Role.MASTER].tier is Tier.DEVICE):
+        if (refresh or chunk.is_lent) and (self._manager.device.is_ram or chunk.homes[Role.MASTER].tier is Tier.DEVICE):
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
                 self._manager.unpin(chunk)
@@ -141,7 +141,11 @@ class Updater:
         return None
 
     def start(self, planned: Sequence[Planned]) -> None:
-        """Hand updates to the queue, in this order; from now on the chunks' gradients are theirs."""
+        """Hand updates to the queue, in this order; from now on the chunks' gradients are theirs.
+
+        Those of chunks of which code outside of the manager holds memory are waited for: what it sees is then of one
+        step, and what it writes into a gradient comes too late for this one, as in plain PyTorch.
+        """
         tickets = self._queue.submit([each.update for each in planned])
         for each, ticket in zip(planned, tickets, strict=True):
             chunk = each.chunk
@@ -151,4 +155,13 @@ class Updater:
             chunk.supersede(chunk.gradient.present)
             self._gradients.hand_over(chunk)
             self._manager.lends_until(chunk, ticket)
-            chunk.poison()  # nobody may see half of an update; the next pin or `settle` shows the values again
+            if not chunk.pins:
+                chunk.poison()  # until the next pin
+        for each in planned:
+            chunk = each.chunk
+            if chunk.pins or chunk.is_lent:
+                chunk.settle()
+                if each.update.out is None and chunk.is_resident and not chunk.full_is_home:
+                    self._manager.refresh(chunk)
+            elif chunk.gradient is not None and chunk.gradient.is_held:
+                chunk.settle()

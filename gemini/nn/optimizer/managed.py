@@ -41,8 +41,8 @@ class ManagedStep(Protocol):
     def step(self, optimizer: "ManagedOptimizer") -> None:
         """Update every parameter that has a gradient. The closure, if any, has run."""
 
-    def zero_grad(self, optimizer: "ManagedOptimizer") -> None:
-        """Forget the gradients."""
+    def zero_grad(self, optimizer: "ManagedOptimizer", set_to_none: bool) -> None:
+        """Forget the gradients, or fill them with zeros."""
 
     def state_dict(self, optimizer: "ManagedOptimizer") -> dict[str, Any]:
         """Return the states in the layout of the torch optimizer that this one stands for."""
@@ -142,7 +142,7 @@ class ManagedOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         if self._managed is not None:
-            self._managed.zero_grad(self)
+            self._managed.zero_grad(self, set_to_none)
         else:
             super().zero_grad(set_to_none)
 

@@ -59,7 +59,6 @@ def train_managed(between: Between, steps: int = 4, backwards: int = 1, **plugin
             booster.backward(loss_of(model, 10 * step + i), optimizer)
             between(i, kept, optimizer)
         optimizer.step()
-        assert all(p.grad is None for p in kept)  # the optimizer has them now
         optimizer.zero_grad()
     return masters(model)
 

@@ -1,0 +1,281 @@
+"""What the class of a parameter is while nothing has its chunk pinned.
+
+[Note: Away]
+A parameter whose chunk a unit has pinned is a plain ``nn.Parameter`` over the full copy, and torch runs at full speed.
+From the last unpin on its class is a subclass that torch asks before each operation (``__torch_function__``)::
+
+    plain nn.Parameter  --last unpin-->  AwayParameter  --pin-->  plain nn.Parameter
+
+- What only describes it (``shape``, ``dtype``) is answered at once; strides come from the chunk's view.
+- What uses its values goes to its `Keeper`, which brings the chunk, runs the operation, and lets the chunk go.
+- What hands out its memory (``data``, ``detach``, ``numpy``) gets a `Loan`.
+- ``grad`` is the keeper's too: a gradient may be in use by an update that is not over.
+
+Code in C++ that does not ask (``torch.jit.script`` functions, ``torch.tensor(p)``) finds NaN: reading a storage that has
+been resized to 0 would end the process. ``torch.func`` transforms flatten their arguments with pytree, to which a
+parameter that is away presents its values.
+
+A class of its own, and not one swapped in for good: a ``__torch_function__`` around every operation of forward and
+backward doubles the time of small models, and keeps them from being compiled.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+from functools import cache
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+import torch._compile
+from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
+
+QUIET = torch._C.DisableTorchFunctionSubclass
+"""A context in which an `AwayParameter` is to torch what it was before: for our own reading of ``grad`` and ``_version``.
+"""
+
+_LINK = "_gemini_link"
+_AS_IT_IS = torch.preserve_format
+_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
+_LAYOUT = frozenset(
+    "stride is_contiguous storage_offset dim_order is_non_overlapping_and_dense new_empty new_zeros new_ones new_full "
+    "new_tensor new_empty_strided empty_like zeros_like ones_like full_like rand_like randn_like randint_like".split()
+)
+_DESCRIBING = frozenset(
+    "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed __len__ get_device has_names "
+    "register_hook register_post_accumulate_grad_hook requires_grad_ is_pinned is_same_size is_inference __hash__ "
+    "is_tensor is_distributed retain_grad result_type can_cast is_conj is_neg _is_view is_shared get_gradient_edge grad "
+    "backward".split()
+)
+_LENDING = frozenset("detach numpy __array__ __dlpack__".split())
+_ADDRESSES = frozenset("data_ptr const_data_ptr untyped_storage storage _typed_storage is_set_to".split())
+_REFUSED = {
+    "share_memory_": "share a copy: p.detach().clone().share_memory_()",
+    "resize_": "build the model with the new shape and boost it, or work on a copy",
+    "resize_as_": "build the model with the new shape and boost it, or work on a copy",
+    "detach_": "work on p.detach()",
+    "set_": "assign with p.data = value, or copy with p.data.copy_(value)",
+    "apply_": "work on a copy: p.data = p.detach().clone().apply_(function)",
+    "map_": "work on a copy and assign it with p.data = value",
+    "pin_memory": "pin a copy: p.detach().clone().pin_memory()",
+    "__cuda_array_interface__": "work on p.detach()",
+}
+
+
+class Kind(Enum):
+    """What an operation wants of a parameter."""
+
+    DESCRIBE = auto()
+    """Shape, dtype, hooks: no values."""
+    LAYOUT = auto()
+    """Also how it lies in memory."""
+    GRADIENT = auto()
+    """``grad`` is read, set or deleted."""
+    USE = auto()
+    """Its values, for as long as the operation runs."""
+    LEND = auto()
+    """Its memory, for as long as the result lives."""
+    ADDRESS = auto()
+    """Where its memory is: whether that is still used cannot be seen."""
+    ASSIGN = auto()
+    """``data`` is set."""
+    REFUSE = auto()
+    """What memory in a chunk cannot do."""
+
+
+class Keeper(Protocol):
+    """Answers for parameters that are away."""
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The parameter's slot in the full copy: its layout is right, its memory may be missing."""
+
+    def use(self, run: Callable[[], Any], parameters: list[Tensor], arguments: list[Tensor]) -> Any:
+        """Run an operation that uses the values of ``parameters``; ``arguments`` are all tensors that it takes."""
+
+    def lend(self, run: Callable[[], Any], parameters: list[Tensor], is_address: bool) -> Any:
+        """Run an operation whose result may be the memory of ``parameters``, or (``is_address``) say where it is."""
+
+    def assign(self, parameter: Tensor, value: Tensor) -> None:
+        """Take over what is assigned to ``parameter.data``."""
+
+    def show_gradient(self, parameter: Tensor) -> None:
+        """Have ``parameter.grad`` be what it is in plain PyTorch."""
+
+    def forget_gradient(self, parameter: Tensor) -> None:
+        """``parameter.grad`` is about to be set or deleted."""
+
+
+class _Link:
+    """From a parameter to its keeper. Weak: a parameter that is kept does not keep its model's data."""
+
+    __slots__ = ("keeper",)
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper: ref[Keeper] = ref(keeper)
+
+    def __reduce__(self) -> Any:
+        return (_no_link, ())  # a pickled parameter is nobody's
+
+
+def _no_link() -> None:
+    return None
+
+
+def link(parameter: Tensor, keeper: Keeper) -> None:
+    """Have ``keeper`` answer for a parameter when it is away."""
+    parameter.__dict__[_LINK] = _Link(keeper)
+
+
+def is_linked(parameter: Tensor) -> bool:
+    """True if somebody answers for a parameter."""
+    return parameter.__dict__.get(_LINK) is not None
+
+
+def keeper_of(parameter: Tensor) -> Keeper:
+    """Who answers for a parameter that is away.
+
+    Raises
+    ------
+    RuntimeError
+        If its model is gone, and its values with it.
+    """
+    found = parameter.__dict__.get(_LINK)
+    keeper = None if found is None else found.keeper()
+    if keeper is None:
+        raise RuntimeError(
+            f"this parameter of shape {tuple(parameter.shape)} was in the chunks of a boosted model that is gone, and "
+            "its values with it: keep the model for as long as its parameters are used, or keep p.detach().clone()"
+        )
+    return keeper  # type: ignore[no-any-return]
+
+
+class AwayParameter:
+    """Mixed into the class of a parameter while it is away. See [Note: Away]."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        what = kind_of(func)
+        if what is Kind.DESCRIBE:
+            with QUIET():
+                return func(*args, **kwargs)
+        return _answer(func, what, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            assert isinstance(self, Tensor)
+            memo[id(self)] = plain_class(type(self))(self.detach().clone(memory_format=_AS_IT_IS), self.requires_grad)
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        assert isinstance(self, Tensor)
+        rebuilt = (self.detach().clone(memory_format=_AS_IT_IS), self.requires_grad, OrderedDict())
+        attributes = {name: value for name, value in self.__dict__.items() if name != _LINK}
+        if attributes:
+            return (torch._utils._rebuild_parameter_with_state, (*rebuilt, attributes))
+        return (torch._utils._rebuild_parameter, rebuilt)
+
+
+@cache
+def away_class(plain: type) -> type:
+    """The class of parameters of class ``plain`` while they are away."""
+    assert not issubclass(plain, AwayParameter)
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    away = type(plain.__name__, (AwayParameter, plain), names)
+    register_pytree_node(away, _flatten, _unflatten)
+    return away
+
+
+def plain_class(cls: type) -> type:
+    """The class that `away_class` was made of; a plain class itself."""
+    return cls.__mro__[2] if issubclass(cls, AwayParameter) else cls
+
+
+def _flatten(parameter: Any) -> tuple[list[Tensor], None]:
+    return [parameter.view_as(parameter)], None
+
+
+def _unflatten(values: Any, context: None) -> Any:
+    (value,) = values
+    return value
+
+
+@torch._compile._disable_dynamo
+def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
+    away: dict[int, Tensor] = {}
+    tensors: list[Tensor] = []
+    for tensor in _tensors((args, kwargs)):
+        tensors.append(tensor)
+        if isinstance(tensor, AwayParameter):
+            away[id(tensor)] = tensor
+    parameters = list(away.values())
+    if not parameters:  # a list of theirs has been emptied since
+        with QUIET():
+            return func(*args, **kwargs)
+    first, keeper = parameters[0], keeper_of(parameters[0])
+    if what is Kind.REFUSE:
+        name = func.__name__
+        raise RuntimeError(
+            f"{name} cannot be called on a parameter of a boosted model (shape {tuple(first.shape)}): its memory is a "
+            f"part of a chunk. Instead {_REFUSED[name]}"
+        )
+    if what is Kind.LAYOUT:
+        with QUIET():
+            return func(*_laid_out(args), **_laid_out(kwargs))
+    if what is Kind.GRADIENT:
+        if func.__name__ == "__get__":
+            keeper.show_gradient(first)
+        elif first is args[0]:
+            keeper.forget_gradient(first)
+        with QUIET():
+            return func(*args, **kwargs)
+    if what is Kind.ASSIGN and first is args[0]:
+        return keeper.assign(first, args[1])
+    ours = [parameter for parameter in parameters if keeper_of(parameter) is keeper]  # another model answers for others
+    if what in (Kind.LEND, Kind.ADDRESS, Kind.ASSIGN):
+        return keeper.lend(lambda: func(*args, **kwargs), ours, what is Kind.ADDRESS)
+    return keeper.use(lambda: func(*args, **kwargs), ours, tensors)
+
+
+@cache
+def kind_of(func: Any) -> Kind:
+    """What an operation wants; of one that is not known, the values."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if attribute == "grad":
+            return Kind.GRADIENT
+        if attribute == "data":
+            return Kind.ASSIGN if name == "__set__" else Kind.LEND
+        return Kind.USE if attribute in _VIEWS else Kind.DESCRIBE
+    if name in _REFUSED:
+        return Kind.REFUSE
+    if name in _LENDING:
+        return Kind.LEND
+    if name in _ADDRESSES:
+        return Kind.ADDRESS
+    if name in _LAYOUT:
+        return Kind.LAYOUT
+    return Kind.DESCRIBE if name in _DESCRIBING else Kind.USE
+
+
+def _laid_out(value: Any) -> Any:
+    if isinstance(value, AwayParameter):
+        return keeper_of(value).view(value)  # type: ignore[arg-type]
+    if isinstance(value, list | tuple):
+        return type(value)(_laid_out(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _laid_out(item) for key, item in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)

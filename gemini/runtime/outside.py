@@ -1,0 +1,138 @@
+"""Uses of parameters outside of every unit: between steps, in code of libraries, in methods that are not forward.
+
+A parameter that is away asks here (see [Note: Away]). Its chunk comes for one operation. Where autograd will need it
+again, it comes when backward reaches what the operation made: a graph saves a parameter itself, or views of the full
+copy, whose storage stays the same object. Memory that outlives the operation is lent (see [Note: Loans]).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chunk import Chunk, Keeper
+from ..units.observer import tensors_in
+from ..units.subgraph import next_number
+from ..updates.gradients import Gradients
+from .hooks import Hooks
+from .runtime import Runtime
+
+
+class Outside(Keeper):
+    """Answers for the parameters of one model while they are away.
+
+    Parameters
+    ----------
+    hooks, runtime, gradients
+        Knows which unit runs, moves chunks, and knows what ``p.grad`` shows.
+    """
+
+    def __init__(self, hooks: Hooks, runtime: Runtime, gradients: Gradients) -> None:
+        self._hooks = hooks
+        self._runtime = runtime
+        self._gradients = gradients
+        for chunk in runtime.manager.chunks:
+            chunk.entrust(self)
+
+    def view(self, parameter: Tensor) -> Tensor:
+        chunk, position = self._place(parameter)
+        return chunk.views[position]
+
+    def use(self, run: Callable[[], Any], parameters: list[Tensor], arguments: list[Tensor]) -> Any:
+        with self._runtime.lock:
+            chunks = self._chunks(parameters)
+            if self._is_brought_to_unit(chunks, parameters):
+                return run()
+            with _undisturbed():
+                pinned = self._runtime.bring(chunks)
+            try:
+                begin = next_number()
+                result = run()
+                if _is_memory_of(result, arguments, chunks):
+                    return self._lent(run, parameters)
+                if torch.is_grad_enabled():
+                    self._hooks.bring_in_backward(begin, result, chunks)
+                return result
+            finally:
+                self._runtime.let_go(pinned)
+
+    def lend(self, run: Callable[[], Any], parameters: list[Tensor], is_address: bool) -> Any:
+        with self._runtime.lock:
+            chunks = self._chunks(parameters)
+            with _undisturbed():
+                pinned = self._runtime.bring(chunks)
+            try:
+                result = self._lent(run, parameters)
+                if is_address:
+                    for chunk in chunks:
+                        chunk.lend().keep_address()
+                return result
+            finally:
+                self._runtime.let_go(pinned)
+
+    def assign(self, parameter: Tensor, value: Tensor) -> None:
+        with self._runtime.lock, torch.no_grad():
+            self._refuse_stale(self._chunks([parameter]))
+            self._runtime.manager.assign(parameter, value)
+
+    def show_gradient(self, parameter: Tensor) -> None:
+        self._gradients.reveal(self._place(parameter)[0])
+
+    def forget_gradient(self, parameter: Tensor) -> None:
+        self._gradients.forget_withdrawn(parameter)
+
+    def _is_brought_to_unit(self, chunks: tuple[Chunk, ...], parameters: list[Tensor]) -> bool:
+        visit = self._hooks.innermost
+        if visit is None:
+            return False
+        with _undisturbed():
+            self._hooks.add_to_innermost(visit, chunks, parameters)
+        return True
+
+    def _lent(self, run: Callable[[], Any], parameters: list[Tensor]) -> Any:
+        """Run something with the parameters in the loans' memory; their chunks are pinned."""
+        places = [self._place(parameter) for parameter in parameters]
+        try:
+            with _undisturbed():
+                for chunk, position in places:
+                    chunk.point(position, chunk.lend().view(position))
+            return run()
+        finally:
+            for chunk, position in places:
+                chunk.point_back(position)
+
+    def _chunks(self, parameters: list[Tensor]) -> tuple[Chunk, ...]:
+        found = {chunk.index: chunk for chunk, _ in map(self._place, parameters)}
+        chunks = tuple(found[index] for index in sorted(found))
+        self._refuse_stale(chunks)
+        return chunks
+
+    def _refuse_stale(self, chunks: tuple[Chunk, ...]) -> None:
+        if self._runtime.in_backward is not None:
+            self._runtime.in_backward.before_use("code outside of any unit", chunks)
+
+    def _place(self, parameter: Tensor) -> tuple[Chunk, int]:
+        place = self._runtime.manager.find(parameter)
+        assert place is not None
+        return place
+
+
+def _undisturbed() -> AbstractContextManager[Any]:
+    """Moving chunks is no part of what the user's modes change or record."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def _is_memory_of(result: Any, arguments: list[Tensor], chunks: tuple[Chunk, ...]) -> bool:
+    """True if a new tensor in a result lies in one of the full copies."""
+    given = {id(tensor) for tensor in arguments}
+    storages = {chunk.full.untyped_storage()._cdata for chunk in chunks}
+    return any(id(tensor) not in given and _storage(tensor) in storages for tensor in tensors_in(result))
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+    except (NotImplementedError, RuntimeError):  # sparse ones, and those of functorch, have none
+        return None
