@@ -120,21 +120,25 @@ class GeminiStrategy(SingleDeviceStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         given: list[Any] = self.optimizers  # type: ignore[has-type]
-        if len(given) != 1 or isinstance(given[0], _MockOptimizer):
-            got = "none" if isinstance(given[0], _MockOptimizer) else f"{len(given)}"
+        if len(given) != 1:
             raise ValueError(
-                f"one optimizer can be managed, configure_optimizers gave {got}; give one that has all parameters, in "
-                "groups where their options differ"
+                f"one optimizer can be managed, configure_optimizers gave {len(given)}; give one that has all "
+                "parameters, in groups where their options differ"
             )
         managed, asked = self.managed_module, _unwrapped(given[0])
+        if isinstance(asked, _MockOptimizer):  # configure_optimizers gave None: nothing is updated
+            if not is_boosted(managed):
+                managed.to(self.root_device)
+            return
         optimizer: Any
         if is_boosted(managed):
             optimizer = give_optimizer(managed, asked)
         else:
             _, optimizer, *_ = Booster(plugin=self.plugin).boost(managed, asked)
+        _imitate(optimizer, type(asked).__name__)
+        # Schedulers keep the optimizer that they were made for, which has the same groups: a `configure_optimizers` that
+        # returns the same objects again must find them as they were.
         self.optimizers = [optimizer]
-        for config in self.lr_scheduler_configs:
-            config.scheduler.optimizer = optimizer
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """As the base does, but states stay where their chunks are."""
@@ -160,6 +164,13 @@ class GeminiStrategy(SingleDeviceStrategy):
 def _unwrapped(optimizer: Any) -> Any:
     """What a user may have wrapped already, in ``configure_optimizers``."""
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _imitate(optimizer: Any, name: str) -> None:
+    """Name the class of an optimizer like that of the one in whose place it is: `LearningRateMonitor` logs by it."""
+    cls = type(optimizer)
+    if cls.__name__ != name:
+        optimizer.__class__ = type(name, (cls,), {"__module__": cls.__module__})
 
 
 def _is_managed(optimizer: Any) -> bool:
