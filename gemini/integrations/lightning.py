@@ -76,6 +76,8 @@ class GeminiStrategy(SingleDeviceStrategy):
         super().__init__(device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
         self.plugin = plugin or GeminiPlugin()
         self._module = module
+        self._schedulers: list[tuple[Any, Any]] = []
+        """Schedulers that steer the managed optimizer during ``fit``, and the optimizers that they were made for."""
 
     def setup(self, trainer: Trainer) -> None:
         self._refuse(trainer)
@@ -111,7 +113,13 @@ class GeminiStrategy(SingleDeviceStrategy):
             root.to(self.root_device)
 
     def teardown(self) -> None:
-        """As the base does, but nothing moves to the CPU."""
+        """As the base does, but nothing moves to the CPU. Schedulers are as ``configure_optimizers`` returned them.
+
+        It may return the same ones again, and Lightning compares their optimizers with those that come with them.
+        """
+        while self._schedulers:
+            scheduler, given = self._schedulers.pop()
+            scheduler.optimizer = given
         self.precision_plugin.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()
@@ -136,9 +144,10 @@ class GeminiStrategy(SingleDeviceStrategy):
         else:
             _, optimizer, *_ = Booster(plugin=self.plugin).boost(managed, asked)
         _imitate(optimizer, type(asked).__name__)
-        # Schedulers keep the optimizer that they were made for, which has the same groups: a `configure_optimizers` that
-        # returns the same objects again must find them as they were.
         self.optimizers = [optimizer]
+        for config in self.lr_scheduler_configs:
+            self._schedulers.append((config.scheduler, config.scheduler.optimizer))
+            config.scheduler.optimizer = optimizer
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """As the base does, but states stay where their chunks are."""
