@@ -66,8 +66,8 @@ class GeminiTrainerMixin:
         MyTrainer(model=model, args=args, train_dataset=data, gemini_plugin=GeminiPlugin(host_memory="8GiB")).train()
 
     The optimizer is the one that the trainer is given or makes by its arguments (``optim="adamw_torch_fused"``,
-    ``"sgd"``, ...), as `Booster.boost` takes it over. The model keeps its identity, so a trainer's own saving works, and
-    so does a second trainer over it, with an optimizer that keeps the same states. ``max_grad_norm`` clips, unless the
+    ``"sgd"``, ...), as `Booster.boost` takes it over. The model keeps its identity, so a trainer's own saving works. A
+    second trainer over it trains on, with an optimizer that keeps the same states. ``max_grad_norm`` clips, unless the
     plugin has a ``max_norm`` of its own. A model that is evaluated before it has been trained is on the device in
     whole, as without the mixin; to have it in chunks boost it first, without an optimizer.
 
@@ -108,7 +108,7 @@ class GeminiTrainerMixin:
             return self.optimizer  # type: ignore[no-any-return]
         plugin = self.gemini_plugin or GeminiPlugin()
         _check(boosted(model).config if is_boosted(model) else plugin.config, self.args)  # type: ignore[attr-defined]
-        made = unwrapped(super().create_optimizer(*args, **kwargs))  # type: ignore[misc]
+        made: Any = unwrapped(super().create_optimizer(*args, **kwargs))  # type: ignore[misc]
         if is_boosted(model):
             self.optimizer = give_optimizer(model, made)
         else:
@@ -122,7 +122,7 @@ _REFUSED = {
     "bf16": _OURS,
     "fp16_full_eval": _OURS,
     "bf16_full_eval": _OURS,
-    "torch_compile": "leave {0} off: compile the model or its blocks with torch.compile before giving it to the trainer",
+    "torch_compile": "leave {0} off: torch.compile the model or its blocks before the trainer gets it",
     "deepspeed": "leave {0} off: it manages the same memory; without it chunks offload to RAM and disk",
     "fsdp": "leave {0} off: it manages the same memory; without it chunks offload to RAM and disk",
 }

@@ -102,7 +102,7 @@ class GeminiStrategy(SingleDeviceStrategy):
             raise ValueError("update_in_backward=True cannot clip: leave gradient_clip_val off, or boost without it")
 
     def model_to_device(self) -> None:
-        """Chunks decide where parameters are; what is outside of them moves, and all of it as long as there are none."""
+        """Move what is outside of chunks, which decide for the rest; everything as long as there are none."""
         root: nn.Module | None = self.model
         assert root is not None and self.lightning_module is not None
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:

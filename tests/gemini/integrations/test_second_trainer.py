@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
-from trainer_rig import PLACES, Maker, Tokens, arguments, differing, logged, model  # noqa: E402
+from trainer_rig import PLACES, Maker, Tokens, arguments, differing, logged, model
 
-from gemini.boosted import boosted  # noqa: E402
+from gemini.boosted import boosted
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]  # libraries' own warnings
 
