@@ -11,14 +11,15 @@ From the last unpin on its class is a subclass that torch asks before each opera
 - What hands out its memory (``data``, ``detach``, ``numpy``) gets a `Loan`.
 - ``grad`` is the keeper's too: a gradient may be in use by an update that is not over.
 
-Code in C++ that does not ask (``torch.jit.script`` functions, ``torch.tensor(p)``) finds NaN: reading a storage that has
-been resized to 0 would end the process. ``torch.func`` transforms flatten their arguments with pytree, to which a
+Code in C++ that does not ask (``torch.jit.script`` functions, ``torch.tensor(p)``) finds NaN: reading a storage that
+has been resized to 0 would end the process. ``torch.func`` transforms flatten their arguments with pytree, to which a
 parameter that is away presents its values.
 
 A class of its own, and not one swapped in for good: a ``__torch_function__`` around every operation of forward and
 backward doubles the time of small models, and keeps them from being compiled.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
@@ -32,21 +33,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 QUIET = torch._C.DisableTorchFunctionSubclass
-"""A context in which an `AwayParameter` is to torch what it was before: for our own reading of ``grad`` and ``_version``.
-"""
+"""A context in which torch does not ask an `AwayParameter`: for our own reading of ``grad`` and ``_version``."""
 
 _LINK = "_gemini_link"
 _AS_IT_IS = torch.preserve_format
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 _LAYOUT = frozenset(
-    "stride is_contiguous storage_offset dim_order is_non_overlapping_and_dense new_empty new_zeros new_ones new_full "
+    "stride is_contiguous dim_order is_non_overlapping_and_dense new_empty new_zeros new_ones new_full "
     "new_tensor new_empty_strided empty_like zeros_like ones_like full_like rand_like randn_like randint_like".split()
 )
 _DESCRIBING = frozenset(
-    "size dim ndimension numel nelement element_size is_floating_point is_complex is_signed __len__ get_device has_names "
-    "register_hook register_post_accumulate_grad_hook requires_grad_ is_pinned is_same_size is_inference __hash__ "
-    "is_tensor is_distributed retain_grad result_type can_cast is_conj is_neg _is_view is_shared get_gradient_edge grad "
-    "backward".split()
+    "size dim ndimension storage_offset numel nelement element_size is_floating_point is_complex is_signed __len__ "
+    "get_device has_names register_hook register_post_accumulate_grad_hook requires_grad_ is_pinned is_same_size "
+    "is_inference __hash__ is_tensor is_distributed retain_grad result_type can_cast is_conj is_neg _is_view is_shared "
+    "get_gradient_edge grad backward".split()
 )
 _LENDING = frozenset("detach numpy __array__ __dlpack__".split())
 _ADDRESSES = frozenset("data_ptr const_data_ptr untyped_storage storage _typed_storage is_set_to".split())
@@ -162,6 +162,23 @@ class AwayParameter:
                 return func(*args, **kwargs)
         return _answer(func, what, args, kwargs)
 
+    def detach(self) -> Any:
+        """As ``Tensor.detach``. For ``nn.Parameter(p)`` it has to give what is made into a parameter."""
+        assert isinstance(self, Tensor)
+        detached = Tensor.detach(self)
+        if sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+            # Of a class that it does not know it wants its own kind back, and says so by setting `_is_param`.
+            return detached.as_subclass(type(self))
+        return detached
+
+    @property
+    def _is_param(self) -> bool:
+        return True
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        self.__class__ = plain_class(type(self))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
             assert isinstance(self, Tensor)
@@ -170,7 +187,7 @@ class AwayParameter:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         assert isinstance(self, Tensor)
-        rebuilt = (self.detach().clone(memory_format=_AS_IT_IS), self.requires_grad, OrderedDict())
+        rebuilt: tuple[Any, ...] = (self.detach().clone(memory_format=_AS_IT_IS), self.requires_grad, OrderedDict())
         attributes = {name: value for name, value in self.__dict__.items() if name != _LINK}
         if attributes:
             return (torch._utils._rebuild_parameter_with_state, (*rebuilt, attributes))
@@ -193,7 +210,8 @@ def plain_class(cls: type) -> type:
 
 
 def _flatten(parameter: Any) -> tuple[list[Tensor], None]:
-    return [parameter.view_as(parameter)], None
+    with torch._C._DisableFuncTorch():  # a transform wraps what it gets, and nothing that it has wrapped already
+        return [parameter.view_as(parameter)], None
 
 
 def _unflatten(values: Any, context: None) -> Any:

@@ -126,8 +126,13 @@ class Chunk:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
         assert self.state in (ChunkState.READY, ChunkState.IN_USE)
         if self.loan is None:
-            self.loan = Loan(self.full, self.layout)
+            self.loan = Loan(self.views)
         return self.loan
+
+    def has_memory(self, tensor: Tensor) -> bool:
+        """True if a tensor lies in the full copy, or in what was lent of it."""
+        is_in_full = tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
+        return is_in_full or (self.loan is not None and self.loan.has(tensor))
 
     @property
     def is_resident(self) -> bool:

@@ -124,10 +124,25 @@ class GradientBuffer:
     def part_with(self, position: int) -> None:
         """Leave to whoever holds the gradient of a slot a copy of its own: another one is about to take its place."""
         if self._views and sys.getrefcount(self._views[position]) > _OWN_REFERENCES - 1:  # no name of ours for it
-            held = self._views[position]
-            assert self.buffer is not None and self.buffer.tensor is not None
-            self._views[position] = _shaped(self.buffer.tensor, self.layout.slots[position])
+            held = self.renew(position)
             held.data = held.clone(memory_format=torch.preserve_format)
+
+    def has_moved(self, position: int) -> bool:
+        """True if the gradient that `view` gave out has been given other memory."""
+        return bool(self._views) and self._views[position].data_ptr() != self._address(position)
+
+    def renew(self, position: int) -> Tensor:
+        """Give out another tensor for a slot from now on. Returns the one until now."""
+        assert self.buffer is not None and self.buffer.tensor is not None
+        before = self._views[position]
+        slot = self.layout.slots[position]
+        self._views[position] = _shaped(self.buffer.tensor, slot, slot.offset)
+        return before
+
+    def _address(self, position: int) -> int:
+        assert self.buffer is not None and self.buffer.tensor is not None
+        flat = self.buffer.tensor
+        return flat.data_ptr() + self.layout.slots[position].offset * flat.element_size()
 
     def view(self, position: int) -> Tensor | None:
         """The gradient of a slot itself, in its parameter's shape; None where it is a file, or where there is none."""
@@ -152,7 +167,7 @@ class GradientBuffer:
             self._backend.synchronize()
         flat = torch.empty(slot.numel, dtype=buffer.dtype)
         buffer.read(slot.offset, flat)
-        return flat.as_strided(slot.shape, slot.stride)
+        return _shaped(flat, slot, 0)
 
     def write(self, position: int, gradient: Tensor) -> None:
         """Replace one gradient (clipping by value)."""
@@ -169,11 +184,12 @@ class GradientBuffer:
 def _views(layout: ChunkLayout, buffer: Buffer | None) -> list[Tensor]:
     if buffer is None or buffer.tensor is None:
         return []
-    return [_shaped(buffer.tensor, slot) for slot in layout.slots]
+    return [_shaped(buffer.tensor, slot, slot.offset) for slot in layout.slots]
 
 
-def _shaped(flat: Tensor, slot: Slot) -> Tensor:
-    return flat.as_strided(slot.shape, slot.stride, flat.storage_offset() + slot.offset)
+def _shaped(flat: Tensor, slot: Slot, offset: int) -> Tensor:
+    # Through `data`, since torch detaches gradients in place (``zero_grad(set_to_none=False)``), and refuses for views.
+    return flat.as_strided(slot.shape, slot.stride, flat.storage_offset() + offset).data
 
 
 def _norm(tensor: Tensor, order: float) -> Tensor:

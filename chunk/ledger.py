@@ -32,6 +32,7 @@ class Ledger:
         self._used = dict.fromkeys(Tier, 0)
         self._peak = dict.fromkeys(Tier, 0)
         self._overdraft = dict.fromkeys(Tier, 0)
+        self._peak_overdraft = dict.fromkeys(Tier, 0)
         self._lock = Lock()
 
     def bounded_by(self, tier: Tier) -> Tier:
@@ -73,7 +74,13 @@ class Ledger:
     def overdraw(self, tier: Tier, nbytes: int) -> None:
         """Allow ``nbytes`` more than the capacity, for what code outside of the model's units holds, until `repay`."""
         with self._lock:
-            self._overdraft[self.bounded_by(tier)] += nbytes
+            bound = self.bounded_by(tier)
+            self._overdraft[bound] += nbytes
+            self._peak_overdraft[bound] = max(self._peak_overdraft[bound], self._overdraft[bound])
+
+    def peak_overdraft(self, tier: Tier) -> int:
+        """The most that `overdraft` has been."""
+        return self._peak_overdraft[self.bounded_by(tier)]
 
     def repay(self, tier: Tier) -> None:
         """Take back of an overdraft what is not used."""

@@ -11,50 +11,94 @@ says nothing: graphs save views of it.) While a loan is alive
   changed goes home. Nothing else tells of a change: ``p.data.add_(1)`` has no version counter in common with ``p``.
 
 When it is dead they are compared once more.
+
+Assigning to ``p.data`` makes the parameter lie in the memory of the value, in plain PyTorch. Here it keeps its place,
+and the memory changes hands instead: whoever holds what the parameter had until now is left a copy, and the value, if it
+has a storage of its own, from then on lies in the chunk.
 """
 
 import sys
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.utils.dlpack
+from torch import Tensor, UntypedStorage
 
-from .layout import ChunkLayout
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One parameter's memory, under a storage object of its own."""
+
+    view: Tensor
+    storage: UntypedStorage
+    own_uses: int
+    own_references: int
+
+    @staticmethod
+    def of(view: Tensor) -> "_Part":
+        with torch.no_grad():
+            alias: Tensor = torch.utils.dlpack.from_dlpack(view.detach())
+        storage = alias.untyped_storage()
+        return _Part(alias, storage, torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage))
+
+    def adopted_by(self, value: Tensor) -> "_Part":
+        """Give this memory to the storage of ``value``, in exchange for its own."""
+        storage = value.untyped_storage()
+        self.storage._swap_data_ptr_(storage)  # type: ignore[attr-defined]
+        return _Part(value.detach(), storage, self.own_uses, self.own_references)
+
+    def leave_a_copy(self) -> None:
+        """Give a copy of this memory to whoever holds it, in exchange for it."""
+        copied = self.view.clone(memory_format=torch.preserve_format)
+        self.storage._swap_data_ptr_(copied.untyped_storage())  # type: ignore[attr-defined]
+
+    def is_held(self) -> bool:
+        uses, references = torch._C._storage_Use_Count(self.storage._cdata), sys.getrefcount(self.storage)
+        return uses > self.own_uses or references > self.own_references
 
 
 class Loan:
-    """The memory of one chunk, lent.
+    """What one chunk has lent.
 
     Parameters
     ----------
-    full
-        The chunk's full copy, flat.
+    views
+        The chunk's slots in its full copy, which has its memory for as long as the loan lives.
     """
 
-    def __init__(self, full: Tensor, layout: ChunkLayout) -> None:
-        self._layout = layout
-        with torch.no_grad():
-            self._alias = torch.from_dlpack(full)
-        self._storage = self._alias.untyped_storage()
-        self._views: dict[int, Tensor] = {}
+    def __init__(self, views: tuple[Tensor, ...]) -> None:
+        self._views = views
+        self._parts: dict[int, _Part] = {}
         self._is_addressed = False
-        self._own_references = sys.getrefcount(self._storage)
-        self._own_uses = torch._C._storage_Use_Count(self._storage._cdata)
 
     @property
     def positions(self) -> list[int]:
         """Positions in the chunk whose memory has been lent."""
-        return list(self._views)
+        return list(self._parts)
 
     def view(self, position: int) -> Tensor:
-        """The memory of one parameter."""
-        view = self._views.get(position)
-        if view is None:
-            slot = self._layout.slots[position]
-            with torch.no_grad():
-                view = self._alias.as_strided(slot.shape, slot.stride, self._alias.storage_offset() + slot.offset)
-            self._views[position] = view
-            self._own_uses += 1
-        return view
+        """The memory of one parameter. Not to be given out itself, but what torch makes of it."""
+        if position not in self._parts:
+            self._parts[position] = _Part.of(self._views[position])
+        return self._parts[position].view
+
+    def part_with(self, position: int) -> None:
+        """The memory of one parameter is about to get other values, of which its holders are to see nothing."""
+        part = self._parts.pop(position, None)
+        if part is not None and part.is_held():
+            part.leave_a_copy()
+
+    def adopt(self, position: int, value: Tensor) -> None:
+        """Have ``value`` lie in the memory of one parameter from now on, which has its values."""
+        view = self._views[position]
+        is_whole = value.untyped_storage().nbytes() == view.nbytes and value.storage_offset() == 0
+        if is_whole and value.stride() == view.stride():
+            self._parts[position] = _Part.of(view).adopted_by(value)
+
+    def has(self, value: Tensor) -> bool:
+        """True if ``value`` lies in memory that has been lent."""
+        storage = value.untyped_storage()._cdata
+        return any(part.storage._cdata == storage for part in self._parts.values())
 
     def keep_address(self) -> None:
         """An address was given out, whose holder cannot be seen: stay alive until `forget_address`."""
@@ -66,8 +110,4 @@ class Loan:
 
     def is_alive(self) -> bool:
         """True if somebody holds a part of the memory."""
-        return (
-            self._is_addressed
-            or torch._C._storage_Use_Count(self._storage._cdata) > self._own_uses
-            or sys.getrefcount(self._storage) > self._own_references
-        )
+        return self._is_addressed or any(part.is_held() for part in self._parts.values())

@@ -85,7 +85,8 @@ class ChunkManager:
         """Called with what has been replaced."""
         self.withheld: Set[Chunk] = frozenset()
         """Chunks that have taken a step that the others have not: reading them would mix two steps."""
-        self._headroom = headroom
+        self.headroom = headroom
+        """Bytes that DEVICE has beyond its capacity."""
         self._clock = 0
         reserve_homes(plans, ledger, device)
         self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
@@ -297,23 +298,36 @@ class ChunkManager:
         chunk.settle()
         self.device.upload(chunk.full, chunk.source, None, background=False).wait()
 
-    def assign(self, parameter: Tensor, value: Tensor) -> None:
-        """Take over what is assigned to the ``data`` of a parameter that is away.
+    def check_assigned(self, parameter: Tensor, value: Tensor) -> None:
+        """See whether a tensor can be the ``data`` of a parameter.
 
         Raises
         ------
         ValueError
-            If it has another shape, dtype or device than the parameter, which then keeps its values.
+            If it has another shape, dtype or device.
         """
         chunk, position = self._places[id(parameter)]
-        view, value = chunk.views[position], value.detach()
-        if (value.dtype, value.device) != (view.dtype, view.device):
+        view = chunk.views[position]
+        if value.dtype not in (view.dtype, chunk.master_dtype) or value.device != view.device:
             raise ValueError(
                 f"a tensor of {value.dtype} on {value.device} was assigned to the data of "
                 f"{chunk.layout.slots[position].name}, which is of {view.dtype} on {view.device} and keeps both after "
                 "booster.boost: copy with p.data.copy_(value), or convert the model before booster.boost"
             )
+        self._check_shape(chunk, position, value)
+
+    def assign(self, parameter: Tensor, value: Tensor) -> None:
+        """Take over what is assigned to the ``data`` of a parameter whose chunk is pinned. See [Note: Loans]."""
+        if value is parameter:
+            return
+        chunk, position = self._places[id(parameter)]
+        value = value.detach()
+        is_ours = any(chunk.has_memory(value) for chunk in self.chunks)
+        loan = chunk.lend()
+        loan.part_with(position)
         self._take(chunk, position, value)
+        if not is_ours and value.dtype is chunk.full.dtype:
+            loan.adopt(position, value)
 
     def keep_assigned(self, chunk: Chunk) -> None:
         """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does).
@@ -326,13 +340,16 @@ class ChunkManager:
         for position, value in chunk.take_assigned():
             self._take(chunk, position, value)
 
-    def _take(self, chunk: Chunk, position: int, value: Tensor) -> None:
+    def _check_shape(self, chunk: Chunk, position: int, value: Tensor) -> None:
         slot = chunk.layout.slots[position]
         if value.shape != slot.shape:
             raise ValueError(
                 f"a tensor of shape {tuple(value.shape)} was assigned to the data of {slot.name}, whose shape is "
                 f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape"
             )
+
+    def _take(self, chunk: Chunk, position: int, value: Tensor) -> None:
+        self._check_shape(chunk, position, value)
         chunk.settle()
         if chunk.state is ChunkState.FETCHING:
             self._arrive(chunk)
@@ -370,7 +387,7 @@ class ChunkManager:
             idle = self._idle(keep)
             if not idle:
                 lent = sum(c.full_nbytes for c in self.chunks if c.state is ChunkState.READY and c.is_lent)
-                if (overdraw or lent >= missing) and self._headroom() >= missing:
+                if (overdraw or lent >= missing) and self.headroom() >= missing:
                     self.ledger.overdraw(Tier.DEVICE, missing)
                     return
                 raise no_room(self.ledger, self.chunks, chunk, keep)

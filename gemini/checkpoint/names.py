@@ -151,8 +151,7 @@ def full_state_dict(
     """``state_dict`` of a boosted model, with the values gathered from the chunks.
 
     ``plain_state_dict`` is the one of the user's class; the rest is what ``nn.Module.state_dict`` takes. The values are
-    copies even with ``keep_vars``, since the parameters themselves may be without their chunk; names of one tied
-    tensor share one object.
+    copies; names of one tied tensor share one object. With ``keep_vars`` they are the parameters themselves.
     """
     if args:  # torch still takes them by position
         destination, prefix = (*args, prefix)[:2]
@@ -160,6 +159,18 @@ def full_state_dict(
         return plain_state_dict(destination=destination, prefix=prefix, keep_vars=True)
     with _objects_wanted():
         gathered = plain_state_dict(prefix=prefix, keep_vars=True)
+    if not keep_vars:
+        _read_values(model, gathered)
+    if destination is None:
+        return gathered
+    destination.update(gathered)
+    if hasattr(destination, "_metadata"):
+        destination._metadata.update(gathered._metadata)  # type: ignore[attr-defined]
+    return destination
+
+
+def _read_values(model: nn.Module, gathered: dict[str, Any]) -> None:
+    """Put copies in place of the model's own objects."""
     held = {id(entry.tensor): entry for entry in entries(model)}
     values: dict[int, Tensor] = {}
     for name, value in gathered.items():
@@ -167,12 +178,6 @@ def full_state_dict(
             if id(value) not in values:
                 values[id(value)] = held[id(value)].read()
             gathered[name] = values[id(value)]
-    if destination is None:
-        return gathered
-    destination.update(gathered)
-    if hasattr(destination, "_metadata"):
-        destination._metadata.update(gathered._metadata)  # type: ignore[attr-defined]
-    return destination
 
 
 def _all_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gemini.chunk import Chunk, ChunkManager, Role
 
+from ..units.attached import Attached
 from .names import are_objects_wanted
 
 
@@ -19,17 +20,18 @@ def serve_parts(model: nn.Module, manager: ChunkManager) -> None:
     """Have every part of ``model`` gather from and load into the chunks, as the whole does."""
     for module in model.modules():
         if any(manager.find(p) is not None for p in module._parameters.values() if p is not None):
-            module.register_state_dict_post_hook(partial(_gather, manager))
+            module.register_state_dict_post_hook(Attached(partial(_gather, manager)))
             loading = _Loading(manager)
-            module.register_load_state_dict_pre_hook(loading.begin)
-            module.register_load_state_dict_post_hook(loading.end)
+            module.register_load_state_dict_pre_hook(Attached(loading.begin))
+            module.register_load_state_dict_post_hook(Attached(loading.end))
 
 
 def _gather(manager: ChunkManager, module: nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:
     if are_objects_wanted():  # the whole model, which reads each tied tensor once
         return
     for name, parameter in _managed(module, manager, state_dict, prefix).items():
-        state_dict[prefix + name] = manager.read(parameter, Role.MASTER)
+        if state_dict[prefix + name] is not parameter:  # with keep_vars it is to be the parameter itself
+            state_dict[prefix + name] = manager.read(parameter, Role.MASTER)
 
 
 class _Loading:

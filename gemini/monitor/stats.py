@@ -95,6 +95,7 @@ class Statistics:
             stats[f"{tier.value}/peak_bytes"] = peak
             stats[f"{tier.value}/capacity_bytes"] = capacity
         stats |= self._of_layout
+        stats["device/overdraft_peak_bytes"] = self._ledger.peak_overdraft(Tier.DEVICE)
         manager = self._manager()
         if manager is not None:
             stats["chunk/resident_count"] = sum(c.state is not ChunkState.HOME for c in manager.chunks)

@@ -244,7 +244,7 @@ def _use(model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[
         module: frozenset(chunk_of[id(p)] for p in module.parameters(recurse=False) if id(p) in chunk_of)
         for module in model.modules()
     }
-    units = nested_chunks(model, owned)
+    units = nested_chunks(model, chunk_of)
     of_name = dict(units)
     siblings, stages = [], []
     for name, module in model.named_modules():

@@ -40,6 +40,8 @@ from .runtime import Runtime
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
 """Attributes that are not the user's."""
+_HELD_SHARE = 4
+"""A module may hold this part (one over it) of what full copies may take, for parameters that are not its own."""
 
 
 class Hooks:
@@ -129,7 +131,9 @@ class Hooks:
             self.recover()
             grad = torch.is_grad_enabled()
             self._runtime.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
-            if (grad, model.training) not in self._observed_kinds:
+            # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is used
+            # outside of its unit then comes operation by operation, until a forward with gradients has shown it.
+            if grad and (grad, model.training) not in self._observed_kinds:
                 self._observer = Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave)
                 self._results = self._observer.__enter__()
         if self._cast_inputs is not None:
@@ -172,6 +176,8 @@ class Hooks:
         if not (self._depth or self._running or _in_backward()):
             self._before_part(unit)
         visit = Visit(unit)
+        if unit.without_gradients and not torch.is_grad_enabled():
+            visit.extra = unit.without_gradients
         if self._updates is not None and _in_backward():
             self._updates.before_use(f"{unit.name}, run again by backward,", visit.chunks)
         self._running.append(visit)
@@ -287,6 +293,9 @@ class Hooks:
         place = self._runtime.manager.find(parameter)
         if place is None or place[0].pins > 0:
             return
+        known = self._units.of.get(module)
+        if not self._is_worth_holding(known.chunks if known is not None else (), place[0]):
+            return  # it comes for each operation: see `outside`
         unit, is_new = self._units.extend(module, parameter)
         if is_new:
             self._install(unit)
@@ -313,14 +322,29 @@ class Hooks:
         is_inside = self._running and self._thread == threading.get_ident() and not _in_backward()
         return self._running[-1] if is_inside else None
 
-    def add_to_innermost(self, visit: Visit, chunks: Collection[Chunk], parameters: Collection[Tensor]) -> None:
-        """A running unit uses parameters that it does not bracket: have them there until it ends."""
+    def add_to_innermost(self, chunks: tuple[Chunk, ...], parameters: Collection[Tensor]) -> bool:
+        """If a unit runs that uses parameters that it does not bracket, have them there until it ends; False if not."""
+        visit = self.innermost
+        if visit is None or not self._is_worth_holding(visit.chunks, *chunks):
+            return False
         visit.extra = (*visit.extra, *chunks)
-        self._runtime.add_to_open(visit, tuple(chunks))
+        self._runtime.add_to_open(visit, chunks)
         unknown = {id(parameter) for parameter in parameters} - self._looked_again
         if unknown and self._observer is None:
             self._looked_again |= unknown
             self._observed_kinds.clear()  # to learn which module it is
+        return True
+
+    def _is_worth_holding(self, held: tuple[Chunk, ...], *more: Chunk) -> bool:
+        """False where a module that reaches for parameters of others would fill DEVICE with them.
+
+        A model that looks at the weights of all of its layers (a penalty, a log) needs them one after the other. Where
+        chunks are updated within backward, each use has to be known by its unit.
+        """
+        if self._updates is not None:
+            return True
+        nbytes = sum(chunk.full_nbytes for chunk in {*held, *more})
+        return nbytes * _HELD_SHARE <= self._runtime.full_capacity_bytes
 
     def bring_in_backward(self, begin: int, result: Any, chunks: tuple[Chunk, ...]) -> None:
         """Have these chunks there when backward comes to what an operation outside of any unit made.

@@ -5,8 +5,8 @@ again, it comes when backward reaches what the operation made: a graph saves a p
 copy, whose storage stays the same object. Memory that outlives the operation is lent (see [Note: Loans]).
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,10 +43,11 @@ class Outside(Keeper):
     def use(self, run: Callable[[], Any], parameters: list[Tensor], arguments: list[Tensor]) -> Any:
         with self._runtime.lock:
             chunks = self._chunks(parameters)
-            if self._is_brought_to_unit(chunks, parameters):
-                return run()
             with _undisturbed():
-                pinned = self._runtime.bring(chunks)
+                is_in_unit = self._hooks.add_to_innermost(chunks, parameters)
+                pinned = [] if is_in_unit else self._runtime.bring(chunks)
+            if is_in_unit:
+                return run()
             try:
                 begin = next_number()
                 result = run()
@@ -74,22 +75,21 @@ class Outside(Keeper):
 
     def assign(self, parameter: Tensor, value: Tensor) -> None:
         with self._runtime.lock, torch.no_grad():
-            self._refuse_stale(self._chunks([parameter]))
-            self._runtime.manager.assign(parameter, value)
+            manager, chunks = self._runtime.manager, self._chunks([parameter])
+            manager.check_assigned(parameter, value)
+            with _undisturbed():
+                pinned = self._runtime.bring(chunks)
+            try:
+                manager.assign(parameter, value)
+            finally:
+                self._runtime.let_go(pinned)
 
     def show_gradient(self, parameter: Tensor) -> None:
         self._gradients.reveal(self._place(parameter)[0])
+        self._gradients.copy_in_reach(parameter)
 
     def forget_gradient(self, parameter: Tensor) -> None:
         self._gradients.forget_withdrawn(parameter)
-
-    def _is_brought_to_unit(self, chunks: tuple[Chunk, ...], parameters: list[Tensor]) -> bool:
-        visit = self._hooks.innermost
-        if visit is None:
-            return False
-        with _undisturbed():
-            self._hooks.add_to_innermost(visit, chunks, parameters)
-        return True
 
     def _lent(self, run: Callable[[], Any], parameters: list[Tensor]) -> Any:
         """Run something with the parameters in the loans' memory; their chunks are pinned."""
@@ -119,9 +119,15 @@ class Outside(Keeper):
         return place
 
 
-def _undisturbed() -> AbstractContextManager[Any]:
-    """Moving chunks is no part of what the user's modes change or record."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Moving chunks is no part of what the user's modes and transforms change or record."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(torch._C._DisableFuncTorch())
+        yield
 
 
 def _is_memory_of(result: Any, arguments: list[Tensor], chunks: tuple[Chunk, ...]) -> bool:

@@ -176,7 +176,7 @@ class Runtime:
         """Bring chunks and keep them until `release_held`, because nothing will tell when the last use is over."""
         for chunk in chunks:
             if chunk not in self._held:
-                self._fetch(chunk, chunks)
+                self._fetch(chunk, chunks, overdraw=True)
                 self._pin(chunk, chunks)
                 self._held[chunk] = None
 
@@ -194,7 +194,8 @@ class Runtime:
 
     def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         try:
-            self.manager.fetch(chunk, keep, overdraw=overdraw)
+            # What is held for later (a double backward) has taken the room of what is needed now.
+            self.manager.fetch(chunk, keep, overdraw=overdraw or bool(self._held))
         except OutOfMemory:
             if not self.given_up_bytes:
                 raise

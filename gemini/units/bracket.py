@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
+from .attached import Attached
+
 Before = Callable[[nn.Module, Any, Any], Any]
 """Gets module, args and kwargs; returns None or new (args, kwargs)."""
 After = Callable[[nn.Module, Any, Any, Any], Any]
@@ -26,8 +28,8 @@ def is_compiled(module: nn.Module) -> bool:
 def bracket(module: nn.Module, before: Before, after: After) -> None:
     """Install both on the module, before the user's hooks."""
     if getattr(module, "_compiled_call_impl", None) is None:
-        module.register_forward_pre_hook(_never_compiled(before), with_kwargs=True, prepend=True)
-        module.register_forward_hook(after, with_kwargs=True, always_call=True)
+        module.register_forward_pre_hook(Attached(_never_compiled(before)), with_kwargs=True, prepend=True)
+        module.register_forward_hook(Attached(after), with_kwargs=True, always_call=True)
         return
     # ``module.compile()``: its hooks are compiled with it, and ours must stay outside.
     compiled: Callable[..., Any] = module.__dict__["_compiled_call_impl"]
@@ -47,7 +49,7 @@ def bracket(module: nn.Module, before: Before, after: After) -> None:
 
 
 def refuse_compilation() -> None:
-    """Raise if the caller is being compiled: bringing chunks cannot be part of a graph.
+    """Raise if the caller is being compiled or traced: bringing chunks cannot be part of a graph.
 
     Raises
     ------
@@ -56,6 +58,11 @@ def refuse_compilation() -> None:
     """
     if torch.compiler.is_compiling():
         _raise_uncompiled()
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace was called on a boosted model, or a part of one, whose parameters move between calls: "
+            "trace a plain model that has loaded model.state_dict()"
+        )
 
 
 def _never_compiled(before: Before) -> Before:

@@ -9,7 +9,7 @@ it when those have run that no other of them follows::
     AccumulateGrad (weight) <-- TBackward* <-'
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -
     return found
 
 
-def last_nodes(first: Collection[Any], inputs: Collection[Any], own: range) -> list[Any]:
+def last_nodes(first: Collection[Any], inputs: Container[Any], own: range) -> list[Any]:
     """By which backward leaves a call: when these have run, all of its nodes have.
 
     Empty where that is not known: the call made too many nodes, some of them cannot be reached from ``first`` (or are

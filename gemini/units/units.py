@@ -1,6 +1,6 @@
 """Units: the modules whose forward brackets the uses of their parameters."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from weakref import ReferenceType, ref
 
@@ -20,6 +20,8 @@ class Unit:
     module_ref: ReferenceType[nn.Module] | None
     """Weak: autograd nodes hold visits, and the garbage collector does not see through them."""
     chunks: tuple[Chunk, ...]
+    without_gradients: tuple[Chunk, ...] = ()
+    """Others that must be there in a call without gradients."""
     stashes: tuple[str, ...] = ()
     """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
     leaves_elsewhere: bool | None = None
@@ -88,9 +90,10 @@ class Units:
         self.all: list[Unit] = []
         self.of: dict[nn.Module, Unit] = {}
         for module in bracketed_modules(model):
-            chunks = self.chunks_of(module.parameters(recurse=is_compiled(module)))
-            if chunks or module is model:
-                self._add(module, chunks)
+            chunks = self.chunks_of(own_parameters(module))
+            besides = self.chunks_of(parameters_of_fast_path(module))
+            if chunks or besides or module is model:
+                self._add(module, chunks).without_gradients = tuple(c for c in besides if c not in chunks)
 
     def chunks_of(self, parameters: Iterable[Tensor]) -> tuple[Chunk, ...]:
         """The chunks that hold these parameters, in chunk order; unmanaged ones are left out."""
@@ -118,6 +121,25 @@ class Units:
         return unit
 
 
+def own_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters that must be there when a module is called: its own, and those of what is compiled with it."""
+    return module.parameters(recurse=is_compiled(module))
+
+
+def parameters_of_fast_path(module: nn.Module) -> Iterator[Tensor]:
+    """What a module needs besides when it is called without gradients.
+
+    These take their parts' parameters in one kernel then, and look at each whether it is plain: if not, they go another
+    way, which gives other numbers.
+    """
+    if isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        return module.parameters()
+    if isinstance(module, nn.TransformerEncoder) and len(module.layers):
+        first: nn.Module = module.layers[0]
+        return first.parameters()
+    return iter(())
+
+
 def bracketed_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Every module but those within a compiled one, each once."""
     seen: set[nn.Module] = set()
@@ -133,19 +155,15 @@ def bracketed_modules(model: nn.Module) -> Iterator[nn.Module]:
     return walk(model)
 
 
-def nested_chunks(
-    model: nn.Module, chunks_of_module: "dict[nn.Module, frozenset[int]]"
-) -> list[tuple[str, frozenset[int]]]:
+def nested_chunks(model: nn.Module, chunk_of: Mapping[int, int]) -> list[tuple[str, frozenset[int]]]:
     """For each unit, by name, the chunks in use while it runs: its own and those of the units around it.
 
-    ``chunks_of_module`` maps modules to the chunks of the parameters that they own directly.
+    ``chunk_of`` maps ids of parameters to chunks.
     """
     found = []
 
     def walk(module: nn.Module, name: str, outer: frozenset[int]) -> None:
-        own = chunks_of_module.get(module, frozenset())
-        if is_compiled(module):
-            own = own.union(*(chunks_of_module.get(inner, frozenset()) for inner in module.modules()))
+        own = frozenset(chunk_of[id(p)] for p in own_parameters(module) if id(p) in chunk_of)
         if own:
             found.append((name, outer | own))
         if is_compiled(module):

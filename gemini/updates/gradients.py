@@ -11,9 +11,11 @@ and clips nothing without a word.
     p.grad    None --backward--> shown: a view or an AbsentGradient --step--> withdrawn --is asked for, pin--> shown
                 ^-------- zero_grad, or the user's None -------------|--------------|
 
-What the user does to ``p.grad`` counts, as in PyTorch: None forgets the gradient, a tensor replaces it. After a step the
-gradient is still there until somebody clears it, but the update may be reading it in the background: it is withdrawn
-(torch finds None), and shown again when it is asked for, which waits for the update.
+What the user does to ``p.grad`` counts, as in PyTorch: None forgets the gradient, a tensor replaces it. After a step
+the gradient is still there until somebody clears it, but the update may be reading it in the background: it is withdrawn
+(torch finds None), and shown again when it is asked for, which waits for the update. Where a gradient has its home
+elsewhere, who asks for it gets a copy, if the system has the memory; that is then the gradient, as if the user had put
+it there. So is one that has a graph of its own (``create_graph=True``), until the step takes it.
 
 Where the optimizer uses gradients up within backward, ``p.grad`` is an `AbsentGradient` from then until ``zero_grad``.
 """
@@ -112,6 +114,8 @@ class Gradients:
         """id of a parameter -> what ``p.grad`` was set to. Without an entry ``p.grad`` is autograd's or the user's."""
         self._withdrawn: set[Chunk] = set()
         """Chunks whose gradients an update has taken, and that nobody has cleared or asked for since."""
+        self._put: dict[int, weakref.ref[Tensor]] = {}
+        """id of a parameter -> the tensor that the user put there, and that an update has read; if somebody holds it."""
         self._stand_ins: dict[int, AbsentGradient] = {}
         self._followed: set[int] = set()
         """ids of the parameters whose gradients go into chunks."""
@@ -152,6 +156,8 @@ class Gradients:
         if gradient is self._shown.get(id(parameter)):
             return  # autograd added to the view, so the chunk has it
         assert chunk.gradient is not None
+        if gradient.requires_grad and not self._are_used_up:
+            return  # somebody will differentiate it; `collect` takes it over
         _set_grad(parameter, None)  # first: if what follows fails, the next backward must not find it here
         was_replaced = self._shown.pop(id(parameter), None) is not None
         self.before_arrival(chunk, position)
@@ -197,7 +203,11 @@ class Gradients:
             for position, binding in enumerate(chunk.bindings):
                 parameter = binding.parameter
                 gradient, shown = _grad_of(parameter), self._shown.get(id(parameter))
-                if gradient is shown or not self.follows(parameter):
+                if not self.follows(parameter):
+                    continue
+                if gradient is shown:
+                    if gradient is not None and chunk.gradient.has_moved(position):
+                        self._bring_back(parameter, chunk, position)
                     continue
                 if chunk in self.used_up and shown is not None and position not in chunk.gradient.present:
                     raise ValueError(
@@ -212,6 +222,7 @@ class Gradients:
                 else:
                     chunk.gradient.part_with(position)
                     chunk.gradient.write(position, gradient)
+                    self._put[id(parameter)] = weakref.ref(gradient)
                     self._show(parameter, chunk, position)
 
     def first_not_zeroed(self) -> str | None:
@@ -232,12 +243,17 @@ class Gradients:
         if self._are_used_up:
             chunk.gradient.clear()
             return
-        self.hide(chunk)
+        self._take_off(chunk)
         self._withdrawn.add(chunk)
 
     def hide(self, chunk: Chunk) -> None:
         """Show no gradient of a chunk any more."""
+        self._take_off(chunk)
         self._withdrawn.discard(chunk)
+        for binding in chunk.bindings:
+            self._put.pop(id(binding.parameter), None)
+
+    def _take_off(self, chunk: Chunk) -> None:
         for binding in chunk.bindings:
             if self._shown.pop(id(binding.parameter), None) is not None:
                 _set_grad(binding.parameter, None)
@@ -249,8 +265,36 @@ class Gradients:
             self._withdrawn.discard(chunk)
             assert chunk.gradient is not None
             for position in sorted(chunk.gradient.present):
-                if _grad_of(chunk.bindings[position].parameter) is None:
-                    self._show(chunk.bindings[position].parameter, chunk, position)
+                parameter = chunk.bindings[position].parameter
+                put = self._put.pop(id(parameter), None)
+                held = None if put is None else put()
+                if _grad_of(parameter) is not None:
+                    continue
+                if held is None:
+                    self._show(parameter, chunk, position)
+                else:
+                    _set_grad(parameter, held)
+
+    def copy_in_reach(self, parameter: Tensor) -> None:
+        """Put a copy in place of a stand-in that says where the gradient is, if there is memory for it."""
+        stand_in, place = self._stand_ins.get(id(parameter)), self._manager.find(parameter)
+        if stand_in is None or place is None or self._are_scaled or self._are_used_up:
+            return
+        chunk, position = place
+        assert chunk.gradient is not None
+        if _grad_of(parameter) is stand_in and position in chunk.gradient.present:
+            if self._manager.headroom() < parameter.nbytes:
+                return
+            chunk.settle()
+            _set_grad(parameter, chunk.gradient.read(position).to(parameter.device))
+
+    def _bring_back(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
+        """The user has given the shown gradient other memory (``p.grad.data = ...``)."""
+        assert chunk.gradient is not None
+        chunk.settle()
+        value = chunk.gradient.renew(position)
+        chunk.gradient.write(position, value)
+        self._show(parameter, chunk, position)
 
     def forget_withdrawn(self, parameter: Tensor) -> None:
         """The user clears or replaces the gradient of a parameter, which may be withdrawn."""
@@ -261,16 +305,16 @@ class Gradients:
     def zero(self) -> None:
         """Fill all gradients with zeros, which stay gradients: the step then moves and decays as torch does."""
         for chunk in self._manager.chunks:
-            if chunk.gradient is not None and chunk.gradient.present:
-                self.reveal(chunk)
-                for position in sorted(chunk.gradient.present):
-                    slot = chunk.layout.slots[position]
-                    view = chunk.gradient.view(position)
-                    if view is None:
-                        zeros = torch.zeros((), dtype=chunk.bindings[position].view.dtype).expand(slot.shape)
-                        chunk.gradient.write(position, zeros)
-                    else:
-                        view.zero_()
+            if chunk.gradient is None:
+                continue
+            self.reveal(chunk)
+            for position, binding in enumerate(chunk.bindings):
+                gradient = _grad_of(binding.parameter)
+                if gradient is not None and gradient is not self._stand_ins.get(id(binding.parameter)):
+                    gradient.detach_().zero_()
+                elif position in chunk.gradient.present:
+                    zero = torch.zeros((), dtype=binding.view.dtype)
+                    chunk.gradient.write(position, zero.expand(binding.view.shape))
 
     def _show(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
         assert chunk.gradient is not None

@@ -9,10 +9,9 @@ from loop import SMALL, Trained, check_same
 from torch import nn
 
 from gemini.boosted import boosted
-from gemini.chunk import Role
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Tier
+from gemini.chunk import Role, Tier
 from gemini.memory.non_model import Measured
 
 

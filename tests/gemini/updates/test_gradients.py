@@ -10,6 +10,7 @@ from parity import masters
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
@@ -155,8 +156,33 @@ def test_a_backward_that_builds_a_graph_adds_up_too() -> None:
     for _ in range(2):
         loss_of(model, 0).backward(create_graph=True)
     assert all(torch.equal(expected[name], kept[name].grad) for name in kept)
-    assert not any(p.grad.requires_grad for p in kept.values())
+    assert all(p.grad.requires_grad for p in kept.values())
+    optimizer.step()
+    assert all(torch.equal(expected[name], kept[name].grad) for name in kept)
     optimizer.zero_grad()
+    assert all(p.grad is None for p in kept.values())
+
+
+def test_gradients_stay_after_a_step_until_they_are_cleared_by_anyone() -> None:
+    model, plain = build(), build()
+    model, optimizer, booster = boost(model)
+    theirs = HybridAdam(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    cleared: list[Callable[[nn.Parameter], None]] = [
+        lambda p: setattr(p, "grad", None),
+        lambda p: delattr(p, "grad"),
+        lambda p: None if p.grad is None else p.grad.zero_() and None,
+        lambda p: None,
+    ]
+    for step, clear in enumerate(cleared):
+        booster.backward(loss_of(model, step), optimizer)
+        loss_of(plain, step).backward()
+        optimizer.step()
+        theirs.step()
+        for ours, its in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours.grad, its.grad)
+            clear(ours)
+            clear(its)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
 def test_gradients_made_by_hand_are_used() -> None:
@@ -177,10 +203,16 @@ def test_gradients_made_by_hand_are_used() -> None:
     assert all(torch.equal(masters(model)[name], p) for name, p in plain.named_parameters())
 
 
-def test_where_gradients_are_elsewhere_clipping_with_torch_fails_loudly_and_training_goes_on(tmp_path: Path) -> None:
+def test_gradients_that_are_elsewhere_are_copied_for_who_asks_where_there_is_memory(tmp_path: Path) -> None:
+    for between in EDITS.values():
+        check_same(between, host_memory="300KiB", offload_dir=tmp_path)
+
+
+def test_without_memory_for_copies_clipping_with_torch_fails_loudly_and_training_goes_on(tmp_path: Path) -> None:
     model = build()
     kept = list(model.parameters())
     model, optimizer, booster = boost(model, host_memory="300KiB", offload_dir=tmp_path)
+    boosted(model).manager.headroom = lambda: 0
     booster.backward(loss_of(model, 0), optimizer)
     absent = [p.grad for p in kept if isinstance(p.grad, AbsentGradient)]
     assert absent
