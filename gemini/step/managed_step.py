@@ -20,6 +20,7 @@ from .kept_states import KeptStates
 from .saved_groups import check_groups, load_options
 from .scaler import LossScaler
 from .state_mapping import OptimizerStates
+from .succession import check_room
 from .unfreezing import Unfreezing
 
 logger = logging.getLogger(__name__)
@@ -84,10 +85,9 @@ class ChunkedStep:
         """See `Updater.steps`."""
         return self._updater.steps
 
-    @property
-    def slots(self) -> Mapping[int, tuple[StateSlot, ...]]:
-        """See `Updater.slots`."""
-        return self._updater.slots
+    def room(self, optimizer: ManagedOptimizer) -> Mapping[int, tuple[StateSlot, ...]]:
+        """See `Updater.room`."""
+        return self._updater.room(optimizer)
 
     # -- backward
 
@@ -266,6 +266,36 @@ class ChunkedStep:
             optimizer.param_groups.pop()
             raise
 
+    def succeed(self, optimizer: ManagedOptimizer) -> None:
+        """Work for another optimizer from now on. States begin anew, or with those that it brings.
+
+        Raises
+        ------
+        OutOfMemory, TypeError, ValueError
+            If there is no room for what it keeps, or it brings what cannot be kept. The optimizer before it goes on
+            then.
+        """
+        if self.in_backward is not None:
+            self.in_backward.before_adding()
+        check_room(self.manager, optimizer)
+        for index, group in enumerate(optimizer.param_groups):
+            # Those that are frozen still get room when they are unfrozen, as they do with the first optimizer.
+            unfrozen = [p for p in group["params"] if p.requires_grad and not self.kept.keeps(p)]
+            self._unfreezing.admit(optimizer.rule, group, index, unfrozen)
+        kept = KeptStates(self.manager, optimizer.rule, self._updater)
+        brought = [p for p in optimizer.outside if isinstance(p, Tensor) and kept.keeps(p)]
+        for parameter in brought:
+            kept.check(parameter, optimizer.exported_state(parameter))
+        if (shown := self._shown() if self._shown is not None else None) is not None:
+            shown.let_go()  # as in plain PyTorch: what the first optimizer had stays with those who have it
+        kept.succeed(self.kept)
+        self.kept, self._shown = kept, None
+        for parameter in brought:
+            kept.replace(parameter, optimizer.exported_state(parameter))
+            del optimizer.outside[parameter]
+        if self.in_backward is not None:
+            self.in_backward.serve(optimizer)
+
     def clip_grad_by_norm(
         self, optimizer: ManagedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
     ) -> Tensor:
@@ -350,7 +380,7 @@ class ChunkedStep:
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         saved_groups, states = state_dict["param_groups"], state_dict["state"]
-        check_groups(optimizer, saved_groups, states, self.slots)
+        check_groups(optimizer, saved_groups, states, self.room(optimizer))
         numbers = [number for saved in saved_groups for number in saved["params"]]
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             load_options(group, saved)

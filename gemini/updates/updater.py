@@ -57,19 +57,20 @@ class Updater:
         self.steps: dict[int, int] = {}
         """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
         means nothing; where it does, it may be 0, if somebody has set it."""
-        self.slots: dict[int, tuple[StateSlot, ...]] = {
-            chunk.layout.group.param_group: tuple(chunk.states.values())
-            for chunk in manager.chunks
-            if chunk.is_trainable
-        }
-        """By group: the states that there is room for."""
         self._manager = manager
         self._queue = queue
         self._gradients = gradients
 
-    def admit(self, group: int, slots: tuple[StateSlot, ...]) -> None:
-        """Update parameters of this group from now on, which are in chunks with room for ``slots``."""
-        self.slots[group] = slots
+    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[StateSlot, ...]]:
+        """By the index of a group: the states that all chunks with parameters of it have room for."""
+        room: dict[int, tuple[StateSlot, ...]] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                place = self._manager.find(parameter)
+                if place is not None and place[0].is_trainable:
+                    slots = tuple(place[0].states.values())
+                    room[index] = tuple(slot for slot in room.get(index, slots) if slot in slots)
+        return room
 
     def groups(self, optimizer: ManagedOptimizer) -> Groups:
         """The arithmetic of each group.
