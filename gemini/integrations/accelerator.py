@@ -41,7 +41,7 @@ class ManagedAccelerator(Accelerator):
             return super().clip_grad_norm_(parameters, max_norm, norm_type)  # type: ignore[no-any-return]
         if config.update_in_backward and math.isinf(max_norm):
             return None
-        return clip_by_norm(optimizer, math.inf if config.max_norm > 0 else max_norm, norm_type)
+        return clip_by_norm(optimizer, parameters, math.inf if config.max_norm > 0 else max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Iterable[Tensor], clip_value: float) -> None:
         parameters = list(parameters)

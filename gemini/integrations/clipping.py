@@ -1,7 +1,7 @@
 """Clipping the gradients of a boosted model where a framework would do it through ``p.grad``."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,16 +11,23 @@ from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.updates.gradients import AbsentGradient
 
 
-def clip_by_norm(optimizer: ManagedOptimizer, max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_by_norm(
+    optimizer: ManagedOptimizer, parameters: Sequence[Tensor], max_norm: float, norm_type: float = 2.0
+) -> Tensor:
     """Clip all gradients of a boosted optimizer together; return their norm before that.
 
     Where all of them are fp32 and shown they are scaled there and then, so that hooks and loggers see clipped ones, as
     they do without management. Else the next step scales them: what is rounded in between would depend on placement.
+
+    Parameters
+    ----------
+    parameters
+        Those of the optimizer, in the order in which the framework goes through them.
     """
-    parameters = [p for p in _parameters(optimizer) if p.grad is not None]
-    if not all(p.grad.dtype is torch.float32 and not isinstance(p.grad, AbsentGradient) for p in parameters):  # type: ignore[union-attr]
-        return optimizer.clip_grad_by_norm(max_norm, norm_type)
-    norm = optimizer.clip_grad_by_norm(math.inf, norm_type)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not all(g.dtype is torch.float32 and not isinstance(g, AbsentGradient) for g in gradients):
+        return optimizer.clip_grad_by_norm(max_norm, norm_type, parameters=parameters)
+    norm = optimizer.clip_grad_by_norm(math.inf, norm_type, parameters=parameters)
     clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 

@@ -29,7 +29,7 @@ class ManagedPrecision(Precision):
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         if _is_managed(optimizer):
-            clip_by_norm(optimizer, clip_val)
+            clip_by_norm(optimizer, list(self.main_params(optimizer)), clip_val)
         else:
             super().clip_grad_by_norm(optimizer, clip_val)
 

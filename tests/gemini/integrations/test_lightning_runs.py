@@ -58,7 +58,9 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         return self.net(batch[0])  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> Any:
-        return AdamW(self.parameters(), lr=1e-2, fused=True)
+        biases = [p for p in self.parameters() if p.ndim == 1]
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        return AdamW([{"params": biases, "weight_decay": 0.0}, {"params": matrices}], lr=1e-2, fused=True)
 
 
 def data() -> Any:
