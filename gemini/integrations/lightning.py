@@ -17,7 +17,6 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.boosting.succession import give_optimizer
 from gemini.chunk import find_accelerator
-from gemini.nn.optimizer.managed import ManagedOptimizer
 
 from .clipping import clip_by_norm
 
@@ -77,8 +76,6 @@ class GeminiStrategy(SingleDeviceStrategy):
         super().__init__(device or find_accelerator() or "cpu", **kwargs)
         self.plugin = plugin or GeminiPlugin()
         self._module = module
-        self._schedulers: list[tuple[Any, Any]] = []
-        """Schedulers that steer the managed optimizer during ``fit``, and the optimizers that they were made for."""
 
     def setup(self, trainer: Trainer) -> None:
         self._refuse(trainer)
@@ -114,13 +111,7 @@ class GeminiStrategy(SingleDeviceStrategy):
             root.to(self.root_device)
 
     def teardown(self) -> None:
-        """As the base does, but nothing moves to the CPU. Schedulers are as ``configure_optimizers`` returned them.
-
-        It may return the same ones again, and Lightning compares their optimizers with those that come with them.
-        """
-        while self._schedulers:
-            scheduler, given = self._schedulers.pop()
-            scheduler.optimizer = given
+        """As the base does, but nothing moves to the CPU."""
         self.precision_plugin.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()
@@ -139,16 +130,11 @@ class GeminiStrategy(SingleDeviceStrategy):
             if not is_boosted(managed):
                 managed.to(self.root_device)
             return
-        optimizer: Any
         if is_boosted(managed):
-            optimizer = give_optimizer(managed, asked)
+            give_optimizer(managed, asked)
         else:
-            _, optimizer, *_ = Booster(plugin=self.plugin).boost(managed, asked)
-        _imitate(optimizer, type(asked).__name__)
-        self.optimizers = [optimizer]
-        for config in self.lr_scheduler_configs:
-            self._schedulers.append((config.scheduler, config.scheduler.optimizer))
-            config.scheduler.optimizer = optimizer
+            Booster(plugin=self.plugin).boost(managed, asked)
+        self.optimizers = [asked]  # does what the managed one does, which the model keeps
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """As the base does, but states stay where their chunks are."""
@@ -176,15 +162,8 @@ def _unwrapped(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _imitate(optimizer: Any, name: str) -> None:
-    """Name the class of an optimizer like that of the one in whose place it is: `LearningRateMonitor` logs by it."""
-    cls = type(optimizer)
-    if cls.__name__ != name:
-        optimizer.__class__ = type(name, (cls,), {"__module__": cls.__module__})
-
-
 def _is_managed(optimizer: Any) -> bool:
-    return isinstance(optimizer, ManagedOptimizer) and optimizer._managed is not None
+    return getattr(optimizer, "_managed", None) is not None
 
 
 @contextmanager
