@@ -174,13 +174,15 @@ class Chunk:
 
     def pin(self) -> None:
         """READY or IN_USE -> IN_USE; parameters are readable until the last `unpin`."""
-        self.settle()
+        if self.update is not None:
+            self.settle()
         if self.pins == 0:
             self._move_to(ChunkState.IN_USE)
             for binding in self.bindings:
                 binding.parameter.__class__ = binding.plain
         self.pins += 1
-        self._expose()
+        if self._poisoned:
+            self._expose()
 
     def unpin(self) -> None:
         assert self.pins > 0, f"chunk {self.index} is not pinned"
@@ -207,11 +209,10 @@ class Chunk:
 
     def _expose(self) -> None:
         """Point the parameters at the full copy."""
-        if self._poisoned:
-            with QUIET():
-                for binding in self.bindings:
-                    binding.parameter.data = binding.view
-            self._poisoned = False
+        with QUIET():
+            for binding in self.bindings:
+                binding.parameter.data = binding.view
+        self._poisoned = False
 
     def point(self, position: int, memory: Tensor) -> None:
         """Have the parameter at this position lie in other memory for a moment; `point_back` ends that."""
@@ -242,9 +243,9 @@ class Chunk:
         They point again at what the chunk says; bringing the values there is the caller's.
         """
         found = []
-        for position, binding in enumerate(self.bindings):
-            ours = binding.poison if self._poisoned else binding.view
-            with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
+        with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
+            for position, binding in enumerate(self.bindings):
+                ours = binding.poison if self._poisoned else binding.view
                 if not binding.parameter.is_set_to(ours):
                     found.append((position, binding.parameter.data))
                     binding.parameter.data = ours
@@ -269,7 +270,7 @@ class Chunk:
         if self.update is not None:
             self.update.wait()
             self.update = None
-            if self.state in (ChunkState.READY, ChunkState.IN_USE):
+            if self._poisoned and self.state in (ChunkState.READY, ChunkState.IN_USE):
                 self._expose()
 
     def bind(self, position: int, parameter: Tensor) -> None:

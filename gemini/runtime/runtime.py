@@ -207,7 +207,8 @@ class Runtime:
 
     def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         self.manager.pin(chunk, keep)
-        self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        if chunk in self._gradients.withdrawn:
+            self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _evict(self, indices: Sequence[int]) -> None:
         for index in indices:
