@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -289,9 +290,34 @@ class Chunk:
     def entrust(self, keeper: Keeper) -> None:
         """Have ``keeper`` answer for the chunk's parameters while nothing has it pinned."""
         for position, binding in enumerate(self.bindings):
-            link(binding.parameter, keeper)
+            link(binding.parameter, keeper, partial(self.last_value, position))
             self.bindings[position] = entrusted = replace(binding, away=away_class(binding.plain))
             binding.parameter.__class__ = entrusted.plain if self.pins else entrusted.away
+
+    def last_value(self, position: int) -> Tensor:
+        """The values of a parameter whose model is gone, in memory of its own.
+
+        Raises
+        ------
+        RuntimeError
+            If they were on disk.
+        """
+        self.settle()
+        slot, view = self.layout.slots[position], self.views[position]
+        if self.state is ChunkState.READY:
+            return view.clone(memory_format=torch.preserve_format)
+        master = self.homes[Role.MASTER].tensor
+        if master is None:
+            raise RuntimeError(
+                f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
+                "the model for as long as its parameters are used, or keep p.detach().clone()"
+            )
+        home = master.as_strided(slot.shape, slot.stride, master.storage_offset() + slot.offset)
+        return home.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
+
+    def release(self) -> None:
+        """Let the parameters go: those that others keep know where their values are."""
+        self.bindings.clear()
 
     def become(self, other: "Chunk") -> None:
         """Have the homes, the full copy and the state of a chunk with the same slots; the parameters follow.

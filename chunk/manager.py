@@ -488,6 +488,8 @@ class ChunkManager:
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
+        for chunk in self.chunks:
+            chunk.release()
         self.device.close()
         if self.disk is not None:
             end_elsewhere(self.disk.close)  # after the threads that use it

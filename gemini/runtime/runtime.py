@@ -195,8 +195,10 @@ class Runtime:
 
     def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         try:
-            # What is held for later (a double backward) has taken the room of what is needed now.
-            self.manager.fetch(chunk, keep, overdraw=overdraw or bool(self._held))
+            if overdraw or self._held:  # what is held for later has taken the room of what is needed now
+                self.manager.fetch(chunk, keep, overdraw=True)
+            else:
+                self.manager.fetch(chunk, keep)
         except OutOfMemory:
             if not self.given_up_bytes:
                 raise
