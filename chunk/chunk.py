@@ -70,7 +70,8 @@ class Chunk:
         self.loan: Loan | None = None
         """The full copy's memory, if some has been lent since home was last known to have the same values."""
         self._transfer: Transfer | None = None
-        self._poisoned = not full_is_home
+        self.is_poisoned = not full_is_home
+        """The parameters point at NaN."""
 
     @property
     def index(self) -> int:
@@ -182,7 +183,7 @@ class Chunk:
             for binding in self.bindings:
                 binding.parameter.__class__ = binding.plain
         self.pins += 1
-        if self._poisoned:
+        if self.is_poisoned:
             self._expose()
 
     def unpin(self) -> None:
@@ -202,18 +203,18 @@ class Chunk:
 
     def poison(self) -> None:
         """Point the parameters at NaN (the full copy is gone, or an update is rewriting it)."""
-        if not self._poisoned:
+        if not self.is_poisoned:
             with QUIET():
                 for binding in self.bindings:
                     binding.parameter.data = binding.poison
-            self._poisoned = True
+            self.is_poisoned = True
 
     def _expose(self) -> None:
         """Point the parameters at the full copy."""
         with QUIET():
             for binding in self.bindings:
                 binding.parameter.data = binding.view
-        self._poisoned = False
+        self.is_poisoned = False
 
     def point(self, position: int, memory: Tensor) -> None:
         """Have the parameter at this position lie in other memory for a moment; `point_back` ends that."""
@@ -223,7 +224,7 @@ class Chunk:
     def point_back(self, position: int) -> None:
         """End what `point` began."""
         binding = self.bindings[position]
-        self.point(position, binding.poison if self._poisoned else binding.view)
+        self.point(position, binding.poison if self.is_poisoned else binding.view)
 
     def edited(self) -> list[int]:
         """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
@@ -246,7 +247,7 @@ class Chunk:
         found = []
         with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
             for position, binding in enumerate(self.bindings):
-                ours = binding.poison if self._poisoned else binding.view
+                ours = binding.poison if self.is_poisoned else binding.view
                 if not binding.parameter.is_set_to(ours):
                     found.append((position, binding.parameter.data))
                     binding.parameter.data = ours
@@ -271,7 +272,7 @@ class Chunk:
         if self.update is not None:
             self.update.wait()
             self.update = None
-            if self._poisoned and self.state in (ChunkState.READY, ChunkState.IN_USE):
+            if self.is_poisoned and self.state in (ChunkState.READY, ChunkState.IN_USE):
                 self._expose()
 
     def bind(self, position: int, parameter: Tensor) -> None:
@@ -284,7 +285,7 @@ class Chunk:
         self.bindings.append(binding)
         with QUIET():
             self._versions.append(parameter._version)
-            parameter.data = binding.poison if self._poisoned else view
+            parameter.data = binding.poison if self.is_poisoned else view
         parameter.__class__ = binding.plain if self.pins else binding.away
 
     def entrust(self, keeper: Keeper) -> None:

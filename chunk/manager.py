@@ -241,7 +241,7 @@ class ChunkManager:
         if chunk.was_prefetched:
             self.moves.prefetch_used += 1
             chunk.was_prefetched = False
-        if chunk.pins == 0:
+        if chunk.is_poisoned:  # else the parameters stay where they point, and are looked at before home is
             self.keep_assigned(chunk)
         chunk.pin()
         self._clock += 1
