@@ -128,7 +128,7 @@ class Chunk:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
         assert self.state in (ChunkState.READY, ChunkState.IN_USE)
         if self.loan is None:
-            self.loan = Loan(self.views)
+            self.loan = Loan(self.views, remembers=self.is_split)
         return self.loan
 
     def has_memory(self, tensor: Tensor) -> bool:
