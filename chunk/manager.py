@@ -16,6 +16,7 @@ from .disk import DiskBackend
 from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
+from .loan import Loan
 from .memory import DeviceBackend
 from .origin import Origin
 from .plan import ChunkPlan
@@ -241,7 +242,8 @@ class ChunkManager:
         if chunk.was_prefetched:
             self.moves.prefetch_used += 1
             chunk.was_prefetched = False
-        self.keep_assigned(chunk)
+        if chunk.is_poisoned:  # else the parameters stay where they point, and are looked at before home is
+            self.keep_assigned(chunk)
         chunk.pin()
         self._clock += 1
         chunk.last_used = self._clock
@@ -272,9 +274,12 @@ class ChunkManager:
         Raises
         ------
         ValueError
-            If masters are in two halves: which elements differ cannot be told then.
+            If masters are in two halves and a module has changed one in its forward: which elements differ cannot be
+            told then.
         """
         self.keep_assigned(chunk)
+        if chunk.is_split and chunk.loan is not None:
+            self._keep_edits_of_upper_halves(chunk, chunk.loan)
         if chunk.is_split and (edited := chunk.edited()):
             raise ValueError(
                 f"{chunk.layout.slots[edited[0]].name} was changed in place, which with split_master=True changes only "
@@ -297,6 +302,19 @@ class ChunkManager:
             if differs.any():
                 write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(home.dtype), home))
             chunk.accept(position)
+
+    def _keep_edits_of_upper_halves(self, chunk: Chunk, loan: Loan) -> None:
+        if not chunk.is_lent:
+            chunk.loan = None
+        chunk.settle()
+        for position in loan.positions:
+            view = chunk.views[position]
+            differs = differing(view, loan.before(position))
+            if differs.any():
+                master = read_slot(chunk, position, Role.MASTER).to(view.device)
+                write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(master.dtype), master))
+            chunk.accept(position)
+            loan.remember(position)
 
     def refresh(self, chunk: Chunk) -> None:
         """Fill the full copy of a lent chunk from home again, because an update could not write through to it."""
@@ -487,6 +505,8 @@ class ChunkManager:
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
+        for chunk in self.chunks:
+            chunk.release()
         self.device.close()
         if self.disk is not None:
             end_elsewhere(self.disk.close)  # after the threads that use it

@@ -157,8 +157,10 @@ class Updater:
                 chunk.poison()  # until the next pin
         for each in planned:
             chunk = each.chunk
-            if chunk.pins or chunk.is_lent:
+            if chunk.pins or chunk.is_lent or (chunk.is_split and chunk.loan is not None):
                 chunk.settle()
+                if chunk.loan is not None:
+                    chunk.loan.remember_all()
                 if each.update.out is None and chunk.is_resident and not chunk.full_is_home:
                     self._manager.refresh(chunk)
             elif chunk.gradient is not None and chunk.gradient.is_held:
