@@ -202,13 +202,14 @@ class Gradients:
                 continue
             for position, gradient in self._changed(chunk):
                 parameter = chunk.bindings[position].parameter
-                was_shown = self._shown.pop(id(parameter), None) is not None
+                was_shown = id(parameter) in self._shown
                 if chunk in self.used_up and was_shown and position not in chunk.gradient.present:
                     raise ValueError(
                         f"the gradient of {chunk.layout.slots[position].name} was changed between backward and step(), "
                         f"but {_USED_UP}; boost without it"
                     )
                 chunk.settle()
+                self._shown.pop(id(parameter), None)
                 if gradient is None:
                     self._forget(parameter)
                 elif gradient is chunk.gradient.view(position):  # it has other memory now (``p.grad.data = ...``)
