@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from backward_runs import Run
 from loop import check_same
 from torch import nn
@@ -31,6 +32,29 @@ def test_groups_count_as_they_are_when_the_step_is_taken(in_backward: bool, plac
         run.model.zero_grad()  # the optimizer's does not know of those that were taken out
         first += taken
         losses.append([*found, run.step(3)])
+    assert losses[0] == losses[1]
+    check_same(ours, plain)
+
+
+class GivenToBoost(Run):
+    """Keeps the optimizer that was given, and not the one that came back."""
+
+    def make_optimizer(self, model: nn.Module) -> Any:
+        parameters = list(model.parameters())
+        self.given = torch.optim.SGD([{"params": parameters[::2]}, {"params": parameters[1::2]}], 1e-2, momentum=0.9)
+        return self.given
+
+
+def test_groups_that_are_assigned_count(placement: dict[str, Any]) -> None:
+    ours, plain = GivenToBoost(placement), GivenToBoost(None)
+    losses = []
+    for run in (ours, plain):
+        found = [run.step(0)]
+        first, second = run.given.param_groups
+        run.given.param_groups = [{**second, "lr": 3e-3}, {**first, "params": first["params"][1:]}]
+        found += [run.step(1), run.step(2)]
+        assert run.given.param_groups[0]["lr"] == run.optimizer.param_groups[0]["lr"] == 3e-3
+        losses.append(found)
     assert losses[0] == losses[1]
     check_same(ours, plain)
 
