@@ -107,12 +107,13 @@ class Keeper(Protocol):
 
 
 class _Link:
-    """From a parameter to its keeper. Weak: a parameter that is kept does not keep its model's data."""
+    """From a parameter to its keeper. Weak: a parameter that is kept does not keep its model."""
 
-    __slots__ = ("keeper",)
+    __slots__ = ("keeper", "last_value")
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Keeper, last_value: Callable[[], Tensor]) -> None:
         self.keeper: ref[Keeper] = ref(keeper)
+        self.last_value = last_value
 
     def __reduce__(self) -> Any:
         return (_no_link, ())  # a pickled parameter is nobody's
@@ -122,9 +123,12 @@ def _no_link() -> None:
     return None
 
 
-def link(parameter: Tensor, keeper: Keeper) -> None:
-    """Have ``keeper`` answer for a parameter when it is away."""
-    parameter.__dict__[_LINK] = _Link(keeper)
+def link(parameter: Tensor, keeper: Keeper, last_value: Callable[[], Tensor]) -> None:
+    """Have ``keeper`` answer for a parameter when it is away.
+
+    ``last_value`` gives its values once the keeper is gone.
+    """
+    parameter.__dict__[_LINK] = _Link(keeper, last_value)
 
 
 def is_linked(parameter: Tensor) -> bool:
@@ -132,22 +136,25 @@ def is_linked(parameter: Tensor) -> bool:
     return parameter.__dict__.get(_LINK) is not None
 
 
-def keeper_of(parameter: Tensor) -> Keeper:
-    """Who answers for a parameter that is away.
+def _keeper_of(parameter: Tensor) -> Keeper | None:
+    """Who answers for a parameter that is away; None if its model is gone."""
+    found = parameter.__dict__.get(_LINK)
+    return None if found is None else found.keeper()
+
+
+def _come_back(parameter: Tensor) -> None:
+    """Make a parameter that has outlived its model a plain one, with the values that it had.
 
     Raises
     ------
     RuntimeError
-        If its model is gone, and its values with it.
+        If these were on disk, where nothing is left of them.
     """
-    found = parameter.__dict__.get(_LINK)
-    keeper = None if found is None else found.keeper()
-    if keeper is None:
-        raise RuntimeError(
-            f"this parameter of shape {tuple(parameter.shape)} was in the chunks of a boosted model that is gone, and "
-            "its values with it: keep the model for as long as its parameters are used, or keep p.detach().clone()"
-        )
-    return keeper  # type: ignore[no-any-return]
+    value = parameter.__dict__[_LINK].last_value()
+    with QUIET():
+        parameter.data = value
+    parameter.__class__ = plain_class(type(parameter))
+    del parameter.__dict__[_LINK]
 
 
 class AwayParameter:
@@ -231,7 +238,13 @@ def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
     if not parameters:  # a list of theirs has been emptied since
         with QUIET():
             return func(*args, **kwargs)
-    first, keeper = parameters[0], keeper_of(parameters[0])
+    orphans = [parameter for parameter in parameters if _keeper_of(parameter) is None]
+    if orphans:
+        for parameter in orphans:
+            _come_back(parameter)
+        return func(*args, **kwargs)
+    first, keeper = parameters[0], _keeper_of(parameters[0])
+    assert keeper is not None
     if what is Kind.REFUSE:
         name = func.__name__
         if first.requires_grad and name.startswith("resize"):
@@ -253,7 +266,9 @@ def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
             return func(*args, **kwargs)
     if what is Kind.ASSIGN and first is args[0]:
         return keeper.assign(first, args[1])
-    ours = [parameter for parameter in parameters if keeper_of(parameter) is keeper]  # another model answers for others
+    ours = [
+        parameter for parameter in parameters if _keeper_of(parameter) is keeper
+    ]  # another model answers for others
     if what in (Kind.LEND, Kind.ADDRESS, Kind.ASSIGN):
         return keeper.lend(lambda: func(*args, **kwargs), ours, what is Kind.ADDRESS)
     return keeper.use(lambda: func(*args, **kwargs), ours, tensors)
@@ -283,7 +298,10 @@ def kind_of(func: Any) -> Kind:
 
 def _laid_out(value: Any) -> Any:
     if isinstance(value, AwayParameter):
-        return keeper_of(value).view(value)  # type: ignore[arg-type]
+        assert isinstance(value, Tensor)
+        keeper = _keeper_of(value)
+        assert keeper is not None
+        return keeper.view(value)
     if isinstance(value, list | tuple):
         return type(value)(_laid_out(item) for item in value)
     if isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -174,13 +175,15 @@ class Chunk:
 
     def pin(self) -> None:
         """READY or IN_USE -> IN_USE; parameters are readable until the last `unpin`."""
-        self.settle()
+        if self.update is not None:
+            self.settle()
         if self.pins == 0:
             self._move_to(ChunkState.IN_USE)
             for binding in self.bindings:
                 binding.parameter.__class__ = binding.plain
         self.pins += 1
-        self._expose()
+        if self._poisoned:
+            self._expose()
 
     def unpin(self) -> None:
         assert self.pins > 0, f"chunk {self.index} is not pinned"
@@ -207,11 +210,10 @@ class Chunk:
 
     def _expose(self) -> None:
         """Point the parameters at the full copy."""
-        if self._poisoned:
-            with QUIET():
-                for binding in self.bindings:
-                    binding.parameter.data = binding.view
-            self._poisoned = False
+        with QUIET():
+            for binding in self.bindings:
+                binding.parameter.data = binding.view
+        self._poisoned = False
 
     def point(self, position: int, memory: Tensor) -> None:
         """Have the parameter at this position lie in other memory for a moment; `point_back` ends that."""
@@ -242,9 +244,9 @@ class Chunk:
         They point again at what the chunk says; bringing the values there is the caller's.
         """
         found = []
-        for position, binding in enumerate(self.bindings):
-            ours = binding.poison if self._poisoned else binding.view
-            with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
+        with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
+            for position, binding in enumerate(self.bindings):
+                ours = binding.poison if self._poisoned else binding.view
                 if not binding.parameter.is_set_to(ours):
                     found.append((position, binding.parameter.data))
                     binding.parameter.data = ours
@@ -269,7 +271,7 @@ class Chunk:
         if self.update is not None:
             self.update.wait()
             self.update = None
-            if self.state in (ChunkState.READY, ChunkState.IN_USE):
+            if self._poisoned and self.state in (ChunkState.READY, ChunkState.IN_USE):
                 self._expose()
 
     def bind(self, position: int, parameter: Tensor) -> None:
@@ -288,9 +290,34 @@ class Chunk:
     def entrust(self, keeper: Keeper) -> None:
         """Have ``keeper`` answer for the chunk's parameters while nothing has it pinned."""
         for position, binding in enumerate(self.bindings):
-            link(binding.parameter, keeper)
+            link(binding.parameter, keeper, partial(self.last_value, position))
             self.bindings[position] = entrusted = replace(binding, away=away_class(binding.plain))
             binding.parameter.__class__ = entrusted.plain if self.pins else entrusted.away
+
+    def last_value(self, position: int) -> Tensor:
+        """The values of a parameter whose model is gone, in memory of its own.
+
+        Raises
+        ------
+        RuntimeError
+            If they were on disk.
+        """
+        self.settle()
+        slot, view = self.layout.slots[position], self.views[position]
+        if self.state is ChunkState.READY:
+            return view.clone(memory_format=torch.preserve_format)
+        master = self.homes[Role.MASTER].tensor
+        if master is None:
+            raise RuntimeError(
+                f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
+                "the model for as long as its parameters are used, or keep p.detach().clone()"
+            )
+        home = master.as_strided(slot.shape, slot.stride, master.storage_offset() + slot.offset)
+        return home.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
+
+    def release(self) -> None:
+        """Let the parameters go: those that others keep know where their values are."""
+        self.bindings.clear()
 
     def become(self, other: "Chunk") -> None:
         """Have the homes, the full copy and the state of a chunk with the same slots; the parameters follow.

@@ -47,6 +47,7 @@ class GradientBuffer:
         self._norm_wanted = False
         """Whether anyone has asked for 2-norms yet: who clips does so in every step, who does not never."""
         self._views = _views(layout, buffer)
+        self._addresses = [view.data_ptr() for view in self._views]
 
     def _attach(self) -> Buffer:
         """The buffer, borrowed if there is none that is ours still."""
@@ -55,6 +56,7 @@ class GradientBuffer:
             assert self._borrow is not None
             self.buffer = self._borrow()
             self._views = _views(self.layout, self.buffer)
+            self._addresses = [view.data_ptr() for view in self._views]
             if self.buffer.tensor is not None:  # the update runs over the gaps between slots, which nobody writes
                 ends = [(slot.offset, slot.stop) for slot in self.layout.slots]
                 for (_, stop), (start, _) in pairwise([(0, 0), *ends, (self.layout.numel, self.layout.numel)]):
@@ -129,7 +131,7 @@ class GradientBuffer:
 
     def has_moved(self, position: int) -> bool:
         """True if the gradient that `view` gave out has been given other memory."""
-        return bool(self._views) and self._views[position].data_ptr() != self._address(position)
+        return bool(self._views) and self._views[position].data_ptr() != self._addresses[position]
 
     def renew(self, position: int) -> Tensor:
         """Give out another tensor for a slot from now on. Returns the one until now."""
@@ -138,11 +140,6 @@ class GradientBuffer:
         slot = self.layout.slots[position]
         self._views[position] = _shaped(self.buffer.tensor, slot, slot.offset)
         return before
-
-    def _address(self, position: int) -> int:
-        assert self.buffer is not None and self.buffer.tensor is not None
-        flat = self.buffer.tensor
-        return flat.data_ptr() + self.layout.slots[position].offset * flat.element_size()
 
     def view(self, position: int) -> Tensor | None:
         """The gradient of a slot itself, in its parameter's shape; None where it is a file, or where there is none."""

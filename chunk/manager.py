@@ -241,7 +241,8 @@ class ChunkManager:
         if chunk.was_prefetched:
             self.moves.prefetch_used += 1
             chunk.was_prefetched = False
-        self.keep_assigned(chunk)
+        if chunk.pins == 0:
+            self.keep_assigned(chunk)
         chunk.pin()
         self._clock += 1
         chunk.last_used = self._clock
@@ -350,8 +351,8 @@ class ChunkManager:
         if value.shape != slot.shape:
             raise ValueError(
                 f"a tensor of shape {tuple(value.shape)} was assigned to the data of {slot.name}, whose shape is "
-                f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape. Resize it before "
-                "booster.boost, or copy values of its own shape with p.data.copy_(value)"
+                f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape. Resize it "
+                "before booster.boost, or copy values of its own shape with p.data.copy_(value)"
             )
 
     def _take(self, chunk: Chunk, position: int, value: Tensor) -> None:
@@ -487,6 +488,8 @@ class ChunkManager:
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
+        for chunk in self.chunks:
+            chunk.release()
         self.device.close()
         if self.disk is not None:
             end_elsewhere(self.disk.close)  # after the threads that use it

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from itertools import chain
 from typing import Any
-from weakref import WeakMethod
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,7 @@ class Hooks:
         """How many calls of the model are under way, one inside the other."""
         self._running: list[Visit] = []
         """Forward calls of units under way, innermost last."""
+        self._itself = ref(self)
         self._thread = 0
         """The thread that runs the units in ``_running``."""
         self._observer: Observer | None = None
@@ -258,7 +259,7 @@ class Hooks:
 
     def _enter_before(self, visit: Visit, nodes: "Collection[Any]") -> None:
         """Have backward enter a visit before it runs the first of these."""
-        before = partial(_call, WeakMethod(self._before_backward), visit)
+        before = partial(_before_backward, self._itself, visit)
         for node in nodes:
             node.register_prehook(before)
 
@@ -268,9 +269,9 @@ class Hooks:
             countdown = Countdown(len(hookings))
             visit.countdowns.append(countdown)
             for hook_on in hookings:
-                hook_on(partial(_call, WeakMethod(self._count), visit, countdown))
+                hook_on(partial(_count, self._itself, visit, countdown))
 
-    def _before_backward(self, visit: Visit, gradients: Any) -> None:
+    def _before_backward(self, visit: Visit) -> None:
         task = torch._C._current_graph_task_id()
         if self._runtime.join_backward(task, visit):
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._runtime.end_backward, task))
@@ -283,11 +284,6 @@ class Hooks:
                 self._runtime.enter(visit, Phase.BACKWARD)
         if torch.is_grad_enabled():  # create_graph=True
             self._runtime.hold(visit.chunks)
-
-    def _count(self, visit: Visit, countdown: Countdown, *gradients: Any) -> None:
-        # What this backward does not come to is never counted: the visit then ends with the backward.
-        if countdown.tick():
-            self._runtime.leave_backward(visit)
 
     # -- uses outside of a parameter's own unit
 
@@ -377,11 +373,17 @@ class _NotIn:
         return node._sequence_nr() not in self._own
 
 
-def _call(method: "WeakMethod[Callable[..., None]]", *args: Any) -> None:
-    """Call a method of an object that may be gone."""
-    bound = method()
-    if bound is not None:
-        bound(*args)
+def _before_backward(hooks: "ref[Hooks]", visit: Visit, gradients: Any) -> None:
+    target = hooks()
+    if target is not None:
+        target._before_backward(visit)
+
+
+def _count(hooks: "ref[Hooks]", visit: Visit, countdown: Countdown, *gradients: Any) -> None:
+    target = hooks()
+    # What this backward does not come to is never counted: the visit then ends with the backward.
+    if target is not None and countdown.tick():
+        target._runtime.leave_backward(visit)
 
 
 def _in_backward() -> bool:

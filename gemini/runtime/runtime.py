@@ -195,8 +195,10 @@ class Runtime:
 
     def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         try:
-            # What is held for later (a double backward) has taken the room of what is needed now.
-            self.manager.fetch(chunk, keep, overdraw=overdraw or bool(self._held))
+            if overdraw or self._held:  # what is held for later has taken the room of what is needed now
+                self.manager.fetch(chunk, keep, overdraw=True)
+            else:
+                self.manager.fetch(chunk, keep)
         except OutOfMemory:
             if not self.given_up_bytes:
                 raise
@@ -207,7 +209,8 @@ class Runtime:
 
     def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         self.manager.pin(chunk, keep)
-        self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        if chunk in self._gradients.withdrawn:
+            self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _evict(self, indices: Sequence[int]) -> None:
         for index in indices:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Communicator
+from ..chunk import QUIET, Chunk, ChunkManager, Communicator
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import StateSlot
 from ..runtime.runtime import Runtime
@@ -250,10 +250,13 @@ class ChunkedStep:
     def zero_grad(self, optimizer: ManagedOptimizer, set_to_none: bool) -> None:
         self.zero_gradients(set_to_none)
         for group in optimizer.param_groups:
+            if set_to_none:
+                with QUIET():  # what is in chunks has been forgotten
+                    for parameter in group["params"]:
+                        parameter.grad = None
+                continue
             for parameter in group["params"]:
-                if set_to_none:
-                    parameter.grad = None
-                elif self.manager.find(parameter) is None and parameter.grad is not None:
+                if self.manager.find(parameter) is None and parameter.grad is not None:
                     parameter.grad.detach_().zero_()
 
     def add_param_group(self, optimizer: ManagedOptimizer, group: dict[str, Any]) -> None:

@@ -1,20 +1,15 @@
 """Hooks that stay with the model that they were installed for."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
-class Attached:
+class Attached(partial[Any]):
     """A hook on a module of a boosted model. In a copy of the module, deep or pickled, it is one that does nothing.
 
     The copy of a part is a plain module with values of its own; a copied hook would copy the model's side of it, too.
     """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
         return detached

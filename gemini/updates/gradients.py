@@ -112,7 +112,7 @@ class Gradients:
         self._are_used_up = are_used_up
         self._shown: dict[int, Tensor] = {}
         """id of a parameter -> what ``p.grad`` was set to. Without an entry ``p.grad`` is autograd's or the user's."""
-        self._withdrawn: set[Chunk] = set()
+        self.withdrawn: set[Chunk] = set()
         """Chunks whose gradients an update has taken, and that nobody has cleared or asked for since."""
         self._put: dict[int, weakref.ref[Tensor]] = {}
         """id of a parameter -> the tensor that the user put there and an update has read, while somebody holds it."""
@@ -149,16 +149,16 @@ class Gradients:
 
     def take(self, parameter: Tensor) -> None:
         """Put what autograd left in ``p.grad`` into the chunk, and show it."""
-        gradient, place = _grad_of(parameter), self._manager.find(parameter)
-        if gradient is None or place is None:
-            return
+        place = self._manager.find(parameter)
+        with QUIET():
+            gradient = parameter.grad
+            if gradient is None or place is None or gradient is self._shown.get(id(parameter)):
+                return  # in the last case autograd added to the view, so the chunk has it
+            if gradient.requires_grad and not self._are_used_up:
+                return  # somebody will differentiate it; `collect` takes it over
+            parameter.grad = None  # first: if what follows fails, the next backward must not find it here
         chunk, position = place
-        if gradient is self._shown.get(id(parameter)):
-            return  # autograd added to the view, so the chunk has it
         assert chunk.gradient is not None
-        if gradient.requires_grad and not self._are_used_up:
-            return  # somebody will differentiate it; `collect` takes it over
-        _set_grad(parameter, None)  # first: if what follows fails, the next backward must not find it here
         was_replaced = self._shown.pop(id(parameter), None) is not None
         self.before_arrival(chunk, position)
         chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
@@ -200,30 +200,38 @@ class Gradients:
         for chunk in self._manager.chunks:
             if chunk.gradient is None:
                 continue
-            for position, binding in enumerate(chunk.bindings):
-                parameter = binding.parameter
-                gradient, shown = _grad_of(parameter), self._shown.get(id(parameter))
-                if not self.follows(parameter):
-                    continue
-                if gradient is shown:
-                    if gradient is not None and chunk.gradient.has_moved(position):
-                        self._bring_back(parameter, chunk, position)
-                    continue
-                if chunk in self.used_up and shown is not None and position not in chunk.gradient.present:
+            for position, gradient in self._changed(chunk):
+                parameter = chunk.bindings[position].parameter
+                was_shown = self._shown.pop(id(parameter), None) is not None
+                if chunk in self.used_up and was_shown and position not in chunk.gradient.present:
                     raise ValueError(
                         f"the gradient of {chunk.layout.slots[position].name} was changed between backward and step(), "
                         f"but {_USED_UP}; boost without it"
                     )
                 chunk.settle()
-                self._shown.pop(id(parameter), None)
-                del shown
                 if gradient is None:
                     self._forget(parameter)
+                elif gradient is chunk.gradient.view(position):  # it has other memory now (``p.grad.data = ...``)
+                    del gradient
+                    chunk.gradient.write(position, chunk.gradient.renew(position))
+                    self._show(parameter, chunk, position)
                 else:
                     chunk.gradient.part_with(position)
                     chunk.gradient.write(position, gradient)
                     self._put[id(parameter)] = weakref.ref(gradient)
                     self._show(parameter, chunk, position)
+
+    def _changed(self, chunk: Chunk) -> list[tuple[int, Tensor | None]]:
+        """Positions whose ``p.grad`` is not what the chunk shows, and what it is."""
+        assert chunk.gradient is not None
+        found = []
+        with QUIET():
+            for position, binding in enumerate(chunk.bindings):
+                key, gradient = id(binding.parameter), binding.parameter.grad
+                is_shown = gradient is self._shown.get(key)
+                if (not is_shown or chunk.gradient.has_moved(position)) and key in self._followed:
+                    found.append((position, gradient))
+        return found
 
     def first_not_zeroed(self) -> str | None:
         """The name of a parameter whose gradient has been used up, and that has not been zeroed since."""
@@ -244,25 +252,27 @@ class Gradients:
             chunk.gradient.clear()
             return
         self._take_off(chunk)
-        self._withdrawn.add(chunk)
+        self.withdrawn.add(chunk)
 
     def hide(self, chunk: Chunk) -> None:
         """Show no gradient of a chunk any more."""
         self._take_off(chunk)
-        self._withdrawn.discard(chunk)
-        for binding in chunk.bindings:
-            self._put.pop(id(binding.parameter), None)
+        self.withdrawn.discard(chunk)
+        if self._put:
+            for binding in chunk.bindings:
+                self._put.pop(id(binding.parameter), None)
 
     def _take_off(self, chunk: Chunk) -> None:
-        for binding in chunk.bindings:
-            if self._shown.pop(id(binding.parameter), None) is not None:
-                _set_grad(binding.parameter, None)
+        with QUIET():
+            for binding in chunk.bindings:
+                if self._shown.pop(id(binding.parameter), None) is not None:
+                    binding.parameter.grad = None
 
     def reveal(self, chunk: Chunk) -> None:
         """Show gradients that an update has taken, when it is over."""
-        if chunk in self._withdrawn:
+        if chunk in self.withdrawn:
             chunk.settle()
-            self._withdrawn.discard(chunk)
+            self.withdrawn.discard(chunk)
             assert chunk.gradient is not None
             for position in sorted(chunk.gradient.present):
                 parameter = chunk.bindings[position].parameter
@@ -288,18 +298,10 @@ class Gradients:
             chunk.settle()
             _set_grad(parameter, chunk.gradient.read(position).to(parameter.device))
 
-    def _bring_back(self, parameter: Tensor, chunk: Chunk, position: int) -> None:
-        """The user has given the shown gradient other memory (``p.grad.data = ...``)."""
-        assert chunk.gradient is not None
-        chunk.settle()
-        value = chunk.gradient.renew(position)
-        chunk.gradient.write(position, value)
-        self._show(parameter, chunk, position)
-
     def forget_withdrawn(self, parameter: Tensor) -> None:
         """The user clears or replaces the gradient of a parameter, which may be withdrawn."""
         place = self._manager.find(parameter)
-        if place is not None and place[0] in self._withdrawn:
+        if place is not None and place[0] in self.withdrawn:
             self._forget(parameter)
 
     def zero(self) -> None:
