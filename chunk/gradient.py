@@ -157,8 +157,7 @@ class GradientBuffer:
     def read(self, position: int) -> Tensor:
         """A copy of one gradient, in its parameter's shape."""
         slot, buffer = self.layout.slots[position], self._attach()
-        if not self._views:
-            self._backend.synchronize()
+        self._backend.synchronize()
         flat = torch.empty(slot.numel, dtype=buffer.dtype, device="cpu")
         buffer.read(slot.offset, flat)
         return _shaped(flat, slot, 0)

@@ -38,7 +38,8 @@ class _Part:
     @staticmethod
     def of(view: Tensor) -> "_Part":
         with torch.no_grad():
-            alias: Tensor = torch.utils.dlpack.from_dlpack(view.detach())
+            # Through a capsule: given a tensor, torch asks for the name of its device, and knows only some of them.
+            alias: Tensor = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(view.detach()))
         storage = alias.untyped_storage()
         return _Part(alias, storage, torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage))
 

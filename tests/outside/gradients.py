@@ -466,9 +466,11 @@ def changed_after_accumulation(run: Training) -> Any:
         p.grad.mul_(0.5)
 
     handles = [p.register_post_accumulate_grad_hook(halve) for p in run.given_parameters]
-    run.train(2)
-    for handle in handles:
-        handle.remove()
+    try:
+        run.train(2)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @use()
@@ -483,9 +485,11 @@ def read_after_accumulation(run: Training) -> Any:
         p.register_post_accumulate_grad_hook(lambda p, index=index: note(index, p))
         for index, p in enumerate(run.given_parameters)
     ]
-    run.train(2)
-    for handle in handles:
-        handle.remove()
+    try:
+        run.train(2)
+    finally:
+        for handle in handles:
+            handle.remove()
     return [norms[index] for index in sorted(norms)]
 
 

@@ -118,7 +118,7 @@ def one_element(run: Training) -> Any:
     return p[0, 0].item(), float(p[1, 2]), p.data[3, 4].item(), f"{p[0, 0]:.8f}", f"{p.mean().item():.6f}"
 
 
-@use()
+@use(needs_host=True)  # the text names the device
 def printed(run: Training) -> Any:
     return [repr(run.given_parameters[i]) for i in (0, 1, 16, 19)] + [str(p) for p in run.parameters]
 
@@ -389,7 +389,7 @@ def average_of_weights_by_foreach(run: Training) -> Any:
     return average
 
 
-@use("normalised")
+@use("normalised", needs_host=True)  # on a device it takes another formula
 def averaged_model(run: Training) -> Any:
     average = AveragedModel(run.unmanaged().to(run.device))
     for _ in range(2):
@@ -523,7 +523,7 @@ def a_switch_of_requires_grad(run: Training) -> Any:
     return seen
 
 
-@use()
+@use(needs_host=True)  # they name the device
 def types(run: Training) -> Any:
     return [
         (isinstance(p, nn.Parameter), isinstance(p, Tensor), torch.is_tensor(p), type(p).__name__, p.type())
@@ -752,7 +752,7 @@ def evaluated_by_a_fast_path(run: Training) -> Any:
     return seen
 
 
-@use("encoder")
+@use("encoder", needs_host=True)  # on a device torch takes another kernel for attention
 def attention_weights_by_hand(run: Training) -> Any:
     attention = run.model.layers[0].self_attn
     query, key, value = attention.in_proj_weight.chunk(3)

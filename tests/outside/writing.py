@@ -10,7 +10,7 @@ from outside.placements import Refusal
 from outside.running import Training, in_another_thread
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.optim.swa_utils import SWALR, AveragedModel, update_bn
+from torch.optim.swa_utils import SWALR, AveragedModel, get_swa_avg_fn, update_bn
 
 writing = Catalogue("writing")
 use = writing.add
@@ -372,7 +372,7 @@ def lookahead(run: Training) -> Any:
 
 @use("normalised")
 def stochastic_weight_averaging(run: Training) -> Any:
-    average = AveragedModel(run.unmanaged().to(run.device))
+    average = AveragedModel(run.unmanaged().to(run.device), avg_fn=get_swa_avg_fn())  # the same formula everywhere
     scheduler = SWALR(run.optimizer, swa_lr=0.005, anneal_epochs=2)
     for _ in range(2):
         run.step()
@@ -576,7 +576,7 @@ def memory_shared_with_processes(run: Training) -> Any:
     run.model[4].weight.share_memory_()
 
 
-@use(refusal=KEEPS_ITS_SHAPE)
+@use(refusal=KEEPS_ITS_SHAPE, needs_host=True)  # on a device it does nothing
 def the_whole_model_shared_with_processes(run: Training) -> Any:
     run.model.share_memory()
 

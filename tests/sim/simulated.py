@@ -7,6 +7,7 @@ of torch may call `register`. See docs/simulated-device.md.
 import ctypes
 import types
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from device_build import library
@@ -70,7 +71,10 @@ def register() -> SimulatedDevice:
 def _module() -> types.ModuleType:
     """What torch asks of ``torch.sim``."""
     module = types.ModuleType(f"torch.{NAME}")
-    functions = {
+    members = {
+        "device": lambda device: nullcontext(),  # a context in which it is the current one: there is no other
+        "current_stream": lambda device=None: torch.accelerator.current_stream(),
+        "stream": lambda stream: stream,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
@@ -83,7 +87,7 @@ def _module() -> types.ModuleType:
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
         "_is_in_bad_fork": lambda: False,
     }
-    vars(module).update(functions)
+    vars(module).update(members)
     return module
 
 

@@ -142,12 +142,16 @@ def _lower_half(typingctx: Any, master: Any) -> Any:
 
 @intrinsic
 def _marked(typingctx: Any, number: Any, master: Any) -> Any:
-    """A number that is not negative, with the sign that says that its master is a tie and was rounded down."""
+    """A number that is not negative, with the sign that says that its master is a tie and was rounded down.
+
+    NaN may come with a sign, which says nothing.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         low = builder.and_(builder.bitcast(args[1], _I32), _I32(0x1FFFF))
         sign = builder.select(builder.icmp_signed("==", low, _I32(0x8000)), _I32(1 << 31), _I32(0))
-        return builder.bitcast(builder.or_(builder.bitcast(args[0], _I32), sign), _F32)
+        magnitude = builder.and_(builder.bitcast(args[0], _I32), _I32(0x7FFFFFFF))
+        return builder.bitcast(builder.or_(magnitude, sign), _F32)
 
     return types.float32(types.float32, types.float32), codegen
 

@@ -170,7 +170,8 @@ def _adam_split(
     v = tl.fma(grad_sq * g, g, beta2 * v)
     p = p + tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), bias2_sqrt) + eps)
     bits = p.to(tl.int32, bitcast=True)
-    v_bits = v.to(tl.int32, bitcast=True) | tl.where((bits & 0x1FFFF) == 0x8000, -(2**31), 0).to(tl.int32)
+    v_bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # NaN may come with a sign
+    v_bits = v_bits | tl.where((bits & 0x1FFFF) == 0x8000, -(2**31), 0).to(tl.int32)
     tl.store(exp_avg_ptr + at, m, mask=inside)
     tl.store(exp_avg_sq_ptr + at, v_bits.to(tl.float32, bitcast=True), mask=inside)
     tl.store(high_ptr + at, p.to(tl.bfloat16), mask=inside)

@@ -78,6 +78,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(nan, b.isnan()) and torch.equal(a.view(integer)[~nan], b.view(integer)[~nan])
 
 
+def marks_are_ties(low: Tensor, marked_state: Tensor) -> bool:
+    """True if a state has a sign only as the mark of a tie.
+
+    The sign of a NaN would be one, too, and ``joined`` would then take 0xFFFF, a NaN in bfloat16, one further: to 0.
+    """
+    return not bool((marked_state.signbit() & (low != -0x8000)).any())
+
+
 def pair(numel: int, seed: int = 0) -> tuple[nn.Parameter, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(numel, generator=generator)

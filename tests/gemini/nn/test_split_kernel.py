@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from adam_cases import GRAD_DTYPES, buffers, hyper, moderate, random_bits, result, same_bits, spread
+from adam_cases import GRAD_DTYPES, buffers, hyper, marks_are_ties, moderate, random_bits, result, same_bits, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -53,6 +53,7 @@ def check(update: Split, tensors: list[Tensor], s: AdamScalars) -> None:
     expected = result(adam_reference, tensors, s, torch.bfloat16)
     ours = split(tensors)
     update(*ours, s)
+    assert marks_are_ties(ours[1], ours[3])
     for name, a, b in zip(("param", "exp_avg", "exp_avg_sq", "copy"), whole(ours), expected, strict=True):
         assert same_bits(a, b), name
 

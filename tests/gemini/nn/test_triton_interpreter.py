@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from adam_cases import GRAD_DTYPES, OUT_DTYPES, Draw, buffers, hyper, random_bits, result, same_bits, spread
+from adam_cases import (
+    GRAD_DTYPES,
+    OUT_DTYPES,
+    Draw,
+    buffers,
+    hyper,
+    marks_are_ties,
+    random_bits,
+    result,
+    same_bits,
+    spread,
+)
 from torch import Tensor
 
 from gemini.chunk import halves, joined, marked, unmarked
@@ -87,6 +98,7 @@ def test_split_masters_have_the_bits_of_the_reference(kernels: Any, draw: Draw) 
         s = scalars(h, 3, grad_scale=0.3)
         adam_split_update(*theirs, s)  # type: ignore[call-arg]
         kernels.adam_split_cuda(*ours, s)
+        assert marks_are_ties(ours[1], ours[3])
         a, b = ([joined(high, low, v), m, unmarked(v), high] for high, low, m, v, _ in (ours, theirs))
         assert equal(a, b), (h, grad_dtype)
 

@@ -96,6 +96,7 @@ class Hooks final : public at::PrivateUse1HooksInterface {
 
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t nbytes) const override {
     auto* impl = storage.unsafeGetStorageImpl();
+    TORCH_CHECK(impl->resizable(), "Trying to resize storage that is not resizable");
     auto memory = device_memory.allocate(nbytes);
     if (size_t kept = std::min(nbytes, impl->nbytes())) device_memory.copy_data(memory.get(), impl->data(), kept);
     impl->set_data_ptr(std::move(memory));

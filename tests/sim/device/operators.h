@@ -147,8 +147,11 @@ class Call {
     return true;
   }
 
-  // Meta kernels tell what CUDA makes. On the CPU the statistics of a norm have the dtype of its input.
+  // Meta kernels tell what CUDA makes. On the CPU the statistics of a layer norm have the dtype of its input, and a batch
+  // norm has none in evaluation.
   void use_statistics_of_cpu() {
+    if (schema_.name() == "aten::native_batch_norm" && !arguments_[5].toBool())
+      for (int r : {1, 2}) predicted_[r] = predicted_[r].toTensor().new_empty({0});
     if (schema_.name() != "aten::native_layer_norm") return;
     auto dtype = arguments_[0].toTensor().scalar_type();
     bool has_weight = arguments_[2].isTensor() && arguments_[2].toTensor().defined();
