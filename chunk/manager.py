@@ -13,17 +13,17 @@ from gemini.errors import is_out_of_memory
 from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
 from .disk import DiskBackend
+from .edits import bring_edits_home, check_assigned, check_shape, put
 from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
-from .loan import Loan
 from .memory import DeviceBackend
 from .origin import Origin
 from .plan import ChunkPlan
 from .shortage import no_room, refused
 from .state import ChunkState
 from .tier import Role, Tier
-from .values import differing, read_slot, write_slot
+from .values import read_slot, write_slot
 from .weak import weakly
 from .workers import end_elsewhere
 
@@ -278,43 +278,7 @@ class ChunkManager:
             told then.
         """
         self.keep_assigned(chunk)
-        if chunk.is_split and chunk.loan is not None:
-            self._keep_edits_of_upper_halves(chunk, chunk.loan)
-        if chunk.is_split and (edited := chunk.edited()):
-            raise ValueError(
-                f"{chunk.layout.slots[edited[0]].name} was changed in place, which with split_master=True changes only "
-                "the upper half of its masters: assign to p.data instead (p.data = p.data.clone() takes what it shows "
-                "now), or boost without split_master"
-            )
-        if chunk.full_is_home or chunk.state not in (ChunkState.READY, ChunkState.IN_USE):
-            return
-        positions = set(chunk.edited())
-        if chunk.loan is not None:
-            positions.update(chunk.loan.positions)
-            if not chunk.is_lent:  # asked before looking: what is written from now on is seen the next time
-                chunk.loan = None
-        if positions:
-            chunk.settle()
-        for position in sorted(positions):
-            view = chunk.views[position]
-            home = read_slot(chunk, position, Role.MASTER).to(view.device)
-            differs = differing(view, home)
-            if differs.any():
-                write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(home.dtype), home))
-            chunk.accept(position)
-
-    def _keep_edits_of_upper_halves(self, chunk: Chunk, loan: Loan) -> None:
-        if not chunk.is_lent:
-            chunk.loan = None
-        chunk.settle()
-        for position in loan.positions:
-            view = chunk.views[position]
-            differs = differing(view, loan.before(position))
-            if differs.any():
-                master = read_slot(chunk, position, Role.MASTER).to(view.device)
-                write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(master.dtype), master))
-            chunk.accept(position)
-            loan.remember(position)
+        bring_edits_home(chunk)
 
     def refresh(self, chunk: Chunk) -> None:
         """Fill the full copy of a lent chunk from home again, because an update could not write through to it."""
@@ -322,22 +286,8 @@ class ChunkManager:
         self.device.upload(chunk.full, chunk.source, None, background=False).wait()
 
     def check_assigned(self, parameter: Tensor, value: Tensor) -> None:
-        """See whether a tensor can be the ``data`` of a parameter.
-
-        Raises
-        ------
-        ValueError
-            If it has another shape, dtype or device.
-        """
-        chunk, position = self._places[id(parameter)]
-        view = chunk.views[position]
-        if value.dtype not in (view.dtype, chunk.master_dtype) or value.device != view.device:
-            raise ValueError(
-                f"a tensor of {value.dtype} on {value.device} was assigned to the data of "
-                f"{chunk.layout.slots[position].name}, which is of {view.dtype} on {view.device} and keeps both after "
-                "booster.boost: copy with p.data.copy_(value), or convert the model before booster.boost"
-            )
-        self._check_shape(chunk, position, value)
+        """See whether a tensor can be the ``data`` of a parameter; raises ValueError if not."""
+        check_assigned(*self._places[id(parameter)], value)
 
     def assign(self, parameter: Tensor, value: Tensor) -> None:
         """Take over what is assigned to the ``data`` of a parameter whose chunk is pinned. See [Note: Loans]."""
@@ -363,25 +313,12 @@ class ChunkManager:
         for position, value in chunk.take_assigned():
             self._take(chunk, position, value)
 
-    def _check_shape(self, chunk: Chunk, position: int, value: Tensor) -> None:
-        slot = chunk.layout.slots[position]
-        if value.shape != slot.shape:
-            raise ValueError(
-                f"a tensor of shape {tuple(value.shape)} was assigned to the data of {slot.name}, whose shape is "
-                f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape. Resize it "
-                "before booster.boost, or copy values of its own shape with p.data.copy_(value)"
-            )
-
     def _take(self, chunk: Chunk, position: int, value: Tensor) -> None:
-        self._check_shape(chunk, position, value)
+        check_shape(chunk, position, value)
         chunk.settle()
         if chunk.state is ChunkState.FETCHING:
             self._arrive(chunk)
-        write_slot(chunk, position, Role.MASTER, value)
-        chunk.accept(position)
-        if chunk.is_resident and not chunk.full_is_home:
-            with torch.no_grad():
-                chunk.views[position].copy_(value)
+        put(chunk, position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
         self.moves.waited_seconds[chunk.homes[Role.MASTER].tier] += time.perf_counter() - begin
