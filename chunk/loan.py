@@ -39,7 +39,8 @@ class _Part:
     def of(view: Tensor) -> "_Part":
         with torch.no_grad():
             # Through a capsule: given a tensor, torch asks for the name of its device, and knows only some of them.
-            alias: Tensor = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(view.detach()))
+            capsule = torch.utils.dlpack.to_dlpack(view.detach())  # type: ignore[attr-defined]
+            alias: Tensor = torch.utils.dlpack.from_dlpack(capsule)
         storage = alias.untyped_storage()
         return _Part(alias, storage, torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage))
 
