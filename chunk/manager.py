@@ -360,6 +360,7 @@ class ChunkManager:
         chunk.settle()
         if chunk.state is ChunkState.FETCHING:
             self._arrive(chunk)
+        self.device.outlast(value)  # in plain PyTorch the parameter would keep it
         write_slot(chunk, position, Role.MASTER, value)
         chunk.accept(position)
         if chunk.is_resident and not chunk.full_is_home:
