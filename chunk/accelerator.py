@@ -1,7 +1,7 @@
 """DEVICE is an accelerator: moves on two lanes beside the compute stream, ordered by marks.
 
-No ``record_stream`` (it keeps memory for as long as the allocator likes), and nothing on the way of a unit that waits
-for the device: the training thread only says what has to come after what.
+No ``record_stream`` but for tensors of the user's (it keeps memory for as long as the allocator likes), and nothing on
+the way of a unit that waits for the device: the training thread only says what has to come after what.
 
 ::
 
@@ -11,10 +11,14 @@ for the device: the training thread only says what has to come after what.
                        |                   |
     to host            '-> gradients ------'-> gradients      the CPU waits for these before it updates their chunks
 
-The compute stream is the current one of the thread that calls: it need not be the same in each call. The optimizer's
-updates of homes on DEVICE are kernels, too. Another thread launches them, later than they are asked for, in the stream
-of who asked. So that a chunk's update is over says no more than that they have been launched: who waits for it is held
-behind them, in the stream that the waiting is done in. For a fetch that is the lane.
+The compute stream is the current one of the thread that calls: it need not be the same in each call. One that only
+reads parameters (to log norms, say) makes chunks come and go, which training does not expect of it. So whichever is the
+next to use chunks waits for the one before, and memory of full copies goes back to the stream that it was taken in when
+that has waited for the stream that gives it back.
+
+The optimizer's updates of homes on DEVICE are kernels, too. Another thread launches them, later than they are asked
+for, in the stream of who asked. So that a chunk's update is over says no more than that they have been launched: who
+waits for it is held behind them, in the stream that the waiting is done in. For a fetch that is the lane.
 """
 
 import time
@@ -110,6 +114,18 @@ class AcceleratorBackend:
         """Memory that copies to the host still read. The compute stream must not reuse it before."""
         self._workers = start_workers(FETCH_WORKERS, "fetch")
         self._store = WriteBehind(store_staging)
+        self._last_user = self._driver.current()
+        """The stream that has used chunks last."""
+        self._grown_in: dict[int, Lane] = {}
+        """id of a full copy that has memory -> the stream that the memory was taken in, and goes back to."""
+
+    # -- streams
+
+    def take_over(self) -> None:
+        current = self._driver.current()
+        if current != self._last_user:
+            self._last_user.mark().hold()
+            self._last_user = current
 
     # -- memory
 
@@ -128,9 +144,17 @@ class AcceleratorBackend:
 
     def grow(self, full: Tensor) -> None:
         self._driver.allocate(full)
+        self._grown_in[id(full)] = self._driver.current()
 
     def shrink(self, full: Tensor) -> None:
+        grown_in = self._grown_in.pop(id(full), None)
+        if grown_in is not None and grown_in != self._driver.current():
+            grown_in.follow_current()
         self._driver.release(full)
+
+    def outlast(self, memory: Tensor) -> None:
+        if not self._driver.is_host(memory):
+            self._driver.outlast(memory)
 
     def caller(self) -> Caller:
         return _Caller(self._driver.current(), self._leaving[-1][0] if self._leaving else None)
@@ -192,6 +216,10 @@ class AcceleratorBackend:
 
     def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
         if not self._driver.is_host(into):
+            into.add_(gradient) if accumulate else into.copy_(gradient)
+            return
+        if self._driver.is_host(gradient):
+            self._wait_for_copies()  # the host copies at once: what is on its way would come on top
             into.add_(gradient) if accumulate else into.copy_(gradient)
             return
         self._to_host.follow_current()

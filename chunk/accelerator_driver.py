@@ -5,6 +5,7 @@ Whoever imitates these can test the backend's logic without a device.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -50,7 +51,7 @@ class AcceleratorDriver:
         return _Stream(torch.Stream(self.device))
 
     def current(self) -> Lane:
-        """The stream that this thread is in."""
+        """The stream that this thread is in; equal to what other calls return for it."""
         return _Stream(torch.accelerator.current_stream(self.device))
 
     def allocate(self, full: Tensor) -> None:
@@ -60,6 +61,10 @@ class AcceleratorDriver:
     def release(self, full: Tensor) -> None:
         """Take them away, as soon as the stream that they were allocated in is through with them."""
         full.untyped_storage().resize_(0)
+
+    def outlast(self, memory: Tensor) -> None:
+        """Give memory of the device back only behind what the current stream has been given until then."""
+        memory.record_stream(torch.accelerator.current_stream(self.device))
 
     def host_block(self, nbytes: int, pin: bool) -> Tensor:
         """Zeros in RAM (uint8); page-locked if ``pin``, and if the system allows it.
@@ -82,9 +87,11 @@ class AcceleratorDriver:
         torch.accelerator.empty_cache()
 
 
+@dataclass(frozen=True, slots=True)
 class _Stream:
-    def __init__(self, stream: torch.Stream) -> None:
-        self._stream = stream
+    """Equal to others of the same stream."""
+
+    _stream: torch.Stream
 
     def follow_current(self) -> None:
         self._stream.wait_stream(torch.accelerator.current_stream(self._stream.device))

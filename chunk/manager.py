@@ -318,6 +318,7 @@ class ChunkManager:
         chunk.settle()
         if chunk.state is ChunkState.FETCHING:
             self._arrive(chunk)
+        self.device.outlast(value)  # in plain PyTorch the parameter would keep it
         put(chunk, position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:

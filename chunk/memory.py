@@ -115,11 +115,17 @@ class DeviceBackend(Protocol):
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         """Zeroed memory for a home on DEVICE or HOST."""
 
+    def take_over(self) -> None:
+        """The calling thread is about to use chunks: what it does comes after all that another stream did with them."""
+
     def grow(self, full: Tensor) -> None:
         """Give a full copy its memory: the same storage object, 0 -> n bytes."""
 
     def shrink(self, full: Tensor) -> None:
         """Take the memory away again: n -> 0 bytes. Every view sees it go."""
+
+    def outlast(self, memory: Tensor) -> None:
+        """The user may drop a tensor that the calling thread has kernels read."""
 
     def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
         """Fill ``full`` from its home, converting the dtype, once ``after`` (a pending update) is over."""
@@ -189,11 +195,17 @@ class RamBackend:
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         return MemoryBuffer(tier, zeroed(numel, dtype))
 
+    def take_over(self) -> None:
+        pass
+
     def grow(self, full: Tensor) -> None:
         full.untyped_storage().resize_(full.numel() * full.element_size())
 
     def shrink(self, full: Tensor) -> None:
         full.untyped_storage().resize_(0)
+
+    def outlast(self, memory: Tensor) -> None:
+        pass
 
     def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
         if not background and source.tensor is not None:

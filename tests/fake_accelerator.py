@@ -121,5 +121,8 @@ class FakeAccelerator:
     def is_host(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self.hosts
 
+    def outlast(self, memory: Tensor) -> None:
+        pass
+
     def trim(self) -> None:
         pass

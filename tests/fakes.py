@@ -83,6 +83,9 @@ class FakeBackend:
             self._use(numel * dtype.itemsize)
         return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype))
 
+    def take_over(self) -> None:
+        pass
+
     def grow(self, full: Tensor) -> None:
         self._maybe_fail("grow")
         assert full.untyped_storage().nbytes() == 0, "grown twice"
@@ -99,6 +102,9 @@ class FakeBackend:
             self._grown.remove(full.data_ptr())
             self.used_bytes -= nbytes
         full.untyped_storage().resize_(0)
+
+    def outlast(self, memory: Tensor) -> None:
+        pass
 
     def upload(self, full: Tensor, source: Buffer, after: Transfer | None, background: bool) -> Transfer:
         self._maybe_fail("upload")

@@ -74,4 +74,4 @@ def device_headroom(device: torch.device) -> int:
     """Bytes that this process may still take where ``device`` computes, whatever the capacities say."""
     if device.type == "cpu":
         return host_headroom()[0]
-    return int(torch.accelerator.get_memory_info(device.index)[0])
+    return device_budget(device, 1.0).bytes

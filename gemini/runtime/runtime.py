@@ -87,6 +87,7 @@ class Runtime:
                 self._enter(visit, phase)
 
     def _enter(self, visit: Visit, phase: Phase) -> None:
+        self.manager.device.take_over()
         chunks = visit.chunks
         in_use = frozenset(c.index for group in (chunks, *(v.pinned for v in self._open)) for c in group)
         actions = self.cycle.advance(Moment(visit.unit.index, phase, in_use)) or Actions()
@@ -155,6 +156,7 @@ class Runtime:
 
     def bring(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Pin chunks for code outside of any unit, beyond the capacity if need be. `let_go` ends it."""
+        self.manager.device.take_over()
         pinned: list[Chunk] = []
         try:
             for chunk in chunks:

@@ -31,6 +31,11 @@ class Groups:
     rules: Mapping[tuple[int, tuple[StateSlot, ...]], GroupRule]
     """By the index of a group, and the states of a chunk with a parameter of it."""
 
+    def of_chunk(self, chunk: Chunk) -> dict[int, GroupRule]:
+        """The rules of the groups that a chunk may have parameters of, by their index."""
+        slots = tuple(chunk.states.values())
+        return {index: rule for (index, kept), rule in self.rules.items() if kept == slots}
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -106,13 +111,14 @@ class Updater:
         of_step: dict[tuple[int, int, bool], AtStep] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
-        previous, slots = -2, tuple(chunk.states.values())
+        previous = -2
+        rules = groups.of_chunk(chunk)
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
             index = groups.of.get(id(parameter))
             if index is None:
                 continue
-            group = groups.rules[index, slots]
+            group = rules[index]
             step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
             if group.remembers:
                 taken[id(parameter)] = step

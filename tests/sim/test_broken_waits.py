@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import test_races
+import test_uses_in_streams
 import torch
 from parity import check_equal, run_managed
 from sim_tasks import LOOP_PLACEMENTS, PLACEMENTS, expected, in_folder, task
@@ -109,6 +110,15 @@ def dropped(device: SimulatedDevice, seed: int, folder: Path) -> None:
     test_races.test_a_model_that_is_dropped_does_not_write_to_memory_that_others_have_got(device)
 
 
+def read_in_a_stream(device: SimulatedDevice, seed: int, folder: Path) -> None:
+    norms = test_uses_in_streams.in_a_stream(test_uses_in_streams.norms)
+    test_uses_in_streams.check(device, LOOP_PLACEMENTS["mixed"], between=norms)
+
+
+def given_back(device: SimulatedDevice, seed: int, folder: Path) -> None:
+    test_races.test_memory_goes_back_to_its_stream_behind_what_another_stream_does_with_it(device)
+
+
 def lent(device: SimulatedDevice, seed: int, folder: Path) -> None:
     test_races.test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(device)
 
@@ -139,6 +149,11 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], Callable[..., None]]] = {
     "the memory of gradients is lent before its update is over": (
         without(gradient_pool._Idle, "taken", lambda self: self.block),
         lent,
+    ),
+    "training does not wait for a stream that reads": (without(AcceleratorBackend, "take_over"), read_in_a_stream),
+    "memory goes back while another stream uses it": (
+        without(accelerator_driver._Stream, "follow_current"),
+        given_back,
     ),
     "gradients are written to disk before they have arrived": (hasty_writes, trained("disk")),
 }

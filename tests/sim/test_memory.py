@@ -16,6 +16,7 @@ import gemini
 from gemini.boosted import boosted
 from gemini.chunk import FETCH_WORKERS, STORE_BLOCKS, AcceleratorBackend, Staging, Tier, driver_of
 from gemini.errors import OutOfMemory
+from gemini.memory.capacity import device_headroom
 
 pytestmark = pytest.mark.own_process()
 
@@ -144,6 +145,14 @@ def test_telemetry_knows_the_memory_of_the_device(device: SimulatedDevice) -> No
     found = process_memory()
     assert found["device_total_bytes"] == device.capacity_bytes
     assert found["device_reserved_bytes"] >= held.nbytes
+
+
+def test_memory_that_the_allocator_keeps_for_reuse_may_be_taken(device: SimulatedDevice) -> None:
+    device.set_capacity(64 << 20)
+    before = device_headroom(torch.device("sim", 0))
+    torch.empty(48 << 20, dtype=torch.uint8, device="sim")
+    assert torch.accelerator.memory_reserved() >= 48 << 20
+    assert device_headroom(torch.device("sim", 0)) == before
 
 
 def test_budgets_come_from_what_is_free_on_the_device(device: SimulatedDevice) -> None:

@@ -83,6 +83,26 @@ def test_pieces_of_an_update_stay_in_the_stream_of_the_user(
             check_loop(Other(optimizer, {}), Other(optimizer, None, place="sim"))
 
 
+def test_memory_goes_back_to_its_stream_behind_what_another_stream_does_with_it(device: SimulatedDevice) -> None:
+    for seed in range(10):
+        device.seed(seed)
+        backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)
+        full = torch.empty(1000, device="sim")
+        backend.shrink(full)
+        side = torch.Stream("sim")
+        with side:
+            backend.grow(full)
+            full.fill_(1)
+        torch.accelerator.current_stream().wait_stream(side)
+        total = full.sum()
+        backend.shrink(full)
+        with side:
+            torch.full((1000,), 7.0, device="sim")
+        torch.accelerator.synchronize()
+        assert total.item() == 1000
+        backend.close()
+
+
 class Launched:
     """An update whose kernels have been put into a stream (a `Use`)."""
 

@@ -121,7 +121,8 @@ class DeviceMemory final : public c10::DeviceAllocator {
 
   void recordStream(const c10::DataPtr& pointer, c10::Stream stream) override {
     Lock lock(device_mutex);
-    if (pointer.get()) live_.at(address_space.offset_of(pointer.get())).also_used_by.insert(stream.id());
+    if (pointer.get_deleter() != &free_device_memory || !pointer.get()) return;  // another's, as CUDA has it
+    live_.at(address_space.offset_of(pointer.get())).also_used_by.insert(stream.id());
   }
 
   void emptyCache(c10::MempoolId_t) override {
