@@ -1,5 +1,6 @@
 """One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -168,11 +169,14 @@ class Chunk:
         """True if `finish_fetch` would not wait."""
         return self._transfer is None or self._transfer.done()
 
-    @property
-    def is_at_rest(self) -> bool:
-        """True if no other thread is writing into its memory, by an update or by a move."""
-        update, transfer = self.update, self._transfer
-        return (update is None or update.done()) and (transfer is None or transfer.done())
+    def rest(self, deadline: float) -> None:
+        """Return when no other thread writes into its memory, by an update or by a move, or at the deadline.
+
+        ``deadline`` is of `time.monotonic`.
+        """
+        for work in (self.update, self._transfer):
+            if work is not None:
+                work.rest(max(0.0, deadline - time.monotonic()))
 
     def pin(self) -> None:
         """READY or IN_USE -> IN_USE; parameters are readable until the last `unpin`."""

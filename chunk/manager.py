@@ -27,8 +27,6 @@ from .values import read_slot, write_slot
 from .weak import weakly
 from .workers import end_elsewhere
 
-_POLL_SECONDS = 0.0005
-
 
 @dataclass(slots=True)
 class MoveCounts:
@@ -438,8 +436,7 @@ class ChunkManager:
         """Wait until no update and no move is under way, for so long at most. What failed is raised elsewhere."""
         deadline = time.monotonic() + seconds
         for chunk in self.chunks:
-            while not chunk.is_at_rest and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
+            chunk.rest(deadline)
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
