@@ -151,7 +151,10 @@ BROKEN: dict[str, tuple[Callable[[Patch], None], Callable[..., None]]] = {
         lent,
     ),
     "training does not wait for a stream that reads": (without(AcceleratorBackend, "take_over"), read_in_a_stream),
-    "memory goes back while another stream uses it": (without(accelerator_driver._Stream, "follow_current"), given_back),
+    "memory goes back while another stream uses it": (
+        without(accelerator_driver._Stream, "follow_current"),
+        given_back,
+    ),
     "gradients are written to disk before they have arrived": (hasty_writes, trained("disk")),
 }
 """What is broken, and what then goes wrong."""
