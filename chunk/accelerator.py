@@ -57,6 +57,9 @@ class _OnLane:
     def done(self) -> bool:
         return self._mark.reached()
 
+    def rest(self, seconds: float) -> None:
+        pass  # no thread works on it
+
 
 class _Caller:
     """A thread that has gone on since (a `Caller`)."""

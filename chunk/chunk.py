@@ -1,5 +1,6 @@
 """One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,7 +71,8 @@ class Chunk:
         self.loan: Loan | None = None
         """The full copy's memory, if some has been lent since home was last known to have the same values."""
         self._transfer: Transfer | None = None
-        self._poisoned = not full_is_home
+        self.is_poisoned = not full_is_home
+        """The parameters point at NaN."""
 
     @property
     def index(self) -> int:
@@ -127,7 +129,7 @@ class Chunk:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
         assert self.state in (ChunkState.READY, ChunkState.IN_USE)
         if self.loan is None:
-            self.loan = Loan(self.views)
+            self.loan = Loan(self.views, remembers=self.is_split)
         return self.loan
 
     def has_memory(self, tensor: Tensor) -> bool:
@@ -167,11 +169,14 @@ class Chunk:
         """True if `finish_fetch` would not wait."""
         return self._transfer is None or self._transfer.done()
 
-    @property
-    def is_at_rest(self) -> bool:
-        """True if no other thread is writing into its memory, by an update or by a move."""
-        update, transfer = self.update, self._transfer
-        return (update is None or update.done()) and (transfer is None or transfer.done())
+    def rest(self, deadline: float) -> None:
+        """Return when no other thread writes into its memory, by an update or by a move, or at the deadline.
+
+        ``deadline`` is of `time.monotonic`.
+        """
+        for work in (self.update, self._transfer):
+            if work is not None:
+                work.rest(max(0.0, deadline - time.monotonic()))
 
     def pin(self) -> None:
         """READY or IN_USE -> IN_USE; parameters are readable until the last `unpin`."""
@@ -182,7 +187,7 @@ class Chunk:
             for binding in self.bindings:
                 binding.parameter.__class__ = binding.plain
         self.pins += 1
-        if self._poisoned:
+        if self.is_poisoned:
             self._expose()
 
     def unpin(self) -> None:
@@ -202,18 +207,18 @@ class Chunk:
 
     def poison(self) -> None:
         """Point the parameters at NaN (the full copy is gone, or an update is rewriting it)."""
-        if not self._poisoned:
+        if not self.is_poisoned:
             with QUIET():
                 for binding in self.bindings:
                     binding.parameter.data = binding.poison
-            self._poisoned = True
+            self.is_poisoned = True
 
     def _expose(self) -> None:
         """Point the parameters at the full copy."""
         with QUIET():
             for binding in self.bindings:
                 binding.parameter.data = binding.view
-        self._poisoned = False
+        self.is_poisoned = False
 
     def point(self, position: int, memory: Tensor) -> None:
         """Have the parameter at this position lie in other memory for a moment; `point_back` ends that."""
@@ -223,7 +228,7 @@ class Chunk:
     def point_back(self, position: int) -> None:
         """End what `point` began."""
         binding = self.bindings[position]
-        self.point(position, binding.poison if self._poisoned else binding.view)
+        self.point(position, binding.poison if self.is_poisoned else binding.view)
 
     def edited(self) -> list[int]:
         """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
@@ -246,7 +251,7 @@ class Chunk:
         found = []
         with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
             for position, binding in enumerate(self.bindings):
-                ours = binding.poison if self._poisoned else binding.view
+                ours = binding.poison if self.is_poisoned else binding.view
                 if not binding.parameter.is_set_to(ours):
                     found.append((position, binding.parameter.data))
                     binding.parameter.data = ours
@@ -271,7 +276,7 @@ class Chunk:
         if self.update is not None:
             self.update.wait()
             self.update = None
-            if self._poisoned and self.state in (ChunkState.READY, ChunkState.IN_USE):
+            if self.is_poisoned and self.state in (ChunkState.READY, ChunkState.IN_USE):
                 self._expose()
 
     def bind(self, position: int, parameter: Tensor) -> None:
@@ -284,7 +289,7 @@ class Chunk:
         self.bindings.append(binding)
         with QUIET():
             self._versions.append(parameter._version)
-            parameter.data = binding.poison if self._poisoned else view
+            parameter.data = binding.poison if self.is_poisoned else view
         parameter.__class__ = binding.plain if self.pins else binding.away
 
     def entrust(self, keeper: Keeper) -> None:

@@ -145,12 +145,9 @@ class GradientBuffer:
         """The gradient of a slot itself, in its parameter's shape; None where it is a file, or where there is none."""
         return self._views[position] if self._views else None
 
-    def norms(self, order: float = 2.0) -> list[Tensor]:
-        """The norm of each gradient present, fp32 scalars on CPU, in slot order."""
+    def norm(self, position: int, order: float = 2.0) -> Tensor:
+        """The norm of a gradient that is present, an fp32 scalar on CPU."""
         self._norm_wanted = self._norm_wanted or order == 2.0
-        return [self._norm_of(position, order) for position in sorted(self.present)]
-
-    def _norm_of(self, position: int, order: float) -> Tensor:
         if self._views:
             return _norm(self._views[position], order)
         if order == 2.0 and position in self._norms:

@@ -10,7 +10,8 @@ copy's own says nothing: graphs save views of it.) While a loan is alive
 - the positions that were lent are compared with home before each update, eviction and reading, bit by bit, and what has
   changed goes home. Nothing else tells of a change: ``p.data.add_(1)`` has no version counter in common with ``p``.
 
-When it is dead they are compared once more.
+When it is dead they are compared once more. Where masters are in two halves the upper one *is* the full copy, so there
+is nothing to compare with: a copy of what was lent is kept beside it.
 
 Assigning to ``p.data`` makes the parameter lie in the memory of the value, in plain PyTorch. Here it keeps its place,
 and the memory changes hands instead: holders of what the parameter had until now are left a copy, and the value, if it
@@ -38,7 +39,7 @@ class _Part:
     def of(view: Tensor) -> "_Part":
         with torch.no_grad():
             # Through a capsule: given a tensor, torch asks for the name of its device, and knows only some of them.
-            alias: Tensor = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(view.detach()))
+            alias: Tensor = torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(view.detach()))
         storage = alias.untyped_storage()
         return _Part(alias, storage, torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage))
 
@@ -65,11 +66,15 @@ class Loan:
     ----------
     views
         The chunk's slots in its full copy, which has its memory for as long as the loan lives.
+    remembers
+        Keep copies of what is lent.
     """
 
-    def __init__(self, views: tuple[Tensor, ...]) -> None:
+    def __init__(self, views: tuple[Tensor, ...], remembers: bool) -> None:
         self._views = views
         self._parts: dict[int, _Part] = {}
+        self._remembers = remembers
+        self._before: dict[int, Tensor] = {}
         self._is_addressed = False
 
     @property
@@ -81,7 +86,22 @@ class Loan:
         """The memory of one parameter. Not to be given out itself, but what torch makes of it."""
         if position not in self._parts:
             self._parts[position] = _Part.of(self._views[position])
+            self.remember(position)
         return self._parts[position].view
+
+    def before(self, position: int) -> Tensor:
+        """What was lent, as it was when home was last known to have the same values."""
+        return self._before[position]
+
+    def remember(self, position: int) -> None:
+        """Home has the same values now."""
+        if self._remembers:
+            self._before[position] = self._views[position].detach().clone(memory_format=torch.preserve_format)
+
+    def remember_all(self) -> None:
+        """Home and all that was lent have the same values now: an update is over."""
+        for position in self._parts:
+            self.remember(position)
 
     def part_with(self, position: int) -> None:
         """The memory of one parameter is about to get other values, of which its holders are to see nothing."""
@@ -95,6 +115,7 @@ class Loan:
         is_whole = value.untyped_storage().nbytes() == view.nbytes and value.storage_offset() == 0
         if is_whole and value.stride() == view.stride():
             self._parts[position] = _Part.of(view).adopted_by(value)
+            self.remember(position)
 
     def has(self, value: Tensor) -> bool:
         """True if ``value`` lies in memory that has been lent."""

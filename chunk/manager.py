@@ -13,6 +13,7 @@ from gemini.errors import is_out_of_memory
 from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
 from .disk import DiskBackend
+from .edits import bring_edits_home, check_assigned, check_shape, put
 from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
@@ -22,11 +23,9 @@ from .plan import ChunkPlan
 from .shortage import no_room, refused
 from .state import ChunkState
 from .tier import Role, Tier
-from .values import differing, read_slot, write_slot
+from .values import read_slot, write_slot
 from .weak import weakly
 from .workers import end_elsewhere
-
-_POLL_SECONDS = 0.0005
 
 
 @dataclass(slots=True)
@@ -241,7 +240,7 @@ class ChunkManager:
         if chunk.was_prefetched:
             self.moves.prefetch_used += 1
             chunk.was_prefetched = False
-        if chunk.pins == 0:
+        if chunk.is_poisoned:  # else the parameters stay where they point, and are looked at before home is
             self.keep_assigned(chunk)
         chunk.pin()
         self._clock += 1
@@ -273,31 +272,11 @@ class ChunkManager:
         Raises
         ------
         ValueError
-            If masters are in two halves: which elements differ cannot be told then.
+            If masters are in two halves and a module has changed one in its forward: which elements differ cannot be
+            told then.
         """
         self.keep_assigned(chunk)
-        if chunk.is_split and (edited := chunk.edited()):
-            raise ValueError(
-                f"{chunk.layout.slots[edited[0]].name} was changed in place, which with split_master=True changes only "
-                "the upper half of its masters: assign to p.data instead (p.data = p.data.clone() takes what it shows "
-                "now), or boost without split_master"
-            )
-        if chunk.full_is_home or chunk.state not in (ChunkState.READY, ChunkState.IN_USE):
-            return
-        positions = set(chunk.edited())
-        if chunk.loan is not None:
-            positions.update(chunk.loan.positions)
-            if not chunk.is_lent:  # asked before looking: what is written from now on is seen the next time
-                chunk.loan = None
-        if positions:
-            chunk.settle()
-        for position in sorted(positions):
-            view = chunk.views[position]
-            home = read_slot(chunk, position, Role.MASTER).to(view.device)
-            differs = differing(view, home)
-            if differs.any():
-                write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(home.dtype), home))
-            chunk.accept(position)
+        bring_edits_home(chunk)
 
     def refresh(self, chunk: Chunk) -> None:
         """Fill the full copy of a lent chunk from home again, because an update could not write through to it."""
@@ -305,22 +284,8 @@ class ChunkManager:
         self.device.upload(chunk.full, chunk.source, None, background=False).wait()
 
     def check_assigned(self, parameter: Tensor, value: Tensor) -> None:
-        """See whether a tensor can be the ``data`` of a parameter.
-
-        Raises
-        ------
-        ValueError
-            If it has another shape, dtype or device.
-        """
-        chunk, position = self._places[id(parameter)]
-        view = chunk.views[position]
-        if value.dtype not in (view.dtype, chunk.master_dtype) or value.device != view.device:
-            raise ValueError(
-                f"a tensor of {value.dtype} on {value.device} was assigned to the data of "
-                f"{chunk.layout.slots[position].name}, which is of {view.dtype} on {view.device} and keeps both after "
-                "booster.boost: copy with p.data.copy_(value), or convert the model before booster.boost"
-            )
-        self._check_shape(chunk, position, value)
+        """See whether a tensor can be the ``data`` of a parameter; raises ValueError if not."""
+        check_assigned(*self._places[id(parameter)], value)
 
     def assign(self, parameter: Tensor, value: Tensor) -> None:
         """Take over what is assigned to the ``data`` of a parameter whose chunk is pinned. See [Note: Loans]."""
@@ -346,26 +311,13 @@ class ChunkManager:
         for position, value in chunk.take_assigned():
             self._take(chunk, position, value)
 
-    def _check_shape(self, chunk: Chunk, position: int, value: Tensor) -> None:
-        slot = chunk.layout.slots[position]
-        if value.shape != slot.shape:
-            raise ValueError(
-                f"a tensor of shape {tuple(value.shape)} was assigned to the data of {slot.name}, whose shape is "
-                f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape. Resize it "
-                "before booster.boost, or copy values of its own shape with p.data.copy_(value)"
-            )
-
     def _take(self, chunk: Chunk, position: int, value: Tensor) -> None:
-        self._check_shape(chunk, position, value)
+        check_shape(chunk, position, value)
         chunk.settle()
         if chunk.state is ChunkState.FETCHING:
             self._arrive(chunk)
         self.device.outlast(value)  # in plain PyTorch the parameter would keep it
-        write_slot(chunk, position, Role.MASTER, value)
-        chunk.accept(position)
-        if chunk.is_resident and not chunk.full_is_home:
-            with torch.no_grad():
-                chunk.views[position].copy_(value)
+        put(chunk, position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
         self.moves.waited_seconds[chunk.homes[Role.MASTER].tier] += time.perf_counter() - begin
@@ -484,8 +436,7 @@ class ChunkManager:
         """Wait until no update and no move is under way, for so long at most. What failed is raised elsewhere."""
         deadline = time.monotonic() + seconds
         for chunk in self.chunks:
-            while not chunk.is_at_rest and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
+            chunk.rest(deadline)
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""

@@ -6,7 +6,7 @@ one.
 """
 
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import Lock
@@ -37,6 +37,9 @@ class Transfer(Protocol):
     def done(self) -> bool:
         """True if `wait` would return at once."""
 
+    def rest(self, seconds: float) -> None:
+        """Return when no other thread works on it any more, well or not, or after so long. Changes nothing."""
+
 
 class Arrived:
     """A move that is over."""
@@ -46,6 +49,9 @@ class Arrived:
 
     def done(self) -> bool:
         return True
+
+    def rest(self, seconds: float) -> None:
+        pass
 
 
 class Underway:
@@ -59,6 +65,9 @@ class Underway:
 
     def done(self) -> bool:
         return self._future.done()
+
+    def rest(self, seconds: float) -> None:
+        wait([self._future], seconds)
 
 
 class Caller(Protocol):

@@ -12,6 +12,7 @@ from .memory.capacity import Capacities
 from .memory.tracker import NonModelMeter
 from .monitor.monitor import Monitor
 from .monitor.stats import Statistics, Stats, read
+from .nn.optimizer.managed import ManagedOptimizer
 from .packing.packing import Packing
 from .runtime.hooks import Hooks
 from .runtime.outside import Outside
@@ -38,6 +39,8 @@ class Boosted:
     statistics: Statistics
     monitor: Monitor | None
     """None: nobody wants to know."""
+    optimizer: ManagedOptimizer | None = None
+    """The optimizer that updates the parameters; None for inference. Its states are here even if the user lets go."""
     step_count: int = 0
     step_seconds: float = 0.0
     _last_step: float = field(default_factory=time.perf_counter)

@@ -38,7 +38,6 @@ from ..memory.tracker import NonModelMeter
 from ..monitor.monitor import Monitor, model_facts, probes
 from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
-from ..nn.optimizer.given import let_ask
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
 from ..runtime.hooks import Hooks
@@ -63,6 +62,7 @@ from .module import GeminiModule
 from .parameter_data import give_data
 from .parts import guard_parts
 from .refusals import refuse_model, refuse_optimizer, refuse_split_master
+from .succession import bind_optimizer
 
 
 def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: GeminiConfig) -> GeminiModule:
@@ -121,7 +121,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         completion = Completion(manager, packing.parameters)
         runtime.in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, runtime.keeps)
     unfreezing = Unfreezing(
-        manager, runtime, updater, gradients, config, packing.update_role_count if manager.disk is not None else 0
+        manager, runtime, gradients, config, packing.update_role_count if manager.disk is not None else 0
     )
     kept = KeptStates(manager, optimizer.rule if optimizer is not None else ADAM, updater)
     step = ChunkedStep(
@@ -165,10 +165,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         for parameter in packing.parameters:
             if kept.keeps(parameter) and (saved := optimizer.state.pop(parameter, None)) is not None:
                 kept.begin(parameter, _real(saved))
-        optimizer._managed = step
-        if (given := optimizer.stands_for()) is not None:
-            let_ask(given, optimizer)
-        optimizer.register_step_post_hook(_counting(weakref.ref(state)))
+        bind_optimizer(state, optimizer)
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:
         be_exact()  # so that what malloc kept of the building is no part of where the measurement begins
@@ -289,15 +286,6 @@ def _tell(reference: "weakref.WeakMethod[Callable[[BaseException | None], None]]
     method = reference()
     if method is not None:
         method(error)
-
-
-def _counting(state: "weakref.ref[Boosted]") -> Any:
-    def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-        target = state()
-        if target is not None:
-            target.after_step()
-
-    return after_step
 
 
 def _close(queue: UpdateQueue, manager: ChunkManager, telemetry: TelemetryWriter | None) -> None:

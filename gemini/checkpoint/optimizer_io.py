@@ -296,7 +296,7 @@ def _prepared_by_hooks(optimizer: ManagedOptimizer, saved: SavedOptimizer, path:
 def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> None:
     try:
         step = _managed(optimizer)
-        check_groups(optimizer, saved.param_groups, saved.states, step.slots if step is not None else {})
+        check_groups(optimizer, saved.param_groups, saved.states, step.room(optimizer) if step is not None else {})
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_states(optimizer, saved, path)

@@ -1,16 +1,18 @@
 """``transformers.Trainer``: training under management, and memory statistics in its logs."""
 
-import copy
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemini.boosted import is_boosted
+from gemini.boosted import boosted, is_boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.boosting.succession import give_optimizer, optimizer_of
+from gemini.config import GeminiConfig
+
+from .accelerator import managed, unwrapped
 
 PREFIX = "memory/"
 
@@ -64,18 +66,21 @@ class GeminiTrainerMixin:
         MyTrainer(model=model, args=args, train_dataset=data, gemini_plugin=GeminiPlugin(host_memory="8GiB")).train()
 
     The optimizer is the one that the trainer is given or makes by its arguments (``optim="adamw_torch_fused"``,
-    ``"sgd"``, ...), as `Booster.boost` takes it over; clipping goes to the plugin. The model keeps its identity, so a
-    trainer's own saving works.
+    ``"sgd"``, ...), as `Booster.boost` takes it over. The model keeps its identity, so a trainer's own saving works. A
+    second trainer over it trains on, with an optimizer that keeps the same states. ``max_grad_norm`` clips, unless the
+    plugin has a ``max_norm`` of its own. A model that is evaluated before it has been trained is on the device in
+    whole, as without the mixin; to have it in chunks boost it first, without an optimizer.
 
     Parameters
     ----------
     gemini_plugin
-        None: ``GeminiPlugin()``. Its ``max_norm`` is set from ``max_grad_norm`` if it is 0.
+        None: ``GeminiPlugin()``. It counts when the model is boosted; a model that has been boosted keeps its own.
 
     Raises
     ------
     ValueError
-        For arguments that management cannot keep: fp16 of the trainer, ``torch_compile`` of the whole model.
+        For arguments that management cannot keep: fp16 and bf16 of the trainer, ``torch_compile`` of the whole model,
+        DeepSpeed, FSDP, clipping beside ``update_in_backward``.
     TypeError
         For an optimizer that cannot be managed, with the reason.
     """
@@ -87,41 +92,62 @@ class GeminiTrainerMixin:
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
-        arguments: TrainingArguments = self.args  # type: ignore[attr-defined]
-        if arguments.fp16 or arguments.bf16 or arguments.torch_compile:
-            raise ValueError(
-                "leave fp16, bf16 and torch_compile off: GeminiPlugin(precision=...) decides the compute dtype, "
-                "and blocks are compiled one by one"
-            )
+        _refuse(self.args)  # type: ignore[attr-defined]
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        self.accelerator.device_placement = False  # type: ignore[attr-defined]
+        self.accelerator = managed(self.accelerator)  # type: ignore[has-type]
 
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
-        """Chunks decide where parameters are."""
+        """Chunks decide where parameters are; before there are any the accelerator moves what is evaluated."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         model: nn.Module = self.model  # type: ignore[attr-defined]
-        if is_boosted(model):
+        given = unwrapped(self.optimizer)
+        if is_boosted(model) and (current := optimizer_of(model, given)) is not None:
+            if current is not given:
+                self.optimizer = current
             return self.optimizer  # type: ignore[no-any-return]
-        arguments: TrainingArguments = self.args  # type: ignore[attr-defined]
-        plugin = _clipping(self.gemini_plugin or GeminiPlugin(), arguments.max_grad_norm or 0.0)
-        if plugin.config.precision == "fp16":
-            raise ValueError("a Trainer calls backward itself, without a loss scale: use precision='bf16' or 'fp32'")
-        arguments.max_grad_norm = 0.0  # gradients are in the chunks, where the trainer finds none to clip
-        made = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        _, self.optimizer, *_ = Booster(plugin=plugin).boost(model, made)
+        plugin = self.gemini_plugin or GeminiPlugin()
+        _check(boosted(model).config if is_boosted(model) else plugin.config, self.args)  # type: ignore[attr-defined]
+        made: Any = unwrapped(super().create_optimizer(*args, **kwargs))  # type: ignore[misc]
+        if is_boosted(model):
+            self.optimizer = give_optimizer(model, made)
+        else:
+            _, self.optimizer, *_ = Booster(plugin=plugin).boost(model, made)
         return self.optimizer  # type: ignore[no-any-return]
 
 
-def _clipping(plugin: GeminiPlugin, max_norm: float) -> GeminiPlugin:
-    """The plugin, with this ``max_norm`` if it has none of its own."""
-    if max_norm == 0 or plugin.config.max_norm > 0:
-        return plugin
-    if plugin.config.update_in_backward:
-        raise ValueError(
-            f"update_in_backward=True cannot clip, and the trainer's max_grad_norm is {max_norm:g} (its default is 1): "
-            "give TrainingArguments(max_grad_norm=0.0)"
-        )
-    clipping = copy.copy(plugin)
-    clipping.config = replace(plugin.config, max_norm=max_norm)
-    return clipping
+_OURS = "leave {0} off: GeminiPlugin(precision=...) decides the compute dtype"
+_REFUSED = {
+    "fp16": _OURS,
+    "bf16": _OURS,
+    "fp16_full_eval": _OURS,
+    "bf16_full_eval": _OURS,
+    "torch_compile": "leave {0} off: torch.compile the model or its blocks before the trainer gets it",
+    "deepspeed": "leave {0} off: it manages the same memory; without it chunks offload to RAM and disk",
+    "fsdp": "leave {0} off: it manages the same memory; without it chunks offload to RAM and disk",
+}
+"""Arguments of a trainer, and what to do instead."""
+
+
+def _refuse(arguments: TrainingArguments) -> None:
+    faults = [text.format(name) for name, text in _REFUSED.items() if getattr(arguments, name, None)]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _check(config: GeminiConfig, arguments: TrainingArguments) -> None:
+    """Raise if a model in this configuration cannot be trained with a trainer's arguments."""
+    if config.precision == "fp16":
+        raise ValueError("a Trainer calls backward itself, without a loss scale: use precision='bf16' or 'fp32'")
+    if config.update_in_backward:
+        if arguments.max_grad_norm:
+            raise ValueError(
+                f"update_in_backward=True cannot clip, and the trainer's max_grad_norm is {arguments.max_grad_norm:g} "
+                "(its default is 1): give TrainingArguments(max_grad_norm=0.0)"
+            )
+        if arguments.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "update_in_backward=True uses gradients up within each backward, and the trainer is to accumulate them "
+                f"over {arguments.gradient_accumulation_steps}: leave gradient_accumulation_steps at 1, or boost "
+                "without it"
+            )

@@ -1,22 +1,50 @@
 """Lightning: a strategy that trains under management, and a callback that logs memory statistics."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from gemini.boosted import is_boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.boosting.succession import give_optimizer
 from gemini.chunk import find_accelerator
+
+from .clipping import clip_by_norm
 
 PREFIX = "memory/"
 
 
+class ManagedPrecision(Precision):
+    """Lightning's fp32 precision, which clips the gradients of a boosted optimizer wherever they are."""
+
+    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        if _is_managed(optimizer):
+            clip_by_norm(optimizer, list(self.main_params(optimizer)), clip_val)
+        else:
+            super().clip_grad_by_norm(optimizer, clip_val)
+
+    def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
+        if _is_managed(optimizer):
+            optimizer.clip_grad_by_value(clip_val)
+        else:
+            super().clip_grad_by_value(optimizer, clip_val)
+
+
 class GeminiStrategy(SingleDeviceStrategy):
     """``Trainer(strategy=GeminiStrategy(...))``, or ``strategy="gemini"``.
+
+    The module is boosted with the one optimizer of ``configure_optimizers`` when it is first fitted. A later ``fit``
+    goes on with it, under an optimizer that keeps the same states. Before that, ``validate``, ``test`` and ``predict``
+    have it on the device in whole, as Lightning does; to have it in chunks boost it first, without an optimizer.
 
     Parameters
     ----------
@@ -50,26 +78,37 @@ class GeminiStrategy(SingleDeviceStrategy):
         self._module = module
 
     def setup(self, trainer: Trainer) -> None:
-        if trainer.gradient_clip_val:
-            raise ValueError(
-                "gradient_clip_val finds no gradients to clip, they are in chunks: use GeminiPlugin(max_norm=...)"
-            )
-        if trainer.precision != "32-true":
-            raise ValueError(
-                f"leave the trainer's precision at its default, got {trainer.precision}: GeminiPlugin(precision=...) "
-                "decides the compute dtype"
-            )
-        if self.plugin.config.precision == "fp16":
-            raise ValueError("Lightning calls backward itself, without a loss scale: use precision='bf16' or 'fp32'")
+        self._refuse(trainer)
+        self.precision_plugin = ManagedPrecision()
         super().setup(trainer)
 
+    def _refuse(self, trainer: Trainer) -> None:
+        config = self.plugin.config
+        if trainer.precision != "32-true" or type(self.precision_plugin) not in (Precision, ManagedPrecision):
+            raise ValueError(
+                f"leave the trainer's precision at its default, got {type(self.precision_plugin).__name__} with "
+                f"{trainer.precision}: GeminiPlugin(precision=...) decides the compute dtype"
+            )
+        if config.precision == "fp16":
+            raise ValueError("Lightning calls backward itself, without a loss scale: use precision='bf16' or 'fp32'")
+        if trainer.gradient_clip_val and config.max_norm > 0:
+            raise ValueError(
+                f"gradients would be clipped twice, by gradient_clip_val={trainer.gradient_clip_val} and by "
+                f"GeminiPlugin(max_norm={config.max_norm}): give one of them"
+            )
+        if trainer.gradient_clip_val and config.update_in_backward:
+            raise ValueError("update_in_backward=True cannot clip: leave gradient_clip_val off, or boost without it")
+
     def model_to_device(self) -> None:
-        """Chunks decide where parameters are; only what stays outside of them moves."""
-        assert self.model is not None
-        managed = self.managed_module
-        for child in self.model.children():
-            if child is not managed:
-                child.to(self.root_device)
+        """Move what is outside of chunks, which decide for the rest; everything as long as there are none."""
+        root: nn.Module | None = self.model
+        assert root is not None and self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            kept = [self.managed_module]
+        else:
+            kept = [module for module in root.modules() if is_boosted(module)]
+        with _taken_out(root, kept):
+            root.to(self.root_device)
 
     def teardown(self) -> None:
         """As the base does, but nothing moves to the CPU."""
@@ -80,16 +119,27 @@ class GeminiStrategy(SingleDeviceStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        managed = self.managed_module
-        if is_boosted(managed):
-            return
         given: list[Any] = self.optimizers  # type: ignore[has-type]
         if len(given) != 1:
-            raise ValueError(f"one optimizer can be managed, configure_optimizers gave {len(given)}")
-        _, optimizer, *_ = Booster(plugin=self.plugin).boost(managed, given[0])
-        self.optimizers = [optimizer]
-        for config in self.lr_scheduler_configs:
-            config.scheduler.optimizer = optimizer
+            raise ValueError(
+                f"one optimizer can be managed, configure_optimizers gave {len(given)}; give one that has all "
+                "parameters, in groups where their options differ"
+            )
+        managed, asked = self.managed_module, _unwrapped(given[0])
+        if isinstance(asked, _MockOptimizer):  # configure_optimizers gave None: nothing is updated
+            if not is_boosted(managed):
+                managed.to(self.root_device)
+            return
+        if is_boosted(managed):
+            give_optimizer(managed, asked)
+        else:
+            Booster(plugin=self.plugin).boost(managed, asked)
+        self.optimizers = [asked]  # does what the managed one does, which the model keeps
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """As the base does, but states stay where their chunks are."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
 
     @property
     def managed_module(self) -> nn.Module:
@@ -105,6 +155,33 @@ class GeminiStrategy(SingleDeviceStrategy):
                 "parameters; give GeminiStrategy(module='name')"
             )
         return children[0]
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """What a user may have wrapped already, in ``configure_optimizers``."""
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _is_managed(optimizer: Any) -> bool:
+    return getattr(optimizer, "_managed", None) is not None
+
+
+@contextmanager
+def _taken_out(root: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Without these submodules, wherever they are."""
+    places = [
+        (parent, name, child)
+        for parent in root.modules()
+        for name, child in parent._modules.items()
+        if any(child is module for module in modules)
+    ]
+    for parent, name, _ in places:
+        parent._modules[name] = None
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 class GeminiStatsMonitor(Callback):

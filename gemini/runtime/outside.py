@@ -48,9 +48,11 @@ class Outside(Keeper):
                 pinned = [] if is_in_unit else self._runtime.bring(chunks)
             if is_in_unit:
                 return run()
+            self._remember_upper_halves(parameters)
             try:
                 begin = next_number()
                 result = run()
+                self._keep_upper_halves(chunks)
                 if _is_memory_of(result, arguments, chunks):
                     return self._lent(run, parameters)
                 if torch.is_grad_enabled():
@@ -90,6 +92,19 @@ class Outside(Keeper):
 
     def forget_gradient(self, parameter: Tensor) -> None:
         self._gradients.forget_withdrawn(parameter)
+
+    def _remember_upper_halves(self, parameters: list[Tensor]) -> None:
+        """Before an operation that may change masters in two halves: what is changed is told by comparing."""
+        for chunk, position in map(self._place, parameters):
+            if chunk.is_split:
+                with _undisturbed():
+                    chunk.lend().view(position)
+
+    def _keep_upper_halves(self, chunks: tuple[Chunk, ...]) -> None:
+        for chunk in chunks:
+            if chunk.is_split and chunk.edited():
+                with _undisturbed():
+                    self._runtime.manager.keep_edits(chunk)
 
     def _lent(self, run: Callable[[], Any], parameters: list[Tensor]) -> Any:
         """Run something with the parameters in the loans' memory; their chunks are pinned."""

@@ -255,6 +255,20 @@ class KeptStates:
         self._forget_values(parameter)
         self._notes.pop(id(parameter), None)
 
+    def succeed(self, former: "KeptStates") -> None:
+        """Take the places of the states of another optimizer. All are what they are before the first step.
+
+        Those who show a state of ``former`` keep what they show.
+        """
+        for chunk in self._manager.chunks:
+            for parameter in (binding.parameter for binding in chunk.bindings if chunk.is_trainable):
+                was_begun = former._is_begun(parameter)
+                former.release(parameter)
+                former._let_go_of(parameter, *former._known(parameter))
+                self._updater.steps.pop(id(parameter), None)
+                if was_begun or self._rule.starts_filled:
+                    self._fill(parameter)
+
     def _begin(self, parameter: Tensor, given: Mapping[str, Any], notes: Mapping[Any, Any]) -> None:
         if has_state(given):
             self._updater.steps[id(parameter)] = steps_of(self._rule, given)
@@ -267,9 +281,14 @@ class KeptStates:
         if not self._is_begun(parameter):
             return
         self._let_go_of(parameter, *self._known(parameter))
-        for role, slot in self._chunk(parameter).states.items():
-            self._manager.write(parameter, role, torch.full((), self._rule.initial(slot.name)))
+        self._fill(parameter)
         self._updater.steps.pop(id(parameter), None)
+
+    def _fill(self, parameter: Tensor) -> None:
+        for role, slot in self._chunk(parameter).states.items():
+            self._manager.write(
+                parameter, role, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
+            )
 
     def _check(self, parameter: Tensor, name: str, value: Any) -> None:
         if name == STEP:

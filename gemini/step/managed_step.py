@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import StateSlot
 from ..runtime.runtime import Runtime
 from ..updates.backward_updates import BackwardUpdates
-from ..updates.gradient_norm import clip_coefficient, first_nonfinite, total_norm
+from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm
 from ..updates.gradients import Gradients
 from ..updates.updater import Updater
 from .kept_states import KeptStates
 from .saved_groups import check_groups, load_options
 from .scaler import LossScaler
 from .state_mapping import OptimizerStates
+from .succession import check_room
 from .unfreezing import Unfreezing
 
 logger = logging.getLogger(__name__)
@@ -84,10 +85,9 @@ class ChunkedStep:
         """See `Updater.steps`."""
         return self._updater.steps
 
-    @property
-    def slots(self) -> Mapping[int, tuple[StateSlot, ...]]:
-        """See `Updater.slots`."""
-        return self._updater.slots
+    def room(self, optimizer: ManagedOptimizer) -> Mapping[int, tuple[StateSlot, ...]]:
+        """See `Updater.room`."""
+        return self._updater.room(optimizer)
 
     # -- backward
 
@@ -114,8 +114,13 @@ class ChunkedStep:
         if self.in_backward is None or self.in_backward.failed():
             self.drop_gradients()
 
-    def drop_gradients(self) -> None:
+    def drop_gradients(self, parameters: Set[int] | None = None) -> None:
         """Forget what is in the chunks.
+
+        Parameters
+        ----------
+        parameters
+            Of these (ids); None for all.
 
         Raises
         ------
@@ -124,9 +129,16 @@ class ChunkedStep:
         """
         if self.in_backward is not None:
             self.in_backward.before_zero_grad()
-        self.manager.device.discard()
+        kept = set() if parameters is None else {chunk for chunk in self.manager.chunks if _others(chunk, parameters)}
+        if kept:
+            self.manager.device.synchronize()
+        else:
+            self.manager.device.discard()
         for chunk in self.manager.chunks:
-            if chunk.gradient is not None:
+            if chunk in kept:
+                assert parameters is not None
+                self._gradients.drop(chunk, parameters)
+            elif chunk.gradient is not None:
                 self._gradients.hide(chunk)
                 if chunk.gradient.present:
                     self.manager.gradient_pool.release(chunk.gradient)
@@ -134,13 +146,19 @@ class ChunkedStep:
         self._is_scaled = False
         self._coefficient = 1.0
 
-    def zero_gradients(self, set_to_none: bool) -> None:
-        """Forget what is in the chunks, or fill it with zeros; see `torch.optim.Optimizer.zero_grad`."""
+    def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
+        """Forget what is in the chunks, or fill it with zeros; see `torch.optim.Optimizer.zero_grad`.
+
+        Parameters
+        ----------
+        parameters
+            Of these (ids); None for all.
+        """
         if set_to_none or self.in_backward is not None:
-            self.drop_gradients()
+            self.drop_gradients(parameters)
         else:
             self._gradients.collect()  # those that the user has put into p.grad
-            self._gradients.zero()
+            self._gradients.zero(parameters)
 
     # -- ManagedStep
 
@@ -161,9 +179,11 @@ class ChunkedStep:
         scale = self._scale
         coefficient = self._coefficient
         if self.scaler is not None or self._max_norm > 0:
-            norm = total_norm(chunks, plain, 2.0) / scale
+            found = _found(chunks, groups.of)
+            outside = [parameter for parameters in plain.values() for parameter in parameters]
+            norm = total_norm(self.manager, [*_in_model_order(found), *outside], 2.0) / scale
             self.grad_norm = float(norm)
-            if self.scaler is not None and self._overflowed(norm, chunks):
+            if self.scaler is not None and self._overflowed(norm, found):
                 return
             if self._max_norm > 0:
                 coefficient *= clip_coefficient(norm, self._max_norm)
@@ -231,7 +251,7 @@ class ChunkedStep:
             del optimizer.outside[parameter]
             self.kept.replace(parameter, state)
 
-    def _overflowed(self, norm: Tensor, chunks: list[Chunk]) -> bool:
+    def _overflowed(self, norm: Tensor, found: Iterable[Found]) -> bool:
         assert self.scaler is not None
         if not bool(self._communicator.agree_max((~torch.isfinite(norm)).float())):
             return False
@@ -240,7 +260,7 @@ class ChunkedStep:
         self.skipped_steps += 1
         logger.info(
             "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
-            first_nonfinite(chunks),
+            first_nonfinite(found),
             before,
             self.scaler.scale,
         )
@@ -248,7 +268,7 @@ class ChunkedStep:
         return True
 
     def zero_grad(self, optimizer: ManagedOptimizer, set_to_none: bool) -> None:
-        self.zero_gradients(set_to_none)
+        self.zero_gradients(set_to_none, _parameters(optimizer))
         for group in optimizer.param_groups:
             if set_to_none:
                 with QUIET():  # what is in chunks has been forgotten
@@ -269,13 +289,49 @@ class ChunkedStep:
             optimizer.param_groups.pop()
             raise
 
+    def succeed(self, optimizer: ManagedOptimizer) -> None:
+        """Work for another optimizer from now on. States begin anew, or with those that it brings.
+
+        Raises
+        ------
+        OutOfMemory, TypeError, ValueError
+            If there is no room for what it keeps, or it brings what cannot be kept. The optimizer before it goes on
+            then.
+        """
+        if self.in_backward is not None:
+            self.in_backward.before_adding()
+        check_room(self.manager, optimizer)
+        for index, group in enumerate(optimizer.param_groups):
+            # Those that are frozen still get room when they are unfrozen, as they do with the first optimizer.
+            unfrozen = [p for p in group["params"] if p.requires_grad and not self.kept.keeps(p)]
+            self._unfreezing.admit(optimizer.rule, group, index, unfrozen)
+        kept = KeptStates(self.manager, optimizer.rule, self._updater)
+        brought = [p for p in optimizer.outside if isinstance(p, Tensor) and kept.keeps(p)]
+        for parameter in brought:
+            kept.check(parameter, optimizer.exported_state(parameter))
+        if (shown := self._shown() if self._shown is not None else None) is not None:
+            shown.let_go()  # as in plain PyTorch: what the first optimizer had stays with those who have it
+        kept.succeed(self.kept)
+        self.kept, self._shown = kept, None
+        for parameter in brought:
+            kept.replace(parameter, optimizer.exported_state(parameter))
+            del optimizer.outside[parameter]
+        if self.in_backward is not None:
+            self.in_backward.serve(optimizer)
+
     def clip_grad_by_norm(
-        self, optimizer: ManagedOptimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
+        self,
+        optimizer: ManagedOptimizer,
+        max_norm: float,
+        norm_type: float,
+        error_if_nonfinite: bool,
+        parameters: Iterable[Tensor],
     ) -> Tensor:
         if self.in_backward is not None:
             self.in_backward.refuse_clipping()
         self._admit_unfrozen(optimizer)
-        norm = total_norm(self._chunks_with_gradients(), self._plain_parameters(optimizer), norm_type) / self._scale
+        self._chunks_with_gradients()
+        norm = total_norm(self.manager, parameters, norm_type) / self._scale
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped"
@@ -289,10 +345,9 @@ class ChunkedStep:
             self.in_backward.refuse_clipping()
         self._admit_unfrozen(optimizer)
         bound = value * self._scale
-        for chunk in self._chunks_with_gradients():
+        for chunk, position in _found(self._chunks_with_gradients(), _parameters(optimizer)):
             assert chunk.gradient is not None
-            for position in sorted(chunk.gradient.present):
-                chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
+            chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
         for parameters in self._plain_parameters(optimizer).values():
             torch.nn.utils.clip_grad_value_(parameters, bound)
 
@@ -353,7 +408,7 @@ class ChunkedStep:
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         saved_groups, states = state_dict["param_groups"], state_dict["state"]
-        check_groups(optimizer, saved_groups, states, self.slots)
+        check_groups(optimizer, saved_groups, states, self.room(optimizer))
         numbers = [number for saved in saved_groups for number in saved["params"]]
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             load_options(group, saved)
@@ -376,3 +431,32 @@ class ChunkedStep:
             for i, group in enumerate(optimizer.param_groups)
             if (parameters := [p for p in group["params"] if self.manager.find(p) is None and p.grad is not None])
         }
+
+
+def _parameters(optimizer: ManagedOptimizer) -> Set[int]:
+    """ids of the parameters that an optimizer has."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _found(chunks: Iterable[Chunk], parameters: Container[int]) -> list[Found]:
+    """The gradients of these parameters (ids), which are those that the step uses."""
+    return [
+        (chunk, position)
+        for chunk in chunks
+        if chunk.gradient is not None
+        for position in sorted(chunk.gradient.present)
+        if id(chunk.bindings[position].parameter) in parameters
+    ]
+
+
+def _in_model_order(found: Iterable[Found]) -> list[Tensor]:
+    """The parameters of these gradients."""
+    in_order = sorted(found, key=lambda place: place[0].layout.slots[place[1]].key)
+    return [chunk.bindings[position].parameter for chunk, position in in_order]
+
+
+def _others(chunk: Chunk, parameters: Container[int]) -> bool:
+    """True if a chunk has gradients of other parameters than these (ids)."""
+    return chunk.gradient is not None and any(
+        id(chunk.bindings[position].parameter) not in parameters for position in chunk.gradient.present
+    )

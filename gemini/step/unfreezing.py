@@ -18,7 +18,6 @@ from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
 from ..updates.gradients import Gradients
 from ..updates.update_pipeline import update_roles
-from ..updates.updater import Updater
 
 _NAMES_SHOWN = 4
 _WAY_OUT = (
@@ -32,8 +31,8 @@ class Unfreezing:
 
     Parameters
     ----------
-    manager, runtime, updater, gradients
-        Has the chunks, plans their moves, updates them, and takes their gradients.
+    manager, runtime, gradients
+        Has the chunks, plans their moves, and takes their gradients.
     config
         What the model was boosted with.
     staged_roles
@@ -44,7 +43,6 @@ class Unfreezing:
         self,
         manager: ChunkManager,
         runtime: Runtime,
-        updater: Updater,
         gradients: Gradients,
         config: GeminiConfig,
         staged_roles: int,
@@ -53,7 +51,6 @@ class Unfreezing:
         """Told the plans of the chunks that were built anew."""
         self._manager = manager
         self._runtime = runtime
-        self._updater = updater
         self._gradients = gradients
         self._config = config
         self._staged_roles = staged_roles
@@ -87,7 +84,6 @@ class Unfreezing:
         plans = self._plans(frozen, slots, index) if frozen else ()
         self._manager.rebuild(plans, partial(_fill, rule) if rule.starts_filled else None)
         admitted = list(places)
-        self._updater.admit(index, slots)
         with _requiring_gradients(admitted):
             self._gradients.follow(admitted)
             if self._runtime.in_backward is not None:

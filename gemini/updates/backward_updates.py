@@ -255,6 +255,10 @@ class BackwardUpdates:
         """Raise if parameters would be added to a step that has begun."""
         self._refuse("add parameters")
 
+    def serve(self, optimizer: ManagedOptimizer) -> None:
+        """Take the options from this optimizer from now on."""
+        self._optimizer = weakref.ref(optimizer)
+
     def admit(self, parameters: Sequence[Tensor]) -> None:
         """Update chunks with these parameters, too, as soon as backward is through with them."""
         self._completion.follow(parameters)

@@ -1,39 +1,25 @@
 """Norms of gradients, in chunks and outside of them: what clipping and overflow checks look at."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk
+from ..chunk import Chunk, ChunkManager
+
+Found = tuple[Chunk, int]
+"""A gradient that is there, by its chunk and its position in it."""
 
 _NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
-def total_norm(chunks: Sequence[Chunk], plain: Mapping[int, Sequence[Tensor]], order: float) -> Tensor:
-    """The norm of all gradients together, fp32 on CPU.
+def total_norm(manager: ChunkManager, parameters: Iterable[Tensor], order: float) -> Tensor:
+    """The norm of the gradients of these parameters together, fp32 on CPU.
 
     One norm a parameter, then the norm of the norms, in the order of the parameters: torch does the same, so the result
-    is bit-equal to ``torch.nn.utils.clip_grad_norm_``'s.
-
-    Parameters
-    ----------
-    chunks
-        Those that have gradients.
-    plain
-        Parameters with a gradient outside of the chunks, by group.
+    is bit-equal to ``torch.nn.utils.clip_grad_norm_``'s, which depends on their order, too.
     """
-    found: list[tuple[int, Tensor]] = []
-    for chunk in chunks:
-        assert chunk.gradient is not None
-        keys = [chunk.layout.slots[position].key for position in sorted(chunk.gradient.present)]
-        found += zip(keys, chunk.gradient.norms(order), strict=True)
-    norms = [norm for _, norm in sorted(found, key=lambda item: item[0])]
-    for parameters in plain.values():
-        for parameter in parameters:
-            assert parameter.grad is not None
-            dtype = torch.promote_types(parameter.grad.dtype, torch.float32)  # a norm of fp64 is not taken in fp32
-            norms.append(torch.linalg.vector_norm(parameter.grad, order, dtype=dtype).float().cpu())
+    norms = [norm for parameter in parameters if (norm := _norm_of(manager, parameter, order)) is not None]
     total: Tensor = (
         torch.linalg.vector_norm(torch.stack(norms), order)
         if norms
@@ -47,11 +33,26 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> float:
     return float((max_norm / (norm + _NORM_EPS)).clamp(max=1.0))
 
 
-def first_nonfinite(chunks: Sequence[Chunk]) -> str:
+def first_nonfinite(found: Iterable[Found]) -> str:
     """The name of the first parameter whose gradient is infinite or NaN."""
-    for chunk in chunks:
+    for chunk, position in found:
         assert chunk.gradient is not None
-        for position, norm in zip(sorted(chunk.gradient.present), chunk.gradient.norms(), strict=True):
-            if not torch.isfinite(norm):
-                return chunk.layout.slots[position].name
+        if not torch.isfinite(chunk.gradient.norm(position)):
+            return chunk.layout.slots[position].name
     return "a parameter outside of the chunks"
+
+
+def _norm_of(manager: ChunkManager, parameter: Tensor, order: float) -> Tensor | None:
+    """None where there is no gradient."""
+    place = manager.find(parameter)
+    if place is None:
+        gradient = parameter.grad
+        if gradient is None:
+            return None
+        dtype = torch.promote_types(gradient.dtype, torch.float32)  # a norm of fp64 is not taken in fp32
+        norm: Tensor = torch.linalg.vector_norm(gradient, order, dtype=dtype).float().cpu()
+        return norm
+    chunk, position = place
+    if chunk.gradient is None or position not in chunk.gradient.present:
+        return None
+    return chunk.gradient.norm(position, order)

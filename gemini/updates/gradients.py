@@ -202,13 +202,14 @@ class Gradients:
                 continue
             for position, gradient in self._changed(chunk):
                 parameter = chunk.bindings[position].parameter
-                was_shown = self._shown.pop(id(parameter), None) is not None
+                was_shown = id(parameter) in self._shown
                 if chunk in self.used_up and was_shown and position not in chunk.gradient.present:
                     raise ValueError(
                         f"the gradient of {chunk.layout.slots[position].name} was changed between backward and step(), "
                         f"but {_USED_UP}; boost without it"
                     )
                 chunk.settle()
+                self._shown.pop(id(parameter), None)
                 if gradient is None:
                     self._forget(parameter)
                 elif gradient is chunk.gradient.view(position):  # it has other memory now (``p.grad.data = ...``)
@@ -262,6 +263,14 @@ class Gradients:
             for binding in chunk.bindings:
                 self._put.pop(id(binding.parameter), None)
 
+    def drop(self, chunk: Chunk, parameters: Set[int]) -> None:
+        """Forget the gradients of some parameters (ids) of a chunk, and show them no more."""
+        for parameter in (binding.parameter for binding in chunk.bindings if id(binding.parameter) in parameters):
+            if self._shown.pop(id(parameter), None) is not None:
+                _set_grad(parameter, None)
+            self._put.pop(id(parameter), None)
+            self._forget(parameter)
+
     def _take_off(self, chunk: Chunk) -> None:
         with QUIET():
             for binding in chunk.bindings:
@@ -304,13 +313,21 @@ class Gradients:
         if place is not None and place[0] in self.withdrawn:
             self._forget(parameter)
 
-    def zero(self) -> None:
-        """Fill all gradients with zeros, which stay gradients: the step then moves and decays as torch does."""
+    def zero(self, parameters: Set[int] | None) -> None:
+        """Fill gradients with zeros, which stay gradients: the step then moves and decays as torch does.
+
+        Parameters
+        ----------
+        parameters
+            ids; None for all.
+        """
         for chunk in self._manager.chunks:
             if chunk.gradient is None:
                 continue
             self.reveal(chunk)
             for position, binding in enumerate(chunk.bindings):
+                if parameters is not None and id(binding.parameter) not in parameters:
+                    continue
                 gradient = _grad_of(binding.parameter)
                 if gradient is not None and gradient is not self._stand_ins.get(id(binding.parameter)):
                     gradient.detach_().zero_()

@@ -43,6 +43,11 @@ class Ticket:
         """True if `wait` would return or raise at once."""
         return self.is_over or self._error is not None
 
+    def rest(self, seconds: float) -> None:
+        """Return when nothing of it is under way, or after so long. Raises nothing, and has nothing tried again."""
+        with self._changed:
+            self._changed.wait_for(self.done, seconds)
+
     @property
     def is_over(self) -> bool:
         """True if nothing of it is left to do."""

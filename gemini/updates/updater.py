@@ -31,6 +31,11 @@ class Groups:
     rules: Mapping[tuple[int, tuple[StateSlot, ...]], GroupRule]
     """By the index of a group, and the states of a chunk with a parameter of it."""
 
+    def of_chunk(self, chunk: Chunk) -> dict[int, GroupRule]:
+        """The rules of the groups that a chunk may have parameters of, by their index."""
+        slots = tuple(chunk.states.values())
+        return {index: rule for (index, kept), rule in self.rules.items() if kept == slots}
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -57,19 +62,20 @@ class Updater:
         self.steps: dict[int, int] = {}
         """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
         means nothing; where it does, it may be 0, if somebody has set it."""
-        self.slots: dict[int, tuple[StateSlot, ...]] = {
-            chunk.layout.group.param_group: tuple(chunk.states.values())
-            for chunk in manager.chunks
-            if chunk.is_trainable
-        }
-        """By group: the states that there is room for."""
         self._manager = manager
         self._queue = queue
         self._gradients = gradients
 
-    def admit(self, group: int, slots: tuple[StateSlot, ...]) -> None:
-        """Update parameters of this group from now on, which are in chunks with room for ``slots``."""
-        self.slots[group] = slots
+    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[StateSlot, ...]]:
+        """By the index of a group: the states that all chunks with parameters of it have room for."""
+        room: dict[int, tuple[StateSlot, ...]] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                place = self._manager.find(parameter)
+                if place is not None and place[0].is_trainable:
+                    slots = tuple(place[0].states.values())
+                    room[index] = tuple(slot for slot in room.get(index, slots) if slot in slots)
+        return room
 
     def groups(self, optimizer: ManagedOptimizer) -> Groups:
         """The arithmetic of each group.
@@ -105,13 +111,14 @@ class Updater:
         of_step: dict[tuple[int, int, bool], AtStep] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
-        previous, slots = -2, tuple(chunk.states.values())
+        previous = -2
+        rules = groups.of_chunk(chunk)
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
             index = groups.of.get(id(parameter))
             if index is None:
                 continue
-            group = groups.rules[index, slots]
+            group = rules[index]
             step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
             if group.remembers:
                 taken[id(parameter)] = step
@@ -156,8 +163,10 @@ class Updater:
                 chunk.poison()  # until the next pin
         for each in planned:
             chunk = each.chunk
-            if chunk.pins or chunk.is_lent:
+            if chunk.pins or chunk.is_lent or (chunk.is_split and chunk.loan is not None):
                 chunk.settle()
+                if chunk.loan is not None:
+                    chunk.loan.remember_all()
                 if each.update.out is None and chunk.is_resident and not chunk.full_is_home:
                     self._manager.refresh(chunk)
             elif chunk.gradient is not None and chunk.gradient.is_held:

@@ -691,18 +691,6 @@ def stacked_by_func(run: Training) -> Any:
     return parameters
 
 
-@use(refusal=ONLY_EAGER, may_be_equal=True)
-def a_scripted_function(run: Training) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of scripting itself
-        norm = torch.jit.script(_norm)
-    return [norm(p) for p in run.given_parameters]
-
-
-def _norm(x: Tensor) -> Tensor:
-    return (x * x).sum().sqrt()
-
-
 @use()
 def per_sample_gradients(run: Training) -> Any:
     parameters = {name: p.detach() for name, p in run.model.named_parameters()}

@@ -31,6 +31,10 @@ class GivenOptimizer:
         returned = self._returned()
         return self.__dict__["param_groups"] if returned is None else returned.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        self._ask().param_groups = groups
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return self._ask().step(closure)
 

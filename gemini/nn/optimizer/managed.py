@@ -61,7 +61,12 @@ class ManagedStep(Protocol):
         """Add a group after boosting, or raise."""
 
     def clip_grad_by_norm(
-        self, optimizer: "ManagedOptimizer", max_norm: float, norm_type: float, error_if_nonfinite: bool
+        self,
+        optimizer: "ManagedOptimizer",
+        max_norm: float,
+        norm_type: float,
+        error_if_nonfinite: bool,
+        parameters: Iterable[Tensor],
     ) -> Tensor:
         """Arrange that the next step uses clipped gradients; return the norm before clipping."""
 
@@ -273,17 +278,31 @@ class ManagedOptimizer(Optimizer):
             )
         return super().__getstate__()
 
-    def clip_grad_by_norm(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+    def clip_grad_by_norm(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        parameters: Iterable[Tensor] | None = None,
+    ) -> Tensor:
         """Scale the gradients of all parameters so that their norm together is at most ``max_norm``.
+
+        Parameters
+        ----------
+        parameters
+            The optimizer's parameters in another order than that of its groups. The norm is one of norms, and its
+            rounding depends on their order: ``model.parameters()`` gives the bits of
+            ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``.
 
         Returns
         -------
         Tensor
             The norm before clipping.
         """
+        in_order = self._parameters() if parameters is None else list(parameters)
         if self._managed is not None:
-            return self._managed.clip_grad_by_norm(self, max_norm, norm_type, error_if_nonfinite)
-        return torch.nn.utils.clip_grad_norm_(self._parameters(), max_norm, norm_type, error_if_nonfinite)
+            return self._managed.clip_grad_by_norm(self, max_norm, norm_type, error_if_nonfinite, in_order)
+        return torch.nn.utils.clip_grad_norm_(in_order, max_norm, norm_type, error_if_nonfinite)
 
     def clip_grad_by_value(self, clip_value: float) -> None:
         """Clamp every gradient element to ``[-clip_value, clip_value]``."""

@@ -97,11 +97,30 @@ def test_the_callback_logs_statistics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"gradient_clip_val": 1.0}, "max_norm"), ({"precision": "bf16-true"}, "precision=")]
+    ("plugin", "changes", "message"),
+    [
+        ({"max_norm": 1.0}, {"gradient_clip_val": 1.0}, "clipped twice"),
+        ({"update_in_backward": True}, {"gradient_clip_val": 1.0}, "cannot clip"),
+        ({}, {"precision": "bf16-mixed"}, "precision="),
+        ({}, {"precision": "64-true"}, "precision="),
+        ({"precision": "fp16"}, {}, "loss scale"),
+    ],
 )
-def test_what_cannot_be_kept_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_kept_is_refused(
+    tmp_path: Path, plugin: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    ours = GeminiStrategy(GeminiPlugin(**{"precision": "fp32", "telemetry": False, **plugin}))
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, strategy(), **changes).fit(Module(), data())
+        trainer(tmp_path, ours, **changes).fit(Module(), data())
+
+
+def test_several_optimizers_are_refused(tmp_path: Path) -> None:
+    module = Module()
+    module.automatic_optimization = False
+    module.configure_optimizers = lambda: [HybridAdam(module.net[i].parameters()) for i in (0, 2)]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="configure_optimizers gave 2"):
+        trainer(tmp_path, strategy()).fit(module, data())
+    assert not is_boosted(module.net)
 
 
 def test_the_managed_part_must_be_clear(tmp_path: Path) -> None:

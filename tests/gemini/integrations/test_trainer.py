@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from gemini.boosted import boosted
 from gemini.booster.plugin import GeminiPlugin
@@ -14,40 +13,9 @@ from gemini.nn.optimizer import HybridAdam
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
-from gemini.integrations.hugging_face import GeminiTrainerCallback, GeminiTrainerMixin  # noqa: E402
+from trainer_rig import ManagedTrainer, Tokens, arguments, model  # noqa: E402
 
-
-class Tokens(Dataset[Any]):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tokens = torch.randint(0, 64, (12,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": tokens, "labels": tokens}
-
-
-def model() -> Any:
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
-
-
-def arguments(folder: Path, **changes: Any) -> Any:
-    fixed = {
-        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 4, "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 0.0, "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant", "seed": 3,
-    }  # fmt: skip
-    return transformers.TrainingArguments(**{**fixed, **changes})
-
-
-class ManagedTrainer(GeminiTrainerMixin, transformers.Trainer):  # type: ignore[misc, name-defined]
-    pass
+from gemini.integrations.hugging_face import GeminiTrainerCallback  # noqa: E402
 
 
 class Seen(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
@@ -123,27 +91,25 @@ def test_logs_hold_the_statistics_before_others_see_them(tmp_path: Path) -> None
     assert trainer.state.log_history[0]["memory/step/count"] == 1
 
 
-@pytest.mark.parametrize("plugin", [None, GeminiPlugin(telemetry=False)], ids=["its own", "the user's"])
-def test_clipping_goes_to_the_plugin(plugin: GeminiPlugin | None, tmp_path: Path) -> None:
-    asked = arguments(tmp_path, max_grad_norm=0.1)
-    trainer = ManagedTrainer(model=model(), args=asked, train_dataset=Tokens(), gemini_plugin=plugin)
-    trainer.train()
-    assert boosted(trainer.model).step.grad_norm is not None
-    assert boosted(trainer.model).config.max_norm == 0.1
-    assert plugin is None or plugin.config.max_norm == 0  # it is the user's, and may serve another model
-
-
-def test_clipping_beside_updates_in_backward_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [({"max_grad_norm": 0.1}, r"max_grad_norm=0\.0"), ({"gradient_accumulation_steps": 2}, "accumulation_steps at 1")],
+)
+def test_what_needs_all_gradients_is_refused_beside_updates_in_backward(
+    asked: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     plugin = GeminiPlugin(update_in_backward=True, telemetry=False)
-    asked = arguments(tmp_path, max_grad_norm=0.1)
-    trainer = ManagedTrainer(model=model(), args=asked, train_dataset=Tokens(), gemini_plugin=plugin)
-    with pytest.raises(ValueError, match=r"max_grad_norm=0\.0"):
+    trainer = ManagedTrainer(
+        model=model(), args=arguments(tmp_path, **asked), train_dataset=Tokens(), gemini_plugin=plugin
+    )
+    with pytest.raises(ValueError, match=message):
         trainer.train()
 
 
-def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="precision="):
-        ManagedTrainer(model=model(), args=arguments(tmp_path, bf16=True), train_dataset=Tokens())
+@pytest.mark.parametrize("name", ["bf16", "bf16_full_eval", "torch_compile"])
+def test_what_cannot_be_kept_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"leave {name} off"):
+        ManagedTrainer(model=model(), args=arguments(tmp_path, **{name: True}), train_dataset=Tokens())
 
 
 def test_the_callback_leaves_a_plain_model_alone(tmp_path: Path) -> None:

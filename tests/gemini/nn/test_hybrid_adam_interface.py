@@ -133,9 +133,9 @@ class Manager:
         optimizer.register_param_group(group)
 
     def clip_grad_by_norm(
-        self, optimizer: HybridAdam, max_norm: float, norm_type: float, error_if_nonfinite: bool
+        self, optimizer: HybridAdam, max_norm: float, norm_type: float, error_if_nonfinite: bool, parameters: Any
     ) -> Tensor:
-        self.calls.append(("clip_grad_by_norm", max_norm, norm_type, error_if_nonfinite))
+        self.calls.append(("clip_grad_by_norm", max_norm, norm_type, error_if_nonfinite, len(parameters)))
         return torch.tensor(7.0)
 
     def clip_grad_by_value(self, optimizer: HybridAdam, value: float) -> None:
@@ -158,7 +158,7 @@ def test_a_managed_optimizer_hands_everything_over() -> None:
         ("step",),
         ("zero_grad",),
         ("load_state_dict", {"saved": 1}),
-        ("clip_grad_by_norm", 1.0, 2.0, False),
+        ("clip_grad_by_norm", 1.0, 2.0, False, 2),
         ("clip_grad_by_value", 2.0),
     ]
     assert torch.equal(param, torch.ones(4))

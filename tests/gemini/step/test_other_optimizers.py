@@ -65,11 +65,14 @@ def test_clipping_and_accumulation_have_the_bits_of_plain_torch(name: str, place
         for run in (ours, plain):
             for micro in range(3):
                 run.backward(run.loss(3 * step + micro) / 3)
+        in_groups = [p for group in plain.optimizer.param_groups for p in group["params"]]
         norms = [
-            ours.optimizer.clip_grad_by_norm(0.01),
+            ours.optimizer.clip_grad_by_norm(float("inf")),
+            nn.utils.clip_grad_norm_(in_groups, float("inf")),
+            ours.optimizer.clip_grad_by_norm(0.01, parameters=ours.model.parameters()),
             nn.utils.clip_grad_norm_(plain.model.parameters(), 0.01),
         ]
-        assert torch.equal(*norms) and norms[0] > 0.01
+        assert torch.equal(*norms[:2]) and torch.equal(*norms[2:]) and norms[2] > 0.01
         for run in (ours, plain):
             run.optimizer.step()
             run.optimizer.zero_grad()

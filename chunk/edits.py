@@ -1,0 +1,104 @@
+"""What users change in parameters, on its way home.
+
+Forward and backward change no parameter, so home and full copy differ where somebody else has written: in place through
+the parameter (its version counter tells), in memory that was lent ([Note: Loans]), or by assigning to ``p.data``.
+"""
+
+import torch
+from torch import Tensor
+
+from .chunk import Chunk
+from .loan import Loan
+from .state import ChunkState
+from .tier import Role
+from .values import differing, read_slot, write_slot
+
+
+def bring_edits_home(chunk: Chunk) -> None:
+    """Write home what was changed in place in a full copy. Only elements that differ, bit by bit.
+
+    The others keep the bits that the compute dtype has no room for.
+
+    Raises
+    ------
+    ValueError
+        If masters are in two halves and a module has changed one in its forward: which elements differ cannot be told.
+    """
+    if chunk.is_split:
+        if chunk.loan is not None:
+            _bring_upper_halves_home(chunk, chunk.loan)
+        if edited := chunk.edited():
+            raise ValueError(
+                f"{chunk.layout.slots[edited[0]].name} was changed in place, which with split_master=True changes only "
+                "the upper half of its masters: assign to p.data instead (p.data = p.data.clone() takes what it shows "
+                "now), or boost without split_master"
+            )
+    if chunk.full_is_home or chunk.state not in (ChunkState.READY, ChunkState.IN_USE):
+        return
+    positions = set(chunk.edited())
+    if chunk.loan is not None:
+        positions.update(chunk.loan.positions)
+        if not chunk.is_lent:  # asked before looking: what is written from now on is seen the next time
+            chunk.loan = None
+    if positions:
+        chunk.settle()
+    for position in sorted(positions):
+        view = chunk.views[position]
+        home = read_slot(chunk, position, Role.MASTER).to(view.device)
+        _write_differing(chunk, position, home, differing(view, home))
+
+
+def _bring_upper_halves_home(chunk: Chunk, loan: Loan) -> None:
+    if not chunk.is_lent:
+        chunk.loan = None
+    chunk.settle()
+    for position in loan.positions:
+        differs = differing(chunk.views[position], loan.before(position))
+        home = read_slot(chunk, position, Role.MASTER).to(differs.device) if differs.any() else differs
+        _write_differing(chunk, position, home, differs)
+        loan.remember(position)
+
+
+def _write_differing(chunk: Chunk, position: int, home: Tensor, differs: Tensor) -> None:
+    if differs.any():
+        view = chunk.views[position]
+        write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(home.dtype), home))
+    chunk.accept(position)
+
+
+def check_assigned(chunk: Chunk, position: int, value: Tensor) -> None:
+    """See whether a tensor can be the ``data`` of a parameter.
+
+    Raises
+    ------
+    ValueError
+        If it has another shape, dtype or device.
+    """
+    view = chunk.views[position]
+    if value.dtype not in (view.dtype, chunk.master_dtype) or value.device != view.device:
+        raise ValueError(
+            f"a tensor of {value.dtype} on {value.device} was assigned to the data of "
+            f"{chunk.layout.slots[position].name}, which is of {view.dtype} on {view.device} and keeps both after "
+            "booster.boost: copy with p.data.copy_(value), or convert the model before booster.boost"
+        )
+    check_shape(chunk, position, value)
+
+
+def check_shape(chunk: Chunk, position: int, value: Tensor) -> None:
+    """Raise ValueError if a value has another shape than the parameter that it is for."""
+    slot = chunk.layout.slots[position]
+    if value.shape != slot.shape:
+        raise ValueError(
+            f"a tensor of shape {tuple(value.shape)} was assigned to the data of {slot.name}, whose shape is "
+            f"{tuple(slot.shape)}: a parameter keeps its place in its chunk, and with it its shape. Resize it before "
+            "booster.boost, or copy values of its own shape with p.data.copy_(value)"
+        )
+
+
+def put(chunk: Chunk, position: int, value: Tensor) -> None:
+    """Have home and, where there is one, the full copy hold a value. No update and no move is under way."""
+    write_slot(chunk, position, Role.MASTER, value)
+    chunk.accept(position)
+    if chunk.is_resident and not chunk.full_is_home:
+        with torch.no_grad():
+            chunk.views[position].copy_(value)

@@ -1,0 +1,77 @@
+"""accelerate's `Accelerator`, for a model whose parameters are where chunks are."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gemini.boosted import boosted, is_boosted
+from gemini.config import GeminiConfig
+from gemini.nn.optimizer.managed import ManagedOptimizer
+
+from .clipping import clip_by_norm, has_all
+
+
+class ManagedAccelerator(Accelerator):
+    """Moves data to the device, and leaves a boosted model and its optimizer where they are. Clips their gradients."""
+
+    def prepare_model(self, model: nn.Module, device_placement: bool | None = None, **options: Any) -> nn.Module:
+        placement = False if is_boosted(model) else device_placement
+        return super().prepare_model(model, device_placement=placement, **options)  # type: ignore[no-any-return]
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
+        inner = unwrapped(optimizer)
+        is_managed = isinstance(inner, ManagedOptimizer) and inner._managed is not None
+        placement = False if is_managed else device_placement
+        return super().prepare_optimizer(optimizer, device_placement=placement)  # type: ignore[no-any-return]
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2
+    ) -> Tensor | float | None:
+        """Clip, and return the norm before that; None where gradients are used up one by one and have no norm.
+
+        A plugin with a ``max_norm`` of its own clips within the step, and nothing is clipped here.
+        """
+        parameters = list(parameters)
+        config, optimizer = self._training(parameters)
+        if config is None or optimizer is None:
+            return super().clip_grad_norm_(parameters, max_norm, norm_type)  # type: ignore[no-any-return]
+        if config.update_in_backward and math.isinf(max_norm):
+            return None
+        return clip_by_norm(optimizer, parameters, math.inf if config.max_norm > 0 else max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Iterable[Tensor], clip_value: float) -> None:
+        parameters = list(parameters)
+        _, optimizer = self._training(parameters)
+        if optimizer is None:
+            super().clip_grad_value_(parameters, clip_value)
+        else:
+            optimizer.clip_grad_by_value(clip_value)
+
+    def _training(self, parameters: Iterable[Tensor]) -> tuple[GeminiConfig | None, ManagedOptimizer | None]:
+        """The optimizer that trains just these parameters, and how its model is boosted.
+
+        Gradients of a part of a model are clipped through ``p.grad``, which says so where it cannot be.
+        """
+        for model in self._models:
+            if is_boosted(model):
+                config, optimizer = boosted(model).config, boosted(model).optimizer
+                if optimizer is not None and has_all(optimizer, parameters):
+                    return config, optimizer
+        return None, None
+
+
+def managed(accelerator: Accelerator) -> Accelerator:
+    """Make an accelerator that somebody else has constructed a `ManagedAccelerator`, in place."""
+    cls = type(accelerator)
+    if not issubclass(cls, ManagedAccelerator):
+        accelerator.__class__ = type(cls.__name__, (ManagedAccelerator, cls), {"__module__": cls.__module__})
+    return accelerator
+
+
+def unwrapped(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer within accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
