@@ -5,7 +5,6 @@ Whoever imitates these can test the backend's logic without a device.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -87,11 +86,17 @@ class AcceleratorDriver:
         torch.accelerator.empty_cache()
 
 
-@dataclass(frozen=True, slots=True)
 class _Stream:
     """Equal to others of the same stream."""
 
-    _stream: torch.Stream
+    def __init__(self, stream: torch.Stream) -> None:
+        self._stream = stream
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream) and self._stream == other._stream
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
 
     def follow_current(self) -> None:
         self._stream.wait_stream(torch.accelerator.current_stream(self._stream.device))

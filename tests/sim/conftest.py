@@ -1,7 +1,6 @@
 """Fixtures of the tests on the simulated device. All are marked ``own_process``: its name is global to a process."""
 
 import gc
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,15 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from device_build import Unavailable
-from sim_tasks import LOOP_PLACEMENTS, PLACEMENTS, in_folder
+from sim_tasks import LOOP_PLACEMENTS, PLACEMENTS, SEED, in_folder
 from simulated import GIB, SimulatedDevice, register
 
 from gemini.updates import update_pipeline
 from gemini.updates.ticket import Ticket
 from gemini.updates.update_queue import UpdateQueue
-
-SEED = int(os.environ.get("GEMINI_MEMORY_SIM_SEED", "0"))
-"""Another order of streams in all tests that don't choose one themselves."""
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +52,7 @@ def loop_placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, 
 
 
 @pytest.fixture
-def late_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+def late_updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Updates begin when something waits for one of them, and not before."""
     awaited = threading.Event()
     wait, submit, compute = Ticket.wait, UpdateQueue.submit, update_pipeline._compute
@@ -76,3 +72,5 @@ def late_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ticket, "wait", waiting)
     monkeypatch.setattr(UpdateQueue, "submit", submitting)
     monkeypatch.setattr(update_pipeline, "_compute", computing)
+    yield
+    awaited.set()  # a test that has failed leaves updates, which hold their model

@@ -1,5 +1,6 @@
 """What is trained on the simulated device, and where its model data lie."""
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from loop import SMALL as LOOP_SMALL
 from loop import Trained, batch, build
 from parity import Run, Task, run_plain
 from torch import Tensor, nn
+
+SEED = int(os.environ.get("GEMINI_MEMORY_SIM_SEED", "0"))
+"""Another order of streams in all tests that don't choose one themselves."""
 
 WIDTH, VOCABULARY, LENGTH = 64, 50, 6
 

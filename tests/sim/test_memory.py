@@ -50,6 +50,7 @@ def test_a_device_of_any_size_trains_with_the_same_numbers(device: SimulatedDevi
     assert homes == ({Tier.DEVICE} if mib == 8 else {Tier.DEVICE, Tier.HOST})
     assert manager.ledger.used(Tier.DEVICE) <= torch.accelerator.memory_allocated() <= nbytes
     assert torch.accelerator.memory_stats()["num_ooms"] == refused
+    check_at_rest(run.model)
 
 
 @pytest.mark.parametrize("name", LOOP_PLACEMENTS)

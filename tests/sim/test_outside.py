@@ -1,6 +1,12 @@
 """Uses outside of forward, where parameters are on a device with memory of its own."""
 
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from outside.catalogue import USES, cases
@@ -9,10 +15,33 @@ from simulated import SimulatedDevice
 
 pytestmark = [pytest.mark.own_process(), pytest.mark.filterwarnings("ignore")]  # libraries' own warnings
 
+ONE_IN = 4
+"""Of the uses in a placement, those that run by default; the others are ``heavy``: they take four minutes."""
 
-@pytest.mark.parametrize(("name", "placement"), cases(SIMULATED))
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries() -> None:
+    """Import all that uses need, and keep it out of the collection before each test: that took half a second."""
+    for library in {library for use in USES.values() for library in use.libraries}:
+        if find_spec(library) is not None:
+            import_module(library)
+    gc.collect()
+    gc.freeze()
+
+
+def some_of(pairs: list[tuple[str, str]]) -> Iterator[Any]:
+    seen = Counter[str]()
+    for name, placement in pairs:
+        marks = pytest.mark.heavy if seen[placement] % ONE_IN else ()
+        seen[placement] += 1
+        yield pytest.param(name, placement, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "placement"), list(some_of(cases(SIMULATED))))
 def test_a_use_is_equal_to_plain_pytorch_or_refused(
     name: str, placement: str, device: SimulatedDevice, tmp_path: Path
 ) -> None:
+    for library in USES[name].libraries:
+        pytest.importorskip(library, reason=f"{library} is not installed")
     verdict = USES[name].judge(SIMULATED[placement], str(tmp_path))
     assert verdict.is_right, f"{verdict.kind}: {verdict.text}"
