@@ -78,7 +78,7 @@ class KeptStates:
     def form(self, parameter: Tensor, name: str) -> Tensor:
         """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
         if name == STEP:
-            return torch.empty((), device="meta")
+            return torch.empty((), dtype=torch.float32, device="meta")
         dtype, place = (
             next(slot.dtype for slot in self.slots(parameter) if slot.name == name),
             self._manager.slot(parameter),
@@ -123,14 +123,14 @@ class KeptStates:
         if name in notes:
             return notes[name].detach().to("cpu", copy=True) if isinstance(notes[name], Tensor) else notes[name]
         if name == STEP:
-            return torch.tensor(float(self.count(parameter)))
+            return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         return read_state(self._manager, self._rule, parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""
         self._manager.before_read()
         if name == STEP:
-            return torch.tensor(float(self.count(parameter)))
+            return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         home = home_of(self._manager, self._rule, parameter, name)
         return read_state(self._manager, self._rule, parameter, name).to(parameter.device) if home is None else home
 
