@@ -102,3 +102,5 @@ def put(chunk: Chunk, position: int, value: Tensor) -> None:
     if chunk.is_resident and not chunk.full_is_home:
         with torch.no_grad():
             chunk.views[position].copy_(value)
+    if chunk.loan is not None:
+        chunk.loan.remember(position)

@@ -94,8 +94,8 @@ class Loan:
         return self._before[position]
 
     def remember(self, position: int) -> None:
-        """Home has the same values now."""
-        if self._remembers:
+        """Home has the same values now, if this position has been lent."""
+        if self._remembers and position in self._parts:
             self._before[position] = self._views[position].detach().clone(memory_format=torch.preserve_format)
 
     def remember_all(self) -> None:

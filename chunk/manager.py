@@ -425,6 +425,8 @@ class ChunkManager:
             if chunk.is_lent and not chunk.full_is_home:
                 with torch.no_grad():
                     chunk.views[position].copy_(value)
+            if chunk.loan is not None:
+                chunk.loan.remember(position)
         self.after_write(parameter, role)
 
     def settle(self) -> None:

@@ -279,8 +279,30 @@ def assigned(run: Trained) -> object:
     return None
 
 
+def loaded_into_held_memory(run: Trained) -> object:
+    held = [parameter.data for parameter in run.model.parameters()]
+    run.model.load_state_dict({name: value * 0.7 for name, value in run.model.state_dict().items()})
+    return held
+
+
+def assigned_to_held_memory(run: Trained) -> object:
+    held = [parameter.detach() for parameter in run.model.parameters()]
+    for parameter in run.model.parameters():
+        parameter.data = torch.full(parameter.shape, 0.0123)  # fp32, as masters are
+    return held
+
+
 @pytest.mark.parametrize(
-    "edit", [clamped, halved_through_data, scaled_by_foreach, held_and_written_after_a_step, assigned]
+    "edit",
+    [
+        clamped,
+        halved_through_data,
+        scaled_by_foreach,
+        held_and_written_after_a_step,
+        assigned,
+        loaded_into_held_memory,
+        assigned_to_held_memory,
+    ],
 )
 def test_changes_in_place_are_what_they_are_with_whole_masters(edit: Callable[[Trained], object]) -> None:
     whole, ours = Trained(SMALL, "bf16"), Trained(SMALL, "bf16", split_master=True)
