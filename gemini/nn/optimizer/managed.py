@@ -175,8 +175,10 @@ class ManagedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
-        if self._managed is not None:
-            self._managed.zero_grad(self, set_to_none)
+        # A wrapper of the optimizer's class may have been made without it; parameters clear their gradients, too.
+        managed = getattr(self, "_managed", None)
+        if managed is not None:
+            managed.zero_grad(self, set_to_none)
         else:
             super().zero_grad(set_to_none)
 
