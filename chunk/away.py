@@ -102,8 +102,8 @@ class Keeper(Protocol):
     def show_gradient(self, parameter: Tensor) -> None:
         """Have ``parameter.grad`` be what it is in plain PyTorch."""
 
-    def forget_gradient(self, parameter: Tensor) -> None:
-        """``parameter.grad`` is about to be set or deleted."""
+    def replace_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
+        """``parameter.grad`` is about to be set, or deleted."""
 
 
 class _Link:
@@ -261,7 +261,7 @@ def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
         if func.__name__ == "__get__":
             keeper.show_gradient(first)
         elif first is args[0]:
-            keeper.forget_gradient(first)
+            keeper.replace_gradient(first, args[1] if len(args) > 1 else None)
         with QUIET():
             return func(*args, **kwargs)
     if what is Kind.ASSIGN and first is args[0]:

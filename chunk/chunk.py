@@ -144,8 +144,8 @@ class Chunk:
 
     def begin_fetch(self, transfer: Transfer) -> None:
         """HOME -> FETCHING; the manager has given ``full`` its memory."""
-        self._move_to(ChunkState.FETCHING)
         self._transfer = transfer
+        self._move_to(ChunkState.FETCHING)
 
     def finish_fetch(self) -> None:
         """FETCHING -> READY, when the data are there.
@@ -155,14 +155,18 @@ class Chunk:
         OffloadError
             If the move failed; the chunk is then at HOME again, without its memory.
         """
-        transfer, self._transfer = self._transfer, None
+        transfer = self._transfer
         assert transfer is not None
         try:
             transfer.wait()
-        except BaseException:
-            self._move_to(ChunkState.HOME)
+        except BaseException as error:
+            # Another signal's handler may raise in this thread: the move then goes on, and must keep its memory.
+            if isinstance(error, Exception) or transfer.done():
+                self._move_to(ChunkState.HOME)
+                self._transfer = None
             raise
         self._move_to(ChunkState.READY)
+        self._transfer = None
 
     @property
     def has_arrived(self) -> bool:
@@ -183,7 +187,8 @@ class Chunk:
         if self.update is not None:
             self.settle()
         if self.pins == 0:
-            self._move_to(ChunkState.IN_USE)
+            if self.state is not ChunkState.IN_USE:  # it is after an interrupt of `pin` or `unpin`
+                self._move_to(ChunkState.IN_USE)
             for binding in self.bindings:
                 binding.parameter.__class__ = binding.plain
         self.pins += 1
@@ -198,6 +203,16 @@ class Chunk:
             for binding in self.bindings:
                 binding.parameter.__class__ = binding.away
 
+    def forget_lost_pins(self, pins: int) -> None:
+        """Have so many pins: those that exist. An interrupt may have come between a pin and its being noted."""
+        if self.pins == pins and (self.state is ChunkState.IN_USE) == (pins > 0):
+            return
+        self.pins = pins
+        if pins == 0 and self.state is ChunkState.IN_USE:
+            self._move_to(ChunkState.READY)
+        for binding in self.bindings:
+            binding.parameter.__class__ = binding.plain if pins else binding.away
+
     def evict(self) -> None:
         """READY -> HOME. Copies nothing: the full copy is clean, or the manager has kept what was changed in it."""
         assert not self.is_lent
@@ -208,10 +223,10 @@ class Chunk:
     def poison(self) -> None:
         """Point the parameters at NaN (the full copy is gone, or an update is rewriting it)."""
         if not self.is_poisoned:
+            self.is_poisoned = True  # first: after an interrupt the next pin has to point all of them
             with QUIET():
                 for binding in self.bindings:
                     binding.parameter.data = binding.poison
-            self.is_poisoned = True
 
     def _expose(self) -> None:
         """Point the parameters at the full copy."""
@@ -251,9 +266,12 @@ class Chunk:
         found = []
         with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
             for position, binding in enumerate(self.bindings):
-                ours = binding.poison if self.is_poisoned else binding.view
+                ours, former = binding.poison, binding.view
+                if not self.is_poisoned:
+                    ours, former = former, ours
                 if not binding.parameter.is_set_to(ours):
-                    found.append((position, binding.parameter.data))
+                    if not binding.parameter.is_set_to(former):  # else an interrupt came between
+                        found.append((position, binding.parameter.data))
                     binding.parameter.data = ours
         return found
 

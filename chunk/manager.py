@@ -1,7 +1,7 @@
 """All chunks of a model: moves them, finds a parameter's place, and reads and replaces what lies there."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -17,7 +17,7 @@ from .edits import bring_edits_home, check_assigned, check_shape, put
 from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
-from .memory import DeviceBackend
+from .memory import DeviceBackend, Transfer
 from .origin import Origin
 from .plan import ChunkPlan
 from .shortage import no_room, refused
@@ -91,6 +91,8 @@ class ChunkManager:
         """Bytes that DEVICE has beyond its capacity."""
         self.origin = Origin()
         self._clock = 0
+        self._full_bytes = 0
+        """What the ledger counts for full copies."""
         reserve_homes(plans, ledger, device)
         self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
         for tier, nbytes in gradient_room.items():
@@ -207,13 +209,18 @@ class ChunkManager:
 
     def _begin_fetch(self, chunk: Chunk, background: bool) -> None:
         self.ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
+        self._full_bytes += chunk.full_nbytes
+        transfer: Transfer | None = None
         try:
             self.device.grow(chunk.full)
             transfer = self.device.upload(chunk.full, chunk.source, chunk.update, background)
+            chunk.begin_fetch(transfer)
         except BaseException:  # also the error of a pending update, where upload waited for it
-            self._free(chunk)
+            if chunk.state is ChunkState.HOME:
+                if transfer is not None:  # an interrupt
+                    transfer.wait()
+                self._free(chunk)
             raise
-        chunk.begin_fetch(transfer)
 
     def pin(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
         """Wait for the chunk (it must have been fetched) and keep it until `unpin`.
@@ -326,12 +333,35 @@ class ChunkManager:
         try:
             chunk.finish_fetch()
         except BaseException:
-            self._free(chunk)
+            if chunk.state is ChunkState.HOME:
+                self._free(chunk)
             raise
 
     def _free(self, chunk: Chunk) -> None:
         self.device.shrink(chunk.full)
         self.ledger.give(Tier.DEVICE, chunk.full_nbytes)
+        self._full_bytes -= chunk.full_nbytes
+
+    def mend(self, held: Collection[Chunk]) -> None:
+        """Nothing runs: take back what interrupts have left behind.
+
+        A ``KeyboardInterrupt`` comes between any two instructions: between a pin and its being noted, between an
+        eviction and the release of its memory. In a notebook training goes on after it.
+
+        Parameters
+        ----------
+        held
+            Chunks that have a pin.
+        """
+        for chunk in self.chunks:
+            chunk.forget_lost_pins(int(chunk in held))
+        resident = sum(chunk.full_nbytes for chunk in self.chunks if chunk.is_resident)
+        if self._full_bytes != resident:
+            for chunk in self.chunks:
+                if not (chunk.is_resident or chunk.full_is_home):
+                    self.device.shrink(chunk.full)
+            self.ledger.give(Tier.DEVICE, self._full_bytes - resident)
+            self._full_bytes = resident
 
     def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         """Evict until ``chunk`` fits.

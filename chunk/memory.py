@@ -6,6 +6,7 @@ one.
 """
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -68,6 +69,25 @@ class Underway:
 
     def rest(self, seconds: float) -> None:
         wait([self._future], seconds)
+
+
+class Move:
+    """A task for a worker that can be called off."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._is_off = False
+        self._running = Lock()
+
+    def __call__(self) -> None:
+        with self._running:
+            if not self._is_off:
+                self._work()
+
+    def call_off(self) -> None:
+        """Have it not run, or wait until it has."""
+        with self._running:
+            self._is_off = True
 
 
 class Caller(Protocol):
@@ -220,7 +240,12 @@ class RamBackend:
         if not background and source.tensor is not None:
             self._fill(full, source, after)
             return Arrived()
-        return Underway(self._workers.submit(self._fill, full, source, after))
+        move = Move(partial(self._fill, full, source, after))
+        try:
+            return Underway(self._workers.submit(move))
+        except BaseException:
+            move.call_off()  # of an interrupt one can't tell whether it came before or after the submission
+            raise
 
     def _fill(self, full: Tensor, source: Buffer, after: "Transfer | None") -> None:
         if after is not None:

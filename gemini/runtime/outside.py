@@ -90,8 +90,8 @@ class Outside(Keeper):
         self._gradients.reveal(self._place(parameter)[0])
         self._gradients.copy_in_reach(parameter)
 
-    def forget_gradient(self, parameter: Tensor) -> None:
-        self._gradients.forget_withdrawn(parameter)
+    def replace_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
+        self._gradients.before_replacing(parameter, gradient)
 
     def _remember_upper_halves(self, parameters: list[Tensor]) -> None:
         """Before an operation that may change masters in two halves: what is changed is told by comparing."""

@@ -255,6 +255,8 @@ class Runtime:
         if self.profile.is_measuring and self.cycle.is_complete:
             self.meter.sample(self._model_bytes())
             self.profile.end(self.meter.last_bytes)
+        if not self._open:
+            self._mend()
         self.manager.forget_addresses()
         self.manager.repay()
         self.batch = batch = Batch(with_gradients, shapes)
@@ -384,6 +386,11 @@ class Runtime:
         self._backward_visits.clear()
         for visit in list(self._open):
             self.leave(visit)
+        self._mend()
+
+    def _mend(self) -> None:
+        with self.lock:  # other threads may be reading parameters
+            self.manager.mend(self._held)
 
     def explain(self, error: BaseException, torn: str = "") -> None:
         """If the model's own computation ran out of memory: leave it more from now on, and say so.

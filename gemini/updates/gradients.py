@@ -114,8 +114,11 @@ class Gradients:
         """id of a parameter -> what ``p.grad`` was set to. Without an entry ``p.grad`` is autograd's or the user's."""
         self.withdrawn: set[Chunk] = set()
         """Chunks whose gradients an update has taken, and that nobody has cleared or asked for since."""
-        self._put: dict[int, weakref.ref[Tensor]] = {}
-        """id of a parameter -> the tensor that the user put there and an update has read, while somebody holds it."""
+        self._theirs: set[int] = set()
+        """ids of parameters whose ``p.grad`` the user has set: backward adds to that tensor, as in plain PyTorch."""
+        self._put: dict[int, Callable[[], Tensor | None]] = {}
+        """id of a parameter -> the tensor that was in ``p.grad`` when an update read it: one that the user has set, or
+        another while somebody holds it."""
         self._stand_ins: dict[int, AbsentGradient] = {}
         self._followed: set[int] = set()
         """ids of the parameters whose gradients go into chunks."""
@@ -154,8 +157,8 @@ class Gradients:
             gradient = parameter.grad
             if gradient is None or place is None or gradient is self._shown.get(id(parameter)):
                 return  # in the last case autograd added to the view, so the chunk has it
-            if gradient.requires_grad and not self._are_used_up:
-                return  # somebody will differentiate it; `collect` takes it over
+            if (gradient.requires_grad or id(parameter) in self._theirs) and not self._are_used_up:
+                return  # somebody will differentiate it, or has it in a buffer of their own: `collect` takes it over
             parameter.grad = None  # first: if what follows fails, the next backward must not find it here
         chunk, position = place
         assert chunk.gradient is not None
@@ -219,7 +222,8 @@ class Gradients:
                 else:
                     chunk.gradient.part_with(position)
                     chunk.gradient.write(position, gradient)
-                    self._put[id(parameter)] = weakref.ref(gradient)
+                    is_theirs = id(parameter) in self._theirs
+                    self._put[id(parameter)] = partial(_same, gradient) if is_theirs else weakref.ref(gradient)
                     self._show(parameter, chunk, position)
 
     def _changed(self, chunk: Chunk) -> list[tuple[int, Tensor | None]]:
@@ -259,16 +263,21 @@ class Gradients:
         """Show no gradient of a chunk any more."""
         self._take_off(chunk)
         self.withdrawn.discard(chunk)
-        if self._put:
+        if self._put or self._theirs:
             for binding in chunk.bindings:
-                self._put.pop(id(binding.parameter), None)
+                self._disown(binding.parameter)
+
+    def _disown(self, parameter: Tensor) -> None:
+        """No tensor of the user's is the gradient of a parameter any more."""
+        self._put.pop(id(parameter), None)
+        self._theirs.discard(id(parameter))
 
     def drop(self, chunk: Chunk, parameters: Set[int]) -> None:
         """Forget the gradients of some parameters (ids) of a chunk, and show them no more."""
         for parameter in (binding.parameter for binding in chunk.bindings if id(binding.parameter) in parameters):
             if self._shown.pop(id(parameter), None) is not None:
                 _set_grad(parameter, None)
-            self._put.pop(id(parameter), None)
+            self._disown(parameter)
             self._forget(parameter)
 
     def _take_off(self, chunk: Chunk) -> None:
@@ -307,11 +316,16 @@ class Gradients:
             chunk.settle()
             _set_grad(parameter, chunk.gradient.read(position).to(parameter.device))
 
-    def forget_withdrawn(self, parameter: Tensor) -> None:
-        """The user clears or replaces the gradient of a parameter, which may be withdrawn."""
+    def before_replacing(self, parameter: Tensor, gradient: Tensor | None) -> None:
+        """The user is about to set ``p.grad``, which may be withdrawn."""
         place = self._manager.find(parameter)
         if place is not None and place[0] in self.withdrawn:
             self._forget(parameter)
+        self._put.pop(id(parameter), None)
+        if gradient is None or gradient is self._shown.get(id(parameter)):
+            self._theirs.discard(id(parameter))
+        else:
+            self._theirs.add(id(parameter))
 
     def zero(self, parameters: Set[int] | None) -> None:
         """Fill gradients with zeros, which stay gradients: the step then moves and decays as torch does.
@@ -330,7 +344,7 @@ class Gradients:
                     continue
                 gradient = _grad_of(binding.parameter)
                 if gradient is not None and gradient is not self._stand_ins.get(id(binding.parameter)):
-                    gradient.detach_().zero_()
+                    (gradient if gradient.grad_fn is None else gradient.detach_()).zero_()
                 elif position in chunk.gradient.present:
                     zero = torch.zeros((), dtype=binding.view.dtype)
                     chunk.gradient.write(position, zero.expand(binding.view.shape))
@@ -346,6 +360,10 @@ class Gradients:
         place = self._manager.find(parameter)
         if place is not None and place[0].gradient is not None:
             place[0].gradient.present.discard(place[1])
+
+
+def _same(gradient: Tensor) -> Tensor:
+    return gradient
 
 
 def _grad_of(parameter: Tensor) -> Tensor | None:

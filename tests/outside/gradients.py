@@ -182,6 +182,23 @@ def cleared_by_an_optimizer_that_copies_its_attributes(run: Training) -> Any:
 
 
 @use()
+def in_one_flat_buffer(run: Training) -> Any:
+    """As optimizers that scale or exchange all gradients at once lay them out."""
+    parameters, start = run.given_parameters, 0
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=run.device)
+    for p in parameters:
+        p.grad = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    for _ in range(2):
+        run.backward()
+        flat.mul_(0.5)
+        run.optimizer.step()
+        flat.zero_()
+    run.optimizer.zero_grad()
+    return flat.norm()
+
+
+@use()
 def stepped_by_an_optimizer_that_wraps_another(run: Training) -> Any:
     class Wrapper:
         def __init__(self, optimizer: Any) -> None:
