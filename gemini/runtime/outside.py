@@ -48,8 +48,8 @@ class Outside(Keeper):
                 pinned = [] if is_in_unit else self._runtime.bring(chunks)
             if is_in_unit:
                 return run()
-            self._remember_upper_halves(parameters)
             try:
+                self._remember_upper_halves(parameters)
                 begin = next_number()
                 result = run()
                 self._keep_upper_halves(chunks)
