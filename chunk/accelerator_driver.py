@@ -58,7 +58,7 @@ class AcceleratorDriver:
         full.untyped_storage().resize_(full.numel() * full.element_size())
 
     def release(self, full: Tensor) -> None:
-        """Take them away, as soon as the stream that they were allocated in is through with them."""
+        """Take them away, behind the work in the stream that they were allocated in."""
         full.untyped_storage().resize_(0)
 
     def outlast(self, memory: Tensor) -> None:

@@ -204,7 +204,7 @@ class Chunk:
                 binding.parameter.__class__ = binding.away
 
     def forget_lost_pins(self, pins: int) -> None:
-        """Have so many pins: those that exist. An interrupt may have come between a pin and its being noted."""
+        """Set the number of pins to those that visits hold: an interrupt may have kept one from being noted."""
         if self.pins == pins and (self.state is ChunkState.IN_USE) == (pins > 0):
             return
         self.pins = pins

@@ -17,7 +17,7 @@ class Origin:
         Raises
         ------
         ForkError
-            In a forked child, where whoever waits for a thread of the parent waits for ever.
+            In a forked child, where waiting for a thread of the parent never ends.
         """
         if os.getpid() != self._pid:
             raise ForkError(

@@ -30,7 +30,7 @@ def is_managed(parameter: Tensor) -> bool:
 
 
 _REST_SECONDS = 60.0
-"""An update of 60 s is no update; whoever forks goes on then, and the child may not use the model in any case."""
+"""The longest that a fork waits. The child may not use the model in any case."""
 
 
 def _come_to_rest() -> None:

@@ -415,7 +415,7 @@ def _names(optimizer: ManagedOptimizer, group: Mapping[str, Any]) -> Sequence[st
 def _names_like(
     group: Mapping[str, Any], optimizer: ManagedOptimizer, saved: Mapping[str, Any]
 ) -> Sequence[str | None]:
-    """The names of a group, those from whoever built the optimizer where a saved group has the same."""
+    """The names of a group; the optimizer's own `param_names` where a saved group has the same."""
     given: Sequence[str] = group.get("param_names") or ()
     if given and set(given) == set(saved.get("param_names") or ()):
         return list(given)

@@ -3,7 +3,7 @@
 ``optimizer.state[p]["exp_avg"]`` is such a tensor. It has no memory of its own, so holding the whole state costs
 nothing, and it never goes stale: what it shows is what the optimizer has now, as in plain PyTorch. Rejected: copies
 that are compared with what was handed out before the next step. They are as large as the state, an edit is found only
-when something looks for it (``state[p]["exp_avg"].mul_(0.5)`` drops its tensor at once), and whoever keeps one sees old
+when something looks for it (``state[p]["exp_avg"].mul_(0.5)`` drops its tensor at once), and a kept one shows old
 numbers. Rejected, too: bare views of homes in RAM. Reading one races with updates in the background, and it is left
 behind when homes move.
 
