@@ -6,8 +6,8 @@ empty. Both are live: they show what the optimizer has now.
 
 One object stands for the state of a parameter as long as somebody has it, as in plain PyTorch, where it is a dict of
 its own: code that takes a state out, or puts another in its place, may put the first one back later. So what is
-replaced while it is held is copied to RAM before it goes. What is assigned is copied as well, into the chunks: changing it
-afterwards does not change the state.
+replaced while it is held is copied to RAM before it goes. What is assigned is copied as well, into the chunks:
+changing it afterwards does not change the state.
 """
 
 import copy
