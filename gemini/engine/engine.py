@@ -234,6 +234,11 @@ class Engine:
             self.pacing.replan()
         self.pacing.begin_cycle(with_gradients)
 
+    @property
+    def needs_each_unit(self) -> bool:
+        """True if each unit has to enter by itself: its moment is sampled, or its updates begin when it leaves."""
+        return self.sampling.is_on or self.in_backward is not None
+
     def chunks_changed(self) -> None:
         """Some have other homes and other full copies than when the plans were made, and are trained."""
         self.sampling.profile.forget_training()

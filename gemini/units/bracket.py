@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
 
 from .attached import Attached
 
@@ -15,6 +17,18 @@ Before = Callable[[nn.Module, Any, Any], Any]
 """Gets module, args and kwargs; returns None or new (args, kwargs)."""
 After = Callable[[nn.Module, Any, Any, Any], Any]
 """Gets module, args, kwargs and output (None after an exception); returns None or another output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """What is installed on a module. On one that is compiled it stays for good."""
+
+    hooks: tuple[RemovableHandle, ...] = ()
+
+    def remove(self) -> None:
+        """Take the hooks off the module."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -25,12 +39,11 @@ def is_compiled(module: nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
-def bracket(module: nn.Module, before: Before, after: After) -> None:
+def bracket(module: nn.Module, before: Before, after: After) -> Bracket:
     """Install both on the module, before the user's hooks."""
     if getattr(module, "_compiled_call_impl", None) is None:
-        module.register_forward_pre_hook(Attached(_never_compiled(before)), with_kwargs=True, prepend=True)
-        module.register_forward_hook(Attached(after), with_kwargs=True, always_call=True)
-        return
+        first = module.register_forward_pre_hook(Attached(_never_compiled(before)), with_kwargs=True, prepend=True)
+        return Bracket((first, module.register_forward_hook(Attached(after), with_kwargs=True, always_call=True)))
     # ``module.compile()``: its hooks are compiled with it, and ours must stay outside.
     compiled: Callable[..., Any] = module.__dict__["_compiled_call_impl"]
 
@@ -46,6 +59,7 @@ def bracket(module: nn.Module, before: Before, after: After) -> None:
         return output if changed is None else changed
 
     module.__dict__["_compiled_call_impl"] = call
+    return Bracket()
 
 
 def refuse_compilation() -> None:
