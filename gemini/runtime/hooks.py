@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from ..chunk import Chunk
 from ..planning.trace import Phase
-from ..units.bracket import bracket, is_compiled
+from ..torch_private import at_end_of_backward, current_backward, is_compiled, next_number, number_of
+from ..units.bracket import bracket
 from ..units.observer import Observer, tensors_in
 from ..units.results import Mark, Results
-from ..units.subgraph import first_nodes, last_nodes, next_number, unreachable
+from ..units.subgraph import first_nodes, last_nodes, unreachable
 from ..units.units import Countdown, Unit, Units, Visit, bracketed_modules
 from .dtype_errors import explain_dtypes
 from .runtime import Runtime
@@ -272,9 +273,9 @@ class Hooks:
                 hook_on(partial(_count, self._itself, visit, countdown))
 
     def _before_backward(self, visit: Visit) -> None:
-        task = torch._C._current_graph_task_id()
+        task = current_backward()
         if self._runtime.join_backward(task, visit):
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._runtime.end_backward, task))
+            at_end_of_backward(partial(self._runtime.end_backward, task))
         if not visit.is_open:
             for countdown in visit.countdowns:
                 countdown.restart()
@@ -356,7 +357,7 @@ class Hooks:
             What it returned.
         """
         own = range(begin, next_number())
-        nodes = {node for node in first_nodes(tensors_in(result), (), own) if node._sequence_nr() in own}
+        nodes = {node for node in first_nodes(tensors_in(result), (), own) if number_of(node) in own}
         if nodes:
             visit = Visit(self._outside, extra=chunks)
             self._enter_before(visit, nodes)
@@ -370,7 +371,7 @@ class _NotIn:
         self._own = own
 
     def __contains__(self, node: Any) -> bool:
-        return node._sequence_nr() not in self._own
+        return number_of(node) not in self._own
 
 
 def _before_backward(hooks: "ref[Hooks]", visit: Visit, gradients: Any) -> None:
@@ -387,7 +388,7 @@ def _count(hooks: "ref[Hooks]", visit: Visit, countdown: Countdown, *gradients: 
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return current_backward() != -1
 
 
 def _is_raising() -> bool:
