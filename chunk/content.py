@@ -13,7 +13,7 @@ is one more codec.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,9 @@ class BufferSpec:
 class Codec(Protocol):
     """How one kind of values lies in buffers."""
 
+    computes: ClassVar[bool]
+    """The values are not just what one buffer has, and what is written depends on what was there."""
+
     @property
     def specs(self) -> tuple[BufferSpec, ...]:
         """The buffers that are there for these values alone."""
@@ -67,12 +70,8 @@ class Codec(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the values."""
 
-    @property
-    def computes(self) -> bool:
-        """True if the values are not just what one buffer has, and what is written depends on what was there."""
-
     def decode(self, stored: Pieces) -> Tensor:
-        """The values of what the buffers have. It may be what the buffer has itself, and is not to be changed."""
+        """The values of what the buffers have. It may be what a buffer has itself, and is not to be changed."""
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
         """What is to be written for ``values``, by buffer.
@@ -100,6 +99,7 @@ class Plain:
     """Values that are kept as they are (a `Codec`; as one of masters, a `MasterCodec`)."""
 
     spec: BufferSpec
+    computes: ClassVar[bool] = False
 
     @property
     def specs(self) -> tuple[BufferSpec, ...]:
@@ -116,10 +116,6 @@ class Plain:
     def of_state(self, spec: BufferSpec) -> Codec:
         return Plain(spec)
 
-    @property
-    def computes(self) -> bool:
-        return False
-
     def decode(self, stored: Pieces) -> Tensor:
         return stored[self.spec.name]
 
@@ -128,7 +124,7 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True)
-class WithShadow:
+class WithShadow(Plain):
     """Masters in float32, and beside them what fetches read (a `MasterCodec`)."""
 
     low: torch.dtype
@@ -136,28 +132,27 @@ class WithShadow:
 
     @property
     def specs(self) -> tuple[BufferSpec, ...]:
-        return (BufferSpec(MASTER), BufferSpec(SHADOW, self.low))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
+        return (self.spec, BufferSpec(SHADOW, self.low))
 
     @property
     def source(self) -> str:
         return SHADOW
 
-    def of_state(self, spec: BufferSpec) -> Codec:
-        return Plain(spec)
+    def encode(self, values: Tensor, stored: Pieces) -> Pieces:
+        return {self.spec.name: values, SHADOW: values.to(self.dtype).to(self.low)}
 
-    @property
-    def computes(self) -> bool:
-        return False
+
+@dataclass(frozen=True, slots=True)
+class Marked(Plain):
+    """A state that is never negative, whose signs belong to split masters (a `Codec`)."""
+
+    computes: ClassVar[bool] = True
 
     def decode(self, stored: Pieces) -> Tensor:
-        return stored[MASTER]
+        return unmarked(stored[self.spec.name])
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
-        return {MASTER: values, SHADOW: values.to(self.dtype).to(self.low)}
+        return {self.spec.name: marked(values, stored[self.spec.name].signbit())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,25 +161,13 @@ class SplitBf16:
 
     marks: str
     """The state whose signs belong to the masters."""
-
-    @property
-    def specs(self) -> tuple[BufferSpec, ...]:
-        return (BufferSpec(MASTER, torch.bfloat16), BufferSpec(MASTER_LOW, torch.int16))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def source(self) -> str:
-        return MASTER
+    computes: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.float32
+    source: ClassVar[str] = MASTER
+    specs: ClassVar[tuple[BufferSpec, ...]] = (BufferSpec(MASTER, torch.bfloat16), BufferSpec(MASTER_LOW, torch.int16))
 
     def of_state(self, spec: BufferSpec) -> Codec:
         return Marked(spec) if spec.name == self.marks else Plain(spec)
-
-    @property
-    def computes(self) -> bool:
-        return True
 
     def decode(self, stored: Pieces) -> Tensor:
         return joined(stored[MASTER], stored[MASTER_LOW], stored[self.marks])
@@ -195,28 +178,3 @@ class SplitBf16:
         if not torch.equal(marks, stored[self.marks].signbit()):
             written[self.marks] = marked(stored[self.marks], marks)
         return written
-
-
-@dataclass(frozen=True, slots=True)
-class Marked:
-    """A state that is never negative, whose signs belong to split masters (a `Codec`)."""
-
-    spec: BufferSpec
-
-    @property
-    def specs(self) -> tuple[BufferSpec, ...]:
-        return (self.spec,)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.spec.dtype
-
-    @property
-    def computes(self) -> bool:
-        return True
-
-    def decode(self, stored: Pieces) -> Tensor:
-        return unmarked(stored[self.spec.name])
-
-    def encode(self, values: Tensor, stored: Pieces) -> Pieces:
-        return {self.spec.name: marked(values, stored[self.spec.name].signbit())}

@@ -48,7 +48,7 @@ def plan_of(
     if MASTER_LOW in tiers:
         codec = SplitBf16(marks="exp_avg_sq")
     elif SHADOW in tiers:
-        codec = WithShadow(dtype)
+        codec = WithShadow(BufferSpec(MASTER), dtype)
     in_reach = tiers[MASTER] is Tier.DEVICE or (tiers[MASTER] is Tier.HOST and unified)
     is_home = in_reach and codec.specs[0].dtype is dtype
     return ChunkPlan(layout, codec, states if is_trainable else (), tiers, dtype, full_is_home=is_home)

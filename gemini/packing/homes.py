@@ -76,7 +76,7 @@ def planned(layout: ChunkLayout, homes: Mapping[str, Tier], config: GeminiConfig
         codec = SplitBf16(next(spec.name for spec in group.states if spec.has_spare_sign))
         homes = {MASTER: homes[MASTER], MASTER_LOW: homes[MASTER], **homes}
     elif SHADOW in homes:
-        codec = WithShadow(dtype)
+        codec = WithShadow(BufferSpec(MASTER), dtype)
     else:
         codec = Plain(BufferSpec(MASTER, torch.float32 if group.trainable else dtype))
     return ChunkPlan(

@@ -24,7 +24,12 @@ from gemini.chunk import (
 )
 
 STATE = BufferSpec("exp_avg_sq", has_spare_sign=True)
-CODECS: list[Codec] = [Plain(BufferSpec(MASTER)), WithShadow(torch.bfloat16), SplitBf16(STATE.name), Marked(STATE)]
+CODECS: list[Codec] = [
+    Plain(BufferSpec(MASTER)),
+    WithShadow(BufferSpec(MASTER), torch.bfloat16),
+    SplitBf16(STATE.name),
+    Marked(STATE),
+]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: type(codec).__name__)
