@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gemini.boosted import boosted, is_boosted
-from gemini.chunk import ChunkManager, Role
+from gemini.chunk import MASTER, ChunkManager
 from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
 
@@ -60,7 +60,7 @@ class Entry:
         """A copy of the value, on CPU."""
         if self.manager is None:
             return self.tensor.detach().to("cpu", copy=True)
-        return self.manager.read(self.tensor, Role.MASTER)
+        return self.manager.read(self.tensor, MASTER)
 
     def write(self, value: Tensor) -> None:
         """Replace the value; ``value`` has its shape and any dtype."""
@@ -68,7 +68,7 @@ class Entry:
             with torch.no_grad():
                 self.tensor.copy_(value)
         else:
-            self.manager.write(self.tensor, Role.MASTER, value)
+            self.manager.write(self.tensor, MASTER, value)
 
 
 def entries(model: nn.Module) -> tuple[Entry, ...]:

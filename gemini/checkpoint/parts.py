@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gemini.chunk import Chunk, ChunkManager, Role
+from gemini.chunk import MASTER, Chunk, ChunkManager
 
 from ..torch_private import own_parameters
 from ..units.attached import Attached
@@ -32,7 +32,7 @@ def _gather(manager: ChunkManager, module: nn.Module, state_dict: Any, prefix: s
         return
     for name, parameter in _managed(module, manager, state_dict, prefix).items():
         if state_dict[prefix + name] is not parameter:  # with keep_vars it is to be the parameter itself
-            state_dict[prefix + name] = manager.read(parameter, Role.MASTER)
+            state_dict[prefix + name] = manager.read(parameter, MASTER)
 
 
 class _Loading:
@@ -50,7 +50,7 @@ class _Loading:
         for name, parameter in _managed(module, self._manager, state_dict, prefix).items():
             value = state_dict[prefix + name]
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                self._manager.write(parameter, Role.MASTER, value)
+                self._manager.write(parameter, MASTER, value)
         for parameter in own_parameters(module).values():
             place = None if parameter is None else self._manager.find(parameter)
             if place is not None:
