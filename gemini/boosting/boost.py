@@ -40,6 +40,7 @@ from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
+from ..runtime.arrivals import watch_gradients
 from ..runtime.hooks import Hooks
 from ..runtime.outside import Outside
 from ..runtime.runtime import Runtime
@@ -49,12 +50,16 @@ from ..step.scaler import LossScaler
 from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Units
-from ..updates.backward_updates import BackwardUpdates
 from ..updates.completion import Completion
+from ..updates.during_backward import DuringBackward
 from ..updates.gradients import Gradients
+from ..updates.options import Options
+from ..updates.schedule import AfterBackward, UpdateSchedule
 from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
+from ..updates.updates import Updates
+from ..updates.values import Values
 from .alive import enrol
 from .dtypes import warn_of_other_dtypes
 from .mixing import mix_in
@@ -114,28 +119,19 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         _take_over_states(optimizer, manager)
 
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
-    gradients = Gradients(manager, packing.parameters, scaler is not None, config.update_in_backward)
-    runtime = Runtime(manager, gradients, config.max_prefetch, meter, capacities.device_limit_bytes)
-    updater = Updater(manager, queue, gradients)
+    communicator = SingleProcess()
+    schedule: UpdateSchedule = AfterBackward()
     if config.update_in_backward and optimizer is not None:
-        completion = Completion(manager, packing.parameters)
-        runtime.in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, runtime.keeps)
-    unfreezing = Unfreezing(
-        manager, runtime, gradients, config, packing.update_role_count if manager.disk is not None else 0
-    )
-    kept = KeptStates(manager, optimizer.rule if optimizer is not None else ADAM, updater)
-    step = ChunkedStep(
-        manager,
-        runtime,
-        updater,
-        gradients,
-        SingleProcess(),
-        scaler,
-        config.max_norm,
-        unfreezing,
-        kept,
-        runtime.in_backward,
-    )
+        schedule = DuringBackward(manager, Completion(manager))
+    gradients = Gradients(manager, scaler is not None, schedule.consumes_gradients)
+    updater, values = Updater(manager, queue), Values(manager, schedule)
+    options = Options.of(optimizer) if optimizer is not None else None
+    updates = Updates(manager, schedule, gradients, updater, communicator, options)
+    runtime = Runtime(manager, updates, config.max_prefetch, meter, capacities.device_limit_bytes)
+    watch_gradients(runtime, packing.parameters)
+    unfreezing = Unfreezing(manager, runtime, config, packing.update_role_count if manager.disk is not None else 0)
+    kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
+    step = ChunkedStep(manager, runtime, updater, updates, communicator, scaler, config.max_norm, unfreezing, kept)
     units, statistics = Units(model, manager), Statistics(manager)
     monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
     hooks = Hooks(
@@ -150,12 +146,24 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if monitor is not None:
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
-    outside = Outside(hooks, runtime, gradients)
+    outside = Outside(hooks, runtime)
     state = Boosted(
-        type(model), config, capacities, packing, manager, runtime, hooks, outside, step, meter, statistics, monitor
+        type(model),
+        config,
+        capacities,
+        packing,
+        manager,
+        values,
+        runtime,
+        hooks,
+        outside,
+        step,
+        meter,
+        statistics,
+        monitor,
     )
     unfreezing.on_change = weakly(state.rebuilt)
-    serve_parts(model, manager)
+    serve_parts(model, values)
     guard_parts(model, manager)
     mix_in(model)
     enrol(manager)

@@ -76,7 +76,7 @@ class Hooks:
         self._model = model
         self._units = units
         self._runtime = runtime
-        self._updates = runtime.in_backward
+        self._schedule = runtime.updates.schedule
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
         self._on_abandoned_backward = on_abandoned_backward
@@ -182,8 +182,8 @@ class Hooks:
         visit = Visit(unit)
         if unit.without_gradients and not torch.is_grad_enabled():
             visit.extra = unit.without_gradients
-        if self._updates is not None and _in_backward():
-            self._updates.before_use(f"{unit.name}, run again by backward,", visit.chunks)
+        if _in_backward():
+            self._schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
         self._running.append(visit)
         self._thread = threading.get_ident()
         if torch.is_grad_enabled():
@@ -209,8 +209,8 @@ class Hooks:
         self._running.remove(visit)
         if output is None:
             self._on_error(sys.exc_info()[1])
-        if self._updates is not None and self._runtime.cycle.with_gradients and output is not None:
-            self._updates.called(visit, torch.is_grad_enabled(), _in_backward())
+        if self._runtime.cycle.with_gradients and output is not None:
+            self._schedule.unit_called(visit, torch.is_grad_enabled(), _in_backward())
         self._runtime.leave(visit)
         if self._results is not None and is_compiled(module):
             self._results.resume()
@@ -340,7 +340,7 @@ class Hooks:
         A model that looks at the weights of all of its layers (a penalty, a log) needs them one after the other. Where
         chunks are updated within backward, each use has to be known by its unit.
         """
-        if self._updates is not None:
+        if self._schedule.consumes_gradients:
             return True
         nbytes = sum(chunk.full_nbytes for chunk in {*held, *more})
         return nbytes * _HELD_SHARE <= self._runtime.full_capacity_bytes

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..chunk import Chunk, Keeper
 from ..units.observer import tensors_in
 from ..units.subgraph import next_number
-from ..updates.gradients import Gradients
 from .hooks import Hooks
 from .runtime import Runtime
 
@@ -25,14 +24,14 @@ class Outside(Keeper):
 
     Parameters
     ----------
-    hooks, runtime, gradients
-        Knows which unit runs, moves chunks, and knows what ``p.grad`` shows.
+    hooks, runtime
+        Knows which unit runs, and moves chunks.
     """
 
-    def __init__(self, hooks: Hooks, runtime: Runtime, gradients: Gradients) -> None:
+    def __init__(self, hooks: Hooks, runtime: Runtime) -> None:
         self._hooks = hooks
         self._runtime = runtime
-        self._gradients = gradients
+        self._gradients = runtime.updates.gradients
         for chunk in runtime.manager.chunks:
             chunk.entrust(self)
 
@@ -121,12 +120,8 @@ class Outside(Keeper):
     def _chunks(self, parameters: list[Tensor]) -> tuple[Chunk, ...]:
         found = {chunk.index: chunk for chunk, _ in map(self._place, parameters)}
         chunks = tuple(found[index] for index in sorted(found))
-        self._refuse_stale(chunks)
+        self._runtime.updates.schedule.check_current("code outside of any unit", chunks)
         return chunks
-
-    def _refuse_stale(self, chunks: tuple[Chunk, ...]) -> None:
-        if self._runtime.in_backward is not None:
-            self._runtime.in_backward.before_use("code outside of any unit", chunks)
 
     def _place(self, parameter: Tensor) -> tuple[Chunk, int]:
         place = self._runtime.manager.find(parameter)

@@ -4,6 +4,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+from torch import Tensor
+
 from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.native_memory import be_exact, be_quick, give_back_free, has_room_to_be_quick
@@ -16,8 +19,7 @@ from ..planning.cycle import Cycle
 from ..planning.planner import Actions, Planner
 from ..planning.trace import Moment, Phase, Trace
 from ..units.units import Visit
-from ..updates.backward_updates import BackwardUpdates
-from ..updates.gradients import Gradients
+from ..updates.updates import Updates
 
 
 class Runtime:
@@ -25,8 +27,8 @@ class Runtime:
 
     Parameters
     ----------
-    manager, gradients
-        The chunks, and what ``p.grad`` shows of their gradients.
+    manager, updates
+        The chunks, and what leads their gradients to their updates.
     depth
         How many chunks may be on their way ahead of use.
     meter
@@ -39,7 +41,7 @@ class Runtime:
     def __init__(
         self,
         manager: ChunkManager,
-        gradients: Gradients,
+        updates: Updates,
         depth: int,
         meter: NonModelMeter,
         device_limit_bytes: int | None = None,
@@ -47,7 +49,7 @@ class Runtime:
         self.manager = manager
         self.lock = threading.RLock()
         """Held while chunks move and while parameters are used outside of units: any thread may read parameters."""
-        self._gradients = gradients
+        self.updates = updates
         self.cycle = Cycle()
         self.depth = depth
         self.stall_seconds = 0.0
@@ -60,8 +62,6 @@ class Runtime:
         """Of the cycle that runs."""
         self.on_abort: Callable[[], None] = lambda: None
         """Told when every visit is closed; whoever keeps visits forgets them."""
-        self.in_backward: BackwardUpdates | None = None
-        """Told of what backward is through with; None where nobody updates chunks before it is over."""
         self._device_limit_bytes = device_limit_bytes
         self._pool_growths = 0
         self._open: dict[Visit, None] = {}
@@ -211,8 +211,8 @@ class Runtime:
 
     def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         self.manager.pin(chunk, keep)
-        if chunk in self._gradients.withdrawn:
-            self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        if chunk in self.updates.gradients.withdrawn:
+            self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _evict(self, indices: Sequence[int]) -> None:
         for index in indices:
@@ -250,8 +250,7 @@ class Runtime:
 
         ``shapes`` are those of its inputs; a heavier batch than any before is measured like the first one.
         """
-        if self.in_backward is not None:
-            self.in_backward.before_forward()
+        self.updates.schedule.check_whole("run a forward")
         if self.profile.is_measuring and self.cycle.is_complete:
             self.meter.sample(self._model_bytes())
             self.profile.end(self.meter.last_bytes)
@@ -355,8 +354,7 @@ class Runtime:
 
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
-        if self.in_backward is not None:
-            self.in_backward.begin(task)
+        self.updates.backward_begins(task)
         is_first = task not in self._backward_visits
         self._backward_visits.setdefault(task, []).append(visit)
         return is_first
@@ -365,18 +363,22 @@ class Runtime:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
         for visit in self._backward_visits.pop(task, ()):
             self.leave_backward(visit)
-        if self.in_backward is not None:
-            self.in_backward.end(task)
+        self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:
         """A backward is through with a visit."""
         self.leave(visit)
-        if self.in_backward is not None:
-            self.in_backward.left(visit)
+        self._update(self.updates.schedule.unit_left(visit))
 
-    def keeps(self, chunk: Chunk) -> bool:
-        """True if the next cycle will find the full copy that a chunk has now, as far as the plan says."""
-        return self.cycle.keeps(chunk.index)
+    def gradient_arrived(self, parameter: Tensor) -> None:
+        """Autograd has put a gradient into ``p.grad``."""
+        self._update(self.updates.gradient_arrived(parameter, torch._C._current_graph_task_id()))
+
+    def _update(self, chunks: Sequence[Chunk]) -> None:
+        """Update chunks while backward runs."""
+        for chunk in chunks:
+            # As far as the plan says, the next cycle will find the full copy that a chunk has now.
+            self.updates.update(chunk, refresh=self.cycle.keeps(chunk.index))
 
     # -- when something went wrong
 

@@ -14,9 +14,9 @@ from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
+from ..runtime.arrivals import watch_gradients
 from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
-from ..updates.gradients import Gradients
 from ..updates.update_pipeline import update_roles
 
 _NAMES_SHOWN = 4
@@ -31,8 +31,8 @@ class Unfreezing:
 
     Parameters
     ----------
-    manager, runtime, gradients
-        Has the chunks, plans their moves, and takes their gradients.
+    manager, runtime
+        Has the chunks, and plans their moves.
     config
         What the model was boosted with.
     staged_roles
@@ -43,7 +43,6 @@ class Unfreezing:
         self,
         manager: ChunkManager,
         runtime: Runtime,
-        gradients: Gradients,
         config: GeminiConfig,
         staged_roles: int,
     ) -> None:
@@ -51,7 +50,6 @@ class Unfreezing:
         """Told the plans of the chunks that were built anew."""
         self._manager = manager
         self._runtime = runtime
-        self._gradients = gradients
         self._config = config
         self._staged_roles = staged_roles
 
@@ -85,9 +83,7 @@ class Unfreezing:
         self._manager.rebuild(plans, partial(_fill, rule) if rule.starts_filled else None)
         admitted = list(places)
         with _requiring_gradients(admitted):
-            self._gradients.follow(admitted)
-            if self._runtime.in_backward is not None:
-                self._runtime.in_backward.admit(admitted)
+            watch_gradients(self._runtime, admitted)
         if plans:
             self._runtime.chunks_changed()
             self.on_change(plans)
