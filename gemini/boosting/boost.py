@@ -31,6 +31,10 @@ from ..chunk import (
     write_slot,
 )
 from ..config import GeminiConfig
+from ..engine import Engine
+from ..engine.device_room import DeviceRoom
+from ..engine.pacing import Pacing
+from ..engine.sampling import Sampling
 from ..lazy import is_lazy, materialize
 from ..memory.capacity import Capacities, device_headroom, find_capacities
 from ..memory.native_memory import be_exact, bound_kernels
@@ -41,9 +45,9 @@ from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
 from ..runtime.arrivals import watch_gradients
-from ..runtime.hooks import Hooks
+from ..runtime.backward import BackwardHooks
+from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
-from ..runtime.runtime import Runtime
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
@@ -127,17 +131,20 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     updater, values = Updater(manager, queue), Values(manager, schedule)
     options = Options.of(optimizer) if optimizer is not None else None
     updates = Updates(manager, schedule, gradients, updater, communicator, options)
-    runtime = Runtime(manager, updates, config.max_prefetch, meter, capacities.device_limit_bytes)
-    watch_gradients(runtime, packing.parameters)
-    unfreezing = Unfreezing(manager, runtime, config, packing.update_role_count if manager.disk is not None else 0)
+    pacing, room = Pacing(manager, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
+    engine = Engine(manager, updates, pacing, room, Sampling(manager, meter))
+    watch_gradients(engine, packing.parameters)
+    unfreezing = Unfreezing(manager, engine, config, packing.update_role_count if manager.disk is not None else 0)
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
-    step = ChunkedStep(manager, runtime, updater, updates, communicator, scaler, config.max_norm, unfreezing, kept)
+    step = ChunkedStep(manager, engine, updater, updates, communicator, scaler, config.max_norm, unfreezing, kept)
     units, statistics = Units(model, manager), Statistics(manager)
-    monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
-    hooks = Hooks(
+    monitor = _monitor(model, config, capacities, packing, engine, step, statistics, units)
+    backward = BackwardHooks(engine)
+    hooks = ForwardHooks(
         model,
         units,
-        runtime,
+        engine,
+        backward,
         cast_inputs=config.compute_dtype if config.precision != "fp32" else None,
         force_outputs_fp32=config.force_outputs_fp32,
         on_abandoned_backward=step.abandon,
@@ -146,7 +153,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if monitor is not None:
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
-    outside = Outside(hooks, runtime)
+    outside = Outside(engine, backward)
     state = Boosted(
         type(model),
         config,
@@ -154,7 +161,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         packing,
         manager,
         values,
-        runtime,
+        engine,
         hooks,
         outside,
         step,
@@ -263,7 +270,7 @@ def _monitor(
     config: GeminiConfig,
     capacities: Capacities,
     packing: Packing,
-    runtime: Runtime,
+    engine: Engine,
     step: ChunkedStep,
     statistics: Statistics,
     units: Units,
@@ -282,9 +289,9 @@ def _monitor(
     folder = config.telemetry if isinstance(config.telemetry, Path) else None
 
     def writer(last: Callable[[], Stats | None]) -> TelemetryWriter:
-        return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(runtime.manager), last=last)
+        return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(engine.manager), last=last)
 
-    monitor = Monitor(writer, runtime, step, statistics, units.all)
+    monitor = Monitor(writer, engine, step, statistics, units.all)
     monitor.describe(packing, config, capacities, model_facts(model))
     return monitor
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager, Communicator
+from ..engine import Engine
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import StateSlot
-from ..runtime.runtime import Runtime
 from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm
 from ..updates.options import Options
 from ..updates.updater import Updater
@@ -31,7 +31,7 @@ class ChunkedStep:
 
     Parameters
     ----------
-    manager, runtime, updater, updates, communicator
+    manager, engine, updater, updates, communicator
         Has gradients and states, knows the order of use, plans updates, leads gradients to them, agrees among ranks.
     scaler
         The loss scale of fp16; None for dtypes that need none.
@@ -46,7 +46,7 @@ class ChunkedStep:
     def __init__(
         self,
         manager: ChunkManager,
-        runtime: Runtime,
+        engine: Engine,
         updater: Updater,
         updates: Updates,
         communicator: Communicator,
@@ -63,7 +63,7 @@ class ChunkedStep:
         """The last norm computed, unscaled."""
         self.recover: Callable[[], None] = lambda: None
         """Cleans up after a backward that the user called and that failed. Set when the hooks are installed."""
-        self._runtime = runtime
+        self._engine = engine
         self._updater = updater
         self._updates = updates
         self._communicator = communicator
@@ -96,10 +96,10 @@ class ChunkedStep:
             loss.backward()
         except BaseException as error:
             self.on_error(error)
-            self._runtime.abort()
+            self._engine.abort()
             self.abandon()
             torn = self._updates.schedule.torn_text
-            self._runtime.explain(error, torn)
+            self._engine.explain(error, torn)
             if torn and hasattr(error, "add_note"):
                 error.add_note(torn)
             raise
@@ -132,11 +132,11 @@ class ChunkedStep:
 
     def step(self, optimizer: ManagedOptimizer) -> None:
         self.recover()
-        with self._runtime.lock:
+        with self._engine.lock:
             self._step(optimizer)
 
     def _step(self, optimizer: ManagedOptimizer) -> None:
-        self._runtime.release_held()
+        self._engine.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         self._updates.before_step(optimizer)
         self._admit_unfrozen(optimizer)
@@ -158,7 +158,7 @@ class ChunkedStep:
 
         planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
         updates = [each for each in planned if each.update.runs]
-        order = self._runtime.use_order()
+        order = self._engine.pacing.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
         prepared = [
             step
@@ -179,7 +179,7 @@ class ChunkedStep:
 
     def _prefetch(self) -> None:
         try:
-            self._runtime.prefetch_next_cycle()
+            self._engine.pacing.prefetch_next_cycle()
         except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
             logger.debug("nothing is fetched ahead of the next forward: %s", error)
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, ChunkPlan, StateSlot, Tier, write_slot
 from ..config import GeminiConfig
+from ..engine import Engine
 from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
 from ..runtime.arrivals import watch_gradients
-from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
 from ..updates.update_pipeline import update_roles
 
@@ -31,7 +31,7 @@ class Unfreezing:
 
     Parameters
     ----------
-    manager, runtime
+    manager, engine
         Has the chunks, and plans their moves.
     config
         What the model was boosted with.
@@ -42,14 +42,14 @@ class Unfreezing:
     def __init__(
         self,
         manager: ChunkManager,
-        runtime: Runtime,
+        engine: Engine,
         config: GeminiConfig,
         staged_roles: int,
     ) -> None:
         self.on_change: Callable[[Sequence[ChunkPlan]], None] = lambda plans: None
         """Told the plans of the chunks that were built anew."""
         self._manager = manager
-        self._runtime = runtime
+        self._engine = engine
         self._config = config
         self._staged_roles = staged_roles
 
@@ -83,9 +83,9 @@ class Unfreezing:
         self._manager.rebuild(plans, partial(_fill, rule) if rule.starts_filled else None)
         admitted = list(places)
         with _requiring_gradients(admitted):
-            watch_gradients(self._runtime, admitted)
+            watch_gradients(self._engine, admitted)
         if plans:
-            self._runtime.chunks_changed()
+            self._engine.chunks_changed()
             self.on_change(plans)
 
     def _plans(self, chunks: Sequence[Chunk], slots: tuple[StateSlot, ...], index: int) -> tuple[ChunkPlan, ...]:
@@ -101,7 +101,7 @@ class Unfreezing:
                 Tier.DISK: ledger.free(Tier.DISK) if can_stage else 0,
             },
             unified=ledger.unified,
-            ring_bytes=self._runtime.least_bytes(copies) if ledger.unified else 0,
+            ring_bytes=self._engine.pacing.least_bytes(copies) if ledger.unified else 0,
             staging_bytes=0,
         )
         try:

@@ -26,6 +26,7 @@ from ..errors import TornStep
 from ..units.units import Visit
 from .completion import Completion
 from .options import Options, first_change
+from .schedule import UpdateSchedule
 
 
 class Progress(Enum):
@@ -39,8 +40,8 @@ class Progress(Enum):
     """Backward failed after that: the values are of no step, until all have been replaced."""
 
 
-class DuringBackward:
-    """Chunks are updated as soon as backward has their gradients (an `UpdateSchedule`).
+class DuringBackward(UpdateSchedule):
+    """Chunks are updated as soon as backward has their gradients.
 
     Parameters
     ----------
