@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from ..errors import OutOfMemory, is_out_of_memory
-from ..memory.native_memory import be_exact, be_quick, give_back_free, has_room_to_be_quick
 from ..memory.non_model import Batch, NonModelProfile
 from ..memory.prediction import Outlook
 from ..memory.shortage import out_of_memory
@@ -15,6 +14,7 @@ from ..memory.tracker import NonModelMeter, host_headroom
 from ..planning.cycle import Cycle
 from ..planning.planner import Actions, Planner
 from ..planning.trace import Moment, Phase, Trace
+from ..process_wide import can_keep_freed_memory, keep_freed_memory, return_freed_memory, trim_freed_memory
 from ..units.units import Visit
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradients import Gradients
@@ -67,7 +67,7 @@ class Runtime:
         self._open: dict[Visit, None] = {}
         self._held: dict[Chunk, None] = {}
         self._backward_visits: dict[int, list[Visit]] = {}
-        self._is_exact = False
+        self._returns_memory = False
         """malloc keeps nothing, because of a cycle that is (or was) measured; to be thought over."""
         self.given_up_bytes = 0
         """What full copies no longer take of their capacity since the model's own computation ran out of memory."""
@@ -114,7 +114,7 @@ class Runtime:
                 self.stall_seconds += time.perf_counter() - begin
             if is_sampled:
                 if self.manager.device.is_ram:
-                    give_back_free()
+                    trim_freed_memory()
                 self.meter.mark()
                 self.timeline.add(visit.unit.index, phase)
         except BaseException as error:
@@ -276,14 +276,14 @@ class Runtime:
         if not self.manager.device.is_ram:
             return
         if self.profile.is_measuring or self.timeline.is_on:
-            be_exact()
-            self._is_exact = True
-        elif self._is_exact:
-            self._is_exact = False  # asked once, until something is measured again
+            return_freed_memory()
+            self._returns_memory = True
+        elif self._returns_memory:
+            self._returns_memory = False  # asked once, until something is measured again
             away = sum(c.full_nbytes for c in self.manager.chunks if not c.is_resident)
             growth = min(self.manager.ledger.free(Tier.DEVICE), away)
-            if has_room_to_be_quick(host_headroom()[0], growth, self.meter.peak_bytes):
-                be_quick()
+            if can_keep_freed_memory(host_headroom()[0], growth, self.meter.peak_bytes):
+                keep_freed_memory()
 
     def _leave_room_for(self, batch: Batch) -> None:
         """Give full copies what non-model data leave of DEVICE, once a training step has shown what they take."""
@@ -411,7 +411,7 @@ class Runtime:
         self.manager.evict_idle()
         self.manager.device.trim()
         if self.manager.device.is_ram:
-            be_exact()
+            return_freed_memory()
         before = self.full_capacity_bytes
         after = self._lower(held)
         raise out_of_memory(error, self.manager, held, before, after, torn) from error
