@@ -14,8 +14,8 @@ from loop import SMALL, batch, build
 from gemini import process_wide
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.engine import sampling
 from gemini.nn.optimizer import HybridAdam
-from gemini.runtime import runtime
 
 CHILD = Path(__file__).with_name("child_process_wide.py")
 MIB = 1 << 20
@@ -67,9 +67,9 @@ def test_training_returns_memory_while_it_measures_and_keeps_it_with_room(
     free_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(runtime, "return_freed_memory", lambda: said.append("return"))
-    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: said.append("keep"))
-    monkeypatch.setattr(runtime, "host_headroom", lambda: (free_bytes, "a limit"))
+    monkeypatch.setattr(sampling, "return_freed_memory", lambda: said.append("return"))
+    monkeypatch.setattr(sampling, "keep_freed_memory", lambda: said.append("keep"))
+    monkeypatch.setattr(sampling, "host_headroom", lambda: (free_bytes, "a limit"))
     model = build()
     booster = Booster(plugin=GeminiPlugin(telemetry=False, **SMALL))
     model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
