@@ -26,7 +26,7 @@ from .state import ChunkState
 from .tier import Tier
 from .values import read_slot, write_slot
 from .weak import weakly
-from .workers import end_elsewhere
+from .workers import close_in_background
 
 
 @dataclass(slots=True)
@@ -469,4 +469,4 @@ class ChunkManager:
             chunk.release()
         self.device.close()
         if self.disk is not None:
-            end_elsewhere(self.disk.close)  # after the threads that use it
+            close_in_background(self.disk.close)  # after the threads that use it
