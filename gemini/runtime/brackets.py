@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from ..chunk import Chunk
-from ..units.bracket import Bracket, is_compiled
+from ..torch_private import is_compiled
+from ..units.bracket import Bracket
 from ..units.coarse import coarsest
 from ..units.units import Unit, Units
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ..chunk import Chunk, Keeper
 from ..engine import Engine
+from ..torch_private import is_transformed, next_number, storage_key, without_transforms
 from ..units.observer import tensors_in
-from ..units.subgraph import next_number
-from ..updates.gradients import Gradients
 from .backward import BackwardHooks
 
 
@@ -25,14 +24,14 @@ class Outside(Keeper):
 
     Parameters
     ----------
-    engine, backward, gradients
-        Moves chunks, has backward bring them again, and knows what ``p.grad`` shows.
+    engine, backward
+        Moves chunks, and has backward bring them again.
     """
 
-    def __init__(self, engine: Engine, backward: BackwardHooks, gradients: Gradients) -> None:
+    def __init__(self, engine: Engine, backward: BackwardHooks) -> None:
         self._engine = engine
         self._backward = backward
-        self._gradients = gradients
+        self._gradients = engine.updates.gradients
         for chunk in engine.manager.chunks:
             chunk.entrust(self)
 
@@ -121,12 +120,8 @@ class Outside(Keeper):
     def _chunks(self, parameters: list[Tensor]) -> tuple[Chunk, ...]:
         found = {chunk.index: chunk for chunk, _ in map(self._place, parameters)}
         chunks = tuple(found[index] for index in sorted(found))
-        self._refuse_stale(chunks)
+        self._engine.updates.schedule.check_current("code outside of any unit", chunks)
         return chunks
-
-    def _refuse_stale(self, chunks: tuple[Chunk, ...]) -> None:
-        if self._engine.in_backward is not None:
-            self._engine.in_backward.before_use("code outside of any unit", chunks)
 
     def _place(self, parameter: Tensor) -> tuple[Chunk, int]:
         place = self._engine.manager.find(parameter)
@@ -140,20 +135,20 @@ def _undisturbed() -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            stack.enter_context(torch._C._DisableFuncTorch())
+        if is_transformed():
+            stack.enter_context(without_transforms())
         yield
 
 
 def _is_memory_of(result: Any, arguments: list[Tensor], chunks: tuple[Chunk, ...]) -> bool:
     """True if a new tensor in a result lies in one of the full copies."""
     given = {id(tensor) for tensor in arguments}
-    storages = {chunk.full.untyped_storage()._cdata for chunk in chunks}
+    storages = {storage_key(chunk.full.untyped_storage()) for chunk in chunks}
     return any(id(tensor) not in given and _storage(tensor) in storages for tensor in tensors_in(result))
 
 
 def _storage(tensor: Tensor) -> int | None:
     try:
-        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+        return storage_key(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # sparse ones, and those of functorch, have none
         return None
