@@ -13,6 +13,7 @@ from ..boosted import Boosted
 from ..checkpoint import serve_parts
 from ..chunk import (
     FETCH_WORKERS,
+    MASTER,
     STORE_BLOCKS,
     AcceleratorBackend,
     Chunk,
@@ -21,7 +22,6 @@ from ..chunk import (
     DiskBackend,
     Ledger,
     RamBackend,
-    Role,
     SingleProcess,
     Staging,
     Tier,
@@ -44,6 +44,7 @@ from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
 from ..process_wide import bound_kernels, return_freed_memory
+from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks
 from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
@@ -54,12 +55,16 @@ from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
 from ..torch_private import own_buffers
 from ..units.units import Units
-from ..updates.backward_updates import BackwardUpdates
 from ..updates.completion import Completion
+from ..updates.during_backward import DuringBackward
 from ..updates.gradients import Gradients
+from ..updates.options import Options
+from ..updates.schedule import AfterBackward, UpdateSchedule
 from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
+from ..updates.updates import Updates
+from ..updates.values import Values
 from .alive import enrol
 from .dtypes import warn_of_other_dtypes
 from .mixing import mix_in
@@ -119,31 +124,20 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         _take_over_states(optimizer, manager)
 
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
-    gradients = Gradients(manager, packing.parameters, scaler is not None, config.update_in_backward)
-    pacing = Pacing(manager, config.max_prefetch)
-    updater = Updater(manager, queue, gradients)
-    in_backward = None
+    communicator = SingleProcess()
+    schedule: UpdateSchedule = AfterBackward()
     if config.update_in_backward and optimizer is not None:
-        completion = Completion(manager, packing.parameters)
-        in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, pacing.keeps)
-    room, sampling = DeviceRoom(manager, capacities.device_limit_bytes), Sampling(manager, meter)
-    engine = Engine(manager, gradients, pacing, room, sampling, in_backward)
-    unfreezing = Unfreezing(
-        manager, engine, gradients, config, packing.update_role_count if manager.disk is not None else 0
-    )
-    kept = KeptStates(manager, optimizer.rule if optimizer is not None else ADAM, updater)
-    step = ChunkedStep(
-        manager,
-        engine,
-        updater,
-        gradients,
-        SingleProcess(),
-        scaler,
-        config.max_norm,
-        unfreezing,
-        kept,
-        in_backward,
-    )
+        schedule = DuringBackward(manager, Completion(manager))
+    gradients = Gradients(manager, scaler is not None, schedule.consumes_gradients)
+    updater, values = Updater(manager, queue), Values(manager, schedule)
+    options = Options.of(optimizer) if optimizer is not None else None
+    updates = Updates(manager, schedule, gradients, updater, communicator, options)
+    pacing, room = Pacing(manager, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
+    engine = Engine(manager, updates, pacing, room, Sampling(manager, meter))
+    watch_gradients(engine, packing.parameters)
+    unfreezing = Unfreezing(manager, engine, config, packing.updated_buffer_count if manager.disk is not None else 0)
+    kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
+    step = ChunkedStep(manager, engine, updater, updates, communicator, scaler, config.max_norm, unfreezing, kept)
     units, statistics = Units(model, manager), Statistics(manager)
     monitor = _monitor(model, config, capacities, packing, engine, step, statistics, units)
     backward = BackwardHooks(engine)
@@ -160,12 +154,24 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if monitor is not None:
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
-    outside = Outside(engine, backward, gradients)
+    outside = Outside(engine, backward)
     state = Boosted(
-        type(model), config, capacities, packing, manager, engine, hooks, outside, step, meter, statistics, monitor
+        type(model),
+        config,
+        capacities,
+        packing,
+        manager,
+        values,
+        engine,
+        hooks,
+        outside,
+        step,
+        meter,
+        statistics,
+        monitor,
     )
     unfreezing.on_change = weakly(state.rebuilt)
-    serve_parts(model, manager)
+    serve_parts(model, values)
     guard_parts(model, manager)
     mix_in(model)
     enrol(manager)
@@ -193,7 +199,7 @@ def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tu
         pin = capacities.device.type != "cpu" and config.pin_memory
         fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
         store_staging = Staging(STORE_BLOCKS, packing.staging_block_numel, pin)
-        update_staging = Staging(BLOCK_SETS * packing.update_role_count, packing.staging_block_numel, pin)
+        update_staging = Staging(BLOCK_SETS * packing.updated_buffer_count, packing.staging_block_numel, pin)
         ledger.take(Tier.HOST, packing.staging_bytes, "staging for the disk tier")
     device: DeviceBackend
     if capacities.device.type == "cpu":
@@ -216,7 +222,7 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
         place = places.get(id(parameter))
         if place is None:
             return value.to(device)
-        write_slot(*place, Role.MASTER, value)
+        write_slot(*place, MASTER, value)
         return torch.full((), float("nan"), dtype=value.dtype, device=device).expand(value.shape)
 
     lazy = {id(p) for p in model.parameters() if is_lazy(p)}
@@ -237,22 +243,21 @@ def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> Non
     """An optimizer that has stepped before goes on where it was; one that starts with states gets them."""
     if optimizer.rule.starts_filled:
         for chunk in manager.chunks:
-            for role, slot in chunk.states.items():
+            for slot in chunk.states:
                 for position in range(len(chunk.layout.slots)):
                     write_slot(
                         chunk,
                         position,
-                        role,
+                        slot.name,
                         torch.full((), optimizer.rule.initial(slot.name), dtype=torch.float32, device="cpu"),
                     )
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:
             continue
-        named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
-        for role, name in named.items():
+        for name in place[0].codecs:
             if _real(saved).get(name) is not None:
-                write_slot(*place, role, saved[name])
+                write_slot(*place, name, saved[name])
 
 
 def _real(saved: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,14 +7,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Role, StateSlot
+from ..chunk import MASTER, BufferSpec, Chunk, Marked
 from ..nn.optimizer.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
+from ..updates.values import Values
 from .saved_states import home_of, read_state, write_state
 from .state_place import StatePlace
 from .state_tensor import StateTensor
 
-STEP, MASTER = "step", "master"
+STEP = "step"
 
 
 class Holder(Protocol):
@@ -32,14 +33,15 @@ class KeptStates:
 
     Parameters
     ----------
-    manager, updater
-        Has the values, and counts the steps.
+    values, updater
+        Reads and replaces the values, and counts the steps.
     rule
         The optimizer's arithmetic.
     """
 
-    def __init__(self, manager: ChunkManager, rule: Rule, updater: Updater) -> None:
-        self._manager = manager
+    def __init__(self, values: Values, rule: Rule, updater: Updater) -> None:
+        self._values = values
+        self._manager = values.manager
         self._rule = rule
         self._updater = updater
         self._notes: dict[int, dict[Any, Any]] = {}
@@ -71,9 +73,9 @@ class KeptStates:
         """What others have put into its state."""
         return self._notes.get(id(parameter), {})
 
-    def slots(self, parameter: Tensor) -> tuple[StateSlot, ...]:
+    def slots(self, parameter: Tensor) -> tuple[BufferSpec, ...]:
         """What the optimizer keeps for each element, as state dicts have it."""
-        return self._rule.saved_slots(tuple(self._chunk(parameter).states.values()))
+        return self._rule.saved_slots(self._chunk(parameter).states)
 
     def form(self, parameter: Tensor, name: str) -> Tensor:
         """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
@@ -124,21 +126,21 @@ class KeptStates:
             return notes[name].detach().to("cpu", copy=True) if isinstance(notes[name], Tensor) else notes[name]
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
-        return read_state(self._manager, self._rule, parameter, name)
+        return read_state(self._values, self._rule, parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""
-        self._manager.before_read()
+        self._values.check_readable()
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         home = home_of(self._manager, self._rule, parameter, name)
-        return read_state(self._manager, self._rule, parameter, name).to(parameter.device) if home is None else home
+        return read_state(self._values, self._rule, parameter, name).to(parameter.device) if home is None else home
 
     # -- writing
 
     def refuse_changes(self) -> None:
         """Raise where the values are of no single step."""
-        self._manager.before_read()
+        self._values.check_readable()
 
     def close(self, parameter: Tensor, name: str, values: Tensor) -> None:
         """Bring home what was changed in what `open` returned."""
@@ -146,7 +148,7 @@ class KeptStates:
             self._updater.steps[id(parameter)] = whole_steps(values)
         elif home_of(self._manager, self._rule, parameter, name) is None:
             self._check(parameter, name, values)
-            write_state(self._manager, self._rule, parameter, name, values)
+            write_state(self._values, self._rule, parameter, name, values)
 
     def set(self, parameter: Tensor, name: Any, value: Any) -> None:
         """Replace one entry of a state, which begins with it if there was none. Copies, but for notes.
@@ -158,7 +160,7 @@ class KeptStates:
         """
         if self._is_shown_by(parameter, name, value):
             return
-        self._manager.before_read()
+        self._values.check_readable()
         if name not in (*self._known(parameter), MASTER):
             self._notes.setdefault(id(parameter), {})[name] = value
         elif value is None:
@@ -239,13 +241,13 @@ class KeptStates:
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(value)
         elif name == MASTER:
-            self._manager.write(parameter, Role.MASTER, value)
+            self._values.write(parameter, MASTER, value)
         else:
-            write_state(self._manager, self._rule, parameter, name, value)
+            write_state(self._values, self._rule, parameter, name, value)
 
     def begin(self, parameter: Tensor, saved: Mapping[Any, Any]) -> None:
         """Say that a parameter has this state, whose values are in their places: count steps, and keep the notes."""
-        kept = {slot.name for slot in self._chunk(parameter).states.values()}
+        kept = {slot.name for slot in self._chunk(parameter).states}
         known = {*kept, *self._known(parameter), STEP, MASTER}
         given = {name: value for name, value in saved.items() if name in known}
         self._begin(parameter, given, {name: saved[name] for name in saved.keys() - known if saved[name] is not None})
@@ -254,6 +256,10 @@ class KeptStates:
         """Make the state of a parameter what it is before the first step."""
         self._forget_values(parameter)
         self._notes.pop(id(parameter), None)
+
+    def successor(self, rule: Rule) -> "KeptStates":
+        """States of another optimizer for the same parameters; `succeed` makes them count."""
+        return KeptStates(self._values, rule, self._updater)
 
     def succeed(self, former: "KeptStates") -> None:
         """Take the places of the states of another optimizer. All are what they are before the first step.
@@ -285,9 +291,9 @@ class KeptStates:
         self._updater.steps.pop(id(parameter), None)
 
     def _fill(self, parameter: Tensor) -> None:
-        for role, slot in self._chunk(parameter).states.items():
-            self._manager.write(
-                parameter, role, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
+        for slot in self._chunk(parameter).states:
+            self._values.write(
+                parameter, slot.name, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
             )
 
     def _check(self, parameter: Tensor, name: str, value: Any) -> None:
@@ -302,8 +308,7 @@ class KeptStates:
                 f"{name} has the shape of its parameter, {tuple(parameter.shape)}, got {tuple(value.shape)}: "
                 "what the optimizer keeps has its place in a chunk, and with it its shape"
             )
-        chunk = self._chunk(parameter)
-        if name != MASTER and chunk.is_split and name == chunk.name(chunk.marks_role) and bool((value < 0).any()):
+        if isinstance(self._chunk(parameter).codecs.get(name), Marked) and bool((value < 0).any()):
             raise ValueError(
                 f"{name} cannot be negative with split_master=True, which keeps a part of the masters in its signs; "
                 "boost without split_master"

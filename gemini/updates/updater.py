@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
+from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import AtStep, StateSlot, StepMaker
-from .gradients import Gradients
+from ..nn.optimizer.rule import AtStep, StepMaker
+from .options import Options
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
 
@@ -28,13 +28,12 @@ class Groups:
 
     of: Mapping[int, int]
     """id of a parameter -> the index of its group. Those that have been taken out of theirs are not updated."""
-    rules: Mapping[tuple[int, tuple[StateSlot, ...]], GroupRule]
+    rules: Mapping[tuple[int, tuple[BufferSpec, ...]], GroupRule]
     """By the index of a group, and the states of a chunk with a parameter of it."""
 
     def of_chunk(self, chunk: Chunk) -> dict[int, GroupRule]:
         """The rules of the groups that a chunk may have parameters of, by their index."""
-        slots = tuple(chunk.states.values())
-        return {index: rule for (index, kept), rule in self.rules.items() if kept == slots}
+        return {index: rule for (index, kept), rule in self.rules.items() if kept == chunk.states}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,30 +53,29 @@ class Updater:
 
     Parameters
     ----------
-    manager, queue, gradients
-        Has the chunks, does the updates, and knows what ``p.grad`` shows.
+    manager, queue
+        Has the chunks, and does the updates.
     """
 
-    def __init__(self, manager: ChunkManager, queue: UpdateQueue, gradients: Gradients) -> None:
+    def __init__(self, manager: ChunkManager, queue: UpdateQueue) -> None:
         self.steps: dict[int, int] = {}
         """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
         means nothing; where it does, it may be 0, if somebody has set it."""
         self._manager = manager
         self._queue = queue
-        self._gradients = gradients
 
-    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[StateSlot, ...]]:
+    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[BufferSpec, ...]]:
         """By the index of a group: the states that all chunks with parameters of it have room for."""
-        room: dict[int, tuple[StateSlot, ...]] = {}
+        room: dict[int, tuple[BufferSpec, ...]] = {}
         for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 place = self._manager.find(parameter)
                 if place is not None and place[0].is_trainable:
-                    slots = tuple(place[0].states.values())
-                    room[index] = tuple(slot for slot in room.get(index, slots) if slot in slots)
+                    states = place[0].states
+                    room[index] = tuple(spec for spec in room.get(index, states) if spec in states)
         return room
 
-    def groups(self, optimizer: ManagedOptimizer) -> Groups:
+    def groups(self, options: Options) -> Groups:
         """The arithmetic of each group.
 
         Raises
@@ -85,16 +83,16 @@ class Updater:
         ValueError
             If an option is out of range, or needs a state that there is no room for.
         """
-        rule, groups = optimizer.rule, optimizer.param_groups
+        rule, groups = options.rule, options.param_groups
         of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
-        rules: dict[tuple[int, tuple[StateSlot, ...]], GroupRule] = {}
+        rules: dict[tuple[int, tuple[BufferSpec, ...]], GroupRule] = {}
         for chunk in self._manager.chunks:
             if chunk.is_trainable:
-                slots = tuple(chunk.states.values())
+                states = chunk.states
                 for index in {of.get(id(binding.parameter)) for binding in chunk.bindings}:
-                    if index is not None and (index, slots) not in rules:
+                    if index is not None and (index, states) not in rules:
                         group = groups[index]
-                        rules[index, slots] = GroupRule(rule.of_group(group, slots), rule.remembers(group))
+                        rules[index, states] = GroupRule(rule.of_group(group, states), rule.remembers(group))
         return Groups(of, rules)
 
     def plan(self, groups: Groups, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
@@ -136,7 +134,7 @@ class Updater:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
         if chunk.full_is_home or not chunk.is_resident:
             return None
-        if (refresh or chunk.is_lent) and (self._manager.device.is_ram or chunk.homes[Role.MASTER].tier is Tier.DEVICE):
+        if (refresh or chunk.is_lent) and (self._manager.device.is_ram or chunk.tier is Tier.DEVICE):
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
                 self._manager.unpin(chunk)
@@ -145,11 +143,7 @@ class Updater:
         return None
 
     def start(self, planned: Sequence[Planned]) -> None:
-        """Hand updates to the queue, in this order; from now on the chunks' gradients are theirs.
-
-        Those of chunks of which code outside of the manager holds memory are waited for: what it sees is then of one
-        step, and what it writes into a gradient comes too late for this one, as in plain PyTorch.
-        """
+        """Hand updates to the queue, in this order."""
         tickets = self._queue.submit([each.update for each in planned], self._manager.device.caller())
         for each, ticket in zip(planned, tickets, strict=True):
             chunk = each.chunk
@@ -157,10 +151,16 @@ class Updater:
             self.steps.update(each.taken)
             chunk.update = ticket
             chunk.supersede(chunk.gradient.present)
-            self._gradients.hand_over(chunk)
             self._manager.lends_until(chunk, ticket)
             if not chunk.pins:
                 chunk.poison()  # until the next pin
+
+    def wait_for_holders(self, planned: Sequence[Planned]) -> None:
+        """Wait for those updates that read or write memory which code outside of the manager holds.
+
+        What it sees is then of one step, and what it writes into a gradient comes too late for this one, as in plain
+        PyTorch.
+        """
         for each in planned:
             chunk = each.chunk
             if chunk.pins or chunk.is_lent or (chunk.is_split and chunk.loan is not None):
