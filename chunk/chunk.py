@@ -2,35 +2,20 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
+from .away import Keeper
+from .bindings import Bindings
 from .buffer import Buffer
 from .gradient import GradientBuffer
 from .layout import ChunkLayout
 from .loan import Loan
 from .memory import Transfer
 from .plan import StateSlot
-from .state import ChunkState, transition
+from .state import RESIDENT, SETTLED, UPDATING, ChunkState, transition
 from .tier import STATE_ROLES, Role
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """A parameter and the two things its data and its class may be."""
-
-    parameter: Tensor
-    view: Tensor
-    """Its slot in the full copy."""
-    poison: Tensor
-    """A NaN scalar expanded to the same shape: no memory, and a use without the chunk cannot go unnoticed."""
-    plain: type
-    away: type
-    """While nothing has the chunk pinned: see [Note: Away]. Without a keeper a parameter stays plain."""
 
 
 class Chunk:
@@ -60,19 +45,15 @@ class Chunk:
                 full.as_strided(slot.shape, slot.stride, full.storage_offset() + slot.offset) for slot in layout.slots
             )
         self.gradient: GradientBuffer | None = None
-        self.bindings: list[Binding] = []
-        self._versions: list[int] = []
-        """Per binding, torch's count of in-place operations when home and full copy were last the same."""
+        self.bindings = Bindings(is_hidden=not full_is_home)
         self.state = ChunkState.HOME
         self.pins = 0
-        self.last_used = 0
-        self.was_prefetched = False
-        self.update: Transfer | None = None
         self.loan: Loan | None = None
         """The full copy's memory, if some has been lent since home was last known to have the same values."""
         self._transfer: Transfer | None = None
-        self.is_poisoned = not full_is_home
-        """The parameters point at NaN."""
+        """The move of a chunk that is FETCHING."""
+        self._update: Transfer | None = None
+        """The update of a chunk that is UPDATING in one form or another, or that a chunk is FETCHING behind."""
 
     @property
     def index(self) -> int:
@@ -120,6 +101,8 @@ class Chunk:
         """Bytes that the full copy takes on DEVICE beside the homes."""
         return 0 if self.full_is_home else self.full.numel() * self.full.element_size()
 
+    # -- loans
+
     @property
     def is_lent(self) -> bool:
         """True if code outside of the manager holds a part of the full copy. See [Note: Loans]."""
@@ -127,20 +110,43 @@ class Chunk:
 
     def lend(self) -> Loan:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
-        assert self.state in (ChunkState.READY, ChunkState.IN_USE)
+        assert self.is_valid
         if self.loan is None:
             self.loan = Loan(self.views, remembers=self.is_split)
         return self.loan
+
+    def end_loan(self) -> None:
+        """Forget what was lent, unless somebody holds it still."""
+        if not self.is_lent:
+            self.loan = None
 
     def has_memory(self, tensor: Tensor) -> bool:
         """True if a tensor lies in the full copy, or in what was lent of it."""
         is_in_full = tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
         return is_in_full or (self.loan is not None and self.loan.has(tensor))
 
+    def accept(self, position: int) -> None:
+        """Mark home and parameter as equal."""
+        self.bindings.accept(position)
+        if self.loan is not None:
+            self.loan.remember(position)
+
+    # -- states
+
     @property
     def is_resident(self) -> bool:
         """True if the full copy exists or is arriving."""
-        return self.state is not ChunkState.HOME
+        return self.state in RESIDENT
+
+    @property
+    def is_valid(self) -> bool:
+        """True if the full copy has the values of home, and no update is changing them."""
+        return self.state is ChunkState.READY or self.state is ChunkState.IN_USE
+
+    @property
+    def is_idle(self) -> bool:
+        """True if the full copy exists and nothing uses it."""
+        return self.state is ChunkState.READY or self.state is ChunkState.READY_UPDATING
 
     def begin_fetch(self, transfer: Transfer) -> None:
         """HOME -> FETCHING; the manager has given ``full`` its memory."""
@@ -159,10 +165,11 @@ class Chunk:
         assert transfer is not None
         try:
             transfer.wait()
+            self.settle()  # the update that the move has waited for
         except BaseException as error:
             # Another signal's handler may raise in this thread: the move then goes on, and must keep its memory.
             if isinstance(error, Exception) or transfer.done():
-                self._move_to(ChunkState.HOME)
+                self._move_to(ChunkState.HOME if self._update is None else ChunkState.HOME_UPDATING)
                 self._transfer = None
             raise
         self._move_to(ChunkState.READY)
@@ -173,149 +180,108 @@ class Chunk:
         """True if `finish_fetch` would not wait."""
         return self._transfer is None or self._transfer.done()
 
+    @property
+    def update(self) -> Transfer | None:
+        """The update under way, for what has to come behind it."""
+        return self._update
+
+    def begin_update(self, update: Transfer, positions: Iterable[int]) -> None:
+        """An update is under way that gives the parameters at these positions other values.
+
+        Nobody finds the old ones from here on, but in a chunk that is in use: its update is to be settled at once.
+        """
+        self._update = update
+        self._move_to(UPDATING.get(self.state, self.state))
+        self.bindings.bump_versions(positions)
+        if not self.pins:
+            self.bindings.hide()
+
+    def settle(self) -> None:
+        """Wait for the update under way, if there is one, and show the full copy again if there is one.
+
+        Raises what went wrong in the update (again at each call).
+        """
+        if self._update is not None:
+            self._update.wait()
+            if self.state in SETTLED:  # it is not after an interrupt of this method
+                self._move_to(SETTLED[self.state])
+            if self.is_valid:
+                self.bindings.expose()
+            self._update = None
+
     def rest(self, deadline: float) -> None:
         """Return when no other thread writes into its memory, by an update or by a move, or at the deadline.
 
         ``deadline`` is of `time.monotonic`.
         """
-        for work in (self.update, self._transfer):
+        for work in (self._update, self._transfer):
             if work is not None:
                 work.rest(max(0.0, deadline - time.monotonic()))
 
     def pin(self) -> None:
         """READY or IN_USE -> IN_USE; parameters are readable until the last `unpin`."""
-        if self.update is not None:
+        if self._update is not None:
             self.settle()
         if self.pins == 0:
             if self.state is not ChunkState.IN_USE:  # it is after an interrupt of `pin` or `unpin`
                 self._move_to(ChunkState.IN_USE)
-            for binding in self.bindings:
-                binding.parameter.__class__ = binding.plain
+            self.bindings.be_plain()
         self.pins += 1
-        if self.is_poisoned:
-            self._expose()
+        if self.bindings.is_hidden:
+            self.bindings.expose()
 
     def unpin(self) -> None:
+        """One pin less; without any the full copy is READY (or READY_UPDATING, where an update has failed)."""
         assert self.pins > 0, f"chunk {self.index} is not pinned"
         self.pins -= 1
         if self.pins == 0:
-            self._move_to(ChunkState.READY)
-            for binding in self.bindings:
-                binding.parameter.__class__ = binding.away
+            self._become_unused()
+            self.bindings.be_away()
 
-    def forget_lost_pins(self, pins: int) -> None:
-        """Set the number of pins to those that visits hold: an interrupt may have kept one from being noted."""
-        if self.pins == pins and (self.state is ChunkState.IN_USE) == (pins > 0):
+    def mend(self, pins: int) -> None:
+        """Set the number of pins to those that visits hold, and the parameters to what the state says.
+
+        An interrupt may have come between.
+        """
+        if not self.is_resident:
+            self.bindings.hide()
+        is_in_use = self.state in (ChunkState.IN_USE, ChunkState.IN_USE_UPDATING)
+        if self.pins == pins and is_in_use == (pins > 0):
             return
         self.pins = pins
-        if pins == 0 and self.state is ChunkState.IN_USE:
+        if pins:
+            self.bindings.be_plain()
+        else:
+            if is_in_use:
+                self._become_unused()
+            self.bindings.be_away()
+
+    def _become_unused(self) -> None:
+        if self.state is ChunkState.IN_USE:
             self._move_to(ChunkState.READY)
-        for binding in self.bindings:
-            binding.parameter.__class__ = binding.plain if pins else binding.away
+        else:
+            self._move_to(ChunkState.READY_UPDATING)
+            self.bindings.hide()
 
     def evict(self) -> None:
         """READY -> HOME. Copies nothing: the full copy is clean, or the manager has kept what was changed in it."""
         assert not self.is_lent
-        self._move_to(ChunkState.HOME)
         self.loan = None
-        self.poison()
+        self._move_to(ChunkState.HOME)
+        self.bindings.hide()
 
-    def poison(self) -> None:
-        """Point the parameters at NaN (the full copy is gone, or an update is rewriting it)."""
-        if not self.is_poisoned:
-            self.is_poisoned = True  # first: after an interrupt the next pin has to point all of them
-            with QUIET():
-                for binding in self.bindings:
-                    binding.parameter.data = binding.poison
+    def _move_to(self, state: ChunkState) -> None:
+        self.state = transition(self.index, self.state, state)
 
-    def _expose(self) -> None:
-        """Point the parameters at the full copy."""
-        with QUIET():
-            for binding in self.bindings:
-                binding.parameter.data = binding.view
-        self.is_poisoned = False
-
-    def point(self, position: int, memory: Tensor) -> None:
-        """Have the parameter at this position lie in other memory for a moment; `point_back` ends that."""
-        with QUIET():
-            self.bindings[position].parameter.data = memory
-
-    def point_back(self, position: int) -> None:
-        """End what `point` began."""
-        binding = self.bindings[position]
-        self.point(position, binding.poison if self.is_poisoned else binding.view)
-
-    def edited(self) -> list[int]:
-        """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
-        with QUIET():
-            versions = [binding.parameter._version for binding in self.bindings]
-        if versions == self._versions:
-            return []
-        return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
-
-    def accept(self, position: int) -> None:
-        """Mark home and parameter as equal."""
-        with QUIET():
-            self._versions[position] = self.bindings[position].parameter._version
-
-    def take_assigned(self) -> list[tuple[int, Tensor]]:
-        """Positions and values of parameters whose ``data`` the user has set to another tensor.
-
-        They point again at what the chunk says; bringing the values there is the caller's.
-        """
-        found = []
-        with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
-            for position, binding in enumerate(self.bindings):
-                ours, former = binding.poison, binding.view
-                if not self.is_poisoned:
-                    ours, former = former, ours
-                if not binding.parameter.is_set_to(ours):
-                    if not binding.parameter.is_set_to(former):  # else an interrupt came between
-                        found.append((position, binding.parameter.data))
-                    binding.parameter.data = ours
-        return found
-
-    def supersede(self, positions: Iterable[int]) -> None:
-        """Say that an update gives these parameters other values: autograd then refuses graphs that need the old ones.
-
-        As after any in-place operation, and as after ``torch.optim``'s steps: of those graphs, the nodes that have
-        saved the parameter raise, the others run.
-        """
-        for position in positions:
-            with QUIET():
-                torch.autograd.graph.increment_version(self.bindings[position].parameter)
-            self.accept(position)
-
-    def settle(self) -> None:
-        """Wait for the pending update of this chunk, and show the full copy again if there is one.
-
-        Raises what went wrong in the update (again at each call).
-        """
-        if self.update is not None:
-            self.update.wait()
-            self.update = None
-            if self.is_poisoned and self.state in (ChunkState.READY, ChunkState.IN_USE):
-                self._expose()
+    # -- parameters
 
     def bind(self, position: int, parameter: Tensor) -> None:
         """Make ``parameter`` follow this chunk from now on."""
-        view = self.views[position]
-        nan = torch.full((), float("nan"), dtype=view.dtype, device=view.device)
-        plain = plain_class(type(parameter))
-        away = away_class(plain) if is_linked(parameter) else plain
-        binding = Binding(parameter, view, nan.expand(view.shape), plain, away)
-        self.bindings.append(binding)
-        with QUIET():
-            self._versions.append(parameter._version)
-            parameter.data = binding.poison if self.is_poisoned else view
-        parameter.__class__ = binding.plain if self.pins else binding.away
+        self.bindings.add(parameter, self.views[position], is_pinned=self.pins > 0)
 
     def entrust(self, keeper: Keeper) -> None:
         """Have ``keeper`` answer for the chunk's parameters while nothing has it pinned."""
-        for position, binding in enumerate(self.bindings):
-            link(binding.parameter, keeper, partial(self.last_value, position))
-            self.bindings[position] = entrusted = replace(binding, away=away_class(binding.plain))
-            binding.parameter.__class__ = entrusted.plain if self.pins else entrusted.away
+        self.bindings.entrust(keeper, self.last_value, is_pinned=self.pins > 0)
 
     def last_value(self, position: int) -> Tensor:
         """The values of a parameter whose model is gone, in memory of its own.
@@ -338,20 +304,17 @@ class Chunk:
         home = master.as_strided(slot.shape, slot.stride, master.storage_offset() + slot.offset)
         return home.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
 
-    def release(self) -> None:
-        """Let the parameters go: those that others keep know where their values are."""
-        self.bindings.clear()
+    def rehome(self, built: "Chunk") -> None:
+        """Have the homes and the full copy of a chunk that was built for the same slots; the parameters follow.
 
-    def become(self, other: "Chunk") -> None:
-        """Have the homes, the full copy and the state of a chunk with the same slots; the parameters follow.
-
-        A full copy that is no home, before and after, keeps its storage: graphs that are still to run may need it.
+        Both are at rest. A full copy that is no home, before and after, keeps its storage: graphs that are still to run
+        may need it.
         """
         parameters = [binding.parameter for binding in self.bindings]
-        kept = {} if self.full_is_home or other.full_is_home else {"full": self.full, "views": self.views}
-        vars(self).update({**vars(other), **kept})
+        if self.full_is_home or built.full_is_home:
+            self.full, self.views = built.full, built.views
+        self.homes, self.states, self.gradient = built.homes, built.states, built.gradient
+        self.full_is_home, self.state, self.loan = built.full_is_home, built.state, None
+        self.bindings = Bindings(is_hidden=not built.full_is_home)
         for position, parameter in enumerate(parameters):
             self.bind(position, parameter)
-
-    def _move_to(self, state: ChunkState) -> None:
-        self.state = transition(self.index, self.state, state)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..chunk import ChunkManager, ChunkState, Role, Tier
+from ..chunk import ChunkManager, Role, Tier
 from ..memory.prediction import Outlook
 from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
@@ -98,7 +98,7 @@ class Statistics:
         stats["device/overdraft_peak_bytes"] = self._ledger.peak_overdraft(Tier.DEVICE)
         manager = self._manager()
         if manager is not None:
-            stats["chunk/resident_count"] = sum(c.state is not ChunkState.HOME for c in manager.chunks)
+            stats["chunk/resident_count"] = sum(c.is_resident for c in manager.chunks)
 
         (need_count, prefetched, late, missed, fetch_count, fetch_bytes, prefetch_count, evict_count) = reading.moves
         stats["need/count"] = need_count

@@ -102,9 +102,9 @@ class Outside(Keeper):
 
     def _keep_upper_halves(self, chunks: tuple[Chunk, ...]) -> None:
         for chunk in chunks:
-            if chunk.is_split and chunk.edited():
+            if chunk.is_split and chunk.bindings.edited():
                 with _undisturbed():
-                    self._runtime.manager.keep_edits(chunk)
+                    self._runtime.manager.quiet(chunk)
 
     def _lent(self, run: Callable[[], Any], parameters: list[Tensor]) -> Any:
         """Run something with the parameters in the loans' memory; their chunks are pinned."""
@@ -112,11 +112,11 @@ class Outside(Keeper):
         try:
             with _undisturbed():
                 for chunk, position in places:
-                    chunk.point(position, chunk.lend().view(position))
+                    chunk.bindings.point(position, chunk.lend().view(position))
             return run()
         finally:
             for chunk, position in places:
-                chunk.point_back(position)
+                chunk.bindings.point_back(position)
 
     def _chunks(self, parameters: list[Tensor]) -> tuple[Chunk, ...]:
         found = {chunk.index: chunk for chunk, _ in map(self._place, parameters)}

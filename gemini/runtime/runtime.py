@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
+from ..chunk import Chunk, ChunkManager, Role, Tier
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.native_memory import be_exact, be_quick, give_back_free, has_room_to_be_quick
 from ..memory.non_model import Batch, NonModelProfile
@@ -97,7 +97,7 @@ class Runtime:
             self.timeline.close(self.meter.last_bytes)
             if self.profile.is_measuring:
                 self.profile.add(self.meter.last_bytes)
-        waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
+        waits = any(not c.is_valid for c in chunks)
         begin = time.perf_counter() if waits else 0.0
         visit.is_open = True
         self._open[visit] = None
@@ -217,13 +217,13 @@ class Runtime:
     def _evict(self, indices: Sequence[int]) -> None:
         for index in indices:
             chunk = self.manager.chunks[index]
-            if chunk.state is ChunkState.READY:
+            if chunk.is_idle:
                 self.manager.evict(chunk)
 
     def _prefetch(self, indices: Sequence[int]) -> None:
         for index in indices:
             chunk = self.manager.chunks[index]
-            if chunk.state is ChunkState.HOME and self.manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
+            if not chunk.is_resident and self.manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
                 try:
                     self.manager.fetch(chunk, background=True)
                 except Exception as error:

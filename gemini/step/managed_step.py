@@ -223,8 +223,7 @@ class ChunkedStep:
         self.manager.device.synchronize()  # what the user replaced may be on its way
         chunks = [c for c in self.manager.chunks if c.gradient is not None and c.gradient.present]
         for chunk in chunks:
-            chunk.settle()  # an error of the last step surfaces before anything of this one is changed
-            self.manager.keep_edits(chunk)
+            self.manager.quiet(chunk)  # an error of the last step surfaces before anything of this one is changed
         return chunks
 
     def _admit_unfrozen(self, optimizer: ManagedOptimizer) -> None:

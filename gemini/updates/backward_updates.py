@@ -83,7 +83,7 @@ class BackwardUpdates:
         """The number of the step that is being done."""
         self._missing: set[tuple[int, Role]] = set()
         """ids of parameters and roles that are still to be loaded after a torn step."""
-        manager.withheld = gradients.used_up = self._updated
+        gradients.used_up = self._updated
         manager.before_read = weakly(self.refuse_reading)
         manager.after_write = weakly(self._replaced)
         gradients.before_arrival = self._refuse_late
@@ -151,8 +151,7 @@ class BackwardUpdates:
             self._options = _options(optimizer)
         if chunk.gradient.buffer is not None and chunk.gradient.buffer.tier is Tier.DISK:
             self._manager.device.synchronize()
-        chunk.settle()
-        self._manager.keep_edits(chunk)
+        self._manager.quiet(chunk)
         planned = self._updater.plan(self._groups, chunk, refresh=self._keeps(chunk))
         if not planned.update.runs:
             return

@@ -155,12 +155,9 @@ class Updater:
             chunk = each.chunk
             assert chunk.gradient is not None
             self.steps.update(each.taken)
-            chunk.update = ticket
-            chunk.supersede(chunk.gradient.present)
+            chunk.begin_update(ticket, chunk.gradient.present)
             self._gradients.hand_over(chunk)
             self._manager.lends_until(chunk, ticket)
-            if not chunk.pins:
-                chunk.poison()  # until the next pin
         for each in planned:
             chunk = each.chunk
             if chunk.pins or chunk.is_lent or (chunk.is_split and chunk.loan is not None):

@@ -12,7 +12,8 @@ from gemini.boosted import boosted
 TARGETS = {
     "manager": ("fetch", "pin", "unpin", "evict"),
     "device": ("grow", "shrink"),
-    "chunk": ("begin_fetch", "finish_fetch", "evict", "poison", "_expose", "_move_to"),
+    "chunk": ("begin_fetch", "finish_fetch", "evict", "_move_to"),
+    "bindings": ("hide", "expose"),
 }
 
 
@@ -23,6 +24,7 @@ class InterruptedAfterCall:
         manager = boosted(run.model).manager
         self.at, self.count = at, 0
         objects = {"manager": [manager], "device": [manager.device], "chunk": manager.chunks}
+        objects["bindings"] = [chunk.bindings for chunk in manager.chunks]
         self.targets = [(o, name) for kind, names in TARGETS.items() for o in objects[kind] for name in names]
 
     def __enter__(self) -> "InterruptedAfterCall":
