@@ -11,7 +11,7 @@ from gemini.errors import is_out_of_memory
 from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
 from .disk import DiskBackend
-from .edits import bring_edits_home, check_assigned, check_shape, put
+from .edits import check_assigned, put
 from .full_copies import FullCopies
 from .gradient_pool import GradientPool, Use
 from .layout import Slot
@@ -20,11 +20,11 @@ from .memory import DeviceBackend
 from .move_counts import MoveCounts
 from .origin import Origin
 from .plan import ChunkPlan
-from .shortage import no_room, refused
+from .room import Room
+from .shortage import refused
 from .state import ChunkState
 from .tier import Role, Tier
 from .values import read_slot, write_slot
-from .weak import weakly
 from .workers import end_elsewhere
 
 
@@ -36,7 +36,7 @@ class ChunkManager:
     plans
         One per chunk, in chunk order.
     ledger, device, disk
-        Counts, computes, stores. ``disk`` may be None if no home is on DISK.
+        The tiers' capacities, and the backends of their memory. ``disk`` may be None if no home is on DISK.
     gradient_room
         Bytes per tier for gradients that have no home.
     headroom
@@ -61,26 +61,27 @@ class ChunkManager:
         self.ledger = ledger
         self.device = device
         self.disk = disk
-        self.moves = MoveCounts()
+        self.full_copies = FullCopies(ledger, device)
+        self.room = Room(ledger, self.full_copies, headroom)
         self.before_read: Callable[[], None] = lambda: None
         """Called before a value is handed out. Raises where there are no values of one step."""
         self.after_write: Callable[[Tensor, Role], None] = lambda parameter, role: None
         """Called with what has been replaced."""
-        self.headroom = headroom
-        """Bytes that DEVICE has beyond its capacity."""
         self.origin = Origin()
-        self._last_used: dict[Chunk, int] = {}
-        """The number of the last pin of each."""
         self._ahead: set[Chunk] = set()
         """Chunks that were fetched ahead of use, and not used since."""
-        self._full_copies = FullCopies(ledger, device)
         reserve_homes(plans, ledger, device)
-        self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
+        self.gradient_pool = GradientPool(ledger, device, disk, self.room)
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
         self._builder = ChunkBuilder(ledger, device, disk, self.gradient_pool)
         self.chunks = tuple(map(self._builder.build, plans))
         self._places: dict[int, tuple[Chunk, int]] = {}
+
+    @property
+    def moves(self) -> MoveCounts:
+        """What moved since the start."""
+        return self.full_copies.counts
 
     # -- places
 
@@ -123,8 +124,7 @@ class ChunkManager:
                     f"memory of {names} is held outside of the model (by p.data, p.detach(), a NumPy array or a view): "
                     "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
                 )
-            if old.state is ChunkState.FETCHING:
-                self._full_copies.arrive(old)  # what can go wrong goes wrong now
+            self.full_copies.arrive(old)  # what can go wrong goes wrong now
             self.quiet(old)
         with self.ledger.all_or_nothing():
             reserve_homes(plans, self.ledger, self.device)
@@ -161,23 +161,23 @@ class ChunkManager:
         if chunk.is_resident:
             return
         self.origin.refuse_elsewhere()
-        self._take_assigned(chunk)
-        self.make_room(chunk, keep, overdraw)
+        self.full_copies.take_assigned(chunk)
+        self.room.make(chunk, keep, overdraw)
         begin = time.perf_counter()
         try:
-            self._full_copies.begin(chunk, background)
+            self.full_copies.begin(chunk, background)
         except BaseException as error:
             if background or not is_out_of_memory(error):
                 raise
             # The ledger had room, the allocator had not: whatever took it, what nothing uses can go.
-            self.evict_idle(keep)
+            self.room.evict_idle(keep)
             self.device.trim()
             try:
-                self._full_copies.begin(chunk, background)
+                self.full_copies.begin(chunk, background)
             except BaseException as again:
                 if not is_out_of_memory(again):
                     raise
-                raise refused(self.ledger, self.chunks, chunk, again) from again
+                raise refused(self.ledger, tuple(self.full_copies.resident), chunk, again) from again
         self.moves.count_fetch(chunk.full_nbytes, background)
         if background:
             self._ahead.add(chunk)
@@ -197,64 +197,38 @@ class ChunkManager:
                 self.moves.count_late()
             begin = time.perf_counter()
             try:
-                self._full_copies.arrive(chunk)
+                self.full_copies.arrive(chunk)
                 self._count_wait(chunk, begin)
             except BaseException as error:
                 if not is_out_of_memory(error):
                     raise
-                self.evict_idle(keep)
+                self.room.evict_idle(keep)
                 self.device.trim()
                 self.fetch(chunk, keep)
-                if chunk.state is ChunkState.FETCHING:
-                    self._full_copies.arrive(chunk)
+                self.full_copies.arrive(chunk)
         if chunk in self._ahead:
             self.moves.count_used()
             self._ahead.discard(chunk)
         if chunk.bindings.is_hidden:  # else the parameters stay where they point, and are looked at before home is
-            self._take_assigned(chunk)
+            self.full_copies.take_assigned(chunk)
         chunk.pin()
-        self._last_used[chunk] = moment
+        self.room.note_use(chunk, moment)
 
     def unpin(self, chunk: Chunk) -> None:
         chunk.unpin()
 
     def evict(self, chunk: Chunk) -> None:
-        """Free a full copy that nothing uses. Does nothing where it is the home itself, or lent."""
-        if chunk.full_is_home or chunk.is_lent:
-            return
-        if chunk.state is ChunkState.FETCHING:
-            self._full_copies.arrive(chunk)
-        self.quiet(chunk)  # the update may be writing through to the full copy
-        chunk.evict()
-        self._full_copies.free(chunk)
-        self.moves.count_eviction()
+        """See `FullCopies.evict`."""
+        self.full_copies.evict(chunk)
 
     def quiet(self, chunk: Chunk) -> None:
-        """Have the homes be the whole truth: no update is under way, and what was changed in parameters is home.
-
-        To be called before homes are read or an update begins. What was changed is what the user assigned to
-        ``p.data``, and what the user, or a module in its forward, changed in a full copy in place.
-
-        Forward and backward change no parameter, but ``nn.Embedding(max_norm=...)`` renormalises its weight, and users
-        clamp or initialise parameters under ``no_grad``. Only elements that differ are written, so that the others keep
-        the bits that the compute dtype has no room for. What was lent is compared as well: see [Note: Loans].
-
-        Raises
-        ------
-        OffloadError
-            If the update failed. It is tried again.
-        ValueError
-            If something of another shape was assigned to a parameter, which then keeps its values; or if masters are in
-            two halves and a module has changed one in its forward: which elements differ cannot be told then.
-        """
-        chunk.settle()
-        self._take_assigned(chunk)
-        bring_edits_home(chunk)
+        """See `FullCopies.quiet`: to be called before homes are read, or an update begins."""
+        self.full_copies.quiet(chunk)
 
     def refresh(self, chunk: Chunk) -> None:
         """Fill the full copy of a lent chunk from home again, because an update could not write through to it."""
         chunk.settle()
-        self._full_copies.fill_again(chunk)
+        self.full_copies.fill_again(chunk)
 
     def check_assigned(self, parameter: Tensor, value: Tensor) -> None:
         """See whether a tensor can be the ``data`` of a parameter; raises ValueError if not."""
@@ -269,22 +243,9 @@ class ChunkManager:
         is_ours = any(chunk.has_memory(value) for chunk in self.chunks)
         loan = chunk.lend()
         loan.part_with(position)
-        self._take(chunk, position, value)
+        self.full_copies.put(chunk, position, value)
         if not is_ours and value.dtype is chunk.full.dtype:
             loan.adopt(position, value)
-
-    def _take_assigned(self, chunk: Chunk) -> None:
-        """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does)."""
-        for position, value in chunk.bindings.take_assigned():
-            self._take(chunk, position, value)
-
-    def _take(self, chunk: Chunk, position: int, value: Tensor) -> None:
-        check_shape(chunk, position, value)
-        chunk.settle()
-        if chunk.state is ChunkState.FETCHING:
-            self._full_copies.arrive(chunk)
-        self.device.outlast(value)  # in plain PyTorch the parameter would keep it
-        put(chunk, position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
         self.moves.count_wait(chunk.homes[Role.MASTER].tier, time.perf_counter() - begin)
@@ -302,77 +263,13 @@ class ChunkManager:
         """
         for chunk in self.chunks:
             chunk.mend(int(chunk in held))
-        self._full_copies.mend(self.chunks)
-
-    def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
-        """Evict until ``chunk`` fits.
-
-        What does not fit beside memory that is lent may go beyond the capacity, if the system has as much.
-
-        Raises
-        ------
-        OutOfMemory
-            If it does not fit beside what is in use and what is to be kept.
-        """
-        while (missing := chunk.full_nbytes - self.ledger.free(Tier.DEVICE)) > 0:
-            if not self._evict_one(keep):
-                lent = sum(c.full_nbytes for c in self.chunks if c.is_idle and c.is_lent)
-                if (overdraw or lent >= missing) and self.headroom() >= missing:
-                    self.ledger.overdraw(Tier.DEVICE, missing)
-                    return
-                raise no_room(self.ledger, self.chunks, chunk, keep)
-
-    def _evict_for(self, tier: Tier, nbytes: int) -> None:
-        """Evict until so many bytes of a tier are free, or nothing idle is left where that would help."""
-        if tier is Tier.DISK or self.ledger.bounded_by(tier) is not self.ledger.bounded_by(Tier.DEVICE):
-            return
-        while self.ledger.free(tier) < nbytes and self._evict_one():
-            pass
+        self.full_copies.mend()
 
     def forget_addresses(self) -> None:
         """Addresses of memory that were given out (``p.data_ptr()``) need not stay valid any longer."""
         for chunk in self.chunks:
             if chunk.loan is not None:
                 chunk.loan.forget_address()
-
-    def repay(self) -> None:
-        """Give back what went beyond the capacity of DEVICE, as far as nobody holds it."""
-        while (overdraft := self.ledger.overdraft(Tier.DEVICE)) > 0:
-            if self.ledger.free(Tier.DEVICE) >= overdraft or not self._evict_one():
-                self.ledger.repay(Tier.DEVICE)
-                return
-
-    def evict_idle(self, keep: Sequence[Chunk] = ()) -> None:
-        """Free every full copy that nothing uses, but for those of ``keep``."""
-        for chunk in self._idle(keep):
-            if chunk.state is ChunkState.FETCHING and self._has_failed(chunk):
-                continue  # and is freed by that
-            self.evict(chunk)
-
-    def _idle(self, keep: Sequence[Chunk]) -> list[Chunk]:
-        return [
-            chunk
-            for chunk in self.chunks
-            if (chunk.is_idle or chunk.state is ChunkState.FETCHING)
-            and not (chunk.full_is_home or chunk in keep or chunk.is_lent)
-        ]
-
-    def _evict_one(self, keep: Sequence[Chunk] = ()) -> bool:
-        """Evict the least recently used full copy, one that is arriving last; False if all are in use or ``keep``."""
-        idle = self._idle(keep)
-        if idle:
-            self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, self._last_used.get(c, 0))))
-        return bool(idle)
-
-    def _has_failed(self, chunk: Chunk) -> bool:
-        """Wait for a move; true if it ran out of memory."""
-        try:
-            self._full_copies.arrive(chunk)
-        except BaseException as error:
-            if not is_out_of_memory(error):
-                raise
-            return True
-        return False
 
     # -- values
 
@@ -392,7 +289,7 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
-        self._take_assigned(chunk)
+        self.full_copies.take_assigned(chunk)
         if role is Role.MASTER:
             if chunk.is_resident:
                 self.evict(chunk)
@@ -416,6 +313,7 @@ class ChunkManager:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
         for chunk in self.chunks:
             chunk.bindings.release()
+        self.full_copies.resident.clear()  # memory for gradients leads there, and chunks lead to it
         self.device.close()
         if self.disk is not None:
             end_elsewhere(self.disk.close)  # after the threads that use it

@@ -173,7 +173,7 @@ class Runtime:
         """Unpin what `bring` pinned."""
         for chunk in chunks:
             self.manager.unpin(chunk)
-        self.manager.repay()
+        self.manager.room.repay()
 
     def hold(self, chunks: Sequence[Chunk]) -> None:
         """Bring chunks and keep them until `release_held`, because nothing will tell when the last use is over."""
@@ -258,7 +258,7 @@ class Runtime:
         if not self._open:
             self._mend()
         self.manager.forget_addresses()
-        self.manager.repay()
+        self.manager.room.repay()
         self.batch = batch = Batch(with_gradients, shapes)
         self.profile.begin(batch)
         self._choose_malloc()
@@ -296,7 +296,7 @@ class Runtime:
         room = max(self._device_limit_bytes - peak - self.given_up_bytes, homes + self._least_bytes())
         if room != ledger.capacity(Tier.DEVICE):
             if room < ledger.used(Tier.DEVICE):
-                self.manager.evict_idle()
+                self.manager.room.evict_idle()
             ledger.resize(Tier.DEVICE, room)
             self.cycle.replan(self._plan)
 
@@ -408,7 +408,7 @@ class Runtime:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             return
         held = sum(c.full_nbytes for c in self.manager.chunks if c.is_resident)
-        self.manager.evict_idle()
+        self.manager.room.evict_idle()
         self.manager.device.trim()
         if self.manager.device.is_ram:
             be_exact()

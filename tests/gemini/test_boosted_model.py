@@ -109,7 +109,7 @@ def test_asking_for_one_parameter_does_not_wait_for_the_updates_of_all() -> None
     chunks = boosted(run.model).manager.chunks
     assert len(chunks) > 1
     waited: list[int] = []
-    boosted(run.model).manager.evict_idle()
+    boosted(run.model).manager.room.evict_idle()
     for chunk in chunks:
         chunk.settle()
         chunk.begin_update(RecordsWait(waited, chunk.index), ())
