@@ -16,11 +16,11 @@ from gemini.errors import OutOfMemory
 
 from .buffer import Buffer, MemoryBuffer
 from .disk import DiskBackend
+from .eviction import Eviction
 from .gradient import GradientBuffer
 from .layout import ChunkLayout, size_class
 from .ledger import Ledger
 from .memory import DeviceBackend
-from .room import Room
 from .tier import Tier
 
 logger = logging.getLogger(__name__)
@@ -61,17 +61,17 @@ class GradientPool:
     ----------
     ledger, device, disk
         Who counts, who has memory, and where gradients go that find none (None: nowhere).
-    device_room
+    eviction
         Evicts full copies that nothing uses, where these share their memory with gradients.
     """
 
-    def __init__(self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None, device_room: Room) -> None:
+    def __init__(self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None, eviction: Eviction) -> None:
         self.growths = 0
         """How often the room that was set aside did not do."""
         self._ledger = ledger
         self._device = device
         self._disk = disk
-        self._device_room = device_room
+        self._eviction = eviction
         self._room = dict.fromkeys(Tier, 0)
         self._idle: list[_Idle] = []
         self._lent: dict[int, MemoryBuffer] = {}
@@ -121,7 +121,7 @@ class GradientPool:
             self.growths += 1
             missing = nbytes + self._taken(tier) - self._room[tier]
             try:
-                self._device_room.make_for(tier, missing)
+                self._eviction.make_room_for(tier, missing)
                 self.reserve(tier, missing, what)
             except OutOfMemory:
                 if self._disk is None:

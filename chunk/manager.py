@@ -12,6 +12,7 @@ from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
 from .disk import DiskBackend
 from .edits import check_assigned, put
+from .eviction import Eviction
 from .full_copies import FullCopies
 from .gradient_pool import GradientPool, Use
 from .layout import Slot
@@ -20,7 +21,6 @@ from .memory import DeviceBackend
 from .move_counts import MoveCounts
 from .origin import Origin
 from .plan import ChunkPlan
-from .room import Room
 from .shortage import refused
 from .state import ChunkState
 from .tier import Role, Tier
@@ -62,7 +62,7 @@ class ChunkManager:
         self.device = device
         self.disk = disk
         self.full_copies = FullCopies(ledger, device)
-        self.room = Room(ledger, self.full_copies, headroom)
+        self.eviction = Eviction(ledger, self.full_copies, headroom)
         self.before_read: Callable[[], None] = lambda: None
         """Called before a value is handed out. Raises where there are no values of one step."""
         self.after_write: Callable[[Tensor, Role], None] = lambda parameter, role: None
@@ -71,7 +71,7 @@ class ChunkManager:
         self._ahead: set[Chunk] = set()
         """Chunks that were fetched ahead of use, and not used since."""
         reserve_homes(plans, ledger, device)
-        self.gradient_pool = GradientPool(ledger, device, disk, self.room)
+        self.gradient_pool = GradientPool(ledger, device, disk, self.eviction)
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
         self._builder = ChunkBuilder(ledger, device, disk, self.gradient_pool)
@@ -162,7 +162,7 @@ class ChunkManager:
             return
         self.origin.refuse_elsewhere()
         self.full_copies.take_assigned(chunk)
-        self.room.make(chunk, keep, overdraw)
+        self.eviction.make_room(chunk, keep, overdraw)
         begin = time.perf_counter()
         try:
             self.full_copies.begin(chunk, background)
@@ -170,7 +170,7 @@ class ChunkManager:
             if background or not is_out_of_memory(error):
                 raise
             # The ledger had room, the allocator had not: whatever took it, what nothing uses can go.
-            self.room.evict_idle(keep)
+            self.eviction.evict_idle(keep)
             self.device.trim()
             try:
                 self.full_copies.begin(chunk, background)
@@ -202,7 +202,7 @@ class ChunkManager:
             except BaseException as error:
                 if not is_out_of_memory(error):
                     raise
-                self.room.evict_idle(keep)
+                self.eviction.evict_idle(keep)
                 self.device.trim()
                 self.fetch(chunk, keep)
                 self.full_copies.arrive(chunk)
@@ -212,7 +212,7 @@ class ChunkManager:
         if chunk.bindings.is_hidden:  # else the parameters stay where they point, and are looked at before home is
             self.full_copies.take_assigned(chunk)
         chunk.pin()
-        self.room.note_use(chunk, moment)
+        self.eviction.note_use(chunk, moment)
 
     def unpin(self, chunk: Chunk) -> None:
         chunk.unpin()

@@ -161,7 +161,7 @@ def test_a_home_in_reach_of_the_device_is_the_full_copy_and_never_moves() -> Non
     assert frozen.state is ChunkState.READY and rig.has_values(frozen)
     pointer = rig.parameters[0][0].data_ptr()
     rig.manager.evict(frozen)
-    rig.manager.room.make(trainable)
+    rig.manager.eviction.make_room(trainable)
     rig.use(frozen)
     assert rig.has_values(frozen) and rig.parameters[0][0].data_ptr() == pointer
     assert rig.manager.moves.fetch_count == 0 and rig.device.log == []

@@ -1,4 +1,4 @@
-"""Room on DEVICE: which full copies go when another one, or a gradient, needs the memory."""
+"""Eviction: which full copies go from DEVICE when another one, or a gradient, needs the memory."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from .state import ChunkState
 from .tier import Tier
 
 
-class Room:
+class Eviction:
     """Evicts the least recently used full copies within the capacity of DEVICE, and beyond it what is not in use.
 
     Parameters
@@ -35,7 +35,7 @@ class Room:
         """A chunk is pinned."""
         self._last_used[chunk.index] = moment
 
-    def make(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
+    def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         """Evict others than those of ``keep`` until the full copy of ``chunk`` fits.
 
         What does not fit beside memory that is lent may go beyond the capacity, if the system has as much; with
@@ -54,7 +54,7 @@ class Room:
                     raise no_room(self._ledger, resident, chunk, keep)
                 self._ledger.overdraw(Tier.DEVICE, missing)
 
-    def make_for(self, tier: Tier, nbytes: int) -> None:
+    def make_room_for(self, tier: Tier, nbytes: int) -> None:
         """Evict until so many bytes of a tier are free, or nothing idle is left where that would help."""
         if self._ledger.bounded_by(tier) is self._ledger.bounded_by(Tier.DEVICE):
             while self._ledger.free(tier) < nbytes and self._evict_one():
