@@ -67,6 +67,8 @@ class ChunkManager:
         """Called before a value is handed out. Raises where there are no values of one step."""
         self.after_write: Callable[[Tensor, Role], None] = lambda parameter, role: None
         """Called with what has been replaced."""
+        self.access_count = 0
+        """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
         self.origin = Origin()
         self._ahead: set[Chunk] = set()
         """Chunks that were fetched ahead of use, and not used since."""
@@ -90,7 +92,7 @@ class ChunkManager:
         chunk.bind(position, parameter)
         self._places[id(parameter)] = (chunk, position)
 
-    def lends_until(self, chunk: Chunk, use: Use) -> None:
+    def release_gradient_after(self, chunk: Chunk, use: Use) -> None:
         """Take back what a chunk has borrowed for its gradient, if it has, once an update is over."""
         if chunk.gradient is not None and chunk.gradient.is_borrowed:
             self.gradient_pool.retire(chunk.gradient, use)
@@ -191,10 +193,10 @@ class ChunkManager:
         Where the move ran out of memory on its way it is made again, in the room of all that nothing uses (but for
         ``keep``).
         """
-        moment = self.moves.count_need()
+        self.access_count += 1
         if chunk.state is ChunkState.FETCHING:
             if chunk in self._ahead and not chunk.has_arrived:
-                self.moves.count_late()
+                self.moves.count_late_prefetch()
             begin = time.perf_counter()
             try:
                 self.full_copies.arrive(chunk)
@@ -212,7 +214,7 @@ class ChunkManager:
         if chunk.bindings.is_hidden:  # else the parameters stay where they point, and are looked at before home is
             self.full_copies.take_assigned(chunk)
         chunk.pin()
-        self.eviction.note_use(chunk, moment)
+        self.eviction.note_use(chunk, self.access_count)
 
     def unpin(self, chunk: Chunk) -> None:
         chunk.unpin()

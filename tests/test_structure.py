@@ -80,8 +80,6 @@ STILL: Mapping[str, frozenset[str]] = {
             "gemini.boosting.succession: state.optimizer",
             "gemini.boosting.succession: state.optimizer._managed",
             "gemini.chunk.building: chunk.gradient",
-            "gemini.chunk.write_behind: write.future",
-            "gemini.chunk.write_behind: write.has_surfaced",
             "gemini.lazy.context: session.last",
             "gemini.lazy.context: session.tape",
             "gemini.lazy.replay: tape.paused",
@@ -110,7 +108,6 @@ STILL: Mapping[str, frozenset[str]] = {
     "any_in_chunk": frozenset(
         {
             "gemini.chunk.away",
-            "gemini.chunk.cuda_memory",
             "gemini.chunk.layout",
         }
     ),

@@ -44,8 +44,7 @@ class Reading(NamedTuple):
 
 # One call of C each: after 50 ms of computing, every line of Python costs a cache miss or two.
 _MOVES = attrgetter(
-    "need_count", "prefetch_used", "late_count", "demand_count", "fetch_count", "fetch_bytes", "prefetch_count",
-    "evict_count",
+    "prefetch_used", "late_prefetch_count", "miss_count", "fetch_count", "fetch_bytes", "prefetch_count", "evict_count",
 )  # fmt: skip
 _DISK = attrgetter("read_bytes", "read_seconds", "written_bytes", "write_seconds")
 _NO_DISK = (0, 0.0, 0, 0.0)
@@ -58,7 +57,7 @@ def read(engine: Engine, step: ChunkedStep, step_count: int, step_seconds: float
     moves, uploads = manager.moves, manager.device.uploads
     return Reading(
         manager.ledger.counters(),
-        _MOVES(moves),
+        (manager.access_count, *_MOVES(moves)),
         tuple(moves.waited_seconds.values()),
         engine.stall_seconds,
         tuple(uploads.nbytes.values()),
@@ -101,9 +100,9 @@ class Statistics:
         if manager is not None:
             stats["chunk/resident_count"] = sum(c.is_resident for c in manager.chunks)
 
-        (need_count, prefetched, late, missed, fetch_count, fetch_bytes, prefetch_count, evict_count) = reading.moves
-        stats["need/count"] = need_count
-        stats["need/resident_count"] = max(0, need_count - prefetched - missed)
+        (access_count, prefetched, late, missed, fetch_count, fetch_bytes, prefetch_count, evict_count) = reading.moves
+        stats["need/count"] = access_count
+        stats["need/resident_count"] = max(0, access_count - prefetched - missed)
         stats["need/hit_count"] = prefetched - late
         stats["need/late_count"] = late
         stats["need/miss_count"] = missed

@@ -157,7 +157,7 @@ class Updater:
             self.steps.update(each.taken)
             chunk.begin_update(ticket, chunk.gradient.present)
             self._gradients.hand_over(chunk)
-            self._manager.lends_until(chunk, ticket)
+            self._manager.release_gradient_after(chunk, ticket)
         for each in planned:
             chunk = each.chunk
             if chunk.pins or chunk.is_lent or (chunk.is_split and chunk.loan is not None):

@@ -81,7 +81,7 @@ def test_a_prefetched_chunk_arrives_when_it_is_pinned_and_is_counted() -> None:
     rig.manager.pin(first)
     assert rig.has_values(first)
     moves = rig.manager.moves
-    assert (moves.fetch_count, moves.prefetch_count, moves.prefetch_used, moves.demand_count) == (2, 1, 1, 1)
+    assert (moves.fetch_count, moves.prefetch_count, moves.prefetch_used, moves.miss_count) == (2, 1, 1, 1)
     assert moves.fetch_bytes == 2 * NUMEL * 2
 
 
