@@ -7,6 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gemini.torch_private import version_of, without_torch_function
+
 from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
 
 
@@ -51,7 +53,7 @@ class Bindings:
         binding = Binding(parameter, view, nan.expand(view.shape), plain, away)
         self._all.append(binding)
         with QUIET():
-            self._versions.append(parameter._version)
+            self._versions.append(version_of(parameter))
             parameter.data = binding.nan if self.is_hidden else view
         parameter.__class__ = plain if is_pinned else away
 
@@ -115,7 +117,7 @@ class Bindings:
         They point again where the chunk has them point; bringing the values there is the caller's.
         """
         found = []
-        with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
+        with without_torch_function():  # the class while it is away and the observer: this is no use
             for position, binding in enumerate(self._all):
                 ours, former = (binding.nan, binding.view) if self.is_hidden else (binding.view, binding.nan)
                 if not binding.parameter.is_set_to(ours):
@@ -129,7 +131,7 @@ class Bindings:
     def edited(self) -> list[int]:
         """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
         with QUIET():
-            versions = [binding.parameter._version for binding in self._all]
+            versions = [version_of(binding.parameter) for binding in self._all]
         if versions == self._versions:
             return []
         return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
@@ -137,7 +139,7 @@ class Bindings:
     def accept(self, position: int) -> None:
         """Mark home and parameter as equal."""
         with QUIET():
-            self._versions[position] = self._all[position].parameter._version
+            self._versions[position] = version_of(self._all[position].parameter)
 
     def bump_versions(self, positions: Iterable[int]) -> None:
         """Say that an update gives these parameters other values: autograd then refuses graphs that need the old ones.

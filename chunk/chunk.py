@@ -1,21 +1,24 @@
 """One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from gemini.torch_private import storage_key
+
 from .away import Keeper
 from .bindings import Bindings
 from .buffer import Buffer
+from .content import BufferSpec
 from .gradient import GradientBuffer
-from .layout import ChunkLayout
 from .loan import Loan
 from .memory import Transfer
-from .plan import StateSlot
+from .names import MASTER
+from .plan import ChunkPlan
 from .state import RESIDENT, SETTLED, UPDATING, ChunkState, transition
-from .tier import STATE_ROLES, Role
+from .tier import Tier
 
 
 class Chunk:
@@ -26,26 +29,22 @@ class Chunk:
     """
 
     def __init__(
-        self,
-        layout: ChunkLayout,
-        homes: dict[Role, Buffer],
-        full: Tensor,
-        full_is_home: bool,
-        states: Sequence[StateSlot] = (),
+        self, plan: ChunkPlan, homes: dict[str, Buffer], full: Tensor, gradient: GradientBuffer | None
     ) -> None:
-        self.layout = layout
+        self.plan = plan
+        self.layout = layout = plan.layout
+        self.codecs = plan.codecs
+        self.specs = plan.specs
         self.homes = homes
-        self.states = dict(zip(STATE_ROLES, states, strict=False))
-        """What the optimizer keeps here, and in which role."""
+        """Where each buffer of the plan is, but for the gradient's."""
         self.full = full
-        self.full_is_home = full_is_home
         with torch.no_grad():
             # Made now and kept: a view of a storage that is 0 bytes long cannot be made, but it can be held.
             self.views = tuple(
                 full.as_strided(slot.shape, slot.stride, full.storage_offset() + slot.offset) for slot in layout.slots
             )
-        self.gradient: GradientBuffer | None = None
-        self.bindings = Bindings(is_hidden=not full_is_home)
+        self.gradient = gradient
+        self.bindings = Bindings(is_hidden=not plan.full_is_home)
         self.state = ChunkState.HOME
         self.pins = 0
         self.loan: Loan | None = None
@@ -60,41 +59,41 @@ class Chunk:
         return self.layout.index
 
     @property
+    def states(self) -> tuple[BufferSpec, ...]:
+        """What the optimizer keeps here, in its own order."""
+        return self.plan.states
+
+    @property
+    def full_is_home(self) -> bool:
+        """True if the full copy is the home that it would be fetched from."""
+        return self.plan.full_is_home
+
+    @property
     def is_trainable(self) -> bool:
         """True if an optimizer updates it."""
         return self.gradient is not None
 
     @property
     def is_split(self) -> bool:
-        """True if its masters are in two halves. See [Note: Split master]."""
-        return Role.MASTER_LOW in self.homes
+        """True if its full copy is a part of its masters: the upper halves. See [Note: Split master]."""
+        return self.full_is_home and self.plan.codec.dtype is not self.full.dtype
 
     @property
-    def marks_role(self) -> Role:
-        """The state whose signs belong to split masters."""
-        return next(role for role, slot in self.states.items() if slot.has_spare_sign)
+    def tier(self) -> Tier:
+        """Where its masters are."""
+        return self.homes[MASTER].tier
 
-    @property
-    def master_dtype(self) -> torch.dtype:
-        """Of what a parameter is read as."""
-        return torch.float32 if self.is_split else self.homes[Role.MASTER].dtype
-
-    def name(self, role: Role) -> str:
-        """What people call a role here: the optimizer's word for a state."""
-        slot = self.states.get(role)
-        return role.value if slot is None else slot.name
-
-    def place(self, position: int, role: Role) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Where a role has the values of a parameter: offset in its buffer, shape and strides there."""
-        slot, state = self.layout.slots[position], self.states.get(role)
-        if state is None or state.block_numel == 1:
+    def place(self, position: int, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Where values of a parameter are in their buffers: offset, shape and strides there."""
+        slot, (spec, *_) = self.layout.slots[position], self.codecs[name].specs
+        if spec.block_numel == 1:
             return slot.offset, slot.shape, slot.stride
-        return slot.offset // state.block_numel, (state.numel(slot.numel),), (1,)
+        return slot.offset // spec.block_numel, (spec.numel(slot.numel),), (1,)
 
     @property
     def source(self) -> Buffer:
         """What a fetch reads."""
-        return self.homes.get(Role.SHADOW, self.homes[Role.MASTER])
+        return self.homes[self.plan.codec.source]
 
     @property
     def full_nbytes(self) -> int:
@@ -122,7 +121,7 @@ class Chunk:
 
     def has_memory(self, tensor: Tensor) -> bool:
         """True if a tensor lies in the full copy, or in what was lent of it."""
-        is_in_full = tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
+        is_in_full = storage_key(tensor.untyped_storage()) == storage_key(self.full.untyped_storage())
         return is_in_full or (self.loan is not None and self.loan.has(tensor))
 
     def accept(self, position: int) -> None:
@@ -295,13 +294,13 @@ class Chunk:
         slot, view = self.layout.slots[position], self.views[position]
         if self.state is ChunkState.READY:
             return view.clone(memory_format=torch.preserve_format)
-        master = self.homes[Role.MASTER].tensor
-        if master is None:
+        source = self.source.tensor
+        if source is None:
             raise RuntimeError(
                 f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
                 "the model for as long as its parameters are used, or keep p.detach().clone()"
             )
-        home = master.as_strided(slot.shape, slot.stride, master.storage_offset() + slot.offset)
+        home = source.as_strided(slot.shape, slot.stride, source.storage_offset() + slot.offset)
         return home.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
 
     def rehome(self, built: "Chunk") -> None:
@@ -313,8 +312,8 @@ class Chunk:
         parameters = [binding.parameter for binding in self.bindings]
         if self.full_is_home or built.full_is_home:
             self.full, self.views = built.full, built.views
-        self.homes, self.states, self.gradient = built.homes, built.states, built.gradient
-        self.full_is_home, self.state, self.loan = built.full_is_home, built.state, None
+        self.plan, self.codecs, self.specs = built.plan, built.codecs, built.specs
+        self.homes, self.gradient, self.state, self.loan = built.homes, built.gradient, built.state, None
         self.bindings = Bindings(is_hidden=not built.full_is_home)
         for position, parameter in enumerate(parameters):
             self.bind(position, parameter)

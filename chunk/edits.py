@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .chunk import Chunk
 from .loan import Loan
-from .tier import Role
+from .names import MASTER
 from .values import differing, read_slot, write_slot
 
 
@@ -40,7 +40,7 @@ def bring_edits_home(chunk: Chunk) -> None:
         chunk.end_loan()  # before looking: what is written from now on is seen the next time
     for position in sorted(positions):
         view = chunk.views[position]
-        home = read_slot(chunk, position, Role.MASTER).to(view.device)
+        home = read_slot(chunk, position, MASTER).to(view.device)
         _write_differing(chunk, position, home, differing(view, home))
 
 
@@ -48,14 +48,14 @@ def _bring_upper_halves_home(chunk: Chunk, loan: Loan) -> None:
     chunk.end_loan()
     for position in loan.positions:
         differs = differing(chunk.views[position], loan.before(position))
-        home = read_slot(chunk, position, Role.MASTER).to(differs.device) if differs.any() else differs
+        home = read_slot(chunk, position, MASTER).to(differs.device) if differs.any() else differs
         _write_differing(chunk, position, home, differs)
 
 
 def _write_differing(chunk: Chunk, position: int, home: Tensor, differs: Tensor) -> None:
     if differs.any():
         view = chunk.views[position]
-        write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(home.dtype), home))
+        write_slot(chunk, position, MASTER, torch.where(differs, view.to(home.dtype), home))
     chunk.accept(position)
 
 
@@ -68,7 +68,7 @@ def check_assigned(chunk: Chunk, position: int, value: Tensor) -> None:
         If it has another shape, dtype or device.
     """
     view = chunk.views[position]
-    if value.dtype not in (view.dtype, chunk.master_dtype) or value.device != view.device:
+    if value.dtype not in (view.dtype, chunk.plan.codec.dtype) or value.device != view.device:
         raise ValueError(
             f"a tensor of {value.dtype} on {value.device} was assigned to the data of "
             f"{chunk.layout.slots[position].name}, which is of {view.dtype} on {view.device} and keeps both after "
@@ -90,7 +90,7 @@ def check_shape(chunk: Chunk, position: int, value: Tensor) -> None:
 
 def put(chunk: Chunk, position: int, value: Tensor) -> None:
     """Have home and, where there is one, the full copy hold a value. No update and no move is under way."""
-    write_slot(chunk, position, Role.MASTER, value)
+    write_slot(chunk, position, MASTER, value)
     if chunk.is_resident and not chunk.full_is_home:
         with torch.no_grad():
             chunk.views[position].copy_(value)

@@ -19,11 +19,12 @@ from .layout import Slot
 from .ledger import Ledger
 from .memory import DeviceBackend
 from .move_counts import MoveCounts
+from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
 from .shortage import refused
 from .state import ChunkState
-from .tier import Role, Tier
+from .tier import Tier
 from .values import read_slot, write_slot
 from .workers import end_elsewhere
 
@@ -65,8 +66,8 @@ class ChunkManager:
         self.eviction = Eviction(ledger, self.full_copies, headroom)
         self.before_read: Callable[[], None] = lambda: None
         """Called before a value is handed out. Raises where there are no values of one step."""
-        self.after_write: Callable[[Tensor, Role], None] = lambda parameter, role: None
-        """Called with what has been replaced."""
+        self.after_write: Callable[[Tensor, str], None] = lambda parameter, name: None
+        """Called with what has been replaced: a parameter, and the name of the values."""
         self.access_count = 0
         """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
         self.origin = Origin()
@@ -133,8 +134,8 @@ class ChunkManager:
             built = [self._builder.build(plan) for plan in plans]
             for new in built:
                 for position in range(len(new.layout.slots)):
-                    value = read_slot(self.chunks[new.index], position, Role.MASTER)
-                    write_slot(new, position, Role.MASTER, value)
+                    value = read_slot(self.chunks[new.index], position, MASTER)
+                    write_slot(new, position, MASTER, value)
                 if fill is not None:
                     fill(new)
         for new in built:
@@ -250,7 +251,7 @@ class ChunkManager:
             loan.adopt(position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
-        self.moves.count_wait(chunk.homes[Role.MASTER].tier, time.perf_counter() - begin)
+        self.moves.count_wait(chunk.tier, time.perf_counter() - begin)
 
     def mend(self, held: Collection[Chunk]) -> None:
         """Nothing runs: take back what interrupts have left behind.
@@ -275,8 +276,8 @@ class ChunkManager:
 
     # -- values
 
-    def read(self, parameter: Tensor, role: Role) -> Tensor:
-        """A copy, on CPU, of what one role holds for a parameter (waits for a pending update).
+    def read(self, parameter: Tensor, name: str) -> Tensor:
+        """A copy, on CPU, of the masters or one state of a parameter (waits for a pending update).
 
         In the parameter's shape; flat where blocks of elements share a value.
         """
@@ -284,21 +285,21 @@ class ChunkManager:
         self.before_read()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        return read_slot(chunk, position, role)
+        return read_slot(chunk, position, name)
 
-    def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
-        """Replace what one role holds for a parameter; a full copy made before is dropped, or follows if it is lent."""
+    def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
+        """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.full_copies.take_assigned(chunk)
-        if role is Role.MASTER:
+        if name == MASTER:
             if chunk.is_resident:
                 self.evict(chunk)
             put(chunk, position, value)
         else:
-            write_slot(chunk, position, role, value)
-        self.after_write(parameter, role)
+            write_slot(chunk, position, name, value)
+        self.after_write(parameter, name)
 
     def settle(self) -> None:
         """Wait for every pending update."""
