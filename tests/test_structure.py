@@ -121,7 +121,6 @@ STILL: Mapping[str, frozenset[str]] = {
     "class_of_many_attributes": frozenset(
         {
             "gemini.boosted: Boosted",
-            "gemini.chunk.accelerator: AcceleratorBackend",
             "gemini.step.managed_step: ChunkedStep",
             "gemini.telemetry.channel: Channel",
             "gemini.telemetry.reader: RunView",
