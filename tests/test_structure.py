@@ -108,7 +108,6 @@ STILL: Mapping[str, frozenset[str]] = {
     ),
     "any_in_chunk": frozenset(
         {
-            "gemini.chunk.away",
             "gemini.chunk.layout",
         }
     ),

@@ -1,6 +1,5 @@
 """RAM for homes in large blocks: zero, aligned, apart, and unlocked when the last of them is gone."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
