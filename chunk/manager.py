@@ -64,10 +64,6 @@ class ChunkManager:
         self.disk = disk
         self.full_copies = FullCopies(ledger, device)
         self.eviction = Eviction(ledger, self.full_copies, headroom)
-        self.before_read: Callable[[], None] = lambda: None
-        """Called before a value is handed out. Raises where there are no values of one step."""
-        self.after_write: Callable[[Tensor, str], None] = lambda parameter, name: None
-        """Called with what has been replaced: a parameter, and the name of the values."""
         self.access_count = 0
         """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
         self.origin = Origin()
@@ -282,7 +278,6 @@ class ChunkManager:
         In the parameter's shape; flat where blocks of elements share a value.
         """
         self.origin.refuse_elsewhere()
-        self.before_read()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
         return read_slot(chunk, position, name)
@@ -299,7 +294,6 @@ class ChunkManager:
             put(chunk, position, value)
         else:
             write_slot(chunk, position, name, value)
-        self.after_write(parameter, name)
 
     def settle(self) -> None:
         """Wait for every pending update."""
