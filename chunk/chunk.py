@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gemini.torch_private import storage_key
 
-from .away import Keeper
 from .bindings import Bindings
 from .buffer import Buffer
 from .content import BufferSpec
@@ -277,31 +276,6 @@ class Chunk:
     def bind(self, position: int, parameter: Tensor) -> None:
         """Make ``parameter`` follow this chunk from now on."""
         self.bindings.add(parameter, self.views[position], is_pinned=self.pins > 0)
-
-    def entrust(self, keeper: Keeper) -> None:
-        """Have ``keeper`` answer for the chunk's parameters while nothing has it pinned."""
-        self.bindings.entrust(keeper, self.last_value, is_pinned=self.pins > 0)
-
-    def last_value(self, position: int) -> Tensor:
-        """The values of a parameter whose model is gone, in memory of its own.
-
-        Raises
-        ------
-        RuntimeError
-            If they were on disk.
-        """
-        self.settle()
-        slot, view = self.layout.slots[position], self.views[position]
-        if self.state is ChunkState.READY:
-            return view.clone(memory_format=torch.preserve_format)
-        source = self.source.tensor
-        if source is None:
-            raise RuntimeError(
-                f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
-                "the model for as long as its parameters are used, or keep p.detach().clone()"
-            )
-        home = source.as_strided(slot.shape, slot.stride, source.storage_offset() + slot.offset)
-        return home.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
 
     def rehome(self, built: "Chunk") -> None:
         """Have the homes and the full copy of a chunk that was built for the same slots; the parameters follow.

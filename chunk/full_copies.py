@@ -120,6 +120,10 @@ class FullCopies:
         self._ledger.give(Tier.DEVICE, self._nbytes - resident)
         self._nbytes = resident
 
+    def close(self) -> None:
+        """Let the chunks go. What lends them memory for gradients leads here, and would keep them."""
+        self.resident.clear()
+
     def _free(self, chunk: Chunk) -> None:
         self._device.shrink(chunk.full)
         self._ledger.give(Tier.DEVICE, chunk.full_nbytes)

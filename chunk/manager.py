@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
 
 from gemini.errors import is_out_of_memory
 
+from .away import Keeper
 from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
 from .disk import DiskBackend
@@ -25,7 +27,7 @@ from .plan import ChunkPlan
 from .shortage import refused
 from .state import ChunkState
 from .tier import Tier
-from .values import read_slot, write_slot
+from .values import last_value, read_slot, write_slot
 from .workers import end_elsewhere
 
 
@@ -88,6 +90,11 @@ class ChunkManager:
         """Make ``parameter`` live in a slot: its data is its chunk's view from now on, or NaN while that is away."""
         chunk.bind(position, parameter)
         self._places[id(parameter)] = (chunk, position)
+
+    def entrust(self, keeper: Keeper) -> None:
+        """Have ``keeper`` answer for parameters while nothing has their chunk pinned."""
+        for chunk in self.chunks:
+            chunk.bindings.entrust(keeper, partial(last_value, chunk), is_pinned=chunk.pins > 0)
 
     def release_gradient_after(self, chunk: Chunk, use: Use) -> None:
         """Take back what a chunk has borrowed for its gradient, if it has, once an update is over."""
@@ -224,11 +231,6 @@ class ChunkManager:
         """See `FullCopies.quiet`: to be called before homes are read, or an update begins."""
         self.full_copies.quiet(chunk)
 
-    def refresh(self, chunk: Chunk) -> None:
-        """Fill the full copy of a lent chunk from home again, because an update could not write through to it."""
-        chunk.settle()
-        self.full_copies.fill_again(chunk)
-
     def check_assigned(self, parameter: Tensor, value: Tensor) -> None:
         """See whether a tensor can be the ``data`` of a parameter; raises ValueError if not."""
         check_assigned(*self._places[id(parameter)], value)
@@ -310,7 +312,7 @@ class ChunkManager:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
         for chunk in self.chunks:
             chunk.bindings.release()
-        self.full_copies.resident.clear()  # memory for gradients leads there, and chunks lead to it
+        self.full_copies.close()
         self.device.close()
         if self.disk is not None:
             end_elsewhere(self.disk.close)  # after the threads that use it

@@ -32,8 +32,7 @@ class Outside(Keeper):
         self._engine = engine
         self._backward = backward
         self._gradients = engine.updates.gradients
-        for chunk in engine.manager.chunks:
-            chunk.entrust(self)
+        engine.manager.entrust(self)
 
     def view(self, parameter: Tensor) -> Tensor:
         chunk, position = self._place(parameter)

@@ -165,6 +165,6 @@ class Updater:
                 if chunk.loan is not None:
                     chunk.loan.remember_all()
                 if each.update.out is None and chunk.is_resident and not chunk.full_is_home:
-                    self._manager.refresh(chunk)
+                    self._manager.full_copies.fill_again(chunk)  # the update could not write through to it
             elif chunk.gradient is not None and chunk.gradient.is_held:
                 chunk.settle()
