@@ -28,7 +28,7 @@ from .shortage import refused
 from .state import ChunkState
 from .tier import Tier
 from .values import last_value, read_slot, write_slot
-from .workers import end_elsewhere
+from .workers import close_in_background
 
 
 class ChunkManager:
@@ -315,4 +315,4 @@ class ChunkManager:
         self.full_copies.close()
         self.device.close()
         if self.disk is not None:
-            end_elsewhere(self.disk.close)  # after the threads that use it
+            close_in_background(self.disk.close)  # after the threads that use it

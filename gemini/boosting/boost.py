@@ -37,13 +37,13 @@ from ..engine.pacing import Pacing
 from ..engine.sampling import Sampling
 from ..lazy import is_lazy, materialize
 from ..memory.capacity import Capacities, device_headroom, find_capacities
-from ..memory.native_memory import be_exact, bound_kernels
 from ..memory.tracker import NonModelMeter
 from ..monitor.monitor import Monitor, model_facts, probes
 from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
+from ..process_wide import bound_kernels, return_freed_memory
 from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks
 from ..runtime.forward import ForwardHooks
@@ -118,7 +118,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
                 warm_up(optimizer.rule, param_groups, where, dtype, config.split_master)
     meter = NonModelMeter(device)
     if manager.device.is_ram:
-        be_exact()  # values that live for a moment would stay on malloc's heap, between small objects that live on
+        return_freed_memory()  # else values of a moment stay on malloc's heap, between small objects that live on
     _fill(model, packing, manager, device)
     if optimizer is not None:
         _take_over_states(optimizer, manager)
@@ -184,7 +184,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         bind_optimizer(state, optimizer)
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:
-        be_exact()  # so that what malloc kept of the building is no part of where the measurement begins
+        return_freed_memory()  # so that what malloc kept of the building is no part of where the measurement begins
     meter.start()
     return model
 
