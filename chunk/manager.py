@@ -124,8 +124,8 @@ class ChunkManager:
         """
         for plan in plans:
             old = self.chunks[plan.layout.index]
-            if old.is_lent:
-                names = ", ".join(old.layout.slots[position].name for position in old.lend().positions)
+            if old.loan is not None and old.is_lent:
+                names = ", ".join(old.layout.slots[position].name for position in old.loan.positions)
                 raise ValueError(
                     f"memory of {names} is held outside of the model (by p.data, p.detach(), a NumPy array or a view): "
                     "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
