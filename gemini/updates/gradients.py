@@ -325,7 +325,7 @@ class Gradients:
         chunk, position = place
         assert chunk.gradient is not None
         if _grad_of(parameter) is stand_in and position in chunk.gradient.present:
-            if self._manager.headroom() < parameter.nbytes:
+            if self._manager.eviction.headroom() < parameter.nbytes:
                 return
             chunk.settle()
             _set_grad(parameter, chunk.gradient.read(position).to(parameter.device))

@@ -212,7 +212,7 @@ def test_without_memory_for_copies_clipping_with_torch_fails_loudly_and_training
     model = build()
     kept = list(model.parameters())
     model, optimizer, booster = boost(model, host_memory="300KiB", offload_dir=tmp_path)
-    boosted(model).manager.headroom = lambda: 0
+    boosted(model).manager.eviction.headroom = lambda: 0
     booster.backward(loss_of(model, 0), optimizer)
     absent = [p.grad for p in kept if isinstance(p.grad, AbsentGradient)]
     assert absent
