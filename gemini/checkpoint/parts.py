@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gemini.chunk import Chunk, ChunkManager, Role
+from gemini.chunk import MASTER, Chunk, ChunkManager
 
+from ..torch_private import own_parameters
 from ..units.attached import Attached
 from ..updates.values import Values
 from .names import are_objects_wanted
@@ -20,7 +21,7 @@ from .names import are_objects_wanted
 def serve_parts(model: nn.Module, values: Values) -> None:
     """Have every part of ``model`` gather from and load into the chunks, as the whole does."""
     for module in model.modules():
-        if any(values.manager.find(p) is not None for p in module._parameters.values() if p is not None):
+        if any(values.manager.find(p) is not None for p in own_parameters(module).values() if p is not None):
             module.register_state_dict_post_hook(Attached(partial(_gather, values)))
             loading = _Loading(values)
             module.register_load_state_dict_pre_hook(Attached(loading.begin))
@@ -32,7 +33,7 @@ def _gather(values: Values, module: nn.Module, state_dict: Any, prefix: str, met
         return
     for name, parameter in _managed(module, values.manager, state_dict, prefix).items():
         if state_dict[prefix + name] is not parameter:  # with keep_vars it is to be the parameter itself
-            state_dict[prefix + name] = values.read(parameter, Role.MASTER)
+            state_dict[prefix + name] = values.read(parameter, MASTER)
 
 
 class _Loading:
@@ -51,8 +52,8 @@ class _Loading:
         for name, parameter in _managed(module, self._manager, state_dict, prefix).items():
             value = state_dict[prefix + name]
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                self._values.write(parameter, Role.MASTER, value)
-        for parameter in module._parameters.values():
+                self._values.write(parameter, MASTER, value)
+        for parameter in own_parameters(module).values():
             place = None if parameter is None else self._manager.find(parameter)
             if place is not None:
                 self._keep(place[0])
@@ -76,7 +77,7 @@ class _Loading:
 
 def _managed(module: nn.Module, manager: ChunkManager, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The module's own managed parameters that ``state_dict`` has."""
-    own = module._parameters.items()
+    own = own_parameters(module).items()
     return {
         name: parameter
         for name, parameter in own

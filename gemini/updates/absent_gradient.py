@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chunk import QUIET
+
 _METADATA: frozenset[Any] = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "requires_grad", "ndim")),
@@ -44,7 +46,7 @@ class AbsentGradient(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with QUIET():
                 return func(*args, **(kwargs or {}))
         told = next(((a.reason, a.remedy) for a in _flat(args) if isinstance(a, AbsentGradient)), None)
         reason, remedy = told or ("it is in a chunk", _CLIP)

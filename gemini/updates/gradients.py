@@ -142,7 +142,7 @@ class Gradients:
         """
         if parameters is None:
             self._withdrawn.discard(chunk)
-        for slot in self._of(chunk):
+        for slot in self._of_chunk.get(chunk, ()):
             if parameters is None or id(slot.parameter) in parameters:
                 slot.clear()
                 slot.forget()
@@ -170,7 +170,7 @@ class Gradients:
 
     def hand_over(self, chunk: Chunk) -> None:
         """From now on the chunk's gradients are the optimizer's."""
-        for slot in self._of(chunk):
+        for slot in self._of_chunk.get(chunk, ()):
             slot.withdraw()
         self._withdrawn.add(chunk)
 
@@ -179,12 +179,9 @@ class Gradients:
         if chunk in self._withdrawn:
             chunk.settle()
             self._withdrawn.discard(chunk)
-            for slot in self._of(chunk):
+            for slot in self._of_chunk.get(chunk, ()):
                 if slot.is_present:
                     slot.reveal()
-
-    def _of(self, chunk: Chunk) -> Sequence[GradientSlot]:
-        return self._of_chunk.get(chunk, ())
 
 
 class ScaledGradients(Gradients):

@@ -178,13 +178,7 @@ class Updates:
                 self._complete.discard(chunk)
 
     def zero(self, parameters: Set[int] | None = None) -> None:
-        """Fill gradients with zeros.
-
-        Parameters
-        ----------
-        parameters
-            Of these (ids); None for all.
-        """
+        """Fill gradients with zeros; those of all parameters, or of these (ids)."""
         self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
         self.gradients.zero(parameters)
 
