@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from torch import Tensor
 from ..chunk import Chunk, ChunkManager, ChunkState
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
+from ..packing.packing import Packing
 from ..planning.trace import Moment, Phase
-from ..units.units import Visit
+from ..units.units import Units, Visit
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradients import Gradients
 from .device_room import DeviceRoom
 from .discovery import Discovery
+from .listener import Listener, StepFacts
 from .pacing import Pacing
 from .sampling import Sampling
 from .visits import Visits
@@ -29,10 +31,10 @@ class Engine:
 
     Parameters
     ----------
-    manager, gradients
-        The chunks, and what ``p.grad`` shows of their gradients.
-    pacing, room, sampling
-        Plans the moves, sizes the room for full copies, measures what else is on DEVICE.
+    manager, units, gradients
+        The chunks, what brackets their uses, and what ``p.grad`` shows of their gradients.
+    pacing, room, sampling, listener
+        Plans the moves, sizes the room for full copies, measures what else is on DEVICE, and hears of all this.
     in_backward
         Updates chunks while backward runs; None where none is updated before it is over.
     """
@@ -40,24 +42,30 @@ class Engine:
     def __init__(
         self,
         manager: ChunkManager,
+        units: Units,
         gradients: Gradients,
         pacing: Pacing,
         room: DeviceRoom,
         sampling: Sampling,
+        listener: Listener,
         in_backward: BackwardUpdates | None = None,
     ) -> None:
         self.manager = manager
+        self.units = units
+        """They lead to the model, which therefore lives for as long as its optimizer."""
         self.pacing = pacing
         self.room = room
         self.sampling = sampling
+        self.listener = listener
         self.in_backward = in_backward
         self.visits = Visits(manager)
         self.discovery = Discovery()
         self.lock = threading.RLock()
         """Held while chunks move and while parameters are used outside of units: any thread may read parameters."""
         self.stall_seconds = 0.0
-        self.batch: Batch | None = None
-        """Of the cycle under way."""
+        self.step = StepFacts(0, 0.0, 0, None, None)
+        """The last one."""
+        self._step_end = time.perf_counter()
         self._gradients = gradients
 
     # -- units
@@ -228,16 +236,24 @@ class Engine:
             self._mend()
         self.manager.forget_addresses()
         self.manager.repay()
-        self.batch = batch = Batch(with_gradients, shapes)
+        batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
         if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes()):
             self.pacing.replan()
         self.pacing.begin_cycle(with_gradients)
 
-    def chunks_changed(self) -> None:
-        """Some have other homes and other full copies than when the plans were made, and are trained."""
+    def step_ended(self, facts: Callable[[StepFacts], StepFacts]) -> None:
+        """The optimizer has stepped, or skipped a step whose gradients overflowed; it adds its own facts."""
+        now = time.perf_counter()
+        seconds, self._step_end = now - self._step_end, now
+        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds))
+        self.sampling.record_step(self.listener.step_ended(self, self.step))
+
+    def rebuilt(self, packing: Packing) -> None:
+        """Some chunks have other homes and other full copies than when the plans were made, and are trained."""
         self.sampling.profile.forget_training()
         self.pacing.replan()
+        self.listener.rebuilt(packing)
 
     # -- backward
 

@@ -19,7 +19,7 @@ from ..units.bracket import bracket, is_compiled
 from ..units.observer import Observer, tensors_in
 from ..units.results import Mark
 from ..units.subgraph import next_number
-from ..units.units import Unit, Units, Visit, bracketed_modules
+from ..units.units import Unit, Visit, bracketed_modules
 from .backward import BackwardHooks
 from .casting import cast
 from .dtype_errors import explain_dtypes
@@ -33,44 +33,38 @@ class ForwardHooks:
 
     Parameters
     ----------
-    model, units, engine, backward
-        The model that is run, the units that bracket its parameters, what is told, and what puts hooks on the graphs
-        that units make.
+    model, engine, backward
+        The model that is run, what is told, and what puts hooks on the graphs that units make.
     cast_inputs
         Floating-point inputs of the model are converted to this dtype; None leaves them.
     force_outputs_fp32
         Floating-point outputs of the model are converted to fp32.
     on_abandoned_backward
         Called when it is found that the last backward never ended.
-    on_error
-        Called with the exception that ends a unit's forward (or None), while its visit is still open.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        units: Units,
         engine: Engine,
         backward: BackwardHooks,
         *,
         cast_inputs: torch.dtype | None,
         force_outputs_fp32: bool,
         on_abandoned_backward: Callable[[], None],
-        on_error: Callable[[BaseException | None], None] = lambda error: None,
     ) -> None:
         self._model = model
-        self._units = units
+        self._units = engine.units
         self._engine = engine
         self._backward = backward
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
         self._on_abandoned_backward = on_abandoned_backward
-        self._on_error = on_error
         self._visits = engine.visits
         self._discovery = engine.discovery
         self._depth = 0
         """How many calls of the model are under way, one inside the other."""
-        for unit in units.all:
+        for unit in engine.units.all:
             self._install(unit)
         bracket(model, self._before_model, self._after_model)
 
@@ -171,7 +165,7 @@ class ForwardHooks:
             return  # another hook raised before ours ran
         self._visits.running.remove(visit)
         if output is None:
-            self._on_error(sys.exc_info()[1])
+            self._engine.listener.failed(self._engine, sys.exc_info()[1])  # while its visit is still open
         engine, discovery, has_gradients = self._engine, self._discovery, torch.is_grad_enabled()
         if engine.in_backward is not None and engine.pacing.cycle.with_gradients and output is not None:
             engine.in_backward.called(visit, has_gradients, in_backward())

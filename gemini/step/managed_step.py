@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager, Communicator
-from ..engine import Engine
+from ..engine import Engine, StepFacts
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import StateSlot
+from ..packing.packing import Packing
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm
 from ..updates.gradients import Gradients
@@ -74,11 +75,19 @@ class ChunkedStep:
         self._communicator = communicator
         self._max_norm = max_norm
         self._unfreezing = unfreezing
-        self.on_error: Callable[[BaseException], None] = lambda error: None
-        """Told what ended a backward, before anything is put in order."""
         self._is_scaled = False
         self._coefficient = 1.0
         self._shown: weakref.ref[OptimizerStates] | None = None
+
+    @property
+    def packing(self) -> Packing:
+        """The plans of the chunks, as they are now."""
+        return self._unfreezing.packing
+
+    def facts(self, step: StepFacts) -> StepFacts:
+        """What is known of a step, with the numbers of now."""
+        loss_scale = None if self.scaler is None else self.scaler.scale
+        return step._replace(skipped_count=self.skipped_steps, loss_scale=loss_scale, grad_norm=self.grad_norm)
 
     @property
     def steps(self) -> dict[int, int]:
@@ -101,7 +110,7 @@ class ChunkedStep:
         try:
             loss.backward()
         except BaseException as error:
-            self.on_error(error)
+            self._engine.listener.failed(self._engine, error)
             self._engine.abort()
             self.abandon()
             self._engine.explain(error, self.in_backward.torn_text if self.in_backward is not None else "")
@@ -166,6 +175,7 @@ class ChunkedStep:
         self.recover()
         with self._engine.lock:
             self._step(optimizer)
+        self._engine.step_ended(self.facts)
 
     def _step(self, optimizer: ManagedOptimizer) -> None:
         self._engine.release_held()

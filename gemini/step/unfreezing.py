@@ -1,6 +1,6 @@
 """Giving a boosted optimizer parameters that were frozen when the model was boosted."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkPlan, StateSlot, Tier, write_slot
+from ..chunk import Chunk, ChunkPlan, StateSlot, Tier, write_slot
 from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
+from ..packing.packing import Packing
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
 from ..sizes import format_bytes
@@ -31,29 +32,19 @@ class Unfreezing:
 
     Parameters
     ----------
-    manager, engine, gradients
-        Has the chunks, plans their moves, and takes their gradients.
-    config
-        What the model was boosted with.
-    staged_roles
-        Of so many roles at once an update can have blocks of disk homes; 0 without a disk tier.
+    engine, gradients
+        Plans the moves of the chunks, and takes their gradients.
+    config, packing
+        What the model was boosted with, and what was decided then.
     """
 
-    def __init__(
-        self,
-        manager: ChunkManager,
-        engine: Engine,
-        gradients: Gradients,
-        config: GeminiConfig,
-        staged_roles: int,
-    ) -> None:
-        self.on_change: Callable[[Sequence[ChunkPlan]], None] = lambda plans: None
-        """Told the plans of the chunks that were built anew."""
-        self._manager = manager
+    def __init__(self, engine: Engine, gradients: Gradients, config: GeminiConfig, packing: Packing) -> None:
+        self.packing = packing
+        """The plans of the chunks, as they are now."""
+        self._manager = engine.manager
         self._engine = engine
         self._gradients = gradients
         self._config = config
-        self._staged_roles = staged_roles
 
     def admit(self, rule: Rule, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]) -> None:
         """Update these parameters of the optimizer's group ``index`` from now on. All or nothing.
@@ -89,15 +80,15 @@ class Unfreezing:
             if self._engine.in_backward is not None:
                 self._engine.in_backward.admit(admitted)
         if plans:
-            self._engine.chunks_changed()
-            self.on_change(plans)
+            self.packing = self.packing.with_plans(plans)
+            self._engine.rebuilt(self.packing)
 
     def _plans(self, chunks: Sequence[Chunk], slots: tuple[StateSlot, ...], index: int) -> tuple[ChunkPlan, ...]:
         manager, ledger = self._manager, self._manager.ledger
         layouts = [chunk.layout for chunk in chunks]
         copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
         resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if ledger.unified else 0
-        can_stage = manager.disk is not None and len(update_roles(len(slots))) <= self._staged_roles
+        can_stage = manager.disk is not None and len(update_roles(len(slots))) <= self.packing.update_role_count
         room = Room(
             capacities={
                 Tier.DEVICE: 0,
