@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 
-import torch
 from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, ChunkState
@@ -12,6 +11,7 @@ from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
 from ..packing.packing import Packing
 from ..planning.trace import Moment, Phase
+from ..torch_private import current_backward
 from ..units.units import Units, Visit
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradients import Gradients
@@ -311,4 +311,4 @@ class Engine:
 
 def in_backward() -> bool:
     """True on a thread of autograd that runs a backward."""
-    return torch._C._current_graph_task_id() != -1
+    return current_backward() != -1
