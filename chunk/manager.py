@@ -1,7 +1,7 @@
 """All chunks of a model: moves them, finds a parameter's place, and reads and replaces what lies there."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -81,12 +81,6 @@ class ChunkManager:
         self.device = device
         self.disk = disk
         self.moves = MoveCounts()
-        self.before_read: Callable[[], None] = lambda: None
-        """Called before a value is handed out. Raises where there are no values of one step."""
-        self.after_write: Callable[[Tensor, Role], None] = lambda parameter, role: None
-        """Called with what has been replaced."""
-        self.withheld: Set[Chunk] = frozenset()
-        """Chunks that have taken a step that the others have not: reading them would mix two steps."""
         self.headroom = headroom
         """Bytes that DEVICE has beyond its capacity."""
         self.origin = Origin()
@@ -435,7 +429,6 @@ class ChunkManager:
         In the parameter's shape; flat where blocks of elements share a value.
         """
         self.origin.refuse_elsewhere()
-        self.before_read()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_edits(chunk)
@@ -457,7 +450,6 @@ class ChunkManager:
                     chunk.views[position].copy_(value)
             if chunk.loan is not None:
                 chunk.loan.remember(position)
-        self.after_write(parameter, role)
 
     def settle(self) -> None:
         """Wait for every pending update."""

@@ -15,6 +15,7 @@ from .runtime.forward import ForwardHooks
 from .runtime.outside import Outside
 from .step.managed_step import ChunkedStep
 from .telemetry.writer import TelemetryWriter
+from .updates.values import Values
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class Boosted:
     config: GeminiConfig
     capacities: Capacities
     manager: ChunkManager
+    values: Values
     engine: Engine
     hooks: ForwardHooks
     outside: Outside

@@ -43,6 +43,7 @@ from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
+from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks
 from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
@@ -53,12 +54,16 @@ from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
 from ..torch_private import own_buffers
 from ..units.units import Units
-from ..updates.backward_updates import BackwardUpdates
 from ..updates.completion import Completion
+from ..updates.during_backward import DuringBackward
 from ..updates.gradients import Gradients
+from ..updates.options import Options
+from ..updates.schedule import AfterBackward, UpdateSchedule
 from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
+from ..updates.updates import Updates
+from ..updates.values import Values
 from .alive import enrol
 from .dtypes import warn_of_other_dtypes
 from .mixing import mix_in
@@ -118,31 +123,22 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         _take_over_states(optimizer, manager)
 
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
-    gradients = Gradients(manager, packing.parameters, scaler is not None, config.update_in_backward)
-    pacing = Pacing(manager, config.max_prefetch)
-    updater = Updater(manager, queue, gradients)
-    in_backward = None
+    communicator = SingleProcess()
+    schedule: UpdateSchedule = AfterBackward()
     if config.update_in_backward and optimizer is not None:
-        completion = Completion(manager, packing.parameters)
-        in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, pacing.keeps)
+        schedule = DuringBackward(manager, Completion(manager))
+    gradients = Gradients(manager, scaler is not None, schedule.consumes_gradients)
+    updater, values = Updater(manager, queue), Values(manager, schedule)
+    options = Options.of(optimizer) if optimizer is not None else None
+    updates = Updates(manager, schedule, gradients, updater, communicator, options)
     units, statistics = Units(model, manager), Statistics(manager)
     listener = _listener(model, config, capacities, packing, manager, statistics, units)
-    room, sampling = DeviceRoom(manager, capacities.device_limit_bytes), Sampling(manager, meter)
-    engine = Engine(manager, units, gradients, pacing, room, sampling, listener, in_backward)
-    unfreezing = Unfreezing(engine, gradients, config, packing)
-    kept = KeptStates(manager, optimizer.rule if optimizer is not None else ADAM, updater)
-    step = ChunkedStep(
-        manager,
-        engine,
-        updater,
-        gradients,
-        SingleProcess(),
-        scaler,
-        config.max_norm,
-        unfreezing,
-        kept,
-        in_backward,
-    )
+    pacing, room = Pacing(manager, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
+    engine = Engine(manager, units, updates, pacing, room, Sampling(manager, meter), listener)
+    watch_gradients(engine, packing.parameters)
+    unfreezing = Unfreezing(engine, config, packing)
+    kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
+    step = ChunkedStep(manager, engine, updater, updates, communicator, scaler, config.max_norm, unfreezing, kept)
     backward = BackwardHooks(engine)
     hooks = ForwardHooks(
         model,
@@ -153,9 +149,9 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         on_abandoned_backward=step.abandon,
     )
     step.recover = hooks.recover
-    outside = Outside(engine, backward, gradients)
-    state = Boosted(type(model), config, capacities, manager, engine, hooks, outside, step, statistics)
-    serve_parts(model, manager)
+    outside = Outside(engine, backward)
+    state = Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics)
+    serve_parts(model, values)
     guard_parts(model, manager)
     mix_in(model)
     enrol(manager)

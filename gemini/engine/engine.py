@@ -13,8 +13,7 @@ from ..packing.packing import Packing
 from ..planning.trace import Moment, Phase
 from ..torch_private import current_backward
 from ..units.units import Units, Visit
-from ..updates.backward_updates import BackwardUpdates
-from ..updates.gradients import Gradients
+from ..updates.updates import Updates
 from .device_room import DeviceRoom
 from .discovery import Discovery
 from .listener import Listener, StepFacts
@@ -31,33 +30,30 @@ class Engine:
 
     Parameters
     ----------
-    manager, units, gradients
-        The chunks, what brackets their uses, and what ``p.grad`` shows of their gradients.
+    manager, units, updates
+        The chunks, what brackets their uses, and what leads their gradients to their updates.
     pacing, room, sampling, listener
         Plans the moves, sizes the room for full copies, measures what else is on DEVICE, and hears of all this.
-    in_backward
-        Updates chunks while backward runs; None where none is updated before it is over.
     """
 
     def __init__(
         self,
         manager: ChunkManager,
         units: Units,
-        gradients: Gradients,
+        updates: Updates,
         pacing: Pacing,
         room: DeviceRoom,
         sampling: Sampling,
         listener: Listener,
-        in_backward: BackwardUpdates | None = None,
     ) -> None:
         self.manager = manager
         self.units = units
         """They lead to the model, which therefore lives for as long as its optimizer."""
+        self.updates = updates
         self.pacing = pacing
         self.room = room
         self.sampling = sampling
         self.listener = listener
-        self.in_backward = in_backward
         self.visits = Visits(manager)
         self.discovery = Discovery()
         self.lock = threading.RLock()
@@ -66,7 +62,6 @@ class Engine:
         self.step = StepFacts(0, 0.0, 0, None, None)
         """The last one."""
         self._step_end = time.perf_counter()
-        self._gradients = gradients
 
     # -- units
 
@@ -139,8 +134,8 @@ class Engine:
 
     def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         self.manager.pin(chunk, keep)
-        if chunk in self._gradients.withdrawn:
-            self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        if chunk in self.updates.gradients.withdrawn:
+            self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
         names, count = self.visits.names(), len(self.visits.held)
@@ -213,7 +208,7 @@ class Engine:
         A model that looks at the weights of all of its layers (a penalty, a log) needs them one after the other. Where
         chunks are updated within backward, each use has to be known by its unit.
         """
-        if self.in_backward is not None:
+        if self.updates.schedule.consumes_gradients:
             return True
         nbytes = sum(chunk.full_nbytes for chunk in {*held, *more})
         return nbytes * _HELD_SHARE <= self.room.full_capacity_bytes
@@ -228,8 +223,7 @@ class Engine:
         shapes
             Of the model's inputs. A heavier batch than any before is measured like the first one.
         """
-        if self.in_backward is not None:
-            self.in_backward.before_forward()
+        self.updates.schedule.check_whole("run a forward")
         if self.pacing.cycle.is_complete:
             self.sampling.end_cycle()
         if not self.visits.open:
@@ -259,22 +253,28 @@ class Engine:
 
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
-        if self.in_backward is not None:
-            self.in_backward.begin(task)
+        self.updates.backward_begins(task)
         return self.visits.join_backward(task, visit)
 
     def end_backward(self, task: int) -> None:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
         for visit in self.visits.end_backward(task):
             self.leave_backward(visit)
-        if self.in_backward is not None:
-            self.in_backward.end(task)
+        self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:
         """A backward has run every node of a visit."""
         self.leave(visit)
-        if self.in_backward is not None:
-            self.in_backward.left(visit)
+        self._update(self.updates.schedule.unit_left(visit))
+
+    def gradient_arrived(self, parameter: Tensor) -> None:
+        """Autograd has put a gradient into ``p.grad``."""
+        self._update(self.updates.gradient_arrived(parameter, current_backward()))
+
+    def _update(self, chunks: Sequence[Chunk]) -> None:
+        """Update chunks while backward runs."""
+        for chunk in chunks:
+            self.updates.update(chunk, refresh=self.pacing.keeps(chunk))
 
     # -- when something went wrong
 

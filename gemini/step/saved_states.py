@@ -5,12 +5,13 @@ from torch import Tensor
 
 from ..chunk import ChunkManager, Role
 from ..nn.optimizer.rule import Rule
+from ..updates.values import Values
 
 
-def read_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor:
+def read_state(values: Values, rule: Rule, parameter: Tensor, name: str) -> Tensor:
     """A copy on CPU, in the parameter's shape."""
-    kept = [manager.read(parameter, role) for role in _roles(manager, rule, parameter, name)]
-    slot = manager.slot(parameter)
+    kept = [values.read(parameter, role) for role in _roles(values.manager, rule, parameter, name)]
+    slot = values.manager.slot(parameter)
     saved = rule.to_saved(name, [tensor.as_strided((tensor.numel(),), (1,)) for tensor in kept])
     return saved.as_strided(slot.shape, slot.stride)
 
@@ -36,18 +37,18 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
         return home.as_strided(shape, stride, home.storage_offset() + offset)
 
 
-def write_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:
+def write_state(values: Values, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:
     """Put ``value`` (any dtype, the parameter's shape) where it belongs."""
-    roles = _roles(manager, rule, parameter, name)
+    roles = _roles(values.manager, rule, parameter, name)
     if len(roles) == 1:
-        manager.write(parameter, roles[0], value)
+        values.write(parameter, roles[0], value)
         return
-    slot = manager.slot(parameter)
+    slot = values.manager.slot(parameter)
     flat = value.detach().new_empty(slot.numel, device="cpu")
     flat.as_strided(slot.shape, slot.stride).copy_(value)
     for role, kept in zip(roles, rule.to_kept(name, flat), strict=True):
         shaped = kept.as_strided(slot.shape, slot.stride) if kept.numel() == slot.numel else kept
-        manager.write(parameter, role, shaped)
+        values.write(parameter, role, shaped)
 
 
 def _roles(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> list[Role]:

@@ -16,8 +16,8 @@ from ..nn.optimizer.rule import Rule
 from ..packing.packing import Packing
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
+from ..runtime.arrivals import watch_gradients
 from ..sizes import format_bytes
-from ..updates.gradients import Gradients
 from ..updates.update_pipeline import update_roles
 
 _NAMES_SHOWN = 4
@@ -32,18 +32,17 @@ class Unfreezing:
 
     Parameters
     ----------
-    engine, gradients
+    engine
         Plans the moves of the chunks, and takes their gradients.
     config, packing
         What the model was boosted with, and what was decided then.
     """
 
-    def __init__(self, engine: Engine, gradients: Gradients, config: GeminiConfig, packing: Packing) -> None:
+    def __init__(self, engine: Engine, config: GeminiConfig, packing: Packing) -> None:
         self.packing = packing
         """The plans of the chunks, as they are now."""
         self._manager = engine.manager
         self._engine = engine
-        self._gradients = gradients
         self._config = config
 
     def admit(self, rule: Rule, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]) -> None:
@@ -76,9 +75,7 @@ class Unfreezing:
         self._manager.rebuild(plans, partial(_fill, rule) if rule.starts_filled else None)
         admitted = list(places)
         with _requiring_gradients(admitted):
-            self._gradients.follow(admitted)
-            if self._engine.in_backward is not None:
-                self._engine.in_backward.admit(admitted)
+            watch_gradients(self._engine, admitted)
         if plans:
             self.packing = self.packing.with_plans(plans)
             self._engine.rebuilt(self.packing)
