@@ -146,9 +146,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         backward,
         cast_inputs=config.compute_dtype if config.precision != "fp32" else None,
         force_outputs_fp32=config.force_outputs_fp32,
-        on_abandoned_backward=step.abandon,
     )
-    step.recover = hooks.recover
     outside = Outside(engine, backward)
     state = Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics)
     serve_parts(model, values)

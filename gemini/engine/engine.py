@@ -18,6 +18,7 @@ from .device_room import DeviceRoom
 from .discovery import Discovery
 from .listener import Listener, StepFacts
 from .pacing import Pacing
+from .pins import Pins
 from .sampling import Sampling
 from .visits import Visits
 
@@ -55,6 +56,7 @@ class Engine:
         self.sampling = sampling
         self.listener = listener
         self.visits = Visits(manager)
+        self.pins = Pins(manager, updates.gradients, room)
         self.discovery = Discovery()
         self.lock = threading.RLock()
         """Held while chunks move and while parameters are used outside of units: any thread may read parameters."""
@@ -92,10 +94,10 @@ class Engine:
             self.pacing.evict(actions.evict)
             beyond = bool(unit.without_gradients) and visit.extra is unit.without_gradients
             for chunk in chunks:
-                self._fetch(chunk, chunks, overdraw=beyond)
+                self.pins.fetch(chunk, chunks, overdraw=beyond)
             self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
-                self._pin(chunk, chunks)
+                self.pins.pin(chunk, chunks)
                 visit.pinned.append(chunk)
             if waits:
                 self.stall_seconds += time.perf_counter() - begin
@@ -117,75 +119,28 @@ class Engine:
         """Bring chunks that an open (or new) visit turned out to need; it lists them already."""
         if visit.is_open:
             for chunk in chunks:
-                self._fetch(chunk)
-                self._pin(chunk, visit.chunks)
+                self.pins.fetch(chunk)
+                self.pins.pin(chunk, visit.chunks)
                 visit.pinned.append(chunk)
         else:
             self.enter(visit, Phase.FORWARD)
 
-    def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
-        try:
-            # What is held for later has taken the room of what is needed now.
-            self.manager.fetch(chunk, keep, overdraw=overdraw or bool(self.visits.held))
-        except OutOfMemory:
-            if not self.room.take_back():  # parameters must be there, whatever the model's own computation needs
-                raise
-            self.manager.fetch(chunk, keep)
-
-    def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
-        self.manager.pin(chunk, keep)
-        if chunk in self.updates.gradients.withdrawn:
-            self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
-
     def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
-        names, count = self.visits.names(), len(self.visits.held)
+        names, count = self.visits.names(), len(self.pins.held)
         running = f", while {names} run" if names else ""
         held = f"; {count} chunks are held until the next step, for uses outside of a module or a double backward"
         return OutOfMemory(f"{error} (for {visit.unit.name}{running}{held if count else ''})")
 
     # -- chunks that no unit brackets
 
-    def bring(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Pin chunks for code outside of any unit, beyond the capacity if need be. `let_go` ends it."""
-        self.manager.device.take_over()
-        pinned: list[Chunk] = []
-        try:
-            for chunk in chunks:
-                chunk.settle()
-                self._fetch(chunk, chunks, overdraw=True)
-                self._pin(chunk, chunks)
-                pinned.append(chunk)
-        except BaseException:
-            self.let_go(pinned)
-            raise
-        return pinned
-
-    def let_go(self, chunks: Sequence[Chunk]) -> None:
-        """Unpin what `bring` pinned."""
-        for chunk in chunks:
-            self.manager.unpin(chunk)
-        self.manager.repay()
-
     def enter_outside(self, visit: Visit) -> None:
         """Backward comes to what code outside of any unit made: bring its chunks. No moment of the cycle."""
         self.visits.begin(visit)
         try:
-            visit.pinned.extend(self.bring(visit.chunks))
+            visit.pinned.extend(self.pins.bring(visit.chunks))
         except BaseException:
             self.leave(visit)
             raise
-
-    def hold(self, chunks: Sequence[Chunk]) -> None:
-        """Bring chunks and keep them until `release_held`, because nothing will tell when the last use is over."""
-        for chunk in chunks:
-            if chunk not in self.visits.held:
-                self._fetch(chunk, chunks, overdraw=True)
-                self._pin(chunk, chunks)
-                self.visits.held[chunk] = None
-
-    def release_held(self) -> None:
-        """Let go what was held: the step is over, and no graph from before it can be used any more."""
-        self.visits.release_held()
 
     def add_to_innermost(self, chunks: tuple[Chunk, ...], parameters: Collection[Tensor]) -> bool:
         """If a unit runs that uses parameters that it does not bracket, have them there until it ends; False if not."""
@@ -278,6 +233,33 @@ class Engine:
 
     # -- when something went wrong
 
+    def recover(self) -> None:
+        """Clean up after a forward or backward that an exception ended, where nobody told."""
+        self.manager.origin.refuse_elsewhere()
+        if in_backward():
+            return  # an optimizer that steps within backward
+        if self.visits.is_in_backward:
+            self.abort()
+            self.updates.abandon()
+        elif self.visits.running:
+            self.abort()
+
+    def backward_failed(self, error: BaseException) -> None:
+        """Clean up after a backward that an exception ended: nothing stays pinned, its gradients are dropped.
+
+        Raises
+        ------
+        OutOfMemory
+            See `explain`.
+        """
+        self.listener.failed(self, error)
+        self.abort()
+        self.updates.abandon()
+        torn = self.updates.schedule.torn_text
+        self.explain(error, torn)
+        if torn and hasattr(error, "add_note"):
+            error.add_note(torn)
+
     def abort(self) -> None:
         """After an exception in user code: close every visit, so that no pin is left."""
         self.discovery.stop()
@@ -287,7 +269,7 @@ class Engine:
 
     def _mend(self) -> None:
         with self.lock:  # other threads may be reading parameters
-            self.manager.mend(self.visits.held)
+            self.manager.mend(self.pins.held)
 
     def explain(self, error: BaseException, torn: str = "") -> None:
         """If the model's own computation ran out of memory: leave it more from now on, and say so.

@@ -39,8 +39,6 @@ class ForwardHooks:
         Floating-point inputs of the model are converted to this dtype; None leaves them.
     force_outputs_fp32
         Floating-point outputs of the model are converted to fp32.
-    on_abandoned_backward
-        Called when it is found that the last backward never ended.
     """
 
     def __init__(
@@ -51,7 +49,6 @@ class ForwardHooks:
         *,
         cast_inputs: torch.dtype | None,
         force_outputs_fp32: bool,
-        on_abandoned_backward: Callable[[], None],
     ) -> None:
         self._model = model
         self._units = engine.units
@@ -59,7 +56,6 @@ class ForwardHooks:
         self._backward = backward
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
-        self._on_abandoned_backward = on_abandoned_backward
         self._visits = engine.visits
         self._discovery = engine.discovery
         self._depth = 0
@@ -98,7 +94,7 @@ class ForwardHooks:
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._depth <= 1 and not in_backward():
-            self.recover()
+            self._engine.recover()
             grad = torch.is_grad_enabled()
             self._engine.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
             # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
@@ -109,17 +105,6 @@ class ForwardHooks:
             args, kwargs = cast(args, self._cast_inputs), cast(kwargs, self._cast_inputs)
         self._before_unit(self._units.of[model], model, args, kwargs)
         return args, kwargs
-
-    def recover(self) -> None:
-        """Clean up after a forward or backward that an exception ended, where nobody told."""
-        self._engine.manager.origin.refuse_elsewhere()
-        if in_backward():
-            return  # an optimizer that steps within backward
-        if self._visits.is_in_backward:
-            self._engine.abort()
-            self._on_abandoned_backward()
-        elif self._visits.running:
-            self._engine.abort()
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self._after_unit(self._units.of[model], model, args, kwargs, output)
@@ -154,7 +139,7 @@ class ForwardHooks:
 
     def _before_part(self, unit: Unit) -> None:
         """A part of the model is called by itself; the cycle begins anew when it comes round."""
-        self.recover()
+        self._engine.recover()
         grad = torch.is_grad_enabled()
         if self._engine.pacing.cycle.is_over(unit.index, grad):
             self._engine.begin_forward(grad)
