@@ -91,11 +91,14 @@ class Engine:
         begin = time.perf_counter() if waits else 0.0
         self.visits.begin(visit)
         try:
-            self.pacing.evict(actions.evict)
-            beyond = bool(unit.without_gradients) and visit.extra is unit.without_gradients
+            if actions.evict:
+                self.pacing.evict(actions.evict)
             for chunk in chunks:
-                self.pins.fetch(chunk, chunks, overdraw=beyond)
-            self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
+                if chunk.state is ChunkState.HOME:
+                    beyond = bool(unit.without_gradients) and visit.extra is unit.without_gradients
+                    self.pins.fetch(chunk, chunks, overdraw=beyond)
+            if actions.prefetch:
+                self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
                 self.pins.pin(chunk, chunks)
                 visit.pinned.append(chunk)
