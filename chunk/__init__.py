@@ -3,7 +3,7 @@
 Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or policies.
 """
 
-from gemini.stacks import IO_STACK_BYTES
+from gemini.process_wide import IO_STACK_BYTES
 
 from .accelerator import AcceleratorBackend
 from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
@@ -11,6 +11,7 @@ from .away import QUIET, Keeper
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import Communicator, SingleProcess
+from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .disk import DiskBackend
 from .disk_file import Requests
 from .disk_tuning import tuned
@@ -19,25 +20,31 @@ from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
-from .plan import ChunkPlan, StateSlot
+from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
+from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
-from .tier import STATE_ROLES, Role, Tier
+from .tier import Tier
 from .values import write_slot
 from .weak import weakly
-from .workers import end_elsewhere, start_workers
+from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
 __all__ = [
     "FETCH_WORKERS",
+    "GRADIENT",
     "IO_STACK_BYTES",
+    "MASTER",
+    "MASTER_LOW",
     "QUIET",
-    "STATE_ROLES",
+    "RESERVED",
+    "SHADOW",
     "STORE_BLOCKS",
     "AcceleratorBackend",
     "Buffer",
+    "BufferSpec",
     "Caller",
     "Chunk",
     "ChunkLayout",
@@ -45,27 +52,31 @@ __all__ = [
     "ChunkPlan",
     "ChunkSearch",
     "ChunkState",
+    "Codec",
     "Communicator",
     "DeviceBackend",
     "DiskBackend",
     "GradientBuffer",
     "Keeper",
     "Ledger",
+    "Marked",
+    "MasterCodec",
     "MemoryBuffer",
     "NoDevice",
+    "Plain",
     "RamBackend",
     "Requests",
-    "Role",
     "SingleProcess",
     "Slot",
+    "SplitBf16",
     "Staging",
-    "StateSlot",
     "TensorSpec",
     "Tier",
     "Transfer",
+    "WithShadow",
     "accelerator_in_use",
     "driver_of",
-    "end_elsewhere",
+    "close_in_background",
     "find_accelerator",
     "halves",
     "joined",

@@ -18,14 +18,15 @@ from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
 from .memory import DeviceBackend, Transfer
+from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
 from .shortage import no_room, refused
 from .state import ChunkState
-from .tier import Role, Tier
+from .tier import Tier
 from .values import read_slot, write_slot
 from .weak import weakly
-from .workers import end_elsewhere
+from .workers import close_in_background
 
 
 @dataclass(slots=True)
@@ -145,8 +146,8 @@ class ChunkManager:
             built = [self._builder.build(plan) for plan in plans]
             for new in built:
                 for position in range(len(new.layout.slots)):
-                    value = read_slot(self.chunks[new.index], position, Role.MASTER)
-                    write_slot(new, position, Role.MASTER, value)
+                    value = read_slot(self.chunks[new.index], position, MASTER)
+                    write_slot(new, position, MASTER, value)
                 if fill is not None:
                     fill(new)
         for new in built:
@@ -321,7 +322,7 @@ class ChunkManager:
         put(chunk, position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
-        self.moves.waited_seconds[chunk.homes[Role.MASTER].tier] += time.perf_counter() - begin
+        self.moves.waited_seconds[chunk.tier] += time.perf_counter() - begin
 
     def _arrive(self, chunk: Chunk) -> None:
         try:
@@ -423,8 +424,8 @@ class ChunkManager:
 
     # -- values
 
-    def read(self, parameter: Tensor, role: Role) -> Tensor:
-        """A copy, on CPU, of what one role holds for a parameter (waits for a pending update).
+    def read(self, parameter: Tensor, name: str) -> Tensor:
+        """A copy, on CPU, of the masters or one state of a parameter (waits for a pending update).
 
         In the parameter's shape; flat where blocks of elements share a value.
         """
@@ -432,18 +433,18 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_edits(chunk)
-        return read_slot(chunk, position, role)
+        return read_slot(chunk, position, name)
 
-    def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
-        """Replace what one role holds for a parameter; a full copy made before is dropped, or follows if it is lent."""
+    def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
+        """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_assigned(chunk)
-        if role is Role.MASTER and chunk.is_resident and not chunk.full_is_home:
+        if name == MASTER and chunk.is_resident and not chunk.full_is_home:
             self.evict(chunk)
-        write_slot(chunk, position, role, value)
-        if role is Role.MASTER:
+        write_slot(chunk, position, name, value)
+        if name == MASTER:
             chunk.accept(position)
             if chunk.is_lent and not chunk.full_is_home:
                 with torch.no_grad():
@@ -468,4 +469,4 @@ class ChunkManager:
             chunk.release()
         self.device.close()
         if self.disk is not None:
-            end_elsewhere(self.disk.close)  # after the threads that use it
+            close_in_background(self.disk.close)  # after the threads that use it

@@ -13,6 +13,7 @@ from ..boosted import Boosted
 from ..checkpoint import serve_parts
 from ..chunk import (
     FETCH_WORKERS,
+    MASTER,
     STORE_BLOCKS,
     AcceleratorBackend,
     Chunk,
@@ -21,7 +22,6 @@ from ..chunk import (
     DiskBackend,
     Ledger,
     RamBackend,
-    Role,
     SingleProcess,
     Staging,
     Tier,
@@ -36,13 +36,13 @@ from ..engine.pacing import Pacing
 from ..engine.sampling import Sampling
 from ..lazy import is_lazy, materialize
 from ..memory.capacity import Capacities, device_headroom, find_capacities
-from ..memory.native_memory import be_exact, bound_kernels
 from ..memory.tracker import NonModelMeter
 from ..monitor.monitor import Decided, Monitor, Silent, model_facts, probes
 from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
+from ..process_wide import bound_kernels, return_freed_memory
 from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks
 from ..runtime.forward import ForwardHooks
@@ -117,7 +117,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
                 warm_up(optimizer.rule, param_groups, where, dtype, config.split_master)
     meter = NonModelMeter(device)
     if manager.device.is_ram:
-        be_exact()  # values that live for a moment would stay on malloc's heap, between small objects that live on
+        return_freed_memory()  # else values of a moment stay on malloc's heap, between small objects that live on
     _fill(model, packing, manager, device)
     if optimizer is not None:
         _take_over_states(optimizer, manager)
@@ -162,7 +162,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         bind_optimizer(state, optimizer)
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:
-        be_exact()  # so that what malloc kept of the building is no part of where the measurement begins
+        return_freed_memory()  # so that what malloc kept of the building is no part of where the measurement begins
     meter.start()
     return model
 
@@ -177,7 +177,7 @@ def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tu
         pin = capacities.device.type != "cpu" and config.pin_memory
         fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
         store_staging = Staging(STORE_BLOCKS, packing.staging_block_numel, pin)
-        update_staging = Staging(BLOCK_SETS * packing.update_role_count, packing.staging_block_numel, pin)
+        update_staging = Staging(BLOCK_SETS * packing.updated_buffer_count, packing.staging_block_numel, pin)
         ledger.take(Tier.HOST, packing.staging_bytes, "staging for the disk tier")
     device: DeviceBackend
     if capacities.device.type == "cpu":
@@ -200,7 +200,7 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
         place = places.get(id(parameter))
         if place is None:
             return value.to(device)
-        write_slot(*place, Role.MASTER, value)
+        write_slot(*place, MASTER, value)
         return torch.full((), float("nan"), dtype=value.dtype, device=device).expand(value.shape)
 
     lazy = {id(p) for p in model.parameters() if is_lazy(p)}
@@ -221,22 +221,21 @@ def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> Non
     """An optimizer that has stepped before goes on where it was; one that starts with states gets them."""
     if optimizer.rule.starts_filled:
         for chunk in manager.chunks:
-            for role, slot in chunk.states.items():
+            for slot in chunk.states:
                 for position in range(len(chunk.layout.slots)):
                     write_slot(
                         chunk,
                         position,
-                        role,
+                        slot.name,
                         torch.full((), optimizer.rule.initial(slot.name), dtype=torch.float32, device="cpu"),
                     )
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:
             continue
-        named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
-        for role, name in named.items():
+        for name in place[0].codecs:
             if _real(saved).get(name) is not None:
-                write_slot(*place, role, saved[name])
+                write_slot(*place, name, saved[name])
 
 
 def _real(saved: Mapping[str, Any]) -> Mapping[str, Any]:

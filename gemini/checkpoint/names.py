@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gemini.boosted import boosted, is_boosted
-from gemini.chunk import Role
+from gemini.chunk import MASTER
 from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
 from gemini.updates.values import Values
@@ -61,7 +61,7 @@ class Entry:
         """A copy of the value, on CPU."""
         if self.values is None:
             return self.tensor.detach().to("cpu", copy=True)
-        return self.values.read(self.tensor, Role.MASTER)
+        return self.values.read(self.tensor, MASTER)
 
     def write(self, value: Tensor) -> None:
         """Replace the value; ``value`` has its shape and any dtype."""
@@ -69,7 +69,7 @@ class Entry:
             with torch.no_grad():
                 self.tensor.copy_(value)
         else:
-            self.values.write(self.tensor, Role.MASTER, value)
+            self.values.write(self.tensor, MASTER, value)
 
 
 def entries(model: nn.Module) -> tuple[Entry, ...]:

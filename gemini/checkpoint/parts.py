@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gemini.chunk import Chunk, ChunkManager, Role
+from gemini.chunk import MASTER, Chunk, ChunkManager
 
 from ..torch_private import own_parameters
 from ..units.attached import Attached
@@ -33,7 +33,7 @@ def _gather(values: Values, module: nn.Module, state_dict: Any, prefix: str, met
         return
     for name, parameter in _managed(module, values.manager, state_dict, prefix).items():
         if state_dict[prefix + name] is not parameter:  # with keep_vars it is to be the parameter itself
-            state_dict[prefix + name] = values.read(parameter, Role.MASTER)
+            state_dict[prefix + name] = values.read(parameter, MASTER)
 
 
 class _Loading:
@@ -52,7 +52,7 @@ class _Loading:
         for name, parameter in _managed(module, self._manager, state_dict, prefix).items():
             value = state_dict[prefix + name]
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                self._values.write(parameter, Role.MASTER, value)
+                self._values.write(parameter, MASTER, value)
         for parameter in own_parameters(module).values():
             place = None if parameter is None else self._manager.find(parameter)
             if place is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemini.chunk import StateSlot, Tier
+from gemini.chunk import BufferSpec, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.packing.packing import decide
@@ -44,14 +44,14 @@ def recorded_groups(chunks: ChunksView, model: nn.Module) -> list[dict[str, Any]
     return [groups[index] for index in sorted(groups)]
 
 
-def state_slots(chunk: ChunkView) -> list[StateSlot]:
+def state_slots(chunk: ChunkView) -> list[BufferSpec]:
     """Only the bytes per element are recorded, and split masters where there are some; packing looks at nothing else.
 
     Masters are split with Adam's second moment alone, the last of its states.
     """
     dtypes = {1: torch.uint8, 2: torch.bfloat16}
     sizes = {name: chunk.home_bytes.get(name, 0) // max(chunk.numel, 1) for name in chunk.states}
-    slots = [StateSlot(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
+    slots = [BufferSpec(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
     return [replace(slot, has_spare_sign=True) if slot.name == "exp_avg_sq" else slot for slot in slots]
 
 

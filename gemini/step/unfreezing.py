@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkPlan, StateSlot, Tier, write_slot
+from ..chunk import BufferSpec, Chunk, ChunkPlan, Tier, write_slot
 from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import OutOfMemory
@@ -18,7 +18,7 @@ from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
 from ..runtime.arrivals import watch_gradients
 from ..sizes import format_bytes
-from ..updates.update_pipeline import update_roles
+from ..updates.update_pipeline import buffer_count
 
 _NAMES_SHOWN = 4
 _WAY_OUT = (
@@ -62,10 +62,10 @@ class Unfreezing:
         chunks = {chunk.index: chunk for chunk, _ in places.values()}
         for chunk, position in places.values():
             name = chunk.layout.slots[position].name
-            if chunk.is_trainable and tuple(chunk.states.values()) != slots:
+            if chunk.is_trainable and chunk.states != slots:
                 raise ValueError(
                     f"{name} shares a chunk with parameters for which the optimizer keeps "
-                    f"{_listed(chunk.states.values())}, and with the options of group {index} it keeps "
+                    f"{_listed(chunk.states)}, and with the options of group {index} it keeps "
                     f"{_listed(slots)}. {_WAY_OUT}"
                 )
             if chunk.pins:
@@ -80,12 +80,12 @@ class Unfreezing:
             self.packing = self.packing.with_plans(plans)
             self._engine.rebuilt(self.packing)
 
-    def _plans(self, chunks: Sequence[Chunk], slots: tuple[StateSlot, ...], index: int) -> tuple[ChunkPlan, ...]:
+    def _plans(self, chunks: Sequence[Chunk], slots: tuple[BufferSpec, ...], index: int) -> tuple[ChunkPlan, ...]:
         manager, ledger = self._manager, self._manager.ledger
         layouts = [chunk.layout for chunk in chunks]
         copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
         resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if ledger.unified else 0
-        can_stage = manager.disk is not None and len(update_roles(len(slots))) <= self.packing.update_role_count
+        can_stage = manager.disk is not None and buffer_count(slots) <= self.packing.updated_buffer_count
         room = Room(
             capacities={
                 Tier.DEVICE: 0,
@@ -111,10 +111,10 @@ class Unfreezing:
 
 
 def _fill(rule: Rule, chunk: Chunk) -> None:
-    for role, slot in chunk.states.items():
+    for slot in chunk.states:
         for position in range(len(chunk.layout.slots)):
             write_slot(
-                chunk, position, role, torch.full((), rule.initial(slot.name), dtype=torch.float32, device="cpu")
+                chunk, position, slot.name, torch.full((), rule.initial(slot.name), dtype=torch.float32, device="cpu")
             )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Role
+from ..chunk import Chunk, ChunkManager
 from ..errors import TornStep
 from ..torch_private import current_backward
 from ..units.units import Visit
@@ -64,8 +64,8 @@ class DuringBackward(UpdateSchedule):
         """How many of them by the backward under way."""
         self._step = 0
         """The number of the step under way."""
-        self._missing: set[tuple[int, Role]] = set()
-        """ids of parameters and roles that are still to be loaded after a torn step."""
+        self._missing: set[tuple[int, str]] = set()
+        """ids of parameters and names of their values that are still to be loaded after a torn step."""
 
     @property
     def updated_early(self) -> Set[Chunk]:
@@ -109,11 +109,11 @@ class DuringBackward(UpdateSchedule):
         if self.progress is Progress.PARTIAL:
             self.progress = Progress.TORN
             self._missing = {
-                (id(binding.parameter), role)
+                (id(binding.parameter), name)
                 for chunk in self._manager.chunks
                 if chunk.is_trainable
                 for binding in chunk.bindings
-                for role in (Role.MASTER, *chunk.states)
+                for name in chunk.codecs
             }
         self._updated.clear()
         return True
@@ -158,9 +158,9 @@ class DuringBackward(UpdateSchedule):
         self._updated.clear()
         self._completion.forget()
 
-    def replaced(self, parameter: Tensor, role: Role) -> None:
+    def replaced(self, parameter: Tensor, name: str) -> None:
         if self.progress is Progress.TORN:
-            self._missing.discard((id(parameter), role))
+            self._missing.discard((id(parameter), name))
             if not self._missing:
                 self.progress = Progress.WHOLE
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence, Set
 
 from torch import Tensor
 
-from ..chunk import Chunk, Role
+from ..chunk import Chunk
 from ..units.units import Visit
 from .options import Options
 
@@ -63,7 +63,7 @@ class UpdateSchedule:
     def after_step(self) -> None:
         """Every parameter has taken the step."""
 
-    def replaced(self, parameter: Tensor, role: Role) -> None:
+    def replaced(self, parameter: Tensor, name: str) -> None:
         """A value or a state of a parameter has been loaded."""
 
     def follow(self, parameters: Sequence[Tensor]) -> None:

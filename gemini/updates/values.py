@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..chunk import ChunkManager, Role
+from ..chunk import ChunkManager
 from .schedule import UpdateSchedule
 
 
@@ -23,12 +23,12 @@ class Values:
         """Raise if the values are of no single step."""
         self._schedule.check_whole("read parameters or optimizer states")
 
-    def read(self, parameter: Tensor, role: Role) -> Tensor:
+    def read(self, parameter: Tensor, name: str) -> Tensor:
         """See `ChunkManager.read`."""
         self.check_readable()
-        return self.manager.read(parameter, role)
+        return self.manager.read(parameter, name)
 
-    def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
+    def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """See `ChunkManager.write`."""
-        self.manager.write(parameter, role, value)
-        self._schedule.replaced(parameter, role)
+        self.manager.write(parameter, name, value)
+        self._schedule.replaced(parameter, name)
