@@ -43,6 +43,8 @@ class ChunkPlan:
     """Of the full copy and the gradient."""
     states: tuple[StateSlot, ...] = ()
     """What the roles ``STATE_ROLES`` are here, in that order."""
+    param_group: int = -1
+    """Index of the optimizer's parameter group that its parameters were packed by; -1 if it is frozen."""
     borrows_gradient: bool = False
     """Its gradient has no home: it lives in borrowed memory until the update, which comes within backward."""
 

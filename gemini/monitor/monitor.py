@@ -276,9 +276,9 @@ def description(
     """Chunks, parameters and what the user asked for, as one JSON object."""
     parameters: dict[int, dict[str, Any]] = {}
     chunks = []
-    for chunk in manager.chunks:
-        group = chunk.layout.group
-        marks = (" frozen" if not group.trainable else "") + (" fp32" if group.keeps_fp32 else "")
+    for chunk, plan in zip(manager.chunks, packing.plans, strict=True):
+        keeps_fp32 = packing.groups[chunk.layout.slots[0].key].keeps_fp32
+        marks = (" frozen" if not plan.is_trainable else "") + (" fp32" if keeps_fp32 else "")
         buffers = {chunk.name(role): home for role, home in chunk.homes.items()}
         if chunk.gradient is not None and chunk.gradient.buffer is not None:
             buffers[Role.GRADIENT.value] = chunk.gradient.buffer
@@ -287,9 +287,9 @@ def description(
                 "name": slot.name,
                 "shape": list(slot.shape),
                 "chunk": chunk.index,
-                "param_group": group.param_group,
-                "trainable": group.trainable,
-                "keeps_fp32": group.keeps_fp32,
+                "param_group": plan.param_group,
+                "trainable": plan.is_trainable,
+                "keeps_fp32": keeps_fp32,
             }
         chunks.append(
             {
@@ -298,7 +298,7 @@ def description(
                 "full_bytes": chunk.full_nbytes,
                 "homes": {role: home.tier.value for role, home in buffers.items()},
                 "home_bytes": {role: home.nbytes for role, home in buffers.items()},
-                "group": f"{group.param_group}{marks}",
+                "group": f"{plan.param_group}{marks}",
             }
         )
     return {

@@ -34,13 +34,13 @@ class Group:
         return config.split_master and has_room and self.dtype(config) is torch.bfloat16
 
 
-def chunk_need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) -> ChunkNeed:
+def chunk_need(layout: ChunkLayout, group: Group, compute_dtype: torch.dtype, borrow: bool) -> ChunkNeed:
     """What a chunk asks for; ``borrow``: its gradient has no home."""
     low = layout.numel * compute_dtype.itemsize
-    if not layout.group.trainable:
+    if not group.trainable:
         return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
     full = layout.numel * 4
-    states = zip(STATE_ROLES, layout.group.states, strict=False)
+    states = zip(STATE_ROLES, group.states, strict=False)
     roles = {
         Role.MASTER: full,
         **{role: slot.numel(layout.numel) * slot.dtype.itemsize for role, slot in states},
@@ -50,18 +50,15 @@ def chunk_need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) ->
     return ChunkNeed(roles=roles, full_nbytes=low, shadow_nbytes=low if low < full else 0, borrows_gradient=borrow)
 
 
-def full_is_home(layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool) -> bool:
+def full_is_home(group: Group, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool) -> bool:
     """True if a chunk with these homes needs no full copy beside them."""
     tier = homes[Role.MASTER]
     in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
-    group = layout.group
     return in_reach and (group.dtype(config) is torch.float32 or not group.trainable or group.splits(config))
 
 
-def with_halves(
-    layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool
-) -> Mapping[Role, Tier]:
+def with_halves(group: Group, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool) -> Mapping[Role, Tier]:
     """A master in two halves takes the bytes of a whole one, at the same place."""
-    if layout.group.splits(config) and full_is_home(layout, homes, config, unified):
+    if group.splits(config) and full_is_home(group, homes, config, unified):
         return {Role.MASTER: homes[Role.MASTER], Role.MASTER_LOW: homes[Role.MASTER], **homes}
     return homes

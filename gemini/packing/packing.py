@@ -51,6 +51,8 @@ class Packing:
 
     parameters: tuple[nn.Parameter, ...]
     """The managed ones; a slot's ``key`` is an index into these."""
+    groups: tuple[Group, ...]
+    """What each of the parameters was packed by."""
     plans: tuple[ChunkPlan, ...]
     search: ChunkSearch
     placement: Placement
@@ -112,8 +114,8 @@ def decide(
         If the tiers together are too small, or DEVICE is too small for one unit. The message says what to change.
     """
     named = managed_parameters(model)
-    specs = _specs(model, named, param_groups, [slots_of(group) for group in param_groups])
-    attempt = partial(_decide, model, specs, tuple(named.values()), config)
+    groups = _groups(model, named, param_groups, [slots_of(group) for group in param_groups])
+    attempt = partial(_decide, model, _specs(named, groups), groups, tuple(named.values()), config)
     try:
         return attempt(capacities)
     except TooSmall as error:
@@ -122,12 +124,12 @@ def decide(
     raise failure
 
 
-def _specs(
+def _groups(
     model: nn.Module,
     named: Mapping[str, nn.Parameter],
     param_groups: Sequence[Mapping[str, Any]],
     slots: Sequence[tuple[StateSlot, ...]],
-) -> list[TensorSpec]:
+) -> tuple[Group, ...]:
     group_of = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}
     with_statistics = {
         id(p)
@@ -135,12 +137,18 @@ def _specs(
         if getattr(m, "running_mean", None) is not None
         for p in m.parameters(recurse=False)
     }
-    specs = []
-    for name, parameter in named.items():
+    found = []
+    for parameter in named.values():
         index = group_of.get(id(parameter), -1)
         trainable = parameter.requires_grad and index >= 0
         keeps_fp32 = id(parameter) in with_statistics
-        group = Group(index, True, keeps_fp32, slots[index]) if trainable else Group(-1, False, keeps_fp32)
+        found.append(Group(index, True, keeps_fp32, slots[index]) if trainable else Group(-1, False, keeps_fp32))
+    return tuple(found)
+
+
+def _specs(named: Mapping[str, nn.Parameter], groups: Sequence[Group]) -> list[TensorSpec]:
+    specs = []
+    for (name, parameter), group in zip(named.items(), groups, strict=True):
         # States that a block of elements shares begin with a parameter, so that they do not depend on what is around.
         multiple = max((slot.block_numel for slot in group.states), default=1)
         stride = _dense_stride(parameter)
@@ -151,6 +159,7 @@ def _specs(
 def _decide(
     model: nn.Module,
     specs: Sequence[TensorSpec],
+    groups: tuple[Group, ...],
     parameters: tuple[nn.Parameter, ...],
     config: GeminiConfig,
     capacities: Capacities,
@@ -158,38 +167,41 @@ def _decide(
     searches = _chunk_sizes(specs, config, capacities)
     for search in searches[:-1]:
         try:
-            return _decide_with(search, model, specs, parameters, config, capacities)
+            return _decide_with(search, model, specs, groups, parameters, config, capacities)
         except TooSmall:  # smaller chunks make a smaller ring
             continue
-    return _decide_with(searches[-1], model, specs, parameters, config, capacities)
+    return _decide_with(searches[-1], model, specs, groups, parameters, config, capacities)
 
 
 def _decide_with(
     search: ChunkSearch,
     model: nn.Module,
     specs: Sequence[TensorSpec],
+    groups: tuple[Group, ...],
     parameters: tuple[nn.Parameter, ...],
     config: GeminiConfig,
     capacities: Capacities,
 ) -> Packing:
     layouts = pack(specs, search.numel)
     use = _use(model, layouts, parameters)
-    role_count = len(update_roles(max((len(layout.group.states) for layout in layouts), default=0)))
+    chunks = [(layout, groups[layout.slots[0].key]) for layout in layouts]
+    role_count = len(update_roles(max((len(group.states) for group in groups), default=0)))
     block = _staging_block(layouts, capacities, role_count)
-    placement = _place(layouts, use, config, capacities, staging_bytes(block, role_count))
+    placement = _place(chunks, use, config, capacities, staging_bytes(block, role_count))
     plans = tuple(
         ChunkPlan(
             layout,
-            with_halves(layout, homes, config, capacities.unified),
-            layout.group.dtype(config),
-            layout.group.states,
-            borrows_gradient=layout.group.trainable and Role.GRADIENT not in homes,
+            with_halves(group, homes, config, capacities.unified),
+            group.dtype(config),
+            group.states,
+            param_group=group.param_group,
+            borrows_gradient=group.trainable and Role.GRADIENT not in homes,
         )
-        for layout, homes in zip(layouts, placement.homes, strict=True)
+        for (layout, group), homes in zip(chunks, placement.homes, strict=True)
     )
-    copies = _copies(layouts, config, capacities, placement)
+    copies = _copies(chunks, config, capacities, placement)
     return Packing(
-        parameters, plans, search, placement,
+        parameters, groups, plans, search, placement,
         staging_block_numel=block if placement.uses_disk else 0,
         update_role_count=role_count,
         full_copies_limit_bytes=_full_copies_limit(copies, use, config, capacities),
@@ -270,14 +282,14 @@ def staging_bytes(block_numel: int, role_count: int) -> int:
 
 
 def _place(
-    layouts: Sequence[ChunkLayout],
+    chunks: Sequence[tuple[ChunkLayout, Group]],
     use: _Use,
     config: GeminiConfig,
     capacities: Capacities,
     staging_bytes: int,
 ) -> Placement:
     """Place homes; with ``update_in_backward`` gradients have none, unless there is not even RAM for a few of them."""
-    arguments = (layouts, use, config, capacities, staging_bytes)
+    arguments = (chunks, use, config, capacities, staging_bytes)
     if not (config.update_in_backward and capacities.nbytes[Tier.DISK]):
         return _place_around_ring(*arguments, borrow=config.update_in_backward)
     try:
@@ -287,7 +299,7 @@ def _place(
 
 
 def _place_around_ring(
-    layouts: Sequence[ChunkLayout],
+    chunks: Sequence[tuple[ChunkLayout, Group]],
     use: _Use,
     config: GeminiConfig,
     capacities: Capacities,
@@ -295,14 +307,14 @@ def _place_around_ring(
     borrow: bool,
 ) -> Placement:
     """Place homes around a ring for full copies, as large as prefetching likes, or as small as the units allow."""
-    needs = [chunk_need(layout, layout.group.dtype(config), borrow) for layout in layouts]
+    needs = [chunk_need(layout, group, group.dtype(config), borrow) for layout, group in chunks]
     gradients = {
-        layout.index: layout.numel * layout.group.dtype(config).itemsize
-        for layout, need in zip(layouts, needs, strict=True)
+        layout.index: layout.numel * group.dtype(config).itemsize
+        for (layout, group), need in zip(chunks, needs, strict=True)
         if need.borrows_gradient
     }
     gradient_bytes = gradient_room(use.stages, gradients)
-    streamed = _copies(layouts, config, capacities, None)
+    streamed = _copies(chunks, config, capacities, None)
     ahead = max(streamed, default=0)
 
     def attempt(ring_bytes: int) -> Placement:
@@ -329,20 +341,23 @@ def _place_around_ring(
         except DoesNotFit as error:
             fault = error
             continue
-        if _largest(use.units, _copies(layouts, config, capacities, placement))[1] <= ring_bytes:
+        if _largest(use.units, _copies(chunks, config, capacities, placement))[1] <= ring_bytes:
             return placement
     raise TooSmall(sum(sum(need.roles.values()) for need in needs), name, least, fault)
 
 
 def _copies(
-    layouts: Sequence[ChunkLayout], config: GeminiConfig, capacities: Capacities, placement: Placement | None
+    chunks: Sequence[tuple[ChunkLayout, Group]],
+    config: GeminiConfig,
+    capacities: Capacities,
+    placement: Placement | None,
 ) -> list[int]:
     """Bytes of each chunk's full copy beside its home; before placement, of all that could have one."""
     return [
         0
-        if placement is not None and full_is_home(layout, placement.homes[i], config, capacities.unified)
-        else layout.numel * layout.group.dtype(config).itemsize
-        for i, layout in enumerate(layouts)
+        if placement is not None and full_is_home(group, placement.homes[i], config, capacities.unified)
+        else layout.numel * group.dtype(config).itemsize
+        for i, (layout, group) in enumerate(chunks)
     ]
 
 

@@ -1,7 +1,8 @@
 """What frozen chunks become when an optimizer is given their parameters. Changes nothing."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+import torch
 
 from ..chunk import ChunkLayout, ChunkPlan, Role, StateSlot
 from ..config import GeminiConfig
@@ -11,6 +12,7 @@ from .homes import Group, chunk_need, with_halves
 
 def unfrozen_plans(
     layouts: Sequence[ChunkLayout],
+    dtypes: Sequence[torch.dtype],
     param_group: int,
     slots: tuple[StateSlot, ...],
     config: GeminiConfig,
@@ -23,6 +25,8 @@ def unfrozen_plans(
 
     Parameters
     ----------
+    dtypes
+        Of the full copy of each of the chunks.
     param_group, slots
         Of the optimizer's new group.
     room
@@ -42,16 +46,20 @@ def unfrozen_plans(
                 raise ValueError(
                     f"{slot.name} was packed without room for blocks of {multiple} elements, which these states need"
                 )
-    layouts = [replace(layout, group=Group(param_group, True, layout.group.keeps_fp32, slots)) for layout in layouts]
-    needs = [chunk_need(layout, layout.group.dtype(config), config.update_in_backward) for layout in layouts]
+    groups = [Group(param_group, True, dtype is torch.float32, slots) for dtype in dtypes]
+    needs = [
+        chunk_need(layout, group, dtype, config.update_in_backward)
+        for layout, group, dtype in zip(layouts, groups, dtypes, strict=True)
+    ]
     placement = place(needs, room, AutoPlacementPolicy())
     return tuple(
         ChunkPlan(
             layout,
-            with_halves(layout, homes, config, room.unified),
-            layout.group.dtype(config),
+            with_halves(group, homes, config, room.unified),
+            dtype,
             slots,
+            param_group=param_group,
             borrows_gradient=Role.GRADIENT not in homes,
         )
-        for layout, homes in zip(layouts, placement.homes, strict=True)
+        for layout, group, dtype, homes in zip(layouts, groups, dtypes, placement.homes, strict=True)
     )

@@ -109,7 +109,7 @@ class Unfreezing:
             staging_bytes=0,
         )
         try:
-            return unfrozen_plans(layouts, index, slots, self._config, room)
+            return unfrozen_plans(layouts, [chunk.full.dtype for chunk in chunks], index, slots, self._config, room)
         except DoesNotFit as error:
             names = [slot.name for layout in layouts for slot in layout.slots]
             more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""

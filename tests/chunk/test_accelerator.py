@@ -207,7 +207,7 @@ def plans() -> list[ChunkPlan]:
     roles: dict[Role, Tier] = dict.fromkeys((Role.MASTER, Role.STATE_0, Role.STATE_1, Role.GRADIENT), Tier.HOST)
     return [
         ChunkPlan(
-            ChunkLayout(i, None, 128, (Slot(i, f"p{i}", 0, NUMEL, (NUMEL,), (1,)),)),
+            ChunkLayout(i, 128, (Slot(i, f"p{i}", 0, NUMEL, (NUMEL,), (1,)),)),
             {**roles, Role.SHADOW: Tier.HOST} if i else dict.fromkeys(roles, Tier.DEVICE),
             torch.bfloat16,
             (StateSlot("exp_avg"), StateSlot("exp_avg_sq")),

@@ -117,7 +117,7 @@ class Launched:
 
 
 def test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(device: SimulatedDevice) -> None:
-    layout = ChunkLayout(0, None, 256, (Slot(0, "p", 0, 256, (256,), (1,)),))
+    layout = ChunkLayout(0, 256, (Slot(0, "p", 0, 256, (256,), (1,)),))
     for seed in range(10):
         device.seed(seed)
         backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)

@@ -56,7 +56,7 @@ def test_without_an_optimizer_every_chunk_has_a_master_in_the_compute_dtype_only
     packing = decide(mlp(), [], config_of(), capacities_of(unified=True))
     for plan in packing.plans:
         assert set(plan.homes) == {Role.MASTER} and plan.dtype(Role.MASTER) is torch.bfloat16
-        assert not plan.layout.group.trainable
+        assert not plan.is_trainable
 
 
 def test_trainable_parameters_have_states_and_a_gradient() -> None:
@@ -95,7 +95,7 @@ def test_the_groups_of_an_optimizer_do_not_share_chunks() -> None:
     ]
     packing = decide(model, groups, config_of(chunk_numel=1 << 20), capacities_of(unified=True))
     assert names(packing) == [[f"{i}.weight" for i in range(4)], [f"{i}.bias" for i in range(4)]]
-    assert [plan.layout.group.param_group for plan in packing.plans] == [0, 1]
+    assert [plan.param_group for plan in packing.plans] == [0, 1]
 
 
 def test_slots_follow_the_order_of_the_model_and_keys_count_the_parameters() -> None:

@@ -72,7 +72,7 @@ class Use:
 
 
 def layout(index: int, numel: int = 256) -> ChunkLayout:
-    return ChunkLayout(index, None, numel, (Slot(0, f"p{index}", 0, numel - 32, (numel - 32,), (1,)),))
+    return ChunkLayout(index, numel, (Slot(0, f"p{index}", 0, numel - 32, (numel - 32,), (1,)),))
 
 
 def pool(room: int, capacity: int = 1 << 20) -> tuple[GradientPool, RamBackend]:
