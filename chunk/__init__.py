@@ -19,6 +19,7 @@ from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
+from .memory_map import MemoryMap
 from .plan import ChunkPlan, StateSlot
 from .search import ChunkSearch, search_chunk_numel
 from .split_master import halves, joined, marked, unmarked
@@ -52,6 +53,7 @@ __all__ = [
     "Keeper",
     "Ledger",
     "MemoryBuffer",
+    "MemoryMap",
     "NoDevice",
     "RamBackend",
     "Requests",

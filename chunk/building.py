@@ -27,7 +27,7 @@ def reserve_homes(plans: Sequence[ChunkPlan], ledger: Ledger, device: DeviceBack
 
 @dataclass(frozen=True, slots=True)
 class ChunkBuilder:
-    """Who counts, who computes, who stores (None if no home is on DISK), and who lends to gradients without a home."""
+    """Builds chunks with the ledger, the backends (no disk backend if no home is on DISK) and the gradient pool."""
 
     ledger: Ledger
     device: DeviceBackend
@@ -40,15 +40,14 @@ class ChunkBuilder:
             role: self._home(plan, role, tier) for role, tier in plan.homes.items() if role is not Role.GRADIENT
         }
         master = homes[Role.MASTER]
-        shares_memory = master.tier is Tier.DEVICE or (master.tier is Tier.HOST and self.ledger.unified)
-        if shares_memory and master.dtype is plan.compute_dtype:
-            assert master.tensor is not None
-            chunk = Chunk(plan.layout, homes, master.tensor, full_is_home=True, states=plan.states)
+        if plan.full_is_home:
+            assert master.tensor is not None and master.dtype is plan.compute_dtype
+            chunk = Chunk(plan.layout, homes, master.tensor, True, plan.update_reaches_full, plan.states)
             chunk.begin_fetch(Arrived())
             chunk.finish_fetch()
         else:
             full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
-            chunk = Chunk(plan.layout, homes, full, full_is_home=False, states=plan.states)
+            chunk = Chunk(plan.layout, homes, full, False, plan.update_reaches_full, plan.states)
             self.device.shrink(full)
         if Role.GRADIENT in plan.homes:
             buffer = self._home(plan, Role.GRADIENT, plan.homes[Role.GRADIENT])

@@ -46,6 +46,7 @@ class Chunk:
         homes: dict[Role, Buffer],
         full: Tensor,
         full_is_home: bool,
+        update_reaches_full: bool = True,
         states: Sequence[StateSlot] = (),
     ) -> None:
         self.layout = layout
@@ -54,6 +55,7 @@ class Chunk:
         """What the optimizer keeps here, and in which role."""
         self.full = full
         self.full_is_home = full_is_home
+        self.update_reaches_full = update_reaches_full
         with torch.no_grad():
             # Made now and kept: a view of a storage that is 0 bytes long cannot be made, but it can be held.
             self.views = tuple(

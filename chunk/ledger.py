@@ -6,6 +6,7 @@ from threading import Lock
 
 from gemini.errors import OutOfMemory
 
+from .memory_map import MemoryMap
 from .tier import Tier
 
 
@@ -21,13 +22,13 @@ class Ledger:
     ----------
     capacities
         Bytes each tier may hold; a tier left out holds nothing.
-    unified
-        DEVICE and HOST are the same RAM: both together must stay within the capacity of HOST, and what is
-        reported for HOST includes DEVICE.
+    memory
+        Tiers of one pool together must stay within its capacity, and what is reported for the pool includes them all.
     """
 
-    def __init__(self, capacities: Mapping[Tier, int], unified: bool) -> None:
-        self.unified = unified
+    def __init__(self, capacities: Mapping[Tier, int], memory: MemoryMap) -> None:
+        self.memory = memory
+        self._compute_tier = memory.compute_tier  # asked in each move
         self._capacities = {tier: int(capacities.get(tier, 0)) for tier in Tier}
         self._used = dict.fromkeys(Tier, 0)
         self._peak = dict.fromkeys(Tier, 0)
@@ -37,15 +38,16 @@ class Ledger:
 
     def bounded_by(self, tier: Tier) -> Tier:
         """The tier whose capacity bounds this one."""
-        return Tier.HOST if self.unified and tier is Tier.DEVICE else tier
+        return self._compute_tier if tier is Tier.DEVICE else tier
+
+    def _includes_device(self, tier: Tier) -> bool:
+        return tier is self._compute_tier and tier is not Tier.DEVICE
 
     def capacity(self, tier: Tier) -> int:
         return self._capacities[self.bounded_by(tier)]
 
     def used(self, tier: Tier) -> int:
-        if self.unified and tier is Tier.HOST:
-            return self._used[Tier.HOST] + self._used[Tier.DEVICE]
-        return self._used[tier]
+        return self._used[tier] + (self._used[Tier.DEVICE] if self._includes_device(tier) else 0)
 
     def peak(self, tier: Tier) -> int:
         return self._peak[tier]
@@ -59,7 +61,7 @@ class Ledger:
     ) -> dict[Tier, tuple[int, int, int]]:
         """What `used`, `peak` and `capacity` said of each tier when ``counters`` were taken."""
         used, peak, capacity = (dict(zip(Tier, values, strict=True)) for values in counters)
-        if self.unified:
+        if self._includes_device(Tier.HOST):
             used[Tier.HOST] += used[Tier.DEVICE]
         return {tier: (used[tier], peak[tier], capacity[self.bounded_by(tier)]) for tier in Tier}
 

@@ -47,6 +47,10 @@ class ChunkPlan:
     """Index of the optimizer's parameter group that its parameters were packed by; -1 if it is frozen."""
     borrows_gradient: bool = False
     """Its gradient has no home: it lives in borrowed memory until the update, which comes within backward."""
+    full_is_home: bool = False
+    """The full copy is the master's home: the same bytes in memory where units run, so that nothing is ever moved."""
+    update_reaches_full: bool = True
+    """The update can write through to the full copy; if not, that is evicted instead."""
 
     @property
     def is_split(self) -> bool:

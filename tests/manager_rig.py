@@ -1,6 +1,7 @@
 """A chunk manager with known values on a fake device that counts every byte."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from fakes import FakeBackend, FakeUpdate
@@ -8,10 +9,12 @@ from torch import Tensor
 
 from gemini.chunk import (
     Chunk,
+    ChunkLayout,
     ChunkManager,
     ChunkPlan,
     DiskBackend,
     Ledger,
+    MemoryMap,
     Role,
     StateSlot,
     TensorSpec,
@@ -42,9 +45,10 @@ class Rig:
         assert all(layout.numel == NUMEL for layout in layouts)
         self.capacity = room * NUMEL * dtype.itemsize
         capacities = {Tier.DEVICE: self.capacity, Tier.HOST: 1 << 20, Tier.DISK: 1 << 20}
-        self.ledger = Ledger(capacities, unified)
+        self.memory = MemoryMap.UNIFIED if unified else MemoryMap.EMULATED
+        self.ledger = Ledger(capacities, self.memory)
         self.device = FakeBackend(self.capacity if not unified else 1 << 30)
-        plans = [ChunkPlan(layout, tiers, dtype, ADAM) for layout, tiers in zip(layouts, homes, strict=True)]
+        plans = [self.plan(layout, tiers, dtype) for layout, tiers in zip(layouts, homes, strict=True)]
         self.manager = ChunkManager(plans, self.ledger, self.device, disk)
         self.chunks = self.manager.chunks
         generator = torch.Generator().manual_seed(0)
@@ -56,6 +60,11 @@ class Rig:
             for position, value in enumerate(self.values[chunk.index]):
                 write_slot(chunk, position, Role.MASTER, value)
                 self.manager.bind(self.parameters[chunk.index][position], chunk, position)
+
+    def plan(self, layout: ChunkLayout, homes: dict[Role, Tier], dtype: torch.dtype = torch.bfloat16) -> ChunkPlan:
+        plan = ChunkPlan(layout, homes, dtype, ADAM)
+        is_home = plan.dtype(Role.MASTER) is dtype and self.memory.computes_on(homes[Role.MASTER])
+        return replace(plan, full_is_home=is_home)
 
     def use(self, chunk: Chunk) -> None:
         self.manager.fetch(chunk)

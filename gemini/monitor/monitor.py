@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier, accelerator_in_use, memory_of
+from ..chunk import Chunk, ChunkManager, ChunkState, MemoryMap, Role, Tier, accelerator_in_use, memory_of
 from ..config import GeminiConfig
 from ..errors import is_out_of_memory
 from ..memory.capacity import Capacities
@@ -101,7 +101,7 @@ class Monitor:
         self._last_step = 0
         self._last_time = float("-inf")
         self._peaks: tuple[int, ...] = (0,) * len(Tier)
-        self._tier = runtime.manager.ledger.bounded_by(Tier.DEVICE)
+        self._tier = runtime.manager.ledger.memory.compute_tier
         self._is_ram = runtime.manager.device.is_ram
         self.writer = writer(self._last.stats)
 
@@ -149,8 +149,7 @@ class Monitor:
             return
         nbytes = {c.index: c.full_nbytes for c in runtime.manager.chunks if not c.full_is_home}
         copies = bytes_of_copies(*followed, nbytes)
-        unified = runtime.manager.ledger.unified
-        predicted = predict(self._homes, copies, known.moments, self._tier, unified)
+        predicted = predict(self._homes, copies, known.moments, runtime.manager.ledger.memory)
         runtime.outlook = Outlook(predicted, measured)
         if logger.isEnabledFor(logging.INFO):
             for tier, before, now in zip(Tier, predicted.tiers, measured.tiers, strict=True):
@@ -308,7 +307,7 @@ def description(
         "capacities": {
             tier.value: {"bytes": budget.bytes, "source": budget.source} for tier, budget in capacities.budgets.items()
         },
-        "unified": capacities.unified,
+        "unified": capacities.memory is MemoryMap.UNIFIED,
         "ram_bytes": capacities.ram_bytes,
         "device_limit_bytes": capacities.device_limit_bytes,
         "config": {

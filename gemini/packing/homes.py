@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..chunk import STATE_ROLES, ChunkLayout, Role, StateSlot, Tier
+from ..chunk import STATE_ROLES, ChunkLayout, MemoryMap, Role, StateSlot, Tier
 from ..config import GeminiConfig
 from ..planning.placement import ChunkNeed
 
@@ -50,15 +50,17 @@ def chunk_need(layout: ChunkLayout, group: Group, compute_dtype: torch.dtype, bo
     return ChunkNeed(roles=roles, full_nbytes=low, shadow_nbytes=low if low < full else 0, borrows_gradient=borrow)
 
 
-def full_is_home(group: Group, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool) -> bool:
+def full_is_home(group: Group, homes: Mapping[Role, Tier], config: GeminiConfig, memory: MemoryMap) -> bool:
     """True if a chunk with these homes needs no full copy beside them."""
-    tier = homes[Role.MASTER]
-    in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
-    return in_reach and (group.dtype(config) is torch.float32 or not group.trainable or group.splits(config))
+    return memory.computes_on(homes[Role.MASTER]) and (
+        group.dtype(config) is torch.float32 or not group.trainable or group.splits(config)
+    )
 
 
-def with_halves(group: Group, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool) -> Mapping[Role, Tier]:
+def with_halves(
+    group: Group, homes: Mapping[Role, Tier], config: GeminiConfig, memory: MemoryMap
+) -> Mapping[Role, Tier]:
     """A master in two halves takes the bytes of a whole one, at the same place."""
-    if group.splits(config) and full_is_home(group, homes, config, unified):
+    if group.splits(config) and full_is_home(group, homes, config, memory):
         return {Role.MASTER: homes[Role.MASTER], Role.MASTER_LOW: homes[Role.MASTER], **homes}
     return homes

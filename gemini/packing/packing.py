@@ -14,6 +14,7 @@ from ..chunk import (
     ChunkLayout,
     ChunkPlan,
     ChunkSearch,
+    MemoryMap,
     Role,
     StateSlot,
     TensorSpec,
@@ -49,6 +50,7 @@ SHRINKINGS = 4
 class Packing:
     """The decision."""
 
+    memory: MemoryMap
     parameters: tuple[nn.Parameter, ...]
     """The managed ones; a slot's ``key`` is an index into these."""
     groups: tuple[Group, ...]
@@ -191,17 +193,19 @@ def _decide_with(
     plans = tuple(
         ChunkPlan(
             layout,
-            with_halves(group, homes, config, capacities.unified),
+            with_halves(group, homes, config, capacities.memory),
             group.dtype(config),
             group.states,
             param_group=group.param_group,
             borrows_gradient=group.trainable and Role.GRADIENT not in homes,
+            full_is_home=full_is_home(group, homes, config, capacities.memory),
+            update_reaches_full=capacities.memory.update_reaches_full(homes[Role.MASTER]),
         )
         for (layout, group), homes in zip(chunks, placement.homes, strict=True)
     )
     copies = _copies(chunks, config, capacities, placement)
     return Packing(
-        parameters, groups, plans, search, placement,
+        capacities.memory, parameters, groups, plans, search, placement,
         staging_block_numel=block if placement.uses_disk else 0,
         update_role_count=role_count,
         full_copies_limit_bytes=_full_copies_limit(copies, use, config, capacities),
@@ -227,7 +231,7 @@ def _chunk_sizes(specs: Sequence[TensorSpec], config: GeminiConfig, capacities: 
     if config.search_range is not None:
         return [search_chunk_numel(sizes, *config.search_range, config.search_step, groups)]
     room = capacities.nbytes[Tier.DEVICE] // config.compute_dtype.itemsize
-    if capacities.unified:
+    if capacities.memory is MemoryMap.UNIFIED:
         room //= 4  # most of this RAM is for homes
     found = []
     for _ in range(SHRINKINGS):
@@ -320,7 +324,7 @@ def _place_around_ring(
     def attempt(ring_bytes: int) -> Placement:
         room = Room(
             capacities=capacities.nbytes,
-            unified=capacities.unified,
+            memory=capacities.memory,
             ring_bytes=ring_bytes,
             staging_bytes=staging_bytes,
             gradient_bytes=gradient_bytes,
@@ -355,7 +359,7 @@ def _copies(
     """Bytes of each chunk's full copy beside its home; before placement, of all that could have one."""
     return [
         0
-        if placement is not None and full_is_home(group, placement.homes[i], config, capacities.unified)
+        if placement is not None and full_is_home(group, placement.homes[i], config, capacities.memory)
         else layout.numel * group.dtype(config).itemsize
         for i, (layout, group) in enumerate(chunks)
     ]
@@ -367,7 +371,7 @@ def _largest(sets: Sequence[tuple[str, frozenset[int]]], copies: Sequence[int]) 
 
 
 def _full_copies_limit(copies: Sequence[int], use: _Use, config: GeminiConfig, capacities: Capacities) -> int | None:
-    if isinstance(config.policy, AutoPlacementPolicy) or capacities.unified:
+    if isinstance(config.policy, AutoPlacementPolicy) or capacities.memory is MemoryMap.UNIFIED:
         return None
     wanted = round((1.0 - config.policy.offload_param_frac) * sum(copies))
     return max(wanted, _largest(use.units, copies)[1], _largest(use.siblings, copies)[1])

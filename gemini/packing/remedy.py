@@ -37,9 +37,8 @@ def remedy(
         more = dict(error.fault.working_bytes)
         more[tier] = more.get(tier, 0) + error.fault.homes_bytes
         enough |= {t: enough.get(t, capacities.nbytes[t]) + nbytes for t, nbytes in more.items() if nbytes}
-        budgets = {**capacities.budgets, **{t: Budget(nbytes, "tried") for t, nbytes in enough.items()}}
-        if capacities.unified:
-            budgets[Tier.DEVICE] = budgets[Tier.HOST]
+        tried = {**capacities.budgets, **{t: Budget(nbytes, "tried") for t, nbytes in enough.items()}}
+        budgets = {t: tried[capacities.memory.pool(t)] for t in Tier}
         try:
             attempt(replace(capacities, budgets=budgets))
             return enough
@@ -51,9 +50,10 @@ def remedy(
 def out_of_memory(error: TooSmall, remedies: Sequence[Mapping[Tier, int]], capacities: Capacities) -> OutOfMemory:
     """The error that says what is needed, what there is, and the capacities that would do."""
     budgets = capacities.budgets
-    tiers = (Tier.HOST, Tier.DISK) if capacities.unified else tuple(Tier)
-    have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in tiers)
-    where_units_run = Tier.HOST if capacities.unified else Tier.DEVICE
+    have = ", ".join(
+        f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in capacities.memory.pools
+    )
+    where_units_run = capacities.memory.compute_tier
     if error.unit_bytes > budgets[where_units_run].bytes:
         problem = (
             f"{where_units_run.value} tier out of memory. Unit {error.unit!r} alone needs "

@@ -7,7 +7,7 @@ import torch
 from ..chunk import ChunkLayout, ChunkPlan, Role, StateSlot
 from ..config import GeminiConfig
 from ..planning.placement import AutoPlacementPolicy, Room, place
-from .homes import Group, chunk_need, with_halves
+from .homes import Group, chunk_need, full_is_home, with_halves
 
 
 def unfrozen_plans(
@@ -55,11 +55,13 @@ def unfrozen_plans(
     return tuple(
         ChunkPlan(
             layout,
-            with_halves(group, homes, config, room.unified),
+            with_halves(group, homes, config, room.memory),
             dtype,
             slots,
             param_group=param_group,
             borrows_gradient=Role.GRADIENT not in homes,
+            full_is_home=full_is_home(group, homes, config, room.memory),
+            update_reaches_full=room.memory.update_reaches_full(homes[Role.MASTER]),
         )
         for layout, group, dtype, homes in zip(layouts, groups, dtypes, placement.homes, strict=True)
     )

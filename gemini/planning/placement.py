@@ -19,6 +19,7 @@ more per byte than a master does, and would leave the disk idle in backward; so 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..chunk.memory_map import MemoryMap
 from ..chunk.tier import STATE_ROLES, Role, Tier
 
 DISK_PAGE_BYTES = 4096
@@ -56,8 +57,7 @@ class Room:
 
     capacities: Mapping[Tier, int]
     """Bytes per tier; DISK is 0 without an offload folder."""
-    unified: bool
-    """DEVICE and HOST are the same RAM."""
+    memory: MemoryMap
     ring_bytes: int
     """Room for full copies, kept free on DEVICE (on HOST when unified)."""
     staging_bytes: int
@@ -162,8 +162,10 @@ def _fill(
     needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy, staging_bytes: int, disk_bytes: int
 ) -> Placement:
     free = {
-        Tier.DEVICE: 0 if room.unified else room.capacities[Tier.DEVICE] - room.ring_bytes,
-        Tier.HOST: room.capacities[Tier.HOST] - staging_bytes - (room.ring_bytes if room.unified else 0),
+        Tier.DEVICE: 0 if room.memory is MemoryMap.UNIFIED else room.capacities[Tier.DEVICE] - room.ring_bytes,
+        Tier.HOST: room.capacities[Tier.HOST]
+        - staging_bytes
+        - (room.ring_bytes if room.memory is MemoryMap.UNIFIED else 0),
         Tier.DISK: disk_bytes,
     }
     working = {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}
@@ -206,6 +208,6 @@ def _fill(
     if missing or working:
         raise DoesNotFit(working, missing)
     for index, need in enumerate(needs):
-        if need.shadow_nbytes and homes[index][Role.MASTER] is Tier.HOST and not room.unified:
+        if need.shadow_nbytes and homes[index][Role.MASTER] is Tier.HOST and room.memory is not MemoryMap.UNIFIED:
             put(index, Role.SHADOW, (Tier.HOST,))
     return Placement(tuple(homes), used, gradient_room)

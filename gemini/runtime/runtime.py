@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
+from ..chunk import Chunk, ChunkManager, ChunkState, Tier
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.native_memory import be_exact, be_quick, give_back_free, has_room_to_be_quick
 from ..memory.non_model import Batch, NonModelProfile
@@ -319,13 +319,7 @@ class Runtime:
     def _plan(self, trace: Trace) -> Planner:
         chunks = [c for c in self.manager.chunks if not c.full_is_home]
         nbytes = {c.index: c.full_nbytes for c in chunks}
-        # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
-        reached = self.manager.device.is_ram
-        lost = [
-            c.index
-            for c in chunks
-            if c.gradient is not None and not (reached or c.homes[Role.MASTER].tier is Tier.DEVICE)
-        ]
+        lost = [c.index for c in chunks if c.is_trainable and not c.update_reaches_full]
         return Planner(trace, nbytes, self.full_capacity_bytes, self.depth, lost)
 
     def prefetch_next_cycle(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkPlan, StateSlot, Tier, write_slot
+from ..chunk import Chunk, ChunkManager, ChunkPlan, MemoryMap, StateSlot, Tier, write_slot
 from ..config import GeminiConfig
 from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
@@ -96,7 +96,11 @@ class Unfreezing:
         manager, ledger = self._manager, self._manager.ledger
         layouts = [chunk.layout for chunk in chunks]
         copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
-        resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if ledger.unified else 0
+        resident = (
+            sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident)
+            if ledger.memory is MemoryMap.UNIFIED
+            else 0
+        )
         can_stage = manager.disk is not None and len(update_roles(len(slots))) <= self._staged_roles
         room = Room(
             capacities={
@@ -104,8 +108,8 @@ class Unfreezing:
                 Tier.HOST: ledger.free(Tier.HOST) + resident,
                 Tier.DISK: ledger.free(Tier.DISK) if can_stage else 0,
             },
-            unified=ledger.unified,
-            ring_bytes=self._runtime.least_bytes(copies) if ledger.unified else 0,
+            memory=ledger.memory,
+            ring_bytes=self._runtime.least_bytes(copies) if ledger.memory is MemoryMap.UNIFIED else 0,
             staging_bytes=0,
         )
         try:

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeBackend
-from manager_rig import ADAM, FROZEN, NUMEL, TRAINABLE, Rig
+from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig
 
-from gemini.chunk import ChunkPlan, ChunkState, DiskBackend, Ledger, Role, Tier
+from gemini.chunk import ChunkPlan, ChunkState, DiskBackend, Ledger, MemoryMap, Role, Tier
 from gemini.errors import OutOfMemory
 
 ON_DISK = dict.fromkeys(TRAINABLE, Tier.DISK)
 
 
 def trained(rig: Rig, index: int, homes: dict[Role, Tier] = TRAINABLE) -> ChunkPlan:
-    return ChunkPlan(rig.chunks[index].layout, homes, torch.bfloat16, ADAM)
+    return rig.plan(rig.chunks[index].layout, homes)
 
 
 @pytest.mark.parametrize("unified", [False, True])
@@ -23,7 +23,7 @@ def trained(rig: Rig, index: int, homes: dict[Role, Tier] = TRAINABLE) -> ChunkP
 def test_values_stay_and_the_ledger_says_what_there_is(
     homes: dict[Role, Tier], frozen: Tier, unified: bool, tmp_path: Path
 ) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     rig = Rig([{Role.MASTER: frozen}, FROZEN], room=4, unified=unified, disk=disk)
     chunk = rig.chunks[0]
     rig.use(chunk)

@@ -7,7 +7,18 @@ import torch
 from fakes import FakeBackend, FakeUpdate
 from manager_rig import ADAM, FROZEN, NUMEL, TRAINABLE, Rig
 
-from gemini.chunk import ChunkManager, ChunkPlan, ChunkState, DiskBackend, Ledger, Role, TensorSpec, Tier, pack
+from gemini.chunk import (
+    ChunkManager,
+    ChunkPlan,
+    ChunkState,
+    DiskBackend,
+    Ledger,
+    MemoryMap,
+    Role,
+    TensorSpec,
+    Tier,
+    pack,
+)
 from gemini.errors import OffloadError, OutOfMemory
 
 ROLES = [Role.MASTER, Role.STATE_0, Role.STATE_1]
@@ -16,7 +27,7 @@ ROLES = [Role.MASTER, Role.STATE_0, Role.STATE_1]
 @pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK])
 @pytest.mark.parametrize("role", ROLES)
 def test_values_are_read_back_as_written_on_every_tier(tier: Tier, role: Role, tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     homes = {**TRAINABLE, role: tier}
     rig = Rig([homes, homes], room=20, disk=disk)
     for chunk in rig.chunks:
@@ -32,7 +43,7 @@ def test_values_are_read_back_as_written_on_every_tier(tier: Tier, role: Role, t
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 def test_a_value_of_the_wrong_shape_is_refused(tier: Tier, tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     rig = Rig([{**TRAINABLE, Role.STATE_0: tier}], disk=disk)
     before = rig.manager.read(rig.parameters[0][1], Role.STATE_0)
     longer = torch.ones(100)[:19]  # its storage is long enough
@@ -44,10 +55,10 @@ def test_a_value_of_the_wrong_shape_is_refused(tier: Tier, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 def test_strided_values_keep_their_elements_in_place(tier: Tier, tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     conv = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     layouts = pack([TensorSpec("b", (3,), (1,)), TensorSpec("conv", tuple(conv.shape), conv.stride())], 1000)
-    ledger = Ledger({Tier.DEVICE: 10_000, Tier.HOST: 10_000}, False)
+    ledger = Ledger({Tier.DEVICE: 10_000, Tier.HOST: 10_000}, MemoryMap.EMULATED)
     plan = ChunkPlan(layouts[0], {**TRAINABLE, Role.MASTER: tier}, torch.float32, ADAM)
     manager = ChunkManager([plan], ledger, FakeBackend(10_000), disk)
     (chunk,) = manager.chunks
@@ -106,11 +117,11 @@ def test_a_home_without_room_names_the_role_and_a_parameter() -> None:
     layouts = pack([TensorSpec("layers.0.weight", (64,), (1,))], 64)
     plan = ChunkPlan(layouts[0], TRAINABLE, torch.bfloat16, ADAM)
     with pytest.raises(OutOfMemory, match=r"exp_avg_sq of chunk 0 \(with layers.0.weight\)"):
-        ChunkManager([plan], Ledger({Tier.HOST: 64 * 8 + 100}, False), FakeBackend(0), None)
+        ChunkManager([plan], Ledger({Tier.HOST: 64 * 8 + 100}, MemoryMap.EMULATED), FakeBackend(0), None)
 
 
 def test_closing_ends_the_device_and_the_disk(tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     rig = Rig([{Role.MASTER: Tier.DISK}], disk=disk)
     rig.manager.close()
     assert rig.device.log[-1] == ("close",)

@@ -11,7 +11,17 @@ from simulated import SimulatedDevice
 from test_parity import Other, check_loop
 
 from gemini.boosted import boosted
-from gemini.chunk import AcceleratorBackend, ChunkLayout, GradientBuffer, Ledger, Slot, Tier, accelerator, driver_of
+from gemini.chunk import (
+    AcceleratorBackend,
+    ChunkLayout,
+    GradientBuffer,
+    Ledger,
+    MemoryMap,
+    Slot,
+    Tier,
+    accelerator,
+    driver_of,
+)
 from gemini.chunk.conversion import conversion_pieces
 from gemini.chunk.gradient_pool import GradientPool
 from gemini.nn.optimizer import pieces
@@ -121,7 +131,7 @@ def test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(
     for seed in range(10):
         device.seed(seed)
         backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)
-        pool = GradientPool(Ledger({Tier.DEVICE: 1024}, False), backend, None, lambda tier, nbytes: None)
+        pool = GradientPool(Ledger({Tier.DEVICE: 1024}, MemoryMap.EMULATED), backend, None, lambda tier, nbytes: None)
         pool.reserve(Tier.DEVICE, 1024, "room")
         borrow = partial(pool.borrow, layout, Tier.DEVICE, torch.float32)
         first, second = (GradientBuffer(layout, None, backend, borrow) for _ in range(2))

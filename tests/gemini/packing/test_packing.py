@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gemini.chunk import FETCH_WORKERS, Role, Tier
+from gemini.chunk import FETCH_WORKERS, MemoryMap, Role, Tier
 from gemini.chunk.search import bounds
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
@@ -29,7 +29,8 @@ UPDATE_ROLES = update_roles(2)
 def capacities_of(device: int = 0, host: int = PLENTY, disk: int = 0, unified: bool = False) -> Capacities:
     nbytes = {Tier.DEVICE: host if unified else device, Tier.HOST: host, Tier.DISK: disk}
     budgets = {tier: Budget(n, f"test {tier.value}") for tier, n in nbytes.items()}
-    return Capacities(torch.device("cpu"), unified, budgets, None)
+    memory = MemoryMap.UNIFIED if unified else MemoryMap.ACCELERATOR
+    return Capacities(torch.device("cpu"), memory, budgets, None)
 
 
 def config_of(**options: Any) -> GeminiConfig:
@@ -175,7 +176,7 @@ def held(packing: Packing, tier: Tier, roles: Sequence[Role] = tuple(Role)) -> i
     )
 
 
-def ring_bytes(model: nn.Module, packing: Packing, unified: bool) -> int:
+def ring_bytes(model: nn.Module, packing: Packing) -> int:
     """The room for the unit that needs most, given which homes are full copies."""
     least = 0
     for module_name, module in model.named_modules():
@@ -183,9 +184,9 @@ def ring_bytes(model: nn.Module, packing: Packing, unified: bool) -> int:
         chunks = [plan for plan in packing.plans if own & {slot.name for slot in plan.layout.slots}]
         streamed = 0
         for plan in chunks:
-            master = plan.homes[Role.MASTER]
-            in_reach = master is Tier.DEVICE or (unified and master is Tier.HOST)
-            if not (in_reach and plan.dtype(Role.MASTER) is plan.compute_dtype):
+            if not (
+                packing.memory.computes_on(plan.homes[Role.MASTER]) and plan.dtype(Role.MASTER) is plan.compute_dtype
+            ):
                 streamed += plan.layout.numel * plan.compute_dtype.itemsize
         least = max(least, streamed)
     return least
@@ -193,9 +194,9 @@ def ring_bytes(model: nn.Module, packing: Packing, unified: bool) -> int:
 
 def check_room(model: nn.Module, packing: Packing, capacities: Capacities) -> None:
     staging = packing.staging_block_numel * 4 * (FETCH_WORKERS + BLOCK_SETS * len(UPDATE_ROLES))
-    ring = ring_bytes(model, packing, capacities.unified)
+    ring = ring_bytes(model, packing)
     nbytes = capacities.nbytes
-    if capacities.unified:
+    if capacities.memory is MemoryMap.UNIFIED:
         assert held(packing, Tier.DEVICE) == 0
         assert held(packing, Tier.HOST) + staging + ring <= nbytes[Tier.HOST]
     else:
@@ -304,9 +305,8 @@ def remedies_of(message: str) -> list[dict[Tier, int]]:
 
 
 def with_capacities(capacities: Capacities, nbytes: Mapping[Tier, int]) -> Capacities:
-    budgets = {**capacities.budgets, **{tier: Budget(n, "as told") for tier, n in nbytes.items()}}
-    if capacities.unified:
-        budgets[Tier.DEVICE] = budgets[Tier.HOST]
+    told = {**capacities.budgets, **{tier: Budget(n, "as told") for tier, n in nbytes.items()}}
+    budgets = {tier: told[capacities.memory.pool(tier)] for tier in Tier}
     return replace(capacities, budgets=budgets)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.chunk import Role, Tier
+from gemini.chunk import MemoryMap, Role, Tier
 from gemini.chunk.disk import PAGE_BYTES
 from gemini.planning.placement import (
     DISK_PAGE_BYTES as PAGE,
@@ -33,9 +33,11 @@ def frozen(numel: int) -> ChunkNeed:
     return ChunkNeed(roles={Role.MASTER: 2 * numel}, full_nbytes=2 * numel)
 
 
-def room_of(device: int, host: int, disk: int = 0, unified: bool = False, ring: int = 0, staging: int = 0) -> Room:
+def room_of(
+    device: int, host: int, disk: int = 0, memory: MemoryMap = MemoryMap.ACCELERATOR, ring: int = 0, staging: int = 0
+) -> Room:
     capacities = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
-    return Room(capacities=capacities, unified=unified, ring_bytes=ring, staging_bytes=staging)
+    return Room(capacities=capacities, memory=memory, ring_bytes=ring, staging_bytes=staging)
 
 
 needs_of_models = st.lists(
@@ -46,7 +48,7 @@ rooms = st.builds(
     device=st.integers(0, 3000),
     host=st.integers(0, 5000),
     disk=st.just(0) | st.integers(0, 200_000),
-    unified=st.booleans(),
+    memory=st.sampled_from(MemoryMap),
     ring=st.integers(0, 400),
     staging=st.integers(0, 400),
 )
@@ -84,7 +86,7 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     assert placement.uses_disk == (placement.nbytes[Tier.DISK] > 0)
     host = placement.nbytes[Tier.HOST] + (room.staging_bytes if placement.uses_disk else 0)
     device = placement.nbytes[Tier.DEVICE]
-    if room.unified:
+    if room.memory is MemoryMap.UNIFIED:
         assert device == 0 and host + room.ring_bytes <= room.capacities[Tier.HOST]
     else:
         assert host <= room.capacities[Tier.HOST] and device + room.ring_bytes <= room.capacities[Tier.DEVICE]
@@ -101,7 +103,10 @@ def test_the_device_takes_whole_chunks_in_order_and_leaves_out_what_does_not_fit
         return
     taken, share = 0, policy.device_share(sum(map(whole, needs)))
     for need, homes in zip(needs, placement.homes, strict=True):
-        fits = taken + whole(need) <= min(room.capacities[Tier.DEVICE] - room.ring_bytes, share) and not room.unified
+        fits = (
+            taken + whole(need) <= min(room.capacities[Tier.DEVICE] - room.ring_bytes, share)
+            and room.memory is not MemoryMap.UNIFIED
+        )
         assert (set(homes.values()) == {Tier.DEVICE}) == fits
         assert fits or Tier.DEVICE not in homes.values()
         taken += whole(need) if fits else 0
@@ -121,9 +126,9 @@ def test_shadows_take_what_the_host_has_left_and_nothing_that_a_home_could_use(
     host = placement.nbytes[Tier.HOST] + (room.staging_bytes if placement.uses_disk else 0)
     for need, homes in zip(needs, placement.homes, strict=True):
         if Role.SHADOW in homes:
-            assert homes[Role.SHADOW] is Tier.HOST and not room.unified and need.shadow_nbytes
+            assert homes[Role.SHADOW] is Tier.HOST and room.memory is not MemoryMap.UNIFIED and need.shadow_nbytes
             assert homes[Role.MASTER] is Tier.HOST
-        elif need.shadow_nbytes and not room.unified and homes[Role.MASTER] is Tier.HOST:
+        elif need.shadow_nbytes and room.memory is not MemoryMap.UNIFIED and homes[Role.MASTER] is Tier.HOST:
             assert host + need.shadow_nbytes > room.capacities[Tier.HOST]
 
 
@@ -133,7 +138,7 @@ def test_what_goes_to_disk_has_no_place_on_host_and_roles_go_in_order(needs: lis
     placement = try_place(needs, room, AutoPlacementPolicy())
     if isinstance(placement, DoesNotFit) or not placement.uses_disk:
         return
-    taken = room.staging_bytes + (room.ring_bytes if room.unified else 0)
+    taken = room.staging_bytes + (room.ring_bytes if room.memory is MemoryMap.UNIFIED else 0)
     for role in TRAINABLE_ORDER:
         for need, homes in zip(needs, placement.homes, strict=True):
             if homes.get(role) is Tier.HOST:

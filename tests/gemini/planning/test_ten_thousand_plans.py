@@ -9,7 +9,7 @@ from belady import Played, belady, play
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemini.chunk import Role, Tier
+from gemini.chunk import MemoryMap, Role, Tier
 from gemini.planning.placement import (
     AutoPlacementPolicy,
     ChunkNeed,
@@ -67,7 +67,12 @@ def instance_of(seed: int) -> Instance:
             Tier.HOST: int(total * share) + (ring if unified else 0) + 100,
             Tier.DISK: disk + 4 * 4096 * count,  # homes take whole pages
         }
-    room = Room(capacities=capacities, unified=unified, ring_bytes=ring, staging_bytes=rng.choice([0, 100]))
+    room = Room(
+        capacities=capacities,
+        memory=MemoryMap.UNIFIED if unified else MemoryMap.ACCELERATOR,
+        ring_bytes=ring,
+        staging_bytes=rng.choice([0, 100]),
+    )
     policy = AutoPlacementPolicy() if rng.random() < 0.7 else StaticPlacementPolicy(offload_optim_frac=rng.random())
     return Instance(kind, lap, needs, room, policy, depth, equal, not unified and rng.random() < 0.5)
 
@@ -121,7 +126,7 @@ def check_placement(instance: Instance, placement: Placement) -> int:
     assert all(held[tier] == placement.nbytes[tier] for tier in Tier)
     host = held[Tier.HOST] + (room.staging_bytes if held[Tier.DISK] else 0)
     assert held[Tier.DISK] <= room.capacities[Tier.DISK]
-    if room.unified:
+    if room.memory is MemoryMap.UNIFIED:
         assert not held[Tier.DEVICE]
         return room.capacities[Tier.HOST] - host
     assert host <= room.capacities[Tier.HOST]
@@ -137,11 +142,12 @@ def check(seed: int) -> tuple[Instance, Played, list[int]] | None:
         assert error.missing_bytes > 0
         return None
     capacity = check_placement(instance, placement)
-    reach = (Tier.DEVICE, Tier.HOST) if instance.room.unified else (Tier.DEVICE,)
     nbytes = {
         c: need.full_nbytes
         for c, (need, homes) in enumerate(zip(instance.needs, placement.homes, strict=True))
-        if not (homes[Role.MASTER] in reach and Role.STATE_0 not in need.roles)  # its home is the full copy
+        if not (
+            instance.room.memory.computes_on(homes[Role.MASTER]) and Role.STATE_0 not in need.roles
+        )  # its home is the full copy
     }
     lost = [c for c in nbytes if instance.lost and Role.STATE_0 in instance.needs[c].roles]
     trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(m)) for i, m in enumerate(instance.lap)))

@@ -13,7 +13,7 @@ from torch import nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Role, Tier
+from gemini.chunk import MemoryMap, Role, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData
@@ -129,7 +129,7 @@ def test_statistics_placement_and_estimate_say_the_bytes(states: str) -> None:
     data = ModelData(
         Subject("two layers", build, lambda size, length: {}), GeminiConfig(precision="fp32"), slots(states)
     )
-    packing = data.pack({Tier.DEVICE: 1, Tier.HOST: 1 << 30, Tier.DISK: 0}, unified=True)
+    packing = data.pack({Tier.DEVICE: 1, Tier.HOST: 1 << 30, Tier.DISK: 0}, MemoryMap.UNIFIED)
     assert packing.placement.nbytes == boosted(model).packing.placement.nbytes
 
 

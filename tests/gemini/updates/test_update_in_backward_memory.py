@@ -6,7 +6,7 @@ import pytest
 import torch
 from limited import limited, outcome
 
-from gemini.chunk import ChunkLayout, Ledger, RamBackend, Slot, Tier
+from gemini.chunk import ChunkLayout, Ledger, MemoryMap, RamBackend, Slot, Tier
 from gemini.chunk.gradient import GradientBuffer
 from gemini.chunk.gradient_pool import GradientPool
 from gemini.chunk.layout import size_class
@@ -77,7 +77,7 @@ def layout(index: int, numel: int = 256) -> ChunkLayout:
 
 def pool(room: int, capacity: int = 1 << 20) -> tuple[GradientPool, RamBackend]:
     backend = RamBackend(None)
-    ledger = Ledger({Tier.HOST: capacity}, unified=True)
+    ledger = Ledger({Tier.HOST: capacity}, MemoryMap.UNIFIED)
     lender = GradientPool(ledger, backend, None, lambda tier, nbytes: None)
     lender.reserve(Tier.HOST, room, "room")
     return lender, backend
