@@ -1,5 +1,6 @@
 """Which tiers draw from the same memory, and what computes there. Pure: no torch, no device."""
 
+from collections.abc import Mapping
 from enum import Enum
 
 from .tier import Tier
@@ -26,18 +27,18 @@ class MemoryMap(Enum):
         """The tiers with a capacity of their own, fastest first."""
         return tuple(dict.fromkeys(map(self.pool, Tier)))
 
+    def capacities(self, nbytes: Mapping[Tier, int]) -> dict[Tier, int]:
+        """The bytes that bound each tier, where ``nbytes`` has those of each pool."""
+        return {tier: nbytes[self.pool(tier)] for tier in Tier}
+
     @property
     def compute_tier(self) -> Tier:
         """The pool in which units run: full copies and non-model data are there."""
         return self.pool(Tier.DEVICE)
 
     def shares(self, one: Tier, other: Tier) -> bool:
-        """True if both tiers draw from the same pool, so that bytes of one need no copy on the other."""
+        """True if both tiers draw from the same pool; units use what shares with DEVICE where it is."""
         return self.pool(one) is self.pool(other)
-
-    def computes_on(self, tier: Tier) -> bool:
-        """True if units can use the bytes of this tier where they are."""
-        return self.shares(tier, Tier.DEVICE)
 
     def update_reaches_full(self, master: Tier) -> bool:
         """True if the update of a master on this tier can write through to the full copy.

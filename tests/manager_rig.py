@@ -63,7 +63,7 @@ class Rig:
 
     def plan(self, layout: ChunkLayout, homes: dict[Role, Tier], dtype: torch.dtype = torch.bfloat16) -> ChunkPlan:
         plan = ChunkPlan(layout, homes, dtype, ADAM)
-        is_home = plan.dtype(Role.MASTER) is dtype and self.memory.computes_on(homes[Role.MASTER])
+        is_home = plan.dtype(Role.MASTER) is dtype and self.memory.shares(homes[Role.MASTER], Tier.DEVICE)
         return replace(plan, full_is_home=is_home)
 
     def use(self, chunk: Chunk) -> None:

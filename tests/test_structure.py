@@ -140,7 +140,6 @@ STILL: Mapping[str, frozenset[str]] = {
         {
             "gemini.chunk.away",
             "gemini.chunk.cuda_memory",
-            "gemini.chunk.layout",
         }
     ),
     "long_class": frozenset(

@@ -167,10 +167,10 @@ def _too_narrow(packing: Packing, limit: int) -> str | None:
     """Training may find out that units use their chunks together for whose full copies there is room one by one."""
     tier = packing.memory.compute_tier
     room = limit - packing.placement.nbytes[tier] - (packing.staging_bytes if tier is Tier.HOST else 0)
-    if room >= packing.together_bytes:
+    if room >= packing.sibling_peak_bytes:
         return None
     return (
-        f"full copies that may be in use together take {format_bytes(packing.together_bytes)}, "
+        f"full copies that may be in use together take {format_bytes(packing.sibling_peak_bytes)}, "
         f"homes leave {format_bytes(max(room, 0))} of {tier.value}"
     )
 

@@ -160,7 +160,7 @@ def of_layout(manager: ChunkManager) -> Stats:
     homes = [home for c in chunks for role, home in c.homes.items() if role is not Role.SHADOW]
     homes += buffers
     total_bytes = sum(home.nbytes for home in homes)
-    off = sum(home.nbytes for home in homes if not manager.ledger.memory.computes_on(home.tier))
+    off = sum(home.nbytes for home in homes if not manager.ledger.memory.shares(home.tier, Tier.DEVICE))
     stats["placement/offload_optim_frac"] = off / total_bytes if total_bytes else 0.0
     copies = sum(c.full_nbytes for c in chunks)
     room = manager.ledger.free(Tier.DEVICE) + sum(c.full_nbytes for c in chunks if c.is_resident)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..chunk import ChunkLayout, ChunkPlan, Role, StateSlot
+from ..chunk import ChunkLayout, ChunkPlan, StateSlot
 from ..config import GeminiConfig
-from ..planning.placement import AutoPlacementPolicy, Room, place
-from .homes import Group, chunk_need, full_is_home, with_halves
+from ..planning.placement import AutoPlacementPolicy, Capacity, Unplaced, place
+from .group import Group
 
 
 def unfrozen_plans(
@@ -16,9 +16,9 @@ def unfrozen_plans(
     param_group: int,
     slots: tuple[StateSlot, ...],
     config: GeminiConfig,
-    room: Room,
-) -> tuple[ChunkPlan, ...]:
-    """Plans for the same slots, with masters, gradients and states.
+    capacity: Capacity,
+) -> tuple[ChunkPlan, ...] | Unplaced:
+    """Plans for the same slots, with masters, gradients and states; or what there is no room for.
 
     A chunk is unfrozen as a whole: that keeps the place of every parameter, and parameters that stay frozen beside
     those that do not take room for nothing, up to a chunk at either end of what is unfrozen.
@@ -29,13 +29,11 @@ def unfrozen_plans(
         Of the full copy of each of the chunks.
     param_group, slots
         Of the optimizer's new group.
-    room
+    capacity
         What is left.
 
     Raises
     ------
-    DoesNotFit
-        If it is too small.
     ValueError
         If states that a block of elements shares would not begin with a parameter.
     """
@@ -46,22 +44,13 @@ def unfrozen_plans(
                 raise ValueError(
                     f"{slot.name} was packed without room for blocks of {multiple} elements, which these states need"
                 )
-    groups = [Group(param_group, True, dtype is torch.float32, slots) for dtype in dtypes]
-    needs = [
-        chunk_need(layout, group, dtype, config.update_in_backward)
-        for layout, group, dtype in zip(layouts, groups, dtypes, strict=True)
-    ]
-    placement = place(needs, room, AutoPlacementPolicy())
+    groups = [Group.of(config, param_group, dtype is torch.float32, slots) for dtype in dtypes]
+    pairs = list(zip(layouts, groups, strict=True))
+    needs = [group.need(layout.numel, config.update_in_backward) for layout, group in pairs]
+    found = place(needs, capacity, AutoPlacementPolicy())
+    if isinstance(found, Unplaced):
+        return found
     return tuple(
-        ChunkPlan(
-            layout,
-            with_halves(group, homes, config, room.memory),
-            dtype,
-            slots,
-            param_group=param_group,
-            borrows_gradient=Role.GRADIENT not in homes,
-            full_is_home=full_is_home(group, homes, config, room.memory),
-            update_reaches_full=room.memory.update_reaches_full(homes[Role.MASTER]),
-        )
-        for layout, group, dtype, homes in zip(layouts, groups, dtypes, placement.homes, strict=True)
+        group.plan(layout, homes, is_home, capacity.memory)
+        for (layout, group), homes, is_home in zip(pairs, found.homes, found.full_is_home, strict=True)
     )

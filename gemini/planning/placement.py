@@ -2,12 +2,13 @@
 
 The floor is what the optimizer keeps: 12 bytes a parameter for Adam (master and both moments, fp32), 4 for plain SGD;
 plus the gradient between backward and step (with ``update_in_backward`` room for a few of them, taken off first). The
-full copies stream through a ring on DEVICE, whose room is taken off first. What is left is filled fastest tier first:
+full copies stream through a ring in the pool where units run, whose room is taken off first. What is left of the pools
+is filled fastest first:
 
-- DEVICE, where it is memory of its own, takes whole chunks (all roles together, so that the update runs there);
-- HOST takes the masters of all other chunks first, then gradients, then the optimizer's states;
-- DISK takes the rest;
-- what HOST has left, where DEVICE is memory of its own, takes shadows: fetches then move 2 bytes a parameter, not 4.
+- DEVICE, where it is a pool of its own, takes whole chunks (all roles together, so that the update runs there);
+- the pools below it take the masters of all other chunks first, then gradients, then the optimizer's states, each where
+  there is still room: HOST, then DISK;
+- what HOST has left, where units do not run there, takes shadows: fetches then move 2 bytes a parameter, not 4.
 
 Within each, chunks go in the order of their first use. HOST's order is by bytes moved per byte held. A master is read
 for each of two fetches and for the update, and written once: 16 bytes moved for 4 held. Gradients and states are
@@ -40,6 +41,13 @@ class ChunkNeed:
     """Bytes of the master in the compute dtype; 0 where that is the master's own."""
     borrows_gradient: bool = False
     """Its gradient has no home."""
+    full_can_be_home: bool = False
+    """Units can compute with its master, if that is where they run."""
+
+    @property
+    def home_nbytes(self) -> int:
+        """Bytes of all roles."""
+        return sum(self.roles.values())
 
     def nbytes(self, role: Role, tier: Tier) -> int:
         """Bytes that a role takes on a tier; DISK gives whole pages."""
@@ -47,19 +55,19 @@ class ChunkNeed:
 
 
 def on_tier(nbytes: int, tier: Tier) -> int:
-    """What so many bytes take there: DISK gives whole pages."""
+    """Bytes that a buffer of ``nbytes`` takes on a tier; DISK gives whole pages."""
     return -(-nbytes // DISK_PAGE_BYTES) * DISK_PAGE_BYTES if tier is Tier.DISK else nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """What there is."""
+class Capacity:
+    """The bytes that tiers have, and what is kept free of homes."""
 
-    capacities: Mapping[Tier, int]
+    nbytes: Mapping[Tier, int]
     """Bytes per tier; DISK is 0 without an offload folder."""
     memory: MemoryMap
     ring_bytes: int
-    """Room for full copies, kept free on DEVICE (on HOST when unified)."""
+    """Room for full copies, kept free where units run."""
     staging_bytes: int
     """Room on HOST for the blocks through which DISK homes are read, taken only if there are any."""
     gradient_bytes: int = 0
@@ -68,7 +76,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The decision."""
+    """Homes that fit."""
 
     homes: tuple[Mapping[Role, Tier], ...]
     """One per chunk: its roles, and SHADOW where it has one."""
@@ -76,30 +84,27 @@ class Placement:
     """Bytes of homes on each tier."""
     gradient_room: Mapping[Tier, int] = field(default_factory=dict)
     """Bytes for gradients without a home, beside these."""
+    full_is_home: tuple[bool, ...] = ()
+    """For each chunk: units run where its master is and compute with it, so that it has no other full copy."""
 
     @property
     def uses_disk(self) -> bool:
         return self.nbytes[Tier.DISK] > 0
 
 
-class DoesNotFit(Exception):
-    """The tiers are too small.
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """What the tiers are too small for."""
 
-    Attributes
-    ----------
-    working_bytes
-        What ring and staging exceed their tier by. Only more room on that tier helps.
-    homes_bytes
-        Homes without a place beside them. That much more room on DISK, or on HOST where there is no disk, is enough.
-    missing_bytes
-        All together.
-    """
+    working_bytes: Mapping[Tier, int]
+    """What ring, staging and gradients without a home exceed their tier by. Only more room on that tier helps."""
+    homes_bytes: int
+    """Homes without a place beside them. That much more room on DISK, or on HOST where there is no disk, is enough."""
 
-    def __init__(self, working_bytes: Mapping[Tier, int], homes_bytes: int) -> None:
-        self.working_bytes = working_bytes
-        self.homes_bytes = homes_bytes
-        self.missing_bytes = homes_bytes + sum(working_bytes.values())
-        super().__init__(f"{self.missing_bytes} bytes do not fit")
+    @property
+    def missing_bytes(self) -> int:
+        """Both together."""
+        return self.homes_bytes + sum(self.working_bytes.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,45 +141,38 @@ class StaticPlacementPolicy:
 PlacementPolicy = AutoPlacementPolicy | StaticPlacementPolicy
 
 
-def place(needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy) -> Placement:
+def place(needs: Sequence[ChunkNeed], capacity: Capacity, policy: PlacementPolicy) -> Placement | Unplaced:
     """Give every role of every chunk a home.
 
     Parameters
     ----------
     needs
         The chunks, in the order of their first use.
-
-    Raises
-    ------
-    DoesNotFit
-        If the tiers together are too small.
     """
-    disk_bytes = room.capacities.get(Tier.DISK, 0)
-    try:
-        return _fill(needs, room, policy, staging_bytes=0, disk_bytes=0)
-    except DoesNotFit:
-        if not disk_bytes:
-            raise
-        return _fill(needs, room, policy, room.staging_bytes, disk_bytes)
+    pools = capacity.memory.pools
+    found = _fill(needs, capacity, policy, tuple(tier for tier in pools if tier is not Tier.DISK))
+    if isinstance(found, Unplaced) and capacity.nbytes.get(Tier.DISK, 0):
+        return _fill(needs, capacity, policy, pools)
+    return found
 
 
 def _fill(
-    needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy, staging_bytes: int, disk_bytes: int
-) -> Placement:
-    free = {
-        Tier.DEVICE: 0 if room.memory is MemoryMap.UNIFIED else room.capacities[Tier.DEVICE] - room.ring_bytes,
-        Tier.HOST: room.capacities[Tier.HOST]
-        - staging_bytes
-        - (room.ring_bytes if room.memory is MemoryMap.UNIFIED else 0),
-        Tier.DISK: disk_bytes,
-    }
-    working = {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}
-    free = {tier: max(nbytes, 0) for tier, nbytes in free.items()}
-    used = dict.fromkeys(Tier, 0)
+    needs: Sequence[ChunkNeed], capacity: Capacity, policy: PlacementPolicy, tiers: Sequence[Tier]
+) -> Placement | Unplaced:
+    """Fill tiers, fastest first."""
+    memory, free, used = capacity.memory, {tier: capacity.nbytes[tier] for tier in tiers}, dict.fromkeys(Tier, 0)
     homes: list[dict[Role, Tier]] = [{} for _ in needs]
-    missing = 0
+    working: dict[Tier, int] = {}
+    gradient_room: dict[Tier, int] = {}
+
+    def keep_free(tier: Tier, nbytes: int) -> None:
+        lacking = nbytes - free[tier]
+        free[tier] = max(-lacking, 0)
+        if lacking > 0:
+            working[tier] = working.get(tier, 0) + lacking
 
     def put(index: int, role: Role, tiers: Sequence[Tier]) -> int:
+        """Give a role a home on the first tier with room for it; return the bytes without one, if there is none."""
         for tier in tiers:
             nbytes = needs[index].nbytes(role, tier)
             if nbytes <= free[tier]:
@@ -182,32 +180,34 @@ def _fill(
                 used[tier] += nbytes
                 homes[index][role] = tier
                 return 0
-        return needs[index].nbytes(role, Tier.DISK if disk_bytes else Tier.HOST)
+        return nbytes
 
-    share = policy.device_share(sum(sum(need.roles.values()) for need in needs))
-    gradient_room: dict[Tier, int] = {}
-    if room.gradient_bytes and any(need.borrows_gradient for need in needs):
-        free[Tier.DEVICE] = max(free[Tier.DEVICE] - room.gradient_bytes, 0)
-    for index, need in enumerate(needs):
-        whole = sum(need.roles.values())
-        if whole <= free[Tier.DEVICE] and used[Tier.DEVICE] + whole <= share:
-            for role in need.roles:
-                put(index, role, (Tier.DEVICE,))
-            if need.borrows_gradient:
-                gradient_room[Tier.DEVICE] = room.gradient_bytes
-    if any(need.borrows_gradient and Role.MASTER not in homes[index] for index, need in enumerate(needs)):
-        gradient_room[Tier.HOST] = room.gradient_bytes
-        free[Tier.HOST] -= room.gradient_bytes
-        if free[Tier.HOST] < 0:
-            working[Tier.HOST] = working.get(Tier.HOST, 0) - free[Tier.HOST]
-            free[Tier.HOST] = 0
-    for role in TRAINABLE_ORDER:
+    keep_free(memory.compute_tier, capacity.ring_bytes)
+    if Tier.DISK in tiers:
+        keep_free(Tier.HOST, capacity.staging_bytes)
+    borrowers = {index for index, need in enumerate(needs) if need.borrows_gradient}
+    whole, below = [t for t in tiers if t is Tier.DEVICE], [t for t in tiers if t is not Tier.DEVICE]
+    for tier in whole:
+        free[tier] = max(free[tier] - (capacity.gradient_bytes if borrowers else 0), 0)
+        share = policy.device_share(sum(need.home_nbytes for need in needs))
         for index, need in enumerate(needs):
-            if role in need.roles and role not in homes[index]:
-                missing += put(index, role, (Tier.HOST, Tier.DISK))
+            if need.home_nbytes <= min(free[tier], share - used[tier]):
+                for role in need.roles:
+                    put(index, role, whole)
+                if index in borrowers:
+                    gradient_room[tier] = capacity.gradient_bytes
+    rest = [(index, need) for index, need in enumerate(needs) if not homes[index]]
+    if any(need.borrows_gradient for _, need in rest):
+        gradient_room[below[0]] = capacity.gradient_bytes
+        keep_free(below[0], capacity.gradient_bytes)
+    missing = sum(put(i, role, below) for role in TRAINABLE_ORDER for i, need in rest if role in need.roles)
     if missing or working:
-        raise DoesNotFit(working, missing)
-    for index, need in enumerate(needs):
-        if need.shadow_nbytes and homes[index][Role.MASTER] is Tier.HOST and room.memory is not MemoryMap.UNIFIED:
+        return Unplaced(working, missing)
+    for index, need in rest:
+        if need.shadow_nbytes and homes[index][Role.MASTER] is Tier.HOST and memory.compute_tier is not Tier.HOST:
             put(index, Role.SHADOW, (Tier.HOST,))
-    return Placement(tuple(homes), used, gradient_room)
+    full_is_home = tuple(
+        need.full_can_be_home and memory.shares(at[Role.MASTER], Tier.DEVICE)
+        for need, at in zip(needs, homes, strict=True)
+    )
+    return Placement(tuple(homes), used, gradient_room, full_is_home)

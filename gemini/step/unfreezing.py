@@ -13,7 +13,7 @@ from ..config import GeminiConfig
 from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
 from ..packing.unfreezing import unfrozen_plans
-from ..planning.placement import DoesNotFit, Room
+from ..planning.placement import Capacity, Unplaced
 from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
 from ..updates.gradients import Gradients
@@ -102,8 +102,8 @@ class Unfreezing:
             else 0
         )
         can_stage = manager.disk is not None and len(update_roles(len(slots))) <= self._staged_roles
-        room = Room(
-            capacities={
+        capacity = Capacity(
+            nbytes={
                 Tier.DEVICE: 0,
                 Tier.HOST: ledger.free(Tier.HOST) + resident,
                 Tier.DISK: ledger.free(Tier.DISK) if can_stage else 0,
@@ -112,18 +112,20 @@ class Unfreezing:
             ring_bytes=self._runtime.least_bytes(copies) if ledger.memory is MemoryMap.UNIFIED else 0,
             staging_bytes=0,
         )
+        dtypes = [chunk.full.dtype for chunk in chunks]
         try:
-            return unfrozen_plans(layouts, [chunk.full.dtype for chunk in chunks], index, slots, self._config, room)
-        except DoesNotFit as error:
+            found = unfrozen_plans(layouts, dtypes, index, slots, self._config, capacity)
+        except ValueError as error:
+            raise ValueError(f"{error}. {_WAY_OUT}") from error
+        if isinstance(found, Unplaced):
             names = [slot.name for layout in layouts for slot in layout.slots]
             more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
             raise OutOfMemory(
                 f"host tier out of memory. To unfreeze chunks with {', '.join(names[:_NAMES_SHOWN])}{more}, "
-                f"{format_bytes(error.missing_bytes)} are missing for their masters, gradients and states; nothing has "
+                f"{format_bytes(found.missing_bytes)} are missing for their masters, gradients and states; nothing has "
                 f"been changed. {_WAY_OUT}"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{error}. {_WAY_OUT}") from error
+            )
+        return found
 
 
 def _fill(rule: Rule, chunk: Chunk) -> None:

@@ -185,7 +185,8 @@ def ring_bytes(model: nn.Module, packing: Packing) -> int:
         streamed = 0
         for plan in chunks:
             if not (
-                packing.memory.computes_on(plan.homes[Role.MASTER]) and plan.dtype(Role.MASTER) is plan.compute_dtype
+                packing.memory.shares(plan.homes[Role.MASTER], Tier.DEVICE)
+                and plan.dtype(Role.MASTER) is plan.compute_dtype
             ):
                 streamed += plan.layout.numel * plan.compute_dtype.itemsize
         least = max(least, streamed)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gemini.nn.optimizer import HybridAdam, update
 from gemini.nn.optimizer.moments import slots
 from gemini.nn.optimizer.reduced import BLOCK_NUMEL
 from gemini.nn.optimizer.reference import adam_8bit_reference, adam_reference
-from gemini.packing import packing
+from gemini.packing import solve
 from gemini.planning.placement import Placement, place
 from gemini.stat import cli
 
@@ -94,11 +95,13 @@ def roles_on_disk(model: nn.Module) -> set[Role]:
 def test_scales_on_disk_give_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def place_scales_on_disk(*args: Any) -> Placement:
         found = place(*args)
+        assert isinstance(found, Placement)
         scales = (Role.STATE_2, Role.STATE_3)
         homes = tuple({role: Tier.DISK if role in scales else tier for role, tier in h.items()} for h in found.homes)
-        return Placement(homes, {**found.nbytes, Tier.DISK: found.nbytes[Tier.DISK] + (1 << 20)})
+        nbytes = {**found.nbytes, Tier.DISK: found.nbytes[Tier.DISK] + (1 << 20)}
+        return replace(found, homes=homes, nbytes=nbytes)
 
-    monkeypatch.setattr(packing, "place", place_scales_on_disk)
+    monkeypatch.setattr(solve, "place", place_scales_on_disk)
     _, model = run_managed(task("8bit"), offload_dir=tmp_path, **size(1 << 14))
     assert roles_on_disk(model) == {Role.STATE_2, Role.STATE_3}
     check_equal(run_managed(task("8bit"), offload_dir=tmp_path, **size(1 << 14))[0], run_plain(task("8bit")))
