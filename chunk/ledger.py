@@ -36,15 +36,14 @@ class Ledger:
         self._peak_overdraft = dict.fromkeys(Tier, 0)
         self._lock = Lock()
 
-    def bounded_by(self, tier: Tier) -> Tier:
-        """The tier whose capacity bounds this one."""
+    def _pool(self, tier: Tier) -> Tier:
         return self._compute_tier if tier is Tier.DEVICE else tier
 
     def _includes_device(self, tier: Tier) -> bool:
         return tier is self._compute_tier and tier is not Tier.DEVICE
 
     def capacity(self, tier: Tier) -> int:
-        return self._capacities[self.bounded_by(tier)]
+        return self._capacities[self._pool(tier)]
 
     def used(self, tier: Tier) -> int:
         return self._used[tier] + (self._used[Tier.DEVICE] if self._includes_device(tier) else 0)
@@ -63,31 +62,31 @@ class Ledger:
         used, peak, capacity = (dict(zip(Tier, values, strict=True)) for values in counters)
         if self._includes_device(Tier.HOST):
             used[Tier.HOST] += used[Tier.DEVICE]
-        return {tier: (used[tier], peak[tier], capacity[self.bounded_by(tier)]) for tier in Tier}
+        return {tier: (used[tier], peak[tier], capacity[self._pool(tier)]) for tier in Tier}
 
     def free(self, tier: Tier) -> int:
-        bound = self.bounded_by(tier)
+        bound = self._pool(tier)
         return self._capacities[bound] + self._overdraft[bound] - self.used(bound)
 
     def overdraft(self, tier: Tier) -> int:
         """Bytes beyond the capacity that may be used for a while. See `overdraw`."""
-        return self._overdraft[self.bounded_by(tier)]
+        return self._overdraft[self._pool(tier)]
 
     def overdraw(self, tier: Tier, nbytes: int) -> None:
         """Allow ``nbytes`` more than the capacity, for what code outside of the model's units holds, until `repay`."""
         with self._lock:
-            bound = self.bounded_by(tier)
+            bound = self._pool(tier)
             self._overdraft[bound] += nbytes
             self._peak_overdraft[bound] = max(self._peak_overdraft[bound], self._overdraft[bound])
 
     def peak_overdraft(self, tier: Tier) -> int:
         """The most that `overdraft` has been."""
-        return self._peak_overdraft[self.bounded_by(tier)]
+        return self._peak_overdraft[self._pool(tier)]
 
     def repay(self, tier: Tier) -> None:
         """Take back of an overdraft what is not used."""
         with self._lock:
-            bound = self.bounded_by(tier)
+            bound = self._pool(tier)
             self._overdraft[bound] -= max(0, min(self._overdraft[bound], self.free(bound)))
 
     def take(self, tier: Tier, nbytes: int, what: str) -> None:
@@ -101,7 +100,7 @@ class Ledger:
         with self._lock:
             free = self.free(tier)
             if nbytes > free:
-                bound, enough = self.bounded_by(tier).value, self.capacity(tier) + nbytes - free
+                bound, enough = self._pool(tier).value, self.capacity(tier) + nbytes - free
                 raise OutOfMemory(
                     f"{bound} tier out of memory. {what} needs {mib(nbytes)}, {mib(free)} of "
                     f"{mib(self.capacity(tier))} are free; set {bound}_memory to {enough} bytes ({mib(enough)}) or more"
@@ -130,5 +129,5 @@ class Ledger:
     def resize(self, tier: Tier, capacity_bytes: int) -> None:
         """Change a capacity (after warm-up has measured the non-model data). Never below what is used."""
         with self._lock:
-            bound = self.bounded_by(tier)
+            bound = self._pool(tier)
             self._capacities[bound] = max(capacity_bytes, self.used(bound))

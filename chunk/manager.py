@@ -385,7 +385,7 @@ class ChunkManager:
 
     def _evict_for(self, tier: Tier, nbytes: int) -> None:
         """Evict until so many bytes of a tier are free, or nothing idle is left where that would help."""
-        if tier is Tier.DISK or self.ledger.bounded_by(tier) is not self.ledger.bounded_by(Tier.DEVICE):
+        if not self.ledger.memory.shares(tier, Tier.DEVICE):
             return
         while self.ledger.free(tier) < nbytes and (idle := self._idle(())):
             self.evict(min(idle, key=lambda c: (c.state is ChunkState.FETCHING, c.last_used)))

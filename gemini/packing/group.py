@@ -1,13 +1,13 @@
 """What the parameters of a chunk have in common: what that asks of memory, and the plan of the chunk once placed."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..chunk import STATE_ROLES, ChunkLayout, ChunkPlan, MemoryMap, Role, StateSlot, Tier
+from ..chunk import STATE_ROLES, ChunkLayout, ChunkPlan, MemoryMap, Role, StateSlot
 from ..config import GeminiConfig
-from ..planning.placement import ChunkNeed
+from ..planning.placement import ChunkNeed, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +52,25 @@ class Group:
             full_can_be_home=low == full or self.splits_master,
         )
 
-    def plan(self, layout: ChunkLayout, homes: Mapping[Role, Tier], is_full: bool, memory: MemoryMap) -> ChunkPlan:
-        """The plan of a chunk with these homes, of which the master is the full copy if ``is_full``."""
+
+def plans(
+    layouts: Sequence[ChunkLayout], groups: Sequence[Group], placement: Placement, memory: MemoryMap
+) -> tuple[ChunkPlan, ...]:
+    """The plans of chunks that have been placed, each with its group."""
+    found = []
+    for layout, group, homes, is_full in zip(layouts, groups, placement.homes, placement.full_is_home, strict=True):
         master = homes[Role.MASTER]
-        if self.splits_master and is_full:  # the halves take the bytes of the whole, at the same place
-            homes = {Role.MASTER: master, Role.MASTER_LOW: master, **homes}
-        return ChunkPlan(
-            layout,
-            homes,
-            self.compute_dtype,
-            self.states,
-            param_group=self.param_group,
-            borrows_gradient=self.is_trainable and Role.GRADIENT not in homes,
-            full_is_home=is_full,
-            update_reaches_full=memory.update_reaches_full(master),
+        halves = {Role.MASTER: master, Role.MASTER_LOW: master}  # they take the bytes of the whole, at the same place
+        found.append(
+            ChunkPlan(
+                layout,
+                {**halves, **homes} if group.splits_master and is_full else homes,
+                group.compute_dtype,
+                group.states,
+                param_group=group.param_group,
+                borrows_gradient=group.is_trainable and Role.GRADIENT not in homes,
+                full_is_home=is_full,
+                update_reaches_full=memory.update_reaches_full(master),
+            )
         )
+    return tuple(found)

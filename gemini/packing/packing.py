@@ -12,10 +12,10 @@ from ..chunk.layout import ALIGN_NUMEL, align
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..nn.optimizer.adam_rule import ADAM
-from ..planning.placement import on_tier
+from ..planning.placement import Capacity, on_tier
 from ..units.units import nested_parameters
 from ..updates.update_pipeline import BLOCK_SETS, update_roles
-from .group import Group
+from .group import Group, plans
 from .problem import Problem, Use
 from .remedy import out_of_memory
 from .solve import Shortfall, Solution, solve
@@ -88,8 +88,7 @@ def decide(
         tensors=tuple(_spec(*item, group) for item, group in zip(named.items(), groups, strict=True)),
         needs=groups,
         use=_use(model, named),
-        memory=capacities.memory,
-        capacities=capacities.nbytes,
+        capacity=Capacity(nbytes=capacities.nbytes, memory=capacities.memory),
         policy=config.policy,
         chunk_numel=config.chunk_numel,
         search_range=config.search_range,
@@ -102,16 +101,13 @@ def decide(
     found = solve(problem)
     if isinstance(found, Shortfall):
         raise out_of_memory(problem, found, capacities.budgets)
-    placed = zip(found.layouts, found.placement.homes, found.placement.full_is_home, strict=True)
-    plans = tuple(
-        groups[layout.slots[0].key].plan(layout, homes, is_home, capacities.memory) for layout, homes, is_home in placed
-    )
+    of_chunks = [groups[layout.slots[0].key] for layout in found.layouts]
     return Packing(
         **{each.name: getattr(found, each.name) for each in fields(found)},
         memory=capacities.memory,
         parameters=tuple(named.values()),
         groups=groups,
-        plans=plans,
+        plans=plans(found.layouts, of_chunks, found.placement, capacities.memory),
         update_role_count=role_count,
     )
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..chunk.layout import TensorSpec
-from ..chunk.memory_map import MemoryMap
-from ..chunk.tier import Tier
-from ..planning.placement import ChunkNeed, PlacementPolicy
+from ..planning.placement import Capacity, ChunkNeed, PlacementPolicy
 
 NamedSet = tuple[str, frozenset[int]]
 
@@ -48,9 +46,8 @@ class Problem:
     needs: tuple[Needs, ...]
     """Of the chunk that a tensor is in, one for each; the same for all tensors of a group."""
     use: Use
-    memory: MemoryMap
-    capacities: Mapping[Tier, int]
-    """Bytes per tier."""
+    capacity: Capacity
+    """What there is, with nothing kept free yet."""
     policy: PlacementPolicy
     chunk_numel: int | None
     search_range: tuple[int, int] | None

@@ -23,12 +23,12 @@ def out_of_memory(problem: Problem, shortfall: Shortfall, budgets: Mapping[Tier,
         Where each capacity comes from.
     """
     remedies = [_remedy(problem, shortfall, tier) for tier in (Tier.DISK, Tier.HOST)]
-    pools, compute_tier = problem.memory.pools, problem.memory.compute_tier
-    have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in pools)
-    is_too_wide = shortfall.unit_bytes > problem.capacities[compute_tier]
+    memory, there_is = problem.capacity.memory, problem.capacity.nbytes
+    have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in memory.pools)
+    is_too_wide = shortfall.unit_bytes > there_is[memory.compute_tier]
     if is_too_wide:
         fault = (
-            f"{compute_tier.value} tier out of memory. Unit {shortfall.unit!r} alone needs "
+            f"{memory.compute_tier.value} tier out of memory. Unit {shortfall.unit!r} alone needs "
             f"{format_bytes(shortfall.unit_bytes)} of parameters at once"
         )
     else:
@@ -36,8 +36,7 @@ def out_of_memory(problem: Problem, shortfall: Shortfall, budgets: Mapping[Tier,
             f"all tiers out of memory. The model data need {format_bytes(shortfall.homes_bytes)} and room to work, "
             f"{format_bytes(shortfall.unplaced.missing_bytes)} have no place"
         )
-    has_disk = problem.capacities[Tier.DISK] > 0
-    told = list(dict.fromkeys(_told(enough, has_disk) for enough in remedies if enough is not None))
+    told = list(dict.fromkeys(_told(enough, there_is[Tier.DISK] > 0) for enough in remedies if enough is not None))
     if is_too_wide:
         told.append("make chunks smaller (chunk_config_dict)")
     return OutOfMemory(f"{fault}; there are {have}; {', or '.join(told)}")
@@ -48,12 +47,13 @@ def _remedy(problem: Problem, shortfall: Shortfall, tier: Tier) -> dict[Tier, in
 
     Found by trying: other capacities make other chunks and other staging, so no formula is exact.
     """
-    enough: dict[Tier, int] = {}
+    there_is, enough = problem.capacity.nbytes, dict[Tier, int]()
     for _ in range(REMEDY_ATTEMPTS):
         more = dict(shortfall.unplaced.working_bytes)
         more[tier] = more.get(tier, 0) + shortfall.unplaced.homes_bytes
-        enough |= {t: enough.get(t, problem.capacities[t]) + nbytes for t, nbytes in more.items() if nbytes}
-        found = solve(replace(problem, capacities=problem.memory.capacities({**problem.capacities, **enough})))
+        enough |= {t: enough.get(t, there_is[t]) + nbytes for t, nbytes in more.items() if nbytes}
+        nbytes = problem.capacity.memory.capacities({**there_is, **enough})
+        found = solve(replace(problem, capacity=replace(problem.capacity, nbytes=nbytes)))
         if isinstance(found, Solution):
             return enough
         shortfall = found

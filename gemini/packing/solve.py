@@ -1,7 +1,7 @@
 """The search for chunks and homes that fit: candidates, best first, each tried by placing it. Pure."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..chunk.layout import ChunkLayout, pack
 from ..chunk.memory_map import MemoryMap
@@ -80,7 +80,7 @@ def solve(problem: Problem) -> Solution | Shortfall:
 def _solution(problem: Problem, each: _Candidate, placement: Placement, copies: Sequence[int]) -> Solution:
     peak = _largest((*each.use.units, *each.use.siblings), copies)[1]
     policy, limit = problem.policy, None
-    if not isinstance(policy, AutoPlacementPolicy) and problem.memory is not MemoryMap.UNIFIED:
+    if not isinstance(policy, AutoPlacementPolicy) and problem.capacity.memory is not MemoryMap.UNIFIED:
         limit = max(round((1.0 - policy.offload_param_frac) * sum(copies)), peak)
     staging = (each.block_numel, each.capacity.staging_bytes) if placement.uses_disk else (0, 0)
     return Solution(each.search, each.layouts, placement, *staging, limit, peak)
@@ -93,24 +93,19 @@ def _candidates(problem: Problem) -> Iterator[_Candidate]:
     before they have some, unless there is not even RAM for a few of them. With either, there is no ring at first (where
     each home is the full copy, nothing streams), then rings from what prefetching likes down to what the units need.
     """
-    has_choice = problem.borrows_gradients and problem.capacities[Tier.DISK] > 0
+    has_choice = problem.borrows_gradients and problem.capacity.nbytes[Tier.DISK] > 0
     for search in _chunk_sizes(problem):
         layouts = pack(problem.tensors, search.numel)
         use = problem.use.of_chunks({slot.key: layout.index for layout in layouts for slot in layout.slots})
         block = _staging_block(layouts, problem)
+        staging = problem.staging_blocks * block * 4
         for borrow in (True, False) if has_choice else (problem.borrows_gradients,):
             needs = [problem.needs[layout.slots[0].key].need(layout.numel, borrow) for layout in layouts]
             gradients = {i: need.full_nbytes for i, need in enumerate(needs) if need.borrows_gradient}
-            gradient_bytes = gradient_room(use.stages, gradients)
-            for ring_bytes in _ring_sizes(use, [need.full_nbytes for need in needs], problem.max_prefetch):
-                capacity = Capacity(
-                    nbytes=problem.capacities,
-                    memory=problem.memory,
-                    ring_bytes=ring_bytes,
-                    staging_bytes=problem.staging_blocks * block * 4,
-                    gradient_bytes=gradient_bytes,
-                )
-                yield _Candidate(search, layouts, use, block, needs, capacity)
+            borrowed = gradient_room(use.stages, gradients)
+            for ring in _ring_sizes(use, [need.full_nbytes for need in needs], problem.max_prefetch):
+                kept = replace(problem.capacity, ring_bytes=ring, staging_bytes=staging, gradient_bytes=borrowed)
+                yield _Candidate(search, layouts, use, block, needs, kept)
 
 
 def _chunk_sizes(problem: Problem) -> Iterator[ChunkSearch]:
@@ -122,8 +117,8 @@ def _chunk_sizes(problem: Problem) -> Iterator[ChunkSearch]:
     elif problem.search_range is not None:
         yield search_chunk_numel(sizes, *problem.search_range, problem.search_step, groups)
     else:
-        room = problem.capacities[Tier.DEVICE] // problem.compute_itemsize
-        if problem.memory is MemoryMap.UNIFIED:
+        room = problem.capacity.nbytes[Tier.DEVICE] // problem.compute_itemsize
+        if problem.capacity.memory is MemoryMap.UNIFIED:
             room //= 4  # most of this RAM is for homes
         for _ in range(SHRINKINGS):
             low, high = bounds(sizes, room)
@@ -133,7 +128,7 @@ def _chunk_sizes(problem: Problem) -> Iterator[ChunkSearch]:
 
 def _staging_block(layouts: Sequence[ChunkLayout], problem: Problem) -> int:
     largest = max((layout.numel for layout in layouts), default=0)
-    affordable = problem.capacities[Tier.HOST] // STAGING_SHARE // (problem.staging_blocks * 4)
+    affordable = problem.capacity.nbytes[Tier.HOST] // STAGING_SHARE // (problem.staging_blocks * 4)
     return max(min(largest, affordable, LARGEST_BLOCK_NUMEL) // 2048 * 2048, SMALLEST_BLOCK_NUMEL)
 
 

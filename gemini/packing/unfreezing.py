@@ -7,7 +7,7 @@ import torch
 from ..chunk import ChunkLayout, ChunkPlan, StateSlot
 from ..config import GeminiConfig
 from ..planning.placement import AutoPlacementPolicy, Capacity, Unplaced, place
-from .group import Group
+from .group import Group, plans
 
 
 def unfrozen_plans(
@@ -45,12 +45,7 @@ def unfrozen_plans(
                     f"{slot.name} was packed without room for blocks of {multiple} elements, which these states need"
                 )
     groups = [Group.of(config, param_group, dtype is torch.float32, slots) for dtype in dtypes]
-    pairs = list(zip(layouts, groups, strict=True))
+    pairs = zip(layouts, groups, strict=True)
     needs = [group.need(layout.numel, config.update_in_backward) for layout, group in pairs]
     found = place(needs, capacity, AutoPlacementPolicy())
-    if isinstance(found, Unplaced):
-        return found
-    return tuple(
-        group.plan(layout, homes, is_home, capacity.memory)
-        for (layout, group), homes, is_home in zip(pairs, found.homes, found.full_is_home, strict=True)
-    )
+    return found if isinstance(found, Unplaced) else plans(layouts, groups, found, capacity.memory)

@@ -66,9 +66,9 @@ class Capacity:
     nbytes: Mapping[Tier, int]
     """Bytes per tier; DISK is 0 without an offload folder."""
     memory: MemoryMap
-    ring_bytes: int
+    ring_bytes: int = 0
     """Room for full copies, kept free where units run."""
-    staging_bytes: int
+    staging_bytes: int = 0
     """Room on HOST for the blocks through which DISK homes are read, taken only if there are any."""
     gradient_bytes: int = 0
     """Room for gradients without a home, on each of DEVICE and HOST that has masters of trainable chunks."""

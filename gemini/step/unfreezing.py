@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkPlan, MemoryMap, StateSlot, Tier, write_slot
+from ..chunk import Chunk, ChunkManager, ChunkPlan, StateSlot, Tier, write_slot
 from ..config import GeminiConfig
+from ..engine import Engine
 from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import Capacity, Unplaced
-from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
 from ..updates.gradients import Gradients
 from ..updates.update_pipeline import update_roles
@@ -31,7 +31,7 @@ class Unfreezing:
 
     Parameters
     ----------
-    manager, runtime, gradients
+    manager, engine, gradients
         Has the chunks, plans their moves, and takes their gradients.
     config
         What the model was boosted with.
@@ -42,7 +42,7 @@ class Unfreezing:
     def __init__(
         self,
         manager: ChunkManager,
-        runtime: Runtime,
+        engine: Engine,
         gradients: Gradients,
         config: GeminiConfig,
         staged_roles: int,
@@ -50,7 +50,7 @@ class Unfreezing:
         self.on_change: Callable[[Sequence[ChunkPlan]], None] = lambda plans: None
         """Told the plans of the chunks that were built anew."""
         self._manager = manager
-        self._runtime = runtime
+        self._engine = engine
         self._gradients = gradients
         self._config = config
         self._staged_roles = staged_roles
@@ -86,21 +86,18 @@ class Unfreezing:
         admitted = list(places)
         with _requiring_gradients(admitted):
             self._gradients.follow(admitted)
-            if self._runtime.in_backward is not None:
-                self._runtime.in_backward.admit(admitted)
+            if self._engine.in_backward is not None:
+                self._engine.in_backward.admit(admitted)
         if plans:
-            self._runtime.chunks_changed()
+            self._engine.chunks_changed()
             self.on_change(plans)
 
     def _plans(self, chunks: Sequence[Chunk], slots: tuple[StateSlot, ...], index: int) -> tuple[ChunkPlan, ...]:
         manager, ledger = self._manager, self._manager.ledger
         layouts = [chunk.layout for chunk in chunks]
         copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
-        resident = (
-            sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident)
-            if ledger.memory is MemoryMap.UNIFIED
-            else 0
-        )
+        copies_share = ledger.memory.shares(Tier.HOST, Tier.DEVICE)
+        resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if copies_share else 0
         can_stage = manager.disk is not None and len(update_roles(len(slots))) <= self._staged_roles
         capacity = Capacity(
             nbytes={
@@ -109,8 +106,7 @@ class Unfreezing:
                 Tier.DISK: ledger.free(Tier.DISK) if can_stage else 0,
             },
             memory=ledger.memory,
-            ring_bytes=self._runtime.least_bytes(copies) if ledger.memory is MemoryMap.UNIFIED else 0,
-            staging_bytes=0,
+            ring_bytes=self._engine.pacing.least_bytes(copies) if copies_share else 0,
         )
         dtypes = [chunk.full.dtype for chunk in chunks]
         try:
