@@ -39,14 +39,12 @@ class Ledger:
     def _pool(self, tier: Tier) -> Tier:
         return self._compute_tier if tier is Tier.DEVICE else tier
 
-    def _includes_device(self, tier: Tier) -> bool:
-        return tier is self._compute_tier and tier is not Tier.DEVICE
-
     def capacity(self, tier: Tier) -> int:
         return self._capacities[self._pool(tier)]
 
     def used(self, tier: Tier) -> int:
-        return self._used[tier] + (self._used[Tier.DEVICE] if self._includes_device(tier) else 0)
+        with_device = tier is not Tier.DEVICE and tier is self._compute_tier
+        return self._used[tier] + self._used[Tier.DEVICE] if with_device else self._used[tier]
 
     def peak(self, tier: Tier) -> int:
         return self._peak[tier]
@@ -60,7 +58,7 @@ class Ledger:
     ) -> dict[Tier, tuple[int, int, int]]:
         """What `used`, `peak` and `capacity` said of each tier when ``counters`` were taken."""
         used, peak, capacity = (dict(zip(Tier, values, strict=True)) for values in counters)
-        if self._includes_device(Tier.HOST):
+        if self._compute_tier is Tier.HOST:
             used[Tier.HOST] += used[Tier.DEVICE]
         return {tier: (used[tier], peak[tier], capacity[self._pool(tier)]) for tier in Tier}
 

@@ -75,7 +75,7 @@ class Demand:
 
 
 class ModelData:
-    """Asks the trainer's packing about one model, built lazily once, whose parameters have so many optimizer states."""
+    """Asks the trainer's packing about one model, built lazily once, with these optimizer states."""
 
     def __init__(self, subject: Subject, config: GeminiConfig, slots: Sequence[StateSlot] = ADAM.slots({})) -> None:
         with LazyInitContext():

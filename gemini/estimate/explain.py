@@ -261,7 +261,7 @@ def _more_room(
     """What our own errors say outright, or the memory that was missing."""
     named = re.search(r"set (device|host|disk)_memory to (\d+) bytes(?! or less)", error)
     if named is None and re.search(r"\b(device|host|disk) tier out of memory(?!\. The model's own)", error) is None:
-        # Not for want of what model data may take: with more of that there would be even less for the rest.
+        # The memory for model data was not too small: with more of it there would be even less for the rest.
         yield Change(text=f"{format_bytes(missing)} more of {where} memory at least, if there is so much")
         return
     tier, nbytes = (named[1], int(named[2])) if named else (where, tiers[where]["capacity_bytes"] + missing)

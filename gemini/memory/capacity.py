@@ -34,10 +34,8 @@ def find_capacities(config: GeminiConfig) -> Capacities:
     """Resolve the capacities of all tiers on this machine."""
     accelerator = find_accelerator()
     device = torch.device("cpu") if accelerator is None else accelerator
-    if accelerator is not None:
-        memory = MemoryMap.ACCELERATOR
-    else:
-        memory = MemoryMap.UNIFIED if config.device_memory is None else MemoryMap.EMULATED
+    in_ram = MemoryMap.UNIFIED if config.device_memory is None else MemoryMap.EMULATED
+    memory = in_ram if accelerator is None else MemoryMap.ACCELERATOR
     host = _said("host_memory", config.host_memory) or host_budget(spare_bytes=NON_MODEL_HOST_BYTES)
     if accelerator is None and config.device_memory is not None and config.host_memory is None:
         # The emulated device is in the same RAM, which must not be given away twice.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..chunk import FETCH_WORKERS, STORE_BLOCKS, ChunkPlan, MemoryMap, StateSlot, TensorSpec
+from ..chunk import FETCH_WORKERS, STORE_BLOCKS, ChunkPlan, MemoryMap, StateSlot, TensorSpec, Tier
 from ..chunk.layout import ALIGN_NUMEL, align
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
@@ -41,12 +41,11 @@ class Packing(Solution):
     def with_plans(self, plans: Sequence[ChunkPlan]) -> "Packing":
         """The same with other plans for some chunks."""
         other = {plan.layout.index: plan for plan in plans}
-        nbytes = dict(self.placement.nbytes)
-        for index, plan in other.items():
-            for sign, of in ((-1, self.plans[index]), (1, plan)):
-                for role, tier in of.homes.items():
-                    nbytes[tier] += sign * on_tier(of.nbytes(role), tier)
         new = tuple(other.get(plan.layout.index, plan) for plan in self.plans)
+        nbytes = dict.fromkeys(Tier, 0)
+        for plan in new:
+            for role, tier in plan.homes.items():
+                nbytes[tier] += on_tier(plan.nbytes(role), tier)
         placement = replace(self.placement, homes=tuple(plan.homes for plan in new), nbytes=nbytes)
         return replace(self, plans=new, placement=placement)
 
@@ -86,7 +85,7 @@ def decide(
     role_count = len(update_roles(max((len(group.states) for group in groups), default=0)))
     problem = Problem(
         tensors=tuple(_spec(*item, group) for item, group in zip(named.items(), groups, strict=True)),
-        needs=groups,
+        needs=tuple(group.need for group in groups),
         use=_use(model, named),
         capacity=Capacity(nbytes=capacities.nbytes, memory=capacities.memory),
         policy=config.policy,

@@ -1,19 +1,14 @@
 """What is to be packed and placed, as a frozen value. Pure: modules are sets of tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..chunk.layout import TensorSpec
 from ..planning.placement import Capacity, ChunkNeed, PlacementPolicy
 
 NamedSet = tuple[str, frozenset[int]]
-
-
-class Needs(Protocol):
-    """Says what a chunk of ``numel`` elements asks for; with ``borrow`` its gradient has no home."""
-
-    def need(self, numel: int, borrow: bool) -> ChunkNeed: ...
+NeedOf = Callable[[int, bool], ChunkNeed]
+"""What a chunk asks for, by its number of elements, and with or without a home for its gradient: see `Group.need`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +25,12 @@ class Use:
 
     def of_chunks(self, chunk_of: Mapping[int, int]) -> "Use":
         """The same with tensors replaced by the chunks that they are in."""
+        stages = [frozenset(chunk_of[key] for key in tensors) for tensors in self.stages]
         units, siblings = (
-            [(name, frozenset(map(chunk_of.__getitem__, tensors))) for name, tensors in sets]
+            [(name, frozenset(chunk_of[key] for key in tensors)) for name, tensors in sets]
             for sets in (self.units, self.siblings)
         )
-        return Use(units, siblings, [frozenset(map(chunk_of.__getitem__, tensors)) for tensors in self.stages])
+        return Use(units, siblings, stages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +39,8 @@ class Problem:
 
     tensors: tuple[TensorSpec, ...]
     """In the order of the model; a slot's ``key`` and the members of ``use`` are indices into these."""
-    needs: tuple[Needs, ...]
-    """Of the chunk that a tensor is in, one for each; the same for all tensors of a group."""
+    needs: tuple[NeedOf, ...]
+    """One for each tensor: what the chunk that it is in asks for; the same for all tensors of a group."""
     use: Use
     capacity: Capacity
     """What there is, with nothing kept free yet."""

@@ -8,7 +8,7 @@ from ..chunk.memory_map import MemoryMap
 from ..chunk.search import RING_CHUNKS, ChunkSearch, bounds, search_chunk_numel, waste_ratio
 from ..chunk.tier import Tier
 from ..planning.gradient_room import gradient_room
-from ..planning.placement import AutoPlacementPolicy, Capacity, ChunkNeed, Placement, Unplaced, place
+from ..planning.placement import Capacity, ChunkNeed, Placement, StaticPlacementPolicy, Unplaced, place
 from .problem import NamedSet, Problem, Use
 
 SMALLEST_BLOCK_NUMEL = 4096
@@ -79,9 +79,9 @@ def solve(problem: Problem) -> Solution | Shortfall:
 
 def _solution(problem: Problem, each: _Candidate, placement: Placement, copies: Sequence[int]) -> Solution:
     peak = _largest((*each.use.units, *each.use.siblings), copies)[1]
-    policy, limit = problem.policy, None
-    if not isinstance(policy, AutoPlacementPolicy) and problem.capacity.memory is not MemoryMap.UNIFIED:
-        limit = max(round((1.0 - policy.offload_param_frac) * sum(copies)), peak)
+    limit = None
+    if isinstance(problem.policy, StaticPlacementPolicy) and problem.capacity.memory is not MemoryMap.UNIFIED:
+        limit = max(round((1.0 - problem.policy.offload_param_frac) * sum(copies)), peak)
     staging = (each.block_numel, each.capacity.staging_bytes) if placement.uses_disk else (0, 0)
     return Solution(each.search, each.layouts, placement, *staging, limit, peak)
 
@@ -100,7 +100,7 @@ def _candidates(problem: Problem) -> Iterator[_Candidate]:
         block = _staging_block(layouts, problem)
         staging = problem.staging_blocks * block * 4
         for borrow in (True, False) if has_choice else (problem.borrows_gradients,):
-            needs = [problem.needs[layout.slots[0].key].need(layout.numel, borrow) for layout in layouts]
+            needs = [problem.needs[layout.slots[0].key](layout.numel, borrow) for layout in layouts]
             gradients = {i: need.full_nbytes for i, need in enumerate(needs) if need.borrows_gradient}
             borrowed = gradient_room(use.stages, gradients)
             for ring in _ring_sizes(use, [need.full_nbytes for need in needs], problem.max_prefetch):

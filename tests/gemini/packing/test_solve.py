@@ -55,7 +55,7 @@ def problems(draw: st.DrawFn) -> Problem:
     }
     return Problem(
         tensors=tuple(TensorSpec(f"p{i}", (n,), (1,), group) for i, (n, group) in enumerate(tensors)),
-        needs=tuple(group for _, group in tensors),
+        needs=tuple(group.need for _, group in tensors),
         use=Use([(f"u{i}", s) for i, s in enumerate(units)], [(f"s{i}", s) for i, s in enumerate(siblings)], stages),
         capacity=Capacity(nbytes=memory.capacities(nbytes), memory=memory),
         policy=draw(
