@@ -1,13 +1,17 @@
 """A chunk manager with known values on a fake device that counts every byte."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from fakes import FakeBackend, FakeUpdate
 from torch import Tensor
 
 from gemini.chunk import (
+    GRADIENT,
+    MASTER,
+    MASTER_LOW,
+    SHADOW,
+    BufferSpec,
     Chunk,
     ChunkLayout,
     ChunkManager,
@@ -15,19 +19,39 @@ from gemini.chunk import (
     DiskBackend,
     Ledger,
     MemoryMap,
-    Role,
-    StateSlot,
+    Plain,
+    SplitBf16,
     TensorSpec,
     Tier,
+    WithShadow,
     pack,
     write_slot,
 )
+from gemini.chunk.content import MasterCodec
 
 NUMEL = 96
 FULL_NBYTES = NUMEL * 2  # bf16
-TRAINABLE = dict.fromkeys((Role.MASTER, Role.STATE_0, Role.STATE_1, Role.GRADIENT), Tier.HOST)
-FROZEN = {Role.MASTER: Tier.HOST}
-ADAM = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
+TRAINABLE = dict.fromkeys((MASTER, "exp_avg", "exp_avg_sq", GRADIENT), Tier.HOST)
+FROZEN = {MASTER: Tier.HOST}
+ADAM = (BufferSpec("exp_avg"), BufferSpec("exp_avg_sq"))
+
+
+def plan_of(
+    layout: ChunkLayout,
+    tiers: dict[str, Tier],
+    dtype: torch.dtype,
+    states: tuple[BufferSpec, ...] = ADAM,
+    memory: MemoryMap = MemoryMap.EMULATED,
+) -> ChunkPlan:
+    """The plan of a chunk with these buffers, which tell whether it is trainable and how its masters are kept."""
+    is_trainable = GRADIENT in tiers
+    codec: MasterCodec = Plain(BufferSpec(MASTER, torch.float32 if is_trainable else dtype))
+    if MASTER_LOW in tiers:
+        codec = SplitBf16(marks="exp_avg_sq")
+    elif SHADOW in tiers:
+        codec = WithShadow(BufferSpec(MASTER), dtype)
+    is_home = memory.shares(tiers[MASTER], Tier.DEVICE) and codec.specs[0].dtype is dtype
+    return ChunkPlan(layout, codec, states if is_trainable else (), tiers, dtype, full_is_home=is_home)
 
 
 class Rig:
@@ -35,7 +59,7 @@ class Rig:
 
     def __init__(
         self,
-        homes: Sequence[dict[Role, Tier]],
+        homes: Sequence[dict[str, Tier]],
         room: int = 2,
         unified: bool = False,
         disk: DiskBackend | None = None,
@@ -48,7 +72,9 @@ class Rig:
         self.memory = MemoryMap.UNIFIED if unified else MemoryMap.EMULATED
         self.ledger = Ledger(capacities, self.memory)
         self.device = FakeBackend(self.capacity if not unified else 1 << 30)
-        plans = [self.plan(layout, tiers, dtype) for layout, tiers in zip(layouts, homes, strict=True)]
+        plans = [
+            plan_of(layout, tiers, dtype, memory=self.memory) for layout, tiers in zip(layouts, homes, strict=True)
+        ]
         self.manager = ChunkManager(plans, self.ledger, self.device, disk)
         self.chunks = self.manager.chunks
         generator = torch.Generator().manual_seed(0)
@@ -58,13 +84,8 @@ class Rig:
             self.values[chunk.index] = [torch.randn(slot.shape, generator=generator) for slot in chunk.layout.slots]
             self.parameters[chunk.index] = [torch.empty(slot.shape, dtype=dtype) for slot in chunk.layout.slots]
             for position, value in enumerate(self.values[chunk.index]):
-                write_slot(chunk, position, Role.MASTER, value)
+                write_slot(chunk, position, MASTER, value)
                 self.manager.bind(self.parameters[chunk.index][position], chunk, position)
-
-    def plan(self, layout: ChunkLayout, homes: dict[Role, Tier], dtype: torch.dtype = torch.bfloat16) -> ChunkPlan:
-        plan = ChunkPlan(layout, homes, dtype, ADAM)
-        is_home = plan.dtype(Role.MASTER) is dtype and self.memory.shares(homes[Role.MASTER], Tier.DEVICE)
-        return replace(plan, full_is_home=is_home)
 
     def use(self, chunk: Chunk) -> None:
         self.manager.fetch(chunk)
@@ -89,7 +110,7 @@ def pending(rig: Rig, chunk: Chunk, value: float = 3.0) -> FakeUpdate:
     """An update that writes ``value`` into the master, and through to a full copy, when it is waited for."""
 
     def work() -> None:
-        master = chunk.homes[Role.MASTER]
+        master = chunk.homes[MASTER]
         master.write(0, torch.full((NUMEL,), value, dtype=master.dtype))
         if chunk.is_resident:
             chunk.full.fill_(value)

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..chunk import FETCH_WORKERS, STORE_BLOCKS, ChunkPlan, MemoryMap, StateSlot, TensorSpec, Tier
+from ..chunk import FETCH_WORKERS, STORE_BLOCKS, BufferSpec, ChunkPlan, MemoryMap, TensorSpec, Tier
 from ..chunk.layout import ALIGN_NUMEL, align
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..nn.optimizer.adam_rule import ADAM
 from ..planning.placement import Capacity, on_tier
 from ..units.units import nested_parameters
-from ..updates.update_pipeline import BLOCK_SETS, update_roles
+from ..updates.update_pipeline import BLOCK_SETS, buffer_count
 from .group import Group, plans
 from .problem import Problem, Use
 from .remedy import out_of_memory
 from .solve import Shortfall, Solution, solve
 
-SlotsOf = Callable[[Mapping[str, Any]], tuple[StateSlot, ...]]
+SlotsOf = Callable[[Mapping[str, Any]], tuple[BufferSpec, ...]]
 """As `Rule.slots`."""
 MANAGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,8 +35,8 @@ class Packing(Solution):
     groups: tuple[Group, ...]
     """What each of the parameters was packed by."""
     plans: tuple[ChunkPlan, ...]
-    update_role_count: int
-    """Most roles that the update of a chunk has: as many buffers, in blocks, are staged for one that is on DISK."""
+    updated_buffer_count: int
+    """Most buffers that the update of a chunk reads: blocks of as many are staged for one that is on DISK."""
 
     def with_plans(self, plans: Sequence[ChunkPlan]) -> "Packing":
         """The same with other plans for some chunks."""
@@ -44,9 +44,9 @@ class Packing(Solution):
         new = tuple(other.get(plan.layout.index, plan) for plan in self.plans)
         nbytes = dict.fromkeys(Tier, 0)
         for plan in new:
-            for role, tier in plan.homes.items():
-                nbytes[tier] += on_tier(plan.nbytes(role), tier)
-        placement = replace(self.placement, homes=tuple(plan.homes for plan in new), nbytes=nbytes)
+            for name, tier in plan.tiers.items():
+                nbytes[tier] += on_tier(plan.nbytes(name), tier)
+        placement = replace(self.placement, homes=tuple(plan.tiers for plan in new), nbytes=nbytes)
         return replace(self, plans=new, placement=placement)
 
 
@@ -82,7 +82,7 @@ def decide(
     """
     named = managed_parameters(model)
     groups = _groups(model, named, param_groups, config, slots_of)
-    role_count = len(update_roles(max((len(group.states) for group in groups), default=0)))
+    buffers = max((buffer_count(group.states) for group in groups), default=0)
     problem = Problem(
         tensors=tuple(_spec(*item, group) for item, group in zip(named.items(), groups, strict=True)),
         needs=tuple(group.need for group in groups),
@@ -95,7 +95,7 @@ def decide(
         compute_itemsize=config.compute_dtype.itemsize,
         max_prefetch=config.max_prefetch,
         borrows_gradients=config.update_in_backward,
-        staging_blocks=FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * role_count,
+        staging_blocks=FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * buffers,
     )
     found = solve(problem)
     if isinstance(found, Shortfall):
@@ -107,7 +107,7 @@ def decide(
         parameters=tuple(named.values()),
         groups=groups,
         plans=plans(found.layouts, of_chunks, found.placement, capacities.memory),
-        update_role_count=role_count,
+        updated_buffer_count=buffers,
     )
 
 

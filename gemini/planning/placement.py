@@ -5,7 +5,7 @@ plus the gradient between backward and step (with ``update_in_backward`` room fo
 full copies stream through a ring in the pool where units run, whose room is taken off first. What is left of the pools
 is filled fastest first:
 
-- DEVICE, where it is a pool of its own, takes whole chunks (all roles together, so that the update runs there);
+- DEVICE, where it is a pool of its own, takes whole chunks (all buffers together, so that the update runs there);
 - the pools below it take the masters of all other chunks first, then gradients, then the optimizer's states, each where
   there is still room: HOST, then DISK;
 - what HOST has left, where units do not run there, takes shadows: fetches then move 2 bytes a parameter, not 4.
@@ -17,24 +17,23 @@ more per byte than a master does, and would leave the disk idle in backward; so 
 (Where DEVICE is the same RAM, a full copy that stays is what a shadow would be; the plan keeps as many as have room.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..chunk.memory_map import MemoryMap
-from ..chunk.tier import STATE_ROLES, Role, Tier
+from ..chunk.names import GRADIENT, MASTER, SHADOW
+from ..chunk.tier import Tier
 
 DISK_PAGE_BYTES = 4096
 """The disk tier's unit (`chunk.disk.PAGE_BYTES`; not imported, because that needs torch)."""
-TRAINABLE_ORDER = (Role.MASTER, Role.GRADIENT, *STATE_ROLES)
-"""Roles by bytes moved per byte held, most first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkNeed:
     """What one chunk asks for."""
 
-    roles: Mapping[Role, int]
-    """Bytes of each role that it has."""
+    buffers: Mapping[str, int]
+    """Bytes of each buffer that it has: the master, the gradient if that has a home, and the optimizer's states."""
     full_nbytes: int
     """Bytes of its full copy."""
     shadow_nbytes: int = 0
@@ -46,12 +45,17 @@ class ChunkNeed:
 
     @property
     def home_nbytes(self) -> int:
-        """Bytes of all roles."""
-        return sum(self.roles.values())
+        """Bytes of all buffers."""
+        return sum(self.buffers.values())
 
-    def nbytes(self, role: Role, tier: Tier) -> int:
-        """Bytes that a role takes on a tier; DISK gives whole pages."""
-        return on_tier(self.shadow_nbytes if role is Role.SHADOW else self.roles[role], tier)
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The buffers that are the optimizer's."""
+        return tuple(name for name in self.buffers if name not in (MASTER, GRADIENT))
+
+    def nbytes(self, name: str, tier: Tier) -> int:
+        """Bytes that a buffer takes on a tier; DISK gives whole pages."""
+        return on_tier(self.shadow_nbytes if name == SHADOW else self.buffers[name], tier)
 
 
 def on_tier(nbytes: int, tier: Tier) -> int:
@@ -78,8 +82,8 @@ class Capacity:
 class Placement:
     """Homes that fit."""
 
-    homes: tuple[Mapping[Role, Tier], ...]
-    """One per chunk: its roles, and SHADOW where it has one."""
+    homes: tuple[Mapping[str, Tier], ...]
+    """One per chunk: its buffers, and SHADOW where it has one."""
     nbytes: Mapping[Tier, int]
     """Bytes of homes on each tier."""
     gradient_room: Mapping[Tier, int] = field(default_factory=dict)
@@ -142,7 +146,7 @@ PlacementPolicy = AutoPlacementPolicy | StaticPlacementPolicy
 
 
 def place(needs: Sequence[ChunkNeed], capacity: Capacity, policy: PlacementPolicy) -> Placement | Unplaced:
-    """Give every role of every chunk a home.
+    """Give every buffer of every chunk a home.
 
     Parameters
     ----------
@@ -161,7 +165,7 @@ def _fill(
 ) -> Placement | Unplaced:
     """Fill tiers, fastest first."""
     memory, free, used = capacity.memory, {tier: capacity.nbytes[tier] for tier in tiers}, dict.fromkeys(Tier, 0)
-    homes: list[dict[Role, Tier]] = [{} for _ in needs]
+    homes: list[dict[str, Tier]] = [{} for _ in needs]
     working: dict[Tier, int] = {}
     gradient_room: dict[Tier, int] = {}
 
@@ -171,14 +175,14 @@ def _fill(
         if lacking > 0:
             working[tier] = working.get(tier, 0) + lacking
 
-    def put(index: int, role: Role, tiers: Sequence[Tier]) -> int:
-        """Give a role a home on the first tier with room for it; return the bytes without one, if there is none."""
+    def put(index: int, name: str, tiers: Sequence[Tier]) -> int:
+        """Give a buffer a home on the first tier with room for it; return the bytes without one, if there is none."""
         for tier in tiers:
-            nbytes = needs[index].nbytes(role, tier)
+            nbytes = needs[index].nbytes(name, tier)
             if nbytes <= free[tier]:
                 free[tier] -= nbytes
                 used[tier] += nbytes
-                homes[index][role] = tier
+                homes[index][name] = tier
                 return 0
         return nbytes
 
@@ -192,22 +196,29 @@ def _fill(
         share = policy.device_share(sum(need.home_nbytes for need in needs))
         for index, need in enumerate(needs):
             if need.home_nbytes <= min(free[tier], share - used[tier]):
-                for role in need.roles:
-                    put(index, role, whole)
+                for name in need.buffers:
+                    put(index, name, whole)
                 if index in borrowers:
                     gradient_room[tier] = capacity.gradient_bytes
     rest = [(index, need) for index, need in enumerate(needs) if not homes[index]]
     if any(need.borrows_gradient for _, need in rest):
         gradient_room[below[0]] = capacity.gradient_bytes
         keep_free(below[0], capacity.gradient_bytes)
-    missing = sum(put(i, role, below) for role in TRAINABLE_ORDER for i, need in rest if role in need.roles)
+    missing = sum(put(index, name, below) for index, name in _by_use(rest))
     if missing or working:
         return Unplaced(working, missing)
     for index, need in rest:
-        if need.shadow_nbytes and homes[index][Role.MASTER] is Tier.HOST and memory.compute_tier is not Tier.HOST:
-            put(index, Role.SHADOW, (Tier.HOST,))
+        if need.shadow_nbytes and homes[index][MASTER] is Tier.HOST and memory.compute_tier is not Tier.HOST:
+            put(index, SHADOW, (Tier.HOST,))
     full_is_home = tuple(
-        need.full_can_be_home and memory.shares(at[Role.MASTER], Tier.DEVICE)
-        for need, at in zip(needs, homes, strict=True)
+        need.full_can_be_home and memory.shares(at[MASTER], Tier.DEVICE) for need, at in zip(needs, homes, strict=True)
     )
     return Placement(tuple(homes), used, gradient_room, full_is_home)
+
+
+def _by_use(needs: Sequence[tuple[int, ChunkNeed]]) -> Iterator[tuple[int, str]]:
+    """All buffers with the index of their chunk, by bytes moved per byte held, most first."""
+    for name in (MASTER, GRADIENT):
+        yield from ((index, name) for index, need in needs if name in need.buffers)
+    for number in range(max((len(need.states) for _, need in needs), default=0)):
+        yield from ((index, need.states[number]) for index, need in needs if number < len(need.states))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from gemini.chunk.layout import TensorSpec
 from gemini.chunk.memory_map import MemoryMap
-from gemini.chunk.tier import Role, Tier
+from gemini.chunk.names import GRADIENT, MASTER, SHADOW
+from gemini.chunk.tier import Tier
 from gemini.packing.problem import Problem, Use
 from gemini.packing.solve import Shortfall, Solution, solve
 from gemini.planning.placement import AutoPlacementPolicy, Capacity, ChunkNeed, StaticPlacementPolicy
@@ -21,10 +22,10 @@ class Adam:
     name: str
 
     def need(self, numel: int, borrow: bool) -> ChunkNeed:
-        roles = dict.fromkeys((Role.MASTER, Role.STATE_0, Role.STATE_1), 4 * numel)
-        gradient = {} if borrow else {Role.GRADIENT: 2 * numel}
+        buffers = dict.fromkeys((MASTER, "exp_avg", "exp_avg_sq"), 4 * numel)
+        gradient = {} if borrow else {GRADIENT: 2 * numel}
         return ChunkNeed(
-            roles={**roles, **gradient}, full_nbytes=2 * numel, shadow_nbytes=2 * numel, borrows_gradient=borrow
+            buffers={**buffers, **gradient}, full_nbytes=2 * numel, shadow_nbytes=2 * numel, borrows_gradient=borrow
         )
 
 
@@ -35,7 +36,7 @@ class Frozen:
     name: str = "frozen"
 
     def need(self, numel: int, borrow: bool) -> ChunkNeed:
-        return ChunkNeed(roles={Role.MASTER: 2 * numel}, full_nbytes=2 * numel, full_can_be_home=True)
+        return ChunkNeed(buffers={MASTER: 2 * numel}, full_nbytes=2 * numel, full_can_be_home=True)
 
 
 GROUPS = (Adam("decay"), Adam("no decay"), Frozen())
@@ -96,9 +97,9 @@ def test_what_is_found_holds_every_tensor_once_and_chunks_are_of_one_group(probl
     for layout, homes in zip(found.layouts, found.placement.homes, strict=True):
         (group,) = {problem.tensors[slot.key].group for slot in layout.slots}
         assert isinstance(group, Adam | Frozen)
-        borrows = isinstance(group, Adam) and Role.GRADIENT not in homes
+        borrows = isinstance(group, Adam) and GRADIENT not in homes
         assert not borrows or problem.borrows_gradients
-        assert homes.keys() - {Role.SHADOW} == group.need(layout.numel, borrows).roles.keys()
+        assert homes.keys() - {SHADOW} == group.need(layout.numel, borrows).buffers.keys()
 
 
 @settings(deadline=None, max_examples=500)

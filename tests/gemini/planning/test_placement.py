@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.chunk import MemoryMap, Role, Tier
+from gemini.chunk import GRADIENT, MASTER, SHADOW, MemoryMap, Tier
 from gemini.chunk.disk import PAGE_BYTES
 from gemini.planning.placement import (
     DISK_PAGE_BYTES as PAGE,
 )
 from gemini.planning.placement import (
-    TRAINABLE_ORDER,
     AutoPlacementPolicy,
     Capacity,
     ChunkNeed,
@@ -25,12 +24,12 @@ from gemini.planning.placement import (
 
 
 def trainable(numel: int) -> ChunkNeed:
-    roles = {Role.MASTER: 4 * numel, Role.STATE_0: 4 * numel, Role.STATE_1: 4 * numel, Role.GRADIENT: 2 * numel}
-    return ChunkNeed(roles=roles, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
+    buffers = {MASTER: 4 * numel, "exp_avg": 4 * numel, "exp_avg_sq": 4 * numel, GRADIENT: 2 * numel}
+    return ChunkNeed(buffers=buffers, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
 
 
 def frozen(numel: int) -> ChunkNeed:
-    return ChunkNeed(roles={Role.MASTER: 2 * numel}, full_nbytes=2 * numel)
+    return ChunkNeed(buffers={MASTER: 2 * numel}, full_nbytes=2 * numel)
 
 
 def room_of(
@@ -56,7 +55,7 @@ policies = st.just(AutoPlacementPolicy()) | st.builds(StaticPlacementPolicy, off
 
 
 def whole(need: ChunkNeed) -> int:
-    return sum(need.roles.values())
+    return sum(need.buffers.values())
 
 
 def placed(needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy | None = None) -> Placement:
@@ -79,13 +78,13 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     placement = place(needs, room, policy)
     if isinstance(placement, Unplaced):
         return
-    assert [homes.keys() - {Role.SHADOW} for homes in placement.homes] == [set(need.roles) for need in needs]
+    assert [homes.keys() - {SHADOW} for homes in placement.homes] == [set(need.buffers) for need in needs]
     for tier in Tier:
         held = sum(
-            need.nbytes(role, tier)
+            need.nbytes(name, tier)
             for need, homes in zip(needs, placement.homes, strict=True)
-            for role in homes
-            if homes[role] is tier
+            for name in homes
+            if homes[name] is tier
         )
         assert placement.nbytes[tier] == held
     assert placement.uses_disk == (placement.nbytes[Tier.DISK] > 0)
@@ -126,30 +125,30 @@ def test_shadows_take_what_the_host_has_left_and_nothing_that_a_home_could_use(
     if isinstance(placement, Unplaced):
         return
     without = placed([replace(need, shadow_nbytes=0) for need in needs], room, policy)
-    homes_only = [{role: tier for role, tier in h.items() if role is not Role.SHADOW} for h in placement.homes]
+    homes_only = [{name: tier for name, tier in h.items() if name != SHADOW} for h in placement.homes]
     assert homes_only == list(without.homes)
     host = placement.nbytes[Tier.HOST] + (room.staging_bytes if placement.uses_disk else 0)
     for need, homes in zip(needs, placement.homes, strict=True):
-        if Role.SHADOW in homes:
-            assert homes[Role.SHADOW] is Tier.HOST and room.memory is not MemoryMap.UNIFIED and need.shadow_nbytes
-            assert homes[Role.MASTER] is Tier.HOST
-        elif need.shadow_nbytes and room.memory is not MemoryMap.UNIFIED and homes[Role.MASTER] is Tier.HOST:
+        if SHADOW in homes:
+            assert homes[SHADOW] is Tier.HOST and room.memory is not MemoryMap.UNIFIED and need.shadow_nbytes
+            assert homes[MASTER] is Tier.HOST
+        elif need.shadow_nbytes and room.memory is not MemoryMap.UNIFIED and homes[MASTER] is Tier.HOST:
             assert host + need.shadow_nbytes > room.nbytes[Tier.HOST]
 
 
 @settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms)
-def test_what_goes_to_disk_has_no_place_on_host_and_roles_go_in_order(needs: list[ChunkNeed], room: Capacity) -> None:
+def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: list[ChunkNeed], room: Capacity) -> None:
     placement = place(needs, room, AutoPlacementPolicy())
     if isinstance(placement, Unplaced) or not placement.uses_disk:
         return
     taken = room.staging_bytes + (room.ring_bytes if room.memory is MemoryMap.UNIFIED else 0)
-    for role in TRAINABLE_ORDER:
+    for name in (MASTER, GRADIENT, "exp_avg", "exp_avg_sq"):
         for need, homes in zip(needs, placement.homes, strict=True):
-            if homes.get(role) is Tier.HOST:
-                taken += need.nbytes(role, Tier.HOST)
-            elif homes.get(role) is Tier.DISK:
-                assert taken + need.roles[role] > room.nbytes[Tier.HOST]
+            if homes.get(name) is Tier.HOST:
+                taken += need.nbytes(name, Tier.HOST)
+            elif homes.get(name) is Tier.DISK:
+                assert taken + need.buffers[name] > room.nbytes[Tier.HOST]
 
 
 @settings(deadline=None, max_examples=600)
@@ -172,7 +171,7 @@ def test_masters_take_the_host_first_then_gradients_then_moments() -> None:
     room = room_of(0, 80 + 20 + 20 + 30, 4 * PAGE, staging=30)
     first, second = placed(needs, room).homes
     assert first == {
-        Role.MASTER: Tier.HOST, Role.GRADIENT: Tier.HOST, Role.STATE_0: Tier.DISK, Role.STATE_1: Tier.DISK
+        MASTER: Tier.HOST, GRADIENT: Tier.HOST, "exp_avg": Tier.DISK, "exp_avg_sq": Tier.DISK
     }  # fmt: skip
     assert second == first
 
@@ -242,13 +241,13 @@ def test_a_fraction_outside_of_zero_to_one_is_refused(name: str, value: float) -
 def test_a_master_where_units_run_is_the_full_copy_if_they_can_compute_with_it(
     needs: list[ChunkNeed], room: Capacity
 ) -> None:
-    needs = [replace(need, full_can_be_home=len(need.roles) == 1) for need in needs]
+    needs = [replace(need, full_can_be_home=len(need.buffers) == 1) for need in needs]
     found = place(needs, room, AutoPlacementPolicy())
     if isinstance(found, Unplaced):
         return
     for need, homes, is_home in zip(needs, found.homes, found.full_is_home, strict=True):
         in_reach = (Tier.DEVICE, Tier.HOST) if room.memory is MemoryMap.UNIFIED else (Tier.DEVICE,)
-        assert is_home == (len(need.roles) == 1 and homes[Role.MASTER] in in_reach)
+        assert is_home == (len(need.buffers) == 1 and homes[MASTER] in in_reach)
 
 
 @settings(deadline=None, max_examples=300)
@@ -257,15 +256,15 @@ def test_gradients_without_a_home_have_room_on_each_tier_with_masters_of_theirs(
     needs: list[ChunkNeed], room: Capacity, gradient: int
 ) -> None:
     needs = [
-        replace(need, roles={r: n for r, n in need.roles.items() if r is not Role.GRADIENT}, borrows_gradient=True)
-        if Role.GRADIENT in need.roles
+        replace(need, buffers={r: n for r, n in need.buffers.items() if r != GRADIENT}, borrows_gradient=True)
+        if GRADIENT in need.buffers
         else need
         for need in needs
     ]
     found = place(needs, replace(room, gradient_bytes=gradient), AutoPlacementPolicy())
     if isinstance(found, Unplaced):
         return
-    masters = {h[Role.MASTER] for need, h in zip(needs, found.homes, strict=True) if need.borrows_gradient}
+    masters = {h[MASTER] for need, h in zip(needs, found.homes, strict=True) if need.borrows_gradient}
     assert found.gradient_room == {Tier.DEVICE if tier is Tier.DEVICE else Tier.HOST: gradient for tier in masters}
     ring = {room.memory.compute_tier: room.ring_bytes}
     for tier, nbytes in found.gradient_room.items():
