@@ -17,7 +17,7 @@ more per byte than a master does, and would leave the disk idle in backward; so 
 (Where DEVICE is the same RAM, a full copy that stays is what a shadow would be; the plan keeps as many as have room.)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..chunk.memory_map import MemoryMap
@@ -49,9 +49,10 @@ class ChunkNeed:
         return sum(self.buffers.values())
 
     @property
-    def states(self) -> tuple[str, ...]:
-        """The buffers that are the optimizer's."""
-        return tuple(name for name in self.buffers if name not in (MASTER, GRADIENT))
+    def ranks(self) -> dict[str, int]:
+        """Its buffers by bytes moved per byte held, most first: the master, the gradient, the states in their order."""
+        names = dict.fromkeys((MASTER, GRADIENT, *self.buffers))
+        return {name: rank for rank, name in enumerate(names) if name in self.buffers}
 
     def nbytes(self, name: str, tier: Tier) -> int:
         """Bytes that a buffer takes on a tier; DISK gives whole pages."""
@@ -204,7 +205,8 @@ def _fill(
     if any(need.borrows_gradient for _, need in rest):
         gradient_room[below[0]] = capacity.gradient_bytes
         keep_free(below[0], capacity.gradient_bytes)
-    missing = sum(put(index, name, below) for index, name in _by_use(rest))
+    in_order = sorted((rank, index, name) for index, need in rest for name, rank in need.ranks.items())
+    missing = sum(put(index, name, below) for _, index, name in in_order)
     if missing or working:
         return Unplaced(working, missing)
     for index, need in rest:
@@ -214,11 +216,3 @@ def _fill(
         need.full_can_be_home and memory.shares(at[MASTER], Tier.DEVICE) for need, at in zip(needs, homes, strict=True)
     )
     return Placement(tuple(homes), used, gradient_room, full_is_home)
-
-
-def _by_use(needs: Sequence[tuple[int, ChunkNeed]]) -> Iterator[tuple[int, str]]:
-    """All buffers with the index of their chunk, by bytes moved per byte held, most first."""
-    for name in (MASTER, GRADIENT):
-        yield from ((index, name) for index, need in needs if name in need.buffers)
-    for number in range(max((len(need.states) for _, need in needs), default=0)):
-        yield from ((index, need.states[number]) for index, need in needs if number < len(need.states))
