@@ -37,8 +37,7 @@ class Pins:
     def pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         """Wait for a chunk that was fetched, and keep it."""
         self._manager.pin(chunk, keep)
-        if chunk in self._gradients.withdrawn:
-            self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def bring(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Pin chunks for code outside of any unit, beyond the capacity if need be. `let_go` ends it."""
