@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkState
+from ..chunk import Chunk, ChunkManager
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
 from ..packing.packing import Packing
@@ -87,14 +87,14 @@ class Engine:
         is_sampled = self.sampling.is_on
         if is_sampled:
             self.sampling.end_moment()
-        waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
+        waits = any(not c.is_valid for c in chunks)
         begin = time.perf_counter() if waits else 0.0
         self.visits.begin(visit)
         try:
             if actions.evict:
                 self.pacing.evict(actions.evict)
             for chunk in chunks:
-                if chunk.state is ChunkState.HOME:
+                if not chunk.is_resident:
                     beyond = bool(unit.without_gradients) and visit.extra is unit.without_gradients
                     self.pins.fetch(chunk, chunks, overdraw=beyond)
             if actions.prefetch:
@@ -187,7 +187,7 @@ class Engine:
         if not self.visits.open:
             self._mend()
         self.manager.forget_addresses()
-        self.manager.repay()
+        self.manager.eviction.repay()
         batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
         if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes()):

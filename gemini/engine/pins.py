@@ -58,7 +58,7 @@ class Pins:
         """Unpin what `bring` pinned."""
         for chunk in chunks:
             self._manager.unpin(chunk)
-        self._manager.repay()
+        self._manager.eviction.repay()
 
     def hold(self, chunks: Sequence[Chunk]) -> None:
         """Bring chunks and keep them until `release_held`."""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..chunk import ChunkManager, ChunkState, Tier
+from ..chunk import ChunkManager, Tier
 from ..engine import Engine, StepFacts
 from ..errors import is_out_of_memory
 from ..memory.prediction import Outlook, bytes_of_copies, measure, predict
@@ -236,6 +236,6 @@ class Monitor:
             "non_model_peak_bytes": engine.sampling.meter.peak_bytes,
             "moments_before": as_record(points, self._last_step + 1, self._tier) if points else None,
             "states": chunk_map(manager.chunks),
-            "in_use": [c.index for c in manager.chunks if c.state is ChunkState.IN_USE][:64],
+            "in_use": [c.index for c in manager.chunks if c.pins][:64],
             "process": process_memory(),
         }

@@ -10,7 +10,7 @@ from ..chunk import Chunk, ChunkManager, ChunkState, Tier, accelerator_in_use, m
 from ..memory.tracker import host_headroom
 
 HOME_LETTERS = {Tier.DEVICE: "d", Tier.HOST: "h", Tier.DISK: "k"}
-STATE_LETTERS = {ChunkState.FETCHING: ">", ChunkState.IN_USE: "*"}
+STATE_LETTERS = {ChunkState.FETCHING: ">", ChunkState.IN_USE: "*", ChunkState.IN_USE_UPDATING: "*"}
 """In a chunk map; a chunk at home is its home's letter, one whose full copy is there that letter in upper case."""
 
 
@@ -29,7 +29,7 @@ def chunk_map(chunks: Sequence[Chunk]) -> str:
     runs: list[tuple[str, int]] = []
     for chunk in chunks:
         home = HOME_LETTERS[chunk.tier]
-        letter = STATE_LETTERS.get(chunk.state) or (home if chunk.state is ChunkState.HOME else home.upper())
+        letter = STATE_LETTERS.get(chunk.state) or (home.upper() if chunk.is_resident else home)
         if runs and runs[-1][0] == letter:
             runs[-1] = (letter, runs[-1][1] + 1)
         else:
