@@ -27,10 +27,10 @@ from gemini.chunk import (
     pack,
 )
 from gemini.errors import OffloadError
-from gemini.nn.optimizer.adam_rule import AdamAtStep
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.rule import AtStep
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.nn.optimizer.rules.adam_rule import AdamAtStep
+from gemini.nn.optimizer.rules.rule import AtStep
 from gemini.updates.ticket import Ticket
 from gemini.updates.update_pipeline import BLOCK_SETS, ChunkUpdate, Run, update_roles
 from gemini.updates.update_queue import UpdateQueue

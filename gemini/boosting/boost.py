@@ -37,8 +37,8 @@ from ..memory.native_memory import be_exact, bound_kernels
 from ..memory.tracker import NonModelMeter
 from ..monitor.monitor import Monitor, model_facts, probes
 from ..monitor.stats import Statistics, Stats
-from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
+from ..nn.optimizer.rules.adam_rule import ADAM
 from ..packing.packing import Packing, decide, managed_parameters
 from ..runtime.hooks import Hooks
 from ..runtime.outside import Outside

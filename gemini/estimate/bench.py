@@ -12,8 +12,8 @@ import torch
 
 from gemini.chunk import DiskBackend, Ledger, Tier, find_accelerator
 from gemini.errors import OffloadError, OutOfMemory
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.update import adam_update
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.rates import hardware_file
 from gemini.stat.text import count, size

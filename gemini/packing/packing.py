@@ -25,7 +25,7 @@ from ..chunk.layout import ALIGN_NUMEL, align
 from ..chunk.search import RING_CHUNKS, bounds, waste_ratio
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
-from ..nn.optimizer.adam_rule import ADAM
+from ..nn.optimizer.rules.adam_rule import ADAM
 from ..planning.gradient_room import gradient_room
 from ..planning.placement import AutoPlacementPolicy, DoesNotFit, Placement, Room, on_tier, place
 from ..units.units import nested_chunks

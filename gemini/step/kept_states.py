@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, Role, StateSlot
-from ..nn.optimizer.rule import Rule, has_state, steps_of, whole_steps
+from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
 from .saved_states import home_of, read_state, write_state
 from .state_place import StatePlace

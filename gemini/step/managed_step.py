@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager, Communicator
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import StateSlot
+from ..nn.optimizer.rules.rule import StateSlot
 from ..runtime.runtime import Runtime
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..chunk import ChunkManager, Role
-from ..nn.optimizer.rule import Rule
+from ..nn.optimizer.rules.rule import Rule
 
 
 def read_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..chunk import Chunk, ChunkManager, ChunkPlan, StateSlot, Tier, write_slot
 from ..config import GeminiConfig
 from ..errors import OutOfMemory
-from ..nn.optimizer.rule import Rule
+from ..nn.optimizer.rules.rule import Rule
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
 from ..runtime.runtime import Runtime

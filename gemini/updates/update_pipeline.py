@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..chunk import IO_STACK_BYTES, STATE_ROLES, Buffer, Caller, Chunk, Role, Staging, Tier, start_workers
 from ..errors import OffloadError, OutOfMemory
-from ..nn.optimizer.rule import AtStep, SplitAtStep
+from ..nn.optimizer.rules.rule import AtStep, SplitAtStep
 from .ticket import Ticket
 
 BLOCK_SETS = 3

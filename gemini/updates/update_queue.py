@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..chunk import Caller, Staging, end_elsewhere, pieces, start_workers
-from ..nn.optimizer.kernel_pool import keep_to_one_thread
-from ..nn.optimizer.rule import AtStep, Rule, SplitAtStep
+from ..nn.optimizer.kernels.kernel_pool import keep_to_one_thread
+from ..nn.optimizer.rules.rule import AtStep, Rule, SplitAtStep
 from .ticket import Ticket
 from .update_pipeline import Block, ChunkUpdate, UpdatePipeline
 

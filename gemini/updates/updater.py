@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import AtStep, StateSlot, StepMaker
+from ..nn.optimizer.rules.rule import AtStep, StateSlot, StepMaker
 from .gradients import Gradients
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue

@@ -29,10 +29,10 @@ import torch
 from buffers import Buffers
 from torch import Tensor
 
-from gemini.nn.optimizer import kernel_pool
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.cpu_update import adam_cpu
-from gemini.nn.optimizer.update import adam_split_update, adam_update
+from gemini.nn.optimizer.kernels import kernel_pool
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.cpu_update import adam_cpu
+from gemini.nn.optimizer.kernels.update import adam_split_update, adam_update
 
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, bias_correction=True)
 BLOCKS = (1 << 16, 1 << 18, 1 << 20)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gemini.memory.native_memory import be_quick
-from gemini.nn.optimizer import kernel_pool
 from gemini.nn.optimizer.acceptance import accepted
+from gemini.nn.optimizer.kernels import kernel_pool
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {}),

@@ -14,7 +14,7 @@ from gemini.boosted import boosted
 from gemini.chunk import AcceleratorBackend, ChunkLayout, GradientBuffer, Ledger, Slot, Tier, accelerator, driver_of
 from gemini.chunk.conversion import conversion_pieces
 from gemini.chunk.gradient_pool import GradientPool
-from gemini.nn.optimizer import pieces
+from gemini.nn.optimizer.rules import pieces
 
 pytestmark = pytest.mark.own_process()
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from gemini.lazy.session import is_recording
 
-from .rule import Rule
+from .rules.rule import Rule
 
 _Self = TypeVar("_Self", bound="ManagedOptimizer")
 

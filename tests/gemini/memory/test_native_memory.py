@@ -16,7 +16,7 @@ from gemini.chunk import workers
 from gemini.chunk.disk_tuning import DEPTHS
 from gemini.memory import native_memory
 from gemini.nn.optimizer import HybridAdam
-from gemini.nn.optimizer.kernel_pool import default_pool
+from gemini.nn.optimizer.kernels.kernel_pool import default_pool
 from gemini.runtime import runtime
 from gemini.stacks import IO_STACK_BYTES, default_stack_bytes
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemini.nn.optimizer.arithmetic import AdamHyper, AdamScalars
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, AdamScalars
 
 GRAD_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OUT_DTYPES = [None, torch.float32, torch.bfloat16, torch.float16]

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemini.nn.optimizer import HybridAdam, batch, kernel_pool, update
-from gemini.nn.optimizer.batch import LEAST, SMALL_NUMEL, PreparedBatch
-from gemini.nn.optimizer.kernel_pool import KernelPool
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import kernel_pool, update
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels.reference import adam_reference
+from gemini.nn.optimizer.unmanaged import batch
+from gemini.nn.optimizer.unmanaged.batch import LEAST, SMALL_NUMEL, PreparedBatch
 
 pytest.importorskip("numba")
 

@@ -14,14 +14,14 @@ from adam_cases import GRAD_DTYPES, OUT_DTYPES, buffers, hyper, moderate, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.reference import adam_reference
 
 pytest.importorskip("numba")
 
-from gemini.nn.optimizer import cpu_update, kernel_pool
-from gemini.nn.optimizer.cpu_update import adam_cpu
-from gemini.nn.optimizer.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels import cpu_update, kernel_pool
+from gemini.nn.optimizer.kernels.cpu_update import adam_cpu
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
 
 HYPERS = [
     hyper(),
@@ -240,9 +240,9 @@ SMALL_UPDATE = """
 import logging, torch
 logging.basicConfig(level=logging.INFO)
 from adam_cases import buffers, hyper, result, same_bits
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.reference import adam_reference
+from gemini.nn.optimizer.kernels.update import adam_update
 tensors, s = buffers(100, 0), scalars(hyper(), 1)
 assert all(map(same_bits, result(adam_update, tensors, s), result(adam_reference, tensors, s)))
 """
@@ -281,7 +281,7 @@ def test_the_kernel_is_vector_code(tmp_path: Path) -> None:
         pytest.skip("looks for x86 vector instructions")
     # In another process with an empty cache: numba cannot show the assembly of what it loaded.
     show = (
-        "from gemini.nn.optimizer.cpu_kernel import part_kernels\n"
+        "from gemini.nn.optimizer.kernels.cpu_kernel import part_kernels\n"
         "tensors[3] = tensors[3].bfloat16()\n"
         "result(adam_update, tensors, s, torch.bfloat16)\n"
         "for assembly in part_kernels[False].inspect_asm().values():\n"
@@ -300,8 +300,8 @@ def test_the_kernel_of_split_masters_is_vector_code(tmp_path: Path) -> None:
     if "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("looks for x86 vector instructions")
     show = (
-        "from gemini.nn.optimizer.cpu_kernel import split_kernel\n"
-        "from gemini.nn.optimizer.update import adam_split_update\n"
+        "from gemini.nn.optimizer.kernels.cpu_kernel import split_kernel\n"
+        "from gemini.nn.optimizer.kernels.update import adam_split_update\n"
         "halves = [torch.zeros(64, dtype=dtype) for dtype in (torch.bfloat16, torch.int16)]\n"
         "adam_split_update(*halves, torch.zeros(64), torch.zeros(64), torch.zeros(64).bfloat16(), s)\n"
         "(assembly,) = split_kernel.inspect_asm().values()\n"

@@ -7,11 +7,11 @@ import torch
 from adam_cases import GRAD_DTYPES, OUT_DTYPES, Draw, Update, buffers, hyper, random_bits, result, same_bits, spread
 
 from gemini.chunk import halves, joined, marked, unmarked
-from gemini.nn.optimizer.arithmetic import scalars
 from gemini.nn.optimizer.hybrid_adam import HybridAdam
-from gemini.nn.optimizer.moments import packed, slots
-from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_split_update, adam_update, update_states
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.reference import adam_reference
+from gemini.nn.optimizer.kernels.update import adam_split_update, adam_update, update_states
+from gemini.nn.optimizer.rules.moments import packed, slots
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,8 +66,8 @@ def test_on_cuda_split_masters_have_the_bits_of_the_cpu(draw: Draw) -> None:
 
 
 def test_cuda_runs_the_kernels_and_not_the_references() -> None:
-    from gemini.nn.optimizer.cuda_kernel import adam_8bit_cuda, adam_cuda, adam_split_cuda
-    from gemini.nn.optimizer.update import _kernel_of
+    from gemini.nn.optimizer.kernels.cuda_kernel import adam_8bit_cuda, adam_cuda, adam_split_cuda
+    from gemini.nn.optimizer.kernels.update import _kernel_of
 
     assert _kernel_of("cuda") is adam_cuda
     assert _kernel_of("cuda", "adam_8bit") is adam_8bit_cuda

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.nn.optimizer import elementwise, elementwise_rule, kernel_pool, pieces, register_elementwise
+from gemini.nn.optimizer import register_elementwise
 from gemini.nn.optimizer.acceptance import accepted
 from gemini.nn.optimizer.elementwise_optimizer import ElementwiseOptimizer
-from gemini.nn.optimizer.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels import kernel_pool
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+from gemini.nn.optimizer.rules import elementwise, elementwise_rule, pieces
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from gemini.lazy import LazyInitContext
-from gemini.nn.optimizer import HybridAdam, batch, update
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.elementwise import kind_of
+from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.elementwise_optimizer import ElementwiseOptimizer
-from gemini.nn.optimizer.fitting import overlaps_itself
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer.kernels import update
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.reference import adam_reference
+from gemini.nn.optimizer.rules.elementwise import kind_of
+from gemini.nn.optimizer.unmanaged import batch
+from gemini.nn.optimizer.unmanaged.fitting import overlaps_itself
 
 SHAPE = (6, 4)
 COUNT = batch.LEAST + 2

@@ -10,8 +10,8 @@ from adam_cases import hyper as make_hyper
 from torch import Tensor, nn
 
 from gemini.nn.optimizer import HybridAdam
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.reference import adam_reference
 
 STEPS = 12
 SETTINGS: list[dict[str, Any]] = [

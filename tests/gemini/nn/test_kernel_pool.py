@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemini.nn.optimizer import kernel_pool
-from gemini.nn.optimizer.kernel_pool import KernelPool, default_pool, slices
+from gemini.nn.optimizer.kernels import kernel_pool
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool, default_pool, slices
 
 
 @given(numel=st.integers(0, 1 << 36), threads=st.integers(1, 256))

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gemini.nn.optimizer import cpu_update, kernel_pool
-from gemini.nn.optimizer.arithmetic import AdamScalars, scalars
-from gemini.nn.optimizer.cpu_update import adam_8bit_cpu, adam_cpu
-from gemini.nn.optimizer.kernel_pool import KernelPool
-from gemini.nn.optimizer.moments import packed, slots, unpacked
-from gemini.nn.optimizer.reduced import (
+from gemini.nn.optimizer.kernels import cpu_update, kernel_pool
+from gemini.nn.optimizer.kernels.arithmetic import AdamScalars, scalars
+from gemini.nn.optimizer.kernels.cpu_update import adam_8bit_cpu, adam_cpu
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels.reduced import (
     BLOCK_NUMEL,
     EXP_AVG,
     ROOT,
@@ -28,9 +27,10 @@ from gemini.nn.optimizer.reduced import (
     unpack_exp_avg,
     unpack_exp_avg_sq,
 )
-from gemini.nn.optimizer.reduced import random_bits as rounding_bits
-from gemini.nn.optimizer.reference import adam_8bit_reference, adam_reference
-from gemini.nn.optimizer.update import adam_8bit_update, adam_update
+from gemini.nn.optimizer.kernels.reduced import random_bits as rounding_bits
+from gemini.nn.optimizer.kernels.reference import adam_8bit_reference, adam_reference
+from gemini.nn.optimizer.kernels.update import adam_8bit_update, adam_update
+from gemini.nn.optimizer.rules.moments import packed, slots, unpacked
 
 HYPERS = [
     hyper(),

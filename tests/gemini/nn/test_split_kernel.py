@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gemini.chunk import halves, joined, marked, unmarked
-from gemini.nn.optimizer.arithmetic import AdamScalars, scalars
-from gemini.nn.optimizer.kernel_pool import KernelPool
-from gemini.nn.optimizer.reference import adam_reference, adam_split_reference
-from gemini.nn.optimizer.update import adam_split_update
+from gemini.nn.optimizer.kernels.arithmetic import AdamScalars, scalars
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels.reference import adam_reference, adam_split_reference
+from gemini.nn.optimizer.kernels.update import adam_split_update
 
 pytest.importorskip("numba")
 
-from gemini.nn.optimizer.cpu_update import adam_split_cpu
+from gemini.nn.optimizer.kernels.cpu_update import adam_split_cpu
 
 HYPERS = [
     hyper(),

@@ -25,10 +25,10 @@ from adam_cases import (
 from torch import Tensor
 
 from gemini.chunk import halves, joined, marked, unmarked
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.moments import packed, slots
-from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_split_update, update_states
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.reference import adam_reference
+from gemini.nn.optimizer.kernels.update import adam_split_update, update_states
+from gemini.nn.optimizer.rules.moments import packed, slots
 
 pytestmark = pytest.mark.own_process(TRITON_INTERPRET="1")  # which Triton reads when it is imported
 
@@ -65,7 +65,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from gemini.nn.optimizer import cuda_kernel
+    from gemini.nn.optimizer.kernels import cuda_kernel
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", as_hardware_casts(InterpreterBuilder.cast_impl))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

@@ -4,9 +4,9 @@ import pytest
 import torch
 from adam_cases import buffers, hyper, result
 
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.reference import adam_reference
+from gemini.nn.optimizer.kernels.update import adam_update
 
 SCALARS = scalars(hyper(weight_decay=0.1), 3)
 

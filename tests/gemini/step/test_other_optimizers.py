@@ -15,7 +15,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Role, Tier
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
-from gemini.nn.optimizer import pieces
+from gemini.nn.optimizer.rules import pieces
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 

@@ -18,10 +18,11 @@ from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData
 from gemini.estimate.subject import Subject
-from gemini.nn.optimizer import HybridAdam, update
-from gemini.nn.optimizer.moments import slots
-from gemini.nn.optimizer.reduced import BLOCK_NUMEL
-from gemini.nn.optimizer.reference import adam_8bit_reference, adam_reference
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import update
+from gemini.nn.optimizer.kernels.reduced import BLOCK_NUMEL
+from gemini.nn.optimizer.kernels.reference import adam_8bit_reference, adam_reference
+from gemini.nn.optimizer.rules.moments import slots
 from gemini.packing import packing
 from gemini.planning.placement import Placement, place
 from gemini.stat import cli

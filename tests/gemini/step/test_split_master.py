@@ -20,9 +20,11 @@ from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData, model_bytes
 from gemini.estimate.subject import Subject
-from gemini.nn.optimizer import HybridAdam, adam_rule, update
-from gemini.nn.optimizer.reference import adam_reference, adam_split_reference
-from gemini.nn.optimizer.update import adam_split_update
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import update
+from gemini.nn.optimizer.kernels.reference import adam_reference, adam_split_reference
+from gemini.nn.optimizer.kernels.update import adam_split_update
+from gemini.nn.optimizer.rules import adam_rule
 
 
 class Odd(nn.Module):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.nn.optimizer import HybridAdam, adam_rule
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.reference import adam_reference
+from gemini.nn.optimizer.rules import adam_rule
 from gemini.step import managed_step
 
 STEPS = 3

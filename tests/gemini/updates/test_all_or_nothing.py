@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemini.errors import OutOfMemory
-from gemini.nn.optimizer import HybridAdam, adam_rule, cpu_update, kernel_pool
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.update import adam_update, update_states
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import cpu_update, kernel_pool
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.update import adam_update, update_states
+from gemini.nn.optimizer.rules import adam_rule
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,8 +12,8 @@ from update_rig import HYPER, IN_RAM, MIXED, ON_DISK, Faults, Rig, content, rig,
 
 from gemini.chunk import NoDevice, Role, Tier, workers
 from gemini.errors import OffloadError
-from gemini.nn.optimizer.adam_rule import AdamAtStep
-from gemini.nn.optimizer.arithmetic import scalars
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.rules.adam_rule import AdamAtStep
 from gemini.updates.ticket import Ticket
 from gemini.updates.update_pipeline import ChunkUpdate, Run
 from gemini.updates.update_queue import UpdateQueue

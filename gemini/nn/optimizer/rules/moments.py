@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .reduced import BLOCK_NUMEL, pack_exp_avg, pack_exp_avg_sq, unpack_exp_avg, unpack_exp_avg_sq
+from ..kernels.reduced import BLOCK_NUMEL, pack_exp_avg, pack_exp_avg_sq, unpack_exp_avg, unpack_exp_avg_sq
 from .rule import StateSlot
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

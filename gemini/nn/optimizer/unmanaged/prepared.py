@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import AdamHyper, AdamScalars, scalars
+from ..kernels.arithmetic import AdamHyper, AdamScalars, scalars
+from ..kernels.reference import adam_float64
+from ..kernels.update import ready, update_states
+from ..managed import Prepared
 from .batch import States, in_batches
 from .found import find
-from .layout import copy_back, flatten, memory_order
-from .managed import Prepared
+from .memory_order import copy_back, flatten, memory_order
 from .parameter_state import flat_states, needs_master
-from .reference import adam_float64
-from .update import ready, update_states
 
 
 @dataclass(frozen=True, slots=True)

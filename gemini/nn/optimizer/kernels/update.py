@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules.moments import slots
 from .arithmetic import AdamHyper, AdamScalars, scalars
-from .moments import slots
 from .reduced import BLOCK_NUMEL
 from .reference import SLICE_NUMEL, adam_8bit_reference, adam_reference, adam_split_reference
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.arithmetic import AdamHyper, AdamScalars, scalars
+from ..kernels.update import adam_split_update, atomic_numel, update_states
 from . import moments
-from .arithmetic import AdamHyper, AdamScalars, scalars
 from .group_options import refuse_options
 from .rule import StateSlot, StepMaker
-from .update import adam_split_update, atomic_numel, update_states
 
 
 @dataclass(frozen=True, slots=True)

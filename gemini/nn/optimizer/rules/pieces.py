@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .kernel_pool import default_pool
+from ..kernels.kernel_pool import default_pool
 
 _CPU_PIECE_NUMEL, _ACCELERATOR_PIECE_NUMEL = 1 << 18, 1 << 23
 """A CPU's piece and its temporaries are some MiB, near the caches, and long enough for Python not to matter: with half

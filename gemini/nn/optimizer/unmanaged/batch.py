@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arithmetic import AdamScalars
+from ..kernels.arithmetic import AdamScalars
+from ..kernels.update import many_kernels
+from ..rules.moments import slots
+from ..rules.rule import StateSlot
 from .found import NONE, Found
-from .moments import slots
 from .parameter_state import LOW_PRECISION
-from .rule import StateSlot
-from .update import many_kernels
 
 States = MutableMapping[Any, dict[str, Any]]
 
