@@ -111,9 +111,10 @@ class Rig:
         updates = []
         for index in indices or range(len(self.chunks)):
             chunk, expected = self.chunks[index], self.expected[index]
-            runs = runs_of(chunk.layout, AdamAtStep(at_step))
+            runs = runs_of(chunk.layout, AdamAtStep("fp32", at_step))
             for run in runs:
-                adam_update(*(expected[role][run.start : run.stop] for role in UPDATE_ROLES), at_step)
+                *buffers, gradient = (expected[role][run.start : run.stop] for role in UPDATE_ROLES)
+                adam_update("fp32", buffers, gradient, at_step)
             updates.append(ChunkUpdate(chunk, runs, None))
         return self.queue.submit(updates, NoDevice())
 

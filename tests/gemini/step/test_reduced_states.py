@@ -19,9 +19,8 @@ from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData
 from gemini.estimate.subject import Subject
 from gemini.nn.optimizer import HybridAdam
-from gemini.nn.optimizer.kernels import update
+from gemini.nn.optimizer.kernels import reference, update
 from gemini.nn.optimizer.kernels.reduced import BLOCK_NUMEL
-from gemini.nn.optimizer.kernels.reference import adam_8bit_reference, adam_reference
 from gemini.nn.optimizer.rules.moments import slots
 from gemini.packing import packing
 from gemini.planning.placement import Placement, place
@@ -110,8 +109,7 @@ def test_without_a_compiler_updates_in_slices_give_the_same_numbers(
     states: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run_plain(task(states))
-    references = {"adam": adam_reference, "adam_8bit": adam_8bit_reference}
-    monkeypatch.setattr(update, "_kernel_of", lambda device_type, name="adam": references[name])
+    monkeypatch.setattr(update, "KERNELS", {("cpu", form): kernel for form, kernel in reference.BY_FORM.items()})
     monkeypatch.setattr(update, "SLICE_NUMEL", 2 * BLOCK_NUMEL)
     check_equal(run_managed(task(states), **size(1 << 14))[0], expected)
 

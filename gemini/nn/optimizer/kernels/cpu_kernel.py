@@ -416,7 +416,10 @@ def _typed_at(address, like, start, numel):  # type: ignore[no-untyped-def]  # n
 # the types count.
 
 
-def _adam_split(addresses: Any, as_half: Any, as_state: Any, as_grad: Any, begin: int, end: int, numbers: Any) -> None:
+def _adam_split(
+    addresses: Any, as_half: Any, as_state: Any, as_grad: Any, as_out: Any,
+    begin: int, end: int, streams: bool, numbers: Any,
+) -> None:  # fmt: skip
     """One step of masters in two halves. See [Note: Split master]. Addresses: halves, moments, gradient."""
     numel = end - begin
     high, low = _at(addresses[0], as_half, begin, numel), _at(addresses[1], as_half, begin, numel)
@@ -542,9 +545,8 @@ def _compiled(function: Callable[..., None]) -> Any:
 
 
 _adam_kernel, _adam_8bit_kernel = _compiled(_adam), _compiled(_adam_8bit)
-part_kernels = {False: _adam_kernel, True: _adam_8bit_kernel}
-"""By whether moments are in 8 bits."""
-split_kernel = _compiled(_adam_split)
+part_kernels = {"fp32": _adam_kernel, "bf16": _adam_kernel, "8bit": _adam_8bit_kernel, "split": _compiled(_adam_split)}
+"""By the form of the buffers (`forms.FORMS`)."""
 
 
 def _adam_many(table: Any, as_param: Any, as_state: Any, as_grad: Any, as_out: Any, step: Any, numbers: Any) -> None:
@@ -571,5 +573,6 @@ def _gather(addresses: Any, out: Any) -> None:
 
 
 gather_kernel = _compiled(_gather)
-many_kernels = {False: _compiled(_adam_many), True: _compiled(_adam_8bit_many)}
-"""By whether moments are in 8 bits."""
+_many_kernel = _compiled(_adam_many)
+many_kernels = {"fp32": _many_kernel, "bf16": _many_kernel, "8bit": _compiled(_adam_8bit_many)}
+"""By the form of the buffers, too."""

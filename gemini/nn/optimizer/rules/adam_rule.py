@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.arithmetic import AdamHyper, AdamScalars, scalars
-from ..kernels.update import adam_split_update, atomic_numel, update_states
+from ..kernels.forms import MOMENTS, SPLIT
+from ..kernels.update import adam_update, atomic_numel
 from . import moments
 from .group_options import refuse_options
 from .rule import StateSlot, StepMaker
@@ -19,14 +20,15 @@ from .rule import StateSlot, StepMaker
 class AdamAtStep:
     """One step of Adam (an `AtStep`, and with float32 states a `SplitAtStep`)."""
 
+    states: str
+    """How the moments are kept."""
     scalars: AdamScalars
 
     def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
-        update_states(param, states, grad, self.scalars, out)
+        adam_update(self.states, (param, *states), grad, self.scalars, out)
 
     def apply_split(self, high: Tensor, low: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
-        exp_avg, exp_avg_sq = states
-        adam_split_update(high, low, exp_avg, exp_avg_sq, grad, self.scalars)
+        adam_update(SPLIT, (high, low, *states), grad, self.scalars)
 
     def atomic_numel(self, device: torch.device) -> int | None:
         return atomic_numel(device)
@@ -53,7 +55,7 @@ class AdamRule:
         return self._slots
 
     def saved_slots(self, slots: Sequence[StateSlot]) -> tuple[StateSlot, ...]:
-        return tuple(StateSlot(slot.name) for slot in slots if slot.name in moments.MOMENTS)
+        return tuple(StateSlot(slot.name) for slot in slots if slot.name in MOMENTS)
 
     def kept_names(self, name: str) -> tuple[str, ...]:
         return moments.kept_names(self.states, name)
@@ -65,7 +67,7 @@ class AdamRule:
         return moments.pack(self.states, name, saved)
 
     def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
-        return partial(_at_step, AdamHyper.of_group(group))
+        return partial(_at_step, self.states, AdamHyper.of_group(group))
 
     def remembers(self, group: Mapping[str, Any]) -> bool:
         return True
@@ -80,5 +82,5 @@ class AdamRule:
 ADAM = AdamRule()
 
 
-def _at_step(hyper: AdamHyper, step: int, grad_scale: float, is_fresh: bool | None = None) -> AdamAtStep:
-    return AdamAtStep(scalars(hyper, step, grad_scale))
+def _at_step(states: str, hyper: AdamHyper, step: int, grad_scale: float, is_fresh: bool | None = None) -> AdamAtStep:
+    return AdamAtStep(states, scalars(hyper, step, grad_scale))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules.moments import MOMENTS, packed, slots, unpacked
+from ..kernels.forms import MOMENTS
+from ..rules.moments import packed, slots, unpacked
 from ..rules.rule import StateSlot
 from .memory_order import Order, copy_back, flatten, memory_order
 
