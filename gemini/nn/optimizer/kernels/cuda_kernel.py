@@ -238,7 +238,7 @@ def _adam_8bit(
 ):
     # A row of the tile is a block of elements that share a scale. Behind the end everything is 0.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = row < tl.cdiv(numel, COLUMNS)
+    is_row = row * COLUMNS < numel
     at = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = at < numel
     g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
