@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gemini.chunk import StateSlot
+from gemini.chunk import BufferSpec
 
 from .reduced import BLOCK_NUMEL
 
@@ -17,20 +17,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SPLIT = "split"
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_PARAM = StateSlot("param")
+_PARAM = BufferSpec("param")
 
-FORMS: dict[str, tuple[StateSlot, ...]] = {
-    "fp32": (_PARAM, StateSlot("exp_avg"), StateSlot("exp_avg_sq", has_spare_sign=True)),
-    "bf16": (_PARAM, *(StateSlot(name, torch.bfloat16) for name in MOMENTS)),
+FORMS: dict[str, tuple[BufferSpec, ...]] = {
+    "fp32": (_PARAM, BufferSpec("exp_avg"), BufferSpec("exp_avg_sq", has_spare_sign=True)),
+    "bf16": (_PARAM, *(BufferSpec(name, torch.bfloat16) for name in MOMENTS)),
     "8bit": (
         _PARAM,
-        *(StateSlot(name, torch.uint8) for name in MOMENTS),
-        *(StateSlot(f"{name}_scale", block_numel=BLOCK_NUMEL) for name in MOMENTS),
+        *(BufferSpec(name, torch.uint8) for name in MOMENTS),
+        *(BufferSpec(f"{name}_scale", block_numel=BLOCK_NUMEL) for name in MOMENTS),
     ),
     SPLIT: (
-        StateSlot("high", torch.bfloat16),
-        StateSlot("low", torch.int16),
-        *(StateSlot(name) for name in MOMENTS),
+        BufferSpec("high", torch.bfloat16),
+        BufferSpec("low", torch.int16),
+        *(BufferSpec(name) for name in MOMENTS),
     ),
 }
 """The buffers of each form, in the order in which kernels take them: the parameter, then the moments."""

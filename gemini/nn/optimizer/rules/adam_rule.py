@@ -13,7 +13,7 @@ from ..kernels.forms import MOMENTS, SPLIT
 from ..kernels.update import adam_update, atomic_numel
 from . import moments
 from .group_options import refuse_options
-from .rule import StateSlot, StepMaker
+from .rule import BufferSpec, StepMaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class AdamRule:
         self.states = states
         self._slots = moments.slots(states)
 
-    def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
+    def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         return self._slots
 
-    def saved_slots(self, slots: Sequence[StateSlot]) -> tuple[StateSlot, ...]:
-        return tuple(StateSlot(slot.name) for slot in slots if slot.name in MOMENTS)
+    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
+        return tuple(BufferSpec(slot.name) for slot in slots if slot.name in MOMENTS)
 
     def kept_names(self, name: str) -> tuple[str, ...]:
         return moments.kept_names(self.states, name)
@@ -66,7 +66,7 @@ class AdamRule:
     def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
         return moments.pack(self.states, name, saved)
 
-    def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
+    def of_group(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> StepMaker:
         return partial(_at_step, self.states, AdamHyper.of_group(group))
 
     def remembers(self, group: Mapping[str, Any]) -> bool:

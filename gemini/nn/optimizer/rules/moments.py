@@ -6,12 +6,12 @@ from torch import Tensor
 
 from ..kernels.forms import FORMS, MOMENTS, SPLIT
 from ..kernels.reduced import pack_exp_avg, pack_exp_avg_sq, unpack_exp_avg, unpack_exp_avg_sq
-from .rule import StateSlot
+from .rule import BufferSpec
 
 STATES = tuple(form for form in FORMS if form != SPLIT)
 
 
-def slots(states: str) -> tuple[StateSlot, ...]:
+def slots(states: str) -> tuple[BufferSpec, ...]:
     """What is kept, in the order in which kernels take it.
 
     Raises

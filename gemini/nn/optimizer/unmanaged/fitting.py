@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules.rule import StateSlot
+from ..rules.rule import BufferSpec
 from .parameter_state import PARAM_DTYPES, needs_master, state_dtype
 
 _NEW_STATE = "drop its state with optimizer.state.pop(parameter), or build a new optimizer"
@@ -54,7 +54,7 @@ def check_state(param: Tensor, state: Tensor, what: str, shape: torch.Size | Non
     _check_memory(state, what, _NEW_STATE)
 
 
-def check_states(param: Tensor, state: Mapping[str, Any], slots: Sequence[StateSlot], states: str, what: str) -> None:
+def check_states(param: Tensor, state: Mapping[str, Any], slots: Sequence[BufferSpec], states: str, what: str) -> None:
     """Raise ``ValueError`` unless a complete state of ``HybridAdam`` is one of this parameter.
 
     Parameters
