@@ -34,11 +34,11 @@ from torch import Tensor
 from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .buffer import Buffer, MemoryBuffer
 from .conversion import SCRATCH_NUMEL, conversion_pieces
-from .host_arena import HostArena, padded
+from .host_arena import HostArena
 from .memory import FETCH_WORKERS, Caller, Transfer, Underway, Uploads, fill_from_disk
 from .staging import Staging
 from .tier import Tier
-from .workers import end_elsewhere, start_workers
+from .workers import close_in_background, start_workers
 from .write_behind import WriteBehind
 
 ADDED_NUMEL = 1 << 20
@@ -105,8 +105,7 @@ class AcceleratorBackend:
         self.uploads = Uploads()
         self._driver = driver
         self._staging = staging
-        self._pin_homes = pin_homes
-        self._arena: HostArena | None = None
+        self._arena = HostArena(partial(driver.host_block, pin=pin_homes))
         self._to_device = self._driver.lane()
         self._to_host = self._driver.lane()
         self._scratch = torch.empty(SCRATCH_NUMEL * 4, dtype=torch.uint8, device=self.device)
@@ -133,17 +132,12 @@ class AcceleratorBackend:
     # -- memory
 
     def reserve(self, host_bytes: int) -> None:
-        self._arena = self._new_arena(host_bytes)
+        self._arena.reserve(host_bytes)
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         if tier is Tier.DEVICE:
             return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype, device=self.device))
-        if self._arena is None or self._arena.free_bytes < numel * dtype.itemsize:
-            self._arena = self._new_arena(numel * dtype.itemsize)
         return MemoryBuffer(tier, self._arena.take(numel, dtype))
-
-    def _new_arena(self, nbytes: int) -> HostArena:
-        return HostArena(self._driver.host_block(padded(nbytes), self._pin_homes))
 
     def grow(self, full: Tensor) -> None:
         self._driver.allocate(full)
@@ -257,7 +251,7 @@ class AcceleratorBackend:
 
     def close(self) -> None:
         self._wait_for_copies()
-        end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
+        close_in_background(partial(self._workers.shutdown, wait=True, cancel_futures=True))
         self._to_device.mark().wait()  # the memory of what has been fetched, and not been used, may go after this
         self._store.close()
 

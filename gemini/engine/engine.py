@@ -6,14 +6,13 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkState
+from ..chunk import Chunk, ChunkManager
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
 from ..planning.trace import Moment, Phase
 from ..torch_private import current_backward
 from ..units.units import Visit
-from ..updates.backward_updates import BackwardUpdates
-from ..updates.gradients import Gradients
+from ..updates.updates import Updates
 from .device_room import DeviceRoom
 from .discovery import Discovery
 from .pacing import Pacing
@@ -29,28 +28,25 @@ class Engine:
 
     Parameters
     ----------
-    manager, gradients
-        The chunks, and what ``p.grad`` shows of their gradients.
+    manager, updates
+        The chunks, and what leads their gradients to their updates.
     pacing, room, sampling
         Plans the moves, sizes the room for full copies, measures what else is on DEVICE.
-    in_backward
-        Updates chunks while backward runs; None where none is updated before it is over.
     """
 
     def __init__(
         self,
         manager: ChunkManager,
-        gradients: Gradients,
+        updates: Updates,
         pacing: Pacing,
         room: DeviceRoom,
         sampling: Sampling,
-        in_backward: BackwardUpdates | None = None,
     ) -> None:
         self.manager = manager
+        self.updates = updates
         self.pacing = pacing
         self.room = room
         self.sampling = sampling
-        self.in_backward = in_backward
         self.visits = Visits(manager)
         self.discovery = Discovery()
         self.lock = threading.RLock()
@@ -58,7 +54,6 @@ class Engine:
         self.stall_seconds = 0.0
         self.batch: Batch | None = None
         """Of the cycle under way."""
-        self._gradients = gradients
 
     # -- units
 
@@ -82,7 +77,7 @@ class Engine:
         is_sampled = self.sampling.is_on
         if is_sampled:
             self.sampling.end_moment()
-        waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
+        waits = any(not c.is_valid for c in chunks)
         begin = time.perf_counter() if waits else 0.0
         self.visits.begin(visit)
         try:
@@ -131,8 +126,7 @@ class Engine:
 
     def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         self.manager.pin(chunk, keep)
-        if chunk in self._gradients.withdrawn:
-            self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
         names, count = self.visits.names(), len(self.visits.held)
@@ -161,7 +155,7 @@ class Engine:
         """Unpin what `bring` pinned."""
         for chunk in chunks:
             self.manager.unpin(chunk)
-        self.manager.repay()
+        self.manager.eviction.repay()
 
     def enter_outside(self, visit: Visit) -> None:
         """Backward comes to what code outside of any unit made: bring its chunks. No moment of the cycle."""
@@ -205,7 +199,7 @@ class Engine:
         A model that looks at the weights of all of its layers (a penalty, a log) needs them one after the other. Where
         chunks are updated within backward, each use has to be known by its unit.
         """
-        if self.in_backward is not None:
+        if self.updates.schedule.consumes_gradients:
             return True
         nbytes = sum(chunk.full_nbytes for chunk in {*held, *more})
         return nbytes * _HELD_SHARE <= self.room.full_capacity_bytes
@@ -220,14 +214,13 @@ class Engine:
         shapes
             Of the model's inputs. A heavier batch than any before is measured like the first one.
         """
-        if self.in_backward is not None:
-            self.in_backward.before_forward()
+        self.updates.schedule.check_whole("run a forward")
         if self.pacing.cycle.is_complete:
             self.sampling.end_cycle()
         if not self.visits.open:
             self._mend()
         self.manager.forget_addresses()
-        self.manager.repay()
+        self.manager.eviction.repay()
         self.batch = batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
         if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes()):
@@ -243,22 +236,28 @@ class Engine:
 
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
-        if self.in_backward is not None:
-            self.in_backward.begin(task)
+        self.updates.backward_begins(task)
         return self.visits.join_backward(task, visit)
 
     def end_backward(self, task: int) -> None:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
         for visit in self.visits.end_backward(task):
             self.leave_backward(visit)
-        if self.in_backward is not None:
-            self.in_backward.end(task)
+        self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:
         """A backward has run every node of a visit."""
         self.leave(visit)
-        if self.in_backward is not None:
-            self.in_backward.left(visit)
+        self._update(self.updates.schedule.unit_left(visit))
+
+    def gradient_arrived(self, parameter: Tensor) -> None:
+        """Autograd has put a gradient into ``p.grad``."""
+        self._update(self.updates.gradient_arrived(parameter, current_backward()))
+
+    def _update(self, chunks: Sequence[Chunk]) -> None:
+        """Update chunks while backward runs."""
+        for chunk in chunks:
+            self.updates.update(chunk, refresh=self.pacing.keeps(chunk))
 
     # -- when something went wrong
 

@@ -16,7 +16,6 @@ from ..chunk import Chunk, Keeper
 from ..engine import Engine
 from ..torch_private import is_transformed, next_number, storage_key, without_transforms
 from ..units.observer import tensors_in
-from ..updates.gradients import Gradients
 from .backward import BackwardHooks
 
 
@@ -25,16 +24,15 @@ class Outside(Keeper):
 
     Parameters
     ----------
-    engine, backward, gradients
-        Moves chunks, has backward bring them again, and knows what ``p.grad`` shows.
+    engine, backward
+        Moves chunks, and has backward bring them again.
     """
 
-    def __init__(self, engine: Engine, backward: BackwardHooks, gradients: Gradients) -> None:
+    def __init__(self, engine: Engine, backward: BackwardHooks) -> None:
         self._engine = engine
         self._backward = backward
-        self._gradients = gradients
-        for chunk in engine.manager.chunks:
-            chunk.entrust(self)
+        self._gradients = engine.updates.gradients
+        engine.manager.entrust(self)
 
     def view(self, parameter: Tensor) -> Tensor:
         chunk, position = self._place(parameter)
@@ -87,11 +85,10 @@ class Outside(Keeper):
                 self._engine.let_go(pinned)
 
     def show_gradient(self, parameter: Tensor) -> None:
-        self._gradients.reveal(self._place(parameter)[0])
-        self._gradients.copy_in_reach(parameter)
+        self._gradients.show(parameter)
 
     def replace_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
-        self._gradients.before_replacing(parameter, gradient)
+        self._gradients.replace(parameter, gradient)
 
     def _remember_upper_halves(self, parameters: list[Tensor]) -> None:
         """Before an operation that may change masters in two halves: what is changed is told by comparing."""
@@ -102,9 +99,9 @@ class Outside(Keeper):
 
     def _keep_upper_halves(self, chunks: tuple[Chunk, ...]) -> None:
         for chunk in chunks:
-            if chunk.is_split and chunk.edited():
+            if chunk.is_split and chunk.bindings.edited():
                 with _undisturbed():
-                    self._engine.manager.keep_edits(chunk)
+                    self._engine.manager.quiet(chunk)
 
     def _lent(self, run: Callable[[], Any], parameters: list[Tensor]) -> Any:
         """Run something with the parameters in the loans' memory; their chunks are pinned."""
@@ -112,21 +109,17 @@ class Outside(Keeper):
         try:
             with _undisturbed():
                 for chunk, position in places:
-                    chunk.point(position, chunk.lend().view(position))
+                    chunk.bindings.point(position, chunk.lend().view(position))
             return run()
         finally:
             for chunk, position in places:
-                chunk.point_back(position)
+                chunk.bindings.point_back(position)
 
     def _chunks(self, parameters: list[Tensor]) -> tuple[Chunk, ...]:
         found = {chunk.index: chunk for chunk, _ in map(self._place, parameters)}
         chunks = tuple(found[index] for index in sorted(found))
-        self._refuse_stale(chunks)
+        self._engine.updates.schedule.check_current("code outside of any unit", chunks)
         return chunks
-
-    def _refuse_stale(self, chunks: tuple[Chunk, ...]) -> None:
-        if self._engine.in_backward is not None:
-            self._engine.in_backward.before_use("code outside of any unit", chunks)
 
     def _place(self, parameter: Tensor) -> tuple[Chunk, int]:
         place = self._engine.manager.find(parameter)

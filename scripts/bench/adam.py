@@ -19,6 +19,7 @@ import os
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import buffers
@@ -33,6 +34,7 @@ from gemini.nn.optimizer.kernels import kernel_pool
 from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.kernels.cpu_update import adam_cpu
 from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.process_wide import PerProcess
 
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, bias_correction=True)
 BLOCKS = (1 << 16, 1 << 18, 1 << 20)
@@ -144,7 +146,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         # Both kinds of threads: torch's, and our pool's, which takes its size from the cores of the process.
         torch.set_num_threads(threads)
         os.sched_setaffinity(0, cores[:threads])
-        kernel_pool._default = None
+        kernel_pool._of_process = PerProcess(partial(kernel_pool.KernelPool, threads))
         with ExitStack() as stack:
             others = None
             if python is not None:

@@ -12,6 +12,7 @@ from gemini.nn.optimizer.kernels import kernel_pool, reference, update
 from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
 from gemini.nn.optimizer.unmanaged import batch
 from gemini.nn.optimizer.unmanaged.batch import LEAST, SMALL_NUMEL, PreparedBatch
+from gemini.process_wide import PerProcess
 
 pytest.importorskip("numba")
 
@@ -95,10 +96,10 @@ def test_all_threads_together_give_the_bits_of_one(
         return train(params)
 
     pool = KernelPool(3)
-    monkeypatch.setattr(kernel_pool, "_default", (kernel_pool.os.getpid(), pool))
+    monkeypatch.setattr(kernel_pool, "_of_process", PerProcess(lambda: pool))
     batched = run()
     pool.close()
-    monkeypatch.setattr(kernel_pool, "_default", (kernel_pool.os.getpid(), KernelPool(1)))
+    monkeypatch.setattr(kernel_pool, "_of_process", PerProcess(lambda: KernelPool(1)))
     one_by_one()
     assert same(batched, run())
 
