@@ -219,7 +219,7 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
 
 def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> None:
     """An optimizer that has stepped before goes on where it was; one that starts with states gets them."""
-    if optimizer.rule.starts_filled:
+    if optimizer.rule.has_initial_state:
         for chunk in manager.chunks:
             for slot in chunk.states:
                 for position in range(len(chunk.layout.slots)):

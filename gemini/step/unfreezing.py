@@ -72,7 +72,7 @@ class Unfreezing:
                 raise ValueError(f"{name} is in use: unfreeze it between steps")
         frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]
         plans = self._plans(frozen, slots, index) if frozen else ()
-        self._manager.rebuild(plans, partial(_fill, rule) if rule.starts_filled else None)
+        self._manager.rebuild(plans, partial(_fill, rule) if rule.has_initial_state else None)
         admitted = list(places)
         with _requiring_gradients(admitted):
             watch_gradients(self._engine, admitted)

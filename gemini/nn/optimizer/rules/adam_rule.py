@@ -13,12 +13,12 @@ from ..kernels.forms import MOMENTS, SPLIT
 from ..kernels.update import adam_update, atomic_numel
 from . import moments
 from .group_options import refuse_options
-from .rule import BufferSpec, StepMaker
+from .rule import BufferSpec, BoundRule
 
 
 @dataclass(frozen=True, slots=True)
-class AdamAtStep:
-    """One step of Adam (an `AtStep`, and with float32 states a `SplitAtStep`)."""
+class AdamUpdate:
+    """One step of Adam (a `BoundUpdate`, and with float32 states a `BoundSplitUpdate`)."""
 
     states: str
     """How the moments are kept."""
@@ -45,7 +45,7 @@ class AdamRule:
 
     name = "Adam"
     takes_step = True
-    starts_filled = False
+    has_initial_state = False
 
     def __init__(self, states: str = "fp32") -> None:
         self.states = states
@@ -66,10 +66,10 @@ class AdamRule:
     def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
         return moments.pack(self.states, name, saved)
 
-    def of_group(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> StepMaker:
+    def bind(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> BoundRule:
         return partial(_at_step, self.states, AdamHyper.of_group(group))
 
-    def remembers(self, group: Mapping[str, Any]) -> bool:
+    def keeps_state(self, group: Mapping[str, Any]) -> bool:
         return True
 
     def initial(self, name: str) -> float:
@@ -82,5 +82,5 @@ class AdamRule:
 ADAM = AdamRule()
 
 
-def _at_step(states: str, hyper: AdamHyper, step: int, grad_scale: float, is_fresh: bool | None = None) -> AdamAtStep:
-    return AdamAtStep(states, scalars(hyper, step, grad_scale))
+def _at_step(states: str, hyper: AdamHyper, step: int, grad_scale: float, is_fresh: bool | None = None) -> AdamUpdate:
+    return AdamUpdate(states, scalars(hyper, step, grad_scale))

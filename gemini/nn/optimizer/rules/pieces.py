@@ -35,7 +35,7 @@ def all_of(param: Tensor) -> list[slice]:
     return [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
 
 
-def rooms(param: Tensor) -> deque[Tensor]:
+def scratch(param: Tensor) -> deque[Tensor]:
     """A float32 tensor as long as a piece for each thread that may work at once; take one and put it back."""
     numel = min(param.numel(), _piece_numel(param.device))
     threads = default_pool().threads if param.device.type == "cpu" else 1
