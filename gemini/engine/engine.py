@@ -126,8 +126,7 @@ class Engine:
 
     def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         self.manager.pin(chunk, keep)
-        if chunk in self.updates.gradients.withdrawn:
-            self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
         names, count = self.visits.names(), len(self.visits.held)

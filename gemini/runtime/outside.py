@@ -85,11 +85,10 @@ class Outside(Keeper):
                 self._engine.let_go(pinned)
 
     def show_gradient(self, parameter: Tensor) -> None:
-        self._gradients.reveal(self._place(parameter)[0])
-        self._gradients.copy_in_reach(parameter)
+        self._gradients.show(parameter)
 
     def replace_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
-        self._gradients.before_replacing(parameter, gradient)
+        self._gradients.replace(parameter, gradient)
 
     def _remember_upper_halves(self, parameters: list[Tensor]) -> None:
         """Before an operation that may change masters in two halves: what is changed is told by comparing."""

@@ -118,7 +118,7 @@ def test_closing_ends_the_device_and_the_disk(tmp_path: Path) -> None:
         rig.manager.read(rig.parameters[0][0], MASTER)
 
 
-def test_what_was_changed_in_place_is_brought_home_when_the_update_before_it_has_been_repeated() -> None:
+def test_a_change_in_place_goes_home_after_the_update_before_it_was_repeated() -> None:
     rig = Rig([TRAINABLE])
     (chunk,) = rig.chunks
     rig.manager.fetch(chunk)

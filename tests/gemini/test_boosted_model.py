@@ -33,7 +33,7 @@ def test_accessors_show_the_values_after_a_step() -> None:
         assert torch.equal(a, b)
 
 
-def test_copying_pickling_and_moving_a_boosted_model_are_refused_with_the_way_to_do_it() -> None:
+def test_copying_pickling_and_moving_a_boosted_model_are_refused_with_a_way_out() -> None:
     model = Trained({}).model
     for forbidden, hint in (
         (lambda: copy.deepcopy(model), "state_dict"),

@@ -225,7 +225,7 @@ class Refuses:
         del self.device.grow
 
 
-def test_a_fetch_that_the_system_refuses_is_tried_once_more_in_the_room_of_all_that_is_idle() -> None:
+def test_a_refused_fetch_is_tried_once_more_in_the_room_of_idle_chunks() -> None:
     ours, plain = trained({"device_memory": "80KiB", "max_prefetch": 0, **SMALL})
     with Refuses(ours, 1) as refused:
         for run in (ours, plain):
