@@ -109,9 +109,10 @@ def test_asking_for_one_parameter_does_not_wait_for_the_updates_of_all() -> None
     chunks = boosted(run.model).manager.chunks
     assert len(chunks) > 1
     waited: list[int] = []
+    boosted(run.model).manager.eviction.evict_idle()
     for chunk in chunks:
         chunk.settle()
-        chunk.update = RecordsWait(waited, chunk.index)
+        chunk.begin_update(RecordsWait(waited, chunk.index), ())
     next(run.model.parameters()).norm()
     assert waited == [boosted(run.model).manager.find(run.model[0].weight)[0].index]
 

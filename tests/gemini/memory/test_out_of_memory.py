@@ -272,7 +272,7 @@ def test_the_error_for_a_unit_without_room_names_unit_need_and_remedy() -> None:
     manager = boosted(ours.model).manager
     ledger = manager.ledger
     full = ledger.capacity(Tier.DEVICE)
-    manager.evict_idle()
+    manager.eviction.evict_idle()
     ledger.resize(Tier.DEVICE, ledger.used(Tier.DEVICE))
     with pytest.raises(OutOfMemory, match=r"device tier out of memory.*needs 0\.0 MiB.*\(for 0\)") as caught:
         ours.loss(2)

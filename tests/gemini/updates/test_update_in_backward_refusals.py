@@ -13,7 +13,7 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.errors import TornStep
 from gemini.nn.optimizer import HybridAdam
-from gemini.updates.gradients import AbsentGradient
+from gemini.updates.absent_gradient import AbsentGradient
 
 pytestmark = pytest.mark.timeout(60)
 
