@@ -55,7 +55,7 @@ class Eviction:
                 self._ledger.overdraw(Tier.DEVICE, missing)
 
     def make_room_for(self, tier: Tier, nbytes: int) -> None:
-        """Evict until so many bytes of a tier are free, or nothing idle is left where that would help."""
+        """Evict until ``nbytes`` of a tier are free, or nothing idle is left where that would help."""
         if self._ledger.bounded_by(tier) is self._ledger.bounded_by(Tier.DEVICE):
             while self._ledger.free(tier) < nbytes and self._evict_one():
                 pass
