@@ -127,8 +127,6 @@ STILL: Mapping[str, frozenset[str]] = {
         {
             "gemini.chunk.chunk: Chunk",
             "gemini.chunk.manager: ChunkManager",
-            "gemini.step.kept_states: KeptStates",
-            "gemini.step.managed_step: ChunkedStep",
         }
     ),
     "class_of_many_attributes": frozenset(
