@@ -163,7 +163,7 @@ class Gradients:
 
     def _bring(self, slot: GradientSlot) -> None:
         """Put a copy in place of a stand-in, if there is memory for it."""
-        if self._manager.headroom() >= slot.parameter.nbytes:
+        if self._manager.eviction.headroom() >= slot.parameter.nbytes:
             slot.copy_in_reach()
 
     # -- the step and after

@@ -124,8 +124,7 @@ class Updates:
 
     def _make_ready(self, chunk: Chunk) -> None:
         """Have a chunk quiet and its gradient complete, before anything of the step is changed."""
-        chunk.settle()  # an error of the last step surfaces here
-        self._manager.keep_edits(chunk)
+        self._manager.quiet(chunk)  # an error of the last step surfaces here
         if chunk not in self._complete:
             self._complete.add(chunk)
             assert chunk.gradient is not None

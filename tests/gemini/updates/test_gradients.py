@@ -208,11 +208,11 @@ def test_gradients_that_are_elsewhere_are_copied_for_who_asks_where_there_is_mem
         check_same(between, host_memory="300KiB", offload_dir=tmp_path)
 
 
-def test_without_memory_for_copies_clipping_with_torch_fails_loudly_and_training_goes_on(tmp_path: Path) -> None:
+def test_clipping_with_torch_fails_without_memory_for_copies_and_training_goes_on(tmp_path: Path) -> None:
     model = build()
     kept = list(model.parameters())
     model, optimizer, booster = boost(model, host_memory="300KiB", offload_dir=tmp_path)
-    boosted(model).manager.headroom = lambda: 0
+    boosted(model).manager.eviction.headroom = lambda: 0
     booster.backward(loss_of(model, 0), optimizer)
     absent = [p.grad for p in kept if isinstance(p.grad, AbsentGradient)]
     assert absent
