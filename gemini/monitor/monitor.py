@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from msgspec import UNSET
+from msgspec.structs import asdict, replace
 from torch import nn
 
 from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier, accelerator_in_use, memory_of
@@ -26,6 +28,17 @@ from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
 from ..step.managed_step import ChunkedStep
 from ..telemetry.layout import chunks_file, oom_file, timeline_file
+from ..telemetry.records import (
+    Capacity,
+    ChunkMap,
+    DescribedChunk,
+    DescribedParameter,
+    Description,
+    OutOfMemory,
+    OutOfMemoryDocument,
+    Process,
+    TierUse,
+)
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Unit
 from .stats import Reading, Statistics, Stats, read
@@ -93,7 +106,7 @@ class Monitor:
         self._statistics = statistics
         self._units = units
         self._last = LastStep(runtime, step, statistics)
-        self._description: Mapping[str, Any] = {}
+        self._description: Description | None = None
         self._homes: dict[Tier, int] = dict.fromkeys(Tier, 0)
         """Bytes of homes and staging."""
         self._described_units = -1
@@ -162,8 +175,9 @@ class Monitor:
         self, packing: Packing, config: GeminiConfig, capacities: Capacities, model: Mapping[str, Any] | None = None
     ) -> None:
         """Write down what was decided: enough to make the decision again. ``model`` is `model_facts`, told once."""
-        known = {"model": self._description.get("model") if model is None else model}
-        self._description = {**description(self._runtime.manager, packing, config, capacities), **known}
+        if model is None and self._description is not None:
+            model = self._description.model
+        self._description = description(self._runtime.manager, packing, config, capacities, model)
         self._homes = {**packing.placement.nbytes}
         self._homes[Tier.HOST] += packing.staging_bytes
         self._described_units = -1
@@ -171,10 +185,10 @@ class Monitor:
 
     def _describe(self) -> None:
         """Records refer to units by index, and units grow while the warm-up watches."""
-        if len(self._units) != self._described_units:
+        if self._description is not None and len(self._units) != self._described_units:
             self._described_units = len(self._units)
             names = [unit.name for unit in self._units]
-            self.writer.write_document(chunks_file, {**self._description, "units": names})
+            self.writer.write_document(chunks_file, replace(self._description, units=names))
 
     def on_error(self, error: BaseException | None) -> None:
         """An exception passes through the model: if it is for want of memory, record what there was. Never raises."""
@@ -190,33 +204,25 @@ class Monitor:
         record = self._oom_record(error)
         self.writer.record("oom", record)
         last = as_record(self._last_points, self._last_step, self._tier) if self._last_points else None
-        self.writer.write_document(oom_file, {**record, "last_timeline": last})
+        self.writer.write_document(oom_file, OutOfMemoryDocument(**asdict(record), last_timeline=last))
 
-    def _oom_record(self, error: BaseException) -> dict[str, Any]:
+    def _oom_record(self, error: BaseException) -> OutOfMemory:
         manager, runtime = self._runtime.manager, self._runtime
         visits = [visit.unit.name for visit in runtime.open_visits]
-        phase = "backward" if runtime.is_in_backward else "forward"
-        points = runtime.timeline.points
-        return {
-            "error": f"{type(error).__name__}: {error}"[:2000],
-            "is_ours": hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
-            "unit": visits[-1] if visits else None,
-            "phase": phase,
-            "batch_shapes": [list(shape) for shape in runtime.batch.shapes[:_SHAPES]] if runtime.batch else [],
-            "tiers": {
-                tier.value: {
-                    "used_bytes": manager.ledger.used(tier),
-                    "peak_bytes": manager.ledger.peak(tier),
-                    "capacity_bytes": manager.ledger.capacity(tier),
-                }
-                for tier in Tier
-            },
-            "non_model_peak_bytes": runtime.meter.peak_bytes,
-            "moments_before": as_record(points, self._last_step + 1, self._tier) if points else None,
-            "states": chunk_map(manager.chunks),
-            "in_use": [c.index for c in manager.chunks if c.state is ChunkState.IN_USE][:64],
-            "process": process_memory(),
-        }
+        points, ledger = runtime.timeline.points, manager.ledger
+        return OutOfMemory(
+            error=f"{type(error).__name__}: {error}"[:2000],
+            is_ours=hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
+            unit=visits[-1] if visits else None,
+            phase="backward" if runtime.is_in_backward else "forward",
+            batch_shapes=[list(shape) for shape in runtime.batch.shapes[:_SHAPES]] if runtime.batch else [],
+            tiers={tier.value: TierUse(ledger.used(tier), ledger.peak(tier), ledger.capacity(tier)) for tier in Tier},
+            non_model_peak_bytes=runtime.meter.peak_bytes,
+            moments_before=as_record(points, self._last_step + 1, self._tier) if points else None,
+            states=chunk_map(manager.chunks),
+            in_use=[c.index for c in manager.chunks if c.state is ChunkState.IN_USE][:64],
+            process=process_memory(),
+        )
 
 
 def probes(manager: ChunkManager) -> dict[str, Any]:
@@ -224,9 +230,9 @@ def probes(manager: ChunkManager) -> dict[str, Any]:
     return {"chunks": partial(_chunk_probe, weakref.ref(manager)), "process": process_memory}
 
 
-def _chunk_probe(reference: "weakref.ref[ChunkManager]") -> dict[str, Any] | None:
+def _chunk_probe(reference: "weakref.ref[ChunkManager]") -> ChunkMap | None:
     manager = reference()
-    return None if manager is None else {"states": chunk_map(manager.chunks)}
+    return None if manager is None else ChunkMap(chunk_map(manager.chunks))
 
 
 def chunk_map(chunks: Sequence[Chunk]) -> str:
@@ -242,19 +248,23 @@ def chunk_map(chunks: Sequence[Chunk]) -> str:
     return "".join(f"{count}{letter}" for letter, count in runs)
 
 
-def process_memory() -> dict[str, Any]:
+def process_memory() -> Process:
     """RAM of this process, and how much more the tightest limit on it allows."""
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     free, name = host_headroom()
+    device = accelerator_in_use()
+    memory = None if device is None else memory_of(device)
+    there = None if memory is None else memory.free()
     # Rounded, so that a process at rest says the same again and nothing is written.
-    found: dict[str, Any] = {"rss_bytes": resident >> 20 << 20, "free_bytes": free >> 24 << 24, "limit": name}
-    if (device := accelerator_in_use()) is not None:
-        memory = memory_of(device)
-        there = memory.free()
-        found |= {"device_free_bytes": there.free >> 20 << 20, "device_total_bytes": there.total}
-        found["device_reserved_bytes"] = memory.reserved_bytes
-    return found
+    return Process(
+        rss_bytes=resident >> 20 << 20,
+        free_bytes=free >> 24 << 24,
+        limit=name,
+        device_free_bytes=UNSET if there is None else there.free >> 20 << 20,
+        device_total_bytes=UNSET if there is None else there.total,
+        device_reserved_bytes=UNSET if memory is None else memory.reserved_bytes,
+    )
 
 
 def model_facts(model: nn.Module) -> dict[str, Any] | None:
@@ -271,10 +281,14 @@ def model_facts(model: nn.Module) -> dict[str, Any] | None:
 
 
 def description(
-    manager: ChunkManager, packing: Packing, config: GeminiConfig, capacities: Capacities
-) -> Mapping[str, Any]:
-    """Chunks, parameters and what the user asked for, as one JSON object."""
-    parameters: dict[int, dict[str, Any]] = {}
+    manager: ChunkManager,
+    packing: Packing,
+    config: GeminiConfig,
+    capacities: Capacities,
+    model: Mapping[str, Any] | None,
+) -> Description:
+    """Chunks, parameters and what the user asked for; units come later."""
+    parameters: dict[int, DescribedParameter] = {}
     chunks = []
     for chunk in manager.chunks:
         group = chunk.layout.group
@@ -283,35 +297,35 @@ def description(
         if chunk.gradient is not None and chunk.gradient.buffer is not None:
             buffers[Role.GRADIENT.value] = chunk.gradient.buffer
         for slot in chunk.layout.slots:
-            parameters[slot.key] = {
-                "name": slot.name,
-                "shape": list(slot.shape),
-                "chunk": chunk.index,
-                "param_group": group.param_group,
-                "trainable": group.trainable,
-                "keeps_fp32": group.keeps_fp32,
-            }
+            parameters[slot.key] = DescribedParameter(
+                name=slot.name,
+                shape=list(slot.shape),
+                chunk=chunk.index,
+                param_group=group.param_group,
+                trainable=group.trainable,
+                keeps_fp32=group.keeps_fp32,
+            )
         chunks.append(
-            {
-                "numel": chunk.layout.numel,
-                "used_numel": chunk.layout.used_numel,
-                "full_bytes": chunk.full_nbytes,
-                "homes": {role: home.tier.value for role, home in buffers.items()},
-                "home_bytes": {role: home.nbytes for role, home in buffers.items()},
-                "group": f"{group.param_group}{marks}",
-            }
+            DescribedChunk(
+                numel=chunk.layout.numel,
+                used_numel=chunk.layout.used_numel,
+                full_bytes=chunk.full_nbytes,
+                homes={role: home.tier.value for role, home in buffers.items()},
+                home_bytes={role: home.nbytes for role, home in buffers.items()},
+                group=f"{group.param_group}{marks}",
+            )
         )
-    return {
-        "chunks": chunks,
-        "parameters": [parameters[key] for key in sorted(parameters)],
-        "homes_bytes": {tier.value: packing.placement.nbytes[tier] for tier in Tier},
-        "capacities": {
-            tier.value: {"bytes": budget.bytes, "source": budget.source} for tier, budget in capacities.budgets.items()
-        },
-        "unified": capacities.unified,
-        "ram_bytes": capacities.ram_bytes,
-        "device_limit_bytes": capacities.device_limit_bytes,
-        "config": {
+    return Description(
+        chunks=chunks,
+        parameters=[parameters[key] for key in sorted(parameters)],
+        units=[],
+        homes_bytes={tier.value: packing.placement.nbytes[tier] for tier in Tier},
+        capacities={tier.value: Capacity(budget.bytes, budget.source) for tier, budget in capacities.budgets.items()},
+        unified=capacities.unified,
+        ram_bytes=capacities.ram_bytes,
+        device_limit_bytes=capacities.device_limit_bytes,
+        model=None if model is None else dict(model),
+        config={
             "precision": config.precision,
             "policy": type(config.policy).__name__,
             "offload_optim_frac": getattr(config.policy, "offload_optim_frac", None),
@@ -326,4 +340,4 @@ def description(
             "offload_dir": None if config.offload_dir is None else str(config.offload_dir),
             "pin_memory": config.pin_memory,
         },
-    }
+    )

@@ -4,10 +4,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, to_builtins
+from msgspec.structs import asdict
 
 from gemini.stat.text import printable
 from gemini.telemetry.discovery import NoRun, find_run
@@ -70,14 +72,18 @@ def rank(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected a number or 'worst', got {text!r}")
 
 
-def print_json(content: Mapping[str, Any]) -> None:
-    # ASCII only, so that no character of a file reaches the terminal as it is.
-    print(json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, allow_nan=False))
+def print_json(content: Struct) -> None:
+    print(as_text({"schema_version": SCHEMA_VERSION, **asdict(content)}, indent=2))
 
 
-def print_json_line(content: Mapping[str, Any]) -> None:
+def print_json_line(content: Struct) -> None:
     """For streams: one object a line."""
-    print(json.dumps({"schema_version": SCHEMA_VERSION, **content}, separators=(",", ":"), allow_nan=False), flush=True)
+    print(as_text({"schema_version": SCHEMA_VERSION, **asdict(content)}, separators=(",", ":")), flush=True)
+
+
+def as_text(content: Any, **options: Any) -> str:
+    """JSON of anything with structs in it, in ASCII, so that no character of a file reaches the terminal as it is."""
+    return json.dumps(content, allow_nan=False, default=to_builtins, **options)
 
 
 def remark(text: str) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from gemini.stat.console import read
 from gemini.stat.rates import read_hardware
 from gemini.stat.screen import Shown, gather
-from gemini.telemetry.documents import ChunksView, TimelineView, read_chunks, read_timeline
+from gemini.telemetry.documents import read_chunks, read_timeline
 from gemini.telemetry.layout import chunks_file, timeline_file
+from gemini.telemetry.records import Description, Timeline
 
 
 class Follower:
@@ -17,8 +18,8 @@ class Follower:
         self.path = path
         self.options = options
         self._hardware = read_hardware()
-        self._chunks: ChunksView | None = None
-        self._timeline: TimelineView | None = None
+        self._chunks: Description | None = None
+        self._timeline: Timeline | None = None
         self._seen: dict[Path, tuple[int, int]] = {}
 
     def look(self) -> Shown:

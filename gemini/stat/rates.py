@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemini.telemetry.layout import runs_folder
-from gemini.telemetry.reader import TIERS, RunView, number
+from gemini.telemetry.layout import TIERS, runs_folder
+from gemini.telemetry.reader import RunView, number
 
 RISK_HIGH = 0.85
 RISK_CRITICAL = 0.95

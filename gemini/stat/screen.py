@@ -12,8 +12,8 @@ from gemini.stat.advice import Advice, advise
 from gemini.stat.rates import Rates, rates
 from gemini.stat.snapshot import STATUS_STYLES
 from gemini.stat.text import duration, printable, seconds
-from gemini.telemetry.documents import ChunksView, TimelineView
 from gemini.telemetry.reader import RunView
+from gemini.telemetry.records import Description, Timeline
 
 PARTS = ("tiers", "timeline", "chunks", "moves", "advice")
 KEYS = "q quit  r rank  t timeline  c chunks  m moves  a advice  p pause  s save  ? help"
@@ -39,8 +39,8 @@ class Shown:
     run: RunView
     rates: Rates
     advices: Sequence[Advice]
-    chunks: ChunksView | None
-    timeline: TimelineView | None
+    chunks: Description | None
+    timeline: Timeline | None
 
 
 @dataclass(kw_only=True)
@@ -53,7 +53,7 @@ class View:
     message: str = ""
 
 
-def gather(run: RunView, chunks: ChunksView | None, timeline: TimelineView | None, hardware: dict[str, float]) -> Shown:
+def gather(run: RunView, chunks: Description | None, timeline: Timeline | None, hardware: dict[str, float]) -> Shown:
     found = rates(run, hardware)
     return Shown(
         run=run,

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from gemini.stat.rates import prediction
 from gemini.stat.text import UNKNOWN, count, duration, percent, printable, seconds, size
-from gemini.telemetry.reader import TIERS, RunStatus, RunView
+from gemini.telemetry.layout import TIERS
+from gemini.telemetry.reader import RunStatus, RunView
 
 STATUS_STYLES = {
     RunStatus.RUNNING: "bold black on green",

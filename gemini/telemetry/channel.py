@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from gemini.stacks import small_stacks
+from gemini.telemetry.encoding import as_mapping
 from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file
 from gemini.telemetry.outcome import outcome, program
-from gemini.telemetry.probes import Fields, Probes
+from gemini.telemetry.probes import Probes
 from gemini.telemetry.record_file import RecordFile
+from gemini.telemetry.records import End, EndStatus, Fields, Start, Step
 from gemini.telemetry.run_folder import make_run_folder, prune, write_document, write_run_file
 from gemini.telemetry.shared_id import shared_run_id
 
@@ -43,7 +45,7 @@ class Channel:
         self,
         run: Path,
         rank: int,
-        header: dict[str, Any],
+        start: Start,
         probes: Mapping[str, Callable[[], Fields | None]],
         last: Callable[[], Stats | None] | None,
         lock: int,
@@ -62,13 +64,16 @@ class Channel:
         # SimpleQueue, because its put may be called from a finalizer that interrupts another put.
         self._queue: queue.SimpleQueue[tuple[str | Path, float, Any]] = queue.SimpleQueue()
         self._wake_up: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._file = RecordFile(run, rank, header)
+        self._file = RecordFile(run, rank, start)
         self._thread = threading.Thread(target=self._run, name="gemini-memory-telemetry", daemon=True)
         with small_stacks():
             self._thread.start()
 
     def put(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:
         self._put(kind, fields)
+
+    def put_step(self, stats: Stats | Callable[[], Stats]) -> None:
+        self._put("step", _step_of(stats))
 
     def put_document(self, path: Path, content: Fields | Callable[[], Fields]) -> None:
         self._put(path, content)
@@ -81,15 +86,15 @@ class Channel:
             return
         self._queue.put((what, time.time(), fields))
 
-    def request_end(self, status: str, summary: Stats | None, error: str | None = None) -> None:
+    def request_end(self, status: EndStatus, summary: Stats | None, error: str | None = None) -> None:
         if self._ended or os.getpid() != self._pid:
             return
         self._ended = True
         pending = self.pending if self._last is None else self._last()
         if pending is not None:
-            self._queue.put(("step", time.time(), pending))
+            self._queue.put(("step", time.time(), _step_of(pending)))
         self.pending = self._last = None
-        end = {"status": status, "summary": dict(summary) if summary else None, "error": error}
+        end = End(status, dict(summary) if summary else None, error)
         self._queue.put(("end", time.time(), end))
         self._wake_up.put(None)
 
@@ -109,13 +114,13 @@ class Channel:
                 while not self._queue.empty():
                     what, when, fields = self._queue.get_nowait()
                     if isinstance(what, Path):
-                        write_document(what, {"v": VERSION, "t": when, "rank": self.rank, **_made(fields)})
+                        header = {"v": VERSION, "t": when, "rank": self.rank}
+                        write_document(what, {**header, **as_mapping(_made(fields))})
                         continue
                     if what == "end":
                         for kind, seen in probe.due(is_last=True):
                             self._file.write(kind, when, seen, self.dropped)
-                    made = _made(fields)
-                    self._file.write(what, when, {"stats": made} if what == "step" else made, self.dropped)
+                    self._file.write(what, when, _made(fields), self.dropped)
                 if time.monotonic() - heartbeat >= HEARTBEAT_SECONDS:
                     heartbeat = time.monotonic()
                     os.utime(self._lock)
@@ -137,6 +142,10 @@ class Channel:
 
 def _made(fields: Fields | Callable[[], Fields]) -> Fields:
     return fields() if callable(fields) else fields
+
+
+def _step_of(stats: Stats | Callable[[], Stats]) -> Callable[[], Step]:
+    return lambda: Step(stats() if callable(stats) else stats)
 
 
 _live: dict[Path, Channel] = {}
@@ -177,17 +186,17 @@ def open_channel(
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OSError(f"{run} is in use by another run; give each run a folder of its own") from error
-        header = {
-            "run_id": run_id,
-            "name": program(),
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "world_size": int(os.environ.get("WORLD_SIZE") or 1),
-            "started": started,
-            "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
-        }
-        write_run_file(run, rank, {"v": VERSION, "rank": rank, **header, "facts": facts})
-        channel = _live[path] = Channel(run, rank, header, probes, last, lock)
+        start = Start(
+            run_id=run_id,
+            name=program(),
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            world_size=int(os.environ.get("WORLD_SIZE") or 1),
+            started=started,
+            restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+        )
+        write_run_file(run, rank, {"v": VERSION, "rank": rank, **as_mapping(start), "facts": facts})
+        channel = _live[path] = Channel(run, rank, start, probes, last, lock)
         if rank == 0 and is_listed:
             with suppress(OSError):
                 prune({lock.parent.resolve() for lock in _live})

@@ -17,11 +17,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from gemini.telemetry.layout import HEARTBEAT_SECONDS, RUN_FILE, VERSION, lock_file, records_file
+from gemini.telemetry.layout import HEARTBEAT_SECONDS, RUN_FILE, TIERS, VERSION, lock_file, records_file
 from gemini.telemetry.liveness import is_locked
 
 TAIL_BYTES = 1 << 20
-TIERS = ("device", "host", "disk")
 _TYPES = frozenset({"start", "step", "timeline", "chunks", "process", "oom", "end"})
 _WINDOW_SECONDS = 10.0
 _WINDOW_STEPS = 10

@@ -14,7 +14,7 @@ from typing import Any
 
 from gemini.telemetry.channel import Channel, Stats, open_channel
 from gemini.telemetry.outcome import outcome
-from gemini.telemetry.probes import Fields
+from gemini.telemetry.records import EndStatus, Fields
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,9 @@ class TelemetryWriter:
             return
         self._last_put = time.monotonic()
         channel.pending = None
-        channel.put("step", stats)
+        channel.put_step(stats)
 
-    def close(self, status: str | None = None, summary: Stats | None = None) -> None:
+    def close(self, status: EndStatus | None = None, summary: Stats | None = None) -> None:
         """Write the end record and wait for the thread, two seconds at most. Only the first call counts.
 
         ``status`` is ``"finished"`` or ``"crashed"``. None means finished, unless an uncaught exception is ending the

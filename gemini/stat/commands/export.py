@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gemini.stat import export_formats
 from gemini.stat.console import Exit, Usage, find, print_json, read
+from gemini.stat.outputs import Export
 from gemini.telemetry.reader import RunView, ranks_of, read_run
 
 HELP = "Writes a run for Prometheus, as records, as a table of steps, or as a trace for ui.perfetto.dev."
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> Exit:
         return Exit.OK
     nbytes = _write(target, parts)
     if options.json:
-        print_json({"run_id": found.run_id, "rank": found.rank, "path": str(target), "bytes": nbytes})
+        print_json(Export(found.run_id, found.rank, str(target), nbytes))
     return Exit.OK
 
 

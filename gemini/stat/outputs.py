@@ -1,0 +1,360 @@
+"""What the commands print with ``--json``: the fields of each command's object, and the schema of all of them.
+
+A new field is one line here and the line that fills it; the JSON and its schema follow. Statistics are described in
+`gemini.telemetry.statistics` and appear here as whole groups.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from gemini.stat.console import SCHEMA_VERSION
+from gemini.telemetry.records import ByTier, Natural, Phase, TierName, TierUse
+from gemini.telemetry.schema import schema
+from gemini.telemetry.statistics import (
+    Chunks,
+    ModelData,
+    Moves,
+    Needs,
+    NonModel,
+    Predictions,
+    Stalls,
+    Uploads,
+    doc,
+)
+
+ChunkState = Literal["home", "resident", "moving", "in use"]
+Status = Literal["running", "stalled", "finished", "crashed", "unknown"]
+
+
+class Output(Struct):
+    """An object, or a part of one."""
+
+
+class Versioned(Output):
+    schema_version: Annotated[Literal[1], doc("Raised when a field goes or changes its meaning.")]
+
+
+class Brief(Output):
+    """A run as ``ls`` lists it."""
+
+    run_id: str
+    path: str
+    name: str
+    status: Status
+    status_reason: str | None
+    pid: Natural | None
+    host: str | None
+    started_at: float | None
+    updated_at: Annotated[float | None, doc("Time of the newest record.")]
+    step: Natural | None
+    step_seconds: Annotated[float | None, doc("Duration of the last step.")]
+
+
+class TierState(Output):
+    """Model data on a tier."""
+
+    used_bytes: Natural | None
+    peak_bytes: Annotated[Natural | None, doc("The highest peak in the records that were read.")]
+    capacity_bytes: Natural | None
+    used_ratio: float | None
+
+
+class ProcessMemory(Output):
+    """Memory of the process as the system sees it."""
+
+    rss_bytes: Natural | None
+    rss_peak_bytes: Annotated[Natural | None, doc("The highest in the records that were read.")]
+    free_bytes: Annotated[Natural | None, doc("What the tightest limit leaves to the process.")]
+    device_free_bytes: Natural | None
+    device_total_bytes: Natural | None
+    device_reserved_bytes: Natural | None
+
+
+Risks = Annotated[
+    ByTier[float | None],
+    doc("Share of what the process could have that it had at its peak; at 1 memory has run out."),
+]
+
+
+class Snapshot(Brief):
+    """A run as plain ``gemini-stat`` shows it."""
+
+    rank: Natural
+    world_size: Natural
+    tiers: ByTier[TierState]
+    chunk: Chunks
+    need: Needs
+    stall: Stalls
+    upload: Uploads
+    model_data: ModelData
+    non_model: NonModel
+    prediction: Predictions
+    move: Moves
+    device_and_host_are_one: bool | None
+    process: ProcessMemory
+    oom_risk: Risks
+    chunk_map: Annotated[str | None, doc("Run-length encoded, as in the records of type chunks.")]
+    dropped_count: Annotated[Natural, doc("Records that were lost.")]
+    facts: dict[str, Any]
+    summary: dict[str, Any] | None
+
+
+class Listing(Output):
+    runs: list[Brief]
+
+
+class Link(Output):
+    """Traffic of one direction between tiers."""
+
+    src: TierName
+    dst: TierName
+    bytes_per_step: float | None
+    bytes_per_second: Annotated[float | None, doc("While it was moving.")]
+    ceiling_bytes_per_second: Annotated[float | None, doc("What gemini-stat bench measured.")]
+
+
+class Advice(Output):
+    urgent: bool
+    text: str
+    arguments: Annotated[str | None, doc("Of GeminiPlugin, ready to paste.")]
+
+
+class Row(Output):
+    """A look of ``dmon``; rates are of the steps in a window."""
+
+    t: float
+    run_id: str
+    rank: Natural
+    status: Status
+    step: Natural | None
+    step_seconds: float | None
+    tiers: ByTier[TierState]
+    rss_bytes: Natural | None
+    non_model_peak_bytes: Natural | None
+    oom_risk: Risks
+    window_steps: Natural
+    hit_ratio: Annotated[float | None, doc("Share of the needs that no one waited for.")]
+    stall_seconds_per_step: float | None
+    stall_ratio: Annotated[float | None, doc("Share of a step that is waiting.")]
+    links: list[Link]
+    advice: list[Advice]
+
+
+class OfRun(Output):
+    """What begins the objects that are of one rank of a run."""
+
+    run_id: str
+    rank: Natural
+
+
+class Chunk(Output):
+    index: Natural
+    numel: Natural
+    waste_ratio: float
+    home_bytes: Natural
+    full_bytes: Natural
+    homes: Annotated[dict[str, str], doc("Role to tier.")]
+    group: str
+    state: ChunkState | None
+    parameters: list[str]
+
+
+class ChunkTable(OfRun):
+    map: str
+    chunks: list[Chunk]
+
+
+class Moment(Output):
+    moment: Natural
+    phase: Phase
+    unit: str | None
+    device_bytes: Natural
+    host_bytes: Natural
+    disk_bytes: Natural
+    non_model_bytes: Natural
+
+
+class Moments(Output):
+    """One step by moment."""
+
+    step: Natural
+    tier: Annotated[str, doc("Where units run and non-model data lie.")]
+    moment_count: Natural
+    peak_moment: Natural
+    moments: list[Moment]
+
+
+class RunMoments(OfRun):
+    """The same, with the run that it is of."""
+
+    step: Natural
+    tier: str
+    moment_count: Natural
+    peak_moment: Natural
+    moments: list[Moment]
+
+
+class Waited(Output):
+    reached: bool
+    reason: str | None
+    run: Brief | None
+
+
+class Check(Output):
+    """A number beside its threshold."""
+
+    name: str
+    value: float | None
+    limit: float | None
+    ok: bool
+    text: str
+
+
+class Checks(Output):
+    run_id: str
+    ok: bool
+    status: Status
+    checks: list[Check]
+
+
+class Finding(Output):
+    name: str
+    text: str
+    ok: bool
+    hint: str | None
+
+
+class Findings(Output):
+    ok: bool
+    findings: list[Finding]
+
+
+class Bench(Output):
+    host: str
+    measured_at: float
+    bytes_per_second: Annotated[dict[str, float], doc("By link, such as host_to_device.")]
+    adam_elements_per_second: float
+    flops_per_second: float
+
+
+class TierNeed(Output):
+    model_bytes: Natural
+    non_model_bytes: Natural
+    peak_bytes: Natural
+    capacity_bytes: Natural | None
+    fits: bool
+
+
+class Solved(Output):
+    what: Literal["batch-size", "seq-len", "host", "disk"]
+    value: Annotated[Natural | None, doc("0 or null: nothing fits.")]
+
+
+class Estimate(Output):
+    """What a training will need."""
+
+    model: str
+    fits: bool
+    parameters: Natural
+    batch_size: Natural
+    seq_len: Natural
+    precision: str
+    optimizer: str
+    checkpointing: bool
+    non_model_bytes: Natural
+    tiers: ByTier[TierNeed]
+    device_and_host_are_one: bool
+    terms: Annotated[dict[str, int], doc("Bytes of model data by kind.")]
+    arguments: Annotated[str | None, doc("Of GeminiPlugin, ready to paste.")]
+    step_seconds_floor: float | None
+    step_seconds_floor_by: dict[str, float]
+    solved: Solved | None
+    problem: str | None
+    remarks: list[str]
+
+
+class Holder(Output):
+    what: str
+    bytes: Natural
+
+
+class Change(Output):
+    """A change with which memory would have been enough."""
+
+    text: str
+    arguments: str | None
+    verified: bool
+    verified_by: Literal["estimate", "packing"] | None
+    batch_size: Annotated[int, Meta(ge=1)] | None
+    seq_len: Annotated[int, Meta(ge=1)] | None
+    checkpointing: bool | None
+    ram_bytes: Natural | None
+
+
+class Explanation(OfRun):
+    """What there was when memory ran out."""
+
+    error: str | None
+    phase: str | None
+    unit: str | None
+    tiers: ByTier[TierUse]
+    holders: list[Holder]
+    changes: list[Change]
+    not_estimated: Annotated[str | None, doc("Why the estimate verified nothing.")]
+
+
+class Export(OfRun):
+    path: str
+    bytes: Natural
+
+
+class Report(Export):
+    charts: bool
+
+
+class Address(Output):
+    address: str
+    charts: bool
+
+
+class Failure(Output):
+    code: int
+    message: str
+
+
+class Failed(Output):
+    error: Failure
+
+
+OUTPUTS: Mapping[str, type[Output]] = {
+    "snapshot": Snapshot,
+    "ls": Listing,
+    "dmon": Row,
+    "chunks": ChunkTable,
+    "timeline": RunMoments,
+    "wait": Waited,
+    "check": Checks,
+    "doctor": Findings,
+    "bench": Bench,
+    "estimate": Estimate,
+    "explain_oom": Explanation,
+    "export": Export,
+    "report": Report,
+    "serve": Address,
+    "error": Failed,
+}
+"""By name in the schema."""
+
+
+def output_schema() -> dict[str, Any]:
+    """The schema of ``gemini-stat --json``."""
+    return schema(
+        f"Output of gemini-stat --json, version {SCHEMA_VERSION}",
+        "One object per call (dmon: one a line). $defs has the object of each command; plain gemini-stat and top print "
+        "a snapshot. Ints are bytes and counts, floats are seconds and ratios, null is unknown. Fields may be added "
+        "within a version.",
+        OUTPUTS,
+        Versioned,
+    )
