@@ -14,7 +14,6 @@ from types import ModuleType
 from gemini import __version__
 from gemini.stat.commands import MODULES, SUMMARY
 from gemini.stat.console import Exit, Usage, print_json, rank
-from gemini.stat.outputs import Failed, Failure
 from gemini.stat.text import printable
 from gemini.telemetry.discovery import NoRun
 from gemini.telemetry.reader import Unreadable
@@ -127,6 +126,8 @@ def _meant(target: str | None) -> str:
 
 def _fail(options: argparse.Namespace, code: Exit, message: str) -> Exit:
     if options.json:
+        from gemini.stat.outputs import Failed, Failure
+
         print_json(Failed(Failure(code, message)))
     else:
         print(f"gemini-stat: {printable(message, 500)}", file=sys.stderr)
