@@ -8,15 +8,15 @@ from torch import nn
 
 from .chunk import ChunkManager, ChunkPlan
 from .config import GeminiConfig
+from .engine import Engine
 from .memory.capacity import Capacities
 from .memory.tracker import NonModelMeter
 from .monitor.monitor import Monitor
 from .monitor.stats import Statistics, Stats, read
 from .nn.optimizer.managed import ManagedOptimizer
 from .packing.packing import Packing
-from .runtime.hooks import Hooks
+from .runtime.forward import ForwardHooks
 from .runtime.outside import Outside
-from .runtime.runtime import Runtime
 from .step.managed_step import ChunkedStep
 from .telemetry.writer import TelemetryWriter
 
@@ -31,8 +31,8 @@ class Boosted:
     capacities: Capacities
     packing: Packing
     manager: ChunkManager
-    runtime: Runtime
-    hooks: Hooks
+    engine: Engine
+    hooks: ForwardHooks
     outside: Outside
     step: ChunkedStep
     meter: NonModelMeter
@@ -51,7 +51,8 @@ class Boosted:
 
     def stats(self) -> Stats:
         """See `GeminiModule.memory_stats`."""
-        return self.statistics.expand(read(self.manager, self.runtime, self.step, self.step_count, self.step_seconds))
+        outlook = None if self.monitor is None else self.monitor.outlook
+        return self.statistics.expand(read(self.engine, self.step, self.step_count, self.step_seconds, outlook))
 
     def rebuilt(self, plans: Sequence[ChunkPlan]) -> None:
         """Some chunks have other plans than when the model was boosted."""

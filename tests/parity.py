@@ -133,7 +133,7 @@ def check_at_rest(model: nn.Module) -> None:
     assert manager.ledger.used(Tier.DISK) == sum(
         -(-home.nbytes // PAGE_BYTES) * PAGE_BYTES for home in homes if home.tier is Tier.DISK
     )
-    given_up = boosted(model).runtime.given_up_bytes  # after an out of memory; the peak is from before
+    given_up = boosted(model).engine.room.given_up_bytes  # after an out of memory; the peak is from before
     before_warm_up = boosted(model).capacities.nbytes  # of which the model's own computation has had its part since
     for tier in Tier:
         beyond = given_up + manager.ledger.peak_overdraft(tier)

@@ -17,7 +17,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("memory",),
     ("updates",),
-    ("packing", "runtime"),
+    ("packing", "engine"),
+    ("runtime",),
     ("step",),
     ("monitor",),
     ("stat",),
@@ -89,7 +90,7 @@ def violations(modules: Mapping[str, str]) -> list[str]:
 
 
 def _layer(module: str) -> str:
-    """``runtime`` of ``gemini.runtime.runtime`` and of ``gemini.runtime.runtime.x``; empty for gemini/__init__.py."""
+    """``engine`` of ``gemini.engine.engine`` and of ``gemini.engine.engine.x``; empty for gemini/__init__.py."""
     parts = module.removesuffix(".__init__").split(".")
     return parts[1] if len(parts) > 1 else ""
 
@@ -146,15 +147,15 @@ def test_all_three_folders_are_looked_at() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("gemini.chunk.bad", "import gemini.runtime.runtime", "chunk may import only itself"),
+        ("gemini.chunk.bad", "import gemini.engine.engine", "chunk may import only itself"),
         ("gemini.chunk.bad", "from gemini.lazy import x", "chunk may import only itself"),
         ("gemini.lazy.bad", "from ..chunk import Tier", "lazy may import only itself"),
         ("gemini.lazy.bad", "from ..planning import trace", "lazy may import only itself"),
-        ("gemini.nn.optimizer.bad", "def f():\n    from ...runtime.runtime import x", "higher layer"),
-        ("gemini.runtime.runtime", "from gemini.booster import Booster", "higher layer"),
-        ("gemini.runtime.runtime", "from gemini import Booster", "from where it is defined"),
+        ("gemini.nn.optimizer.bad", "def f():\n    from ...engine.engine import x", "higher layer"),
+        ("gemini.engine.engine", "from gemini.booster import Booster", "higher layer"),
+        ("gemini.engine.engine", "from gemini import Booster", "from where it is defined"),
         ("gemini.checkpoint.bad", "from ..train import main", "higher layer"),
-        ("gemini.runtime.runtime", "from ..stat.cli import main", "higher layer"),
+        ("gemini.engine.engine", "from ..stat.cli import main", "higher layer"),
         ("gemini.stat.bad", "from gemini.memory.tracker import host_budget", "stat may import only itself"),
         ("gemini.planning.trace", "import torch.nn", "reaches torch through torch.nn"),
         (
@@ -163,7 +164,7 @@ def test_all_three_folders_are_looked_at() -> None:
             "reaches torch through gemini.chunk.bytes -> torch",
         ),
         ("gemini.newcomer", "", "has no place in LAYERS"),
-        ("gemini.runtime.runtime", "import chunk", "whose name is gemini.chunk"),
+        ("gemini.engine.engine", "import chunk", "whose name is gemini.chunk"),
     ],
 )
 def test_the_check_fires(name: str, source: str, message: str) -> None:

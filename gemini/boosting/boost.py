@@ -31,6 +31,10 @@ from ..chunk import (
     write_slot,
 )
 from ..config import GeminiConfig
+from ..engine import Engine
+from ..engine.device_room import DeviceRoom
+from ..engine.pacing import Pacing
+from ..engine.sampling import Sampling
 from ..lazy import is_lazy, materialize
 from ..memory.capacity import Capacities, device_headroom, find_capacities
 from ..memory.native_memory import be_exact, bound_kernels
@@ -40,9 +44,9 @@ from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
-from ..runtime.hooks import Hooks
+from ..runtime.backward import BackwardHooks
+from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
-from ..runtime.runtime import Runtime
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
@@ -115,18 +119,21 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
 
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     gradients = Gradients(manager, packing.parameters, scaler is not None, config.update_in_backward)
-    runtime = Runtime(manager, gradients, config.max_prefetch, meter, capacities.device_limit_bytes)
+    pacing = Pacing(manager, config.max_prefetch)
     updater = Updater(manager, queue, gradients)
+    in_backward = None
     if config.update_in_backward and optimizer is not None:
         completion = Completion(manager, packing.parameters)
-        runtime.in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, runtime.keeps)
+        in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, pacing.keeps)
+    room, sampling = DeviceRoom(manager, capacities.device_limit_bytes), Sampling(manager, meter)
+    engine = Engine(manager, gradients, pacing, room, sampling, in_backward)
     unfreezing = Unfreezing(
-        manager, runtime, gradients, config, packing.update_role_count if manager.disk is not None else 0
+        manager, engine, gradients, config, packing.update_role_count if manager.disk is not None else 0
     )
     kept = KeptStates(manager, optimizer.rule if optimizer is not None else ADAM, updater)
     step = ChunkedStep(
         manager,
-        runtime,
+        engine,
         updater,
         gradients,
         SingleProcess(),
@@ -134,14 +141,16 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         config.max_norm,
         unfreezing,
         kept,
-        runtime.in_backward,
+        in_backward,
     )
     units, statistics = Units(model, manager), Statistics(manager)
-    monitor = _monitor(model, config, capacities, packing, runtime, step, statistics, units)
-    hooks = Hooks(
+    monitor = _monitor(model, config, capacities, packing, engine, step, statistics, units)
+    backward = BackwardHooks(engine)
+    hooks = ForwardHooks(
         model,
         units,
-        runtime,
+        engine,
+        backward,
         cast_inputs=config.compute_dtype if config.precision != "fp32" else None,
         force_outputs_fp32=config.force_outputs_fp32,
         on_abandoned_backward=step.abandon,
@@ -150,9 +159,9 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if monitor is not None:
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
-    outside = Outside(hooks, runtime, gradients)
+    outside = Outside(engine, backward, gradients)
     state = Boosted(
-        type(model), config, capacities, packing, manager, runtime, hooks, outside, step, meter, statistics, monitor
+        type(model), config, capacities, packing, manager, engine, hooks, outside, step, meter, statistics, monitor
     )
     unfreezing.on_change = weakly(state.rebuilt)
     serve_parts(model, manager)
@@ -255,7 +264,7 @@ def _monitor(
     config: GeminiConfig,
     capacities: Capacities,
     packing: Packing,
-    runtime: Runtime,
+    engine: Engine,
     step: ChunkedStep,
     statistics: Statistics,
     units: Units,
@@ -274,9 +283,9 @@ def _monitor(
     folder = config.telemetry if isinstance(config.telemetry, Path) else None
 
     def writer(last: Callable[[], Stats | None]) -> TelemetryWriter:
-        return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(runtime.manager), last=last)
+        return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(engine.manager), last=last)
 
-    monitor = Monitor(writer, runtime, step, statistics, units.all)
+    monitor = Monitor(writer, engine, step, statistics, units.all)
     monitor.describe(packing, config, capacities, model_facts(model))
     return monitor
 

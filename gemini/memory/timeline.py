@@ -1,6 +1,6 @@
 """One step by moment: how many bytes of model and non-model data there were while each unit ran."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..chunk import Ledger, Tier
 from ..planning.trace import Phase
@@ -11,7 +11,7 @@ _LONGEST = 1 << 16
 """Moments kept of a step that does not end, such as the evaluation of a model without an optimizer."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """One moment: from a unit's entry to the next unit's."""
 
@@ -30,8 +30,6 @@ class Timeline:
     """Records the moments of those steps that are sampled; sampling costs some 50 microseconds a moment."""
 
     ledger: Ledger
-    is_on: bool = False
-    """Set for a step that is to be recorded; warm-up cycles are, in any case."""
     points: list[Point] = field(default_factory=list)
 
     def add(self, unit: int, phase: Phase) -> None:
@@ -42,7 +40,7 @@ class Timeline:
     def close(self, non_model_bytes: int) -> None:
         """The moment that began last is over; so much non-model data it had at its peak."""
         if self.points:
-            self.points[-1].non_model = non_model_bytes
+            self.points[-1] = replace(self.points[-1], non_model=non_model_bytes)
 
     def take(self, non_model_bytes: int) -> list[Point]:
         """End the step; its moments, the last one being the step's end."""

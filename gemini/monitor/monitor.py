@@ -18,13 +18,13 @@ from torch import nn
 
 from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier, accelerator_in_use, memory_of
 from ..config import GeminiConfig
+from ..engine import Engine
 from ..errors import is_out_of_memory
 from ..memory.capacity import Capacities
 from ..memory.prediction import Outlook, bytes_of_copies, measure, predict
 from ..memory.timeline import Point, as_record
 from ..memory.tracker import host_headroom
 from ..packing.packing import Packing
-from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
 from ..step.managed_step import ChunkedStep
 from ..telemetry.layout import chunks_file, oom_file, timeline_file
@@ -67,16 +67,30 @@ class LastStep:
     before its run ended leaves its last quarter of a second unwritten.
     """
 
-    def __init__(self, runtime: Runtime, step: ChunkedStep, statistics: Statistics) -> None:
-        self._runtime = weakref.ref(runtime)
+    def __init__(self, engine: Engine, step: ChunkedStep, statistics: Statistics) -> None:
+        self._engine = weakref.ref(engine)
         self._step = weakref.ref(step)
         self._statistics = statistics
         self.unrecorded: tuple[int, float] | None = None
         """Number and seconds of the step; None if it was written."""
+        self.outlook: Outlook | None = None
+        """What was predicted after the warm-up and what was measured since; None until both are known."""
+
+    def foresee(self, outlook: Outlook) -> None:
+        """Take over what is known by now."""
+        self.outlook = outlook
+
+    def leave(self, number: int, seconds: float) -> None:
+        """This step is not written, unless it stays the last one."""
+        self.unrecorded = (number, seconds)
+
+    def is_written(self) -> None:
+        """The last step is written."""
+        self.unrecorded = None
 
     def read(self, number: int, seconds: float) -> Reading | None:
-        runtime, step = self._runtime(), self._step()
-        return None if runtime is None or step is None else read(runtime.manager, runtime, step, number, seconds)
+        engine, step = self._engine(), self._step()
+        return None if engine is None or step is None else read(engine, step, number, seconds, self.outlook)
 
     def stats(self) -> Stats | None:
         reading = None if self.unrecorded is None else self.read(*self.unrecorded)
@@ -90,22 +104,22 @@ class Monitor:
     ----------
     writer
         Makes what records go to, given what tells it the statistics of the last step when the run ends.
-    runtime, step, statistics, units
+    engine, step, statistics, units
         What is looked at. Nothing here keeps the model itself alive.
     """
 
     def __init__(
         self,
         writer: Callable[[Callable[[], Stats | None]], TelemetryWriter],
-        runtime: Runtime,
+        engine: Engine,
         step: ChunkedStep,
         statistics: Statistics,
         units: Sequence[Unit],
     ) -> None:
-        self._runtime = runtime
+        self._engine = engine
         self._statistics = statistics
         self._units = units
-        self._last = LastStep(runtime, step, statistics)
+        self._last = LastStep(engine, step, statistics)
         self._description: Description | None = None
         self._homes: dict[Tier, int] = dict.fromkeys(Tier, 0)
         """Bytes of homes and staging."""
@@ -114,20 +128,25 @@ class Monitor:
         self._last_step = 0
         self._last_time = float("-inf")
         self._peaks: tuple[int, ...] = (0,) * len(Tier)
-        self._tier = runtime.manager.ledger.bounded_by(Tier.DEVICE)
-        self._is_ram = runtime.manager.device.is_ram
+        self._tier = engine.manager.ledger.bounded_by(Tier.DEVICE)
+        self._is_ram = engine.manager.device.is_ram
         self.writer = writer(self._last.stats)
+
+    @property
+    def outlook(self) -> Outlook | None:
+        """What was predicted after the warm-up and what was measured since; None until both are known."""
+        return self._last.outlook
 
     def after_step(self, number: int, seconds: float) -> None:
         """Record the step, and the timeline of one that was sampled; choose whether the next one is."""
-        runtime, writer = self._runtime, self.writer
-        is_sampled = bool(runtime.timeline.points)
+        engine, writer = self._engine, self.writer
+        is_sampled = bool(engine.sampling.timeline.points)
         if not is_sampled and not writer.is_due and number > 1:
-            self._last.unrecorded = (number, seconds)
+            self._last.leave(number, seconds)
             return
-        self._last.unrecorded = None
+        self._last.is_written()
         if is_sampled:
-            self._last_points = runtime.take_timeline()
+            self._last_points = engine.sampling.take_timeline()
             if number > 1:
                 self._look_back()
         reading = self._last.read(number, seconds)
@@ -141,7 +160,7 @@ class Monitor:
             writer.write_document(timeline_file, record)  # found also when its record is far from the file's end
             self._describe()
         asked = writer.is_dump_requested
-        runtime.timeline.is_on = asked or number == 1 or (self._is_ram and self._is_due(number, peaks))
+        engine.sampling.record_step(asked or number == 1 or (self._is_ram and self._is_due(number, peaks)))
 
     def _is_due(self, step: int, peaks: tuple[int, ...]) -> bool:
         # Not on an accelerator, where sampling resets the allocator's peak statistics, which users read, too.
@@ -153,18 +172,18 @@ class Monitor:
 
     def _look_back(self) -> None:
         """What the step that was sampled took, against what was predicted after the warm-up."""
-        runtime, measured = self._runtime, measure(self._last_points, self._tier)
-        if runtime.outlook is not None:
-            runtime.outlook = runtime.outlook.after(measured)
+        engine, measured = self._engine, measure(self._last_points, self._tier)
+        if self.outlook is not None:
+            self._last.foresee(self.outlook.after(measured))
             return
-        followed, known = runtime.cycle.followed, runtime.profile.heaviest.get(True)
+        followed, known = engine.pacing.cycle.followed, engine.sampling.profile.heaviest.get(True)
         if followed is None or known is None:
             return
-        nbytes = {c.index: c.full_nbytes for c in runtime.manager.chunks if not c.full_is_home}
+        nbytes = {c.index: c.full_nbytes for c in engine.manager.chunks if not c.full_is_home}
         copies = bytes_of_copies(*followed, nbytes)
-        unified = runtime.manager.ledger.unified
+        unified = engine.manager.ledger.unified
         predicted = predict(self._homes, copies, known.moments, self._tier, unified)
-        runtime.outlook = Outlook(predicted, measured)
+        self._last.foresee(Outlook(predicted, measured))
         if logger.isEnabledFor(logging.INFO):
             for tier, before, now in zip(Tier, predicted.tiers, measured.tiers, strict=True):
                 if now:
@@ -177,7 +196,7 @@ class Monitor:
         """Write down what was decided: enough to make the decision again. ``model`` is `model_facts`, told once."""
         if model is None and self._description is not None:
             model = self._description.model
-        self._description = description(self._runtime.manager, packing, config, capacities, model)
+        self._description = description(self._engine.manager, packing, config, capacities, model)
         self._homes = {**packing.placement.nbytes}
         self._homes[Tier.HOST] += packing.staging_bytes
         self._described_units = -1
@@ -207,17 +226,17 @@ class Monitor:
         self.writer.write_document(oom_file, OutOfMemoryDocument(**asdict(record), last_timeline=last))
 
     def _oom_record(self, error: BaseException) -> OutOfMemory:
-        manager, runtime = self._runtime.manager, self._runtime
-        visits = [visit.unit.name for visit in runtime.open_visits]
-        points, ledger = runtime.timeline.points, manager.ledger
+        manager, engine = self._engine.manager, self._engine
+        visits = [visit.unit.name for visit in engine.visits.open]
+        points, ledger = engine.sampling.timeline.points, manager.ledger
         return OutOfMemory(
             error=f"{type(error).__name__}: {error}"[:2000],
             is_ours=hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
             unit=visits[-1] if visits else None,
-            phase="backward" if runtime.is_in_backward else "forward",
-            batch_shapes=[list(shape) for shape in runtime.batch.shapes[:_SHAPES]] if runtime.batch else [],
+            phase="backward" if engine.visits.is_in_backward else "forward",
+            batch_shapes=[list(shape) for shape in engine.batch.shapes[:_SHAPES]] if engine.batch else [],
             tiers={tier.value: TierUse(ledger.used(tier), ledger.peak(tier), ledger.capacity(tier)) for tier in Tier},
-            non_model_peak_bytes=runtime.meter.peak_bytes,
+            non_model_peak_bytes=engine.sampling.meter.peak_bytes,
             moments_before=as_record(points, self._last_step + 1, self._tier) if points else None,
             states=chunk_map(manager.chunks),
             in_use=[c.index for c in manager.chunks if c.state is ChunkState.IN_USE][:64],

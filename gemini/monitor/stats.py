@@ -10,8 +10,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ..chunk import ChunkManager, ChunkState, Role, Tier
+from ..engine import Engine
 from ..memory.prediction import Outlook
-from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
 from ..step.managed_step import ChunkedStep
 
@@ -52,24 +52,25 @@ _NO_DISK = (0, 0.0, 0, 0.0)
 _TIERS = tuple(Tier)
 
 
-def read(manager: ChunkManager, runtime: Runtime, step: ChunkedStep, step_count: int, step_seconds: float) -> Reading:
+def read(engine: Engine, step: ChunkedStep, step_count: int, step_seconds: float, outlook: Outlook | None) -> Reading:
     """Copy the counters; some microseconds, whatever the size of the model."""
+    manager = engine.manager
     moves, uploads = manager.moves, manager.device.uploads
     return Reading(
         manager.ledger.counters(),
         _MOVES(moves),
         tuple(moves.waited_seconds.values()),
-        runtime.stall_seconds,
+        engine.stall_seconds,
         tuple(uploads.nbytes.values()),
         tuple(uploads.seconds.values()),
         _NO_DISK if manager.disk is None else _DISK(manager.disk),
-        runtime.meter.peak_bytes,
+        engine.sampling.meter.peak_bytes,
         step_count,
         step_seconds,
         step.skipped_steps,
         None if step.scaler is None else step.scaler.scale,
         step.grad_norm,
-        runtime.outlook,
+        outlook,
     )
 
 

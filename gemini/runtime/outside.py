@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..chunk import Chunk, Keeper
+from ..engine import Engine
 from ..units.observer import tensors_in
 from ..units.subgraph import next_number
 from ..updates.gradients import Gradients
-from .hooks import Hooks
-from .runtime import Runtime
+from .backward import BackwardHooks
 
 
 class Outside(Keeper):
@@ -25,15 +25,15 @@ class Outside(Keeper):
 
     Parameters
     ----------
-    hooks, runtime, gradients
-        Knows which unit runs, moves chunks, and knows what ``p.grad`` shows.
+    engine, backward, gradients
+        Moves chunks, has backward bring them again, and knows what ``p.grad`` shows.
     """
 
-    def __init__(self, hooks: Hooks, runtime: Runtime, gradients: Gradients) -> None:
-        self._hooks = hooks
-        self._runtime = runtime
+    def __init__(self, engine: Engine, backward: BackwardHooks, gradients: Gradients) -> None:
+        self._engine = engine
+        self._backward = backward
         self._gradients = gradients
-        for chunk in runtime.manager.chunks:
+        for chunk in engine.manager.chunks:
             chunk.entrust(self)
 
     def view(self, parameter: Tensor) -> Tensor:
@@ -41,11 +41,11 @@ class Outside(Keeper):
         return chunk.views[position]
 
     def use(self, run: Callable[[], Any], parameters: list[Tensor], arguments: list[Tensor]) -> Any:
-        with self._runtime.lock:
+        with self._engine.lock:
             chunks = self._chunks(parameters)
             with _undisturbed():
-                is_in_unit = self._hooks.add_to_innermost(chunks, parameters)
-                pinned = [] if is_in_unit else self._runtime.bring(chunks)
+                is_in_unit = self._engine.add_to_innermost(chunks, parameters)
+                pinned = [] if is_in_unit else self._engine.bring(chunks)
             if is_in_unit:
                 return run()
             try:
@@ -56,16 +56,16 @@ class Outside(Keeper):
                 if _is_memory_of(result, arguments, chunks):
                     return self._lent(run, parameters)
                 if torch.is_grad_enabled():
-                    self._hooks.bring_in_backward(begin, result, chunks)
+                    self._backward.bring(begin, result, chunks)
                 return result
             finally:
-                self._runtime.let_go(pinned)
+                self._engine.let_go(pinned)
 
     def lend(self, run: Callable[[], Any], parameters: list[Tensor], is_address: bool) -> Any:
-        with self._runtime.lock:
+        with self._engine.lock:
             chunks = self._chunks(parameters)
             with _undisturbed():
-                pinned = self._runtime.bring(chunks)
+                pinned = self._engine.bring(chunks)
             try:
                 result = self._lent(run, parameters)
                 if is_address:
@@ -73,18 +73,18 @@ class Outside(Keeper):
                         chunk.lend().keep_address()
                 return result
             finally:
-                self._runtime.let_go(pinned)
+                self._engine.let_go(pinned)
 
     def assign(self, parameter: Tensor, value: Tensor) -> None:
-        with self._runtime.lock, torch.no_grad():
-            manager, chunks = self._runtime.manager, self._chunks([parameter])
+        with self._engine.lock, torch.no_grad():
+            manager, chunks = self._engine.manager, self._chunks([parameter])
             manager.check_assigned(parameter, value)
             with _undisturbed():
-                pinned = self._runtime.bring(chunks)
+                pinned = self._engine.bring(chunks)
             try:
                 manager.assign(parameter, value)
             finally:
-                self._runtime.let_go(pinned)
+                self._engine.let_go(pinned)
 
     def show_gradient(self, parameter: Tensor) -> None:
         self._gradients.reveal(self._place(parameter)[0])
@@ -104,7 +104,7 @@ class Outside(Keeper):
         for chunk in chunks:
             if chunk.is_split and chunk.edited():
                 with _undisturbed():
-                    self._runtime.manager.keep_edits(chunk)
+                    self._engine.manager.keep_edits(chunk)
 
     def _lent(self, run: Callable[[], Any], parameters: list[Tensor]) -> Any:
         """Run something with the parameters in the loans' memory; their chunks are pinned."""
@@ -125,11 +125,11 @@ class Outside(Keeper):
         return chunks
 
     def _refuse_stale(self, chunks: tuple[Chunk, ...]) -> None:
-        if self._runtime.in_backward is not None:
-            self._runtime.in_backward.before_use("code outside of any unit", chunks)
+        if self._engine.in_backward is not None:
+            self._engine.in_backward.before_use("code outside of any unit", chunks)
 
     def _place(self, parameter: Tensor) -> tuple[Chunk, int]:
-        place = self._runtime.manager.find(parameter)
+        place = self._engine.manager.find(parameter)
         assert place is not None
         return place
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager, Communicator
+from ..engine import Engine
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import StateSlot
-from ..runtime.runtime import Runtime
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm
 from ..updates.gradients import Gradients
@@ -31,7 +31,7 @@ class ChunkedStep:
 
     Parameters
     ----------
-    manager, runtime, updater, gradients, communicator
+    manager, engine, updater, gradients, communicator
         Where gradients and states are, who knows the order of use, who updates, what ``p.grad`` shows, who agrees among
         ranks.
     scaler
@@ -49,7 +49,7 @@ class ChunkedStep:
     def __init__(
         self,
         manager: ChunkManager,
-        runtime: Runtime,
+        engine: Engine,
         updater: Updater,
         gradients: Gradients,
         communicator: Communicator,
@@ -68,7 +68,7 @@ class ChunkedStep:
         """The last norm computed, unscaled."""
         self.recover: Callable[[], None] = lambda: None
         """Cleans up after a backward that the user called and that failed. Set when the hooks are installed."""
-        self._runtime = runtime
+        self._engine = engine
         self._updater = updater
         self._gradients = gradients
         self._communicator = communicator
@@ -102,9 +102,9 @@ class ChunkedStep:
             loss.backward()
         except BaseException as error:
             self.on_error(error)
-            self._runtime.abort()
+            self._engine.abort()
             self.abandon()
-            self._runtime.explain(error, self.in_backward.torn_text if self.in_backward is not None else "")
+            self._engine.explain(error, self.in_backward.torn_text if self.in_backward is not None else "")
             if self.in_backward is not None and self.in_backward.torn_text and hasattr(error, "add_note"):
                 error.add_note(self.in_backward.torn_text)
             raise
@@ -164,11 +164,11 @@ class ChunkedStep:
 
     def step(self, optimizer: ManagedOptimizer) -> None:
         self.recover()
-        with self._runtime.lock:
+        with self._engine.lock:
             self._step(optimizer)
 
     def _step(self, optimizer: ManagedOptimizer) -> None:
-        self._runtime.release_held()
+        self._engine.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         if self.in_backward is not None:
             self.in_backward.before_step(optimizer)
@@ -191,7 +191,7 @@ class ChunkedStep:
 
         planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
         updates = [each for each in planned if each.update.runs]
-        order = self._runtime.use_order()
+        order = self._engine.pacing.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
         prepared = [
             step
@@ -213,7 +213,7 @@ class ChunkedStep:
 
     def _prefetch(self) -> None:
         try:
-            self._runtime.prefetch_next_cycle()
+            self._engine.pacing.prefetch_next_cycle()
         except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
             logger.debug("nothing is fetched ahead of the next forward: %s", error)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, ChunkPlan, StateSlot, Tier, write_slot
 from ..config import GeminiConfig
+from ..engine import Engine
 from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
-from ..runtime.runtime import Runtime
 from ..sizes import format_bytes
 from ..updates.gradients import Gradients
 from ..updates.update_pipeline import update_roles
@@ -31,7 +31,7 @@ class Unfreezing:
 
     Parameters
     ----------
-    manager, runtime, gradients
+    manager, engine, gradients
         Has the chunks, plans their moves, and takes their gradients.
     config
         What the model was boosted with.
@@ -42,7 +42,7 @@ class Unfreezing:
     def __init__(
         self,
         manager: ChunkManager,
-        runtime: Runtime,
+        engine: Engine,
         gradients: Gradients,
         config: GeminiConfig,
         staged_roles: int,
@@ -50,7 +50,7 @@ class Unfreezing:
         self.on_change: Callable[[Sequence[ChunkPlan]], None] = lambda plans: None
         """Told the plans of the chunks that were built anew."""
         self._manager = manager
-        self._runtime = runtime
+        self._engine = engine
         self._gradients = gradients
         self._config = config
         self._staged_roles = staged_roles
@@ -86,10 +86,10 @@ class Unfreezing:
         admitted = list(places)
         with _requiring_gradients(admitted):
             self._gradients.follow(admitted)
-            if self._runtime.in_backward is not None:
-                self._runtime.in_backward.admit(admitted)
+            if self._engine.in_backward is not None:
+                self._engine.in_backward.admit(admitted)
         if plans:
-            self._runtime.chunks_changed()
+            self._engine.chunks_changed()
             self.on_change(plans)
 
     def _plans(self, chunks: Sequence[Chunk], slots: tuple[StateSlot, ...], index: int) -> tuple[ChunkPlan, ...]:
@@ -105,7 +105,7 @@ class Unfreezing:
                 Tier.DISK: ledger.free(Tier.DISK) if can_stage else 0,
             },
             unified=ledger.unified,
-            ring_bytes=self._runtime.least_bytes(copies) if ledger.unified else 0,
+            ring_bytes=self._engine.pacing.least_bytes(copies) if ledger.unified else 0,
             staging_bytes=0,
         )
         try:

@@ -22,12 +22,29 @@ class Unit:
     chunks: tuple[Chunk, ...]
     without_gradients: tuple[Chunk, ...] = ()
     """Others that must be there in a call without gradients."""
-    stashes: tuple[str, ...] = ()
+    graph_attributes: tuple[str, ...] = ()
     """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
-    leaves_elsewhere: bool | None = None
+    leaks_graph: bool | None = None
     """It leaves such tensors also where only a look at all results finds them; None before the first look."""
-    is_closed: bool = False
-    """When it was last looked at, all of its graph could be reached from its results."""
+    graph_is_contained: bool = False
+    """When it was last watched, all of its graph could be reached from its results."""
+
+    def needs(self, chunks: Iterable[Chunk]) -> None:
+        """Have these chunks there, too, from now on."""
+        found = {chunk.index: chunk for chunk in (*self.chunks, *chunks)}
+        self.chunks = tuple(found[index] for index in sorted(found))
+
+    def leaves_graphs_in(self, attributes: Iterable[str]) -> None:
+        """Look into these attributes from now on, as into its outputs."""
+        self.graph_attributes = tuple(attributes)
+
+    def was_watched(self, leaks: bool) -> None:
+        """One call was watched, and leaked some of its graph or not."""
+        self.leaks_graph = bool(self.leaks_graph or leaks)
+
+    def contains_graph(self, is_contained: bool) -> None:
+        """Whether all of its graph can be reached from its results."""
+        self.graph_is_contained = is_contained
 
     @property
     def module(self) -> nn.Module | None:
@@ -69,7 +86,29 @@ class Visit:
     results: Results | None = None
     """What it makes, where that is watched for this visit alone."""
     countdowns: list[Countdown] = field(default_factory=list)
-    """What backward counts; each says by itself when it is through with the visit."""
+    """What backward counts; each by itself says when the last node of the visit has run."""
+
+    def open(self) -> None:
+        """Its chunks are pinned next."""
+        self.is_open = True
+
+    def close(self) -> list[Chunk]:
+        """Give back what it has pinned."""
+        self.is_open = False
+        pinned, self.pinned = self.pinned, []
+        return pinned
+
+    def needs(self, chunks: Iterable[Chunk]) -> None:
+        """This call turned out to need these chunks besides."""
+        self.extra = (*self.extra, *chunks)
+
+    def begins(self, mark: Mark, input_nodes: tuple[object, ...] = (), results: Results | None = None) -> None:
+        """Its forward makes a graph, from here on."""
+        self.begin, self.input_nodes, self.results = mark, input_nodes, results
+
+    def ends(self) -> None:
+        """Its forward is over: forget what led to its inputs."""
+        self.input_nodes, self.results = (), None
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -93,7 +132,7 @@ class Units:
             chunks = self.chunks_of(own_parameters(module))
             besides = self.chunks_of(parameters_of_fast_path(module))
             if chunks or besides or module is model:
-                self._add(module, chunks).without_gradients = tuple(c for c in besides if c not in chunks)
+                self._add(module, chunks, tuple(c for c in besides if c not in chunks))
 
     def chunks_of(self, parameters: Iterable[Tensor]) -> tuple[Chunk, ...]:
         """The chunks that hold these parameters, in chunk order; unmanaged ones are left out."""
@@ -110,12 +149,12 @@ class Units:
         is_new = unit is None
         if unit is None:
             unit = self._add(module, ())
-        chunks = {chunk.index: chunk for chunk in (*unit.chunks, *self.chunks_of([parameter]))}
-        unit.chunks = tuple(chunks[i] for i in sorted(chunks))
+        unit.needs(self.chunks_of([parameter]))
         return unit, is_new
 
-    def _add(self, module: nn.Module, chunks: tuple[Chunk, ...]) -> Unit:
-        unit = Unit(len(self.all), self._names.get(module, type(module).__name__), ref(module), chunks)
+    def _add(self, module: nn.Module, chunks: tuple[Chunk, ...], without_gradients: tuple[Chunk, ...] = ()) -> Unit:
+        name = self._names.get(module, type(module).__name__)
+        unit = Unit(len(self.all), name, ref(module), chunks, without_gradients)
         self.all.append(unit)
         self.of[module] = unit
         return unit

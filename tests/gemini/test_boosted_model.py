@@ -84,10 +84,10 @@ def test_static_fractions_bound_what_is_on_the_device() -> None:
 def test_the_device_grows_by_what_the_warm_up_shows_to_be_free() -> None:
     run = Trained({"device_memory": "36KiB", **SMALL})
     state = boosted(run.model)
-    state.runtime._device_limit_bytes = 200 << 10
+    state.engine.room._limit_bytes = 200 << 10
     run.step(0)
     run.step(1)  # which finds the first one measured
-    heaviest = state.runtime.profile.heaviest
+    heaviest = state.engine.sampling.profile.heaviest
     heaviest[True] = Measured(heaviest[True].batch, (50 << 10,))  # not what the resident set happens to say
     run.step(2)
     assert run.model.memory_stats()["device/capacity_bytes"] == 150 << 10

@@ -118,12 +118,12 @@ def test_room_for_full_copies_is_not_taken_for_homes() -> None:
         return run
 
     roomy = trained()
-    manager, runtime = boosted(roomy.model).manager, boosted(roomy.model).runtime
+    manager, engine = boosted(roomy.model).manager, boosted(roomy.model).engine
     old = sum(chunk.homes[Role.MASTER].nbytes for chunk in {manager.find(p)[0] for p in roomy.stages[1]})  # type: ignore[index]
     roomy.unfreeze(1)
     resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident)
     enough = (
-        manager.ledger.used(Tier.HOST) - resident + runtime.least_bytes({}) + old
+        manager.ledger.used(Tier.HOST) - resident + engine.pacing.least_bytes({}) + old
     )  # these go when the new ones are there
     tight, short = trained(host_memory=enough), trained(host_memory=enough - 1)
     with pytest.raises(OutOfMemory, match="To unfreeze chunks with"):

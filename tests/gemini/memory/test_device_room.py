@@ -44,20 +44,20 @@ class Training:
         chunks = {1: {"chunk_size": WIDTH * (WIDTH + 1)}}
         self.booster = Booster(plugin=GeminiPlugin(telemetry=False, chunk_config_dict=chunks, **options))
         self.model, self.optimizer, *_ = self.booster.boost(model, HybridAdam(model.parameters()))
-        self.runtime = boosted(self.model).runtime
+        self.engine = boosted(self.model).engine
         self.meter = Meter()
-        self.runtime.meter = self.meter  # type: ignore[assignment]
-        self.runtime._device_limit_bytes = 14 * COPY
+        self.engine.sampling.meter = self.meter  # type: ignore[assignment]
+        self.engine.room._limit_bytes = 14 * COPY
 
     def step(self, rows: int) -> int:
         """Train on a batch of so many rows; the capacity while it ran."""
         self.meter.rows = rows
         loss = self.model(torch.ones(rows, WIDTH)).float().square().mean()
-        capacity = self.runtime.manager.ledger.capacity(Tier.DEVICE)
+        capacity = self.engine.manager.ledger.capacity(Tier.DEVICE)
         self.booster.backward(loss, self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        assert self.runtime.manager.ledger.used(Tier.DEVICE) <= capacity
+        assert self.engine.manager.ledger.used(Tier.DEVICE) <= capacity
         return capacity // COPY
 
 
@@ -76,7 +76,7 @@ def test_a_larger_batch_gets_its_room_before_it_runs_and_is_measured_again() -> 
     assert training.step(6) == 8  # 14 less three times what two rows took
     assert [training.step(6) for _ in range(2)] == [8, 8]
     assert training.step(2) == 8  # nothing is given back for a small batch: a large one may follow
-    assert training.runtime.profile.heaviest[True].batch == Batch(True, ((6, WIDTH),))
+    assert training.engine.sampling.profile.heaviest[True].batch == Batch(True, ((6, WIDTH),))
     misses = training.model.memory_stats()["need/miss_count"]
     assert training.step(6) == 8
     assert training.model.memory_stats()["need/miss_count"] == misses  # there is a plan for the smaller room
@@ -113,5 +113,5 @@ def test_numbers_do_not_depend_on_the_room() -> None:
 
 def test_a_capacity_that_the_user_gave_stays() -> None:
     training = Training()
-    training.runtime._device_limit_bytes = None
+    training.engine.room._limit_bytes = None
     assert [training.step(rows) for rows in (2, 2, 8, 8)] == [6] * 4

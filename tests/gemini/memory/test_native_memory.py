@@ -14,10 +14,10 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import workers
 from gemini.chunk.disk_tuning import DEPTHS
+from gemini.engine import sampling
 from gemini.memory import native_memory
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.kernel_pool import default_pool
-from gemini.runtime import runtime
 from gemini.stacks import IO_STACK_BYTES, default_stack_bytes
 
 CHILD = Path(__file__).with_name("child_native_memory.py")
@@ -70,9 +70,9 @@ def test_training_measures_exactly_and_is_quick_where_there_is_room(
     free_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(runtime, "be_exact", lambda: said.append("exact"))
-    monkeypatch.setattr(runtime, "be_quick", lambda: said.append("quick"))
-    monkeypatch.setattr(runtime, "host_headroom", lambda: (free_bytes, "a limit"))
+    monkeypatch.setattr(sampling, "be_exact", lambda: said.append("exact"))
+    monkeypatch.setattr(sampling, "be_quick", lambda: said.append("quick"))
+    monkeypatch.setattr(sampling, "host_headroom", lambda: (free_bytes, "a limit"))
     model = build()
     booster = Booster(plugin=GeminiPlugin(telemetry=False, **SMALL))
     model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))

@@ -175,15 +175,15 @@ def test_a_failed_forward_keeps_what_earlier_micro_batches_have_added(placement:
 
 def test_fewer_full_copies_are_kept_afterwards_but_never_too_few() -> None:
     ours, plain = trained({"device_memory": "80KiB", **SMALL})
-    runtime = boosted(ours.model).runtime
-    rooms = [runtime.full_capacity_bytes]
+    room = boosted(ours.model).engine.room
+    rooms = [room.full_capacity_bytes]
     for attempt in range(6):
         handle = ours.model[6].register_forward_hook(failing(SHAPES["torch on CPU"], "forward"))
         with pytest.raises(OutOfMemory) as caught:
             ours.loss(20 + attempt)
         handle.remove()
         assert not any(c.is_resident for c in boosted(ours.model).manager.chunks if c.full_nbytes)
-        rooms.append(runtime.full_capacity_bytes)
+        rooms.append(room.full_capacity_bytes)
         go_on(ours, plain)
         assert sum(c.full_nbytes for c in boosted(ours.model).manager.chunks if c.is_resident) <= rooms[-1]
     assert rooms[1] < rooms[0] and sorted(rooms, reverse=True) == rooms
@@ -199,7 +199,7 @@ def test_a_unit_larger_than_what_was_left_gets_its_room_back() -> None:
         with pytest.raises(OutOfMemory):
             ours.loss(0)
         handle.remove()
-    assert boosted(ours.model).runtime.given_up_bytes > 0
+    assert boosted(ours.model).engine.room.given_up_bytes > 0
     go_on(ours, plain)
     check_same(ours, plain)
 
@@ -254,11 +254,11 @@ def test_a_prefetch_that_is_refused_is_nobodys_error() -> None:
     manager = boosted(ours.model).manager
     fetch, refused = manager.fetch, []
 
-    def no_prefetch(chunk: Any, keep: Any = (), background: bool = False) -> None:
+    def no_prefetch(chunk: Any, keep: Any = (), background: bool = False, overdraw: bool = False) -> None:
         if background:
             refused.append(chunk)
             raise SHAPES["torch on CPU"]
-        fetch(chunk, keep)
+        fetch(chunk, keep, overdraw=overdraw)
 
     manager.fetch = no_prefetch  # type: ignore[method-assign]
     go_on(ours, plain)

@@ -101,7 +101,7 @@ def test_steps_take_what_was_predicted(plugin: dict[str, Any], tmp_path: Path) -
     assert "prediction/host_predicted_bytes" not in training.model.memory_stats()
     training.step(2)
     found = training.model.memory_stats()
-    outlook = training.state.runtime.outlook
+    outlook = training.state.monitor.outlook
     assert outlook is not None
     where = 1 if found["memory/unified"] else 0
     points = training.state.monitor._last_points  # type: ignore[union-attr]
@@ -131,7 +131,7 @@ def test_memory_for_gradients_and_staging_is_model_data_from_the_start(where: st
     points = training.state.monitor._last_points  # type: ignore[union-attr]
     assert points[0].non_model < 4 * MIB  # a batch
     assert max(point.non_model for point in points) > 12 * MIB  # a gradient of 16 MiB on its way to its chunk
-    outlook = training.state.runtime.outlook
+    outlook = training.state.monitor.outlook
     assert outlook is not None
     assert outlook.measured.non_model - outlook.predicted.non_model < 6 * MIB
 
@@ -139,11 +139,11 @@ def test_memory_for_gradients_and_staging_is_model_data_from_the_start(where: st
 def test_what_malloc_kept_of_earlier_steps_is_no_part_of_a_step_that_is_sampled(tmp_path: Path) -> None:
     layers = [layer for _ in range(12) for layer in (nn.Linear(256, 256), nn.Tanh())]
     training = Training(tmp_path / "run", nn.Sequential(*layers))
-    x, runtime = torch.randn(2048, 256), training.state.runtime
+    x, sampling = torch.randn(2048, 256), training.state.engine.sampling
     for step in range(6):
-        runtime.timeline.is_on = step == 5
+        sampling.record_step(step == 5)
         training.booster.backward(training.model(x).square().mean(), training.optimizer)
-        taken = [point.non_model for point in runtime.timeline.points]
+        taken = [point.non_model for point in sampling.timeline.points]
         training.optimizer.step()
         training.optimizer.zero_grad()
     assert max(taken) > 30 * MIB  # 24 activations, of up to 2 MiB
@@ -166,7 +166,7 @@ class Keeps(nn.Module):
 def test_a_step_that_takes_more_than_predicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     training = Training(tmp_path / "run", Keeps())
     training.step(3)
-    outlook = training.state.runtime.outlook
+    outlook = training.state.monitor.outlook
     assert outlook is not None
     assert outlook.measured.non_model - outlook.predicted.non_model > 40 * MIB
     training.writer.close()

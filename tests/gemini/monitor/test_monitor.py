@@ -6,6 +6,7 @@ import mmap
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_the_timeline_says_where_non_model_data_peak(tmp_path: Path) -> None:
 def test_a_timeline_can_be_asked_for(tmp_path: Path) -> None:
     training = Training(tmp_path / "run")
     training.step(3)
-    assert not training.state.runtime.timeline.is_on
+    assert not training.state.engine.sampling.is_on
     request_file(tmp_path / "run").touch()
     channel = training.writer._channel
     assert channel is not None
@@ -190,7 +191,7 @@ def test_timelines_change_no_number(tmp_path: Path) -> None:
         training = Training(tmp_path / str(sampled), device_memory="36KiB", **SMALL)
         torch.manual_seed(3)
         for number in range(4):
-            training.state.runtime.timeline.is_on = sampled
+            training.state.engine.sampling.record_step(sampled)
             loss = training.model(batch(number)).square().mean()
             losses.append(loss.item())
             training.booster.backward(loss, training.optimizer)
@@ -304,7 +305,7 @@ def test_telemetry_keeps_no_model_alive(tmp_path: Path) -> None:
 
 def test_pooling_keeps_the_peak() -> None:
     points = [Point(i, "forward", (i % 7, 0, 0), 0) for i in range(5000)]
-    points[3333].non_model = 1000
+    points[3333] = replace(points[3333], non_model=1000)
     pooled = pool(points, 0)
     assert len(pooled) <= 512
     assert max(p.used[0] + p.non_model for p in pooled) == 1000 + points[3333].used[0]

@@ -82,12 +82,12 @@ def test_steps_fetch_what_belady_would_and_wait_for_no_miss(
         optimizer.zero_grad()
         stats = model.memory_stats()
         counts.append((stats["move/fetch_count"], stats["need/miss_count"]))
-    runtime = boosted(model).runtime
-    chunks = {chunk.index for chunk in runtime.manager.chunks if not chunk.full_is_home}
-    planner = runtime.cycle.expected(with_gradients=True)
+    engine = boosted(model).engine
+    chunks = {chunk.index for chunk in engine.manager.chunks if not chunk.full_is_home}
+    planner = engine.pacing.cycle.expected(with_gradients=True)
     assert planner is not None
     lap = [moment.in_use & chunks for moment in planner.trace.moments]
-    room = runtime.full_capacity_bytes // COPY
+    room = engine.room.full_capacity_bytes // COPY
     optimum = belady(lap, room, STEPS)[SETTLED:]
     assert sum(optimum) > 0, "it streams"
     fetched, missed = (last - first for last, first in zip(counts[-1], counts[SETTLED - 1], strict=True))

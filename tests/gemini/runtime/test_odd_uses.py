@@ -189,15 +189,15 @@ class FailsAtFirst(nn.Linear):
         return y
 
 
-def test_a_call_that_failed_tells_nothing_of_what_a_unit_leaves_elsewhere() -> None:
+def test_a_call_that_failed_tells_nothing_of_what_a_unit_leaks() -> None:
     model = FailsAtFirst(WIDTH, WIDTH)
     model, *_ = Booster(plugin=GeminiPlugin(precision="fp32")).boost(model, HybridAdam(model.parameters()))
     unit = boosted(model).hooks._units.of[model]
     with pytest.raises(ArithmeticError):
         model(batches(1)[0])
-    assert unit.leaves_elsewhere is None
+    assert unit.leaks_graph is None
     model(batches(1)[0])
-    assert unit.leaves_elsewhere is False
+    assert unit.leaks_graph is False
 
 
 @pytest.mark.heavy
@@ -216,7 +216,7 @@ def test_what_is_changed_in_place_reaches_the_masters_wherever_they_are(build: A
     """Not compared with the unmanaged optimizer, whose masters overwrite what is done to bf16 parameters."""
     task = Task(build, [x.bfloat16() for x in batches(4)], loss, "bf16")
     resident, model = run_managed(task)
-    assert boosted(model).runtime.manager.moves.evict_count == 0
+    assert boosted(model).manager.moves.evict_count == 0
     untouched, _ = run_managed(Task(task.build, task.batches, _unedited, "bf16"))
     assert any(not torch.equal(resident.weights[name], untouched.weights[name]) for name in resident.weights)
     for plugin in ({"device_memory": tightest(task, "device", **SMALL)}, {"host_memory": "420KiB"}):

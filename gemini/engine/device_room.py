@@ -1,0 +1,104 @@
+"""What full copies may take of DEVICE, beside the homes and the non-model data there."""
+
+from ..chunk import ChunkManager, Tier
+from ..errors import OutOfMemory
+from ..memory.native_memory import be_exact
+from ..memory.non_model import Batch, NonModelProfile
+from ..memory.shortage import out_of_memory
+
+
+class DeviceRoom:
+    """Resizes the room for full copies: by what non-model data were measured to take, and when these ran out of memory.
+
+    Parameters
+    ----------
+    manager
+        Has the ledger and the chunks.
+    limit_bytes
+        What model and non-model data may take on DEVICE together: once the latter have been measured, the rest goes to
+        full copies. None if the user has set the capacity of DEVICE.
+    """
+
+    def __init__(self, manager: ChunkManager, limit_bytes: int | None = None) -> None:
+        self.given_up_bytes = 0
+        """What full copies no longer take of their capacity since the model's own computation ran out of memory."""
+        self._manager = manager
+        self._limit_bytes = limit_bytes
+
+    @property
+    def full_capacity_bytes(self) -> int:
+        """Room for full copies on DEVICE."""
+        return self._manager.ledger.free(Tier.DEVICE) + self.resident_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the full copies on DEVICE take."""
+        return sum(chunk.full_nbytes for chunk in self._manager.chunks if chunk.is_resident)
+
+    def fit(self, profile: NonModelProfile, batch: Batch, least_bytes: int) -> bool:
+        """Give full copies what non-model data leave of DEVICE, once a training step has shown what they take.
+
+        Parameters
+        ----------
+        least_bytes
+            What full copies need in any case.
+
+        Returns
+        -------
+        bool
+            True if the room is another one now.
+        """
+        if self._limit_bytes is None or True not in profile.heaviest:
+            return False
+        expected = profile.expected_peak_bytes(batch) or 0
+        peak = max(expected, *(measured.peak_bytes for measured in profile.heaviest.values()))
+        ledger = self._manager.ledger
+        homes = ledger.capacity(Tier.DEVICE) - self.full_capacity_bytes
+        room = max(self._limit_bytes - peak - self.given_up_bytes, homes + least_bytes)
+        if room == ledger.capacity(Tier.DEVICE):
+            return False
+        if room < ledger.used(Tier.DEVICE):
+            self._manager.evict_idle()
+        ledger.resize(Tier.DEVICE, room)
+        return True
+
+    def give_up(self, error: BaseException, least_bytes: int, torn: str = "") -> OutOfMemory:
+        """Leave more to the model's own computation from now on, which ran out of memory.
+
+        Half of the full copies that were there may stay, and what one moment needs at least.
+
+        Parameters
+        ----------
+        least_bytes
+            What full copies need in any case.
+        torn
+            What the error has left half done, in words.
+
+        Returns
+        -------
+        OutOfMemory
+            To be raised in place of ``error``.
+        """
+        held = self.resident_bytes
+        self._manager.evict_idle()
+        self._manager.device.trim()
+        if self._manager.device.is_ram:
+            be_exact()
+        before = self.full_capacity_bytes
+        after = min(before, max(held // 2, least_bytes))
+        self._resize(after - before)
+        self.given_up_bytes += before - after
+        return out_of_memory(error, self._manager, held, before, after, torn)
+
+    def take_back(self) -> bool:
+        """Give full copies again what they have given up; False if that is nothing."""
+        if not self.given_up_bytes:
+            return False
+        self._resize(self.given_up_bytes)
+        self.given_up_bytes = 0
+        return True
+
+    def _resize(self, more_bytes: int) -> None:
+        ledger = self._manager.ledger
+        tier = ledger.bounded_by(Tier.DEVICE)
+        ledger.resize(tier, ledger.capacity(tier) + more_bytes)

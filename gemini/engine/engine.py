@@ -1,0 +1,298 @@
+"""The mediator of a training step: hooks, the optimizer and outside uses call it, and it tells its parts what to do."""
+
+import threading
+import time
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..chunk import Chunk, ChunkManager, ChunkState
+from ..errors import OutOfMemory, is_out_of_memory
+from ..memory.non_model import Batch
+from ..planning.trace import Moment, Phase
+from ..units.units import Visit
+from ..updates.backward_updates import BackwardUpdates
+from ..updates.gradients import Gradients
+from .device_room import DeviceRoom
+from .discovery import Discovery
+from .pacing import Pacing
+from .sampling import Sampling
+from .visits import Visits
+
+_HELD_SHARE = 4
+"""A module may hold this part (one over it) of what full copies may take, for parameters that are not its own."""
+
+
+class Engine:
+    """Brings chunks before units run and lets them go after.
+
+    Parameters
+    ----------
+    manager, gradients
+        The chunks, and what ``p.grad`` shows of their gradients.
+    pacing, room, sampling
+        Plans the moves, sizes the room for full copies, measures what else is on DEVICE.
+    in_backward
+        Updates chunks while backward runs; None where none is updated before it is over.
+    """
+
+    def __init__(
+        self,
+        manager: ChunkManager,
+        gradients: Gradients,
+        pacing: Pacing,
+        room: DeviceRoom,
+        sampling: Sampling,
+        in_backward: BackwardUpdates | None = None,
+    ) -> None:
+        self.manager = manager
+        self.pacing = pacing
+        self.room = room
+        self.sampling = sampling
+        self.in_backward = in_backward
+        self.visits = Visits(manager)
+        self.discovery = Discovery()
+        self.lock = threading.RLock()
+        """Held while chunks move and while parameters are used outside of units: any thread may read parameters."""
+        self.stall_seconds = 0.0
+        self.batch: Batch | None = None
+        """Of the cycle under way."""
+        self._gradients = gradients
+
+    # -- units
+
+    def enter(self, visit: Visit, phase: Phase) -> None:
+        """Have the unit's chunks on DEVICE and pinned.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            If that is impossible; nothing of this visit stays pinned then.
+        """
+        if not visit.is_open:
+            with self.lock:
+                self._enter(visit, phase)
+
+    def _enter(self, visit: Visit, phase: Phase) -> None:
+        self.manager.device.take_over()
+        chunks, unit = visit.chunks, visit.unit
+        in_use = frozenset(c.index for group in (chunks, *(v.pinned for v in self.visits.open)) for c in group)
+        actions = self.pacing.advance(Moment(unit.index, phase, in_use))
+        is_sampled = self.sampling.is_on
+        if is_sampled:
+            self.sampling.end_moment()
+        waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
+        begin = time.perf_counter() if waits else 0.0
+        self.visits.begin(visit)
+        try:
+            self.pacing.evict(actions.evict)
+            beyond = bool(unit.without_gradients) and visit.extra is unit.without_gradients
+            for chunk in chunks:
+                self._fetch(chunk, chunks, overdraw=beyond)
+            self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
+            for chunk in chunks:
+                self._pin(chunk, chunks)
+                visit.pinned.append(chunk)
+            if waits:
+                self.stall_seconds += time.perf_counter() - begin
+            if is_sampled:
+                self.sampling.begin_moment(unit.index, phase)
+        except BaseException as error:
+            self.leave(visit)
+            if isinstance(error, OutOfMemory):
+                raise self._with_units(error, visit) from error.__cause__
+            raise
+
+    def leave(self, visit: Visit) -> None:
+        """Let the unit's chunks go. Idempotent: a recomputation and the end of backward may both say so."""
+        if visit.is_open:
+            with self.lock:
+                self.visits.end(visit)
+
+    def add_to_open(self, visit: Visit, chunks: Sequence[Chunk]) -> None:
+        """Bring chunks that an open (or new) visit turned out to need; it lists them already."""
+        if visit.is_open:
+            for chunk in chunks:
+                self._fetch(chunk)
+                self._pin(chunk, visit.chunks)
+                visit.pinned.append(chunk)
+        else:
+            self.enter(visit, Phase.FORWARD)
+
+    def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
+        try:
+            # What is held for later has taken the room of what is needed now.
+            self.manager.fetch(chunk, keep, overdraw=overdraw or bool(self.visits.held))
+        except OutOfMemory:
+            if not self.room.take_back():  # parameters must be there, whatever the model's own computation needs
+                raise
+            self.manager.fetch(chunk, keep)
+
+    def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
+        self.manager.pin(chunk, keep)
+        if chunk in self._gradients.withdrawn:
+            self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+
+    def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
+        names, count = self.visits.names(), len(self.visits.held)
+        running = f", while {names} run" if names else ""
+        held = f"; {count} chunks are held until the next step, for uses outside of a module or a double backward"
+        return OutOfMemory(f"{error} (for {visit.unit.name}{running}{held if count else ''})")
+
+    # -- chunks that no unit brackets
+
+    def bring(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Pin chunks for code outside of any unit, beyond the capacity if need be. `let_go` ends it."""
+        self.manager.device.take_over()
+        pinned: list[Chunk] = []
+        try:
+            for chunk in chunks:
+                chunk.settle()
+                self._fetch(chunk, chunks, overdraw=True)
+                self._pin(chunk, chunks)
+                pinned.append(chunk)
+        except BaseException:
+            self.let_go(pinned)
+            raise
+        return pinned
+
+    def let_go(self, chunks: Sequence[Chunk]) -> None:
+        """Unpin what `bring` pinned."""
+        for chunk in chunks:
+            self.manager.unpin(chunk)
+        self.manager.repay()
+
+    def enter_outside(self, visit: Visit) -> None:
+        """Backward comes to what code outside of any unit made: bring its chunks. No moment of the cycle."""
+        self.visits.begin(visit)
+        try:
+            visit.pinned.extend(self.bring(visit.chunks))
+        except BaseException:
+            self.leave(visit)
+            raise
+
+    def hold(self, chunks: Sequence[Chunk]) -> None:
+        """Bring chunks and keep them until `release_held`, because nothing will tell when the last use is over."""
+        for chunk in chunks:
+            if chunk not in self.visits.held:
+                self._fetch(chunk, chunks, overdraw=True)
+                self._pin(chunk, chunks)
+                self.visits.held[chunk] = None
+
+    def release_held(self) -> None:
+        """Let go what was held: the step is over, and no graph from before it can be used any more."""
+        self.visits.release_held()
+
+    def add_to_innermost(self, chunks: tuple[Chunk, ...], parameters: Collection[Tensor]) -> bool:
+        """If a unit runs that uses parameters that it does not bracket, have them there until it ends; False if not."""
+        visit = self.innermost
+        if visit is None or not self.is_worth_holding(visit.chunks, *chunks):
+            return False
+        visit.needs(chunks)
+        self.add_to_open(visit, chunks)
+        self.discovery.ask_for(parameters)
+        return True
+
+    @property
+    def innermost(self) -> Visit | None:
+        """The unit whose forward this thread is in, if any."""
+        return None if in_backward() else self.visits.innermost
+
+    def is_worth_holding(self, held: tuple[Chunk, ...], *more: Chunk) -> bool:
+        """False where a module that reaches for parameters of others would fill DEVICE with them.
+
+        A model that looks at the weights of all of its layers (a penalty, a log) needs them one after the other. Where
+        chunks are updated within backward, each use has to be known by its unit.
+        """
+        if self.in_backward is not None:
+            return True
+        nbytes = sum(chunk.full_nbytes for chunk in {*held, *more})
+        return nbytes * _HELD_SHARE <= self.room.full_capacity_bytes
+
+    # -- cycles
+
+    def begin_forward(self, with_gradients: bool, shapes: tuple[tuple[int, ...], ...] = ()) -> None:
+        """The model's forward begins, outside of any backward: a new cycle.
+
+        Parameters
+        ----------
+        shapes
+            Of the model's inputs. A heavier batch than any before is measured like the first one.
+        """
+        if self.in_backward is not None:
+            self.in_backward.before_forward()
+        if self.pacing.cycle.is_complete:
+            self.sampling.end_cycle()
+        if not self.visits.open:
+            self._mend()
+        self.manager.forget_addresses()
+        self.manager.repay()
+        self.batch = batch = Batch(with_gradients, shapes)
+        self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
+        if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes()):
+            self.pacing.replan()
+        self.pacing.begin_cycle(with_gradients)
+
+    def chunks_changed(self) -> None:
+        """Some have other homes and other full copies than when the plans were made, and are trained."""
+        self.sampling.profile.forget_training()
+        self.pacing.replan()
+
+    # -- backward
+
+    def join_backward(self, task: int, visit: Visit) -> bool:
+        """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
+        if self.in_backward is not None:
+            self.in_backward.begin(task)
+        return self.visits.join_backward(task, visit)
+
+    def end_backward(self, task: int) -> None:
+        """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
+        for visit in self.visits.end_backward(task):
+            self.leave_backward(visit)
+        if self.in_backward is not None:
+            self.in_backward.end(task)
+
+    def leave_backward(self, visit: Visit) -> None:
+        """A backward has run every node of a visit."""
+        self.leave(visit)
+        if self.in_backward is not None:
+            self.in_backward.left(visit)
+
+    # -- when something went wrong
+
+    def abort(self) -> None:
+        """After an exception in user code: close every visit, so that no pin is left."""
+        self.discovery.stop()
+        with self.lock:
+            self.visits.end_all()
+        self._mend()
+
+    def _mend(self) -> None:
+        with self.lock:  # other threads may be reading parameters
+            self.manager.mend(self.visits.held)
+
+    def explain(self, error: BaseException, torn: str = "") -> None:
+        """If the model's own computation ran out of memory: leave it more from now on, and say so.
+
+        Parameters
+        ----------
+        torn
+            What it has left half done, in words.
+
+        Raises
+        ------
+        OutOfMemory
+            From ``error``, if that is what happened. An `OutOfMemory` of ours says it all already.
+        """
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            return
+        told = self.room.give_up(error, self.pacing.seen_bytes(), torn)
+        self.pacing.replan()
+        raise told from error
+
+
+def in_backward() -> bool:
+    """True on a thread of autograd that runs a backward."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,111 @@
+"""Moving chunks ahead of use and out of the way, by the plan of the cycle."""
+
+from collections.abc import Mapping, Sequence
+
+from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
+from ..errors import is_out_of_memory
+from ..planning.cycle import Cycle
+from ..planning.planner import Actions, Planner
+from ..planning.trace import Moment, Trace
+
+_NOTHING = Actions()
+
+
+class Pacing:
+    """Follows the plan of the cycle under way, and has plans made of what was seen.
+
+    Parameters
+    ----------
+    manager
+        Has the chunks.
+    depth
+        How many chunks may be on their way ahead of use.
+    """
+
+    def __init__(self, manager: ChunkManager, depth: int) -> None:
+        self.cycle = Cycle()
+        self._manager = manager
+        self._depth = depth
+        self._pool_growths = 0
+        """How often the gradients' room had grown when the plans were made."""
+
+    def advance(self, moment: Moment) -> Actions:
+        """What the plan says for a moment; nothing where it does not know it."""
+        return self.cycle.advance(moment) or _NOTHING
+
+    def evict(self, indices: Sequence[int]) -> None:
+        """Free full copies that the plan has no use for soon."""
+        for index in indices:
+            chunk = self._manager.chunks[index]
+            if chunk.state is ChunkState.READY:
+                self._manager.evict(chunk)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Start to move what the plan needs next, where there is room for it."""
+        for index in indices:
+            chunk = self._manager.chunks[index]
+            if chunk.state is ChunkState.HOME and self._manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
+                try:
+                    self._manager.fetch(chunk, background=True)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    return  # it was only for speed; the unit that needs the chunk will make room
+
+    def begin_cycle(self, with_gradients: bool) -> None:
+        """A cycle begins: plan from what is there."""
+        if self._manager.gradient_pool.growths > self._pool_growths:
+            self._pool_growths = self._manager.gradient_pool.growths
+            self.replan()
+        resident = [chunk.index for chunk in self._manager.chunks if chunk.is_resident]
+        self.cycle.restart(with_gradients, self._plan, resident)
+
+    def prefetch_next_cycle(self) -> None:
+        """Start the first fetches of the next training cycle behind the optimizer's updates."""
+        actions = self.cycle.between()
+        self.evict(actions.evict)
+        self.prefetch(actions.prefetch)
+
+    def replan(self) -> None:
+        """Make every plan anew: the room for full copies, or what they take, has changed."""
+        self.cycle.replan(self._plan)
+
+    def keeps(self, chunk: Chunk) -> bool:
+        """True if the next cycle will find the full copy that a chunk has now, as far as the plan says."""
+        return self.cycle.keeps(chunk.index)
+
+    def use_order(self) -> dict[int, int]:
+        """Chunk index -> rank in the order of first use in a training cycle (by index while unknown)."""
+        planner = self.cycle.expected(with_gradients=True)
+        used = planner.trace.first_uses() if planner is not None else ()
+        order = dict.fromkeys((*used, *(chunk.index for chunk in self._manager.chunks)))
+        return {index: rank for rank, index in enumerate(order)}
+
+    def least_bytes(self, other: Mapping[int, int]) -> int:
+        """What one moment would need at least if some full copies took other bytes; all of them before the first.
+
+        Parameters
+        ----------
+        other
+            Chunk index -> bytes.
+        """
+        nbytes = [other.get(chunk.index, chunk.full_nbytes) for chunk in self._manager.chunks]
+        return max((sum(nbytes[c] for c in moment.in_use) for moment in self.cycle.moments()), default=sum(nbytes))
+
+    def seen_bytes(self) -> int:
+        """What one of the moments seen so far needs at least; 0 before the first."""
+        return self.least_bytes({}) if any(True for _ in self.cycle.moments()) else 0
+
+    def _plan(self, trace: Trace) -> Planner:
+        manager = self._manager
+        chunks = [chunk for chunk in manager.chunks if not chunk.full_is_home]
+        nbytes = {chunk.index: chunk.full_nbytes for chunk in chunks}
+        # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
+        reached = manager.device.is_ram
+        lost = [
+            chunk.index
+            for chunk in chunks
+            if chunk.gradient is not None and not (reached or chunk.homes[Role.MASTER].tier is Tier.DEVICE)
+        ]
+        resident = sum(chunk.full_nbytes for chunk in chunks if chunk.is_resident)
+        return Planner(trace, nbytes, manager.ledger.free(Tier.DEVICE) + resident, self._depth, lost)

@@ -1,0 +1,90 @@
+"""Measuring non-model data at each moment of a cycle that the profile or a timeline asks for."""
+
+from ..chunk import ChunkManager, Tier
+from ..memory.native_memory import be_exact, be_quick, give_back_free, has_room_to_be_quick
+from ..memory.non_model import Batch, NonModelProfile
+from ..memory.timeline import Point, Timeline
+from ..memory.tracker import NonModelMeter, host_headroom
+from ..planning.trace import Phase
+
+
+class Sampling:
+    """Fills the profile of non-model data, and the timelines of those steps that somebody wants to see.
+
+    Parameters
+    ----------
+    manager
+        Has the chunks: what grows with them is no non-model data.
+    meter
+        Measures.
+    """
+
+    def __init__(self, manager: ChunkManager, meter: NonModelMeter) -> None:
+        self.meter = meter
+        self.profile = NonModelProfile()
+        self.timeline = Timeline(manager.ledger)
+        self._manager = manager
+        self._is_recording = False
+        """Somebody wants a timeline of this step; cycles that are measured have one in any case."""
+        self._is_exact = False
+        """malloc keeps nothing, because of a cycle that is (or was) measured."""
+
+    @property
+    def is_on(self) -> bool:
+        """True if each moment of the cycle under way is sampled."""
+        return self.profile.is_measuring or self._is_recording
+
+    def end_moment(self) -> None:
+        """A unit is about to enter, before its chunks move."""
+        self._sample()
+        self.timeline.close(self.meter.last_bytes)
+        if self.profile.is_measuring:
+            self.profile.add(self.meter.last_bytes)
+
+    def begin_moment(self, unit: int, phase: Phase) -> None:
+        """A unit has entered, and has its chunks."""
+        if self._manager.device.is_ram:
+            give_back_free()
+        self.meter.mark()
+        self.timeline.add(unit, phase)
+
+    def end_cycle(self) -> None:
+        """The cycle is complete; what it was measured to take goes into the profile."""
+        if self.profile.is_measuring:
+            self._sample()
+            self.profile.end(self.meter.last_bytes)
+
+    def begin_cycle(self, batch: Batch, is_same_kind: bool) -> None:
+        """A cycle begins; ``is_same_kind`` as the one before, with or without gradients."""
+        self.profile.begin(batch)
+        self._choose_malloc()
+        if not is_same_kind:
+            self.timeline.points.clear()  # an evaluation in between is no part of the step
+
+    def record_step(self, is_wanted: bool) -> None:
+        """Make a timeline of the next step, or not."""
+        self._is_recording = is_wanted
+
+    def take_timeline(self) -> list[Point]:
+        """The moments of the step that ends here; empty for one that was not sampled."""
+        if self.timeline.points:
+            self._sample()
+        return self.timeline.take(self.meter.last_bytes)
+
+    def _sample(self) -> None:
+        resident = sum(chunk.full_nbytes for chunk in self._manager.chunks if chunk.is_resident)
+        self.meter.sample(self._manager.gradient_pool.blocks_nbytes + resident)
+
+    def _choose_malloc(self) -> None:
+        """Have malloc keep nothing while non-model data in RAM are measured, and for as long as RAM is short."""
+        if not self._manager.device.is_ram:
+            return
+        if self.is_on:
+            be_exact()
+            self._is_exact = True
+        elif self._is_exact:
+            self._is_exact = False  # asked once, until something is measured again
+            away = sum(chunk.full_nbytes for chunk in self._manager.chunks if not chunk.is_resident)
+            growth = min(self._manager.ledger.free(Tier.DEVICE), away)
+            if has_room_to_be_quick(host_headroom()[0], growth, self.meter.peak_bytes):
+                be_quick()

@@ -1,0 +1,225 @@
+"""From calls of modules to the engine: a unit enters before its forward and leaves after it.
+
+Uses of a parameter outside of its own unit are found by an observer in the first forward of each kind: the module that
+was running becomes a unit, and brings the parameter from then on. Uses outside of any unit come from the parameters
+themselves: see `outside`.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import Engine, in_backward
+from ..planning.trace import Phase
+from ..units.bracket import bracket, is_compiled
+from ..units.observer import Observer, tensors_in
+from ..units.results import Mark
+from ..units.subgraph import next_number
+from ..units.units import Unit, Units, Visit, bracketed_modules
+from .backward import BackwardHooks
+from .casting import cast
+from .dtype_errors import explain_dtypes
+
+_INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
+"""Attributes that are not the user's."""
+
+
+class ForwardHooks:
+    """The hooks on one model and its units.
+
+    Parameters
+    ----------
+    model, units, engine, backward
+        The model that is run, the units that bracket its parameters, what is told, and what puts hooks on the graphs
+        that units make.
+    cast_inputs
+        Floating-point inputs of the model are converted to this dtype; None leaves them.
+    force_outputs_fp32
+        Floating-point outputs of the model are converted to fp32.
+    on_abandoned_backward
+        Called when it is found that the last backward never ended.
+    on_error
+        Called with the exception that ends a unit's forward (or None), while its visit is still open.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Units,
+        engine: Engine,
+        backward: BackwardHooks,
+        *,
+        cast_inputs: torch.dtype | None,
+        force_outputs_fp32: bool,
+        on_abandoned_backward: Callable[[], None],
+        on_error: Callable[[BaseException | None], None] = lambda error: None,
+    ) -> None:
+        self._model = model
+        self._units = units
+        self._engine = engine
+        self._backward = backward
+        self._cast_inputs = cast_inputs
+        self._force_outputs_fp32 = force_outputs_fp32
+        self._on_abandoned_backward = on_abandoned_backward
+        self._on_error = on_error
+        self._visits = engine.visits
+        self._discovery = engine.discovery
+        self._depth = 0
+        """How many calls of the model are under way, one inside the other."""
+        for unit in units.all:
+            self._install(unit)
+        bracket(model, self._before_model, self._after_model)
+
+    def _install(self, unit: Unit) -> None:
+        module = unit.module
+        if module is not None and module is not self._model:
+            # The model's own are those of a unit, too, so that a new cycle begins before it enters.
+            bracket(module, partial(self._before_unit, unit), partial(self._after_unit, unit))
+
+    # -- the model
+
+    def call(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the model; whatever ends it, nothing is left pinned.
+
+        Raises
+        ------
+        OutOfMemory
+            In place of what torch raises when there is no memory for the model's own computation.
+        """
+        self._depth += 1
+        try:
+            return forward(*args, **kwargs)
+        except BaseException as error:
+            if self._depth == 1 and not in_backward():
+                self._engine.abort()  # a KeyboardInterrupt calls no hooks
+                self._engine.explain(error)
+                explain_dtypes(error, self._model, self._cast_inputs)
+            raise
+        finally:
+            self._depth -= 1
+
+    def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._depth <= 1 and not in_backward():
+            self.recover()
+            grad = torch.is_grad_enabled()
+            self._engine.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
+            # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
+            # used outside of its unit then comes operation by operation, until a forward with gradients has shown it.
+            if grad and not self._discovery.has_watched((grad, model.training)):
+                self._discovery.begin(Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave))
+        if self._cast_inputs is not None:
+            args, kwargs = cast(args, self._cast_inputs), cast(kwargs, self._cast_inputs)
+        self._before_unit(self._units.of[model], model, args, kwargs)
+        return args, kwargs
+
+    def recover(self) -> None:
+        """Clean up after a forward or backward that an exception ended, where nobody told."""
+        self._engine.manager.origin.refuse_elsewhere()
+        if in_backward():
+            return  # an optimizer that steps within backward
+        if self._visits.is_in_backward:
+            self._engine.abort()
+            self._on_abandoned_backward()
+        elif self._visits.running:
+            self._engine.abort()
+
+    def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self._after_unit(self._units.of[model], model, args, kwargs, output)
+        observer = self._discovery.observer
+        if observer is not None and self._depth <= 1 and not in_backward():
+            for module in list(self._discovery.foreign):
+                self._on_foreign_leave(module, observer.begin, output if module is model else None)
+            self._discovery.end(None if output is None else (torch.is_grad_enabled(), model.training))
+        return cast(output, torch.float32) if self._force_outputs_fp32 and output is not None else None
+
+    # -- units
+
+    def _before_unit(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
+        is_in_backward = in_backward()
+        if not (self._depth or self._visits.running or is_in_backward):
+            self._before_part(unit)
+        has_gradients = torch.is_grad_enabled()
+        visit = Visit(unit) if has_gradients else Visit(unit, extra=unit.without_gradients)
+        if is_in_backward and self._engine.in_backward is not None:
+            self._engine.in_backward.before_use(f"{unit.name}, run again by backward,", visit.chunks)
+        self._visits.begin_call(visit)
+        discovery = self._discovery
+        if has_gradients:
+            nodes = tuple(t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad)
+            is_watched_alone = unit.leaks_graph is not False and bool(visit.chunks) and discovery.results is None
+            watching = discovery.watch() if is_watched_alone else discovery.results
+            mark = Mark(next_number(), 0) if watching is None else watching.mark()
+            visit.begins(mark, nodes, watching if is_watched_alone else None)
+        self._engine.enter(visit, Phase.FORWARD)
+        if discovery.results is not None and is_compiled(module):
+            discovery.results.pause()
+
+    def _before_part(self, unit: Unit) -> None:
+        """A part of the model is called by itself; the cycle begins anew when it comes round."""
+        self.recover()
+        grad = torch.is_grad_enabled()
+        if self._engine.pacing.cycle.is_over(unit.index, grad):
+            self._engine.begin_forward(grad)
+
+    def _after_unit(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        visit = self._visits.call_of(unit)
+        if visit is None:
+            return  # another hook raised before ours ran
+        self._visits.running.remove(visit)
+        if output is None:
+            self._on_error(sys.exc_info()[1])
+        engine, discovery, has_gradients = self._engine, self._discovery, torch.is_grad_enabled()
+        if engine.in_backward is not None and engine.pacing.cycle.with_gradients and output is not None:
+            engine.in_backward.called(visit, has_gradients, in_backward())
+        engine.leave(visit)
+        if discovery.results is not None and is_compiled(module):
+            discovery.results.resume()
+        if has_gradients:
+            if discovery.observer is not None:
+                unit.leaves_graphs_in(
+                    name for name, value in vars(module).items() if name not in _INTERNALS and _has_graph(value)
+                )
+            self._watch_backward(visit, [t for t in tensors_in((args, kwargs)) if t.requires_grad], output)
+        if visit.results is not None:
+            discovery.stop_watching()
+        visit.ends()
+
+    def _watch_backward(self, visit: Visit, inputs: list[Tensor], output: Any) -> None:
+        if self._backward.watch(visit, inputs, output, self._discovery.results):
+            self._discovery.watch_again()
+
+    # -- uses outside of a parameter's own unit
+
+    def _on_use(self, parameter: nn.Parameter, module: nn.Module) -> None:
+        """The observer saw an operation that takes a parameter; from now on ``module`` brings it."""
+        place = self._engine.manager.find(parameter)
+        if place is None or place[0].pins > 0:
+            return
+        known = self._units.of.get(module)
+        if not self._engine.is_worth_holding(known.chunks if known is not None else (), place[0]):
+            return  # it comes for each operation: see `outside`
+        unit, is_new = self._units.extend(module, parameter)
+        if is_new:
+            self._install(unit)
+        visit = self._visits.call_of(unit) or self._discovery.foreign.get(module)
+        if visit is None:
+            # Its hooks came too late for this call: the observer closes the visit, its inputs are not known.
+            visit = self._discovery.foreign[module] = Visit(unit)
+        self._engine.add_to_open(visit, [place[0]])
+
+    def _on_foreign_leave(self, module: nn.Module, begin: Mark, output: Any) -> None:
+        visit = self._discovery.foreign.pop(module, None)
+        if visit is None:
+            return
+        self._engine.leave(visit)
+        if torch.is_grad_enabled():
+            visit.begins(begin)
+            self._watch_backward(visit, [], output)
+
+
+def _has_graph(value: Any) -> bool:
+    return any(t.grad_fn is not None for t in tensors_in(value))
