@@ -14,7 +14,7 @@ from gemini.errors import OffloadError, OutOfMemory
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.update import adam_update
 from gemini.stat.console import Exit, Usage, print_json
-from gemini.stat.outputs import Bench
+from gemini.stat.estimate_outputs import Bench
 from gemini.stat.rates import hardware_file
 from gemini.stat.text import count, size
 from gemini.telemetry.encoding import as_mapping

@@ -14,7 +14,7 @@ from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
 from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
-from gemini.stat.outputs import Estimate, Solved, TierNeed
+from gemini.stat.estimate_outputs import Estimate, Solved, TierNeed
 from gemini.stat.rates import read_hardware
 from gemini.stat.text import count, seconds
 from gemini.telemetry.discovery import NoRun

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gemini.chunk import Tier
 from gemini.sizes import format_bytes
-from gemini.stat import outputs
+from gemini.stat import estimate_outputs
 from gemini.stat.console import Exit, find, print_json, read
 from gemini.stat.text import printable, size
 from gemini.telemetry.discovery import NoRun
@@ -62,14 +62,14 @@ def run(options: argparse.Namespace) -> Exit:
     holders = _holders(found, oom, chunks, timeline)
     if options.json:
         print_json(
-            outputs.Explanation(
+            estimate_outputs.Explanation(
                 run_id=found.run_id,
                 rank=found.rank,
                 error=None if oom is None else oom.error,
                 phase=None if oom is None else oom.phase,
                 unit=None if oom is None else oom.unit,
                 tiers=_tiers(found, oom),
-                holders=[outputs.Holder(what, nbytes) for what, nbytes in holders],
+                holders=[estimate_outputs.Holder(what, nbytes) for what, nbytes in holders],
                 changes=[_as_json(change) for change in changes],
                 not_estimated=unknown,
             )
@@ -80,8 +80,8 @@ def run(options: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
-def _as_json(change: Change) -> outputs.Change:
-    return outputs.Change(
+def _as_json(change: Change) -> estimate_outputs.Change:
+    return estimate_outputs.Change(
         text=change.text,
         arguments=change.arguments,
         verified=change.check is not Check.NOTHING,

@@ -1,17 +1,14 @@
-"""What the commands print with ``--json``: the fields of each command's object, and the schema of all of them.
+"""What the commands that look at runs print with ``--json``: the fields of each command's object.
 
 A new field is one line here and the line that fills it; the JSON and its schema follow. Statistics are described in
 `gemini.telemetry.statistics` and appear here as whole groups.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 
-from gemini.stat.console import SCHEMA_VERSION
-from gemini.telemetry.records import ByTier, Natural, Phase, TierName, TierUse
-from gemini.telemetry.schema import schema
+from gemini.telemetry.records import ByTier, Natural, Phase, TierName
 from gemini.telemetry.statistics import (
     Chunks,
     ModelData,
@@ -30,10 +27,6 @@ Status = Literal["running", "stalled", "finished", "crashed", "unknown"]
 
 class Output(Struct):
     """An object, or a part of one."""
-
-
-class Versioned(Output):
-    schema_version: Annotated[Literal[1], doc("Raised when a field goes or changes its meaning.")]
 
 
 class Brief(Output):
@@ -231,80 +224,6 @@ class Findings(Output):
     findings: list[Finding]
 
 
-class Bench(Output):
-    host: str
-    measured_at: float
-    bytes_per_second: Annotated[dict[str, float], doc("By link, such as host_to_device.")]
-    adam_elements_per_second: float
-    flops_per_second: float
-
-
-class TierNeed(Output):
-    model_bytes: Natural
-    non_model_bytes: Natural
-    peak_bytes: Natural
-    capacity_bytes: Natural | None
-    fits: bool
-
-
-class Solved(Output):
-    what: Literal["batch-size", "seq-len", "host", "disk"]
-    value: Annotated[Natural | None, doc("0 or null: nothing fits.")]
-
-
-class Estimate(Output):
-    """What a training will need."""
-
-    model: str
-    fits: bool
-    parameters: Natural
-    batch_size: Natural
-    seq_len: Natural
-    precision: str
-    optimizer: str
-    checkpointing: bool
-    non_model_bytes: Natural
-    tiers: ByTier[TierNeed]
-    device_and_host_are_one: bool
-    terms: Annotated[dict[str, int], doc("Bytes of model data by kind.")]
-    arguments: Annotated[str | None, doc("Of GeminiPlugin, ready to paste.")]
-    step_seconds_floor: float | None
-    step_seconds_floor_by: dict[str, float]
-    solved: Solved | None
-    problem: str | None
-    remarks: list[str]
-
-
-class Holder(Output):
-    what: str
-    bytes: Natural
-
-
-class Change(Output):
-    """A change with which memory would have been enough."""
-
-    text: str
-    arguments: str | None
-    verified: bool
-    verified_by: Literal["estimate", "packing"] | None
-    batch_size: Annotated[int, Meta(ge=1)] | None
-    seq_len: Annotated[int, Meta(ge=1)] | None
-    checkpointing: bool | None
-    ram_bytes: Natural | None
-
-
-class Explanation(OfRun):
-    """What there was when memory ran out."""
-
-    error: str | None
-    phase: str | None
-    unit: str | None
-    tiers: ByTier[TierUse]
-    holders: list[Holder]
-    changes: list[Change]
-    not_estimated: Annotated[str | None, doc("Why the estimate verified nothing.")]
-
-
 class Export(OfRun):
     path: str
     bytes: Natural
@@ -326,35 +245,3 @@ class Failure(Output):
 
 class Failed(Output):
     error: Failure
-
-
-OUTPUTS: Mapping[str, type[Output]] = {
-    "snapshot": Snapshot,
-    "ls": Listing,
-    "dmon": Row,
-    "chunks": ChunkTable,
-    "timeline": RunMoments,
-    "wait": Waited,
-    "check": Checks,
-    "doctor": Findings,
-    "bench": Bench,
-    "estimate": Estimate,
-    "explain_oom": Explanation,
-    "export": Export,
-    "report": Report,
-    "serve": Address,
-    "error": Failed,
-}
-"""By name in the schema."""
-
-
-def output_schema() -> dict[str, Any]:
-    """The schema of ``gemini-stat --json``."""
-    return schema(
-        f"Output of gemini-stat --json, version {SCHEMA_VERSION}",
-        "One object per call (dmon: one a line). $defs has the object of each command; plain gemini-stat and top print "
-        "a snapshot. Ints are bytes and counts, floats are seconds and ratios, null is unknown. Fields may be added "
-        "within a version.",
-        OUTPUTS,
-        Versioned,
-    )

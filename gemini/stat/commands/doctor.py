@@ -28,6 +28,7 @@ _PACKAGES = (
     "numba",
     "rich",
     "psutil",
+    "msgspec",
     "safetensors",
     "transformers",
     "prometheus-client",

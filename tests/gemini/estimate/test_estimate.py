@@ -23,7 +23,7 @@ from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
 from gemini.stat.cli import main
-from gemini.stat.outputs import output_schema
+from gemini.stat.commands.schema import output_schema
 
 GPT2 = ["gpt2", "--set", "n_embd=64", "--set", "n_head=4", "--set", "n_layer=5", "--set", "vocab_size=256"]
 SIZES = {"n_embd": 64, "n_head": 4, "n_layer": 5, "vocab_size": 256}

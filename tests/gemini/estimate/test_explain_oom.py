@@ -21,8 +21,8 @@ from gemini.estimate.subject import find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.packing.packing import decide
 from gemini.stat.cli import main
+from gemini.stat.commands.schema import output_schema
 from gemini.stat.console import Exit
-from gemini.stat.outputs import output_schema
 from gemini.telemetry.documents import read_chunks
 from gemini.telemetry.layout import chunks_file
 

@@ -28,6 +28,7 @@ from gemini.telemetry import documents, reader
 from gemini.telemetry.encoding import as_mapping, encode
 from gemini.telemetry.layout import TIERS, chunks_file, oom_file, records_file, request_file, timeline_file
 from gemini.telemetry.schema import records_schema
+from gemini.telemetry.statistics import table
 
 
 class Training:
@@ -95,6 +96,16 @@ def test_what_is_recorded_is_what_the_model_says(tmp_path: Path) -> None:
     assert stats["need/count"] == sum(stats[f"need/{kind}_count"] for kind in ("resident", "hit", "late", "miss"))
     assert stats["need/miss_count"] > 0
     assert sum(stats[f"upload/{tier}_bytes"] for tier in TIERS) == stats["move/fetch_bytes"]
+
+
+def test_what_is_measured_is_what_the_table_describes(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", device_memory="36KiB", **SMALL)
+    training.step(3)
+    training.close()
+    described = {line.key: line for line in table()}
+    at_times = {"step/loss_scale", "step/grad_norm"}  # of fp16, and where a norm was asked for
+    assert set(training.model.memory_stats()) == set(described) - at_times
+    assert all(line.text for line in described.values())
 
 
 def test_the_last_step_is_recorded_although_it_came_too_soon(tmp_path: Path) -> None:

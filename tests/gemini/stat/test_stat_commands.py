@@ -18,7 +18,7 @@ import pytest
 from stat_runs import GIB, MOMENTS, UNITS, chunks, make_run, open_run, stats, timeline
 
 from gemini.stat.cli import main
-from gemini.stat.outputs import output_schema
+from gemini.stat.commands.schema import output_schema
 from gemini.telemetry.layout import chunks_file, records_file, timeline_file
 from gemini.telemetry.schema import records_schema
 from gemini.telemetry.writer import TelemetryWriter
@@ -57,6 +57,11 @@ def test_json_of_each_command_follows_the_schema(arguments: list[str], name: str
     del content["schema_version"]
     with pytest.raises(jsonschema.ValidationError):
         follows(content, name)
+
+
+@pytest.mark.parametrize("name", ["export", "report"])
+def test_json_about_a_written_file_follows_the_schema(name: str, tmp_path: Path, capsys: Capture) -> None:
+    follows(as_json(capsys, name, str(make_run()), "--output", str(tmp_path / "file")), name)
 
 
 @pytest.mark.parametrize("command", [[], ["dmon"], ["chunks"], ["timeline"], ["check", "--min-steps", "1"]])
@@ -339,6 +344,17 @@ def test_hostile_documents_break_no_command(capsys: Capture) -> None:
                 assert code in (0, 6), (command, err)
                 assert "\x1b" not in out + err
                 assert "\u202e" not in out + err
+
+
+def test_a_document_of_another_minor_version_is_read(capsys: Capture) -> None:
+    run = make_run()
+    newer = {**chunks(), "v": 1.5, "more": {"a": 1}}
+    newer["chunks"][0]["more"] = [None]
+    assert "ram_bytes" not in newer  # the first versions did not write it
+    chunks_file(run, 0).write_text(json.dumps(newer))
+    timeline_file(run, 0).write_text(json.dumps({**timeline(7), "more": 1}))
+    assert len(as_json(capsys, "chunks", str(run))["chunks"]) == 64
+    assert as_json(capsys, "timeline", str(run))["step"] == 7
 
 
 def test_a_newer_document_exits_6(capsys: Capture) -> None:
