@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,18 +27,8 @@ from ..memory.tracker import host_headroom
 from ..packing.packing import Packing
 from ..sizes import format_bytes
 from ..step.managed_step import ChunkedStep
+from ..telemetry import records
 from ..telemetry.layout import chunks_file, oom_file, timeline_file
-from ..telemetry.records import (
-    Capacity,
-    ChunkMap,
-    DescribedChunk,
-    DescribedParameter,
-    Description,
-    OutOfMemory,
-    OutOfMemoryDocument,
-    Process,
-    TierUse,
-)
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Unit
 from .stats import Reading, Statistics, Stats, read
@@ -120,7 +110,7 @@ class Monitor:
         self._statistics = statistics
         self._units = units
         self._last = LastStep(engine, step, statistics)
-        self._description: Description | None = None
+        self._description: records.Description | None = None
         self._homes: dict[Tier, int] = dict.fromkeys(Tier, 0)
         """Bytes of homes and staging."""
         self._described_units = -1
@@ -191,7 +181,7 @@ class Monitor:
                     logger.info("%s: %s predicted, %s measured (%+.1f%%)", tier.value, said, seen, 100 * off)
 
     def describe(
-        self, packing: Packing, config: GeminiConfig, capacities: Capacities, model: Mapping[str, Any] | None = None
+        self, packing: Packing, config: GeminiConfig, capacities: Capacities, model: dict[str, Any] | None = None
     ) -> None:
         """Write down what was decided: enough to make the decision again. ``model`` is `model_facts`, told once."""
         if model is None and self._description is not None:
@@ -223,19 +213,19 @@ class Monitor:
         record = self._oom_record(error)
         self.writer.record("oom", record)
         last = as_record(self._last_points, self._last_step, self._tier) if self._last_points else None
-        self.writer.write_document(oom_file, OutOfMemoryDocument(**asdict(record), last_timeline=last))
+        self.writer.write_document(oom_file, records.OutOfMemoryDocument(**asdict(record), last_timeline=last))
 
-    def _oom_record(self, error: BaseException) -> OutOfMemory:
+    def _oom_record(self, error: BaseException) -> records.OutOfMemory:
         manager, engine = self._engine.manager, self._engine
         visits = [visit.unit.name for visit in engine.visits.open]
         points, ledger = engine.sampling.timeline.points, manager.ledger
-        return OutOfMemory(
+        return records.OutOfMemory(
             error=f"{type(error).__name__}: {error}"[:2000],
             is_ours=hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
             unit=visits[-1] if visits else None,
             phase="backward" if engine.visits.is_in_backward else "forward",
             batch_shapes=[list(shape) for shape in engine.batch.shapes[:_SHAPES]] if engine.batch else [],
-            tiers={tier.value: TierUse(ledger.used(tier), ledger.peak(tier), ledger.capacity(tier)) for tier in Tier},
+            tiers={t.value: records.TierUse(ledger.used(t), ledger.peak(t), ledger.capacity(t)) for t in Tier},
             non_model_peak_bytes=engine.sampling.meter.peak_bytes,
             moments_before=as_record(points, self._last_step + 1, self._tier) if points else None,
             states=chunk_map(manager.chunks),
@@ -249,9 +239,9 @@ def probes(manager: ChunkManager) -> dict[str, Any]:
     return {"chunks": partial(_chunk_probe, weakref.ref(manager)), "process": process_memory}
 
 
-def _chunk_probe(reference: "weakref.ref[ChunkManager]") -> ChunkMap | None:
+def _chunk_probe(reference: "weakref.ref[ChunkManager]") -> records.ChunkMap | None:
     manager = reference()
-    return None if manager is None else ChunkMap(chunk_map(manager.chunks))
+    return None if manager is None else records.ChunkMap(chunk_map(manager.chunks))
 
 
 def chunk_map(chunks: Sequence[Chunk]) -> str:
@@ -267,7 +257,7 @@ def chunk_map(chunks: Sequence[Chunk]) -> str:
     return "".join(f"{count}{letter}" for letter, count in runs)
 
 
-def process_memory() -> Process:
+def process_memory() -> records.Process:
     """RAM of this process, and how much more the tightest limit on it allows."""
     with open("/proc/self/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -276,7 +266,7 @@ def process_memory() -> Process:
     memory = None if device is None else memory_of(device)
     there = None if memory is None else memory.free()
     # Rounded, so that a process at rest says the same again and nothing is written.
-    return Process(
+    return records.Process(
         rss_bytes=resident >> 20 << 20,
         free_bytes=free >> 24 << 24,
         limit=name,
@@ -300,14 +290,10 @@ def model_facts(model: nn.Module) -> dict[str, Any] | None:
 
 
 def description(
-    manager: ChunkManager,
-    packing: Packing,
-    config: GeminiConfig,
-    capacities: Capacities,
-    model: Mapping[str, Any] | None,
-) -> Description:
+    manager: ChunkManager, packing: Packing, config: GeminiConfig, capacities: Capacities, model: dict[str, Any] | None
+) -> records.Description:
     """Chunks, parameters and what the user asked for; units come later."""
-    parameters: dict[int, DescribedParameter] = {}
+    parameters: dict[int, records.DescribedParameter] = {}
     chunks = []
     for chunk in manager.chunks:
         group = chunk.layout.group
@@ -316,16 +302,11 @@ def description(
         if chunk.gradient is not None and chunk.gradient.buffer is not None:
             buffers[Role.GRADIENT.value] = chunk.gradient.buffer
         for slot in chunk.layout.slots:
-            parameters[slot.key] = DescribedParameter(
-                name=slot.name,
-                shape=list(slot.shape),
-                chunk=chunk.index,
-                param_group=group.param_group,
-                trainable=group.trainable,
-                keeps_fp32=group.keeps_fp32,
+            parameters[slot.key] = records.DescribedParameter(
+                slot.name, list(slot.shape), chunk.index, group.param_group, group.trainable, group.keeps_fp32
             )
         chunks.append(
-            DescribedChunk(
+            records.DescribedChunk(
                 numel=chunk.layout.numel,
                 used_numel=chunk.layout.used_numel,
                 full_bytes=chunk.full_nbytes,
@@ -334,16 +315,16 @@ def description(
                 group=f"{group.param_group}{marks}",
             )
         )
-    return Description(
+    return records.Description(
         chunks=chunks,
         parameters=[parameters[key] for key in sorted(parameters)],
         units=[],
         homes_bytes={tier.value: packing.placement.nbytes[tier] for tier in Tier},
-        capacities={tier.value: Capacity(budget.bytes, budget.source) for tier, budget in capacities.budgets.items()},
+        capacities={t.value: records.Capacity(budget.bytes, budget.source) for t, budget in capacities.budgets.items()},
         unified=capacities.unified,
         ram_bytes=capacities.ram_bytes,
         device_limit_bytes=capacities.device_limit_bytes,
-        model=None if model is None else dict(model),
+        model=model,
         config={
             "precision": config.precision,
             "policy": type(config.policy).__name__,

@@ -16,7 +16,7 @@ class Follower:
 
     def __init__(self, path: Path, options: argparse.Namespace) -> None:
         self.path = path
-        self.options = options
+        self._options = options
         self._hardware = read_hardware()
         self._chunks: Description | None = None
         self._timeline: Timeline | None = None
@@ -30,12 +30,16 @@ class Follower:
         Unreadable
             The run's files are gone, damaged or too new.
         """
-        run = read(self.path, self.options)
+        run = read(self.path, self._options)
         if self._is_new(chunks_file(self.path, run.rank)):
             self._chunks = read_chunks(self.path, run.rank)
         if self._is_new(timeline_file(self.path, run.rank)):
             self._timeline = read_timeline(self.path, run.rank)
         return gather(run, self._chunks, self._timeline, self._hardware)
+
+    def turn_to(self, rank: int) -> None:
+        """Look at another rank from now on."""
+        self._options = argparse.Namespace(**{**vars(self._options), "rank": str(rank)})
 
     def _is_new(self, file: Path) -> bool:
         try:

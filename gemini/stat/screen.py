@@ -17,6 +17,7 @@ from gemini.telemetry.records import Description, Timeline
 
 PARTS = ("tiers", "timeline", "chunks", "moves", "advice")
 KEYS = "q quit  r rank  t timeline  c chunks  m moves  a advice  p pause  s save  ? help"
+_TOGGLES = {"t": "timeline", "c": "chunks", "m": "moves", "a": "advice"}
 HELP = (
     "q     leave; the run goes on",
     "r     the next rank, when there are several",
@@ -51,6 +52,25 @@ class View:
     is_paused: bool = False
     is_help: bool = False
     message: str = ""
+
+    def press(self, key: str) -> bool:
+        """Take a key that changes what is shown; False if it is another key."""
+        self.message = ""
+        if self.is_help:
+            self.is_help = False
+        elif key in _TOGGLES:
+            self.hidden ^= {_TOGGLES[key]}
+        elif key == "?":
+            self.is_help = True
+        elif key == "p":
+            self.is_paused = not self.is_paused
+        else:
+            return False
+        return True
+
+    def say(self, message: str) -> None:
+        """Show a message in place of the keys, until the next key."""
+        self.message = message
 
 
 def gather(run: RunView, chunks: Description | None, timeline: Timeline | None, hardware: dict[str, float]) -> Shown:

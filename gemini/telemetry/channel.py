@@ -55,17 +55,17 @@ class Channel:
         self.dropped = 0
         self.is_off = False
         self.is_dump_requested = False
-        self.pending: Stats | Callable[[], Stats] | None = None
+        self._pending: Stats | Callable[[], Stats] | None = None
         self._pid = os.getpid()
-        self._probes = probes
         self._last = last
-        self._lock = lock
         self._ended = False
         # SimpleQueue, because its put may be called from a finalizer that interrupts another put.
         self._queue: queue.SimpleQueue[tuple[str | Path, float, Any]] = queue.SimpleQueue()
         self._wake_up: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._file = RecordFile(run, rank, start)
-        self._thread = threading.Thread(target=self._run, name="gemini-memory-telemetry", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(probes, lock), name="gemini-memory-telemetry", daemon=True
+        )
         with small_stacks():
             self._thread.start()
 
@@ -73,7 +73,17 @@ class Channel:
         self._put(kind, fields)
 
     def put_step(self, stats: Stats | Callable[[], Stats]) -> None:
+        self._pending = None
         self._put("step", _step_of(stats))
+
+    def keep_step(self, stats: Stats | Callable[[], Stats]) -> None:
+        """Write this step if no other one follows it."""
+        self._pending = stats
+
+    def take_dump_request(self) -> bool:
+        """True once after a timeline was asked for."""
+        asked, self.is_dump_requested = self.is_dump_requested, False
+        return asked
 
     def put_document(self, path: Path, content: Fields | Callable[[], Fields]) -> None:
         self._put(path, content)
@@ -90,10 +100,10 @@ class Channel:
         if self._ended or os.getpid() != self._pid:
             return
         self._ended = True
-        pending = self.pending if self._last is None else self._last()
+        pending = self._pending if self._last is None else self._last()
         if pending is not None:
             self._queue.put(("step", time.time(), _step_of(pending)))
-        self.pending = self._last = None
+        self._pending = self._last = None
         end = End(status, dict(summary) if summary else None, error)
         self._queue.put(("end", time.time(), end))
         self._wake_up.put(None)
@@ -102,9 +112,9 @@ class Channel:
         if os.getpid() == self._pid and threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_SECONDS)
 
-    def _run(self) -> None:
+    def _run(self, probes: Mapping[str, Callable[[], Fields | None]], lock: int) -> None:
         what: str | Path = "start"
-        probe = Probes(self._probes)
+        probe = Probes(probes)
         heartbeat = 0.0
         try:
             self._file.start()
@@ -123,7 +133,7 @@ class Channel:
                     self._file.write(what, when, _made(fields), self.dropped)
                 if time.monotonic() - heartbeat >= HEARTBEAT_SECONDS:
                     heartbeat = time.monotonic()
-                    os.utime(self._lock)
+                    os.utime(lock)
                     with suppress(FileNotFoundError):
                         request_file(self.run).unlink()
                         self.is_dump_requested = True
@@ -137,7 +147,7 @@ class Channel:
                 del _live[path]
             self._file.close()
             with suppress(OSError):  # the lock last: an end record is there before it is free
-                os.close(self._lock)
+                os.close(lock)
 
 
 def _made(fields: Fields | Callable[[], Fields]) -> Fields:

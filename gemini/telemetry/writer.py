@@ -81,11 +81,7 @@ class TelemetryWriter:
     @property
     def is_dump_requested(self) -> bool:
         """True once after somebody asked for a timeline of the next step (see `request_file`)."""
-        channel = self._channel
-        if channel is None or not channel.is_dump_requested:
-            return False
-        channel.is_dump_requested = False
-        return True
+        return self._channel is not None and self._channel.take_dump_request()
 
     def record(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:
         """Hand over a record of another type than ``step``; a callable is called on the telemetry thread."""
@@ -112,10 +108,9 @@ class TelemetryWriter:
         if channel is None or os.getpid() != self._pid:
             return
         if not self.is_due:
-            channel.pending = stats
+            channel.keep_step(stats)
             return
         self._last_put = time.monotonic()
-        channel.pending = None
         channel.put_step(stats)
 
     def close(self, status: EndStatus | None = None, summary: Stats | None = None) -> None:
