@@ -11,6 +11,7 @@ from .away import QUIET, Keeper
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import Communicator, SingleProcess
+from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .disk import DiskBackend
 from .disk_file import Requests
 from .disk_tuning import tuned
@@ -19,12 +20,13 @@ from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
-from .plan import ChunkPlan, StateSlot
+from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
+from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
-from .tier import STATE_ROLES, Role, Tier
+from .tier import Tier
 from .values import write_slot
 from .weak import weakly
 from .workers import end_elsewhere, start_workers
@@ -32,12 +34,17 @@ from .write_behind import STORE_BLOCKS
 
 __all__ = [
     "FETCH_WORKERS",
+    "GRADIENT",
     "IO_STACK_BYTES",
+    "MASTER",
+    "MASTER_LOW",
     "QUIET",
-    "STATE_ROLES",
+    "RESERVED",
+    "SHADOW",
     "STORE_BLOCKS",
     "AcceleratorBackend",
     "Buffer",
+    "BufferSpec",
     "Caller",
     "Chunk",
     "ChunkLayout",
@@ -45,24 +52,28 @@ __all__ = [
     "ChunkPlan",
     "ChunkSearch",
     "ChunkState",
+    "Codec",
     "Communicator",
     "DeviceBackend",
     "DiskBackend",
     "GradientBuffer",
     "Keeper",
     "Ledger",
+    "Marked",
+    "MasterCodec",
     "MemoryBuffer",
     "NoDevice",
+    "Plain",
     "RamBackend",
     "Requests",
-    "Role",
     "SingleProcess",
     "Slot",
+    "SplitBf16",
     "Staging",
-    "StateSlot",
     "TensorSpec",
     "Tier",
     "Transfer",
+    "WithShadow",
     "accelerator_in_use",
     "driver_of",
     "end_elsewhere",

@@ -1,4 +1,4 @@
-"""One role of one chunk on one tier: a flat run of elements that can be read and written in parts."""
+"""One buffer of one chunk on one tier: a flat run of elements that can be read and written in parts."""
 
 from typing import Protocol
 
@@ -9,7 +9,7 @@ from .tier import Tier
 
 
 class Buffer(Protocol):
-    """A chunk's home for one role.
+    """A home of a chunk.
 
     Attributes
     ----------

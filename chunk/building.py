@@ -8,26 +8,28 @@ import torch
 
 from .buffer import Buffer
 from .chunk import Chunk
+from .content import BufferSpec
 from .disk import DiskBackend
 from .gradient import GradientBuffer
 from .gradient_pool import GradientPool
 from .host_arena import padded
 from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
+from .names import GRADIENT
 from .plan import ChunkPlan
-from .tier import Role, Tier
+from .tier import Tier
 
 
 def reserve_homes(plans: Sequence[ChunkPlan], ledger: Ledger, device: DeviceBackend) -> None:
     """Tell the device how much RAM the homes will take, where it would rather have that at once."""
-    homes = [plan.nbytes(role) for plan in plans for role, tier in plan.homes.items() if tier is Tier.HOST]
+    homes = [plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST]
     if sum(homes) <= ledger.free(Tier.HOST):  # else a home will say so
         device.reserve(sum(map(padded, homes)))
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkBuilder:
-    """Who counts, who computes, who stores (None if no home is on DISK), and who lends to gradients without a home."""
+    """Ledger, device backend, disk backend (None if no home is on DISK), and memory for gradients without a home."""
 
     ledger: Ledger
     device: DeviceBackend
@@ -36,36 +38,33 @@ class ChunkBuilder:
 
     def build(self, plan: ChunkPlan) -> Chunk:
         """The chunk with homes where its plan says, and whatever else it needs."""
-        homes: dict[Role, Buffer] = {
-            role: self._home(plan, role, tier) for role, tier in plan.homes.items() if role is not Role.GRADIENT
-        }
-        master = homes[Role.MASTER]
-        shares_memory = master.tier is Tier.DEVICE or (master.tier is Tier.HOST and self.ledger.unified)
-        if shares_memory and master.dtype is plan.compute_dtype:
-            assert master.tensor is not None
-            chunk = Chunk(plan.layout, homes, master.tensor, full_is_home=True, states=plan.states)
+        homes = {name: self._home(plan, spec) for name, spec in plan.specs.items() if name != GRADIENT}
+        if plan.full_is_home:
+            home = homes[plan.codec.source].tensor
+            assert home is not None
+            chunk = Chunk(plan, homes, home)
             chunk.begin_fetch(Arrived())
             chunk.finish_fetch()
         else:
             full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
-            chunk = Chunk(plan.layout, homes, full, full_is_home=False, states=plan.states)
+            chunk = Chunk(plan, homes, full)
             self.device.shrink(full)
-        if Role.GRADIENT in plan.homes:
-            buffer = self._home(plan, Role.GRADIENT, plan.homes[Role.GRADIENT])
+        if GRADIENT in plan.tiers:
+            buffer = self._home(plan, plan.gradient_spec)
             if buffer.tensor is not None:
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
                 buffer.tensor.zero_()
             chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
         elif plan.borrows_gradient:
-            tier = Tier.DEVICE if master.tier is Tier.DEVICE else Tier.HOST
+            tier = Tier.DEVICE if chunk.tier is Tier.DEVICE else Tier.HOST
             borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
             chunk.gradient = GradientBuffer(plan.layout, None, self.device, borrow)
         return chunk
 
-    def _home(self, plan: ChunkPlan, role: Role, tier: Tier) -> Buffer:
-        numel, dtype = plan.numel(role), plan.dtype(role)
-        what = f"{plan.name(role)} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
+    def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
+        tier, numel, dtype = plan.tiers[spec.name], spec.numel(plan.layout.numel), spec.dtype
+        what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
         if tier is Tier.DISK:
             assert self.disk is not None
             return self.disk.allocate(numel, dtype, what)

@@ -1,22 +1,24 @@
 """One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from gemini.torch_private import storage_key, version_of, without_torch_function
+
 from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
 from .buffer import Buffer
 from .gradient import GradientBuffer
-from .layout import ChunkLayout
 from .loan import Loan
 from .memory import Transfer
-from .plan import StateSlot
+from .names import MASTER
+from .plan import ChunkPlan
 from .state import ChunkState, transition
-from .tier import STATE_ROLES, Role
+from .tier import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,17 @@ class Chunk:
     full copy would be the same bytes (same dtype, same memory), they are: ``full_is_home``, and nothing moves.
     """
 
-    def __init__(
-        self,
-        layout: ChunkLayout,
-        homes: dict[Role, Buffer],
-        full: Tensor,
-        full_is_home: bool,
-        states: Sequence[StateSlot] = (),
-    ) -> None:
-        self.layout = layout
+    def __init__(self, plan: ChunkPlan, homes: dict[str, Buffer], full: Tensor) -> None:
+        self.layout = layout = plan.layout
         self.homes = homes
-        self.states = dict(zip(STATE_ROLES, states, strict=False))
-        """What the optimizer keeps here, and in which role."""
+        """Where each buffer of the plan is, but for the gradient's."""
+        self.states = plan.states
+        """What the optimizer keeps here, in its own order."""
+        self.codec = plan.codec
+        self.codecs = plan.codecs
+        self.specs = plan.specs
         self.full = full
-        self.full_is_home = full_is_home
+        self.full_is_home = plan.full_is_home
         with torch.no_grad():
             # Made now and kept: a view of a storage that is 0 bytes long cannot be made, but it can be held.
             self.views = tuple(
@@ -71,7 +70,7 @@ class Chunk:
         self.loan: Loan | None = None
         """The full copy's memory, if some has been lent since home was last known to have the same values."""
         self._transfer: Transfer | None = None
-        self.is_poisoned = not full_is_home
+        self.is_poisoned = not self.full_is_home
         """The parameters point at NaN."""
 
     @property
@@ -85,35 +84,30 @@ class Chunk:
 
     @property
     def is_split(self) -> bool:
-        """True if its masters are in two halves. See [Note: Split master]."""
-        return Role.MASTER_LOW in self.homes
-
-    @property
-    def marks_role(self) -> Role:
-        """The state whose signs belong to split masters."""
-        return next(role for role, slot in self.states.items() if slot.has_spare_sign)
+        """True if its full copy is a part of its masters: the upper halves. See [Note: Split master]."""
+        return self.full_is_home and self.codec.dtype is not self.full.dtype
 
     @property
     def master_dtype(self) -> torch.dtype:
         """Of what a parameter is read as."""
-        return torch.float32 if self.is_split else self.homes[Role.MASTER].dtype
+        return self.codec.dtype
 
-    def name(self, role: Role) -> str:
-        """What people call a role here: the optimizer's word for a state."""
-        slot = self.states.get(role)
-        return role.value if slot is None else slot.name
+    @property
+    def tier(self) -> Tier:
+        """Where its masters are."""
+        return self.homes[MASTER].tier
 
-    def place(self, position: int, role: Role) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Where a role has the values of a parameter: offset in its buffer, shape and strides there."""
-        slot, state = self.layout.slots[position], self.states.get(role)
-        if state is None or state.block_numel == 1:
+    def place(self, position: int, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """Where values of a parameter are in their buffers: offset, shape and strides there."""
+        slot, (spec, *_) = self.layout.slots[position], self.codecs[name].specs
+        if spec.block_numel == 1:
             return slot.offset, slot.shape, slot.stride
-        return slot.offset // state.block_numel, (state.numel(slot.numel),), (1,)
+        return slot.offset // spec.block_numel, (spec.numel(slot.numel),), (1,)
 
     @property
     def source(self) -> Buffer:
         """What a fetch reads."""
-        return self.homes.get(Role.SHADOW, self.homes[Role.MASTER])
+        return self.homes[self.codec.source]
 
     @property
     def full_nbytes(self) -> int:
@@ -134,7 +128,7 @@ class Chunk:
 
     def has_memory(self, tensor: Tensor) -> bool:
         """True if a tensor lies in the full copy, or in what was lent of it."""
-        is_in_full = tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
+        is_in_full = storage_key(tensor.untyped_storage()) == storage_key(self.full.untyped_storage())
         return is_in_full or (self.loan is not None and self.loan.has(tensor))
 
     @property
@@ -248,7 +242,7 @@ class Chunk:
     def edited(self) -> list[int]:
         """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
         with QUIET():
-            versions = [binding.parameter._version for binding in self.bindings]
+            versions = [version_of(binding.parameter) for binding in self.bindings]
         if versions == self._versions:
             return []
         return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
@@ -256,7 +250,7 @@ class Chunk:
     def accept(self, position: int) -> None:
         """Mark home and parameter as equal."""
         with QUIET():
-            self._versions[position] = self.bindings[position].parameter._version
+            self._versions[position] = version_of(self.bindings[position].parameter)
 
     def take_assigned(self) -> list[tuple[int, Tensor]]:
         """Positions and values of parameters whose ``data`` the user has set to another tensor.
@@ -264,7 +258,7 @@ class Chunk:
         They point again at what the chunk says; bringing the values there is the caller's.
         """
         found = []
-        with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
+        with without_torch_function():  # the class while it is away and the observer: this is no use
             for position, binding in enumerate(self.bindings):
                 ours, former = binding.poison, binding.view
                 if not self.is_poisoned:
@@ -306,7 +300,7 @@ class Chunk:
         binding = Binding(parameter, view, nan.expand(view.shape), plain, away)
         self.bindings.append(binding)
         with QUIET():
-            self._versions.append(parameter._version)
+            self._versions.append(version_of(parameter))
             parameter.data = binding.poison if self.is_poisoned else view
         parameter.__class__ = binding.plain if self.pins else binding.away
 
@@ -329,13 +323,13 @@ class Chunk:
         slot, view = self.layout.slots[position], self.views[position]
         if self.state is ChunkState.READY:
             return view.clone(memory_format=torch.preserve_format)
-        master = self.homes[Role.MASTER].tensor
-        if master is None:
+        source = self.source.tensor
+        if source is None:
             raise RuntimeError(
                 f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
                 "the model for as long as its parameters are used, or keep p.detach().clone()"
             )
-        home = master.as_strided(slot.shape, slot.stride, master.storage_offset() + slot.offset)
+        home = source.as_strided(slot.shape, slot.stride, source.storage_offset() + slot.offset)
         return home.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
 
     def release(self) -> None:

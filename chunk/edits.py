@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .chunk import Chunk
 from .loan import Loan
+from .names import MASTER
 from .state import ChunkState
-from .tier import Role
 from .values import differing, read_slot, write_slot
 
 
@@ -44,7 +44,7 @@ def bring_edits_home(chunk: Chunk) -> None:
         chunk.settle()
     for position in sorted(positions):
         view = chunk.views[position]
-        home = read_slot(chunk, position, Role.MASTER).to(view.device)
+        home = read_slot(chunk, position, MASTER).to(view.device)
         _write_differing(chunk, position, home, differing(view, home))
 
 
@@ -54,7 +54,7 @@ def _bring_upper_halves_home(chunk: Chunk, loan: Loan) -> None:
     chunk.settle()
     for position in loan.positions:
         differs = differing(chunk.views[position], loan.before(position))
-        home = read_slot(chunk, position, Role.MASTER).to(differs.device) if differs.any() else differs
+        home = read_slot(chunk, position, MASTER).to(differs.device) if differs.any() else differs
         _write_differing(chunk, position, home, differs)
         loan.remember(position)
 
@@ -62,7 +62,7 @@ def _bring_upper_halves_home(chunk: Chunk, loan: Loan) -> None:
 def _write_differing(chunk: Chunk, position: int, home: Tensor, differs: Tensor) -> None:
     if differs.any():
         view = chunk.views[position]
-        write_slot(chunk, position, Role.MASTER, torch.where(differs, view.to(home.dtype), home))
+        write_slot(chunk, position, MASTER, torch.where(differs, view.to(home.dtype), home))
     chunk.accept(position)
 
 
@@ -97,7 +97,7 @@ def check_shape(chunk: Chunk, position: int, value: Tensor) -> None:
 
 def put(chunk: Chunk, position: int, value: Tensor) -> None:
     """Have home and, where there is one, the full copy hold a value. No update and no move is under way."""
-    write_slot(chunk, position, Role.MASTER, value)
+    write_slot(chunk, position, MASTER, value)
     chunk.accept(position)
     if chunk.is_resident and not chunk.full_is_home:
         with torch.no_grad():

@@ -18,11 +18,12 @@ from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
 from .memory import DeviceBackend, Transfer
+from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
 from .shortage import no_room, refused
 from .state import ChunkState
-from .tier import Role, Tier
+from .tier import Tier
 from .values import read_slot, write_slot
 from .weak import weakly
 from .workers import end_elsewhere
@@ -83,8 +84,8 @@ class ChunkManager:
         self.moves = MoveCounts()
         self.before_read: Callable[[], None] = lambda: None
         """Called before a value is handed out. Raises where there are no values of one step."""
-        self.after_write: Callable[[Tensor, Role], None] = lambda parameter, role: None
-        """Called with what has been replaced."""
+        self.after_write: Callable[[Tensor, str], None] = lambda parameter, name: None
+        """Called with what has been replaced: a parameter, and the name of the values."""
         self.withheld: Set[Chunk] = frozenset()
         """Chunks that have taken a step that the others have not: reading them would mix two steps."""
         self.headroom = headroom
@@ -151,8 +152,8 @@ class ChunkManager:
             built = [self._builder.build(plan) for plan in plans]
             for new in built:
                 for position in range(len(new.layout.slots)):
-                    value = read_slot(self.chunks[new.index], position, Role.MASTER)
-                    write_slot(new, position, Role.MASTER, value)
+                    value = read_slot(self.chunks[new.index], position, MASTER)
+                    write_slot(new, position, MASTER, value)
                 if fill is not None:
                     fill(new)
         for new in built:
@@ -327,7 +328,7 @@ class ChunkManager:
         put(chunk, position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
-        self.moves.waited_seconds[chunk.homes[Role.MASTER].tier] += time.perf_counter() - begin
+        self.moves.waited_seconds[chunk.tier] += time.perf_counter() - begin
 
     def _arrive(self, chunk: Chunk) -> None:
         try:
@@ -429,8 +430,8 @@ class ChunkManager:
 
     # -- values
 
-    def read(self, parameter: Tensor, role: Role) -> Tensor:
-        """A copy, on CPU, of what one role holds for a parameter (waits for a pending update).
+    def read(self, parameter: Tensor, name: str) -> Tensor:
+        """A copy, on CPU, of the masters or one state of a parameter (waits for a pending update).
 
         In the parameter's shape; flat where blocks of elements share a value.
         """
@@ -439,25 +440,25 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_edits(chunk)
-        return read_slot(chunk, position, role)
+        return read_slot(chunk, position, name)
 
-    def write(self, parameter: Tensor, role: Role, value: Tensor) -> None:
-        """Replace what one role holds for a parameter; a full copy made before is dropped, or follows if it is lent."""
+    def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
+        """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_assigned(chunk)
-        if role is Role.MASTER and chunk.is_resident and not chunk.full_is_home:
+        if name == MASTER and chunk.is_resident and not chunk.full_is_home:
             self.evict(chunk)
-        write_slot(chunk, position, role, value)
-        if role is Role.MASTER:
+        write_slot(chunk, position, name, value)
+        if name == MASTER:
             chunk.accept(position)
             if chunk.is_lent and not chunk.full_is_home:
                 with torch.no_grad():
                     chunk.views[position].copy_(value)
             if chunk.loan is not None:
                 chunk.loan.remember(position)
-        self.after_write(parameter, role)
+        self.after_write(parameter, name)
 
     def settle(self) -> None:
         """Wait for every pending update."""

@@ -1,42 +1,61 @@
-"""What one role's home has for one parameter of a chunk, wherever the home is."""
+"""What the homes of a chunk have for one parameter, wherever they are."""
 
+from collections.abc import Iterator, Mapping
 from math import prod
 
 import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .split_master import halves, joined, marked, unmarked
-from .tier import Role
 
 _PIECE_NUMEL = 1 << 18
-"""Masters in two halves are put together and taken apart in pieces: that takes room for a dozen bytes an element."""
+"""Values that take computing are read and written in pieces: that takes room for a dozen bytes an element."""
 
 
-def read_slot(chunk: Chunk, position: int, role: Role) -> Tensor:
-    """A copy, on CPU, of what a role holds for the parameter at this position."""
-    offset, shape, stride = chunk.place(position, role)
-    if not _is_entwined(chunk, role):
-        flat = _read(chunk, role, offset, prod(shape))
+class _Stored(Mapping[str, Tensor]):
+    """Copies, on CPU, of what the buffers of a chunk have for some elements (`Pieces`). Reads what is asked for."""
+
+    def __init__(self, chunk: Chunk, start: int, numel: int) -> None:
+        self._homes, self._start, self._numel = chunk.homes, start, numel
+
+    def __getitem__(self, name: str) -> Tensor:
+        home = self._homes[name]
+        flat = torch.empty(self._numel, dtype=home.dtype, device="cpu")
+        home.read(self._start, flat)
+        return flat
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+
+def read_slot(chunk: Chunk, position: int, name: str) -> Tensor:
+    """A copy, on CPU, of the masters (``"master"``) or of one state of the parameter at this position."""
+    codec = chunk.codecs[name]
+    offset, shape, stride = chunk.place(position, name)
+    if not codec.computes:
+        flat = codec.decode(_Stored(chunk, offset, prod(shape)))
     else:
-        flat = torch.empty(prod(shape), dtype=torch.float32, device="cpu")
+        flat = torch.empty(prod(shape), dtype=codec.dtype, device="cpu")
         for part in flat.split(_PIECE_NUMEL):
-            part.copy_(_disentangled(chunk, role, offset + part.storage_offset(), part.numel()))
+            part.copy_(codec.decode(_Stored(chunk, offset + part.storage_offset(), part.numel())))
     return flat.as_strided(shape, stride)
 
 
-def write_slot(chunk: Chunk, position: int, role: Role, value: Tensor) -> None:
-    """Put ``value`` (any dtype, the shape of `read_slot`, or one for all) where a role lives; a master also into its
-    shadow."""
-    if role is Role.MASTER and Role.SHADOW in chunk.homes:
-        _write(chunk, position, Role.SHADOW, value.to(chunk.master_dtype))  # rounded once, as the update does it
-    if not _is_entwined(chunk, role):
-        _write(chunk, position, role, value)
+def write_slot(chunk: Chunk, position: int, name: str, value: Tensor) -> None:
+    """Put ``value`` (any dtype, the shape of `read_slot`, or one for all) where the masters or a state live."""
+    codec = chunk.codecs[name]
+    offset, shape, stride = chunk.place(position, name)
+    if not codec.computes:
+        for buffer, stored in codec.encode(value.detach(), {}).items():
+            _write(chunk, buffer, offset, shape, stride, stored)
         return
-    offset, shape, stride = chunk.place(position, role)
     start = offset
-    for part in _flat(value, shape, stride, torch.float32).split(_PIECE_NUMEL):
-        _entwine(chunk, role, start, part)
+    for part in _flat(value, shape, stride, codec.dtype).split(_PIECE_NUMEL):
+        for buffer, stored in codec.encode(part, _Stored(chunk, start, part.numel())).items():
+            chunk.homes[buffer].write(start, stored)
         start += part.numel()
 
 
@@ -50,40 +69,10 @@ def differing(view: Tensor, home: Tensor) -> Tensor:
     return view.detach().view(as_bits) != home.to(view.dtype).view(as_bits)
 
 
-def _is_entwined(chunk: Chunk, role: Role) -> bool:
-    """True if other homes than the role's own belong to its values, or its home has more than them."""
-    return chunk.is_split and role in (Role.MASTER, chunk.marks_role)
-
-
-def _disentangled(chunk: Chunk, role: Role, start: int, numel: int) -> Tensor:
-    state = _read(chunk, chunk.marks_role, start, numel)
-    if role is chunk.marks_role:
-        return unmarked(state)
-    high, low = (_read(chunk, half, start, numel) for half in (Role.MASTER, Role.MASTER_LOW))
-    return joined(high, low, state)
-
-
-def _entwine(chunk: Chunk, role: Role, start: int, values: Tensor) -> None:
-    state = _read(chunk, chunk.marks_role, start, values.numel())
-    if role is chunk.marks_role:
-        chunk.homes[role].write(start, marked(values, state.signbit()))
-        return
-    high, low, marks = halves(values)
-    chunk.homes[Role.MASTER].write(start, high)
-    chunk.homes[Role.MASTER_LOW].write(start, low)
-    if not torch.equal(marks, state.signbit()):
-        chunk.homes[chunk.marks_role].write(start, marked(state, marks))
-
-
-def _read(chunk: Chunk, role: Role, start: int, numel: int) -> Tensor:
-    home = chunk.homes[role]
-    flat = torch.empty(numel, dtype=home.dtype, device="cpu")
-    home.read(start, flat)
-    return flat
-
-
-def _write(chunk: Chunk, position: int, role: Role, value: Tensor) -> None:
-    home, (offset, shape, stride) = chunk.homes[role], chunk.place(position, role)
+def _write(
+    chunk: Chunk, buffer: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], value: Tensor
+) -> None:
+    home = chunk.homes[buffer]
     with torch.no_grad():
         if home.tensor is not None:
             home.tensor.as_strided(shape, stride, home.tensor.storage_offset() + offset).copy_(value)

@@ -7,24 +7,51 @@ from fakes import FakeBackend, FakeUpdate
 from torch import Tensor
 
 from gemini.chunk import (
+    GRADIENT,
+    MASTER,
+    MASTER_LOW,
+    SHADOW,
+    BufferSpec,
     Chunk,
+    ChunkLayout,
     ChunkManager,
     ChunkPlan,
     DiskBackend,
     Ledger,
-    Role,
-    StateSlot,
+    Plain,
+    SplitBf16,
     TensorSpec,
     Tier,
+    WithShadow,
     pack,
     write_slot,
 )
+from gemini.chunk.content import MasterCodec
 
 NUMEL = 96
 FULL_NBYTES = NUMEL * 2  # bf16
-TRAINABLE = dict.fromkeys((Role.MASTER, Role.STATE_0, Role.STATE_1, Role.GRADIENT), Tier.HOST)
-FROZEN = {Role.MASTER: Tier.HOST}
-ADAM = (StateSlot("exp_avg"), StateSlot("exp_avg_sq"))
+TRAINABLE = dict.fromkeys((MASTER, "exp_avg", "exp_avg_sq", GRADIENT), Tier.HOST)
+FROZEN = {MASTER: Tier.HOST}
+ADAM = (BufferSpec("exp_avg"), BufferSpec("exp_avg_sq"))
+
+
+def plan_of(
+    layout: ChunkLayout,
+    tiers: dict[str, Tier],
+    dtype: torch.dtype,
+    states: tuple[BufferSpec, ...] = ADAM,
+    unified: bool = False,
+) -> ChunkPlan:
+    """The plan of a chunk with these buffers, which tell whether it is trainable and how its masters are kept."""
+    is_trainable = GRADIENT in tiers
+    codec: MasterCodec = Plain(BufferSpec(MASTER, torch.float32 if is_trainable else dtype))
+    if MASTER_LOW in tiers:
+        codec = SplitBf16(marks="exp_avg_sq")
+    elif SHADOW in tiers:
+        codec = WithShadow(BufferSpec(MASTER), dtype)
+    in_reach = tiers[MASTER] is Tier.DEVICE or (tiers[MASTER] is Tier.HOST and unified)
+    is_home = in_reach and codec.specs[0].dtype is dtype
+    return ChunkPlan(layout, codec, states if is_trainable else (), tiers, dtype, full_is_home=is_home)
 
 
 class Rig:
@@ -32,7 +59,7 @@ class Rig:
 
     def __init__(
         self,
-        homes: Sequence[dict[Role, Tier]],
+        homes: Sequence[dict[str, Tier]],
         room: int = 2,
         unified: bool = False,
         disk: DiskBackend | None = None,
@@ -44,7 +71,7 @@ class Rig:
         capacities = {Tier.DEVICE: self.capacity, Tier.HOST: 1 << 20, Tier.DISK: 1 << 20}
         self.ledger = Ledger(capacities, unified)
         self.device = FakeBackend(self.capacity if not unified else 1 << 30)
-        plans = [ChunkPlan(layout, tiers, dtype, ADAM) for layout, tiers in zip(layouts, homes, strict=True)]
+        plans = [plan_of(layout, tiers, dtype, unified=unified) for layout, tiers in zip(layouts, homes, strict=True)]
         self.manager = ChunkManager(plans, self.ledger, self.device, disk)
         self.chunks = self.manager.chunks
         generator = torch.Generator().manual_seed(0)
@@ -54,7 +81,7 @@ class Rig:
             self.values[chunk.index] = [torch.randn(slot.shape, generator=generator) for slot in chunk.layout.slots]
             self.parameters[chunk.index] = [torch.empty(slot.shape, dtype=dtype) for slot in chunk.layout.slots]
             for position, value in enumerate(self.values[chunk.index]):
-                write_slot(chunk, position, Role.MASTER, value)
+                write_slot(chunk, position, MASTER, value)
                 self.manager.bind(self.parameters[chunk.index][position], chunk, position)
 
     def use(self, chunk: Chunk) -> None:
@@ -80,7 +107,7 @@ def pending(rig: Rig, chunk: Chunk, value: float = 3.0) -> FakeUpdate:
     """An update that writes ``value`` into the master, and through to a full copy, when it is waited for."""
 
     def work() -> None:
-        master = chunk.homes[Role.MASTER]
+        master = chunk.homes[MASTER]
         master.write(0, torch.full((NUMEL,), value, dtype=master.dtype))
         if chunk.is_resident:
             chunk.full.fill_(value)

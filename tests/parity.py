@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import ChunkState, Role, Tier
+from gemini.chunk import MASTER, ChunkState, Tier
 from gemini.chunk.disk import PAGE_BYTES
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
@@ -109,7 +109,7 @@ def masters(model: nn.Module) -> dict[str, Tensor]:
     """The truth of each parameter; of those outside of the chunks their values."""
     manager = boosted(model).manager
     return {
-        name: p.detach().clone() if manager.find(p) is None else manager.read(p, Role.MASTER)
+        name: p.detach().clone() if manager.find(p) is None else manager.read(p, MASTER)
         for name, p in model.named_parameters()
     }
 

@@ -8,9 +8,12 @@ from threading import Lock
 from typing import Protocol
 
 import torch
+from manager_rig import plan_of
 from torch import Tensor
 
 from gemini.chunk import (
+    GRADIENT,
+    MASTER,
     Buffer,
     Chunk,
     ChunkLayout,
@@ -20,7 +23,6 @@ from gemini.chunk import (
     MemoryBuffer,
     NoDevice,
     RamBackend,
-    Role,
     Staging,
     TensorSpec,
     Tier,
@@ -32,15 +34,15 @@ from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.rule import AtStep
 from gemini.nn.optimizer.update import adam_update
 from gemini.updates.ticket import Ticket
-from gemini.updates.update_pipeline import BLOCK_SETS, ChunkUpdate, Run, update_roles
+from gemini.updates.update_pipeline import BLOCK_SETS, ChunkUpdate, Run
 from gemini.updates.update_queue import UpdateQueue
 
 BLOCK_NUMEL = 64
-UPDATE_ROLES = update_roles(2)
+BUFFERS = (MASTER, "exp_avg", "exp_avg_sq", GRADIENT)
 HYPER = AdamHyper(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, decoupled=True, bias_correction=True)
-ON_DISK = dict.fromkeys(UPDATE_ROLES, Tier.DISK)
-IN_RAM = dict.fromkeys(UPDATE_ROLES, Tier.HOST)
-MIXED = {**ON_DISK, Role.MASTER: Tier.HOST, Role.GRADIENT: Tier.HOST}
+ON_DISK = dict.fromkeys(BUFFERS, Tier.DISK)
+IN_RAM = dict.fromkeys(BUFFERS, Tier.HOST)
+MIXED = {**ON_DISK, MASTER: Tier.HOST, GRADIENT: Tier.HOST}
 
 
 class Disk(Protocol):
@@ -101,7 +103,7 @@ class Rig:
 
     chunks: list[Chunk]
     queue: UpdateQueue
-    expected: list[dict[Role, Tensor]]
+    expected: list[dict[str, Tensor]]
     steps: int = 0
 
     def submit(self, *indices: int) -> list[Ticket]:
@@ -113,14 +115,14 @@ class Rig:
             chunk, expected = self.chunks[index], self.expected[index]
             runs = runs_of(chunk.layout, AdamAtStep(at_step))
             for run in runs:
-                adam_update(*(expected[role][run.start : run.stop] for role in UPDATE_ROLES), at_step)
+                adam_update(*(expected[name][run.start : run.stop] for name in BUFFERS), at_step)
             updates.append(ChunkUpdate(chunk, runs, None))
         return self.queue.submit(updates, NoDevice())
 
     def check(self) -> None:
         for chunk, expected in zip(self.chunks, self.expected, strict=True):
-            for role in UPDATE_ROLES:
-                assert torch.equal(content(chunk, role), expected[role]), (chunk.index, role)
+            for name in BUFFERS:
+                assert torch.equal(content(chunk, name), expected[name]), (chunk.index, name)
 
 
 def runs_of(layout: ChunkLayout, at_step: AtStep) -> tuple[Run, ...]:
@@ -128,13 +130,13 @@ def runs_of(layout: ChunkLayout, at_step: AtStep) -> tuple[Run, ...]:
     return tuple(Run(slot.offset, slot.stop, at_step) for slot in layout.slots if slot.key % 5)
 
 
-def home(chunk: Chunk, role: Role) -> Buffer:
+def home(chunk: Chunk, name: str) -> Buffer:
     assert chunk.gradient is not None
-    return chunk.gradient.buffer if role is Role.GRADIENT else chunk.homes[role]
+    return chunk.gradient.buffer if name is GRADIENT else chunk.homes[name]
 
 
-def content(chunk: Chunk, role: Role) -> Tensor:
-    buffer = home(chunk, role)
+def content(chunk: Chunk, name: str) -> Tensor:
+    buffer = home(chunk, name)
     out = torch.empty(buffer.numel, dtype=buffer.dtype)
     (buffer.buffer if isinstance(buffer, SeenBuffer) else buffer).read(0, out)
     return out
@@ -142,7 +144,7 @@ def content(chunk: Chunk, role: Role) -> Tensor:
 
 @contextmanager
 def rig(
-    folder: Path, places: Sequence[dict[Role, Tier]], seen_by: Disk, tensors: int = 6, numel: int = 50
+    folder: Path, places: Sequence[dict[str, Tier]], seen_by: Disk, tensors: int = 6, numel: int = 50
 ) -> Iterator[Rig]:
     generator = torch.Generator().manual_seed(0)
     ledger = Ledger(dict.fromkeys(Tier, 1 << 24), unified=False)
@@ -150,24 +152,24 @@ def rig(
     layouts = pack([TensorSpec("w", (numel,), (1,), i) for i in range(len(places)) for _ in range(tensors)], 1 << 20)
     chunks, expected = [], []
     for layout, tiers in zip(layouts, places, strict=True):
-        buffers: dict[Role, Buffer] = {}
+        buffers: dict[str, Buffer] = {}
         values = {}
-        for role in UPDATE_ROLES:
-            dtype = torch.bfloat16 if role is Role.GRADIENT else torch.float32
+        for name in BUFFERS:
+            dtype = torch.bfloat16 if name is GRADIENT else torch.float32
             value = torch.randn(layout.numel, generator=generator).abs().to(dtype)
-            values[role] = value.clone()
-            if tiers[role] is Tier.DISK:
+            values[name] = value.clone()
+            if tiers[name] is Tier.DISK:
                 buffer = disk.allocate(layout.numel, dtype, "test")
                 buffer.write(0, value)
-                buffers[role] = SeenBuffer(buffer, seen_by, layout.index)
+                buffers[name] = SeenBuffer(buffer, seen_by, layout.index)
             else:
-                buffers[role] = MemoryBuffer(Tier.HOST, value)
-        gradient = GradientBuffer(layout, buffers.pop(Role.GRADIENT), device)
-        chunk = Chunk(layout, buffers, torch.empty(layout.numel, dtype=torch.bfloat16), full_is_home=False)
+                buffers[name] = MemoryBuffer(Tier.HOST, value)
+        gradient = GradientBuffer(layout, buffers.pop(GRADIENT), device)
+        chunk = Chunk(plan_of(layout, tiers, torch.bfloat16), buffers, torch.empty(layout.numel, dtype=torch.bfloat16))
         chunk.gradient = gradient
         chunks.append(chunk)
         expected.append(values)
-    queue = UpdateQueue(Staging(BLOCK_SETS * len(UPDATE_ROLES), BLOCK_NUMEL))
+    queue = UpdateQueue(Staging(BLOCK_SETS * len(BUFFERS), BLOCK_NUMEL))
     try:
         yield Rig(chunks, queue, expected)
     finally:

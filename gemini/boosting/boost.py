@@ -13,6 +13,7 @@ from ..boosted import Boosted
 from ..checkpoint import serve_parts
 from ..chunk import (
     FETCH_WORKERS,
+    MASTER,
     STORE_BLOCKS,
     AcceleratorBackend,
     Chunk,
@@ -21,7 +22,6 @@ from ..chunk import (
     DiskBackend,
     Ledger,
     RamBackend,
-    Role,
     SingleProcess,
     Staging,
     Tier,
@@ -52,6 +52,7 @@ from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
 from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
+from ..torch_private import own_buffers
 from ..units.units import Units
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.completion import Completion
@@ -128,7 +129,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     room, sampling = DeviceRoom(manager, capacities.device_limit_bytes), Sampling(manager, meter)
     engine = Engine(manager, gradients, pacing, room, sampling, in_backward)
     unfreezing = Unfreezing(
-        manager, engine, gradients, config, packing.update_role_count if manager.disk is not None else 0
+        manager, engine, gradients, config, packing.updated_buffer_count if manager.disk is not None else 0
     )
     kept = KeptStates(manager, optimizer.rule if optimizer is not None else ADAM, updater)
     step = ChunkedStep(
@@ -192,7 +193,7 @@ def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tu
         pin = capacities.device.type != "cpu" and config.pin_memory
         fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
         store_staging = Staging(STORE_BLOCKS, packing.staging_block_numel, pin)
-        update_staging = Staging(BLOCK_SETS * packing.update_role_count, packing.staging_block_numel, pin)
+        update_staging = Staging(BLOCK_SETS * packing.updated_buffer_count, packing.staging_block_numel, pin)
         ledger.take(Tier.HOST, packing.staging_bytes, "staging for the disk tier")
     device: DeviceBackend
     if capacities.device.type == "cpu":
@@ -215,7 +216,7 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
         place = places.get(id(parameter))
         if place is None:
             return value.to(device)
-        write_slot(*place, Role.MASTER, value)
+        write_slot(*place, MASTER, value)
         return torch.full((), float("nan"), dtype=value.dtype, device=device).expand(value.shape)
 
     lazy = {id(p) for p in model.parameters() if is_lazy(p)}
@@ -227,31 +228,30 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
         manager.bind(parameter, *places[id(parameter)])
     if device.type != "cpu":
         for module in model.modules():
-            for name, buffer in module._buffers.items():
+            for name, buffer in own_buffers(module).items():
                 if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+                    own_buffers(module)[name] = buffer.to(device)
 
 
 def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> None:
     """An optimizer that has stepped before goes on where it was; one that starts with states gets them."""
     if optimizer.rule.starts_filled:
         for chunk in manager.chunks:
-            for role, slot in chunk.states.items():
+            for slot in chunk.states:
                 for position in range(len(chunk.layout.slots)):
                     write_slot(
                         chunk,
                         position,
-                        role,
+                        slot.name,
                         torch.full((), optimizer.rule.initial(slot.name), dtype=torch.float32, device="cpu"),
                     )
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:
             continue
-        named = {Role.MASTER: "master", **{role: slot.name for role, slot in place[0].states.items()}}
-        for role, name in named.items():
+        for name in place[0].codecs:
             if _real(saved).get(name) is not None:
-                write_slot(*place, role, saved[name])
+                write_slot(*place, name, saved[name])
 
 
 def _real(saved: Mapping[str, Any]) -> Mapping[str, Any]:

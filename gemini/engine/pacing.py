@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
+from ..chunk import Chunk, ChunkManager, ChunkState, Tier
 from ..errors import is_out_of_memory
 from ..planning.cycle import Cycle
 from ..planning.planner import Actions, Planner
@@ -103,9 +103,7 @@ class Pacing:
         # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
         reached = manager.device.is_ram
         lost = [
-            chunk.index
-            for chunk in chunks
-            if chunk.gradient is not None and not (reached or chunk.homes[Role.MASTER].tier is Tier.DEVICE)
+            chunk.index for chunk in chunks if chunk.gradient is not None and not (reached or chunk.tier is Tier.DEVICE)
         ]
         resident = sum(chunk.full_nbytes for chunk in chunks if chunk.is_resident)
         return Planner(trace, nbytes, manager.ledger.free(Tier.DEVICE) + resident, self._depth, lost)

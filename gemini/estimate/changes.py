@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from gemini.chunk import StateSlot
+from gemini.chunk import BufferSpec
 from gemini.config import GeminiConfig
 from gemini.sizes import format_bytes
 
@@ -53,7 +53,7 @@ class Case:
 
     subject: Subject
     config: GeminiConfig
-    slots: tuple[StateSlot, ...]
+    slots: tuple[BufferSpec, ...]
     numel: int
     """Of all parameters that were recorded."""
     machine: Machine

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import Role, StateSlot, Tier
+from gemini.chunk import MASTER, BufferSpec, Tier
 from gemini.config import PRECISIONS, GeminiConfig
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
@@ -150,10 +150,10 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
     packing = data.pack(limits, unified)
     read = written = 0
     for plan in packing.plans:
-        for role, tier in plan.homes.items():
-            nbytes = plan.layout.numel * plan.dtype(role).itemsize
+        for name, tier in plan.tiers.items():
+            nbytes = plan.nbytes(name)
             if tier is Tier.DISK:
-                read += nbytes * (2 if role is Role.MASTER else 1)  # for the full copy and for the update
+                read += nbytes * (2 if name == MASTER else 1)  # for the full copy and for the update
                 written += nbytes
     tokens = options.batch_size * options.seq_len
     work = floor.Work(
@@ -211,7 +211,7 @@ def _show(options: argparse.Namespace, found: Demand, answer: Estimate) -> None:
         print(f"- {remark}")
 
 
-def _slots(name: str, *assignments: str) -> tuple[StateSlot, ...]:
+def _slots(name: str, *assignments: str) -> tuple[BufferSpec, ...]:
     """What the optimizer of this name, with these options, keeps of each element."""
     cls = HybridAdam if name == HybridAdam.__name__ else getattr(torch.optim, name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
@@ -223,7 +223,7 @@ def _slots(name: str, *assignments: str) -> tuple[StateSlot, ...]:
     return optimizer.rule.slots(optimizer.param_groups[0])
 
 
-def _config(options: argparse.Namespace, slots: Sequence[StateSlot]) -> GeminiConfig:
+def _config(options: argparse.Namespace, slots: Sequence[BufferSpec]) -> GeminiConfig:
     if options.split_master and not any(slot.has_spare_sign for slot in slots):
         raise Usage(f"--split-master needs HybridAdam or AdamW, got --optimizer {' '.join(options.optimizer)}")
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from gemini.chunk import STATE_ROLES, Role, StateSlot, Tier
+from gemini.chunk import GRADIENT, MASTER, SHADOW, BufferSpec, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
@@ -73,7 +73,7 @@ class Demand:
 class ModelData:
     """Asks the trainer's packing about one model, built lazily once, whose parameters have so many optimizer states."""
 
-    def __init__(self, subject: Subject, config: GeminiConfig, slots: Sequence[StateSlot] = ADAM.slots({})) -> None:
+    def __init__(self, subject: Subject, config: GeminiConfig, slots: Sequence[BufferSpec] = ADAM.slots({})) -> None:
         with LazyInitContext():
             self.model: nn.Module = subject.build()
         self.config = config
@@ -143,7 +143,7 @@ def model_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> 
         found[tier] += nbytes
     where = Tier.HOST if unified else Tier.DEVICE
     room = limits[where] - found[where]
-    copies = sorted(_copies(packing, unified))
+    copies = sorted(_copies(packing))
     if sum(copies) > room:
         copies = _that_fit(copies, room if packing.full_copies_limit_bytes is None else packing.full_copies_limit_bytes)
     found[where] += sum(copies)
@@ -157,9 +157,7 @@ def streamed_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) 
     where = Tier.HOST if unified else Tier.DEVICE
     kept = model_bytes(packing, limits, unified)[where] - packing.placement.nbytes[where]
     from_below = [
-        c
-        for plan, c in zip(packing.plans, _copies(packing, unified), strict=True)
-        if plan.homes[Role.MASTER] is not Tier.DEVICE
+        c for plan, c in zip(packing.plans, _copies(packing), strict=True) if plan.tiers[MASTER] is not Tier.DEVICE
     ]
     return max(0, sum(from_below) - kept)
 
@@ -185,29 +183,24 @@ def _that_fit(copies: Sequence[int], room: int) -> list[int]:
     return kept
 
 
-def _copies(packing: Packing, unified: bool) -> list[int]:
+def _copies(packing: Packing) -> list[int]:
     """Bytes of each chunk's full copy beside its home."""
-    found = []
-    for plan in packing.plans:
-        tier = plan.homes[Role.MASTER]
-        in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
-        is_home = in_reach and plan.dtype(Role.MASTER) is plan.compute_dtype
-        found.append(0 if is_home else plan.layout.numel * plan.compute_dtype.itemsize)
-    return found
+    return [0 if plan.full_is_home else plan.layout.numel * plan.compute_dtype.itemsize for plan in packing.plans]
 
 
 def _terms(packing: Packing) -> dict[str, int]:
-    by_role = dict.fromkeys(Role, 0)
-    waste = 0
+    masters = moments = gradients = waste = 0
     for plan in packing.plans:
-        for role in plan.homes:
-            by_role[role] += plan.nbytes(role)
-            waste += plan.nbytes(role) * (plan.layout.numel - plan.layout.used_numel) // plan.layout.numel
+        masters += sum(plan.nbytes(spec.name) for spec in plan.codec.specs if spec.name != SHADOW)
+        moments += sum(plan.nbytes(spec.name) for spec in plan.states)
+        gradients += plan.nbytes(GRADIENT) if GRADIENT in plan.tiers else 0
+        for name in plan.tiers:
+            waste += plan.nbytes(name) * (plan.layout.numel - plan.layout.used_numel) // plan.layout.numel
     largest = max((slot.numel for plan in packing.plans for slot in plan.layout.slots), default=0)
     return {
-        "masters": by_role[Role.MASTER] + by_role[Role.MASTER_LOW],
-        "moments": sum(by_role[role] for role in STATE_ROLES),
-        "gradients": by_role[Role.GRADIENT] + sum(packing.placement.gradient_room.values()),
+        "masters": masters,
+        "moments": moments,
+        "gradients": gradients + sum(packing.placement.gradient_room.values()),
         "padding_within_these": waste,
         "staging": packing.staging_bytes,
         "chunk_count": len(packing.plans),

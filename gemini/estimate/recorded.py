@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemini.chunk import StateSlot, Tier
+from gemini.chunk import BufferSpec, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.packing.packing import decide
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.telemetry.records import DescribedChunk, Description
 
+from ..torch_private import own_modules, own_parameters
 from .demand import capacities, model_bytes
 
 
@@ -43,14 +44,14 @@ def recorded_groups(chunks: Description, model: nn.Module) -> list[dict[str, Any
     return [groups[index] for index in sorted(groups)]
 
 
-def state_slots(chunk: DescribedChunk) -> list[StateSlot]:
+def state_slots(chunk: DescribedChunk) -> list[BufferSpec]:
     """Only the bytes per element are recorded, and split masters where there are some; packing looks at nothing else.
 
     Masters are split with Adam's second moment alone, the last of its states.
     """
     dtypes = {1: torch.uint8, 2: torch.bfloat16}
     sizes = {name: chunk.home_bytes.get(name, 0) // max(chunk.numel, 1) for name in chunk.states}
-    slots = [StateSlot(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
+    slots = [BufferSpec(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
     return [replace(slot, has_spare_sign=True) if slot.name == "exp_avg_sq" else slot for slot in slots]
 
 
@@ -61,15 +62,13 @@ def skeleton(chunks: Description) -> nn.Module:
         *path, leaf = item.name.split(".")
         module = root
         for part in path:
-            if part not in module._modules:
-                module._modules[part] = nn.Module()
-            child = module._modules[part]
+            child = own_modules(module).setdefault(part, nn.Module())
             assert child is not None
             module = child
         if item.keeps_fp32:
             module.running_mean = True  # type: ignore[assignment]
         made = nn.Parameter(torch.empty(item.shape, device="meta"), requires_grad=item.trainable)
-        module._parameters[leaf] = made
+        own_parameters(module)[leaf] = made
     return root
 
 

@@ -16,7 +16,7 @@ from msgspec import UNSET
 from msgspec.structs import asdict, replace
 from torch import nn
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier, accelerator_in_use, memory_of
+from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, Tier, accelerator_in_use, memory_of
 from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import is_out_of_memory
@@ -248,7 +248,7 @@ def chunk_map(chunks: Sequence[Chunk]) -> str:
     """The chunks in order, run-length encoded: ``"12h3H1*"``."""
     runs: list[tuple[str, int]] = []
     for chunk in chunks:
-        home = HOME_LETTERS[chunk.homes[Role.MASTER].tier]
+        home = HOME_LETTERS[chunk.tier]
         letter = STATE_LETTERS.get(chunk.state) or (home if chunk.state is ChunkState.HOME else home.upper())
         if runs and runs[-1][0] == letter:
             runs[-1] = (letter, runs[-1][1] + 1)
@@ -298,9 +298,9 @@ def description(
     for chunk in manager.chunks:
         group = chunk.layout.group
         marks = (" frozen" if not group.trainable else "") + (" fp32" if group.keeps_fp32 else "")
-        buffers = {chunk.name(role): home for role, home in chunk.homes.items()}
+        buffers = dict(chunk.homes)
         if chunk.gradient is not None and chunk.gradient.buffer is not None:
-            buffers[Role.GRADIENT.value] = chunk.gradient.buffer
+            buffers[GRADIENT] = chunk.gradient.buffer
         for slot in chunk.layout.slots:
             parameters[slot.key] = records.DescribedParameter(
                 slot.name, list(slot.shape), chunk.index, group.param_group, group.trainable, group.keeps_fp32
@@ -310,8 +310,8 @@ def description(
                 numel=chunk.layout.numel,
                 used_numel=chunk.layout.used_numel,
                 full_bytes=chunk.full_nbytes,
-                homes={role: home.tier.value for role, home in buffers.items()},
-                home_bytes={role: home.nbytes for role, home in buffers.items()},
+                homes={name: home.tier.value for name, home in buffers.items()},
+                home_bytes={name: home.nbytes for name, home in buffers.items()},
                 group=f"{group.param_group}{marks}",
             )
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..chunk import ChunkManager, ChunkState, Role, Tier
+from ..chunk import SHADOW, ChunkManager, ChunkState, Tier
 from ..engine import Engine
 from ..memory.prediction import Outlook
 from ..sizes import format_bytes
@@ -152,14 +152,13 @@ def of_layout(manager: ChunkManager) -> Stats:
     stats["chunk/numel"] = max((c.layout.numel for c in chunks), default=0)
     stats["chunk/waste_ratio"] = 1.0 - sum(c.layout.used_numel for c in chunks) / total if total else 0.0
     for tier in Tier:
-        stats[f"chunk/{tier.value}_count"] = sum(c.homes[Role.MASTER].tier is tier for c in chunks)
-    halves = (Role.MASTER, Role.MASTER_LOW)
-    parameters = sum(c.homes[role].nbytes for c in chunks for role in halves if role in c.homes)
-    optimizer = sum(c.homes[role].nbytes for c in chunks for role in c.states)
+        stats[f"chunk/{tier.value}_count"] = sum(c.tier is tier for c in chunks)
+    parameters = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.codec.specs if spec.name != SHADOW)
+    optimizer = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.states)
     buffers = [c.gradient.buffer for c in chunks if c.gradient is not None and c.gradient.buffer is not None]
     gradients = sum(buffer.nbytes for buffer in buffers) or manager.gradient_pool.nbytes
     on_host_too = (Tier.DEVICE, Tier.HOST) if manager.ledger.unified else (Tier.DEVICE,)
-    homes = [home for c in chunks for role, home in c.homes.items() if role is not Role.SHADOW]
+    homes = [home for c in chunks for name, home in c.homes.items() if name != SHADOW]
     homes += buffers
     total_bytes = sum(home.nbytes for home in homes)
     off = sum(home.nbytes for home in homes if home.tier not in on_host_too)
@@ -167,7 +166,7 @@ def of_layout(manager: ChunkManager) -> Stats:
     copies = sum(c.full_nbytes for c in chunks)
     room = manager.ledger.free(Tier.DEVICE) + sum(c.full_nbytes for c in chunks if c.is_resident)
     stats["placement/offload_param_frac"] = max(0.0, 1.0 - room / copies) if copies else 0.0
-    stats["model_data/shadow_bytes"] = sum(c.homes[Role.SHADOW].nbytes for c in chunks if Role.SHADOW in c.homes)
+    stats["model_data/shadow_bytes"] = sum(c.homes[SHADOW].nbytes for c in chunks if SHADOW in c.homes)
     stats["model_data/parameter_bytes"] = parameters
     stats["model_data/gradient_bytes"] = gradients
     stats["model_data/optimizer_bytes"] = optimizer

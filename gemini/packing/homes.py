@@ -5,7 +5,20 @@ from dataclasses import dataclass
 
 import torch
 
-from ..chunk import STATE_ROLES, ChunkLayout, Role, StateSlot, Tier
+from ..chunk import (
+    GRADIENT,
+    MASTER,
+    MASTER_LOW,
+    SHADOW,
+    BufferSpec,
+    ChunkLayout,
+    ChunkPlan,
+    MasterCodec,
+    Plain,
+    SplitBf16,
+    Tier,
+    WithShadow,
+)
 from ..config import GeminiConfig
 from ..planning.placement import ChunkNeed
 
@@ -21,7 +34,7 @@ class Group:
     keeps_fp32: bool = False
     """Computes in fp32 whatever the precision: its module has running statistics, which keep their dtype, and takes
     low-precision inputs beside fp32 weights."""
-    states: tuple[StateSlot, ...] = ()
+    states: tuple[BufferSpec, ...] = ()
     """What the optimizer keeps for each element; the same for all of one optimizer's group."""
 
     def dtype(self, config: GeminiConfig) -> torch.dtype:
@@ -38,30 +51,40 @@ def chunk_need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) ->
     """What a chunk asks for; ``borrow``: its gradient has no home."""
     low = layout.numel * compute_dtype.itemsize
     if not layout.group.trainable:
-        return ChunkNeed(roles={Role.MASTER: low}, full_nbytes=low)
+        return ChunkNeed(buffers={MASTER: low}, full_nbytes=low)
     full = layout.numel * 4
-    states = zip(STATE_ROLES, layout.group.states, strict=False)
-    roles = {
-        Role.MASTER: full,
-        **{role: slot.numel(layout.numel) * slot.dtype.itemsize for role, slot in states},
-    }
+    buffers = {MASTER: full, **{spec.name: spec.nbytes(layout.numel) for spec in layout.group.states}}
     if not borrow:
-        roles[Role.GRADIENT] = low
-    return ChunkNeed(roles=roles, full_nbytes=low, shadow_nbytes=low if low < full else 0, borrows_gradient=borrow)
+        buffers[GRADIENT] = low
+    return ChunkNeed(buffers=buffers, full_nbytes=low, shadow_nbytes=low if low < full else 0, borrows_gradient=borrow)
 
 
-def full_is_home(layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool) -> bool:
+def full_is_home(layout: ChunkLayout, homes: Mapping[str, Tier], config: GeminiConfig, unified: bool) -> bool:
     """True if a chunk with these homes needs no full copy beside them."""
-    tier = homes[Role.MASTER]
+    tier = homes[MASTER]
     in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
     group = layout.group
     return in_reach and (group.dtype(config) is torch.float32 or not group.trainable or group.splits(config))
 
 
-def with_halves(
-    layout: ChunkLayout, homes: Mapping[Role, Tier], config: GeminiConfig, unified: bool
-) -> Mapping[Role, Tier]:
-    """A master in two halves takes the bytes of a whole one, at the same place."""
-    if layout.group.splits(config) and full_is_home(layout, homes, config, unified):
-        return {Role.MASTER: homes[Role.MASTER], Role.MASTER_LOW: homes[Role.MASTER], **homes}
-    return homes
+def planned(layout: ChunkLayout, homes: Mapping[str, Tier], config: GeminiConfig, unified: bool) -> ChunkPlan:
+    """What to build for a chunk whose buffers have been placed."""
+    group = layout.group
+    dtype, is_home = group.dtype(config), full_is_home(layout, homes, config, unified)
+    codec: MasterCodec
+    if is_home and group.splits(config):  # its halves take the bytes of the whole, at the same place
+        codec = SplitBf16(next(spec.name for spec in group.states if spec.has_spare_sign))
+        homes = {MASTER: homes[MASTER], MASTER_LOW: homes[MASTER], **homes}
+    elif SHADOW in homes:
+        codec = WithShadow(BufferSpec(MASTER), dtype)
+    else:
+        codec = Plain(BufferSpec(MASTER, torch.float32 if group.trainable else dtype))
+    return ChunkPlan(
+        layout,
+        codec,
+        group.states,
+        homes,
+        dtype,
+        full_is_home=is_home,
+        borrows_gradient=group.trainable and GRADIENT not in homes,
+    )

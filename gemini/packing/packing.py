@@ -11,11 +11,10 @@ from torch import nn
 from ..chunk import (
     FETCH_WORKERS,
     STORE_BLOCKS,
+    BufferSpec,
     ChunkLayout,
     ChunkPlan,
     ChunkSearch,
-    Role,
-    StateSlot,
     TensorSpec,
     Tier,
     pack,
@@ -29,11 +28,11 @@ from ..nn.optimizer.adam_rule import ADAM
 from ..planning.gradient_room import gradient_room
 from ..planning.placement import AutoPlacementPolicy, DoesNotFit, Placement, Room, on_tier, place
 from ..units.units import nested_chunks
-from ..updates.update_pipeline import BLOCK_SETS, update_roles
-from .homes import Group, chunk_need, full_is_home, with_halves
+from ..updates.update_pipeline import BLOCK_SETS, buffer_count
+from .homes import Group, chunk_need, full_is_home, planned
 from .remedy import TooSmall, out_of_memory, remedy
 
-SlotsOf = Callable[[Mapping[str, Any]], tuple[StateSlot, ...]]
+SlotsOf = Callable[[Mapping[str, Any]], tuple[BufferSpec, ...]]
 """As `Rule.slots`."""
 MANAGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_BLOCK_NUMEL = 4096
@@ -56,8 +55,8 @@ class Packing:
     placement: Placement
     staging_block_numel: int
     """0 where nothing is on DISK."""
-    update_role_count: int
-    """Most roles that the update of a chunk has: as many buffers, in blocks, are staged for one that is on DISK."""
+    updated_buffer_count: int
+    """Most buffers that the update of a chunk reads: blocks of as many are staged for one that is on DISK."""
     full_copies_limit_bytes: int | None
     """What full copies may take on DEVICE, where the policy says less than what is free."""
     together_bytes: int
@@ -66,7 +65,7 @@ class Packing:
     @property
     def staging_bytes(self) -> int:
         """What the blocks between DISK and everything else take on HOST."""
-        return staging_bytes(self.staging_block_numel, self.update_role_count)
+        return staging_bytes(self.staging_block_numel, self.updated_buffer_count)
 
     def with_plans(self, plans: Sequence[ChunkPlan]) -> "Packing":
         """The same with other plans for some chunks."""
@@ -74,10 +73,10 @@ class Packing:
         nbytes = dict(self.placement.nbytes)
         for index, plan in other.items():
             for sign, of in ((-1, self.plans[index]), (1, plan)):
-                for role, tier in of.homes.items():
-                    nbytes[tier] += sign * on_tier(of.nbytes(role), tier)
+                for name, tier in of.tiers.items():
+                    nbytes[tier] += sign * on_tier(of.nbytes(name), tier)
         new = tuple(other.get(plan.layout.index, plan) for plan in self.plans)
-        placement = replace(self.placement, homes=tuple(plan.homes for plan in new), nbytes=nbytes)
+        placement = replace(self.placement, homes=tuple(plan.tiers for plan in new), nbytes=nbytes)
         return replace(self, plans=new, placement=placement)
 
 
@@ -126,7 +125,7 @@ def _specs(
     model: nn.Module,
     named: Mapping[str, nn.Parameter],
     param_groups: Sequence[Mapping[str, Any]],
-    slots: Sequence[tuple[StateSlot, ...]],
+    slots: Sequence[tuple[BufferSpec, ...]],
 ) -> list[TensorSpec]:
     group_of = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}
     with_statistics = {
@@ -174,24 +173,18 @@ def _decide_with(
 ) -> Packing:
     layouts = pack(specs, search.numel)
     use = _use(model, layouts, parameters)
-    role_count = len(update_roles(max((len(layout.group.states) for layout in layouts), default=0)))
-    block = _staging_block(layouts, capacities, role_count)
-    placement = _place(layouts, use, config, capacities, staging_bytes(block, role_count))
+    buffers = max((buffer_count(layout.group.states) for layout in layouts), default=0)
+    block = _staging_block(layouts, capacities, buffers)
+    placement = _place(layouts, use, config, capacities, staging_bytes(block, buffers))
     plans = tuple(
-        ChunkPlan(
-            layout,
-            with_halves(layout, homes, config, capacities.unified),
-            layout.group.dtype(config),
-            layout.group.states,
-            borrows_gradient=layout.group.trainable and Role.GRADIENT not in homes,
-        )
+        planned(layout, homes, config, capacities.unified)
         for layout, homes in zip(layouts, placement.homes, strict=True)
     )
     copies = _copies(layouts, config, capacities, placement)
     return Packing(
         parameters, plans, search, placement,
         staging_block_numel=block if placement.uses_disk else 0,
-        update_role_count=role_count,
+        updated_buffer_count=buffers,
         full_copies_limit_bytes=_full_copies_limit(copies, use, config, capacities),
         together_bytes=_largest((*use.units, *use.siblings), copies)[1],
     )  # fmt: skip
@@ -259,14 +252,14 @@ def _use(model: nn.Module, layouts: Sequence[ChunkLayout], parameters: Sequence[
     return _Use(units, siblings, stages)
 
 
-def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities, role_count: int) -> int:
+def _staging_block(layouts: Sequence[ChunkLayout], capacities: Capacities, buffers: int) -> int:
     largest = max((layout.numel for layout in layouts), default=0)
-    affordable = capacities.nbytes[Tier.HOST] // STAGING_SHARE // staging_bytes(1, role_count)
+    affordable = capacities.nbytes[Tier.HOST] // STAGING_SHARE // staging_bytes(1, buffers)
     return max(min(largest, affordable, LARGEST_BLOCK_NUMEL) // 2048 * 2048, SMALLEST_BLOCK_NUMEL)
 
 
-def staging_bytes(block_numel: int, role_count: int) -> int:
-    return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * role_count) * block_numel * 4
+def staging_bytes(block_numel: int, buffers: int) -> int:
+    return (FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * buffers) * block_numel * 4
 
 
 def _place(
@@ -331,7 +324,7 @@ def _place_around_ring(
             continue
         if _largest(use.units, _copies(layouts, config, capacities, placement))[1] <= ring_bytes:
             return placement
-    raise TooSmall(sum(sum(need.roles.values()) for need in needs), name, least, fault)
+    raise TooSmall(sum(sum(need.buffers.values()) for need in needs), name, least, fault)
 
 
 def _copies(

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..chunk import ChunkLayout, ChunkPlan, Role, StateSlot
+from ..chunk import BufferSpec, ChunkLayout, ChunkPlan
 from ..config import GeminiConfig
 from ..planning.placement import AutoPlacementPolicy, Room, place
-from .homes import Group, chunk_need, with_halves
+from .homes import Group, chunk_need, planned
 
 
 def unfrozen_plans(
     layouts: Sequence[ChunkLayout],
     param_group: int,
-    slots: tuple[StateSlot, ...],
+    slots: tuple[BufferSpec, ...],
     config: GeminiConfig,
     room: Room,
 ) -> tuple[ChunkPlan, ...]:
@@ -46,12 +46,5 @@ def unfrozen_plans(
     needs = [chunk_need(layout, layout.group.dtype(config), config.update_in_backward) for layout in layouts]
     placement = place(needs, room, AutoPlacementPolicy())
     return tuple(
-        ChunkPlan(
-            layout,
-            with_halves(layout, homes, config, room.unified),
-            layout.group.dtype(config),
-            slots,
-            borrows_gradient=Role.GRADIENT not in homes,
-        )
-        for layout, homes in zip(layouts, placement.homes, strict=True)
+        planned(layout, homes, config, room.unified) for layout, homes in zip(layouts, placement.homes, strict=True)
     )

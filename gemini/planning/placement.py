@@ -4,7 +4,7 @@ The floor is what the optimizer keeps: 12 bytes a parameter for Adam (master and
 plus the gradient between backward and step (with ``update_in_backward`` room for a few of them, taken off first). The
 full copies stream through a ring on DEVICE, whose room is taken off first. What is left is filled fastest tier first:
 
-- DEVICE, where it is memory of its own, takes whole chunks (all roles together, so that the update runs there);
+- DEVICE, where it is memory of its own, takes whole chunks (all buffers together, so that the update runs there);
 - HOST takes the masters of all other chunks first, then gradients, then the optimizer's states;
 - DISK takes the rest;
 - what HOST has left, where DEVICE is memory of its own, takes shadows: fetches then move 2 bytes a parameter, not 4.
@@ -16,23 +16,22 @@ more per byte than a master does, and would leave the disk idle in backward; so 
 (Where DEVICE is the same RAM, a full copy that stays is what a shadow would be; the plan keeps as many as have room.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..chunk.tier import STATE_ROLES, Role, Tier
+from ..chunk.names import GRADIENT, MASTER, SHADOW
+from ..chunk.tier import Tier
 
 DISK_PAGE_BYTES = 4096
 """The disk tier's unit (`chunk.disk.PAGE_BYTES`; not imported, because that needs torch)."""
-TRAINABLE_ORDER = (Role.MASTER, Role.GRADIENT, *STATE_ROLES)
-"""Roles by bytes moved per byte held, most first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkNeed:
     """What one chunk asks for."""
 
-    roles: Mapping[Role, int]
-    """Bytes of each role that it has."""
+    buffers: Mapping[str, int]
+    """Bytes of each buffer that it has: the master, the gradient if that has a home, and the optimizer's states."""
     full_nbytes: int
     """Bytes of its full copy."""
     shadow_nbytes: int = 0
@@ -40,9 +39,14 @@ class ChunkNeed:
     borrows_gradient: bool = False
     """Its gradient has no home."""
 
-    def nbytes(self, role: Role, tier: Tier) -> int:
-        """Bytes that a role takes on a tier; DISK gives whole pages."""
-        return on_tier(self.shadow_nbytes if role is Role.SHADOW else self.roles[role], tier)
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The buffers that are the optimizer's."""
+        return tuple(name for name in self.buffers if name not in (MASTER, GRADIENT))
+
+    def nbytes(self, name: str, tier: Tier) -> int:
+        """Bytes that a buffer takes on a tier; DISK gives whole pages."""
+        return on_tier(self.shadow_nbytes if name == SHADOW else self.buffers[name], tier)
 
 
 def on_tier(nbytes: int, tier: Tier) -> int:
@@ -70,8 +74,8 @@ class Room:
 class Placement:
     """The decision."""
 
-    homes: tuple[Mapping[Role, Tier], ...]
-    """One per chunk: its roles, and SHADOW where it has one."""
+    homes: tuple[Mapping[str, Tier], ...]
+    """One per chunk: its buffers, and SHADOW where it has one."""
     nbytes: Mapping[Tier, int]
     """Bytes of homes on each tier."""
     gradient_room: Mapping[Tier, int] = field(default_factory=dict)
@@ -137,7 +141,7 @@ PlacementPolicy = AutoPlacementPolicy | StaticPlacementPolicy
 
 
 def place(needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy) -> Placement:
-    """Give every role of every chunk a home.
+    """Give every buffer of every chunk a home.
 
     Parameters
     ----------
@@ -169,43 +173,50 @@ def _fill(
     working = {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}
     free = {tier: max(nbytes, 0) for tier, nbytes in free.items()}
     used = dict.fromkeys(Tier, 0)
-    homes: list[dict[Role, Tier]] = [{} for _ in needs]
+    homes: list[dict[str, Tier]] = [{} for _ in needs]
     missing = 0
 
-    def put(index: int, role: Role, tiers: Sequence[Tier]) -> int:
+    def put(index: int, name: str, tiers: Sequence[Tier]) -> int:
         for tier in tiers:
-            nbytes = needs[index].nbytes(role, tier)
+            nbytes = needs[index].nbytes(name, tier)
             if nbytes <= free[tier]:
                 free[tier] -= nbytes
                 used[tier] += nbytes
-                homes[index][role] = tier
+                homes[index][name] = tier
                 return 0
-        return needs[index].nbytes(role, Tier.DISK if disk_bytes else Tier.HOST)
+        return needs[index].nbytes(name, Tier.DISK if disk_bytes else Tier.HOST)
 
-    share = policy.device_share(sum(sum(need.roles.values()) for need in needs))
+    share = policy.device_share(sum(sum(need.buffers.values()) for need in needs))
     gradient_room: dict[Tier, int] = {}
     if room.gradient_bytes and any(need.borrows_gradient for need in needs):
         free[Tier.DEVICE] = max(free[Tier.DEVICE] - room.gradient_bytes, 0)
     for index, need in enumerate(needs):
-        whole = sum(need.roles.values())
+        whole = sum(need.buffers.values())
         if whole <= free[Tier.DEVICE] and used[Tier.DEVICE] + whole <= share:
-            for role in need.roles:
-                put(index, role, (Tier.DEVICE,))
+            for name in need.buffers:
+                put(index, name, (Tier.DEVICE,))
             if need.borrows_gradient:
                 gradient_room[Tier.DEVICE] = room.gradient_bytes
-    if any(need.borrows_gradient and Role.MASTER not in homes[index] for index, need in enumerate(needs)):
+    if any(need.borrows_gradient and MASTER not in homes[index] for index, need in enumerate(needs)):
         gradient_room[Tier.HOST] = room.gradient_bytes
         free[Tier.HOST] -= room.gradient_bytes
         if free[Tier.HOST] < 0:
             working[Tier.HOST] = working.get(Tier.HOST, 0) - free[Tier.HOST]
             free[Tier.HOST] = 0
-    for role in TRAINABLE_ORDER:
-        for index, need in enumerate(needs):
-            if role in need.roles and role not in homes[index]:
-                missing += put(index, role, (Tier.HOST, Tier.DISK))
+    for index, name in _by_use(needs):
+        if name not in homes[index]:
+            missing += put(index, name, (Tier.HOST, Tier.DISK))
     if missing or working:
         raise DoesNotFit(working, missing)
     for index, need in enumerate(needs):
-        if need.shadow_nbytes and homes[index][Role.MASTER] is Tier.HOST and not room.unified:
-            put(index, Role.SHADOW, (Tier.HOST,))
+        if need.shadow_nbytes and homes[index][MASTER] is Tier.HOST and not room.unified:
+            put(index, SHADOW, (Tier.HOST,))
     return Placement(tuple(homes), used, gradient_room)
+
+
+def _by_use(needs: Sequence[ChunkNeed]) -> Iterator[tuple[int, str]]:
+    """All buffers with the index of their chunk, by bytes moved per byte held, most first."""
+    for name in (MASTER, GRADIENT):
+        yield from ((index, name) for index, need in enumerate(needs) if name in need.buffers)
+    for number in range(max((len(need.states) for need in needs), default=0)):
+        yield from ((index, need.states[number]) for index, need in enumerate(needs) if number < len(need.states))

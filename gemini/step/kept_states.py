@@ -7,14 +7,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Role, StateSlot
+from ..chunk import MASTER, BufferSpec, Chunk, ChunkManager, Marked
 from ..nn.optimizer.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
 from .saved_states import home_of, read_state, write_state
 from .state_place import StatePlace
 from .state_tensor import StateTensor
 
-STEP, MASTER = "step", "master"
+STEP = "step"
 
 
 class Holder(Protocol):
@@ -71,9 +71,9 @@ class KeptStates:
         """What others have put into its state."""
         return self._notes.get(id(parameter), {})
 
-    def slots(self, parameter: Tensor) -> tuple[StateSlot, ...]:
+    def slots(self, parameter: Tensor) -> tuple[BufferSpec, ...]:
         """What the optimizer keeps for each element, as state dicts have it."""
-        return self._rule.saved_slots(tuple(self._chunk(parameter).states.values()))
+        return self._rule.saved_slots(self._chunk(parameter).states)
 
     def form(self, parameter: Tensor, name: str) -> Tensor:
         """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
@@ -239,13 +239,13 @@ class KeptStates:
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(value)
         elif name == MASTER:
-            self._manager.write(parameter, Role.MASTER, value)
+            self._manager.write(parameter, MASTER, value)
         else:
             write_state(self._manager, self._rule, parameter, name, value)
 
     def begin(self, parameter: Tensor, saved: Mapping[Any, Any]) -> None:
         """Say that a parameter has this state, whose values are in their places: count steps, and keep the notes."""
-        kept = {slot.name for slot in self._chunk(parameter).states.values()}
+        kept = {slot.name for slot in self._chunk(parameter).states}
         known = {*kept, *self._known(parameter), STEP, MASTER}
         given = {name: value for name, value in saved.items() if name in known}
         self._begin(parameter, given, {name: saved[name] for name in saved.keys() - known if saved[name] is not None})
@@ -285,9 +285,9 @@ class KeptStates:
         self._updater.steps.pop(id(parameter), None)
 
     def _fill(self, parameter: Tensor) -> None:
-        for role, slot in self._chunk(parameter).states.items():
+        for slot in self._chunk(parameter).states:
             self._manager.write(
-                parameter, role, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
+                parameter, slot.name, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
             )
 
     def _check(self, parameter: Tensor, name: str, value: Any) -> None:
@@ -302,8 +302,7 @@ class KeptStates:
                 f"{name} has the shape of its parameter, {tuple(parameter.shape)}, got {tuple(value.shape)}: "
                 "what the optimizer keeps has its place in a chunk, and with it its shape"
             )
-        chunk = self._chunk(parameter)
-        if name != MASTER and chunk.is_split and name == chunk.name(chunk.marks_role) and bool((value < 0).any()):
+        if isinstance(self._chunk(parameter).codecs.get(name), Marked) and bool((value < 0).any()):
             raise ValueError(
                 f"{name} cannot be negative with split_master=True, which keeps a part of the masters in its signs; "
                 "boost without split_master"

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import QUIET, Chunk, ChunkManager, Communicator
+from ..chunk import QUIET, BufferSpec, Chunk, ChunkManager, Communicator
 from ..engine import Engine
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import StateSlot
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm
 from ..updates.gradients import Gradients
@@ -85,7 +84,7 @@ class ChunkedStep:
         """See `Updater.steps`."""
         return self._updater.steps
 
-    def room(self, optimizer: ManagedOptimizer) -> Mapping[int, tuple[StateSlot, ...]]:
+    def room(self, optimizer: ManagedOptimizer) -> Mapping[int, tuple[BufferSpec, ...]]:
         """See `Updater.room`."""
         return self._updater.room(optimizer)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..chunk import StateSlot
+from ..chunk import BufferSpec
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import Rule, whole_steps
 
@@ -18,7 +18,7 @@ def check_groups(
     optimizer: ManagedOptimizer,
     saved_groups: Sequence[Mapping[str, Any]],
     states: Mapping[int, Mapping[str, Any]],
-    room: Mapping[int, Sequence[StateSlot]],
+    room: Mapping[int, Sequence[BufferSpec]],
 ) -> None:
     """Compare a saved state with the optimizer before anything is changed.
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..chunk import ChunkManager, Role
+from ..chunk import ChunkManager
 from ..nn.optimizer.rule import Rule
 
 
 def read_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor:
     """A copy on CPU, in the parameter's shape."""
-    kept = [manager.read(parameter, role) for role in _roles(manager, rule, parameter, name)]
+    kept = [manager.read(parameter, buffer) for buffer in rule.kept_names(name)]
     slot = manager.slot(parameter)
     saved = rule.to_saved(name, [tensor.as_strided((tensor.numel(),), (1,)) for tensor in kept])
     return saved.as_strided(slot.shape, slot.stride)
@@ -23,35 +23,28 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
     place = manager.find(parameter)
     assert place is not None
     chunk, position = place
-    (role, *others) = _roles(manager, rule, parameter, name)
-    home = chunk.homes[role].tensor
-    saved = next(slot for slot in rule.saved_slots(tuple(chunk.states.values())) if slot.name == name)
+    (kept, *others) = rule.kept_names(name)
+    home = chunk.homes[kept].tensor
+    saved = next(spec for spec in rule.saved_slots(chunk.states) if spec.name == name)
     if others or home is None or home.device != parameter.device or home.dtype != saved.dtype:
         return None
-    if chunk.is_split and role is chunk.marks_role:
+    if chunk.codecs[kept].computes:
         return None
     chunk.settle()
-    offset, shape, stride = chunk.place(position, role)
+    offset, shape, stride = chunk.place(position, kept)
     with torch.no_grad():
         return home.as_strided(shape, stride, home.storage_offset() + offset)
 
 
 def write_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:
     """Put ``value`` (any dtype, the parameter's shape) where it belongs."""
-    roles = _roles(manager, rule, parameter, name)
-    if len(roles) == 1:
-        manager.write(parameter, roles[0], value)
+    buffers = rule.kept_names(name)
+    if len(buffers) == 1:
+        manager.write(parameter, buffers[0], value)
         return
     slot = manager.slot(parameter)
     flat = value.detach().new_empty(slot.numel, device="cpu")
     flat.as_strided(slot.shape, slot.stride).copy_(value)
-    for role, kept in zip(roles, rule.to_kept(name, flat), strict=True):
+    for buffer, kept in zip(buffers, rule.to_kept(name, flat), strict=True):
         shaped = kept.as_strided(slot.shape, slot.stride) if kept.numel() == slot.numel else kept
-        manager.write(parameter, role, shaped)
-
-
-def _roles(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> list[Role]:
-    place = manager.find(parameter)
-    assert place is not None
-    of_name = {slot.name: role for role, slot in place[0].states.items()}
-    return [of_name[kept] for kept in rule.kept_names(name)]
+        manager.write(parameter, buffer, shaped)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..chunk import ChunkManager, StateSlot
+from ..chunk import BufferSpec, ChunkManager
 from ..nn.optimizer.managed import ManagedOptimizer
 
 _WAY_OUT = (
@@ -40,7 +40,7 @@ def check_room(manager: ChunkManager, optimizer: ManagedOptimizer) -> None:
             if place is None or not place[0].is_trainable:
                 continue
             chunk, position = place
-            if (room := tuple(chunk.states.values())) != wanted:
+            if (room := chunk.states) != wanted:
                 raise ValueError(
                     f"the model was boosted with an optimizer that keeps {_listed(room)} of "
                     f"{chunk.layout.slots[position].name}, and the {optimizer.rule.name} that is to go on with it "
@@ -48,5 +48,5 @@ def check_room(manager: ChunkManager, optimizer: ManagedOptimizer) -> None:
                 )
 
 
-def _listed(slots: Sequence[StateSlot]) -> str:
+def _listed(slots: Sequence[BufferSpec]) -> str:
     return ", ".join(f"{slot.name} in {slot.dtype}" for slot in slots) or "nothing"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkPlan, StateSlot, Tier, write_slot
+from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkPlan, Tier, write_slot
 from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import OutOfMemory
@@ -17,7 +17,7 @@ from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
 from ..sizes import format_bytes
 from ..updates.gradients import Gradients
-from ..updates.update_pipeline import update_roles
+from ..updates.update_pipeline import buffer_count
 
 _NAMES_SHOWN = 4
 _WAY_OUT = (
@@ -35,8 +35,8 @@ class Unfreezing:
         Has the chunks, plans their moves, and takes their gradients.
     config
         What the model was boosted with.
-    staged_roles
-        Of so many roles at once an update can have blocks of disk homes; 0 without a disk tier.
+    staged_buffers
+        Most buffers of which an update can have blocks at once, if they are on DISK; 0 without a disk tier.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Unfreezing:
         engine: Engine,
         gradients: Gradients,
         config: GeminiConfig,
-        staged_roles: int,
+        staged_buffers: int,
     ) -> None:
         self.on_change: Callable[[Sequence[ChunkPlan]], None] = lambda plans: None
         """Told the plans of the chunks that were built anew."""
@@ -53,7 +53,7 @@ class Unfreezing:
         self._engine = engine
         self._gradients = gradients
         self._config = config
-        self._staged_roles = staged_roles
+        self._staged_buffers = staged_buffers
 
     def admit(self, rule: Rule, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]) -> None:
         """Update these parameters of the optimizer's group ``index`` from now on. All or nothing.
@@ -72,10 +72,10 @@ class Unfreezing:
         chunks = {chunk.index: chunk for chunk, _ in places.values()}
         for chunk, position in places.values():
             name = chunk.layout.slots[position].name
-            if chunk.is_trainable and tuple(chunk.states.values()) != slots:
+            if chunk.is_trainable and chunk.states != slots:
                 raise ValueError(
                     f"{name} shares a chunk with parameters for which the optimizer keeps "
-                    f"{_listed(chunk.states.values())}, and with the options of group {index} it keeps "
+                    f"{_listed(chunk.states)}, and with the options of group {index} it keeps "
                     f"{_listed(slots)}. {_WAY_OUT}"
                 )
             if chunk.pins:
@@ -92,12 +92,12 @@ class Unfreezing:
             self._engine.chunks_changed()
             self.on_change(plans)
 
-    def _plans(self, chunks: Sequence[Chunk], slots: tuple[StateSlot, ...], index: int) -> tuple[ChunkPlan, ...]:
+    def _plans(self, chunks: Sequence[Chunk], slots: tuple[BufferSpec, ...], index: int) -> tuple[ChunkPlan, ...]:
         manager, ledger = self._manager, self._manager.ledger
         layouts = [chunk.layout for chunk in chunks]
         copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
         resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if ledger.unified else 0
-        can_stage = manager.disk is not None and len(update_roles(len(slots))) <= self._staged_roles
+        can_stage = manager.disk is not None and buffer_count(slots) <= self._staged_buffers
         room = Room(
             capacities={
                 Tier.DEVICE: 0,
@@ -123,10 +123,10 @@ class Unfreezing:
 
 
 def _fill(rule: Rule, chunk: Chunk) -> None:
-    for role, slot in chunk.states.items():
+    for slot in chunk.states:
         for position in range(len(chunk.layout.slots)):
             write_slot(
-                chunk, position, role, torch.full((), rule.initial(slot.name), dtype=torch.float32, device="cpu")
+                chunk, position, slot.name, torch.full((), rule.initial(slot.name), dtype=torch.float32, device="cpu")
             )
 
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Role, Tier, weakly
+from ..chunk import Chunk, ChunkManager, Tier, weakly
 from ..errors import TornStep
 from ..nn.optimizer.managed import ManagedOptimizer
+from ..torch_private import current_backward
 from ..units.units import Visit
 from .completion import Completion
 from .gradients import Gradients
@@ -81,8 +82,8 @@ class BackwardUpdates:
         """How many of them by the backward under way."""
         self._step = 0
         """The number of the step that is being done."""
-        self._missing: set[tuple[int, Role]] = set()
-        """ids of parameters and roles that are still to be loaded after a torn step."""
+        self._missing: set[tuple[int, str]] = set()
+        """ids of parameters and names of their values that are still to be loaded after a torn step."""
         manager.withheld = gradients.used_up = self._updated
         manager.before_read = weakly(self.refuse_reading)
         manager.after_write = weakly(self._replaced)
@@ -135,7 +136,7 @@ class BackwardUpdates:
                 self._consider(chunk)
 
     def _arrived(self, chunk: Chunk, position: int) -> None:
-        task = torch._C._current_graph_task_id()
+        task = current_backward()
         self.begin(task)  # a parameter that the loss itself uses comes before any unit
         self._completion.arrived(chunk, position, task)
         self._consider(chunk)
@@ -205,18 +206,18 @@ class BackwardUpdates:
         if self.progress is Progress.PARTIAL:
             self.progress = Progress.TORN
             self._missing = {
-                (id(binding.parameter), role)
+                (id(binding.parameter), name)
                 for chunk in self._manager.chunks
                 if chunk.is_trainable
                 for binding in chunk.bindings
-                for role in (Role.MASTER, *chunk.states)
+                for name in chunk.codecs
             }
         self._updated.clear()
         return True
 
-    def _replaced(self, parameter: Tensor, role: Role) -> None:
+    def _replaced(self, parameter: Tensor, name: str) -> None:
         if self.progress is Progress.TORN:
-            self._missing.discard((id(parameter), role))
+            self._missing.discard((id(parameter), name))
             if not self._missing:
                 self.progress = Progress.WHOLE
 

@@ -21,7 +21,20 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..chunk import IO_STACK_BYTES, STATE_ROLES, Buffer, Caller, Chunk, Role, Staging, Tier, start_workers
+from ..chunk import (
+    GRADIENT,
+    IO_STACK_BYTES,
+    MASTER,
+    MASTER_LOW,
+    SHADOW,
+    Buffer,
+    BufferSpec,
+    Caller,
+    Chunk,
+    Staging,
+    Tier,
+    start_workers,
+)
 from ..errors import OffloadError, OutOfMemory
 from ..nn.optimizer.rule import AtStep, SplitAtStep
 from .ticket import Ticket
@@ -66,7 +79,7 @@ class Block:
     offset: int
     """Of its elements in staging, so that they lie there as they lie in the file."""
     at_step: AtStep
-    staged: dict[Role, Tensor] = field(default_factory=dict)
+    staged: dict[str, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     computed_numel: int = 0
 
@@ -78,39 +91,39 @@ class Block:
     def is_computed(self) -> bool:
         return self.computed_numel == self.numel
 
-    def buffers(self) -> dict[Role, Buffer]:
+    def buffers(self) -> dict[str, Buffer]:
         """Where the chunk has what its update takes."""
         chunk = self.update.chunk
         assert chunk.gradient is not None and chunk.gradient.buffer is not None
-        return {**chunk.homes, Role.GRADIENT: chunk.gradient.buffer}
+        return {**chunk.homes, GRADIENT: chunk.gradient.buffer}
 
-    def to_borrow(self) -> list[Role]:
+    def to_borrow(self) -> list[str]:
         """What still needs staging."""
-        return [role for role, buffer in self.buffers().items() if buffer.tensor is None and role not in self.staged]
+        return [name for name, buffer in self.buffers().items() if buffer.tensor is None and name not in self.staged]
 
     def follows(self, other: "Block") -> bool:
         """True if it may read what ``other``, of an earlier update, writes."""
         return self.update.chunk is other.update.chunk and self.update is not other.update
 
-    def tensor(self, role: Role, buffer: Buffer) -> Tensor:
+    def tensor(self, name: str, buffer: Buffer) -> Tensor:
         """The elements of this block, in memory."""
         if buffer.tensor is not None:
-            return buffer.tensor[self.part(role, self.start, self.stop)]
-        return self.staged[role].view(buffer.dtype)[self.part(role, self.offset, self.offset + self.numel)]
+            return buffer.tensor[self.part(name, self.start, self.stop)]
+        return self.staged[name].view(buffer.dtype)[self.part(name, self.offset, self.offset + self.numel)]
 
-    def part(self, role: Role | str, start: int, stop: int) -> slice:
-        """What a role has for these elements; they begin with a block of those that share a value."""
-        state = self.update.chunk.states.get(role) if isinstance(role, Role) else None
-        return slice(start, stop) if state is None else slice(start // state.block_numel, state.numel(stop))
+    def part(self, name: str, start: int, stop: int) -> slice:
+        """What a buffer has for these elements; they begin with a block of those that share a value."""
+        spec = self.update.chunk.specs.get(name)
+        return slice(start, stop) if spec is None else spec.part(start, stop)
 
 
 _InFlight = tuple[Block, Future[None] | None]
 """A block, and what moves it (None: it lies in memory)."""
 
 
-def update_roles(state_count: int) -> tuple[Role, ...]:
-    """What the update of a chunk with so many optimizer states reads."""
-    return (Role.MASTER, *STATE_ROLES[:state_count], Role.GRADIENT)
+def buffer_count(states: Sequence[BufferSpec]) -> int:
+    """Buffers that the update of a chunk with these states reads: with them, the masters and the gradient."""
+    return len(states) + 2
 
 
 class UpdatePipeline:
@@ -119,8 +132,8 @@ class UpdatePipeline:
     Parameters
     ----------
     staging
-        Blocks for disk homes, ``BLOCK_SETS`` times as many as the update of a chunk has roles; None if there are none.
-        Nobody else borrows of it.
+        Blocks for disk homes, ``BLOCK_SETS`` times as many as the update of a chunk has buffers; None if there are
+        none. Nobody else borrows of it.
     """
 
     def __init__(self, staging: Staging | None) -> None:
@@ -178,9 +191,9 @@ class UpdatePipeline:
 
     def _begin(self) -> None:
         block = self._waiting[0]
-        for role in block.to_borrow():
+        for name in block.to_borrow():
             assert self._staging is not None
-            block.staged[role] = self._staging.borrow()
+            block.staged[name] = self._staging.borrow()
         self._reading.append((block, self._move(self._read, block)))
         self._waiting.popleft()
 
@@ -202,7 +215,7 @@ class UpdatePipeline:
                 write.result()
         self._writing.popleft()
         self._release(block)
-        on_device = block.update.chunk.homes[Role.MASTER].tier is Tier.DEVICE
+        on_device = block.update.chunk.tier is Tier.DEVICE
         block.ticket.finish_block(block.caller.mark() if on_device else None)
 
     def _move(self, move: Callable[[Block], None], block: Block) -> "Future[None] | None":
@@ -219,15 +232,15 @@ class UpdatePipeline:
     def _read(self, block: Block) -> None:
         if block.computed_numel:
             return  # a retry: staging holds what was computed
-        for role in block.staged:
-            buffer = block.buffers()[role]
-            buffer.read(block.part(role, block.start, block.stop).start, block.tensor(role, buffer))
+        for name in block.staged:
+            buffer = block.buffers()[name]
+            buffer.read(block.part(name, block.start, block.stop).start, block.tensor(name, buffer))
 
     def _write(self, block: Block) -> None:
-        for role in block.staged:
-            if role is not Role.GRADIENT:
-                buffer = block.buffers()[role]
-                buffer.write(block.part(role, block.start, block.stop).start, block.tensor(role, buffer))
+        for name in block.staged:
+            if name != GRADIENT:
+                buffer = block.buffers()[name]
+                buffer.write(block.part(name, block.start, block.stop).start, block.tensor(name, buffer))
 
     def _release(self, block: Block) -> None:
         for staged in block.staged.values():
@@ -269,26 +282,26 @@ def _is_over(queue: "deque[_InFlight]") -> bool:
 def _compute(block: Block) -> None:
     if block.is_computed:
         return
-    tensors: dict[Role | str, Tensor] = {r: block.tensor(r, buffer) for r, buffer in block.buffers().items()}
+    tensors = {name: block.tensor(name, buffer) for name, buffer in block.buffers().items()}
     if block.update.out is not None:
         tensors[_REFRESHED] = block.update.out[block.start : block.stop]
-    step = block.at_step.atomic_numel(tensors[Role.MASTER].device) or block.numel
+    step = block.at_step.atomic_numel(tensors[MASTER].device) or block.numel
     while not block.is_computed:  # what one call wrote is not computed again by a retry
         stop = min(block.computed_numel + step, block.numel)
         done = block.computed_numel
-        _update(block.at_step, {role: t[block.part(role, done, stop)] for role, t in tensors.items()})
+        _update(block, {name: tensor[block.part(name, done, stop)] for name, tensor in tensors.items()})
         block.computed_numel = stop
 
 
-def _update(at_step: AtStep, tensors: Mapping[Role | str, Tensor]) -> None:
-    shadow, refreshed = tensors.get(Role.SHADOW), tensors.get(_REFRESHED)
-    states = [tensors[role] for role in STATE_ROLES if role in tensors]
-    if Role.MASTER_LOW in tensors:
+def _update(block: Block, tensors: Mapping[str, Tensor]) -> None:
+    at_step, shadow, refreshed = block.at_step, tensors.get(SHADOW), tensors.get(_REFRESHED)
+    states = [tensors[spec.name] for spec in block.update.chunk.states]
+    if MASTER_LOW in tensors:
         assert isinstance(at_step, SplitAtStep)
-        at_step.apply_split(tensors[Role.MASTER], tensors[Role.MASTER_LOW], states, tensors[Role.GRADIENT])
+        at_step.apply_split(tensors[MASTER], tensors[MASTER_LOW], states, tensors[GRADIENT])
         return
     out = refreshed if shadow is None else shadow
-    at_step.apply(tensors[Role.MASTER], states, tensors[Role.GRADIENT], out)
+    at_step.apply(tensors[MASTER], states, tensors[GRADIENT], out)
     if shadow is not None and refreshed is not None:
         refreshed.copy_(shadow)
 
@@ -310,7 +323,7 @@ def _named(error: Exception, block: Block) -> Exception:
     if isinstance(error, OffloadError):
         return OffloadError(error.errno, f"{error.strerror}, {where}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        tier = block.update.chunk.homes[Role.MASTER].tier
+        tier = block.update.chunk.tier
         tier = Tier.HOST if tier is Tier.DISK else tier  # its update is computed there
         name = f"{tier.value} tier out of memory {where}: {error}; nothing is lost; lower {tier.value}_memory"
         return OutOfMemory(name)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Role, Tier
+from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import AtStep, StateSlot, StepMaker
+from ..nn.optimizer.rule import AtStep, StepMaker
 from .gradients import Gradients
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
@@ -28,13 +28,12 @@ class Groups:
 
     of: Mapping[int, int]
     """id of a parameter -> the index of its group. Those that have been taken out of theirs are not updated."""
-    rules: Mapping[tuple[int, tuple[StateSlot, ...]], GroupRule]
+    rules: Mapping[tuple[int, tuple[BufferSpec, ...]], GroupRule]
     """By the index of a group, and the states of a chunk with a parameter of it."""
 
     def of_chunk(self, chunk: Chunk) -> dict[int, GroupRule]:
         """The rules of the groups that a chunk may have parameters of, by their index."""
-        slots = tuple(chunk.states.values())
-        return {index: rule for (index, kept), rule in self.rules.items() if kept == slots}
+        return {index: rule for (index, kept), rule in self.rules.items() if kept == chunk.states}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +65,15 @@ class Updater:
         self._queue = queue
         self._gradients = gradients
 
-    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[StateSlot, ...]]:
+    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[BufferSpec, ...]]:
         """By the index of a group: the states that all chunks with parameters of it have room for."""
-        room: dict[int, tuple[StateSlot, ...]] = {}
+        room: dict[int, tuple[BufferSpec, ...]] = {}
         for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 place = self._manager.find(parameter)
                 if place is not None and place[0].is_trainable:
-                    slots = tuple(place[0].states.values())
-                    room[index] = tuple(slot for slot in room.get(index, slots) if slot in slots)
+                    states = place[0].states
+                    room[index] = tuple(spec for spec in room.get(index, states) if spec in states)
         return room
 
     def groups(self, optimizer: ManagedOptimizer) -> Groups:
@@ -87,14 +86,14 @@ class Updater:
         """
         rule, groups = optimizer.rule, optimizer.param_groups
         of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
-        rules: dict[tuple[int, tuple[StateSlot, ...]], GroupRule] = {}
+        rules: dict[tuple[int, tuple[BufferSpec, ...]], GroupRule] = {}
         for chunk in self._manager.chunks:
             if chunk.is_trainable:
-                slots = tuple(chunk.states.values())
+                states = chunk.states
                 for index in {of.get(id(binding.parameter)) for binding in chunk.bindings}:
-                    if index is not None and (index, slots) not in rules:
+                    if index is not None and (index, states) not in rules:
                         group = groups[index]
-                        rules[index, slots] = GroupRule(rule.of_group(group, slots), rule.remembers(group))
+                        rules[index, states] = GroupRule(rule.of_group(group, states), rule.remembers(group))
         return Groups(of, rules)
 
     def plan(self, groups: Groups, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
@@ -136,7 +135,7 @@ class Updater:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
         if chunk.full_is_home or not chunk.is_resident:
             return None
-        if (refresh or chunk.is_lent) and (self._manager.device.is_ram or chunk.homes[Role.MASTER].tier is Tier.DEVICE):
+        if (refresh or chunk.is_lent) and (self._manager.device.is_ram or chunk.tier is Tier.DEVICE):
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
                 self._manager.unpin(chunk)

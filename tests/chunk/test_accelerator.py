@@ -13,17 +13,19 @@ from fake_accelerator import FakeAccelerator
 from fakes import FakeUpdate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from manager_rig import plan_of
 
 from gemini.chunk import (
+    GRADIENT,
+    MASTER,
+    SHADOW,
     AcceleratorBackend,
     Buffer,
     ChunkPlan,
     DiskBackend,
     Ledger,
     MemoryBuffer,
-    Role,
     Staging,
-    StateSlot,
     Tier,
     accelerator,
 )
@@ -204,13 +206,12 @@ def test_a_home_on_disk_arrives_behind_what_used_its_memory_before(tmp_path: Pat
 
 
 def plans() -> list[ChunkPlan]:
-    roles: dict[Role, Tier] = dict.fromkeys((Role.MASTER, Role.STATE_0, Role.STATE_1, Role.GRADIENT), Tier.HOST)
+    buffers: dict[str, Tier] = dict.fromkeys((MASTER, "exp_avg", "exp_avg_sq", GRADIENT), Tier.HOST)
     return [
-        ChunkPlan(
+        plan_of(
             ChunkLayout(i, None, 128, (Slot(i, f"p{i}", 0, NUMEL, (NUMEL,), (1,)),)),
-            {**roles, Role.SHADOW: Tier.HOST} if i else dict.fromkeys(roles, Tier.DEVICE),
+            {**buffers, SHADOW: Tier.HOST} if i else dict.fromkeys(buffers, Tier.DEVICE),
             torch.bfloat16,
-            (StateSlot("exp_avg"), StateSlot("exp_avg_sq")),
         )
         for i in range(4)
     ]

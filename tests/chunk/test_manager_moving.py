@@ -4,7 +4,7 @@ import pytest
 import torch
 from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig
 
-from gemini.chunk import ChunkState, Role, Tier
+from gemini.chunk import MASTER, ChunkState, Tier
 from gemini.errors import OffloadError, OutOfMemory, StateError
 
 # -- fetching, pinning, evicting
@@ -190,7 +190,7 @@ def test_a_prefetch_that_fails_on_the_way_gives_the_memory_back(then: str) -> No
     actions = {
         "pin": lambda: rig.manager.pin(chunk),
         "evict": lambda: rig.manager.evict(chunk),
-        "write": lambda: rig.manager.write(rig.parameters[0][0], Role.MASTER, torch.zeros(33)),
+        "write": lambda: rig.manager.write(rig.parameters[0][0], MASTER, torch.zeros(33)),
         "fetch another": lambda: rig.manager.fetch(other),
     }
     with pytest.raises(OffloadError, match="read error"):

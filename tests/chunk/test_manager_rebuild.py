@@ -5,26 +5,26 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeBackend
-from manager_rig import ADAM, FROZEN, NUMEL, TRAINABLE, Rig
+from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig, plan_of
 
-from gemini.chunk import ChunkPlan, ChunkState, DiskBackend, Ledger, Role, Tier
+from gemini.chunk import MASTER, ChunkPlan, ChunkState, DiskBackend, Ledger, Tier
 from gemini.errors import OutOfMemory
 
 ON_DISK = dict.fromkeys(TRAINABLE, Tier.DISK)
 
 
-def trained(rig: Rig, index: int, homes: dict[Role, Tier] = TRAINABLE) -> ChunkPlan:
-    return ChunkPlan(rig.chunks[index].layout, homes, torch.bfloat16, ADAM)
+def trained(rig: Rig, index: int, homes: dict[str, Tier] = TRAINABLE) -> ChunkPlan:
+    return plan_of(rig.chunks[index].layout, homes, torch.bfloat16, unified=rig.ledger.unified)
 
 
 @pytest.mark.parametrize("unified", [False, True])
 @pytest.mark.parametrize("frozen", [Tier.DEVICE, Tier.HOST, Tier.DISK])
 @pytest.mark.parametrize("homes", [TRAINABLE, ON_DISK], ids=["to RAM", "to disk"])
 def test_values_stay_and_the_ledger_says_what_there_is(
-    homes: dict[Role, Tier], frozen: Tier, unified: bool, tmp_path: Path
+    homes: dict[str, Tier], frozen: Tier, unified: bool, tmp_path: Path
 ) -> None:
     disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
-    rig = Rig([{Role.MASTER: frozen}, FROZEN], room=4, unified=unified, disk=disk)
+    rig = Rig([{MASTER: frozen}, FROZEN], room=4, unified=unified, disk=disk)
     chunk = rig.chunks[0]
     rig.use(chunk)
     graphs = [view.clone() for view in chunk.views]
@@ -35,9 +35,9 @@ def test_values_stay_and_the_ledger_says_what_there_is(
     assert rig.chunks[0] is chunk and chunk.index == index and chunk.is_trainable and not chunk.full_is_home
     assert chunk.state is ChunkState.HOME and rig.is_poisoned(chunk)
     for position, value in enumerate(rig.values[0]):
-        read = rig.manager.read(rig.parameters[0][position], Role.MASTER)
+        read = rig.manager.read(rig.parameters[0][position], MASTER)
         assert read.dtype is torch.float32 and torch.equal(read, value.bfloat16().float())
-        assert not rig.manager.read(rig.parameters[0][position], Role.STATE_1).any()
+        assert not rig.manager.read(rig.parameters[0][position], "exp_avg_sq").any()
     rig.values[0] = [value.bfloat16().float() for value in rig.values[0]]
     rig.use(chunk)
     assert rig.has_values(chunk)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig, pending
 
-from gemini.chunk import Chunk, ChunkState, Role, Tier
+from gemini.chunk import MASTER, Chunk, ChunkState, Tier
 from gemini.errors import OffloadError, OutOfMemory, StateError
 
 
@@ -16,7 +16,7 @@ class Calls(RuleBasedStateMachine):
     @initialize(kinds=st.lists(st.sampled_from(["trainable", "frozen", "on device"]), min_size=1, max_size=5),
                 room=st.integers(1, 3), unified=st.booleans())  # fmt: skip
     def begin(self, kinds: list[str], room: int, unified: bool) -> None:
-        homes = {"trainable": TRAINABLE, "frozen": FROZEN, "on device": {Role.MASTER: Tier.DEVICE}}
+        homes = {"trainable": TRAINABLE, "frozen": FROZEN, "on device": {MASTER: Tier.DEVICE}}
         on_device = kinds.count("on device") * NUMEL * 2
         self.rig = Rig([homes[kind] for kind in kinds], room + kinds.count("on device"), unified)
         if unified:

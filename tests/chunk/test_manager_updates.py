@@ -4,7 +4,7 @@ import pytest
 import torch
 from manager_rig import TRAINABLE, Rig, pending
 
-from gemini.chunk import ChunkState, Role, Tier
+from gemini.chunk import ChunkState, Tier
 from gemini.errors import OffloadError
 
 
@@ -51,8 +51,8 @@ def test_a_failed_update_surfaces_at_each_call_until_it_succeeds_and_nothing_is_
         "fetch": lambda: rig.manager.fetch(chunk),
         "pin": lambda: rig.manager.pin(chunk),
         "evict": lambda: rig.manager.evict(chunk),
-        "read": lambda: rig.manager.read(rig.parameters[0][0], Role.STATE_0),
-        "write": lambda: rig.manager.write(rig.parameters[0][0], Role.STATE_0, torch.zeros(33)),
+        "read": lambda: rig.manager.read(rig.parameters[0][0], "exp_avg"),
+        "write": lambda: rig.manager.write(rig.parameters[0][0], "exp_avg", torch.zeros(33)),
         "settle": rig.manager.settle,
     }
     for _ in range(2):

@@ -5,40 +5,40 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeBackend, FakeUpdate
-from manager_rig import ADAM, FROZEN, NUMEL, TRAINABLE, Rig
+from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig, plan_of
 
-from gemini.chunk import ChunkManager, ChunkPlan, ChunkState, DiskBackend, Ledger, Role, TensorSpec, Tier, pack
+from gemini.chunk import MASTER, ChunkManager, ChunkState, DiskBackend, Ledger, TensorSpec, Tier, pack
 from gemini.errors import OffloadError, OutOfMemory
 
-ROLES = [Role.MASTER, Role.STATE_0, Role.STATE_1]
+NAMES = [MASTER, "exp_avg", "exp_avg_sq"]
 
 
 @pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK])
-@pytest.mark.parametrize("role", ROLES)
-def test_values_are_read_back_as_written_on_every_tier(tier: Tier, role: Role, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_read_back_as_written_on_every_tier(tier: Tier, name: str, tmp_path: Path) -> None:
     disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
-    homes = {**TRAINABLE, role: tier}
+    homes = {**TRAINABLE, name: tier}
     rig = Rig([homes, homes], room=20, disk=disk)
     for chunk in rig.chunks:
         for parameter in rig.parameters[chunk.index]:
             value = torch.randn(parameter.shape, dtype=torch.float64)
-            rig.manager.write(parameter, role, value)
-            assert torch.equal(rig.manager.read(parameter, role), value.float())
-            copy = rig.manager.read(parameter, role)
+            rig.manager.write(parameter, name, value)
+            assert torch.equal(rig.manager.read(parameter, name), value.float())
+            copy = rig.manager.read(parameter, name)
             copy.fill_(0)
-            assert torch.equal(rig.manager.read(parameter, role), value.float())
+            assert torch.equal(rig.manager.read(parameter, name), value.float())
     rig.manager.close()
 
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 def test_a_value_of_the_wrong_shape_is_refused(tier: Tier, tmp_path: Path) -> None:
     disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
-    rig = Rig([{**TRAINABLE, Role.STATE_0: tier}], disk=disk)
-    before = rig.manager.read(rig.parameters[0][1], Role.STATE_0)
+    rig = Rig([{**TRAINABLE, "exp_avg": tier}], disk=disk)
+    before = rig.manager.read(rig.parameters[0][1], "exp_avg")
     longer = torch.ones(100)[:19]  # its storage is long enough
     with pytest.raises(RuntimeError, match=r"20|19"):
-        rig.manager.write(rig.parameters[0][1], Role.STATE_0, longer)
-    assert torch.equal(rig.manager.read(rig.parameters[0][1], Role.STATE_0), before)
+        rig.manager.write(rig.parameters[0][1], "exp_avg", longer)
+    assert torch.equal(rig.manager.read(rig.parameters[0][1], "exp_avg"), before)
     rig.manager.close()
 
 
@@ -48,16 +48,16 @@ def test_strided_values_keep_their_elements_in_place(tier: Tier, tmp_path: Path)
     conv = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     layouts = pack([TensorSpec("b", (3,), (1,)), TensorSpec("conv", tuple(conv.shape), conv.stride())], 1000)
     ledger = Ledger({Tier.DEVICE: 10_000, Tier.HOST: 10_000}, False)
-    plan = ChunkPlan(layouts[0], {**TRAINABLE, Role.MASTER: tier}, torch.float32, ADAM)
+    plan = plan_of(layouts[0], {**TRAINABLE, MASTER: tier}, torch.float32)
     manager = ChunkManager([plan], ledger, FakeBackend(10_000), disk)
     (chunk,) = manager.chunks
     parameter = torch.nn.Parameter(conv)
     manager.bind(torch.nn.Parameter(torch.zeros(3)), chunk, 0)
     manager.bind(parameter, chunk, 1)
     for value in (conv, conv.contiguous()):
-        manager.write(parameter, Role.MASTER, torch.zeros(()).expand(conv.shape))
-        manager.write(parameter, Role.MASTER, value)
-        assert torch.equal(manager.read(parameter, Role.MASTER), conv)
+        manager.write(parameter, MASTER, torch.zeros(()).expand(conv.shape))
+        manager.write(parameter, MASTER, value)
+        assert torch.equal(manager.read(parameter, MASTER), conv)
     manager.fetch(chunk)
     manager.pin(chunk)
     assert parameter.stride() == conv.stride() and torch.equal(parameter, conv)
@@ -68,9 +68,9 @@ def test_writing_a_master_drops_the_full_copy_and_writing_a_moment_does_not() ->
     rig = Rig([TRAINABLE])
     (chunk,) = rig.chunks
     rig.use(chunk)
-    rig.manager.write(rig.parameters[0][0], Role.STATE_0, torch.ones(33))
+    rig.manager.write(rig.parameters[0][0], "exp_avg", torch.ones(33))
     assert chunk.state is ChunkState.READY
-    rig.manager.write(rig.parameters[0][0], Role.MASTER, torch.ones(33))
+    rig.manager.write(rig.parameters[0][0], MASTER, torch.ones(33))
     assert chunk.state is ChunkState.HOME
     rig.values[0][0] = torch.ones(33)
     rig.use(chunk)
@@ -90,10 +90,10 @@ def test_parameters_are_found_and_strangers_are_not() -> None:
 def test_states_are_fp32_and_everything_else_has_the_compute_dtype() -> None:
     rig = Rig([TRAINABLE, FROZEN])
     trainable, frozen = rig.chunks
-    assert {role: home.dtype for role, home in trainable.homes.items()} == dict.fromkeys(ROLES, torch.float32)
+    assert {name: home.dtype for name, home in trainable.homes.items()} == dict.fromkeys(NAMES, torch.float32)
     assert trainable.gradient is not None and trainable.gradient.buffer.dtype is torch.bfloat16
-    assert frozen.homes[Role.MASTER].dtype is torch.bfloat16 and frozen.gradient is None
-    assert list(frozen.homes) == [Role.MASTER]
+    assert frozen.homes[MASTER].dtype is torch.bfloat16 and frozen.gradient is None
+    assert list(frozen.homes) == [MASTER]
 
 
 def test_homes_are_counted_and_the_full_copies_are_not_until_they_are_fetched() -> None:
@@ -102,20 +102,20 @@ def test_homes_are_counted_and_the_full_copies_are_not_until_they_are_fetched() 
     assert rig.ledger.used(Tier.DEVICE) == 0
 
 
-def test_a_home_without_room_names_the_role_and_a_parameter() -> None:
+def test_a_home_without_room_names_the_buffer_and_a_parameter() -> None:
     layouts = pack([TensorSpec("layers.0.weight", (64,), (1,))], 64)
-    plan = ChunkPlan(layouts[0], TRAINABLE, torch.bfloat16, ADAM)
+    plan = plan_of(layouts[0], TRAINABLE, torch.bfloat16)
     with pytest.raises(OutOfMemory, match=r"exp_avg_sq of chunk 0 \(with layers.0.weight\)"):
         ChunkManager([plan], Ledger({Tier.HOST: 64 * 8 + 100}, False), FakeBackend(0), None)
 
 
 def test_closing_ends_the_device_and_the_disk(tmp_path: Path) -> None:
     disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
-    rig = Rig([{Role.MASTER: Tier.DISK}], disk=disk)
+    rig = Rig([{MASTER: Tier.DISK}], disk=disk)
     rig.manager.close()
     assert rig.device.log[-1] == ("close",)
     with pytest.raises(OffloadError):
-        rig.manager.read(rig.parameters[0][0], Role.MASTER)
+        rig.manager.read(rig.parameters[0][0], MASTER)
 
 
 def test_what_was_changed_in_place_is_brought_home_when_the_update_before_it_has_been_repeated() -> None:
@@ -134,6 +134,6 @@ def test_what_was_changed_in_place_is_brought_home_when_the_update_before_it_has
             rig.manager.keep_edits(chunk)
     update.error = None
     rig.manager.keep_edits(chunk)
-    assert float(rig.manager.read(parameter, Role.MASTER)[3]) == 7.0
+    assert float(rig.manager.read(parameter, MASTER)[3]) == 7.0
     rig.manager.unpin(chunk)
     rig.manager.close()

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from manager_rig import TRAINABLE
+from manager_rig import TRAINABLE, plan_of
 from torch import Tensor
 
 from gemini.chunk import (
+    MASTER,
+    MASTER_LOW,
+    BufferSpec,
     Chunk,
     ChunkManager,
-    ChunkPlan,
     DiskBackend,
     Ledger,
     RamBackend,
-    Role,
-    StateSlot,
     TensorSpec,
     Tier,
     halves,
@@ -28,8 +28,8 @@ from gemini.chunk import (
 )
 from gemini.chunk.values import read_slot
 
-ADAM = (StateSlot("exp_avg"), StateSlot("exp_avg_sq", has_spare_sign=True))
-SPLIT = {**TRAINABLE, Role.MASTER_LOW: Tier.HOST}
+ADAM = (BufferSpec("exp_avg"), BufferSpec("exp_avg_sq", has_spare_sign=True))
+SPLIT = {**TRAINABLE, MASTER_LOW: Tier.HOST}
 
 
 def every_upper_half(lower: list[int]) -> Tensor:
@@ -61,12 +61,12 @@ def test_every_number_comes_back_and_its_upper_half_is_the_rounded_one() -> None
 def manager(states_tier: Tier, disk: DiskBackend | None, ledger: Ledger) -> tuple[ChunkManager, Chunk, list[Tensor]]:
     specs = [TensorSpec("w", (33,), (1,)), TensorSpec("conv", (2, 5, 2), (10, 1, 5))]
     (layout,) = pack(specs, 100)
-    homes = {role: states_tier if role.value.startswith("state") else tier for role, tier in SPLIT.items()}
-    found = ChunkManager([ChunkPlan(layout, homes, torch.bfloat16, ADAM)], ledger, RamBackend(None), disk)
+    homes = {name: states_tier if name.startswith("exp_avg") else tier for name, tier in SPLIT.items()}
+    found = ChunkManager([plan_of(layout, homes, torch.bfloat16, ADAM, unified=True)], ledger, RamBackend(None), disk)
     chunk = found.chunks[0]
     parameters = [torch.empty_strided(slot.shape, slot.stride, dtype=torch.bfloat16) for slot in layout.slots]
     for position, parameter in enumerate(parameters):
-        write_slot(chunk, position, Role.MASTER, torch.zeros(()))
+        write_slot(chunk, position, MASTER, torch.zeros(()))
         found.bind(parameter, chunk, position)
     return found, chunk, parameters
 
@@ -90,17 +90,17 @@ def test_masters_and_states_are_read_as_they_were_written(
             masters = [ties[round_ : round_ + 33], ties[: 2 * 5 * 2].view(2, 5, 2) * (round_ + 1)]
             moments = [torch.rand(tuple(m.shape)) for m in masters]
             for parameter, master, moment in zip(parameters, masters, moments, strict=True):
-                chunks.write(parameter, Role.STATE_1, moment)
-                chunks.write(parameter, Role.MASTER, master)
-                assert torch.equal(chunks.read(parameter, Role.STATE_1), moment)
-                chunks.write(parameter, Role.STATE_1, moment * 2)
-                assert torch.equal(chunks.read(parameter, Role.MASTER), master)
+                chunks.write(parameter, "exp_avg_sq", moment)
+                chunks.write(parameter, MASTER, master)
+                assert torch.equal(chunks.read(parameter, "exp_avg_sq"), moment)
+                chunks.write(parameter, "exp_avg_sq", moment * 2)
+                assert torch.equal(chunks.read(parameter, MASTER), master)
             for parameter, master, moment in zip(parameters, masters, moments, strict=True):
-                assert torch.equal(chunks.read(parameter, Role.MASTER), master)
-                assert torch.equal(chunks.read(parameter, Role.STATE_1), moment * 2)
+                assert torch.equal(chunks.read(parameter, MASTER), master)
+                assert torch.equal(chunks.read(parameter, "exp_avg_sq"), moment * 2)
                 assert torch.equal(parameter, master.to(torch.bfloat16))
-                assert chunks.read(parameter, Role.MASTER).stride() == parameter.stride()
-        chunks.write(parameters[0], Role.STATE_1, torch.zeros(()))
-        assert torch.equal(read_slot(chunk, 0, Role.MASTER), masters[0])
+                assert chunks.read(parameter, MASTER).stride() == parameter.stride()
+        chunks.write(parameters[0], "exp_avg_sq", torch.zeros(()))
+        assert torch.equal(read_slot(chunk, 0, MASTER), masters[0])
     finally:
         chunks.close()

@@ -11,7 +11,7 @@ from torch import nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Role, Tier
+from gemini.chunk import MASTER, Tier
 from gemini.memory.non_model import Measured
 
 
@@ -21,7 +21,7 @@ def test_a_parameter_away_from_its_chunk_shows_its_values() -> None:
     away = [c for c in boosted(run.model).manager.chunks if not c.is_resident]
     assert away
     parameter = away[0].bindings[0].parameter
-    assert torch.equal(parameter, boosted(run.model).manager.read(parameter, Role.MASTER))
+    assert torch.equal(parameter, boosted(run.model).manager.read(parameter, MASTER))
 
 
 def test_accessors_show_the_values_after_a_step() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Role, Tier
+from gemini.chunk import MASTER, Tier
 from gemini.errors import OffloadError, OutOfMemory
 from gemini.nn.optimizer import HybridAdam
 
@@ -119,7 +119,7 @@ def test_room_for_full_copies_is_not_taken_for_homes() -> None:
 
     roomy = trained()
     manager, engine = boosted(roomy.model).manager, boosted(roomy.model).engine
-    old = sum(chunk.homes[Role.MASTER].nbytes for chunk in {manager.find(p)[0] for p in roomy.stages[1]})  # type: ignore[index]
+    old = sum(chunk.homes[MASTER].nbytes for chunk in {manager.find(p)[0] for p in roomy.stages[1]})  # type: ignore[index]
     roomy.unfreeze(1)
     resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident)
     enough = (

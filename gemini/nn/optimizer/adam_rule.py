@@ -11,7 +11,7 @@ from torch import Tensor
 from . import moments
 from .arithmetic import AdamHyper, AdamScalars, scalars
 from .group_options import refuse_options
-from .rule import StateSlot, StepMaker
+from .rule import BufferSpec, StepMaker
 from .update import adam_split_update, atomic_numel, update_states
 
 
@@ -49,11 +49,11 @@ class AdamRule:
         self.states = states
         self._slots = moments.slots(states)
 
-    def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
+    def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         return self._slots
 
-    def saved_slots(self, slots: Sequence[StateSlot]) -> tuple[StateSlot, ...]:
-        return tuple(StateSlot(slot.name) for slot in slots if slot.name in moments.MOMENTS)
+    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
+        return tuple(BufferSpec(slot.name) for slot in slots if slot.name in moments.MOMENTS)
 
     def kept_names(self, name: str) -> tuple[str, ...]:
         return moments.kept_names(self.states, name)
@@ -64,7 +64,7 @@ class AdamRule:
     def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
         return moments.pack(self.states, name, saved)
 
-    def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
+    def of_group(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> StepMaker:
         return partial(_at_step, AdamHyper.of_group(group))
 
     def remembers(self, group: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from .arithmetic import AdamScalars
 from .found import NONE, Found
 from .moments import slots
 from .parameter_state import LOW_PRECISION
-from .rule import StateSlot
+from .rule import BufferSpec
 from .update import many_kernels
 
 States = MutableMapping[Any, dict[str, Any]]
@@ -106,7 +106,7 @@ _Columns = dict[str, list[Tensor]]
 _is_cpu, _dtype, _shape = attrgetter("is_cpu"), attrgetter("dtype"), attrgetter("shape")
 
 
-def _columns(found: Found, kept: Sequence[StateSlot]) -> _Columns | None:
+def _columns(found: Found, kept: Sequence[BufferSpec]) -> _Columns | None:
     """All states; None if one is missing, or not all are plain tensors, which can be asked for an address."""
     try:
         columns = {name: [state[name] for state in found.states] for name in ("step", *(slot.name for slot in kept))}
@@ -132,7 +132,7 @@ def _table(
     shapes: Sequence[torch.Size],
     starts: _Integers,
     numels: _Integers,
-    kept: Sequence[StateSlot],
+    kept: Sequence[BufferSpec],
     has_master: bool,
 ) -> tuple[_Integers, _Flags]:
     """Where the kernel finds all of some parameters of one kind, and for which of them it is as it expects it."""
@@ -165,7 +165,7 @@ def _table(
     return np.stack([numels, step, master, gradient, copy, *moments], axis=1), is_plain
 
 
-def _written(table: _Integers, kept: Sequence[StateSlot]) -> tuple[_Integers, _Integers]:
+def _written(table: _Integers, kept: Sequence[BufferSpec]) -> tuple[_Integers, _Integers]:
     """Where the kernel writes besides the parameters, and how many bytes."""
     numels = table[:, _NUMEL]
     nbytes = [np.full(len(table), torch.float32.itemsize), numels * torch.float32.itemsize]

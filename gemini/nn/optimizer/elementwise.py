@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from gemini.chunk import STATE_ROLES
+from gemini.chunk import RESERVED
 
-_TAKEN = ("step", "master", "gradient", "shadow")
+_TAKEN = ("step", *RESERVED)
 """What is kept beside the states goes by these names, in checkpoints and telemetry."""
 
 Options = Mapping[str, Any]
@@ -105,7 +105,7 @@ def register_elementwise(
         The optimizer's class. Subclasses are to be registered themselves.
     states
         The keys of its state whose tensors have the parameter's shape; a function of a group's options where that
-        depends on them. They are made by its ``step`` when a parameter has no state. At most 6.
+        depends on them. They are made by its ``step`` when a parameter has no state.
     takes_step
         Its state has a ``step``, a count or a scalar tensor, that begins with 0 and grows by 1. Other numbers that are
         kept from step to step, in the state or in the group, are not supported.
@@ -115,7 +115,7 @@ def register_elementwise(
     TypeError
         If ``cls`` is no class of optimizers, or ``states`` is a single string.
     ValueError
-        If it has been registered, has too many states, or one by a name that means something else.
+        If it has been registered, or has a state by a name that means something else.
 
     Examples
     --------
@@ -128,13 +128,15 @@ def register_elementwise(
         raise ValueError(f"{cls.__name__} is known already")
     if callable(states):
         of_options = states
-        _KINDS[cls] = Kind(cls, lambda options: tuple(of_options(options)), takes_step)
+        _KINDS[cls] = Kind(cls, lambda options: _free_names(cls, of_options(options)), takes_step)
         return
     if isinstance(states, str):
         raise TypeError(f"states of {cls.__name__}: give a sequence of names, got {states!r}")
-    known = tuple(states)
-    if taken := [name for name in known if name in _TAKEN]:
+    _KINDS[cls] = Kind(cls, _always(*_free_names(cls, states)), takes_step)
+
+
+def _free_names(cls: type[Optimizer], states: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(states)
+    if taken := [name for name in names if name in _TAKEN]:
         raise ValueError(f"a state of {cls.__name__} cannot be called {taken[0]!r}, which means something else here")
-    if len(known) > len(STATE_ROLES):
-        raise ValueError(f"{cls.__name__} has {len(known)} states, at most {len(STATE_ROLES)} are supported")
-    _KINDS[cls] = Kind(cls, _always(*known), takes_step)
+    return names

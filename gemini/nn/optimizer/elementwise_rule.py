@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from . import pieces
 from .elementwise import Kind
-from .rule import AtStep, KeptAsSaved, StateSlot, StepMaker
+from .rule import AtStep, BufferSpec, KeptAsSaved, StepMaker
 from .sgd import SgdAtStep, is_plain_form
 
 _REFUSED = ("differentiable", "capturable")
@@ -43,8 +43,8 @@ class ElementwiseRule(KeptAsSaved):
         left_out = ("param_groups", "state", "step")  # schedulers put a wrapped step there
         self._attributes = {name: value for name, value in vars(optimizer).items() if name not in left_out}
 
-    def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
-        return tuple(StateSlot(name) for name in self.kind.states(group))
+    def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
+        return tuple(BufferSpec(name) for name in self.kind.states(group))
 
     def remembers(self, group: Mapping[str, Any]) -> bool:
         return self.kind.remembers(group)
@@ -57,7 +57,7 @@ class ElementwiseRule(KeptAsSaved):
             if group.get(option):
                 raise ValueError(f"{self.name}({option}=True) cannot be boosted; set it to False, or train unmanaged")
 
-    def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
+    def of_group(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> StepMaker:
         self.refuse(group)
         missing = [slot.name for slot in self.slots(group) if slot not in slots]
         if missing:

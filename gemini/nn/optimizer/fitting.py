@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .parameter_state import PARAM_DTYPES, needs_master, state_dtype
-from .rule import StateSlot
+from .rule import BufferSpec
 
 _NEW_STATE = "drop its state with optimizer.state.pop(parameter), or build a new optimizer"
 _NEW_GRADIENT = "clear it with optimizer.zero_grad() and run backward again"
@@ -54,7 +54,7 @@ def check_state(param: Tensor, state: Tensor, what: str, shape: torch.Size | Non
     _check_memory(state, what, _NEW_STATE)
 
 
-def check_states(param: Tensor, state: Mapping[str, Any], slots: Sequence[StateSlot], states: str, what: str) -> None:
+def check_states(param: Tensor, state: Mapping[str, Any], slots: Sequence[BufferSpec], states: str, what: str) -> None:
     """Raise ``ValueError`` unless a complete state of ``HybridAdam`` is one of this parameter.
 
     Parameters

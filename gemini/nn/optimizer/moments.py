@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from .reduced import BLOCK_NUMEL, pack_exp_avg, pack_exp_avg_sq, unpack_exp_avg, unpack_exp_avg_sq
-from .rule import StateSlot
+from .rule import BufferSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _SLOTS = {
-    "fp32": (StateSlot("exp_avg"), StateSlot("exp_avg_sq", has_spare_sign=True)),
-    "bf16": tuple(StateSlot(name, torch.bfloat16) for name in MOMENTS),
+    "fp32": (BufferSpec("exp_avg"), BufferSpec("exp_avg_sq", has_spare_sign=True)),
+    "bf16": tuple(BufferSpec(name, torch.bfloat16) for name in MOMENTS),
     "8bit": (
-        *(StateSlot(name, torch.uint8) for name in MOMENTS),
-        *(StateSlot(f"{name}_scale", torch.float32, BLOCK_NUMEL) for name in MOMENTS),
+        *(BufferSpec(name, torch.uint8) for name in MOMENTS),
+        *(BufferSpec(f"{name}_scale", torch.float32, BLOCK_NUMEL) for name in MOMENTS),
     ),
 }
 
 STATES = tuple(_SLOTS)
 
 
-def slots(states: str) -> tuple[StateSlot, ...]:
+def slots(states: str) -> tuple[BufferSpec, ...]:
     """What is kept, in the order in which kernels take it.
 
     Raises

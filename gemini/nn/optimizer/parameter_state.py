@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .layout import Order, copy_back, flatten, memory_order
 from .moments import MOMENTS, packed, slots, unpacked
-from .rule import StateSlot
+from .rule import BufferSpec
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -106,7 +106,7 @@ def exported(state: Mapping[str, Any], param: Tensor, states: str) -> dict[str, 
     order, kept = memory_order(param), slots(states)
     moments = unpacked(states, {slot.name: flatten(state[slot.name], _order_of(slot, order)) for slot in kept})
     others = {name: value for name, value in state.items() if name not in {slot.name for slot in kept}}
-    return {**others, **{name: _in_layout(flat, StateSlot(name), param) for name, flat in moments.items()}}
+    return {**others, **{name: _in_layout(flat, BufferSpec(name), param) for name, flat in moments.items()}}
 
 
 def flat_states(state: Mapping[str, Any], order: Order, states: str) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -114,11 +114,11 @@ def flat_states(state: Mapping[str, Any], order: Order, states: str) -> tuple[tu
     return tuple((state[slot.name], flatten(state[slot.name], _order_of(slot, order))) for slot in slots(states))
 
 
-def _order_of(slot: StateSlot, order: Order) -> Order:
+def _order_of(slot: BufferSpec, order: Order) -> Order:
     return order if slot.block_numel == 1 else None
 
 
-def _in_layout(flat: Tensor, slot: StateSlot, param: Tensor) -> Tensor:
+def _in_layout(flat: Tensor, slot: BufferSpec, param: Tensor) -> Tensor:
     """A flat tensor in the layout of ``param``, unless it has a value for each block only."""
     if slot.block_numel > 1:
         return flat

@@ -11,14 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gemini.chunk import StateSlot
+from gemini.chunk import BufferSpec
 
 __all__ = [
     "AtStep",
     "KeptAsSaved",
     "Rule",
     "SplitAtStep",
-    "StateSlot",
+    "BufferSpec",
     "StepMaker",
     "has_state",
     "steps_of",
@@ -89,10 +89,10 @@ class Rule(Protocol):
     starts_filled: bool
     """Whether a parameter has states before its first step."""
 
-    def slots(self, group: Mapping[str, Any]) -> tuple[StateSlot, ...]:
+    def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         """What it keeps for each element of the parameters of a group."""
 
-    def saved_slots(self, slots: Sequence[StateSlot]) -> tuple[StateSlot, ...]:
+    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
         """What state dicts and checkpoints have instead of these slots, each in the shape of the parameter."""
 
     def kept_names(self, name: str) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class Rule(Protocol):
     def initial(self, name: str) -> float:
         """What the elements of this state are before a parameter's first step."""
 
-    def of_group(self, group: Mapping[str, Any], slots: Sequence[StateSlot]) -> StepMaker:
+    def of_group(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> StepMaker:
         """The steps with the options that the group has now, on states that are these slots.
 
         Raises
@@ -126,7 +126,7 @@ class Rule(Protocol):
 class KeptAsSaved:
     """The part of a rule that says: states are saved as they are kept."""
 
-    def saved_slots(self, slots: Sequence[StateSlot]) -> tuple[StateSlot, ...]:
+    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
         return tuple(slots)
 
     def kept_names(self, name: str) -> tuple[str, ...]:

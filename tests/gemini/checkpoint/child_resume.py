@@ -7,7 +7,7 @@ import torch
 from checkpoint_cases import boost, gpt2, train
 
 from gemini.checkpoint import named_tensors
-from gemini.chunk import Role, Tier
+from gemini.chunk import MASTER, Tier
 
 
 def run(part: str, folder: Path, precision: str) -> None:
@@ -17,7 +17,7 @@ def run(part: str, folder: Path, precision: str) -> None:
     booster, model, optimizer = boost(gpt2(seed=0 if part == "first" else 1), precision, disk)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
     if part == "first":
-        homes = {chunk.homes[Role.MASTER].tier for chunk in model._gemini.manager.chunks}
+        homes = {chunk.homes[MASTER].tier for chunk in model._gemini.manager.chunks}
         assert Tier.DISK in homes and len(homes) > 1, homes  # a test of less otherwise
         train(booster, model, optimizer, range(3), scheduler)
         booster.save_model(model, work, shard=True, size_per_shard="20KiB")

@@ -12,7 +12,7 @@ from torch import Tensor
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Role
+from gemini.chunk import GRADIENT
 from gemini.nn.optimizer import HybridAdam
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' own, about each other
@@ -64,7 +64,7 @@ def test_adapters_train_as_without_management_and_frozen_weights_have_no_states(
     for name, parameter in model.named_parameters():
         place = manager.find(parameter)
         assert place is not None
-        assert (Role.GRADIENT in place[0].homes or place[0].is_trainable) == ("lora_" in name)
+        assert (GRADIENT in place[0].homes or place[0].is_trainable) == ("lora_" in name)
 
 
 def test_saved_adapters_load_into_another_boosted_model(tmp_path: Path) -> None:

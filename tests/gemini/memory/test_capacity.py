@@ -11,7 +11,7 @@ from torch import nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Role, Tier
+from gemini.chunk import MASTER, SHADOW, Tier
 from gemini.config import GeminiConfig
 from gemini.memory import capacity
 from gemini.memory.capacity import find_capacities
@@ -89,12 +89,12 @@ def shadows(model: nn.Module) -> list[bool]:
     """For each chunk off the device, whether it has a shadow; those that there are are checked."""
     found = []
     for chunk in boosted(model).manager.chunks:
-        shadow = chunk.homes.get(Role.SHADOW)
-        if chunk.homes[Role.MASTER].tier is not Tier.DEVICE:
+        shadow = chunk.homes.get(SHADOW)
+        if chunk.homes[MASTER].tier is not Tier.DEVICE:
             found.append(shadow is not None)
         if shadow is not None:
             master = torch.empty(chunk.layout.numel)
-            chunk.homes[Role.MASTER].read(0, master)
+            chunk.homes[MASTER].read(0, master)
             assert shadow.tier is Tier.HOST and torch.equal(shadow.tensor, master.bfloat16())  # type: ignore[arg-type]
             assert master.any()
     return found

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gemini.chunk import FETCH_WORKERS, Role, Tier
+from gemini.chunk import FETCH_WORKERS, GRADIENT, MASTER, Tier
 from gemini.chunk.search import bounds
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
@@ -20,10 +20,10 @@ from gemini.memory.capacity import Capacities, find_capacities
 from gemini.memory.tracker import Budget
 from gemini.packing.packing import Packing, decide, managed_parameters
 from gemini.planning.placement import StaticPlacementPolicy
-from gemini.updates.update_pipeline import BLOCK_SETS, update_roles
+from gemini.updates.update_pipeline import BLOCK_SETS
 
 PLENTY = 1 << 40
-UPDATE_ROLES = update_roles(2)
+BUFFERS = (MASTER, "exp_avg", "exp_avg_sq", GRADIENT)
 
 
 def capacities_of(device: int = 0, host: int = PLENTY, disk: int = 0, unified: bool = False) -> Capacities:
@@ -55,15 +55,15 @@ def names(packing: Packing) -> list[list[str]]:
 def test_without_an_optimizer_every_chunk_has_a_master_in_the_compute_dtype_only() -> None:
     packing = decide(mlp(), [], config_of(), capacities_of(unified=True))
     for plan in packing.plans:
-        assert set(plan.homes) == {Role.MASTER} and plan.dtype(Role.MASTER) is torch.bfloat16
+        assert set(plan.tiers) == {MASTER} and plan.specs[MASTER].dtype is torch.bfloat16
         assert not plan.layout.group.trainable
 
 
 def test_trainable_parameters_have_states_and_a_gradient() -> None:
     model = mlp()
     for plan in decide(model, all_of(model), config_of(), capacities_of(unified=True)).plans:
-        assert set(plan.homes) == set(UPDATE_ROLES)
-        assert plan.dtype(Role.MASTER) is torch.float32 and plan.dtype(Role.GRADIENT) is torch.bfloat16
+        assert set(plan.tiers) == set(BUFFERS)
+        assert plan.specs[MASTER].dtype is torch.float32 and plan.specs[GRADIENT].dtype is torch.bfloat16
 
 
 def test_frozen_parameters_have_chunks_of_their_own_with_a_master_only() -> None:
@@ -74,7 +74,7 @@ def test_frozen_parameters_have_chunks_of_their_own_with_a_master_only() -> None
     for plan in packing.plans:
         kinds = {slot.name.split(".")[-1] for slot in plan.layout.slots}
         assert len(kinds) == 1
-        assert set(plan.homes) == ({Role.MASTER} if kinds == {"bias"} else set(UPDATE_ROLES))
+        assert set(plan.tiers) == ({MASTER} if kinds == {"bias"} else set(BUFFERS))
 
 
 def test_a_parameter_that_no_optimizer_has_is_like_a_frozen_one() -> None:
@@ -84,7 +84,7 @@ def test_a_parameter_that_no_optimizer_has_is_like_a_frozen_one() -> None:
     assert names(packing) == [["0.weight"], ["0.bias", "1.bias"], ["1.weight"]] or names(packing) == [
         ["0.weight"], ["0.bias"], ["1.weight"], ["1.bias"]
     ]  # fmt: skip
-    assert [Role.STATE_0 in plan.homes for plan in packing.plans] == [True] + [False] * (len(packing.plans) - 1)
+    assert ["exp_avg" in plan.tiers for plan in packing.plans] == [True] + [False] * (len(packing.plans) - 1)
 
 
 def test_the_groups_of_an_optimizer_do_not_share_chunks() -> None:
@@ -165,13 +165,13 @@ def test_where_the_best_size_makes_too_large_a_ring_smaller_chunks_are_taken() -
 # -- where it lives
 
 
-def held(packing: Packing, tier: Tier, roles: Sequence[Role] = tuple(Role)) -> int:
+def held(packing: Packing, tier: Tier, names: Sequence[str] = BUFFERS) -> int:
     unit = 4096 if tier is Tier.DISK else 1
     return sum(
-        -(-plan.layout.numel * plan.dtype(role).itemsize // unit) * unit
+        -(-plan.layout.numel * plan.specs[name].dtype.itemsize // unit) * unit
         for plan in packing.plans
-        for role, home in plan.homes.items()
-        if home is tier and role in roles
+        for name, home in plan.tiers.items()
+        if home is tier and name in names
     )
 
 
@@ -183,16 +183,16 @@ def ring_bytes(model: nn.Module, packing: Packing, unified: bool) -> int:
         chunks = [plan for plan in packing.plans if own & {slot.name for slot in plan.layout.slots}]
         streamed = 0
         for plan in chunks:
-            master = plan.homes[Role.MASTER]
+            master = plan.tiers[MASTER]
             in_reach = master is Tier.DEVICE or (unified and master is Tier.HOST)
-            if not (in_reach and plan.dtype(Role.MASTER) is plan.compute_dtype):
+            if not (in_reach and plan.specs[MASTER].dtype is plan.compute_dtype):
                 streamed += plan.layout.numel * plan.compute_dtype.itemsize
         least = max(least, streamed)
     return least
 
 
 def check_room(model: nn.Module, packing: Packing, capacities: Capacities) -> None:
-    staging = packing.staging_block_numel * 4 * (FETCH_WORKERS + BLOCK_SETS * len(UPDATE_ROLES))
+    staging = packing.staging_block_numel * 4 * (FETCH_WORKERS + BLOCK_SETS * len(BUFFERS))
     ring = ring_bytes(model, packing, capacities.unified)
     nbytes = capacities.nbytes
     if capacities.unified:

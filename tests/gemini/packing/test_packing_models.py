@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gemini.chunk import Role, Tier
+from gemini.chunk import GRADIENT, Tier
 from gemini.config import GeminiConfig
 from gemini.memory.capacity import Capacities
 from gemini.memory.tracker import Budget
@@ -91,9 +91,9 @@ def test_chunks_of_a_known_model_waste_less_than_five_percent(name: str, share: 
     assert packing.search.waste_ratio < 0.05, "share of chunk-sized blocks that stays unused"
     assert padding(packing) < 0.001, "chunks are cut to what they hold: what is really allocated in vain"
     on_device = sum(
-        plan.layout.numel * plan.dtype(role).itemsize
+        plan.layout.numel * plan.specs[name].dtype.itemsize
         for plan in packing.plans
-        for role, tier in plan.homes.items()
+        for name, tier in plan.tiers.items()
         if tier is Tier.DEVICE
     )
     streamed = [plan.layout.numel * 2 for plan in packing.plans]
@@ -109,7 +109,7 @@ def test_frozen_parameters_of_a_known_model_have_chunks_of_their_own_without_sta
     for plan in packing.plans:
         trainable = {"ln_" in slot.name for slot in plan.layout.slots}
         assert len(trainable) == 1
-        assert (Role.STATE_0 in plan.homes) == (Role.GRADIENT in plan.homes) == trainable.pop()
+        assert ("exp_avg" in plan.tiers) == (GRADIENT in plan.tiers) == trainable.pop()
 
 
 def test_a_small_model_takes_no_more_than_it_needs() -> None:

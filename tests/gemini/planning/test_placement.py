@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.chunk import Role, Tier
+from gemini.chunk import GRADIENT, MASTER, SHADOW, Tier
 from gemini.chunk.disk import PAGE_BYTES
 from gemini.planning.placement import (
     DISK_PAGE_BYTES as PAGE,
 )
 from gemini.planning.placement import (
-    TRAINABLE_ORDER,
     AutoPlacementPolicy,
     ChunkNeed,
     DoesNotFit,
@@ -25,12 +24,12 @@ from gemini.planning.placement import (
 
 
 def trainable(numel: int) -> ChunkNeed:
-    roles = {Role.MASTER: 4 * numel, Role.STATE_0: 4 * numel, Role.STATE_1: 4 * numel, Role.GRADIENT: 2 * numel}
-    return ChunkNeed(roles=roles, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
+    buffers = {MASTER: 4 * numel, "exp_avg": 4 * numel, "exp_avg_sq": 4 * numel, GRADIENT: 2 * numel}
+    return ChunkNeed(buffers=buffers, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
 
 
 def frozen(numel: int) -> ChunkNeed:
-    return ChunkNeed(roles={Role.MASTER: 2 * numel}, full_nbytes=2 * numel)
+    return ChunkNeed(buffers={MASTER: 2 * numel}, full_nbytes=2 * numel)
 
 
 def room_of(device: int, host: int, disk: int = 0, unified: bool = False, ring: int = 0, staging: int = 0) -> Room:
@@ -54,7 +53,7 @@ policies = st.just(AutoPlacementPolicy()) | st.builds(StaticPlacementPolicy, off
 
 
 def whole(need: ChunkNeed) -> int:
-    return sum(need.roles.values())
+    return sum(need.buffers.values())
 
 
 def try_place(needs: list[ChunkNeed], room: Room, policy: PlacementPolicy) -> Placement | DoesNotFit:
@@ -72,13 +71,13 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     placement = try_place(needs, room, policy)
     if isinstance(placement, DoesNotFit):
         return
-    assert [homes.keys() - {Role.SHADOW} for homes in placement.homes] == [set(need.roles) for need in needs]
+    assert [homes.keys() - {SHADOW} for homes in placement.homes] == [set(need.buffers) for need in needs]
     for tier in Tier:
         held = sum(
-            need.nbytes(role, tier)
+            need.nbytes(name, tier)
             for need, homes in zip(needs, placement.homes, strict=True)
-            for role in homes
-            if homes[role] is tier
+            for name in homes
+            if homes[name] is tier
         )
         assert placement.nbytes[tier] == held
     assert placement.uses_disk == (placement.nbytes[Tier.DISK] > 0)
@@ -116,30 +115,30 @@ def test_shadows_take_what_the_host_has_left_and_nothing_that_a_home_could_use(
     if isinstance(placement, DoesNotFit):
         return
     without = place([replace(need, shadow_nbytes=0) for need in needs], room, policy)
-    homes_only = [{role: tier for role, tier in h.items() if role is not Role.SHADOW} for h in placement.homes]
+    homes_only = [{role: tier for role, tier in h.items() if role is not SHADOW} for h in placement.homes]
     assert homes_only == list(without.homes)
     host = placement.nbytes[Tier.HOST] + (room.staging_bytes if placement.uses_disk else 0)
     for need, homes in zip(needs, placement.homes, strict=True):
-        if Role.SHADOW in homes:
-            assert homes[Role.SHADOW] is Tier.HOST and not room.unified and need.shadow_nbytes
-            assert homes[Role.MASTER] is Tier.HOST
-        elif need.shadow_nbytes and not room.unified and homes[Role.MASTER] is Tier.HOST:
+        if SHADOW in homes:
+            assert homes[SHADOW] is Tier.HOST and not room.unified and need.shadow_nbytes
+            assert homes[MASTER] is Tier.HOST
+        elif need.shadow_nbytes and not room.unified and homes[MASTER] is Tier.HOST:
             assert host + need.shadow_nbytes > room.capacities[Tier.HOST]
 
 
 @settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms)
-def test_what_goes_to_disk_has_no_place_on_host_and_roles_go_in_order(needs: list[ChunkNeed], room: Room) -> None:
+def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: list[ChunkNeed], room: Room) -> None:
     placement = try_place(needs, room, AutoPlacementPolicy())
     if isinstance(placement, DoesNotFit) or not placement.uses_disk:
         return
     taken = room.staging_bytes + (room.ring_bytes if room.unified else 0)
-    for role in TRAINABLE_ORDER:
+    for name in (MASTER, GRADIENT, "exp_avg", "exp_avg_sq"):
         for need, homes in zip(needs, placement.homes, strict=True):
-            if homes.get(role) is Tier.HOST:
-                taken += need.nbytes(role, Tier.HOST)
-            elif homes.get(role) is Tier.DISK:
-                assert taken + need.roles[role] > room.capacities[Tier.HOST]
+            if homes.get(name) is Tier.HOST:
+                taken += need.nbytes(name, Tier.HOST)
+            elif homes.get(name) is Tier.DISK:
+                assert taken + need.buffers[name] > room.capacities[Tier.HOST]
 
 
 @settings(deadline=None, max_examples=600)
@@ -163,7 +162,7 @@ def test_masters_take_the_host_first_then_gradients_then_moments() -> None:
     room = room_of(0, 80 + 20 + 20 + 30, 4 * PAGE, staging=30)
     first, second = place(needs, room, AutoPlacementPolicy()).homes
     assert first == {
-        Role.MASTER: Tier.HOST, Role.GRADIENT: Tier.HOST, Role.STATE_0: Tier.DISK, Role.STATE_1: Tier.DISK
+        MASTER: Tier.HOST, GRADIENT: Tier.HOST, "exp_avg": Tier.DISK, "exp_avg_sq": Tier.DISK
     }  # fmt: skip
     assert second == first
 

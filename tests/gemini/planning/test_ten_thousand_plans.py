@@ -9,7 +9,7 @@ from belady import Played, belady, play
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemini.chunk import Role, Tier
+from gemini.chunk import GRADIENT, MASTER, Tier
 from gemini.planning.placement import (
     AutoPlacementPolicy,
     ChunkNeed,
@@ -56,7 +56,7 @@ def instance_of(seed: int) -> Instance:
     least = max(sum(copies[c] for c in moment) for moment in lap)
     ring = min(least + depth * max(copies), sum(copies)) if rng.random() < 0.8 else least
     unified = rng.random() < 0.4
-    total = sum(sum(need.roles.values()) for need in needs)
+    total = sum(sum(need.buffers.values()) for need in needs)
     disk = total if rng.random() < 0.7 else 0
     if rng.random() < 0.1:  # does not fit, often
         capacities = {Tier.DEVICE: rng.randint(0, ring), Tier.HOST: rng.randint(0, total), Tier.DISK: disk // 2}
@@ -106,16 +106,16 @@ def lap_of(kind: str, rng: random.Random) -> tuple[list[list[int]], int]:
 
 def need_of(numel: int, trainable: bool) -> ChunkNeed:
     if not trainable:
-        return ChunkNeed(roles={Role.MASTER: 2 * numel}, full_nbytes=2 * numel)
-    states = {Role.MASTER: 4 * numel, Role.STATE_0: 4 * numel, Role.STATE_1: 4 * numel}
-    return ChunkNeed(roles={**states, Role.GRADIENT: 2 * numel}, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
+        return ChunkNeed(buffers={MASTER: 2 * numel}, full_nbytes=2 * numel)
+    states = {MASTER: 4 * numel, "exp_avg": 4 * numel, "exp_avg_sq": 4 * numel}
+    return ChunkNeed(buffers={**states, GRADIENT: 2 * numel}, full_nbytes=2 * numel, shadow_nbytes=2 * numel)
 
 
 def check_placement(instance: Instance, placement: Placement) -> int:
     """No tier holds more than its room; what is left for full copies comes back."""
     room, held = instance.room, Counter[Tier]()
     for need, homes in zip(instance.needs, placement.homes, strict=True):
-        assert need.roles.keys() <= homes.keys()
+        assert need.buffers.keys() <= homes.keys()
         for role, tier in homes.items():
             held[tier] += need.nbytes(role, tier)
     assert all(held[tier] == placement.nbytes[tier] for tier in Tier)
@@ -141,9 +141,9 @@ def check(seed: int) -> tuple[Instance, Played, list[int]] | None:
     nbytes = {
         c: need.full_nbytes
         for c, (need, homes) in enumerate(zip(instance.needs, placement.homes, strict=True))
-        if not (homes[Role.MASTER] in reach and Role.STATE_0 not in need.roles)  # its home is the full copy
+        if not (homes[MASTER] in reach and "exp_avg" not in need.buffers)  # its home is the full copy
     }
-    lost = [c for c in nbytes if instance.lost and Role.STATE_0 in instance.needs[c].roles]
+    lost = [c for c in nbytes if instance.lost and "exp_avg" in instance.needs[c].buffers]
     trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(m)) for i, m in enumerate(instance.lap)))
     played = play(Planner(trace, nbytes, capacity, instance.depth, lost), nbytes, capacity, instance.depth, LAPS, lost)
     if not instance.equal:

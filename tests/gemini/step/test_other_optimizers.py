@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Role, Tier
+from gemini.chunk import MASTER, SHADOW, Tier
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import pieces
@@ -193,8 +193,8 @@ def test_plain_sgd_takes_4_bytes_a_parameter_and_the_gradient() -> None:
         run = Other(name, {}, "bf16")
         manager = run.model._gemini.manager
         numel = sum(chunk.layout.numel for chunk in manager.chunks)
-        roles = {role for chunk in manager.chunks for role in chunk.homes} - {Role.MASTER, Role.SHADOW}
-        assert len(roles) == states
+        buffers = {name for chunk in manager.chunks for name in chunk.homes} - {MASTER, SHADOW}
+        assert len(buffers) == states
         stats = run.model.memory_stats()
         assert stats["model_data/optimizer_bytes"] == 4 * states * numel
         assert stats["model_data/total_bytes"] == (4 + 4 * states + 2) * numel

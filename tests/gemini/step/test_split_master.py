@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Chunk, Role, Tier
+from gemini.chunk import MASTER, Chunk, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData, model_bytes
@@ -98,14 +98,13 @@ def test_every_placement_gives_the_numbers_of_the_unmanaged_model(place: str, tm
     assert split
     assert (len(split) < len(bf16)) == (place in ("half on an emulated device", "masters on disk, too"))
     for chunk in bf16:
-        homes = {role: home.tier for role, home in chunk.homes.items()}
+        homes = {name: home.tier for name, home in chunk.homes.items()}
         assert chunk.is_split == (
-            homes[Role.MASTER] is Tier.DEVICE
-            or ("device_memory" not in PLACES[place] and homes[Role.MASTER] is Tier.HOST)
+            homes[MASTER] is Tier.DEVICE or ("device_memory" not in PLACES[place] and homes[MASTER] is Tier.HOST)
         )
         assert not chunk.is_split or chunk.full_nbytes == 0
-    on_disk = {role for chunk in split for role, home in chunk.homes.items() if home.tier is Tier.DISK}
-    assert (Role.STATE_1 in on_disk) == ("disk" in place)
+    on_disk = {name for chunk in split for name, home in chunk.homes.items() if home.tier is Tier.DISK}
+    assert ("exp_avg_sq" in on_disk) == ("disk" in place)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -118,7 +117,7 @@ def test_masters_that_are_ties_are_those_of_whole_masters(place: str, lr: float,
     check_equal(ours, whole)
     marks = 0
     for chunk in chunks_of(model):
-        if chunk.is_split and (signs := chunk.homes[Role.STATE_1]).tensor is not None:
+        if chunk.is_split and (signs := chunk.homes["exp_avg_sq"]).tensor is not None:
             marks += int(signs.tensor.signbit().sum())
     assert marks > 1000 or lr > 1e-9 or "disk" in place
 

@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from update_rig import BLOCK_NUMEL, IN_RAM, ON_DISK, UPDATE_ROLES, Faults, rig, wait_for_all
+from update_rig import BLOCK_NUMEL, BUFFERS, IN_RAM, ON_DISK, Faults, rig, wait_for_all
 
 from gemini.chunk import Staging
 from gemini.errors import OffloadError
@@ -65,7 +65,7 @@ def test_what_an_update_still_writes_is_not_read_by_the_next_of_the_same_chunk(t
         wait_for_all(tickets)
         r.check()
     again = disk.log[before:].index(("begin", "read", 1))
-    roles_written = len(UPDATE_ROLES) - 1
+    roles_written = len(BUFFERS) - 1
     assert disk.log[: before + again].count(("end", "write", 1)) == roles_written
 
 
@@ -85,7 +85,7 @@ class CountedStaging(Staging):
     """Never makes anyone wait: who would have to is told."""
 
     def __init__(self) -> None:
-        super().__init__(BLOCK_SETS * len(UPDATE_ROLES), BLOCK_NUMEL)
+        super().__init__(BLOCK_SETS * len(BUFFERS), BLOCK_NUMEL)
         self.lent = self.most = 0
 
     def borrow(self):  # type: ignore[no-untyped-def]
@@ -132,4 +132,4 @@ def test_when_the_first_of_several_updates_fails_all_wait_and_go_on_in_order(tmp
         assert wait_for_all(tickets) == []
         r.check()
     assert disk.has_failed
-    assert disk.log.count(("end", "read", 1)) == len(UPDATE_ROLES)  # the retry has kept what was computed
+    assert disk.log.count(("end", "read", 1)) == len(BUFFERS)  # the retry has kept what was computed

@@ -10,7 +10,7 @@ import pytest
 import torch
 from update_rig import HYPER, IN_RAM, MIXED, ON_DISK, Faults, Rig, content, rig, runs_of, wait_for_all
 
-from gemini.chunk import NoDevice, Role, Tier, workers
+from gemini.chunk import MASTER, NoDevice, Tier, workers
 from gemini.errors import OffloadError
 from gemini.nn.optimizer.adam_rule import AdamAtStep
 from gemini.nn.optimizer.arithmetic import scalars
@@ -25,7 +25,7 @@ PLACES = {"disk": [ON_DISK] * 3, "mixed": [MIXED, ON_DISK, IN_RAM], "ram": [IN_R
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 def test_several_steps_give_the_bits_of_the_plain_update_wherever_the_homes_are(
-    tmp_path: Path, places: list[dict[Role, Tier]]
+    tmp_path: Path, places: list[dict[str, Tier]]
 ) -> None:
     with rig(tmp_path, places, Faults()) as r:
         for _ in range(3):
@@ -40,7 +40,7 @@ def test_steps_submitted_one_after_the_other_run_one_after_the_other(tmp_path: P
         r.check()
 
 
-def count_calls(folder: Path, work: Callable[[Rig], object], places: list[dict[Role, Tier]]) -> int:
+def count_calls(folder: Path, work: Callable[[Rig], object], places: list[dict[str, Tier]]) -> int:
     faults = Faults()
     with rig(folder, places, faults) as r:
         work(r)
@@ -49,7 +49,7 @@ def count_calls(folder: Path, work: Callable[[Rig], object], places: list[dict[R
 
 @pytest.mark.parametrize("places", [PLACES["disk"][:2], PLACES["mixed"]], ids=["disk", "mixed"])
 def test_a_failure_of_any_one_call_surfaces_once_and_then_costs_nothing(
-    tmp_path: Path, places: list[dict[Role, Tier]]
+    tmp_path: Path, places: list[dict[str, Tier]]
 ) -> None:
     for k in range(count_calls(tmp_path, lambda r: wait_for_all(r.submit()), places)):
         with rig(tmp_path, places, Faults(k)) as r:
@@ -146,7 +146,7 @@ def test_the_full_copy_is_refreshed_in_the_same_pass_where_there_was_a_gradient(
         for chunk in r.chunks:
             expected = torch.full_like(chunk.full, 7.0)
             for run in runs_of(chunk.layout, at_step):
-                expected[run.start : run.stop] = content(chunk, Role.MASTER)[run.start : run.stop].bfloat16()
+                expected[run.start : run.stop] = content(chunk, MASTER)[run.start : run.stop].bfloat16()
             assert torch.equal(chunk.full, expected)
 
 
