@@ -74,7 +74,7 @@ class Channel:
 
     def put_step(self, stats: Stats | Callable[[], Stats]) -> None:
         self._pending = None
-        self._put("step", _step_of(stats))
+        self._put("step", stats)
 
     def keep_step(self, stats: Stats | Callable[[], Stats]) -> None:
         """Write this step if no other one follows it."""
@@ -82,13 +82,15 @@ class Channel:
 
     def take_dump_request(self) -> bool:
         """True once after a timeline was asked for."""
-        asked, self.is_dump_requested = self.is_dump_requested, False
-        return asked
+        if not self.is_dump_requested:
+            return False
+        self.is_dump_requested = False
+        return True
 
     def put_document(self, path: Path, content: Fields | Callable[[], Fields]) -> None:
         self._put(path, content)
 
-    def _put(self, what: str | Path, fields: Fields | Callable[[], Fields]) -> None:
+    def _put(self, what: str | Path, fields: object) -> None:
         if self._ended or self.is_off:
             return
         if self._queue.qsize() >= QUEUE_LENGTH:
@@ -102,7 +104,7 @@ class Channel:
         self._ended = True
         pending = self._pending if self._last is None else self._last()
         if pending is not None:
-            self._queue.put(("step", time.time(), _step_of(pending)))
+            self._queue.put(("step", time.time(), pending))
         self._pending = self._last = None
         end = End(status, dict(summary) if summary else None, error)
         self._queue.put(("end", time.time(), end))
@@ -130,7 +132,8 @@ class Channel:
                     if what == "end":
                         for kind, seen in probe.due(is_last=True):
                             self._file.write(kind, when, seen, self.dropped)
-                    self._file.write(what, when, _made(fields), self.dropped)
+                    made = _made(fields)
+                    self._file.write(what, when, Step(made) if what == "step" else made, self.dropped)
                 if time.monotonic() - heartbeat >= HEARTBEAT_SECONDS:
                     heartbeat = time.monotonic()
                     os.utime(lock)
@@ -150,12 +153,8 @@ class Channel:
                 os.close(lock)
 
 
-def _made(fields: Fields | Callable[[], Fields]) -> Fields:
+def _made(fields: Any) -> Any:
     return fields() if callable(fields) else fields
-
-
-def _step_of(stats: Stats | Callable[[], Stats]) -> Callable[[], Step]:
-    return lambda: Step(stats() if callable(stats) else stats)
 
 
 _live: dict[Path, Channel] = {}
