@@ -20,7 +20,7 @@ _NAME_LENGTH = 120
 
 
 class RunCollector:
-    """What prometheus_client asks at each scrape.
+    """Collector that prometheus_client asks at each scrape.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class RunCollector:
         yield from _dropped(runs)
 
     def describe(self) -> list[Metric]:
-        """Nothing at registration: no run is read before somebody asks."""
+        """Return nothing at registration, so that no run is read before a scrape."""
         return []
 
 

@@ -128,7 +128,7 @@ class Row(Output):
     non_model_peak_bytes: Natural | None
     oom_risk: Risks
     window_steps: Natural
-    hit_ratio: Annotated[float | None, doc("Share of the needs that no one waited for.")]
+    hit_ratio: Annotated[float | None, doc("Share of the needs for which the full copy was there in time.")]
     stall_seconds_per_step: float | None
     stall_ratio: Annotated[float | None, doc("Share of a step that is waiting.")]
     links: list[Link]

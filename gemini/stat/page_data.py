@@ -13,7 +13,7 @@ from gemini.telemetry import history
 from gemini.telemetry.layout import TIERS
 
 NEWEST_BYTES = 64 << 20
-"""Of a very long history the page shows the newest part: parsing more takes longer than anybody waits."""
+"""The page shows this much of the end of a long history, because parsing all of it takes too long."""
 MAX_POINTS = 512
 
 

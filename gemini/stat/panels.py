@@ -49,7 +49,7 @@ def tiers(run: RunView, found: Rates, width: int, plain: bool) -> list[Text]:
 
 
 def foreseen(run: RunView) -> str:
-    """What the warm-up promised of a step's peak, and what came; empty before both are known."""
+    """The predicted and the measured peak of a step; empty before both are known."""
     found = prediction(run.stats)
     if found is None:
         return ""
@@ -118,7 +118,7 @@ def describe_peak(found: Timeline, units: Sequence[str]) -> str:
 
 
 def resampled(found: Timeline, columns: int) -> tuple[list[int], list[int]]:
-    """Model and non-model data in so many columns; of the moments in one column the highest counts."""
+    """Model and non-model data by column of the chart; a column shows the highest of its moments."""
     length = len(found.phase)
     total = found.total_bytes
     model, other = [], []

@@ -208,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are nobody's business."""
+        """Log no requests."""
 
 
 def _stamp(file: Path) -> float | None:

@@ -178,7 +178,7 @@ def _rows(stats: Mapping[str, float]) -> Iterator[tuple[str, list[tuple[str, str
 
 
 def _prediction(stats: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What the warm-up promised where units run, and what came."""
+    """The predicted and the measured peak where units run."""
     found = prediction(stats)
     if found is None:
         return []

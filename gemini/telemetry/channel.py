@@ -81,7 +81,7 @@ class Channel:
         self._pending = stats
 
     def take_dump_request(self) -> bool:
-        """True once after a timeline was asked for."""
+        """True once after a timeline was requested."""
         if not self.is_dump_requested:
             return False
         self.is_dump_requested = False

@@ -189,7 +189,7 @@ class Capacity(Fields):
 
 
 class Description(Fields):
-    """What records refer to by number, and what it takes to decide the packing again."""
+    """Chunks, units and parameters, to which records refer by index, and all that the packing was decided by."""
 
     chunks: list[DescribedChunk]
     parameters: list[DescribedParameter]
@@ -202,9 +202,9 @@ class Description(Fields):
     device_limit_bytes: Annotated[
         Natural | None, doc("What model and other data may take of the accelerator; null: not known.")
     ] = None
-    model: Annotated[dict[str, Any] | None, doc("What it takes to build a model of transformers; null for others.")] = (
-        None
-    )
+    model: Annotated[
+        dict[str, Any] | None, doc("Class and configuration of a model of transformers; null for others.")
+    ] = None
 
     def names_by_chunk(self) -> list[list[str]]:
         """Names of the parameters in each chunk."""

@@ -80,7 +80,7 @@ class TelemetryWriter:
 
     @property
     def is_dump_requested(self) -> bool:
-        """True once after somebody asked for a timeline of the next step (see `request_file`)."""
+        """True once after a timeline of the next step was requested (see `request_file`)."""
         return self._channel is not None and self._channel.take_dump_request()
 
     def record(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-non-model", metavar="SIZE", help="highest non-model data")
     parser.add_argument("--max-rss", metavar="SIZE", help="highest RAM of the process, of what is recorded")
     parser.add_argument("--max-risk", type=float, metavar="RATIO", help="such as 0.9, of any tier")
-    parser.add_argument("--min-hit-ratio", type=float, metavar="RATIO", help="needs that nobody waited for")
+    parser.add_argument("--min-hit-ratio", type=float, metavar="RATIO", help="share of needs met in time")
     parser.add_argument("--max-stall-ratio", type=float, metavar="RATIO", help="share of a step spent waiting")
     parser.add_argument("--max-step-seconds", type=float, metavar="S", help="the last step's time")
     parser.add_argument("--min-steps", type=int, metavar="N", help="steps done")

@@ -57,7 +57,7 @@ def _prom(path: Path, found: RunView, options: argparse.Namespace) -> Iterator[s
 
 
 def _write(target: Path, parts: Iterator[str]) -> int:
-    """Atomically: whoever scrapes the folder must not see half of it."""
+    """Write the file atomically, so that a scraper of the folder never sees half of it."""
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with open(draft, "w", encoding="utf-8", newline="") as file:
