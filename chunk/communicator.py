@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .gradient import GradientBuffer
+
 
 class Communicator(Protocol):
     """What a chunk needs of its process group. Planner and states never learn of ranks."""
@@ -15,8 +17,8 @@ class Communicator(Protocol):
     def all_gather(self, full: Tensor) -> None:
         """Fill ``full`` (flat) from every rank's shard; this rank's part is in place already."""
 
-    def reduce_gradient(self, gradient: Tensor) -> None:
-        """Average ``gradient`` (flat) over ranks in place."""
+    def reduce_gradient(self, gradient: GradientBuffer) -> None:
+        """Sum a gradient, which is complete here, over ranks."""
 
     def agree_max(self, value: Tensor) -> Tensor:
         """The element-wise maximum over ranks (an overflow seen by one rank is seen by all)."""
@@ -31,7 +33,7 @@ class SingleProcess:
     def all_gather(self, full: Tensor) -> None:
         pass
 
-    def reduce_gradient(self, gradient: Tensor) -> None:
+    def reduce_gradient(self, gradient: GradientBuffer) -> None:
         pass
 
     def agree_max(self, value: torch.Tensor) -> torch.Tensor:

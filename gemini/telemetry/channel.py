@@ -4,7 +4,6 @@ Whatever goes wrong on that thread (a full disk, a vanished folder) ends telemet
 records and counts them.
 """
 
-import atexit
 import fcntl
 import logging
 import os
@@ -17,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gemini.stacks import small_stacks
+from gemini.process_wide import at_exit, small_stacks
 from gemini.telemetry.encoding import as_mapping
 from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file
 from gemini.telemetry.outcome import outcome, program
@@ -158,6 +157,7 @@ def _made(fields: Any) -> Any:
 
 
 _live: dict[Path, Channel] = {}
+"""The channels of this process by lock file: they end with it, and a newer one for the same rank ends the older."""
 """Channels of this process by lock file. A POSIX lock belongs to the process, so within it this is what tells."""
 
 
@@ -223,4 +223,4 @@ def _end_all_at_exit() -> None:
         channel.join()
 
 
-atexit.register(_end_all_at_exit)
+at_exit(_end_all_at_exit)
