@@ -23,7 +23,8 @@ PLAIN_ROLES = ("master", "master_low", "gradient", "shadow")
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 """A count or a number of bytes. It fits 63 bits, so that nothing that computes with it can overflow."""
 TierName = Annotated[str, Meta(pattern=f"^({'|'.join(TIERS)})$")]
-ByTier = Annotated[dict[TierName, T], Meta(extra_json_schema={"required": list(TIERS)})]
+ByTier = Annotated[dict[TierName, T], Meta(min_length=len(TIERS), extra_json_schema={"required": list(TIERS)})]
+"""One value for each tier."""
 States = Annotated[
     str,
     Meta(

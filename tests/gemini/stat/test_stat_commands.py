@@ -329,7 +329,8 @@ def test_hostile_documents_break_no_command(capsys: Capture) -> None:
     content["chunks"][0] |= {"numel": 10**400, "homes": {"master": evil}, "home_bytes": {"master": -1}, "group": evil}
     content["chunks"].append("text")
     content["config"] = {"max_prefetch": evil}
-    for bad_chunks in (json.dumps(content), "[" * 100_000, "null", '{"v":1,"chunks":[{}]}'):
+    few = {**chunks(), "capacities": {"device": {"bytes": 1, "source": "argument"}}}
+    for bad_chunks in (json.dumps(content), json.dumps(few), "[" * 100_000, "null", '{"v":1,"chunks":[{}]}'):
         chunks_file(run, 0).write_text(bad_chunks)
         for bad_timeline in (
             json.dumps({"v": 1, **timeline(2), "unit": [10**9] * (MOMENTS + 1)}),
