@@ -15,7 +15,7 @@ from .gradient_pool import GradientPool
 from .host_arena import padded
 from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
-from .names import GRADIENT
+from .names import GRADIENT, MASTER
 from .plan import ChunkPlan
 from .tier import Tier
 
@@ -39,28 +39,32 @@ class ChunkBuilder:
     def build(self, plan: ChunkPlan) -> Chunk:
         """The chunk with homes where its plan says, and whatever else it needs."""
         homes = {name: self._home(plan, spec) for name, spec in plan.specs.items() if name != GRADIENT}
+        gradient = self._gradient(plan)
         if plan.full_is_home:
             home = homes[plan.codec.source].tensor
             assert home is not None
-            chunk = Chunk(plan, homes, home)
+            chunk = Chunk(plan, homes, home, gradient)
             chunk.begin_fetch(Arrived())
             chunk.finish_fetch()
-        else:
-            full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
-            chunk = Chunk(plan, homes, full)
-            self.device.shrink(full)
+            return chunk
+        full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
+        chunk = Chunk(plan, homes, full, gradient)  # which makes views of memory that has to be there for that
+        self.device.shrink(full)
+        return chunk
+
+    def _gradient(self, plan: ChunkPlan) -> GradientBuffer | None:
         if GRADIENT in plan.tiers:
             buffer = self._home(plan, plan.gradient_spec)
             if buffer.tensor is not None:
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
                 buffer.tensor.zero_()
-            chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
-        elif plan.borrows_gradient:
-            tier = Tier.DEVICE if chunk.tier is Tier.DEVICE else Tier.HOST
+            return GradientBuffer(plan.layout, buffer, self.device)
+        if plan.borrows_gradient:
+            tier = Tier.DEVICE if plan.tiers[MASTER] is Tier.DEVICE else Tier.HOST
             borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
-            chunk.gradient = GradientBuffer(plan.layout, None, self.device, borrow)
-        return chunk
+            return GradientBuffer(plan.layout, None, self.device, borrow)
+        return None
 
     def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
         tier, numel, dtype = plan.tiers[spec.name], spec.numel(plan.layout.numel), spec.dtype
