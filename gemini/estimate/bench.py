@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from gemini.chunk import DiskBackend, Ledger, Tier, find_accelerator
+from gemini.chunk import DiskBackend, Ledger, MemoryMap, Tier, find_accelerator
 from gemini.errors import OffloadError, OutOfMemory
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.update import adam_update
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.estimate_outputs import Bench
 from gemini.stat.rates import hardware_file
@@ -96,7 +96,7 @@ def measure_links(numel: int) -> dict[str, float]:
 def measure_disk(folder: Path, numel: int) -> dict[str, float]:
     """Reading and writing a chunk's master, by the disk tier's own code."""
     try:
-        backend = DiskBackend(folder, Ledger({Tier.DISK: 1 << 62}, unified=False))
+        backend = DiskBackend(folder, Ledger({Tier.DISK: 1 << 62}, MemoryMap.ACCELERATOR))
         buffer = backend.allocate(numel, torch.float32, "the bench")
     except (OffloadError, OutOfMemory) as error:
         raise Usage(str(error)) from error
@@ -117,7 +117,7 @@ def measure_adam(numel: int) -> float:
     once = scalars(hyper, 1)
     master, exp_avg, exp_avg_sq = (torch.zeros(numel) for _ in range(3))
     gradient, full = (torch.zeros(numel, dtype=torch.bfloat16) for _ in range(2))
-    return numel / best(lambda: adam_update(master, exp_avg, exp_avg_sq, gradient, once, full))
+    return numel / best(lambda: adam_update("fp32", (master, exp_avg, exp_avg_sq), gradient, once, full))
 
 
 def measure_flops() -> float:
