@@ -28,11 +28,20 @@ from typing import Any, Protocol
 from weakref import ref
 
 import torch
-import torch._compile
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node
 
-QUIET = torch._C.DisableTorchFunctionSubclass
+from gemini.torch_private import (
+    never_compiled,
+    parameter_class_wanted_by,
+    rebuild_parameter,
+    rebuild_parameter_with_state,
+    register_pytree_node,
+    typed_storage,
+    without_subclasses,
+    without_transforms,
+)
+
+QUIET = without_subclasses
 """A context in which torch does not ask an `AwayParameter`: for our own reading of ``grad`` and ``_version``."""
 
 _LINK = "_gemini_link"
@@ -49,7 +58,7 @@ _DESCRIBING = frozenset(
     "get_gradient_edge grad backward".split()
 )
 _LENDING = frozenset("detach numpy __array__ __dlpack__".split())
-_ADDRESSES = frozenset("data_ptr const_data_ptr untyped_storage storage _typed_storage is_set_to".split())
+_ADDRESSES = frozenset("data_ptr const_data_ptr untyped_storage storage is_set_to".split()) | {typed_storage.__name__}
 _REFUSED = {
     "share_memory_": "share a copy, p.detach().clone().share_memory_(), and bring it back with p.copy_(copy)",
     "resize_": "give it the shape before booster.boost, or work on a copy",
@@ -173,7 +182,7 @@ class AwayParameter:
         """As ``Tensor.detach``. For ``nn.Parameter(p)`` it has to give what is made into a parameter."""
         assert isinstance(self, Tensor)
         detached = Tensor.detach(self)
-        if sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+        if parameter_class_wanted_by(sys._getframe(1)) is not None:
             # Of a class that it does not know it wants its own kind back, and says so by setting `_is_param`.
             return detached.as_subclass(type(self))
         return detached
@@ -197,8 +206,8 @@ class AwayParameter:
         rebuilt: tuple[Any, ...] = (self.detach().clone(memory_format=_AS_IT_IS), self.requires_grad, OrderedDict())
         attributes = {name: value for name, value in self.__dict__.items() if name != _LINK}
         if attributes:
-            return (torch._utils._rebuild_parameter_with_state, (*rebuilt, attributes))
-        return (torch._utils._rebuild_parameter, rebuilt)
+            return (rebuild_parameter_with_state, (*rebuilt, attributes))
+        return (rebuild_parameter, rebuilt)
 
 
 @cache
@@ -217,7 +226,7 @@ def plain_class(cls: type) -> type:
 
 
 def _flatten(parameter: Any) -> tuple[list[Tensor], None]:
-    with torch._C._DisableFuncTorch():  # a transform wraps what it gets, and nothing that it has wrapped already
+    with without_transforms():  # a transform wraps what it gets, and nothing that it has wrapped already
         return [parameter.view_as(parameter)], None
 
 
@@ -226,7 +235,7 @@ def _unflatten(values: Any, context: None) -> Any:
     return value
 
 
-@torch._compile._disable_dynamo
+@never_compiled
 def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
     away: dict[int, Tensor] = {}
     tensors: list[Tensor] = []

@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gemini.torch_private import storage_key, version_of, without_torch_function
+
 from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
 from .buffer import Buffer
 from .gradient import GradientBuffer
@@ -126,7 +128,7 @@ class Chunk:
 
     def has_memory(self, tensor: Tensor) -> bool:
         """True if a tensor lies in the full copy, or in what was lent of it."""
-        is_in_full = tensor.untyped_storage()._cdata == self.full.untyped_storage()._cdata
+        is_in_full = storage_key(tensor.untyped_storage()) == storage_key(self.full.untyped_storage())
         return is_in_full or (self.loan is not None and self.loan.has(tensor))
 
     @property
@@ -240,7 +242,7 @@ class Chunk:
     def edited(self) -> list[int]:
         """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
         with QUIET():
-            versions = [binding.parameter._version for binding in self.bindings]
+            versions = [version_of(binding.parameter) for binding in self.bindings]
         if versions == self._versions:
             return []
         return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
@@ -248,7 +250,7 @@ class Chunk:
     def accept(self, position: int) -> None:
         """Mark home and parameter as equal."""
         with QUIET():
-            self._versions[position] = self.bindings[position].parameter._version
+            self._versions[position] = version_of(self.bindings[position].parameter)
 
     def take_assigned(self) -> list[tuple[int, Tensor]]:
         """Positions and values of parameters whose ``data`` the user has set to another tensor.
@@ -256,7 +258,7 @@ class Chunk:
         They point again at what the chunk says; bringing the values there is the caller's.
         """
         found = []
-        with torch._C.DisableTorchFunction():  # the class while it is away and the observer: this is no use
+        with without_torch_function():  # the class while it is away and the observer: this is no use
             for position, binding in enumerate(self.bindings):
                 ours, former = binding.poison, binding.view
                 if not self.is_poisoned:
@@ -298,7 +300,7 @@ class Chunk:
         binding = Binding(parameter, view, nan.expand(view.shape), plain, away)
         self.bindings.append(binding)
         with QUIET():
-            self._versions.append(parameter._version)
+            self._versions.append(version_of(parameter))
             parameter.data = binding.poison if self.is_poisoned else view
         parameter.__class__ = binding.plain if self.pins else binding.away
 

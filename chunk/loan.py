@@ -22,8 +22,9 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.utils.dlpack
 from torch import Tensor, UntypedStorage
+
+from gemini.torch_private import alias_of, storage_key, storage_uses, swap_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +38,23 @@ class _Part:
 
     @staticmethod
     def of(view: Tensor) -> "_Part":
-        with torch.no_grad():
-            # Through a capsule: given a tensor, torch asks for the name of its device, and knows only some of them.
-            alias: Tensor = torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(view.detach()))
+        alias = alias_of(view)
         storage = alias.untyped_storage()
-        return _Part(alias, storage, torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage))
+        return _Part(alias, storage, storage_uses(storage), sys.getrefcount(storage))
 
     def adopted_by(self, value: Tensor) -> "_Part":
         """Give this memory to the storage of ``value``, in exchange for its own."""
         storage = value.untyped_storage()
-        self.storage._swap_data_ptr_(storage)  # type: ignore[attr-defined]
+        swap_memory(self.storage, storage)
         return _Part(value.detach(), storage, self.own_uses, self.own_references)
 
     def leave_a_copy(self) -> None:
         """Give a copy of this memory to its holders, in exchange for it."""
         copied = self.view.clone(memory_format=torch.preserve_format)
-        self.storage._swap_data_ptr_(copied.untyped_storage())  # type: ignore[attr-defined]
+        swap_memory(self.storage, copied.untyped_storage())
 
     def is_held(self) -> bool:
-        uses, references = torch._C._storage_Use_Count(self.storage._cdata), sys.getrefcount(self.storage)
+        uses, references = storage_uses(self.storage), sys.getrefcount(self.storage)
         return uses > self.own_uses or references > self.own_references
 
 
@@ -119,8 +118,8 @@ class Loan:
 
     def has(self, value: Tensor) -> bool:
         """True if ``value`` lies in memory that has been lent."""
-        storage = value.untyped_storage()._cdata
-        return any(part.storage._cdata == storage for part in self._parts.values())
+        storage = storage_key(value.untyped_storage())
+        return any(storage_key(part.storage) == storage for part in self._parts.values())
 
     def keep_address(self) -> None:
         """An address was given out, whose holder cannot be seen: stay alive until `forget_address`."""

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemini.errors import LazyInitError
+from gemini.torch_private import TorchDispatchMode, is_composite, without_torch_function
 
 from .device import check_device, check_requested_device
 from .interception import reading_lazily
 from .materialize import materialize
-from .record import dispatch, is_composite, read
+from .record import dispatch, read
 from .replay import paused
 from .session import session
 from .tape import Tape
@@ -151,7 +151,7 @@ class _RecordingMode(TorchDispatchMode):
         if is_composite(func):
             with self:  # a mode is off while it handles a call
                 return func.decompose(*args, **kwargs or {})
-        with torch._C.DisableTorchFunction():  # our own calls are nobody's business, and faster unseen
+        with without_torch_function():  # our own calls are nobody's business, and faster unseen
             return dispatch(self._tape, func, args, kwargs or {}, inside=True)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from gemini.errors import LazyInitError
+from gemini.torch_private import TENSOR_HOOKS, make_parameter, swap_content, use_count
 
 from .replay import Replay, Resolve, undisturbed
 from .tape import Storage, Tape
@@ -127,7 +127,7 @@ def _materialize_tape(
                 continue
             data = value if sink is None else _handed_over(lazy, value, sink)
             if type(data) in (Tensor, nn.Parameter):
-                _become(lazy, torch.Tensor._make_subclass(lazy._parameter_class, data, lazy.requires_grad))
+                _become(lazy, make_parameter(lazy._parameter_class, data, lazy.requires_grad))
             else:  # a DTensor is another kind of object in C, so the old one cannot become it
                 replaced[id(lazy)] = parameter = nn.Parameter(data, lazy.requires_grad)
                 _give(parameter, _belongings(lazy))
@@ -162,13 +162,13 @@ def _become(lazy: LazyTensor, real: Tensor) -> None:
         real = real.detach()  # a new object: the replay may still hold the one it made
         if lazy.requires_grad:
             real.requires_grad_()
-    if lazy._use_count() > 1:  # type: ignore[attr-defined]
+    if use_count(lazy) > 1:
         raise LazyInitError(f"{lazy!r} cannot become real: an autograd graph or something else in C++ holds it")
     belongings = _belongings(lazy)
     cls = type(real)
     real.__class__, lazy.__class__ = LazyTensor, cls  # type: ignore[assignment]
     vars(lazy).clear()
-    torch._C._swap_tensor_impl(lazy, real)
+    swap_content(lazy, real)
     _give(lazy, belongings)
 
 
@@ -176,7 +176,7 @@ def _belongings(lazy: LazyTensor) -> dict[str, Any]:
     """What users have put on a lazy tensor: attributes, hooks, a gradient."""
     if isinstance(lazy.grad, LazyTensor):
         raise LazyInitError(f"{lazy!r} has a lazy gradient; set .grad to None before the model is materialised")
-    hooks = {name: getattr(lazy, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    hooks = {name: getattr(lazy, name, None) for name in TENSOR_HOOKS}
     attributes = {name: value for name, value in vars(lazy).items() if name not in ("_lazy", "_parameter_class")}
     hooks["grad"] = lazy.grad
     return attributes | {name: value for name, value in hooks.items() if value is not None}

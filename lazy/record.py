@@ -21,9 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from gemini.errors import LazyInitError
+from gemini.torch_private import (
+    arguments_of,
+    is_composite,
+    name_of,
+    storage_key,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 from .device import check_device
 from .replay import generator_state, read_values
@@ -139,18 +148,12 @@ def recording(tape: Tape) -> bool:
 
 @cache
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    arguments = enumerate(func._schema.arguments)
+    arguments = enumerate(arguments_of(func))
     return tuple((i, a.name) for i, a in arguments if a.name in _WRITTEN_SILENTLY or _is_written(a))
 
 
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
-
-
-@cache
-def is_composite(func: Any) -> bool:
-    """Whether torch itself takes the op apart; it does so at the autograd level, which we skip."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _device_argument(kwargs: dict[str, Any]) -> torch.device | None:
@@ -161,7 +164,7 @@ def _device_argument(kwargs: dict[str, Any]) -> torch.device | None:
 def _refuse_compute(func: Any, lazies: list[LazyTensor], reals: list[Tensor], mutated: list[Tensor]) -> None:
     mixes = not mutated and any(real.dim() > 0 for real in reals)
     reads = any(tag in func.tags for tag in _READS) or any(not isinstance(tensor, LazyTensor) for tensor in mutated)
-    if mixes or reads or func._overloadpacket.__name__ in _LAYERS:
+    if mixes or reads or name_of(func) in _LAYERS:
         raise LazyInitError(f"{func} was called on {lazies[0]!r}, which has no value yet; {REMEDY}")
 
 
@@ -271,7 +274,7 @@ class _Entry:
             [leaf._lazy.value if isinstance(leaf, LazyTensor) else leaf for leaf in flat], spec
         )
         self.inputs = tuple(lazy._lazy.value for lazy in lazies)
-        self.storages = {lazy._lazy.meta.untyped_storage()._cdata: lazy._lazy.value.storage for lazy in lazies}
+        self.storages = {storage_key(lazy._lazy.meta.untyped_storage()): lazy._lazy.value.storage for lazy in lazies}
         self.own = {id(lazy._lazy.meta): lazy for lazy in lazies}
         self.fresh: dict[int, Storage] = {}
 
@@ -302,7 +305,7 @@ class _Entry:
             written, *sources = self.inputs  # in all of them the target comes first
             if written.covers and all(source.storage is not written.storage for source in sources):
                 kills |= {written.storage}
-        like = self.func._overloadpacket.__name__ in _LIKE
+        like = name_of(self.func) in _LIKE
         return Record(
             kind=Kind.COMPUTE if writes or generator is not None else Kind.VIEW,
             call=self.func, args=self.args, kwargs=self.kwargs,
@@ -318,7 +321,7 @@ class _Entry:
             return leaf
         if id(leaf) in self.own:
             return self.own[id(leaf)]
-        key = leaf.untyped_storage()._cdata
+        key = storage_key(leaf.untyped_storage())
         storage = self.storages.get(key)
         if storage is None:
             storage = self.fresh.setdefault(key, Storage(leaf.untyped_storage().nbytes()))

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from gemini.torch_private import tree_leaves, tree_map
 
 from .liveness import Plan, Role, plan_replay, touched
 from .memory import Pool, empty

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from gemini.torch_private import own_parameters
+
 from .tape import Tape
 from .tensor import LazyTensor
 
@@ -149,11 +151,11 @@ def _normal(name: str, parameter: nn.Parameter, placement: object) -> Placement:
 def replace_everywhere(module: nn.Module, new: Mapping[int, nn.Parameter]) -> None:
     """Put new parameters where the old ones are referred to, by id: in modules, and in containers in attributes."""
     for child in module.modules():
-        for name, parameter in list(child._parameters.items()):
+        for name, parameter in list(own_parameters(child).items()):
             if id(parameter) in new:
                 setattr(child, name, new[id(parameter)])  # recurrent layers keep a list of weights up to date here
         for name, attribute in list(vars(child).items()):
-            if name != "_parameters" and isinstance(attribute, dict | list | tuple | LazyTensor):
+            if attribute is not own_parameters(child) and isinstance(attribute, dict | list | tuple | LazyTensor):
                 vars(child)[name] = _replaced(attribute, new, 4)
 
 

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gemini.errors import LazyInitError
+from gemini.torch_private import (
+    below_autograd,
+    make_wrapper,
+    parameter_class_wanted_by,
+    tree_leaves,
+    without_subclasses,
+)
 
 from .device import check_requested_device
 from .tape import Tape, Value
@@ -49,14 +56,13 @@ class LazyTensor(torch.Tensor):
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
         # Set by nn.Parameter.__new__, which says nowhere else of which subclass it was asked for an object.
-        caller = sys._getframe(1)
-        asked = caller.f_locals.get("cls") if caller.f_code is nn.Parameter.__new__.__code__ else None
-        self._parameter_class = (asked or nn.Parameter) if value else None
+        wanted = parameter_class_wanted_by(sys._getframe(1))
+        self._parameter_class = (wanted or nn.Parameter) if value else None
 
     @staticmethod
     def make(state: LazyState) -> LazyTensor:
         meta, value = state.meta, state.value
-        lazy: LazyTensor = torch.Tensor._make_wrapper_subclass(
+        lazy: LazyTensor = make_wrapper(
             LazyTensor, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(),
             dtype=meta.dtype, device=value.device, requires_grad=False,
         )  # fmt: skip
@@ -70,7 +76,7 @@ class LazyTensor(torch.Tensor):
         if func == _set_data:
             return assign_data(*args)
         check_requested_device(func, args, kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowADInplaceOrView():
+        with without_subclasses(), below_autograd():
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -84,7 +90,7 @@ class LazyTensor(torch.Tensor):
     def rebind(self, value: Value, meta: Tensor) -> None:
         """Point the object at another value, as ``p.data = q`` and ``t_()`` do."""
         self._lazy = LazyState(self._lazy.tape, value, meta)
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             _set_data(self, LazyTensor.make(self._lazy))
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -183,12 +189,12 @@ def assign_data(target: Tensor, source: Tensor) -> None:
     lazy = source if isinstance(source, LazyTensor) else as_lazy(target._lazy.tape, source)
     if lazy._lazy.tape is not target._lazy.tape:
         raise LazyInitError("tensors made in separate LazyInitContexts cannot share memory; build both in one context")
-    with torch._C._AutoDispatchBelowADInplaceOrView():
+    with below_autograd():
         target.rebind(lazy._lazy.value, lazy._lazy.meta.detach())
 
 
 def _tape_of(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Tape:
-    for leaf in torch.utils._pytree.tree_leaves((args, kwargs)):
+    for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, LazyTensor):
             return leaf._lazy.tape
     raise AssertionError("dispatched to LazyTensor without one")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gemini.errors import LazyInitError
+from gemini.torch_private import storage_key
 
 from .record import from_source
 from .replay import paused
@@ -198,7 +199,7 @@ def _view_of_storage(
     tape: Tape, tensor: Tensor, stamp: Stamp | None, wholes: dict[tuple[int, torch.dtype], Tensor]
 ) -> Tensor:
     storage = tensor.untyped_storage()
-    key = storage._cdata, tensor.dtype
+    key = storage_key(storage), tensor.dtype
     whole = wholes.get(key)
     if whole is None:
         with paused(tape):

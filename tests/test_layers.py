@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "cores", "launch", "stacks"),
+    ("errors", "sizes", "cores", "launch", "stacks", "torch_private"),
     ("chunk", "lazy", "telemetry"),
     ("planning", "units", "nn"),
     ("config",),
@@ -33,8 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # Packages that know nothing of the rest: besides themselves they may import only these.
 ISOLATED: Mapping[str, frozenset[str]] = {
-    "chunk": frozenset({"errors", "stacks"}),
-    "lazy": frozenset({"errors"}),
+    "chunk": frozenset({"errors", "stacks", "torch_private"}),
+    "lazy": frozenset({"errors", "torch_private"}),
     "telemetry": frozenset({"sizes", "stacks"}),
     "stat": frozenset({"telemetry", "sizes", "cores"}),
 }

@@ -52,6 +52,7 @@ from ..step.managed_step import ChunkedStep
 from ..step.scaler import LossScaler
 from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
+from ..torch_private import own_buffers
 from ..units.units import Units
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.completion import Completion
@@ -227,9 +228,9 @@ def _fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: tor
         manager.bind(parameter, *places[id(parameter)])
     if device.type != "cpu":
         for module in model.modules():
-            for name, buffer in module._buffers.items():
+            for name, buffer in own_buffers(module).items():
                 if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+                    own_buffers(module)[name] = buffer.to(device)
 
 
 def _take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> None:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+from ..torch_private import TENSOR_HOOKS, fits_in_place, swap_content, use_count
 
 
 def give_data(parameter: nn.Parameter, data: Tensor) -> None:
@@ -19,11 +18,11 @@ def give_data(parameter: nn.Parameter, data: Tensor) -> None:
     ValueError
         If an autograd graph or hooks have been tied to the tensor inside already. The parameter is as it was.
     """
-    if torch._has_compatible_shallow_copy_type(parameter, data):
+    if fits_in_place(parameter, data):
         parameter.data = data
         return
-    hooks = [name for name in _HOOKS if getattr(parameter, name, None)]
-    if hooks or parameter._use_count() > 1:  # type: ignore[attr-defined]
+    hooks = [name for name in TENSOR_HOOKS if getattr(parameter, name, None)]
+    if hooks or use_count(parameter) > 1:
         what = "has hooks" if hooks else "is part of an autograd graph"
         raise ValueError(
             f"a parameter of shape {tuple(parameter.shape)} {what} and cannot follow its model from {parameter.device} "
@@ -31,6 +30,6 @@ def give_data(parameter: nn.Parameter, data: Tensor) -> None:
         )
     gradient: Any = parameter.grad
     inside = nn.Parameter(data.detach(), requires_grad=parameter.requires_grad)
-    torch._C._swap_tensor_impl(parameter, inside)
+    swap_content(parameter, inside)
     if gradient is not None:
         parameter.grad = gradient.to(data.device)

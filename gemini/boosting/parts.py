@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chunk import ChunkManager
+from ..torch_private import APPLY, version_of
 
 Convert = Callable[[Tensor], Tensor]
 """What ``nn.Module._apply`` gets: from a tensor to what takes its place."""
@@ -39,26 +40,26 @@ class PartGuard:
         module, manager = self._module(), self._manager()
         assert module is not None, "a module's attribute was called without the module"
         if manager is None or not any(manager.find(p) is not None for p in module.parameters(recurse)):
-            converted: nn.Module = type(module)._apply(module, fn, recurse)  # nothing of it is in chunks
+            converted: nn.Module = getattr(type(module), APPLY)(module, fn, recurse)  # nothing of it is in chunks
             return converted
         refuse_conversion(module, fn, recurse, f"{self._name}, a part of a boosted model,")
         return module
 
     def __reduce__(self) -> Any:
         """A copy of the module, deep or pickled, has its class's own ``_apply``."""
-        return getattr, (self._module(), "_apply")
+        return getattr, (self._module(), APPLY)
 
 
 def guard_parts(model: nn.Module, manager: ChunkManager) -> None:
     """Put a guard into each module below the model."""
     for name, module in model.named_modules():
         if module is not model:
-            module.__dict__["_apply"] = PartGuard(module, name, manager)
+            module.__dict__[APPLY] = PartGuard(module, name, manager)
 
 
 def is_part(module: nn.Module) -> bool:
     """True for a module below a model that has been boosted."""
-    return isinstance(vars(module).get("_apply"), PartGuard)
+    return isinstance(vars(module).get(APPLY), PartGuard)
 
 
 def refuse_conversion(module: nn.Module, fn: Convert, recurse: bool, what: str) -> None:
@@ -102,7 +103,7 @@ def _changes(fn: Convert, tensor: Tensor) -> bool:
     order = _order(tensor)
     small = torch.zeros((2,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
     small = small.permute(tuple(order.index(dim) for dim in range(len(order))))
-    before = (small._version, small.data_ptr(), small.is_shared())
+    before = (version_of(small), small.data_ptr(), small.is_shared())
     with torch.no_grad():
         result = fn(small)
-    return result is not small or before != (small._version, small.data_ptr(), small.is_shared())
+    return result is not small or before != (version_of(small), small.data_ptr(), small.is_shared())

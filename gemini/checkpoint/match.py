@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from gemini.errors import CheckpointError
 
+from ..torch_private import IncompatibleKeys
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
 
 
@@ -118,7 +118,7 @@ def load_named(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
     missing = list(found.missing)
     if not strict:  # one name of a tied tensor is enough, but torch counts the others as missing
         missing += [name for entry, _ in found.pairs for name in entry.names if name not in stored]
-    return _IncompatibleKeys(missing, list(found.unexpected))
+    return IncompatibleKeys(missing, list(found.unexpected))
 
 
 def _unexpected(stored: Iterable[str], expected: set[str]) -> tuple[str, ...]:

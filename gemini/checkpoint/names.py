@@ -14,6 +14,8 @@ from gemini.chunk import MASTER, ChunkManager
 from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
 
+from ..torch_private import metadata_of, own_parameters
+
 EXTRA_STATE = "_extra_state"
 _wants_objects: ContextVar[bool] = ContextVar("gemini_memory_wants_objects", default=False)
 
@@ -164,8 +166,8 @@ def full_state_dict(
     if destination is None:
         return gathered
     destination.update(gathered)
-    if hasattr(destination, "_metadata"):
-        destination._metadata.update(gathered._metadata)  # type: ignore[attr-defined]
+    if (metadata := metadata_of(destination)) is not None:
+        metadata.update(metadata_of(gathered) or {})
     return destination
 
 
@@ -183,7 +185,7 @@ def _read_values(model: nn.Module, gathered: dict[str, Any]) -> None:
 def _all_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     # Not model.parameters(): on a boosted model that waits for updates, and here no value is read.
     for module in model.modules():
-        yield from (p for p in module._parameters.values() if p is not None)
+        yield from (p for p in own_parameters(module).values() if p is not None)
 
 
 def are_objects_wanted() -> bool:

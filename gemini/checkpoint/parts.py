@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gemini.chunk import MASTER, Chunk, ChunkManager
 
+from ..torch_private import own_parameters
 from ..units.attached import Attached
 from .names import are_objects_wanted
 
@@ -19,7 +20,7 @@ from .names import are_objects_wanted
 def serve_parts(model: nn.Module, manager: ChunkManager) -> None:
     """Have every part of ``model`` gather from and load into the chunks, as the whole does."""
     for module in model.modules():
-        if any(manager.find(p) is not None for p in module._parameters.values() if p is not None):
+        if any(manager.find(p) is not None for p in own_parameters(module).values() if p is not None):
             module.register_state_dict_post_hook(Attached(partial(_gather, manager)))
             loading = _Loading(manager)
             module.register_load_state_dict_pre_hook(Attached(loading.begin))
@@ -50,7 +51,7 @@ class _Loading:
             value = state_dict[prefix + name]
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 self._manager.write(parameter, MASTER, value)
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             place = None if parameter is None else self._manager.find(parameter)
             if place is not None:
                 self._keep(place[0])
@@ -74,7 +75,7 @@ class _Loading:
 
 def _managed(module: nn.Module, manager: ChunkManager, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The module's own managed parameters that ``state_dict`` has."""
-    own = module._parameters.items()
+    own = own_parameters(module).items()
     return {
         name: parameter
         for name, parameter in own

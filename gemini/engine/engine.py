@@ -4,13 +4,13 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 
-import torch
 from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, ChunkState
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
 from ..planning.trace import Moment, Phase
+from ..torch_private import current_backward
 from ..units.units import Visit
 from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradients import Gradients
@@ -295,4 +295,4 @@ class Engine:
 
 def in_backward() -> bool:
     """True on a thread of autograd that runs a backward."""
-    return torch._C._current_graph_task_id() != -1
+    return current_backward() != -1

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gemini.estimate.subject import Subject, loss_of
+
+from ..torch_private import FakeTensorMode, TorchDispatchMode, own_modules, own_parameters, storage_key, tree_leaves
 
 SCRATCH_BYTES = 3 << 20
 """A thread: what kernels keep for themselves and no operation shows, most of it oneDNN's code (0.6 MiB for each shape
@@ -38,7 +37,7 @@ class StorageMeter(TorchDispatchMode):
     def leave_out(self, tensors: Sequence[Tensor]) -> None:
         """These are model data: neither they nor views of them count."""
         for tensor in tensors:
-            self._sizes[tensor.untyped_storage()._cdata] = 0
+            self._sizes[storage_key(tensor.untyped_storage())] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -49,7 +48,7 @@ class StorageMeter(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._sizes:
             return
         nbytes = storage.nbytes()
@@ -148,14 +147,16 @@ def _kind(layer: nn.Module) -> tuple[str, tuple[Any, ...]]:
 @contextmanager
 def _cut(lists: Sequence[nn.ModuleList], lengths: Sequence[int]) -> Iterator[None]:
     """Leave so many layers in each list, for as long as the context lasts."""
-    whole = [dict(layers._modules) for layers in lists]
+    cut = [own_modules(layers) for layers in lists]
+    whole = [dict(modules) for modules in cut]
     try:
-        for layers, modules, length in zip(lists, whole, lengths, strict=True):
-            layers._modules = dict(list(modules.items())[:length])
+        for modules, length in zip(cut, lengths, strict=True):
+            for name in list(modules)[length:]:
+                del modules[name]
         yield
     finally:
-        for layers, modules in zip(lists, whole, strict=True):
-            layers._modules = modules
+        for modules, before in zip(cut, whole, strict=True):
+            modules.update(before)
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
@@ -164,12 +165,12 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
             continue
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is None or not parameter.is_floating_point() or parameter.dtype is torch.float64:
                 continue
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]
+            own_parameters(module)[name] = made[id(parameter)]
 
 
 def _checkpoint(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from gemini.packing.packing import decide
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.telemetry.documents import ChunksView, ChunkView
 
+from ..torch_private import own_modules, own_parameters
 from .demand import capacities, model_bytes
 
 
@@ -61,16 +62,14 @@ def skeleton(chunks: ChunksView) -> nn.Module:
         *path, leaf = str(item["name"]).split(".")
         module = root
         for part in path:
-            if part not in module._modules:
-                module._modules[part] = nn.Module()
-            child = module._modules[part]
+            child = own_modules(module).setdefault(part, nn.Module())
             assert child is not None
             module = child
         if item.get("keeps_fp32"):
             module.running_mean = True  # type: ignore[assignment]
         shape = tuple(int(n) for n in item["shape"])
         made = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=bool(item.get("trainable")))
-        module._parameters[leaf] = made
+        own_parameters(module)[leaf] = made
     return root
 
 

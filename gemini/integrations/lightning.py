@@ -18,6 +18,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.boosting.succession import give_optimizer
 from gemini.chunk import find_accelerator
 
+from ..torch_private import own_modules
 from .clipping import clip_by_norm
 
 PREFIX = "memory/"
@@ -172,16 +173,16 @@ def _taken_out(root: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
     places = [
         (parent, name, child)
         for parent in root.modules()
-        for name, child in parent._modules.items()
+        for name, child in own_modules(parent).items()
         if any(child is module for module in modules)
     ]
     for parent, name, _ in places:
-        parent._modules[name] = None
+        own_modules(parent)[name] = None
     try:
         yield
     finally:
         for parent, name, child in places:
-            parent._modules[name] = child
+            own_modules(parent)[name] = child
 
 
 class GeminiStatsMonitor(Callback):

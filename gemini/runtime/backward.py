@@ -30,9 +30,10 @@ from torch import Tensor
 from ..chunk import Chunk
 from ..engine import Engine
 from ..planning.trace import Phase
+from ..torch_private import at_end_of_backward, current_backward, next_number, number_of
 from ..units.observer import tensors_in
 from ..units.results import Results
-from ..units.subgraph import first_nodes, last_nodes, next_number, unreachable
+from ..units.subgraph import first_nodes, last_nodes, unreachable
 from ..units.units import Countdown, Unit, Visit
 
 _OUTSIDE = Unit(-1, "code outside of any unit", None, ())
@@ -104,7 +105,7 @@ class BackwardHooks:
             What it returned.
         """
         own = range(begin, next_number())
-        nodes = {node for node in first_nodes(tensors_in(result), (), own) if node._sequence_nr() in own}
+        nodes = {node for node in first_nodes(tensors_in(result), (), own) if number_of(node) in own}
         if nodes:
             visit = Visit(_OUTSIDE, extra=chunks)
             self._enter_before(visit, nodes)
@@ -129,9 +130,9 @@ def _enter(reference: "ref[Engine]", visit: Visit, gradients: Any) -> None:
     engine = reference()
     if engine is None:
         return
-    task = torch._C._current_graph_task_id()
+    task = current_backward()
     if engine.join_backward(task, visit):
-        torch.autograd.Variable._execution_engine.queue_callback(partial(engine.end_backward, task))
+        at_end_of_backward(partial(engine.end_backward, task))
     if not visit.is_open:
         for countdown in visit.countdowns:
             countdown.restart()
@@ -157,7 +158,7 @@ class _NotIn:
         self._own = own
 
     def __contains__(self, node: Any) -> bool:
-        return node._sequence_nr() not in self._own
+        return number_of(node) not in self._own
 
 
 def _is_raising() -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..engine import Engine, in_backward
 from ..planning.trace import Phase
-from ..units.bracket import bracket, is_compiled
+from ..torch_private import is_compiled, next_number
+from ..units.bracket import bracket
 from ..units.observer import Observer, tensors_in
 from ..units.results import Mark
-from ..units.subgraph import next_number
 from ..units.units import Unit, Units, Visit, bracketed_modules
 from .backward import BackwardHooks
 from .casting import cast

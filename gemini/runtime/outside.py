@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..chunk import Chunk, Keeper
 from ..engine import Engine
+from ..torch_private import is_transformed, next_number, storage_key, without_transforms
 from ..units.observer import tensors_in
-from ..units.subgraph import next_number
 from ..updates.gradients import Gradients
 from .backward import BackwardHooks
 
@@ -140,20 +140,20 @@ def _undisturbed() -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            stack.enter_context(torch._C._DisableFuncTorch())
+        if is_transformed():
+            stack.enter_context(without_transforms())
         yield
 
 
 def _is_memory_of(result: Any, arguments: list[Tensor], chunks: tuple[Chunk, ...]) -> bool:
     """True if a new tensor in a result lies in one of the full copies."""
     given = {id(tensor) for tensor in arguments}
-    storages = {chunk.full.untyped_storage()._cdata for chunk in chunks}
+    storages = {storage_key(chunk.full.untyped_storage()) for chunk in chunks}
     return any(id(tensor) not in given and _storage(tensor) in storages for tensor in tensors_in(result))
 
 
 def _storage(tensor: Tensor) -> int | None:
     try:
-        return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
+        return storage_key(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # sparse ones, and those of functorch, have none
         return None

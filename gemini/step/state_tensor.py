@@ -29,6 +29,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..torch_private import typed_storage, version_of, without_subclasses
+
 _METADATA: frozenset[Any] = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "layout", "ndim", "requires_grad")),
@@ -46,7 +48,8 @@ _OF_THE_DEVICE: frozenset[Any] = frozenset(
 _REFUSED: frozenset[Any] = frozenset(
     {
         *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
-        *(getattr(Tensor, name) for name in ("data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__")),
+        *(getattr(Tensor, name) for name in ("data_ptr", "untyped_storage", "storage", "__dlpack__")),
+        typed_storage,
         *(getattr(Tensor, name) for name in ("share_memory_", "resize_", "resize_as_", "set_", "requires_grad_")),
     }
 )
@@ -93,7 +96,7 @@ class StateTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_subclasses():
                 return func(*args, **(kwargs or {}))
         if func in _OF_THE_DEVICE:
             return func(torch.empty(0, device=args[0].on))
@@ -109,7 +112,7 @@ class StateTensor(Tensor):
 
 def show(place: Place, form: Tensor, device: torch.device, part: Part | None = None) -> StateTensor:
     """A tensor that stands for what a place has; it has the shape, the strides and the dtype of ``form``."""
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+    with without_subclasses(), torch.inference_mode(False):
         empty = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device="meta")
         shown: StateTensor = empty.as_subclass(StateTensor)
     shown.place, shown.part, shown.on = place, part, device
@@ -152,7 +155,7 @@ class _Operation:
                 self._bases[id(place)] = (place, place.open())
             _, base = self._bases[id(place)]
             real = base if part is None else part.of(base)
-            self._opened[id(shown)] = (shown, real, real._version)
+            self._opened[id(shown)] = (shown, real, version_of(real))
         return self._opened[id(shown)][1]
 
     def _close(self, func: Any, args: Sequence[Any]) -> None:
@@ -162,7 +165,7 @@ class _Operation:
         changed = {
             id(shown.place)
             for shown, real, version in self._opened.values()
-            if real._version != version or any(each is real for each in written)
+            if version_of(real) != version or any(each is real for each in written)
         }
         for key, (place, base) in self._bases.items():
             if key in changed:

@@ -1,14 +1,13 @@
 """Calling something before and after a module runs, also where the module is compiled."""
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 
+from ..torch_private import COMPILED_CALL, never_compiled
 from .attached import Attached
 
 Before = Callable[[nn.Module, Any, Any], Any]
@@ -17,22 +16,14 @@ After = Callable[[nn.Module, Any, Any, Any], Any]
 """Gets module, args, kwargs and output (None after an exception); returns None or another output."""
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """True for what ``torch.compile(module)`` returns and for a module that had its own ``compile`` called."""
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return True
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds, and who compiled has done so
-    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-
-
 def bracket(module: nn.Module, before: Before, after: After) -> None:
     """Install both on the module, before the user's hooks."""
-    if getattr(module, "_compiled_call_impl", None) is None:
+    if getattr(module, COMPILED_CALL, None) is None:
         module.register_forward_pre_hook(Attached(_never_compiled(before)), with_kwargs=True, prepend=True)
         module.register_forward_hook(Attached(after), with_kwargs=True, always_call=True)
         return
     # ``module.compile()``: its hooks are compiled with it, and ours must stay outside.
-    compiled: Callable[..., Any] = module.__dict__["_compiled_call_impl"]
+    compiled: Callable[..., Any] = module.__dict__[COMPILED_CALL]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         changed = before(module, args, kwargs)
@@ -45,7 +36,7 @@ def bracket(module: nn.Module, before: Before, after: After) -> None:
             changed = after(module, args, kwargs, output)
         return output if changed is None else changed
 
-    module.__dict__["_compiled_call_impl"] = call
+    module.__dict__[COMPILED_CALL] = call
 
 
 def refuse_compilation() -> None:
@@ -58,7 +49,7 @@ def refuse_compilation() -> None:
     """
     if torch.compiler.is_compiling():
         _raise_uncompiled()
-    if torch._C._get_tracing_state() is not None:
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace was called on a boosted model, or a part of one, whose parameters move between calls: "
             "trace a plain model that has loaded model.state_dict()"
@@ -74,9 +65,8 @@ def _never_compiled(before: Before) -> Before:
     return guarded
 
 
-# Not `torch.compiler.disable`, which imports the compiler at once (seconds). What the compiler runs itself it cannot
-# raise from: it would only give up compiling this frame and try the next.
-@_disable_dynamo
+# The compiler would only give up compiling this frame, and try the next, if it were to raise from what it runs itself.
+@never_compiled
 def _raise_uncompiled() -> None:
     raise RuntimeError(
         "torch.compile was called on a boosted model, or a part of one: chunks are brought between its units, which "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bracket import is_compiled
+from ..torch_private import is_compiled
 from .results import Mark, Results
 
 READING_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})

@@ -13,9 +13,9 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode
 
-from .subgraph import next_number
+from ..torch_private import current_function_mode, next_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Results(TorchFunctionMode):
 
     def pause(self) -> None:
         """See nothing for a while: what is compiled must not be compiled with this mode in it."""
-        if _get_current_function_mode() is self:
+        if current_function_mode() is self:
             super().__exit__(None, None, None)
             self._is_paused = True
 

@@ -12,18 +12,14 @@ it when those have run that no other of them follows::
 from collections.abc import Collection, Container, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ..torch_private import base_of, number_of
 
 MOST_NODES = 64
 """Looking at a node costs a microsecond or two. Layers with parameters of their own have a handful."""
 _NO_NUMBER = (1 << 64) - 1
 """Of nodes that put gradients into parameters."""
-
-
-def next_number() -> int:
-    """The number that the next node made by this thread will have."""
-    return torch._C._autograd._get_sequence_nr()
 
 
 def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) -> set[Any]:
@@ -45,22 +41,22 @@ def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) 
             continue
         if node not in inputs:
             found.add(node)
-        base = tensor._base
+        base = base_of(tensor)
         # If a view is changed in place later, its node goes, and backward comes by the node of what it is a view of.
-        if base is not None and base.grad_fn is not None and base.grad_fn._sequence_nr() in own:
+        if base is not None and base.grad_fn is not None and number_of(base.grad_fn) in own:
             found.add(base.grad_fn)
     return found
 
 
 def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -> set[Any]:
     """The nodes of those of ``tensors`` that a call made (see ``own``) and to which ``first`` does not lead."""
-    found = {node for node in (t.grad_fn for t in tensors) if node is not None and node._sequence_nr() in own}
+    found = {node for node in (t.grad_fn for t in tensors) if node is not None and number_of(node) in own}
     if found:
         reached = set(first)
         ahead = list(first)
         while ahead:
             for following, _ in ahead.pop().next_functions:
-                if following is not None and following not in reached and following._sequence_nr() in own:
+                if following is not None and following not in reached and number_of(following) in own:
                     reached.add(following)
                     ahead.append(following)
         found -= reached
@@ -73,7 +69,7 @@ def last_nodes(first: Collection[Any], inputs: Container[Any], own: range) -> li
     Empty where that is not known: the call made too many nodes, some of them cannot be reached from ``first`` (or are
     gone), or one leads to what is neither an input nor a parameter.
     """
-    if not 0 < len(own) <= MOST_NODES or any(node._sequence_nr() not in own for node in first):
+    if not 0 < len(own) <= MOST_NODES or any(number_of(node) not in own for node in first):
         return []
     found, last, ahead = set(first), [], list(first)
     while ahead:
@@ -82,7 +78,7 @@ def last_nodes(first: Collection[Any], inputs: Container[Any], own: range) -> li
         for following, _ in node.next_functions:
             if following is None or following in inputs:
                 continue
-            number = following._sequence_nr()
+            number = number_of(following)
             if number in own:
                 is_last = False
                 if following not in found:

@@ -7,7 +7,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 
 from ..chunk import Chunk, ChunkManager
-from .bracket import is_compiled
+from ..torch_private import is_compiled
 from .results import Mark, Results
 
 

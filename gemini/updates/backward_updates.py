@@ -25,6 +25,7 @@ from torch import Tensor
 from ..chunk import Chunk, ChunkManager, Tier, weakly
 from ..errors import TornStep
 from ..nn.optimizer.managed import ManagedOptimizer
+from ..torch_private import current_backward
 from ..units.units import Visit
 from .completion import Completion
 from .gradients import Gradients
@@ -135,7 +136,7 @@ class BackwardUpdates:
                 self._consider(chunk)
 
     def _arrived(self, chunk: Chunk, position: int) -> None:
-        task = torch._C._current_graph_task_id()
+        task = current_backward()
         self.begin(task)  # a parameter that the loss itself uses comes before any unit
         self._completion.arrived(chunk, position, task)
         self._consider(chunk)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chunk import QUIET, Chunk, ChunkManager
+from ..torch_private import will_run
 from ..units.units import Unit, Visit
 
 
@@ -130,6 +131,6 @@ class Completion:
 
 def _will_run(node: Any) -> bool:
     try:
-        return bool(torch._C._will_engine_execute_node(node))
+        return bool(will_run(node))
     except RuntimeError:  # torch.autograd.grad(loss, parameters) hands the gradient out, and the parameter gets none
         return False

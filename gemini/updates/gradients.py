@@ -68,7 +68,7 @@ class AbsentGradient(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with QUIET():
                 return func(*args, **(kwargs or {}))
         told = next(((a.reason, a.remedy) for a in _flat(args) if isinstance(a, AbsentGradient)), None)
         reason, remedy = told or ("it is in a chunk", _CLIP)

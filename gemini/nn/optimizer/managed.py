@@ -10,19 +10,10 @@ from torch.optim.optimizer import Optimizer
 
 from gemini.lazy.session import is_recording
 
+from ...torch_private import OPTIMIZER_HOOKS, mark_stepped
 from .rule import Rule
 
 _Self = TypeVar("_Self", bound="ManagedOptimizer")
-
-# Registered hooks live in these dicts; handing the dicts over keeps the users' removable handles working.
-_HOOK_DICTS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 class Prepared(Protocol):
@@ -318,8 +309,7 @@ class ManagedOptimizer(Optimizer):
 
     def _take_hooks(self, optimizer: Optimizer) -> None:
         """Go on with the hooks and schedulers of an optimizer whose place this one takes."""
-        for name in _HOOK_DICTS:
+        for name in OPTIMIZER_HOOKS:  # the dicts themselves: the users' removable handles go on working
             setattr(self, name, getattr(optimizer, name))
         self.stands_for = weakref.ref(optimizer)
-        # A scheduler made for the torch optimizer asks it whether step() ran before its own step(), and warns if not.
-        setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it
+        mark_stepped(optimizer)  # a scheduler made for it asks it, not the one that steps in its place

@@ -1,0 +1,256 @@
+"""Every private name of torch that we use; no other file has one.
+
+Each says what it is for, why no public name will do, and what to do should torch drop it. What we rely on is tested in
+``tests/test_torch_private.py``, the first to run with another version of torch.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from operator import attrgetter, methodcaller
+from types import FrameType
+from typing import Any
+
+import torch
+import torch._compile
+import torch.utils.dlpack
+from torch import Tensor, UntypedStorage, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
+from torch.overrides import _get_current_function_mode as current_function_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = [
+    # Documented in torch's own notes on extending it, under private names.
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "register_pytree_node",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    # What ``load_state_dict`` returns: to return the same. If it goes: a namedtuple of two lists.
+    "IncompatibleKeys",
+    # The innermost mode: one may leave only while it is that. If it goes: leave without asking, in a ``try``.
+    "current_function_mode",
+]
+
+# -- autograd's engine and graph
+
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
+"""The backward that this thread runs, -1 outside of one. torch tells nowhere else of reentrant and failed backwards.
+If it goes: count in an ``autograd.Function`` before the loss, which users would have to call."""
+
+at_end_of_backward: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+"""Have something called at the end of the backward that runs. FSDP2 uses it, too; public hooks belong to nodes.
+If it goes: hooks on the leaves that come last, which the graph would have to be searched for."""
+
+will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
+"""Whether the backward that runs comes to a node; raises RuntimeError in ``torch.autograd.grad``.
+Public code can only wait and see. If it goes: updates in backward wait for the end of the backward."""
+
+next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
+"""The number of the next autograd node that this thread makes.
+If it goes: see `number_of`."""
+
+number_of: Callable[[Any], int] = methodcaller("_sequence_nr")
+"""The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
+If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond."""
+
+base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+"""What a tensor is a view of, for autograd: after a change in place its node is on the way of the view's gradient.
+If it goes: units whose results are views count as not contained."""
+
+# -- what tensors and storages are, and who holds them
+
+version_of: Callable[[Tensor], int] = Tensor._version.__get__  # type: ignore[attr-defined]
+"""How often a tensor was changed in place. Public names only raise it (``torch.autograd.graph.increment_version``).
+If it goes: compare values with home, as for ``p.data``."""
+
+use_count: Callable[[Tensor], int] = methodcaller("_use_count")
+"""References to a tensor from C++: more than one means that an autograd graph holds it.
+If it goes: refuse `swap_content` for tensors that have been used already."""
+
+swap_content: Callable[[Tensor, Tensor], None] = torch._C._swap_tensor_impl
+"""Exchange what two tensor objects stand for. ``torch.utils.swap_tensors`` does it, but not with weak references.
+If it goes: ``swap_tensors``, and objects with weak references are refused."""
+
+fits_in_place: Callable[[Tensor, Tensor], bool] = torch._has_compatible_shallow_copy_type
+"""Whether ``a.data = b`` is possible. torch raises otherwise, but also for other reasons.
+If it goes: try and catch the error."""
+
+make_parameter: Callable[[type, Tensor, bool], Any] = Tensor._make_subclass
+"""A leaf of a given subclass of ``nn.Parameter`` over the memory of a tensor; ``as_subclass`` gives no leaf.
+If it goes: ``detach().as_subclass(cls).requires_grad_()``, which is slower."""
+
+make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass
+"""A tensor without memory of a given subclass, on any device. Documented in torch's notes, with its private name.
+If it goes: lazy tensors have to be meta tensors that lie about their device."""
+
+typed_storage: Callable[[Tensor], Any] = Tensor._typed_storage
+"""Gives out a tensor's memory, as ``untyped_storage`` does: to be refused or followed, never called.
+If it goes: delete it."""
+
+rebuild_parameter: Callable[..., nn.Parameter] = torch._utils._rebuild_parameter
+"""Makes a parameter when it is unpickled. In files that other processes read without us, so a function of torch.
+If it goes: what ``nn.Parameter.__reduce_ex__`` writes then."""
+
+rebuild_parameter_with_state: Callable[..., nn.Parameter] = torch._utils._rebuild_parameter_with_state
+"""`rebuild_parameter` for parameters with attributes."""
+
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Attributes that hold a tensor's hooks. ``register_hook`` adds one; no public name tells of them.
+If they go: hooks do not follow a lazy tensor that becomes real, and must be refused."""
+
+
+def storage_key(storage: UntypedStorage) -> int:
+    """Return the same number for two objects of one storage.
+
+    Its address is none: storages without memory share it. If ``_cdata`` goes: compare ``data_ptr`` and ``nbytes``.
+    """
+    return storage._cdata  # type: ignore[no-any-return]
+
+
+def storage_uses(storage: UntypedStorage) -> int:
+    """How many references a storage has in C++: more than at first, and somebody holds the memory.
+
+    Public names count Python's references only. If it goes: memory that was lent counts as held until the step's end.
+    """
+    return torch._C._storage_Use_Count(storage._cdata)
+
+
+def swap_memory(storage: UntypedStorage, other: UntypedStorage) -> None:
+    """Exchange the memory of two storages, for all tensors that lie in them.
+
+    ``set_`` acts on one tensor. If it goes: assigned data is copied, and its holder sees no update.
+    """
+    storage._swap_data_ptr_(other)  # type: ignore[attr-defined]
+
+
+def alias_of(tensor: Tensor) -> Tensor:
+    """Return a tensor over the same memory, under a storage of its own.
+
+    Through a capsule: given a tensor, ``from_dlpack`` asks for the name of its device, and knows only some of them.
+    If it goes: ``from_dlpack(tensor)``, and devices that it does not know lend copies.
+    """
+    with torch.no_grad():
+        return torch.utils.dlpack.from_dlpack(torch._C._to_dlpack(tensor.detach()))
+
+
+def parameter_class_wanted_by(frame: FrameType) -> type | None:
+    """The class that ``nn.Parameter.__new__`` was asked for, if ``frame`` runs it.
+
+    It sets ``_is_param`` on a tensor of a class of its own, whatever subclass was asked for. If that changes: lazy
+    parameters and copies of parameters that are away become plain ``nn.Parameter``.
+    """
+    if frame.f_code is not nn.Parameter.__new__.__code__:
+        return None
+    return frame.f_locals.get("cls")
+
+
+# -- what torch does with an operation
+
+without_subclasses = torch._C.DisableTorchFunctionSubclass
+"""A context in which ``__torch_function__`` of tensor subclasses is not asked. In torch's notes on extending it.
+If it goes: ``as_subclass(Tensor)`` of every argument."""
+
+without_torch_function = torch._C.DisableTorchFunction
+"""A context in which neither subclasses nor modes are asked.
+If it goes: `without_subclasses`, and the observer has to be told."""
+
+without_transforms = torch._C._DisableFuncTorch
+"""A context without ``torch.func``'s transforms: memory that moves is no part of what they record.
+If it goes: a boosted model's parameters are refused under a transform."""
+
+below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+"""A context in which operations reach ``__torch_dispatch__`` without autograd: lazy tensors have no graph.
+If it goes: ``torch.no_grad``, and views of lazy tensors have to be unmade."""
+
+
+def is_transformed() -> bool:
+    """True under ``vmap``, ``grad`` and their like. If it goes: enter `without_transforms` always (a microsecond)."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def arguments_of(operator: Any) -> list[Any]:
+    """The declared arguments of an operator, with ``alias_info``. If it goes: the names that end with ``_``."""
+    return operator._schema.arguments  # type: ignore[no-any-return]
+
+
+def name_of(operator: Any) -> str:
+    """The name of an operator without its overload. If it goes: cut it out of ``operator.name()``, which is public."""
+    return operator._overloadpacket.__name__  # type: ignore[no-any-return]
+
+
+@cache
+def is_composite(operator: Any) -> bool:
+    """True if torch takes the operator apart itself. If it goes: call ``decompose`` and see whether it can."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"))
+
+
+# -- compiled modules
+
+never_compiled: Callable[..., Any] = torch._compile._disable_dynamo
+"""A decorator: not to be compiled. ``torch.compiler.disable`` imports the compiler at once, which takes seconds.
+If it goes: ``torch.compiler.disable``."""
+
+COMPILED_CALL = "_compiled_call_impl"
+"""Where ``module.compile()`` puts the compiled call of a module; its hooks are compiled with it.
+If it goes: such modules are refused, and ``torch.compile(module)`` is not."""
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True for what ``torch.compile(module)`` returns and for a module that had its own ``compile`` called."""
+    if getattr(module, COMPILED_CALL, None) is not None:
+        return True
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # not imported for it: whoever compiled has done so
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
+
+
+# -- modules and optimizers
+
+APPLY = "_apply"
+"""The method of ``nn.Module`` that ``.to()``, ``.half()``, ``share_memory()`` and their like come to.
+If it goes: override each of them."""
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own parameters by name, to be read or replaced.
+
+    ``parameters()`` can be overridden, and on a boosted model waits for updates. If ``_parameters`` goes:
+    ``nn.Module.named_parameters(module, recurse=False, remove_duplicate=False)`` and ``setattr``.
+    """
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """`own_parameters` for buffers."""
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children by name, to be replaced for a while. If ``_modules`` goes: ``named_children()`` and ``setattr``."""
+    return module._modules
+
+
+def metadata_of(state_dict: Any) -> dict[str, Any] | None:
+    """Versions of modules, on what ``state_dict()`` returns; None on a plain dict. If it goes: nothing to carry on."""
+    return getattr(state_dict, "_metadata", None)
+
+
+OPTIMIZER_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+"""Attributes that hold an optimizer's hooks: who takes its place goes on with them.
+If they go: hooks have to be registered after boost."""
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tell schedulers that ``optimizer.step()`` ran; they warn if not. If ``_opt_called`` goes: they ask otherwise."""
+    setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it
