@@ -63,7 +63,7 @@ class ChunkBuilder:
         return chunk
 
     def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
-        tier, numel, dtype = plan.tiers[spec.name], spec.numel(plan.layout.numel), spec.dtype
+        tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype
         what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
         if tier is Tier.DISK:
             assert self.disk is not None

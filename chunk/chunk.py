@@ -12,6 +12,7 @@ from gemini.torch_private import storage_key, version_of, without_torch_function
 
 from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
 from .buffer import Buffer
+from .extent import Place
 from .gradient import GradientBuffer
 from .loan import Loan
 from .memory import Transfer
@@ -51,6 +52,11 @@ class Chunk:
         self.codec = plan.codec
         self.codecs = plan.codecs
         self.specs = plan.specs
+        self.extents = plan.extents
+        """The elements of the layout that each owner keeps at home."""
+        self.extent = plan.extent
+        """Those that are kept at home here."""
+        self._owner = plan.owner.index
         self.full = full
         self.full_is_home = plan.full_is_home
         with torch.no_grad():
@@ -58,6 +64,8 @@ class Chunk:
             self.views = tuple(
                 full.as_strided(slot.shape, slot.stride, full.storage_offset() + slot.offset) for slot in layout.slots
             )
+            self.own_full = full.narrow(0, self.extent.start, len(self.extent))
+            """The part of the full copy that is at home here."""
         self.gradient: GradientBuffer | None = None
         self.bindings: list[Binding] = []
         self._versions: list[int] = []
@@ -97,12 +105,19 @@ class Chunk:
         """Where its masters are."""
         return self.homes[MASTER].tier
 
-    def place(self, position: int, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Where values of a parameter are in their buffers: offset, shape and strides there."""
-        slot, (spec, *_) = self.layout.slots[position], self.codecs[name].specs
-        if spec.block_numel == 1:
-            return slot.offset, slot.shape, slot.stride
-        return slot.offset // spec.block_numel, (spec.numel(slot.numel),), (1,)
+    def place(self, position: int, name: str) -> Place:
+        """Where the masters or a state of a parameter are."""
+        return Place.of(self.layout.slots[position], self.specs[name].block_numel, self.extents, self._owner)
+
+    @property
+    def is_whole(self) -> bool:
+        """True if all of it is at home here, as without other owners."""
+        return len(self.extent) == self.layout.numel
+
+    def part(self, name: str, start: int, stop: int) -> slice:
+        """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
+        first = self.extent.start
+        return self.specs[name].part(start - first, stop - first) if name in self.specs else slice(start, stop)
 
     @property
     def source(self) -> Buffer:
@@ -324,6 +339,11 @@ class Chunk:
         if self.state is ChunkState.READY:
             return view.clone(memory_format=torch.preserve_format)
         source = self.source.tensor
+        if not self.is_whole:
+            raise RuntimeError(
+                f"{slot.name} was in the chunks of a boosted model that is gone, and other processes had parts of it: "
+                "keep the model for as long as its parameters are used, or keep p.detach().clone()"
+            )
         if source is None:
             raise RuntimeError(
                 f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
@@ -342,7 +362,11 @@ class Chunk:
         A full copy that is no home, before and after, keeps its storage: graphs that are still to run may need it.
         """
         parameters = [binding.parameter for binding in self.bindings]
-        kept = {} if self.full_is_home or other.full_is_home else {"full": self.full, "views": self.views}
+        kept = (
+            {}
+            if self.full_is_home or other.full_is_home
+            else {"full": self.full, "views": self.views, "own_full": self.own_full}
+        )
         vars(self).update({**vars(other), **kept})
         for position, parameter in enumerate(parameters):
             self.bind(position, parameter)

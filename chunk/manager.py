@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -12,6 +13,7 @@ from gemini.errors import is_out_of_memory
 
 from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
+from .communicator import ALONE, Communicator, Gathering, Values
 from .disk import DiskBackend
 from .edits import bring_edits_home, check_assigned, check_shape, put
 from .gradient_pool import GradientPool, Use
@@ -62,6 +64,8 @@ class ChunkManager:
     headroom
         Bytes that DEVICE has beyond its capacity, as far as the system can tell. What code outside of units holds may
         take of it.
+    communicator
+        The other owners, where the plans name several.
 
     Raises
     ------
@@ -77,6 +81,7 @@ class ChunkManager:
         disk: DiskBackend | None,
         gradient_room: Mapping[Tier, int] = MappingProxyType({}),
         headroom: Callable[[], int] = lambda: 0,
+        communicator: Communicator = ALONE,
     ) -> None:
         self.ledger = ledger
         self.device = device
@@ -91,6 +96,7 @@ class ChunkManager:
         self.headroom = headroom
         """Bytes that DEVICE has beyond its capacity."""
         self.origin = Origin()
+        self._communicator = communicator
         self._clock = 0
         self._full_bytes = 0
         """What the ledger counts for full copies."""
@@ -152,7 +158,7 @@ class ChunkManager:
             built = [self._builder.build(plan) for plan in plans]
             for new in built:
                 for position in range(len(new.layout.slots)):
-                    value = read_slot(self.chunks[new.index], position, MASTER)
+                    value = read_slot(self.chunks[new.index], position, MASTER, self._communicator)
                     write_slot(new, position, MASTER, value)
                 if fill is not None:
                     fill(new)
@@ -214,7 +220,7 @@ class ChunkManager:
         transfer: Transfer | None = None
         try:
             self.device.grow(chunk.full)
-            transfer = self.device.upload(chunk.full, chunk.source, chunk.update, background)
+            transfer = self._upload(chunk, chunk.update, background)
             chunk.begin_fetch(transfer)
         except BaseException:  # also the error of a pending update, where upload waited for it
             if chunk.state is ChunkState.HOME:
@@ -222,6 +228,13 @@ class ChunkManager:
                     transfer.wait()
                 self._free(chunk)
             raise
+
+    def _upload(self, chunk: Chunk, after: Transfer | None, background: bool) -> Transfer:
+        own = self.device.upload(chunk.own_full, chunk.source, after, background)
+        if chunk.is_whole:
+            return own
+        values = Values(chunk.index, MASTER, 0)
+        return Gathering(own, partial(self._communicator.gather, values, chunk.full, chunk.extents))
 
     def pin(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
         """Wait for the chunk (it must have been fetched) and keep it until `unpin`.
@@ -289,7 +302,7 @@ class ChunkManager:
     def refresh(self, chunk: Chunk) -> None:
         """Fill the full copy of a lent chunk from home again, because an update could not write through to it."""
         chunk.settle()
-        self.device.upload(chunk.full, chunk.source, None, background=False).wait()
+        self._upload(chunk, None, background=False).wait()
 
     def check_assigned(self, parameter: Tensor, value: Tensor) -> None:
         """See whether a tensor can be the ``data`` of a parameter; raises ValueError if not."""
@@ -440,7 +453,7 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_edits(chunk)
-        return read_slot(chunk, position, name)
+        return read_slot(chunk, position, name, self._communicator)
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""

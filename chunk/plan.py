@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from .content import BufferSpec, Codec, MasterCodec
-from .layout import ChunkLayout
+from .extent import SOLE, Owner
+from .layout import ALIGN_NUMEL, ChunkLayout
 from .names import GRADIENT, MASTER
 from .tier import Tier
 
@@ -28,6 +29,8 @@ class ChunkPlan:
     """The full copy is the buffer that a fetch would read: it is never moved."""
     borrows_gradient: bool = False
     """Its gradient has no home: it lives in borrowed memory until the update, which comes within backward."""
+    owner: Owner = SOLE
+    """Who keeps an extent of it at home, and together with how many others."""
 
     def __post_init__(self) -> None:
         if set(self.tiers) != set(self.specs):
@@ -55,6 +58,16 @@ class ChunkPlan:
         """True if an optimizer updates it (which one with no states of its own does as well)."""
         return GRADIENT in self.tiers or self.borrows_gradient
 
+    @property
+    def extents(self) -> tuple[range, ...]:
+        """The elements of the layout that each owner keeps at home."""
+        return self.owner.extents(self.layout.numel, max([ALIGN_NUMEL, *(spec.block_numel for spec in self.states)]))
+
+    @property
+    def extent(self) -> range:
+        """The elements of the layout that are kept at home here."""
+        return self.extents[self.owner.index]
+
     def nbytes(self, name: str) -> int:
         """Bytes of a buffer."""
-        return self.specs[name].nbytes(self.layout.numel)
+        return self.specs[name].nbytes(len(self.extent))

@@ -155,7 +155,7 @@ class BackwardUpdates:
         chunk.settle()
         self._manager.keep_edits(chunk)
         planned = self._updater.plan(self._groups, chunk, refresh=self._keeps(chunk))
-        if not planned.update.runs:
+        if planned.is_empty:
             return
         self.progress = Progress.PARTIAL
         self._updated.add(chunk)
