@@ -70,7 +70,7 @@ class Place:
             shape, stride = (-(-slot.numel // block_numel),), (1,)
         start, numel = slot.offset // block_numel, prod(shape)
         firsts = [extent.start // block_numel for extent in extents]
-        stops = [-(-extent.stop // block_numel) for extent in extents]
+        stops = [-(-extent.stop // block_numel) if extent else 0 for extent in extents]
         parts = tuple(
             range(min(max(first - start, 0), numel), min(max(stop - start, 0), numel))
             for first, stop in zip(firsts, stops, strict=True)
