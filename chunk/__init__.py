@@ -10,7 +10,7 @@ from .accelerators import accelerator_in_use, driver_of, find_accelerator, memor
 from .away import QUIET, Keeper
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
-from .communicator import Communicator, SingleProcess
+from .communicator import ALONE, Communicator, SingleProcess
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .disk import DiskBackend
 from .disk_file import Requests
@@ -33,6 +33,7 @@ from .workers import end_elsewhere, start_workers
 from .write_behind import STORE_BLOCKS
 
 __all__ = [
+    "ALONE",
     "FETCH_WORKERS",
     "GRADIENT",
     "IO_STACK_BYTES",

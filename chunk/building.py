@@ -8,6 +8,7 @@ import torch
 
 from .buffer import Buffer
 from .chunk import Chunk
+from .communicator import Communicator
 from .content import BufferSpec
 from .disk import DiskBackend
 from .gradient import GradientBuffer
@@ -15,8 +16,9 @@ from .gradient_pool import GradientPool
 from .host_arena import padded
 from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
-from .names import GRADIENT
+from .names import GRADIENT, MASTER
 from .plan import ChunkPlan
+from .shared_gradient import SharedGradient
 from .tier import Tier
 
 
@@ -29,12 +31,13 @@ def reserve_homes(plans: Sequence[ChunkPlan], ledger: Ledger, device: DeviceBack
 
 @dataclass(frozen=True, slots=True)
 class ChunkBuilder:
-    """Ledger, device backend, disk backend (None if no home is on DISK), and memory for gradients without a home."""
+    """Builds chunks on a device backend and, if homes are on DISK, a disk backend, as the ledger has room."""
 
     ledger: Ledger
     device: DeviceBackend
     disk: DiskBackend | None
     gradient_pool: GradientPool
+    communicator: Communicator
 
     def build(self, plan: ChunkPlan) -> Chunk:
         """The chunk with homes where its plan says, and whatever else it needs."""
@@ -55,12 +58,20 @@ class ChunkBuilder:
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
                 buffer.tensor.zero_()
-            chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
+            if plan.owner.count > 1:
+                collected, give_back = self._borrowed(plan), self.gradient_pool.release
+                chunk.gradient = SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)
+            else:
+                chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
         elif plan.borrows_gradient:
-            tier = Tier.DEVICE if chunk.tier is Tier.DEVICE else Tier.HOST
-            borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
-            chunk.gradient = GradientBuffer(plan.layout, None, self.device, borrow)
+            chunk.gradient = self._borrowed(plan)
         return chunk
+
+    def _borrowed(self, plan: ChunkPlan) -> GradientBuffer:
+        """A gradient in memory that is borrowed when it comes."""
+        tier = Tier.DEVICE if plan.tiers[MASTER] is Tier.DEVICE else Tier.HOST
+        borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
+        return GradientBuffer(plan.layout, None, self.device, borrow)
 
     def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
         tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype

@@ -13,11 +13,11 @@ from gemini.torch_private import storage_key, version_of, without_torch_function
 from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
 from .buffer import Buffer
 from .extent import Place
-from .gradient import GradientBuffer
 from .loan import Loan
 from .memory import Transfer
 from .names import MASTER
 from .plan import ChunkPlan
+from .shared_gradient import Gradient
 from .state import ChunkState, transition
 from .tier import Tier
 
@@ -66,7 +66,7 @@ class Chunk:
             )
             self.own_full = full.narrow(0, self.extent.start, len(self.extent))
             """The part of the full copy that is at home here."""
-        self.gradient: GradientBuffer | None = None
+        self.gradient: Gradient | None = None
         self.bindings: list[Binding] = []
         self._versions: list[int] = []
         """Per binding, torch's count of in-place operations when home and full copy were last the same."""

@@ -16,6 +16,7 @@ from .chunk import Chunk
 from .communicator import ALONE, Communicator, Gathering, Values
 from .disk import DiskBackend
 from .edits import bring_edits_home, check_assigned, check_shape, put
+from .gradient import GradientBuffer
 from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
@@ -23,6 +24,7 @@ from .memory import DeviceBackend, Transfer
 from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
+from .shared_gradient import SharedGradient
 from .shortage import no_room, refused
 from .state import ChunkState
 from .tier import Tier
@@ -104,7 +106,7 @@ class ChunkManager:
         self.gradient_pool = GradientPool(ledger, device, disk, weakly(self._evict_for))
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
-        self._builder = ChunkBuilder(ledger, device, disk, self.gradient_pool)
+        self._builder = ChunkBuilder(ledger, device, disk, self.gradient_pool, communicator)
         self.chunks = tuple(map(self._builder.build, plans))
         self._places: dict[int, tuple[Chunk, int]] = {}
 
@@ -117,8 +119,15 @@ class ChunkManager:
 
     def lends_until(self, chunk: Chunk, use: Use) -> None:
         """Take back what a chunk has borrowed for its gradient, if it has, once an update is over."""
-        if chunk.gradient is not None and chunk.gradient.is_borrowed:
+        if isinstance(chunk.gradient, GradientBuffer) and chunk.gradient.is_borrowed:
             self.gradient_pool.retire(chunk.gradient, use)
+
+    def complete_gradients(self) -> None:
+        """A backward has come to its end: gradients that several owners keep go to the owners of their extents."""
+        if self._communicator.owner.count > 1:
+            for chunk in self.chunks:
+                if isinstance(chunk.gradient, SharedGradient):
+                    chunk.gradient.complete()
 
     def find(self, parameter: Tensor) -> tuple[Chunk, int] | None:
         """The chunk and the position of a parameter in it, or None if it is not managed."""

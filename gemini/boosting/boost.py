@@ -22,7 +22,6 @@ from ..chunk import (
     DiskBackend,
     Ledger,
     RamBackend,
-    SingleProcess,
     Staging,
     Tier,
     driver_of,
@@ -137,7 +136,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         engine,
         updater,
         gradients,
-        SingleProcess(),
+        config.communicator,
         scaler,
         config.max_norm,
         unfreezing,
@@ -201,7 +200,9 @@ def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tu
     else:
         device = AcceleratorBackend(driver_of(capacities.device), fetch_staging, config.pin_memory, store_staging)
     headroom = partial(device_headroom, capacities.device)
-    manager = ChunkManager(packing.plans, ledger, device, disk, packing.placement.gradient_room, headroom)
+    manager = ChunkManager(
+        packing.plans, ledger, device, disk, packing.placement.gradient_room, headroom, config.communicator
+    )
     return manager, UpdateQueue(update_staging)
 
 

@@ -251,6 +251,8 @@ class Engine:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
         for visit in self.visits.end_backward(task):
             self.leave_backward(visit)
+        if not self.visits.is_in_backward:
+            self.manager.complete_gradients()
         if self.in_backward is not None:
             self.in_backward.end(task)
 

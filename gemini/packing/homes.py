@@ -19,6 +19,7 @@ from ..chunk import (
     Tier,
     WithShadow,
 )
+from ..chunk.layout import ALIGN_NUMEL
 from ..config import GeminiConfig
 from ..planning.placement import ChunkNeed
 
@@ -47,22 +48,29 @@ class Group:
         return config.split_master and has_room and self.dtype(config) is torch.bfloat16
 
 
-def chunk_need(layout: ChunkLayout, compute_dtype: torch.dtype, borrow: bool) -> ChunkNeed:
-    """What a chunk asks for; ``borrow``: its gradient has no home."""
-    low = layout.numel * compute_dtype.itemsize
+def chunk_need(layout: ChunkLayout, config: GeminiConfig, borrow: bool) -> ChunkNeed:
+    """What a chunk asks for; ``borrow``: its gradient has no home.
+
+    The largest extent counts, so that all owners decide alike. Each collects gradients of whole chunks before they are
+    summed, in borrowed memory.
+    """
+    owner, itemsize = config.communicator.owner, layout.group.dtype(config).itemsize
+    numel = len(owner.extents(layout.numel, max([ALIGN_NUMEL, *(spec.block_numel for spec in layout.group.states)]))[0])
+    full, low = layout.numel * itemsize, numel * itemsize
     if not layout.group.trainable:
-        return ChunkNeed(buffers={MASTER: low}, full_nbytes=low)
-    full = layout.numel * 4
-    buffers = {MASTER: full, **{spec.name: spec.nbytes(layout.numel) for spec in layout.group.states}}
+        return ChunkNeed(buffers={MASTER: low}, full_nbytes=full)
+    buffers = {MASTER: numel * 4, **{spec.name: spec.nbytes(numel) for spec in layout.group.states}}
     if not borrow:
         buffers[GRADIENT] = low
-    return ChunkNeed(buffers=buffers, full_nbytes=low, shadow_nbytes=low if low < full else 0, borrows_gradient=borrow)
+    shadow = low if itemsize < 4 else 0
+    borrows = borrow or owner.count > 1
+    return ChunkNeed(buffers=buffers, full_nbytes=full, shadow_nbytes=shadow, borrows_gradient=borrows)
 
 
 def full_is_home(layout: ChunkLayout, homes: Mapping[str, Tier], config: GeminiConfig, unified: bool) -> bool:
     """True if a chunk with these homes needs no full copy beside them."""
     tier = homes[MASTER]
-    in_reach = tier is Tier.DEVICE or (tier is Tier.HOST and unified)
+    in_reach = config.communicator.owner.count == 1 and (tier is Tier.DEVICE or (tier is Tier.HOST and unified))
     group = layout.group
     return in_reach and (group.dtype(config) is torch.float32 or not group.trainable or group.splits(config))
 
@@ -87,4 +95,5 @@ def planned(layout: ChunkLayout, homes: Mapping[str, Tier], config: GeminiConfig
         dtype,
         full_is_home=is_home,
         borrows_gradient=group.trainable and GRADIENT not in homes,
+        owner=config.communicator.owner,
     )

@@ -20,7 +20,7 @@ from ..chunk import (
     pack,
     search_chunk_numel,
 )
-from ..chunk.layout import ALIGN_NUMEL, align
+from ..chunk.layout import ALIGN_NUMEL, align, size_class
 from ..chunk.search import RING_CHUNKS, bounds, waste_ratio
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
@@ -288,13 +288,15 @@ def _place_around_ring(
     borrow: bool,
 ) -> Placement:
     """Place homes around a ring for full copies, as large as prefetching likes, or as small as the units allow."""
-    needs = [chunk_need(layout, layout.group.dtype(config), borrow) for layout in layouts]
+    needs = [chunk_need(layout, config, borrow) for layout in layouts]
     gradients = {
         layout.index: layout.numel * layout.group.dtype(config).itemsize
         for layout, need in zip(layouts, needs, strict=True)
         if need.borrows_gradient
     }
     gradient_bytes = gradient_room(use.stages, gradients)
+    if config.communicator.owner.count > 1:  # they are summed when backward is over
+        gradient_bytes = sum(map(size_class, gradients.values()))
     streamed = _copies(layouts, config, capacities, None)
     ahead = max(streamed, default=0)
 

@@ -43,7 +43,7 @@ def unfrozen_plans(
                     f"{slot.name} was packed without room for blocks of {multiple} elements, which these states need"
                 )
     layouts = [replace(layout, group=Group(param_group, True, layout.group.keeps_fp32, slots)) for layout in layouts]
-    needs = [chunk_need(layout, layout.group.dtype(config), config.update_in_backward) for layout in layouts]
+    needs = [chunk_need(layout, config, config.update_in_backward) for layout in layouts]
     placement = place(needs, room, AutoPlacementPolicy())
     return tuple(
         planned(layout, homes, config, room.unified) for layout, homes in zip(layouts, placement.homes, strict=True)

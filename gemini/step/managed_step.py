@@ -219,8 +219,8 @@ class ChunkedStep:
     def _chunks_with_gradients(self) -> list[Chunk]:
         self.manager.device.synchronize()
         self._gradients.collect()
-        self.manager.device.synchronize()  # what the user replaced may be on its way
         chunks = [c for c in self.manager.chunks if c.gradient is not None and c.gradient.present]
+        self.manager.device.synchronize()  # what the user replaced, or others have sent, may be on its way
         for chunk in chunks:
             chunk.settle()  # an error of the last step surfaces before anything of this one is changed
             self.manager.keep_edits(chunk)

@@ -359,7 +359,7 @@ class Gradients:
     def _forget(self, parameter: Tensor) -> None:
         place = self._manager.find(parameter)
         if place is not None and place[0].gradient is not None:
-            place[0].gradient.present.discard(place[1])
+            place[0].gradient.forget(place[1])
 
 
 def _same(gradient: Tensor) -> Tensor:
@@ -382,6 +382,8 @@ def _reason(chunk: Chunk, parameter: Tensor, are_scaled: bool) -> str:
     buffer = chunk.gradient.buffer
     if are_scaled:
         return "it is multiplied by the loss scale of fp16"
+    if not chunk.is_whole:
+        return "it is summed over the processes that train the model together"
     where = buffer.tier.value if buffer.tensor is None else str(buffer.tensor.device)
     return f"it is kept on {where}, and the parameter is on {parameter.device}"
 
