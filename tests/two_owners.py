@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from parity import check_at_rest, masters
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import GRADIENT, ChunkManager
+from gemini.chunk import GRADIENT, Chunk, ChunkManager
 from gemini.chunk.communicator import Contribution, Values
 from gemini.chunk.extent import Owner
 from gemini.chunk.values import read_part
@@ -26,12 +27,18 @@ from gemini.chunk.values import read_part
 class Shared:
     """What owners in one process share."""
 
-    managers: list[ChunkManager] = field(default_factory=list)
+    models: "list[ref[nn.Module]]" = field(default_factory=list)
+    """Weak, so that a model that is dropped goes at once."""
     sent: defaultdict[int, list[list[tuple[Contribution, Sequence[range]]]]] = field(
         default_factory=lambda: defaultdict(list)
     )
     """Chunk -> for each owner what it has sent, one a round."""
     gathered_numel: int = 0
+
+    def manager(self, index: int) -> ChunkManager:
+        model = self.models[index]()
+        assert model is not None
+        return boosted(model).manager
 
 
 class Peer:
@@ -44,7 +51,7 @@ class Peer:
     def gather(self, values: Values, whole: Tensor, parts: Sequence[range]) -> None:
         for index, part in enumerate(parts):
             if index != self.owner.index and part:
-                theirs = _read(self._shared.managers[index], values, part)
+                theirs = _read(self._shared.manager(index), values, part)
                 assert theirs.numel() == len(part)
                 whole[part.start : part.stop].copy_(theirs)
                 self._shared.gathered_numel += len(part)
@@ -82,6 +89,7 @@ class Round:
 
 def _read(manager: ChunkManager, values: Values, part: range) -> Tensor:
     chunk = manager.chunks[values.chunk]
+    manager.keep_edits(chunk)
     chunk.settle()
     block = 1 if values.name == GRADIENT else chunk.specs[values.name].block_numel
     index = values.start + part.start - chunk.extent.start // block
@@ -114,10 +122,14 @@ class Owners:
                 made.config = replace(made.config, communicator=Peer(Owner(index, count), self.shared))
             booster = Booster(plugin=made)
             model, optimizer, *_ = booster.boost(model, optimizer)
-            self.shared.managers.append(boosted(model).manager)
+            self.shared.models.append(ref(model))
             self.boosters.append(booster)
             self.models.append(model)
             self.optimizers.append(optimizer)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return [chunk for model in self.models for chunk in boosted(model).manager.chunks]
 
     def each(self, do: Callable[[Any, Any], object]) -> None:
         """Do something to the model and the optimizer of each owner."""
