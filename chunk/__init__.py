@@ -3,7 +3,7 @@
 Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or policies.
 """
 
-from gemini.stacks import IO_STACK_BYTES
+from gemini.process_wide import IO_STACK_BYTES
 
 from .accelerator import AcceleratorBackend
 from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
@@ -29,7 +29,7 @@ from .state import ChunkState
 from .tier import Tier
 from .values import write_slot
 from .weak import weakly
-from .workers import end_elsewhere, start_workers
+from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
 __all__ = [
@@ -77,7 +77,7 @@ __all__ = [
     "WithShadow",
     "accelerator_in_use",
     "driver_of",
-    "end_elsewhere",
+    "close_in_background",
     "find_accelerator",
     "halves",
     "joined",

@@ -38,7 +38,7 @@ from .host_arena import HostArena, padded
 from .memory import FETCH_WORKERS, Caller, Transfer, Underway, Uploads, fill_from_disk
 from .staging import Staging
 from .tier import Tier
-from .workers import end_elsewhere, start_workers
+from .workers import close_in_background, start_workers
 from .write_behind import WriteBehind
 
 ADDED_NUMEL = 1 << 20
@@ -257,7 +257,7 @@ class AcceleratorBackend:
 
     def close(self) -> None:
         self._wait_for_copies()
-        end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
+        close_in_background(partial(self._workers.shutdown, wait=True, cancel_futures=True))
         self._to_device.mark().wait()  # the memory of what has been fetched, and not been used, may go after this
         self._store.close()
 

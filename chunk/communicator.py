@@ -14,7 +14,7 @@ from .extent import SOLE, Owner
 from .memory import Transfer
 
 
-class Values(NamedTuple):
+class Span(NamedTuple):
     """Values of one chunk, each of them at home with one owner."""
 
     chunk: int
@@ -46,13 +46,13 @@ class Communicator(Protocol):
 
     owner: Owner
 
-    def gather(self, values: Values, whole: Tensor, parts: Sequence[range]) -> None:
+    def gather(self, span: Span, whole: Tensor, parts: Sequence[range]) -> None:
         """Fill ``whole`` (flat, on any device) with what the others have; our own part is in place.
 
         Parameters
         ----------
-        values
-            Which these are.
+        span
+            Which values these are.
         parts
             What each owner has of ``whole``.
         """
@@ -69,7 +69,7 @@ class SingleProcess:
 
     owner = SOLE
 
-    def gather(self, values: Values, whole: Tensor, parts: Sequence[range]) -> None:
+    def gather(self, span: Span, whole: Tensor, parts: Sequence[range]) -> None:
         raise NotImplementedError
 
     def exchange(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> Arriving:

@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 
 from gemini.errors import OffloadError
-from gemini.stacks import IO_STACK_BYTES
+from gemini.process_wide import IO_STACK_BYTES
 
 from .origin import Origin
 from .workers import start_workers

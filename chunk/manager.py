@@ -1,7 +1,7 @@
 """All chunks of a model: moves them, finds a parameter's place, and reads and replaces what lies there."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from gemini.errors import is_out_of_memory
 
 from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
-from .communicator import ALONE, Communicator, Gathering, Values
+from .communicator import ALONE, Communicator, Gathering, Span
 from .disk import DiskBackend
 from .edits import bring_edits_home, check_assigned, check_shape, put
 from .gradient import GradientBuffer
@@ -30,7 +30,7 @@ from .state import ChunkState
 from .tier import Tier
 from .values import read_slot, write_slot
 from .weak import weakly
-from .workers import end_elsewhere
+from .workers import close_in_background
 
 
 @dataclass(slots=True)
@@ -89,12 +89,6 @@ class ChunkManager:
         self.device = device
         self.disk = disk
         self.moves = MoveCounts()
-        self.before_read: Callable[[], None] = lambda: None
-        """Called before a value is handed out. Raises where there are no values of one step."""
-        self.after_write: Callable[[Tensor, str], None] = lambda parameter, name: None
-        """Called with what has been replaced: a parameter, and the name of the values."""
-        self.withheld: Set[Chunk] = frozenset()
-        """Chunks that have taken a step that the others have not: reading them would mix two steps."""
         self.headroom = headroom
         """Bytes that DEVICE has beyond its capacity."""
         self.origin = Origin()
@@ -242,8 +236,8 @@ class ChunkManager:
         own = self.device.upload(chunk.own_full, chunk.source, after, background)
         if chunk.is_whole:
             return own
-        values = Values(chunk.index, MASTER, 0)
-        return Gathering(own, partial(self._communicator.gather, values, chunk.full, chunk.extents))
+        span = Span(chunk.index, MASTER, 0)
+        return Gathering(own, partial(self._communicator.gather, span, chunk.full, chunk.extents))
 
     def pin(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
         """Wait for the chunk (it must have been fetched) and keep it until `unpin`.
@@ -458,7 +452,6 @@ class ChunkManager:
         In the parameter's shape; flat where blocks of elements share a value.
         """
         self.origin.refuse_elsewhere()
-        self.before_read()
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.keep_edits(chunk)
@@ -480,7 +473,6 @@ class ChunkManager:
                     chunk.views[position].copy_(value)
             if chunk.loan is not None:
                 chunk.loan.remember(position)
-        self.after_write(parameter, name)
 
     def settle(self) -> None:
         """Wait for every pending update."""
@@ -499,4 +491,4 @@ class ChunkManager:
             chunk.release()
         self.device.close()
         if self.disk is not None:
-            end_elsewhere(self.disk.close)  # after the threads that use it
+            close_in_background(self.disk.close)  # after the threads that use it

@@ -16,13 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemini.stacks import IO_STACK_BYTES
+from gemini.process_wide import IO_STACK_BYTES
 
 from .buffer import Buffer, MemoryBuffer
 from .host_memory import zeroed
 from .staging import Staging
 from .tier import Tier
-from .workers import end_elsewhere, start_workers
+from .workers import close_in_background, start_workers
 from .write_behind import WriteBehind
 
 FETCH_WORKERS = 2
@@ -278,5 +278,5 @@ class RamBackend:
         self._store.discard()
 
     def close(self) -> None:
-        end_elsewhere(partial(self._workers.shutdown, wait=True, cancel_futures=True))
+        close_in_background(partial(self._workers.shutdown, wait=True, cancel_futures=True))
         self._store.close()

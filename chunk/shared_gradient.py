@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .buffer import Buffer
-from .communicator import Arriving, Communicator, Contribution, Values
+from .communicator import Arriving, Communicator, Contribution, Span
 from .extent import Place
 from .gradient import GradientBuffer, norm_of
 from .memory import DeviceBackend
@@ -113,7 +113,7 @@ class SharedGradient:
         flat = torch.empty(place.numel, dtype=self.buffer.dtype, device="cpu")
         if place.own:
             self.buffer.read(place.index, flat[place.own.start : place.own.stop])
-        self._communicator.gather(Values(self.layout.index, GRADIENT, place.start), flat, place.parts)
+        self._communicator.gather(Span(self.layout.index, GRADIENT, place.start), flat, place.parts)
         return flat.as_strided(place.shape, place.stride)
 
     def norm(self, position: int, order: float = 2.0) -> Tensor:

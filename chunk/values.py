@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk
-from .communicator import Communicator, Values
+from .communicator import Communicator, Span
 from .names import MASTER
 
 _PIECE_NUMEL = 1 << 18
@@ -39,7 +39,7 @@ def read_slot(chunk: Chunk, position: int, name: str, communicator: Communicator
     if len(place.own) < place.numel:
         own, flat = flat, flat.new_empty(place.numel)
         flat[place.own.start : place.own.stop] = own
-        communicator.gather(Values(chunk.index, name, place.start), flat, place.parts)
+        communicator.gather(Span(chunk.index, name, place.start), flat, place.parts)
     return flat.as_strided(place.shape, place.stride)
 
 

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import ParamSpec, TypeVar
 
 from gemini.errors import OutOfMemory
-from gemini.stacks import small_stacks
+from gemini.process_wide import small_stacks
 
 from .origin import Origin
 
@@ -64,24 +64,24 @@ def start_workers(count: int, name: str, stack_bytes: int = 0) -> Workers:
             f"host tier out of memory. The system refuses a worker thread ({error}); "
             "lower host_memory, so that more of the limit is left for stacks and activations"
         ) from error
-    _undertaker.start()
+    _closer.start()
     return pool
 
 
-def end_elsewhere(work: Callable[[], object]) -> None:
-    """Do ``work``, which ends threads or what they use, and wait for it, but not for ever.
+def close_in_background(work: Callable[[], object]) -> None:
+    """Do ``work``, which ends threads or what they use, on a thread of its own, and wait for it for a while.
 
     A model that is dropped is closed by the garbage collector: on any thread and between any two instructions, also
     within `threading` while it holds its locks, or on the very thread that is to end. Joining there is a deadlock
     (seen: a collection in the start of another model's thread), and so are starting a thread and submitting a task. So
-    one thread does all this work, in the order asked for, and who asks waits for two seconds at most. Putting into a
+    one thread does all this work, in the order asked for, and the caller waits for two seconds at most. Putting into a
     ``SimpleQueue`` is made for finalizers.
     """
-    _undertaker.end(work)
+    _closer.close(work)
 
 
-class _Undertaker:
-    """The thread that waits for others to end."""
+class _Closer:
+    """The thread on which others are ended."""
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Callable[[], object], threading.Event]] = SimpleQueue()
@@ -98,7 +98,7 @@ class _Undertaker:
                     threading.Thread(target=self._run, name="gemini-memory-end", daemon=True).start()
                 self._pid = os.getpid()
 
-    def end(self, work: Callable[[], object]) -> None:
+    def close(self, work: Callable[[], object]) -> None:
         if self._pid == os.getpid():
             over = threading.Event()
             self._work.put((work, over))
@@ -119,4 +119,5 @@ class _Undertaker:
             del work, over  # not to hold what was closed until the next one
 
 
-_undertaker = _Undertaker()
+_closer = _Closer()
+"""One for the process, as finalizers, which may run anywhere, cannot be handed one."""

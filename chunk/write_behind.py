@@ -7,12 +7,12 @@ from functools import partial
 
 from torch import Tensor
 
-from gemini.stacks import IO_STACK_BYTES
+from gemini.process_wide import IO_STACK_BYTES
 
 from .buffer import Buffer
 from .origin import Origin
 from .staging import Staging, pieces
-from .workers import end_elsewhere, start_workers
+from .workers import close_in_background, start_workers
 
 STORE_BLOCKS = 3
 """Staging for it: one block is filled while others are written."""
@@ -118,4 +118,4 @@ class WriteBehind:
     def close(self) -> None:
         """End the thread, once what is under way is over."""
         if self._worker is not None:
-            end_elsewhere(partial(self._worker.shutdown, wait=True))
+            close_in_background(partial(self._worker.shutdown, wait=True))

@@ -19,6 +19,7 @@ from .runtime.forward import ForwardHooks
 from .runtime.outside import Outside
 from .step.managed_step import ChunkedStep
 from .telemetry.writer import TelemetryWriter
+from .updates.values import Values
 
 
 @dataclass(eq=False)
@@ -31,6 +32,7 @@ class Boosted:
     capacities: Capacities
     packing: Packing
     manager: ChunkManager
+    values: Values
     engine: Engine
     hooks: ForwardHooks
     outside: Outside

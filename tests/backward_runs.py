@@ -32,7 +32,7 @@ def in_backward(placement: dict[str, Any], precision: str = "fp32") -> Run:
 
 
 def updates_of(model: nn.Module) -> Any:
-    return boosted(model).step.in_backward
+    return boosted(model).engine.updates.schedule
 
 
 def trainable(model: nn.Module) -> int:

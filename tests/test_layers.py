@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "cores", "launch", "stacks", "torch_private"),
+    ("errors", "sizes", "cores", "launch", "process_wide", "torch_private"),
     ("chunk", "lazy", "telemetry"),
     ("planning", "units", "nn"),
     ("config",),
@@ -33,15 +33,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # Packages that know nothing of the rest: besides themselves they may import only these.
 ISOLATED: Mapping[str, frozenset[str]] = {
-    "chunk": frozenset({"errors", "stacks", "torch_private"}),
+    "chunk": frozenset({"errors", "process_wide", "torch_private"}),
     "lazy": frozenset({"errors", "torch_private"}),
-    "telemetry": frozenset({"sizes", "stacks"}),
-    "stat": frozenset({"telemetry", "sizes", "cores"}),
+    "telemetry": frozenset({"sizes", "process_wide"}),
+    "stat": frozenset({"telemetry", "sizes", "cores", "process_wide"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
 # count: `gemini.chunk.tier` is free of torch although its package's __init__ is not.
-WITHOUT_TORCH = ("planning", "memory.non_model", "sizes", "cores", "stacks", "telemetry", "stat")
+WITHOUT_TORCH = ("planning", "memory.non_model", "sizes", "cores", "process_wide", "telemetry", "stat")
 
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 

@@ -18,7 +18,7 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import GRADIENT, Chunk, ChunkManager
-from gemini.chunk.communicator import Contribution, Values
+from gemini.chunk.communicator import Contribution, Span
 from gemini.chunk.extent import Owner
 from gemini.chunk.values import read_part
 
@@ -48,10 +48,10 @@ class Peer:
         self.owner = owner
         self._shared = shared
 
-    def gather(self, values: Values, whole: Tensor, parts: Sequence[range]) -> None:
+    def gather(self, span: Span, whole: Tensor, parts: Sequence[range]) -> None:
         for index, part in enumerate(parts):
             if index != self.owner.index and part:
-                theirs = _read(self._shared.manager(index), values, part)
+                theirs = _read(self._shared.manager(index), span, part)
                 assert theirs.numel() == len(part)
                 whole[part.start : part.stop].copy_(theirs)
                 self._shared.gathered_numel += len(part)
@@ -87,14 +87,14 @@ class Round:
         return found
 
 
-def _read(manager: ChunkManager, values: Values, part: range) -> Tensor:
-    chunk = manager.chunks[values.chunk]
+def _read(manager: ChunkManager, span: Span, part: range) -> Tensor:
+    chunk = manager.chunks[span.chunk]
     manager.keep_edits(chunk)
     chunk.settle()
-    block = 1 if values.name == GRADIENT else chunk.specs[values.name].block_numel
-    index = values.start + part.start - chunk.extent.start // block
-    if values.name != GRADIENT:
-        return read_part(chunk, values.name, index, len(part))
+    block = 1 if span.name == GRADIENT else chunk.specs[span.name].block_numel
+    index = span.start + part.start - chunk.extent.start // block
+    if span.name != GRADIENT:
+        return read_part(chunk, span.name, index, len(part))
     assert chunk.gradient is not None and chunk.gradient.present and chunk.gradient.buffer is not None
     manager.device.synchronize()
     flat = torch.empty(len(part), dtype=chunk.gradient.buffer.dtype)

@@ -3,13 +3,13 @@
 Weakly, so that nothing here keeps a model alive.
 """
 
-import os
 import weakref
 from collections.abc import Iterator
 
 from torch import Tensor
 
 from ..chunk import ChunkManager
+from ..process_wide import before_fork
 
 _managers: "weakref.WeakSet[ChunkManager]" = weakref.WeakSet()
 
@@ -39,5 +39,4 @@ def _come_to_rest() -> None:
         manager.come_to_rest(_REST_SECONDS)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_come_to_rest)
+before_fork(_come_to_rest)

@@ -36,13 +36,14 @@ from ..engine.pacing import Pacing
 from ..engine.sampling import Sampling
 from ..lazy import is_lazy, materialize
 from ..memory.capacity import Capacities, device_headroom, find_capacities
-from ..memory.native_memory import be_exact, bound_kernels
 from ..memory.tracker import NonModelMeter
 from ..monitor.monitor import Monitor, model_facts, probes
 from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing, decide, managed_parameters
+from ..process_wide import bound_kernels, return_freed_memory
+from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks
 from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
@@ -53,12 +54,16 @@ from ..step.unfreezing import Unfreezing
 from ..telemetry.writer import TelemetryWriter
 from ..torch_private import own_buffers
 from ..units.units import Units
-from ..updates.backward_updates import BackwardUpdates
 from ..updates.completion import Completion
+from ..updates.during_backward import DuringBackward
 from ..updates.gradients import Gradients
+from ..updates.options import Options
+from ..updates.schedule import AfterBackward, UpdateSchedule
 from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue, warm_up
 from ..updates.updater import Updater
+from ..updates.updates import Updates
+from ..updates.values import Values
 from .alive import enrol
 from .dtypes import warn_of_other_dtypes
 from .mixing import mix_in
@@ -112,36 +117,26 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
                 warm_up(optimizer.rule, param_groups, where, dtype, config.split_master)
     meter = NonModelMeter(device)
     if manager.device.is_ram:
-        be_exact()  # values that live for a moment would stay on malloc's heap, between small objects that live on
+        return_freed_memory()  # else values of a moment stay on malloc's heap, between small objects that live on
     _fill(model, packing, manager, device)
     if optimizer is not None:
         _take_over_states(optimizer, manager)
 
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
-    gradients = Gradients(manager, packing.parameters, scaler is not None, config.update_in_backward)
-    pacing = Pacing(manager, config.max_prefetch)
-    updater = Updater(manager, queue, gradients)
-    in_backward = None
+    schedule: UpdateSchedule = AfterBackward()
     if config.update_in_backward and optimizer is not None:
-        completion = Completion(manager, packing.parameters)
-        in_backward = BackwardUpdates(manager, completion, gradients, updater, optimizer, pacing.keeps)
-    room, sampling = DeviceRoom(manager, capacities.device_limit_bytes), Sampling(manager, meter)
-    engine = Engine(manager, gradients, pacing, room, sampling, in_backward)
-    unfreezing = Unfreezing(
-        manager, engine, gradients, config, packing.updated_buffer_count if manager.disk is not None else 0
-    )
-    kept = KeptStates(manager, optimizer.rule if optimizer is not None else ADAM, updater)
+        schedule = DuringBackward(manager, Completion(manager))
+    gradients = Gradients(manager, scaler is not None, schedule.consumes_gradients)
+    updater, values = Updater(manager, queue), Values(manager, schedule)
+    options = Options.of(optimizer) if optimizer is not None else None
+    updates = Updates(manager, schedule, gradients, updater, options)
+    pacing, room = Pacing(manager, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
+    engine = Engine(manager, updates, pacing, room, Sampling(manager, meter))
+    watch_gradients(engine, packing.parameters)
+    unfreezing = Unfreezing(manager, engine, config, packing.updated_buffer_count if manager.disk is not None else 0)
+    kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
     step = ChunkedStep(
-        manager,
-        engine,
-        updater,
-        gradients,
-        config.communicator,
-        scaler,
-        config.max_norm,
-        unfreezing,
-        kept,
-        in_backward,
+        manager, engine, updater, updates, config.communicator, scaler, config.max_norm, unfreezing, kept
     )
     units, statistics = Units(model, manager), Statistics(manager)
     monitor = _monitor(model, config, capacities, packing, engine, step, statistics, units)
@@ -159,12 +154,24 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     if monitor is not None:
         step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
     step.recover = hooks.recover
-    outside = Outside(engine, backward, gradients)
+    outside = Outside(engine, backward)
     state = Boosted(
-        type(model), config, capacities, packing, manager, engine, hooks, outside, step, meter, statistics, monitor
+        type(model),
+        config,
+        capacities,
+        packing,
+        manager,
+        values,
+        engine,
+        hooks,
+        outside,
+        step,
+        meter,
+        statistics,
+        monitor,
     )
     unfreezing.on_change = weakly(state.rebuilt)
-    serve_parts(model, manager)
+    serve_parts(model, values)
     guard_parts(model, manager)
     mix_in(model)
     enrol(manager)
@@ -177,7 +184,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         bind_optimizer(state, optimizer)
     weakref.finalize(model, _close, queue, manager, state.telemetry)
     if manager.device.is_ram:
-        be_exact()  # so that what malloc kept of the building is no part of where the measurement begins
+        return_freed_memory()  # so that what malloc kept of the building is no part of where the measurement begins
     meter.start()
     return model
 

@@ -75,7 +75,7 @@ def _refuse(state: Boosted, model: nn.Module, optimizer: ManagedOptimizer) -> No
     refuse_optimizer(model, optimizer)
     if state.config.split_master:
         refuse_split_master(model, optimizer)
-    if state.config.update_in_backward and state.step.in_backward is None:
+    if state.config.update_in_backward and state.optimizer is None:
         raise ValueError(
             "this model was boosted without an optimizer, and update_in_backward=True needs to know it from the "
             "start: boost the model with its optimizer, or without update_in_backward"

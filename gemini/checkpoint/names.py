@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gemini.boosted import boosted, is_boosted
-from gemini.chunk import MASTER, ChunkManager
+from gemini.chunk import MASTER
 from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
+from gemini.updates.values import Values
 
 from ..torch_private import metadata_of, own_parameters
 
@@ -28,7 +29,7 @@ class Entry:
     """In the order of ``state_dict()``; more than one where it is tied."""
     tensor: Tensor
     """The object in the model. A managed parameter may read as NaN: use `read`."""
-    manager: ChunkManager | None
+    values: Values | None
     """Who holds the values; None: the object itself."""
 
     @property
@@ -42,9 +43,9 @@ class Entry:
     @property
     def dtype(self) -> torch.dtype:
         """Of the stored value: fp32 where there is a master."""
-        if self.manager is None:
+        if self.values is None:
             return self.tensor.dtype
-        place = self.manager.find(self.tensor)
+        place = self.values.manager.find(self.tensor)
         assert place is not None
         return place[0].master_dtype
 
@@ -58,17 +59,17 @@ class Entry:
 
     def read(self) -> Tensor:
         """A copy of the value, on CPU."""
-        if self.manager is None:
+        if self.values is None:
             return self.tensor.detach().to("cpu", copy=True)
-        return self.manager.read(self.tensor, MASTER)
+        return self.values.read(self.tensor, MASTER)
 
     def write(self, value: Tensor) -> None:
         """Replace the value; ``value`` has its shape and any dtype."""
-        if self.manager is None:
+        if self.values is None:
             with torch.no_grad():
                 self.tensor.copy_(value)
         else:
-            self.manager.write(self.tensor, MASTER, value)
+            self.values.write(self.tensor, MASTER, value)
 
 
 def entries(model: nn.Module) -> tuple[Entry, ...]:
@@ -83,7 +84,7 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
         If the model has no values yet.
     """
     known = {id(t) for t in (*_all_parameters(model), *model.buffers())}
-    managers = [boosted(module).manager for module in model.modules() if is_boosted(module)]
+    all_values = [boosted(module).values for module in model.modules() if is_boosted(module)]
     names: dict[int, list[str]] = {}
     found: dict[int, Tensor] = {}
     for name, value in named_objects(model).items():
@@ -99,7 +100,7 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
         names.setdefault(id(value), []).append(name)
         found[id(value)] = value
     return tuple(
-        Entry(tuple(names[key]), tensor, next((m for m in managers if m.find(tensor) is not None), None))
+        Entry(tuple(names[key]), tensor, next((v for v in all_values if v.manager.find(tensor) is not None), None))
         for key, tensor in found.items()
     )
 

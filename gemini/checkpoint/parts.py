@@ -14,25 +14,26 @@ from gemini.chunk import MASTER, Chunk, ChunkManager
 
 from ..torch_private import own_parameters
 from ..units.attached import Attached
+from ..updates.values import Values
 from .names import are_objects_wanted
 
 
-def serve_parts(model: nn.Module, manager: ChunkManager) -> None:
+def serve_parts(model: nn.Module, values: Values) -> None:
     """Have every part of ``model`` gather from and load into the chunks, as the whole does."""
     for module in model.modules():
-        if any(manager.find(p) is not None for p in own_parameters(module).values() if p is not None):
-            module.register_state_dict_post_hook(Attached(partial(_gather, manager)))
-            loading = _Loading(manager)
+        if any(values.manager.find(p) is not None for p in own_parameters(module).values() if p is not None):
+            module.register_state_dict_post_hook(Attached(partial(_gather, values)))
+            loading = _Loading(values)
             module.register_load_state_dict_pre_hook(Attached(loading.begin))
             module.register_load_state_dict_post_hook(Attached(loading.end))
 
 
-def _gather(manager: ChunkManager, module: nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:
+def _gather(values: Values, module: nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:
     if are_objects_wanted():  # the whole model, which reads each tied tensor once
         return
-    for name, parameter in _managed(module, manager, state_dict, prefix).items():
+    for name, parameter in _managed(module, values.manager, state_dict, prefix).items():
         if state_dict[prefix + name] is not parameter:  # with keep_vars it is to be the parameter itself
-            state_dict[prefix + name] = manager.read(parameter, MASTER)
+            state_dict[prefix + name] = values.read(parameter, MASTER)
 
 
 class _Loading:
@@ -41,8 +42,9 @@ class _Loading:
     What torch finds wrong with names and shapes it reports as ever.
     """
 
-    def __init__(self, manager: ChunkManager) -> None:
-        self._manager = manager
+    def __init__(self, values: Values) -> None:
+        self._values = values
+        self._manager = values.manager
         self._pinned: list[Chunk] = []
 
     def begin(self, module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
@@ -50,7 +52,7 @@ class _Loading:
         for name, parameter in _managed(module, self._manager, state_dict, prefix).items():
             value = state_dict[prefix + name]
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                self._manager.write(parameter, MASTER, value)
+                self._values.write(parameter, MASTER, value)
         for parameter in own_parameters(module).values():
             place = None if parameter is None else self._manager.find(parameter)
             if place is not None:

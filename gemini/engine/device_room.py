@@ -2,9 +2,9 @@
 
 from ..chunk import ChunkManager, Tier
 from ..errors import OutOfMemory
-from ..memory.native_memory import be_exact
 from ..memory.non_model import Batch, NonModelProfile
 from ..memory.shortage import out_of_memory
+from ..process_wide import return_freed_memory
 
 
 class DeviceRoom:
@@ -83,7 +83,7 @@ class DeviceRoom:
         self._manager.evict_idle()
         self._manager.device.trim()
         if self._manager.device.is_ram:
-            be_exact()
+            return_freed_memory()
         before = self.full_capacity_bytes
         after = min(before, max(held // 2, least_bytes))
         self._resize(after - before)

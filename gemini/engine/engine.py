@@ -12,8 +12,7 @@ from ..memory.non_model import Batch
 from ..planning.trace import Moment, Phase
 from ..torch_private import current_backward
 from ..units.units import Visit
-from ..updates.backward_updates import BackwardUpdates
-from ..updates.gradients import Gradients
+from ..updates.updates import Updates
 from .device_room import DeviceRoom
 from .discovery import Discovery
 from .pacing import Pacing
@@ -29,28 +28,25 @@ class Engine:
 
     Parameters
     ----------
-    manager, gradients
-        The chunks, and what ``p.grad`` shows of their gradients.
+    manager, updates
+        The chunks, and what leads their gradients to their updates.
     pacing, room, sampling
         Plans the moves, sizes the room for full copies, measures what else is on DEVICE.
-    in_backward
-        Updates chunks while backward runs; None where none is updated before it is over.
     """
 
     def __init__(
         self,
         manager: ChunkManager,
-        gradients: Gradients,
+        updates: Updates,
         pacing: Pacing,
         room: DeviceRoom,
         sampling: Sampling,
-        in_backward: BackwardUpdates | None = None,
     ) -> None:
         self.manager = manager
+        self.updates = updates
         self.pacing = pacing
         self.room = room
         self.sampling = sampling
-        self.in_backward = in_backward
         self.visits = Visits(manager)
         self.discovery = Discovery()
         self.lock = threading.RLock()
@@ -58,7 +54,6 @@ class Engine:
         self.stall_seconds = 0.0
         self.batch: Batch | None = None
         """Of the cycle under way."""
-        self._gradients = gradients
 
     # -- units
 
@@ -131,8 +126,8 @@ class Engine:
 
     def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         self.manager.pin(chunk, keep)
-        if chunk in self._gradients.withdrawn:
-            self._gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        if chunk in self.updates.gradients.withdrawn:
+            self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
         names, count = self.visits.names(), len(self.visits.held)
@@ -205,7 +200,7 @@ class Engine:
         A model that looks at the weights of all of its layers (a penalty, a log) needs them one after the other. Where
         chunks are updated within backward, each use has to be known by its unit.
         """
-        if self.in_backward is not None:
+        if self.updates.schedule.consumes_gradients:
             return True
         nbytes = sum(chunk.full_nbytes for chunk in {*held, *more})
         return nbytes * _HELD_SHARE <= self.room.full_capacity_bytes
@@ -220,8 +215,7 @@ class Engine:
         shapes
             Of the model's inputs. A heavier batch than any before is measured like the first one.
         """
-        if self.in_backward is not None:
-            self.in_backward.before_forward()
+        self.updates.schedule.check_whole("run a forward")
         if self.pacing.cycle.is_complete:
             self.sampling.end_cycle()
         if not self.visits.open:
@@ -243,8 +237,7 @@ class Engine:
 
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
-        if self.in_backward is not None:
-            self.in_backward.begin(task)
+        self.updates.backward_begins(task)
         return self.visits.join_backward(task, visit)
 
     def end_backward(self, task: int) -> None:
@@ -253,14 +246,21 @@ class Engine:
             self.leave_backward(visit)
         if not self.visits.is_in_backward:
             self.manager.complete_gradients()
-        if self.in_backward is not None:
-            self.in_backward.end(task)
+        self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:
         """A backward has run every node of a visit."""
         self.leave(visit)
-        if self.in_backward is not None:
-            self.in_backward.left(visit)
+        self._update(self.updates.schedule.unit_left(visit))
+
+    def gradient_arrived(self, parameter: Tensor) -> None:
+        """Autograd has put a gradient into ``p.grad``."""
+        self._update(self.updates.gradient_arrived(parameter, current_backward()))
+
+    def _update(self, chunks: Sequence[Chunk]) -> None:
+        """Update chunks while backward runs."""
+        for chunk in chunks:
+            self.updates.update(chunk, refresh=self.pacing.keeps(chunk))
 
     # -- when something went wrong
 

@@ -1,11 +1,11 @@
 """Measuring non-model data at each moment of a cycle that the profile or a timeline asks for."""
 
 from ..chunk import ChunkManager, Tier
-from ..memory.native_memory import be_exact, be_quick, give_back_free, has_room_to_be_quick
 from ..memory.non_model import Batch, NonModelProfile
 from ..memory.timeline import Point, Timeline
 from ..memory.tracker import NonModelMeter, host_headroom
 from ..planning.trace import Phase
+from ..process_wide import can_keep_freed_memory, keep_freed_memory, return_freed_memory, trim_freed_memory
 
 
 class Sampling:
@@ -26,7 +26,7 @@ class Sampling:
         self._manager = manager
         self._is_recording = False
         """Somebody wants a timeline of this step; cycles that are measured have one in any case."""
-        self._is_exact = False
+        self._returns_memory = False
         """malloc keeps nothing, because of a cycle that is (or was) measured."""
 
     @property
@@ -44,7 +44,7 @@ class Sampling:
     def begin_moment(self, unit: int, phase: Phase) -> None:
         """A unit has entered, and has its chunks."""
         if self._manager.device.is_ram:
-            give_back_free()
+            trim_freed_memory()
         self.meter.mark()
         self.timeline.add(unit, phase)
 
@@ -80,11 +80,11 @@ class Sampling:
         if not self._manager.device.is_ram:
             return
         if self.is_on:
-            be_exact()
-            self._is_exact = True
-        elif self._is_exact:
-            self._is_exact = False  # asked once, until something is measured again
+            return_freed_memory()
+            self._returns_memory = True
+        elif self._returns_memory:
+            self._returns_memory = False  # asked once, until something is measured again
             away = sum(chunk.full_nbytes for chunk in self._manager.chunks if not chunk.is_resident)
             growth = min(self._manager.ledger.free(Tier.DEVICE), away)
-            if has_room_to_be_quick(host_headroom()[0], growth, self.meter.peak_bytes):
-                be_quick()
+            if can_keep_freed_memory(host_headroom()[0], growth, self.meter.peak_bytes):
+                keep_freed_memory()

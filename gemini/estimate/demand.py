@@ -11,7 +11,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
 from gemini.memory.capacity import Capacities
-from gemini.memory.native_memory import stack_bytes
+from gemini.memory.thread_stacks import stack_bytes
 from gemini.memory.tracker import Budget
 from gemini.nn.optimizer.adam_rule import ADAM
 from gemini.packing.packing import Packing, decide

@@ -144,8 +144,8 @@ class ForwardHooks:
             self._before_part(unit)
         has_gradients = torch.is_grad_enabled()
         visit = Visit(unit) if has_gradients else Visit(unit, extra=unit.without_gradients)
-        if is_in_backward and self._engine.in_backward is not None:
-            self._engine.in_backward.before_use(f"{unit.name}, run again by backward,", visit.chunks)
+        if is_in_backward:
+            self._engine.updates.schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
         self._visits.begin_call(visit)
         discovery = self._discovery
         if has_gradients:
@@ -173,8 +173,8 @@ class ForwardHooks:
         if output is None:
             self._on_error(sys.exc_info()[1])
         engine, discovery, has_gradients = self._engine, self._discovery, torch.is_grad_enabled()
-        if engine.in_backward is not None and engine.pacing.cycle.with_gradients and output is not None:
-            engine.in_backward.called(visit, has_gradients, in_backward())
+        if engine.pacing.cycle.with_gradients and output is not None:
+            engine.updates.schedule.unit_called(visit, has_gradients, in_backward())
         engine.leave(visit)
         if discovery.results is not None and is_compiled(module):
             discovery.results.resume()

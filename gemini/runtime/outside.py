@@ -16,7 +16,6 @@ from ..chunk import Chunk, Keeper
 from ..engine import Engine
 from ..torch_private import is_transformed, next_number, storage_key, without_transforms
 from ..units.observer import tensors_in
-from ..updates.gradients import Gradients
 from .backward import BackwardHooks
 
 
@@ -25,14 +24,14 @@ class Outside(Keeper):
 
     Parameters
     ----------
-    engine, backward, gradients
-        Moves chunks, has backward bring them again, and knows what ``p.grad`` shows.
+    engine, backward
+        Moves chunks, and has backward bring them again.
     """
 
-    def __init__(self, engine: Engine, backward: BackwardHooks, gradients: Gradients) -> None:
+    def __init__(self, engine: Engine, backward: BackwardHooks) -> None:
         self._engine = engine
         self._backward = backward
-        self._gradients = gradients
+        self._gradients = engine.updates.gradients
         for chunk in engine.manager.chunks:
             chunk.entrust(self)
 
@@ -121,12 +120,8 @@ class Outside(Keeper):
     def _chunks(self, parameters: list[Tensor]) -> tuple[Chunk, ...]:
         found = {chunk.index: chunk for chunk, _ in map(self._place, parameters)}
         chunks = tuple(found[index] for index in sorted(found))
-        self._refuse_stale(chunks)
+        self._engine.updates.schedule.check_current("code outside of any unit", chunks)
         return chunks
-
-    def _refuse_stale(self, chunks: tuple[Chunk, ...]) -> None:
-        if self._engine.in_backward is not None:
-            self._engine.in_backward.before_use("code outside of any unit", chunks)
 
     def _place(self, parameter: Tensor) -> tuple[Chunk, int]:
         place = self._engine.manager.find(parameter)

@@ -7,9 +7,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..chunk import MASTER, BufferSpec, Chunk, ChunkManager, Marked
+from ..chunk import MASTER, BufferSpec, Chunk, Marked
 from ..nn.optimizer.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
+from ..updates.values import Values
 from .saved_states import home_of, read_state, write_state
 from .state_place import StatePlace
 from .state_tensor import StateTensor
@@ -32,14 +33,15 @@ class KeptStates:
 
     Parameters
     ----------
-    manager, updater
-        Has the values, and counts the steps.
+    values, updater
+        Reads and replaces the values, and counts the steps.
     rule
         The optimizer's arithmetic.
     """
 
-    def __init__(self, manager: ChunkManager, rule: Rule, updater: Updater) -> None:
-        self._manager = manager
+    def __init__(self, values: Values, rule: Rule, updater: Updater) -> None:
+        self._values = values
+        self._manager = values.manager
         self._rule = rule
         self._updater = updater
         self._notes: dict[int, dict[Any, Any]] = {}
@@ -124,21 +126,21 @@ class KeptStates:
             return notes[name].detach().to("cpu", copy=True) if isinstance(notes[name], Tensor) else notes[name]
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
-        return read_state(self._manager, self._rule, parameter, name)
+        return read_state(self._values, self._rule, parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""
-        self._manager.before_read()
+        self._values.check_readable()
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         home = home_of(self._manager, self._rule, parameter, name)
-        return read_state(self._manager, self._rule, parameter, name).to(parameter.device) if home is None else home
+        return read_state(self._values, self._rule, parameter, name).to(parameter.device) if home is None else home
 
     # -- writing
 
     def refuse_changes(self) -> None:
         """Raise where the values are of no single step."""
-        self._manager.before_read()
+        self._values.check_readable()
 
     def close(self, parameter: Tensor, name: str, values: Tensor) -> None:
         """Bring home what was changed in what `open` returned."""
@@ -146,7 +148,7 @@ class KeptStates:
             self._updater.steps[id(parameter)] = whole_steps(values)
         elif home_of(self._manager, self._rule, parameter, name) is None:
             self._check(parameter, name, values)
-            write_state(self._manager, self._rule, parameter, name, values)
+            write_state(self._values, self._rule, parameter, name, values)
 
     def set(self, parameter: Tensor, name: Any, value: Any) -> None:
         """Replace one entry of a state, which begins with it if there was none. Copies, but for notes.
@@ -158,7 +160,7 @@ class KeptStates:
         """
         if self._is_shown_by(parameter, name, value):
             return
-        self._manager.before_read()
+        self._values.check_readable()
         if name not in (*self._known(parameter), MASTER):
             self._notes.setdefault(id(parameter), {})[name] = value
         elif value is None:
@@ -239,9 +241,9 @@ class KeptStates:
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(value)
         elif name == MASTER:
-            self._manager.write(parameter, MASTER, value)
+            self._values.write(parameter, MASTER, value)
         else:
-            write_state(self._manager, self._rule, parameter, name, value)
+            write_state(self._values, self._rule, parameter, name, value)
 
     def begin(self, parameter: Tensor, saved: Mapping[Any, Any]) -> None:
         """Say that a parameter has this state, whose values are in their places: count steps, and keep the notes."""
@@ -254,6 +256,10 @@ class KeptStates:
         """Make the state of a parameter what it is before the first step."""
         self._forget_values(parameter)
         self._notes.pop(id(parameter), None)
+
+    def successor(self, rule: Rule) -> "KeptStates":
+        """States of another optimizer for the same parameters; `succeed` makes them count."""
+        return KeptStates(self._values, rule, self._updater)
 
     def succeed(self, former: "KeptStates") -> None:
         """Take the places of the states of another optimizer. All are what they are before the first step.
@@ -286,7 +292,7 @@ class KeptStates:
 
     def _fill(self, parameter: Tensor) -> None:
         for slot in self._chunk(parameter).states:
-            self._manager.write(
+            self._values.write(
                 parameter, slot.name, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
             )
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..chunk import QUIET, BufferSpec, Chunk, ChunkManager, Communicator
 from ..engine import Engine
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..updates.backward_updates import BackwardUpdates
 from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm
-from ..updates.gradients import Gradients
+from ..updates.options import Options
 from ..updates.updater import Updater
+from ..updates.updates import Updates
 from .kept_states import KeptStates
 from .saved_groups import check_groups, load_options
 from .scaler import LossScaler
@@ -30,9 +30,8 @@ class ChunkedStep:
 
     Parameters
     ----------
-    manager, engine, updater, gradients, communicator
-        Where gradients and states are, who knows the order of use, who updates, what ``p.grad`` shows, who agrees among
-        ranks.
+    manager, engine, updater, updates, communicator
+        Has gradients and states, knows the order of use, plans updates, leads gradients to them, agrees among ranks.
     scaler
         The loss scale of fp16; None for dtypes that need none.
     max_norm
@@ -41,8 +40,6 @@ class ChunkedStep:
         Makes room for parameters that are added later.
     kept
         Has the states of parameters in chunks.
-    in_backward
-        Has done a part of each step already; None where no step begins before its backward is over.
     """
 
     def __init__(
@@ -50,18 +47,16 @@ class ChunkedStep:
         manager: ChunkManager,
         engine: Engine,
         updater: Updater,
-        gradients: Gradients,
+        updates: Updates,
         communicator: Communicator,
         scaler: LossScaler | None,
         max_norm: float,
         unfreezing: Unfreezing,
         kept: KeptStates,
-        in_backward: BackwardUpdates | None = None,
     ) -> None:
         self.manager = manager
         self.kept = kept
         self.scaler = scaler
-        self.in_backward = in_backward
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         """The last norm computed, unscaled."""
@@ -69,7 +64,7 @@ class ChunkedStep:
         """Cleans up after a backward that the user called and that failed. Set when the hooks are installed."""
         self._engine = engine
         self._updater = updater
-        self._gradients = gradients
+        self._updates = updates
         self._communicator = communicator
         self._max_norm = max_norm
         self._unfreezing = unfreezing
@@ -92,8 +87,7 @@ class ChunkedStep:
 
     def backward(self, loss: Tensor) -> None:
         """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
-        if self.in_backward is not None:
-            self.in_backward.before_backward()
+        self._updates.before_backward()
         if self.scaler is not None:
             self._is_scaled = True
             loss = loss * self.scaler.scale
@@ -103,45 +97,20 @@ class ChunkedStep:
             self.on_error(error)
             self._engine.abort()
             self.abandon()
-            self._engine.explain(error, self.in_backward.torn_text if self.in_backward is not None else "")
-            if self.in_backward is not None and self.in_backward.torn_text and hasattr(error, "add_note"):
-                error.add_note(self.in_backward.torn_text)
+            torn = self._updates.schedule.torn_text
+            self._engine.explain(error, torn)
+            if torn and hasattr(error, "add_note"):
+                error.add_note(torn)
             raise
 
     def abandon(self) -> None:
         """A backward has failed: its gradients are worth nothing."""
-        if self.in_backward is None or self.in_backward.failed():
+        if self._updates.schedule.backward_failed():
             self.drop_gradients()
 
     def drop_gradients(self, parameters: Set[int] | None = None) -> None:
-        """Forget what is in the chunks.
-
-        Parameters
-        ----------
-        parameters
-            Of these (ids); None for all.
-
-        Raises
-        ------
-        ValueError
-            If the optimizer has used some of it already, within backward.
-        """
-        if self.in_backward is not None:
-            self.in_backward.before_zero_grad()
-        kept = set() if parameters is None else {chunk for chunk in self.manager.chunks if _others(chunk, parameters)}
-        if kept:
-            self.manager.device.synchronize()
-        else:
-            self.manager.device.discard()
-        for chunk in self.manager.chunks:
-            if chunk in kept:
-                assert parameters is not None
-                self._gradients.drop(chunk, parameters)
-            elif chunk.gradient is not None:
-                self._gradients.hide(chunk)
-                if chunk.gradient.present:
-                    self.manager.gradient_pool.release(chunk.gradient)
-                chunk.gradient.clear()
+        """Forget what is in the chunks. See `Updates.drop`."""
+        self._updates.drop(parameters)
         self._is_scaled = False
         self._coefficient = 1.0
 
@@ -153,11 +122,10 @@ class ChunkedStep:
         parameters
             Of these (ids); None for all.
         """
-        if set_to_none or self.in_backward is not None:
+        if set_to_none or self._updates.schedule.consumes_gradients:
             self.drop_gradients(parameters)
         else:
-            self._gradients.collect()  # those that the user has put into p.grad
-            self._gradients.zero(parameters)
+            self._updates.zero(parameters)
 
     # -- ManagedStep
 
@@ -169,11 +137,10 @@ class ChunkedStep:
     def _step(self, optimizer: ManagedOptimizer) -> None:
         self._engine.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
-        if self.in_backward is not None:
-            self.in_backward.before_step(optimizer)
+        self._updates.before_step(optimizer)
         self._admit_unfrozen(optimizer)
-        groups = self._updater.groups(optimizer)
-        chunks = self._chunks_with_gradients()
+        groups = self._updater.groups(Options.of(optimizer))
+        chunks = self._updates.collect()
         plain = self._plain_parameters(optimizer)
         scale = self._scale
         coefficient = self._coefficient
@@ -197,13 +164,12 @@ class ChunkedStep:
             for index, parameters in plain.items()
             for step in optimizer.prepare_parameters(optimizer.param_groups[index], parameters, grad_scale)
         ]
-        self._updater.start(updates)
+        self._updates.start(updates)
         optimizer.commit_parameters(prepared)
         self._coefficient = 1.0
         if self.scaler is not None:
             self.scaler.update(overflow=False)
-        if self.in_backward is not None:
-            self.in_backward.after_step()
+        self._updates.after_step()
         self._prefetch()
 
     @property
@@ -216,16 +182,6 @@ class ChunkedStep:
         except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
             logger.debug("nothing is fetched ahead of the next forward: %s", error)
 
-    def _chunks_with_gradients(self) -> list[Chunk]:
-        self.manager.device.synchronize()
-        self._gradients.collect()
-        chunks = [c for c in self.manager.chunks if c.gradient is not None and c.gradient.present]
-        self.manager.device.synchronize()  # what the user replaced, or others have sent, may be on its way
-        for chunk in chunks:
-            chunk.settle()  # an error of the last step surfaces before anything of this one is changed
-            self.manager.keep_edits(chunk)
-        return chunks
-
     def _admit_unfrozen(self, optimizer: ManagedOptimizer) -> None:
         """Those that were frozen when the model was boosted, are in a group, and have got a gradient."""
         for index, group in enumerate(optimizer.param_groups):
@@ -233,7 +189,7 @@ class ChunkedStep:
                 parameter
                 for parameter in group["params"]
                 if self.manager.find(parameter) is not None
-                and not self._gradients.follows(parameter)
+                and not self._updates.gradients.follows(parameter)
                 and parameter.grad is not None
             ]
             if unfrozen:
@@ -279,8 +235,7 @@ class ChunkedStep:
                     parameter.grad.detach_().zero_()
 
     def add_param_group(self, optimizer: ManagedOptimizer, group: dict[str, Any]) -> None:
-        if self.in_backward is not None:
-            self.in_backward.before_adding()
+        self._updates.schedule.check_whole("add parameters")
         optimizer.register_param_group(group)
         try:
             self._admit(optimizer, group, len(optimizer.param_groups) - 1, group["params"])
@@ -297,14 +252,13 @@ class ChunkedStep:
             If there is no room for what it keeps, or it brings what cannot be kept. The optimizer before it goes on
             then.
         """
-        if self.in_backward is not None:
-            self.in_backward.before_adding()
+        self._updates.schedule.check_whole("add parameters")
         check_room(self.manager, optimizer)
         for index, group in enumerate(optimizer.param_groups):
             # Those that are frozen still get room when they are unfrozen, as they do with the first optimizer.
             unfrozen = [p for p in group["params"] if p.requires_grad and not self.kept.keeps(p)]
             self._unfreezing.admit(optimizer.rule, group, index, unfrozen)
-        kept = KeptStates(self.manager, optimizer.rule, self._updater)
+        kept = self.kept.successor(optimizer.rule)
         brought = [p for p in optimizer.outside if isinstance(p, Tensor) and kept.keeps(p)]
         for parameter in brought:
             kept.check(parameter, optimizer.exported_state(parameter))
@@ -315,8 +269,7 @@ class ChunkedStep:
         for parameter in brought:
             kept.replace(parameter, optimizer.exported_state(parameter))
             del optimizer.outside[parameter]
-        if self.in_backward is not None:
-            self.in_backward.serve(optimizer)
+        self._updates.serve(optimizer)
 
     def clip_grad_by_norm(
         self,
@@ -326,10 +279,9 @@ class ChunkedStep:
         error_if_nonfinite: bool,
         parameters: Iterable[Tensor],
     ) -> Tensor:
-        if self.in_backward is not None:
-            self.in_backward.refuse_clipping()
+        self._updates.schedule.check_clipping()
         self._admit_unfrozen(optimizer)
-        self._chunks_with_gradients()
+        self._updates.collect()
         norm = total_norm(self.manager, parameters, norm_type) / self._scale
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
@@ -340,11 +292,10 @@ class ChunkedStep:
         return norm
 
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
-        if self.in_backward is not None:
-            self.in_backward.refuse_clipping()
+        self._updates.schedule.check_clipping()
         self._admit_unfrozen(optimizer)
         bound = value * self._scale
-        for chunk, position in _found(self._chunks_with_gradients(), _parameters(optimizer)):
+        for chunk, position in _found(self._updates.collect(), _parameters(optimizer)):
             assert chunk.gradient is not None
             chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
         for parameters in self._plain_parameters(optimizer).values():
@@ -452,10 +403,3 @@ def _in_model_order(found: Iterable[Found]) -> list[Tensor]:
     """The parameters of these gradients."""
     in_order = sorted(found, key=lambda place: place[0].layout.slots[place[1]].key)
     return [chunk.bindings[position].parameter for chunk, position in in_order]
-
-
-def _others(chunk: Chunk, parameters: Container[int]) -> bool:
-    """True if a chunk has gradients of other parameters than these (ids)."""
-    return chunk.gradient is not None and any(
-        id(chunk.bindings[position].parameter) not in parameters for position in chunk.gradient.present
-    )

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from ..chunk import ChunkManager
 from ..nn.optimizer.rule import Rule
+from ..updates.values import Values
 
 
-def read_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor:
+def read_state(values: Values, rule: Rule, parameter: Tensor, name: str) -> Tensor:
     """A copy on CPU, in the parameter's shape."""
-    kept = [manager.read(parameter, buffer) for buffer in rule.kept_names(name)]
-    slot = manager.slot(parameter)
+    kept = [values.read(parameter, buffer) for buffer in rule.kept_names(name)]
+    slot = values.manager.slot(parameter)
     saved = rule.to_saved(name, [tensor.as_strided((tensor.numel(),), (1,)) for tensor in kept])
     return saved.as_strided(slot.shape, slot.stride)
 
@@ -38,15 +39,15 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
         return home.as_strided(at.shape, at.stride, home.storage_offset() + at.index)
 
 
-def write_state(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:
+def write_state(values: Values, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:
     """Put ``value`` (any dtype, the parameter's shape) where it belongs."""
     buffers = rule.kept_names(name)
     if len(buffers) == 1:
-        manager.write(parameter, buffers[0], value)
+        values.write(parameter, buffers[0], value)
         return
-    slot = manager.slot(parameter)
+    slot = values.manager.slot(parameter)
     flat = value.detach().new_empty(slot.numel, device="cpu")
     flat.as_strided(slot.shape, slot.stride).copy_(value)
     for buffer, kept in zip(buffers, rule.to_kept(name, flat), strict=True):
         shaped = kept.as_strided(slot.shape, slot.stride) if kept.numel() == slot.numel else kept
-        manager.write(parameter, buffer, shaped)
+        values.write(parameter, buffer, shaped)

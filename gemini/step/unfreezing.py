@@ -15,8 +15,8 @@ from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
+from ..runtime.arrivals import watch_gradients
 from ..sizes import format_bytes
-from ..updates.gradients import Gradients
 from ..updates.update_pipeline import buffer_count
 
 _NAMES_SHOWN = 4
@@ -31,8 +31,8 @@ class Unfreezing:
 
     Parameters
     ----------
-    manager, engine, gradients
-        Has the chunks, plans their moves, and takes their gradients.
+    manager, engine
+        Has the chunks, and plans their moves.
     config
         What the model was boosted with.
     staged_buffers
@@ -43,7 +43,6 @@ class Unfreezing:
         self,
         manager: ChunkManager,
         engine: Engine,
-        gradients: Gradients,
         config: GeminiConfig,
         staged_buffers: int,
     ) -> None:
@@ -51,7 +50,6 @@ class Unfreezing:
         """Told the plans of the chunks that were built anew."""
         self._manager = manager
         self._engine = engine
-        self._gradients = gradients
         self._config = config
         self._staged_buffers = staged_buffers
 
@@ -85,9 +83,7 @@ class Unfreezing:
         self._manager.rebuild(plans, partial(_fill, rule) if rule.starts_filled else None)
         admitted = list(places)
         with _requiring_gradients(admitted):
-            self._gradients.follow(admitted)
-            if self._engine.in_backward is not None:
-                self._engine.in_backward.admit(admitted)
+            watch_gradients(self._engine, admitted)
         if plans:
             self._engine.chunks_changed()
             self.on_change(plans)

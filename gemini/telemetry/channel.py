@@ -4,7 +4,6 @@ Whatever goes wrong on that thread (a full disk, a vanished folder) ends telemet
 records and counts them.
 """
 
-import atexit
 import fcntl
 import logging
 import os
@@ -17,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gemini.stacks import small_stacks
+from gemini.process_wide import at_exit, small_stacks
 from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file
 from gemini.telemetry.outcome import outcome, program
 from gemini.telemetry.probes import Fields, Probes
@@ -140,6 +139,7 @@ def _made(fields: Fields | Callable[[], Fields]) -> Fields:
 
 
 _live: dict[Path, Channel] = {}
+"""The channels of this process by lock file: they end with it, and a newer one for the same rank ends the older."""
 """Channels of this process by lock file. A POSIX lock belongs to the process, so within it this is what tells."""
 
 
@@ -205,4 +205,4 @@ def _end_all_at_exit() -> None:
         channel.join()
 
 
-atexit.register(_end_all_at_exit)
+at_exit(_end_all_at_exit)

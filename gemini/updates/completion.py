@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager
 from ..torch_private import will_run
@@ -33,16 +33,15 @@ class Completion:
 
     Parameters
     ----------
-    manager, parameters
-        Has the chunks, and the parameters in them.
+    manager
+        Has the chunks.
     """
 
-    def __init__(self, manager: ChunkManager, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, manager: ChunkManager) -> None:
         self._nodes: list[tuple[int, int, Any]] = []
         """Chunk, position, and the node of the graph that takes this parameter's gradients (kept, or it would be made
         anew for each graph)."""
         self._manager = manager
-        self.follow(parameters)
         self._tasks: set[int] = set()
         self._awaited: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)
         """Chunk -> (backward, position) of gradients that will come."""

@@ -21,12 +21,13 @@ Where the optimizer uses gradients up within backward, ``p.grad`` is an `AbsentG
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager
 
@@ -83,6 +84,18 @@ def _flat(values: Iterable[Any]) -> Iterable[Any]:
             yield value
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A gradient on its way from ``p.grad`` into its chunk."""
+
+    chunk: Chunk
+    position: int
+    parameter: Tensor
+    gradient: Tensor
+    is_whole: bool
+    """It takes the place of what the chunk has: the user had replaced what was shown, and autograd added to that."""
+
+
 class Gradients:
     """Moves each gradient into its chunk as soon as it is complete, and shows it.
 
@@ -90,23 +103,13 @@ class Gradients:
     ----------
     manager
         Has the chunks.
-    parameters
-        The managed parameters.
     are_scaled
         Backward runs on a scaled loss: then nobody is shown a gradient, since it is not the one expected.
     are_used_up
         The optimizer takes gradients within backward: nobody is shown one, nor can one be taken back.
     """
 
-    def __init__(
-        self, manager: ChunkManager, parameters: Sequence[nn.Parameter], are_scaled: bool, are_used_up: bool = False
-    ) -> None:
-        self.before_arrival: Callable[[Chunk, int], None] = lambda chunk, position: None
-        """Called before a gradient goes into its chunk."""
-        self.on_arrival: Callable[[Chunk, int], None] = lambda chunk, position: None
-        """Called when autograd has put a gradient into its chunk."""
-        self.used_up: Set[Chunk] = frozenset()
-        """Chunks whose gradients the step under way has used up."""
+    def __init__(self, manager: ChunkManager, are_scaled: bool, are_used_up: bool = False) -> None:
         self._manager = manager
         self._are_scaled = are_scaled
         self._are_used_up = are_used_up
@@ -122,27 +125,28 @@ class Gradients:
         self._stand_ins: dict[int, AbsentGradient] = {}
         self._followed: set[int] = set()
         """ids of the parameters whose gradients go into chunks."""
-        self.follow(parameters)
 
-    def follow(self, parameters: Sequence[Tensor]) -> None:
-        """Take gradients of those that are in chunks with room for them."""
-        # Weak: the garbage collector does not see through hooks that live in C++, and we have the parameters.
-        itself = weakref.ref(self)
+    def follow(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Take gradients of those that are in chunks with room for them. Returns these."""
         are_scaled, are_used_up = self._are_scaled, self._are_used_up
+        followed = []
         for parameter in parameters:
             place = self._manager.find(parameter)
             if place is None or place[0].gradient is None:
                 continue
+            followed.append(parameter)
             self._followed.add(id(parameter))
-            parameter.register_post_accumulate_grad_hook(partial(_taking, itself))
             view = place[0].gradient.view(place[1])
             if are_used_up:
                 self._stand_ins[id(parameter)] = AbsentGradient.of(parameter, _USED_UP, _BOOST_WITHOUT)
             elif are_scaled or view is None or (view.dtype, view.device) != (parameter.dtype, parameter.device):
                 reason = _reason(place[0], parameter, are_scaled)
                 self._stand_ins[id(parameter)] = AbsentGradient.of(parameter, reason)
-            if id(parameter) in self._stand_ins:
-                parameter.register_hook(partial(_making_way, itself, weakref.ref(parameter)))
+        return followed
+
+    def has_stand_in(self, parameter: Tensor) -> bool:
+        """True if an `AbsentGradient` is shown for this parameter, to which autograd cannot add: see `make_way`."""
+        return id(parameter) in self._stand_ins
 
     def follows(self, parameter: Tensor) -> bool:
         """True if gradients of this parameter go into its chunk."""
@@ -150,29 +154,31 @@ class Gradients:
 
     # -- during backward
 
-    def take(self, parameter: Tensor) -> None:
-        """Put what autograd left in ``p.grad`` into the chunk, and show it."""
+    def take(self, parameter: Tensor) -> Arrival | None:
+        """Take what autograd left in ``p.grad``; None if it stays there, or the chunk has it already."""
         place = self._manager.find(parameter)
         with QUIET():
             gradient = parameter.grad
             if gradient is None or place is None or gradient is self._shown.get(id(parameter)):
-                return  # in the last case autograd added to the view, so the chunk has it
+                return None  # in the last case autograd added to the view, so the chunk has it
             if (gradient.requires_grad or id(parameter) in self._theirs) and not self._are_used_up:
-                return  # somebody will differentiate it, or has it in a buffer of their own: `collect` takes it over
+                return None  # it will be differentiated, or lies in a buffer of the user's: `collect` takes it over
             parameter.grad = None  # first: if what follows fails, the next backward must not find it here
-        chunk, position = place
+        is_whole = self._shown.pop(id(parameter), None) is not None
+        return Arrival(*place, parameter, gradient, is_whole)
+
+    def put(self, arrival: Arrival) -> None:
+        """Put into its chunk what `take` returned, and show it."""
+        chunk, position = arrival.chunk, arrival.position
         assert chunk.gradient is not None
-        was_replaced = self._shown.pop(id(parameter), None) is not None
-        self.before_arrival(chunk, position)
         chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
-        if was_replaced or position not in chunk.gradient.present:
+        if arrival.is_whole or position not in chunk.gradient.present:
             chunk.gradient.part_with(position)
-        if was_replaced:
-            chunk.gradient.write(position, gradient)  # the user had replaced what was shown: this is the whole
+        if arrival.is_whole:
+            chunk.gradient.write(position, arrival.gradient)
         else:
-            chunk.gradient.add(position, gradient)
-        self._show(parameter, chunk, position)
-        self.on_arrival(chunk, position)
+            chunk.gradient.add(position, arrival.gradient)
+        self._show(arrival.parameter, chunk, position)
 
     def make_way(self, parameter: Tensor) -> None:
         """Before autograd adds to ``p.grad``: a stand-in cannot be added to."""
@@ -190,8 +196,13 @@ class Gradients:
 
     # -- between backward and step
 
-    def collect(self) -> None:
+    def collect(self, consumed: Container[Chunk]) -> None:
         """Take over what the user has done to ``p.grad`` since.
+
+        Parameters
+        ----------
+        consumed
+            Chunks whose gradients the step under way has used up.
 
         Raises
         ------
@@ -206,7 +217,7 @@ class Gradients:
             for position, gradient in self._changed(chunk):
                 parameter = chunk.bindings[position].parameter
                 was_shown = id(parameter) in self._shown
-                if chunk in self.used_up and was_shown and position not in chunk.gradient.present:
+                if chunk in consumed and was_shown and position not in chunk.gradient.present:
                     raise ValueError(
                         f"the gradient of {chunk.layout.slots[position].name} was changed between backward and step(), "
                         f"but {_USED_UP}; boost without it"
@@ -238,17 +249,20 @@ class Gradients:
                     found.append((position, gradient))
         return found
 
-    def first_not_zeroed(self) -> str | None:
-        """The name of a parameter whose gradient has been used up, and that has not been zeroed since."""
+    def refuse_not_zeroed(self) -> None:
+        """Raise if a gradient has been used up within backward, and has not been zeroed since."""
         for chunk in self._manager.chunks:
             for position, binding in enumerate(chunk.bindings):
                 shown = self._shown.get(id(binding.parameter))
                 if shown is None or chunk.gradient is None or position in chunk.gradient.present:
                     continue
                 if _grad_of(binding.parameter) is shown:
-                    return chunk.layout.slots[position].name
+                    raise ValueError(
+                        f"the gradient of {chunk.layout.slots[position].name} was not zeroed since the last step. "
+                        "Plain PyTorch would add to it, but with update_in_backward=True it is used up: call "
+                        "optimizer.zero_grad() before each backward"
+                    )
                 self._shown.pop(id(binding.parameter))
-        return None
 
     def hand_over(self, chunk: Chunk) -> None:
         """From now on the chunk's gradients are the optimizer's."""
@@ -386,15 +400,3 @@ def _reason(chunk: Chunk, parameter: Tensor, are_scaled: bool) -> str:
         return "it is summed over the processes that train the model together"
     where = buffer.tier.value if buffer.tensor is None else str(buffer.tensor.device)
     return f"it is kept on {where}, and the parameter is on {parameter.device}"
-
-
-def _taking(reference: "weakref.ref[Gradients]", parameter: Tensor) -> None:
-    gradients = reference()
-    if gradients is not None:
-        gradients.take(parameter)
-
-
-def _making_way(reference: "weakref.ref[Gradients]", of: "Callable[[], Tensor | None]", gradient: Tensor) -> None:
-    gradients, parameter = reference(), of()
-    if gradients is not None and parameter is not None:
-        gradients.make_way(parameter)

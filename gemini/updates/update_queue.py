@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..chunk import Caller, Staging, end_elsewhere, pieces, start_workers
-from ..nn.optimizer.kernel_pool import keep_to_one_thread
+from ..chunk import Caller, Staging, close_in_background, pieces, start_workers
 from ..nn.optimizer.rule import AtStep, Rule, SplitAtStep
+from ..process_wide import compute_on_this_thread
 from .ticket import Ticket
 from .update_pipeline import Block, ChunkUpdate, UpdatePipeline
 
@@ -67,7 +67,7 @@ class UpdateQueue:
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
         self._thread = start_workers(1, "update")
-        self._thread.submit(keep_to_one_thread).result()
+        self._thread.submit(compute_on_this_thread, torch.get_num_threads, torch.set_num_threads).result()
         self._pipeline = UpdatePipeline(staging)
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -130,7 +130,7 @@ class UpdateQueue:
     def close(self) -> None:
         """End the threads. Pending updates are finished first. A finalizer may call it, so it takes no lock."""
         self._is_closed = True
-        end_elsewhere(self._end)
+        close_in_background(self._end)
 
     def _end(self) -> None:
         self._thread.shutdown(wait=True)

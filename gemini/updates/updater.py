@@ -8,7 +8,7 @@ from torch import Tensor
 from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import AtStep, StepMaker
-from .gradients import Gradients
+from .options import Options
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
 
@@ -55,17 +55,16 @@ class Updater:
 
     Parameters
     ----------
-    manager, queue, gradients
-        Has the chunks, does the updates, and knows what ``p.grad`` shows.
+    manager, queue
+        Has the chunks, and does the updates.
     """
 
-    def __init__(self, manager: ChunkManager, queue: UpdateQueue, gradients: Gradients) -> None:
+    def __init__(self, manager: ChunkManager, queue: UpdateQueue) -> None:
         self.steps: dict[int, int] = {}
         """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
         means nothing; where it does, it may be 0, if somebody has set it."""
         self._manager = manager
         self._queue = queue
-        self._gradients = gradients
 
     def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[BufferSpec, ...]]:
         """By the index of a group: the states that all chunks with parameters of it have room for."""
@@ -78,7 +77,7 @@ class Updater:
                     room[index] = tuple(spec for spec in room.get(index, states) if spec in states)
         return room
 
-    def groups(self, optimizer: ManagedOptimizer) -> Groups:
+    def groups(self, options: Options) -> Groups:
         """The arithmetic of each group.
 
         Raises
@@ -86,7 +85,7 @@ class Updater:
         ValueError
             If an option is out of range, or needs a state that there is no room for.
         """
-        rule, groups = optimizer.rule, optimizer.param_groups
+        rule, groups = options.rule, options.param_groups
         of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
         rules: dict[tuple[int, tuple[BufferSpec, ...]], GroupRule] = {}
         for chunk in self._manager.chunks:
@@ -151,11 +150,7 @@ class Updater:
         return None
 
     def start(self, planned: Sequence[Planned]) -> None:
-        """Hand updates to the queue, in this order; from now on the chunks' gradients are theirs.
-
-        Those of chunks of which code outside of the manager holds memory are waited for: what it sees is then of one
-        step, and what it writes into a gradient comes too late for this one, as in plain PyTorch.
-        """
+        """Hand updates to the queue, in this order."""
         tickets = self._queue.submit([each.update for each in planned], self._manager.device.caller())
         for each, ticket in zip(planned, tickets, strict=True):
             chunk = each.chunk
@@ -163,10 +158,16 @@ class Updater:
             self.steps.update(each.taken)
             chunk.update = ticket
             chunk.supersede(chunk.gradient.present)
-            self._gradients.hand_over(chunk)
             self._manager.lends_until(chunk, ticket)
             if not chunk.pins:
                 chunk.poison()  # until the next pin
+
+    def wait_for_holders(self, planned: Sequence[Planned]) -> None:
+        """Wait for those updates that read or write memory which code outside of the manager holds.
+
+        What it sees is then of one step, and what it writes into a gradient comes too late for this one, as in plain
+        PyTorch.
+        """
         for each in planned:
             chunk = each.chunk
             if chunk.pins or chunk.is_lent or (chunk.is_split and chunk.loan is not None):

@@ -10,15 +10,16 @@ import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import report
 import torch
 from torch import Tensor, nn
 
-from gemini.memory.native_memory import be_quick
 from gemini.nn.optimizer import kernel_pool
 from gemini.nn.optimizer.acceptance import accepted
+from gemini.process_wide import PerProcess, compute_on_this_thread, keep_freed_memory
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {}),
@@ -42,15 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
-    be_quick()  # as training is where RAM is not short; for both
+    keep_freed_memory()  # as training is where RAM is not short; for both
     cores = sorted(os.sched_getaffinity(0))
     results = []
     for threads in arguments.threads or sorted({1, len(cores)}):
         torch.set_num_threads(threads)
         os.sched_setaffinity(0, cores[:threads])
-        kernel_pool._default = None
+        kernel_pool._of_process = PerProcess(partial(kernel_pool.KernelPool, threads))
         with ThreadPoolExecutor(1) as background:
-            background.submit(kernel_pool.keep_to_one_thread).result()
+            background.submit(compute_on_this_thread, torch.get_num_threads, torch.set_num_threads).result()
             print(f"\n{threads} threads, {arguments.numel} parameters, ms a step and how many times torch's")
             print(f"{'':<30}{'fp32: torch':>12}{'ours':>8}{'ratio':>7}{'bf16: torch':>14}{'ours':>8}{'ratio':>7}")
             rows = {name: _measure(name, arguments, background) for name in OPTIMIZERS}

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from gemini.chunk import end_elsewhere, start_workers, workers
+from gemini.chunk import close_in_background, start_workers, workers
 from gemini.errors import OutOfMemory
 
 
@@ -38,8 +38,8 @@ def test_what_ends_has_ended_when_the_call_returns_in_the_order_asked_for() -> N
     pool = start_workers(2, "test-end")
     done: list[str] = []
     pool.submit(done.append, "task")
-    end_elsewhere(pool.shutdown)
-    end_elsewhere(lambda: done.append("after"))
+    close_in_background(pool.shutdown)
+    close_in_background(lambda: done.append("after"))
     assert done == ["task", "after"]
     assert not any(t.name.startswith("gemini-memory-test-end") for t in threading.enumerate())
 
@@ -48,9 +48,9 @@ def test_what_ends_has_ended_when_the_call_returns_in_the_order_asked_for() -> N
 def test_a_thread_may_ask_for_its_own_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "END_SECONDS", 0.1)
     pool = start_workers(1, "test-own")
-    pool.submit(end_elsewhere, pool.shutdown).result(30)
+    pool.submit(close_in_background, pool.shutdown).result(30)
     over = threading.Event()
-    end_elsewhere(over.set)  # behind the shutdown
+    close_in_background(over.set)  # behind the shutdown
     assert over.wait(30)
 
 
@@ -61,9 +61,9 @@ def test_the_end_may_be_asked_for_within_threading_itself(monkeypatch: pytest.Mo
     monkeypatch.setattr(workers, "END_SECONDS", 0.1)
     pool = start_workers(1, "test-lock")
     with threading._shutdown_locks_lock:
-        end_elsewhere(pool.shutdown)
+        close_in_background(pool.shutdown)
     over = threading.Event()
-    end_elsewhere(over.set)
+    close_in_background(over.set)
     assert over.wait(30)
     assert not any(t.name.startswith("gemini-memory-test-lock") for t in threading.enumerate())
 
@@ -82,12 +82,12 @@ def test_one_that_ends_late_does_not_make_others_wait_too(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(threading.Event, "wait", counting)
     for work in (lambda: may_end.wait(30), *[int] * 100):
-        end_elsewhere(work)
+        close_in_background(work)
     assert len(waits) == 1
     may_end.set()
     for _ in range(1000):  # once it has caught up, a call waits again
         over = threading.Event()
-        end_elsewhere(over.set)
+        close_in_background(over.set)
         assert wait(over, 30)
         if len(waits) > 1:
             break
@@ -98,8 +98,8 @@ def test_one_that_ends_late_does_not_make_others_wait_too(monkeypatch: pytest.Mo
 def test_an_error_on_the_way_is_logged_and_the_next_one_ends(caplog: pytest.LogCaptureFixture) -> None:
     start_workers(1, "test-error").shutdown()
     over = threading.Event()
-    end_elsewhere(lambda: 1 / 0)
-    end_elsewhere(over.set)
+    close_in_background(lambda: 1 / 0)
+    close_in_background(over.set)
     assert over.is_set() and "closing failed" in caplog.text
 
 
@@ -108,4 +108,4 @@ def test_a_fork_has_nothing_to_end_and_does_not_wait(monkeypatch: pytest.MonkeyP
     start_workers(1, "test-fork").shutdown()
     pid = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
-    end_elsewhere(lambda: pytest.fail("these threads are not ours"))
+    close_in_background(lambda: pytest.fail("these threads are not ours"))

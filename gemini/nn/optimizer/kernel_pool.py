@@ -1,7 +1,5 @@
 """Threads that share one flat buffer between them, for kernels that release the GIL."""
 
-import os
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from gemini.cores import usable_cores
+from gemini.process_wide import PerProcess, compute_on_this_thread
 
 _Item = TypeVar("_Item")
 
@@ -121,51 +120,21 @@ class KernelPool:
 
 
 def _started(count: int) -> list[ThreadPoolExecutor]:
-    """So many running threads, each an executor of its own: one executor for all starts a thread when none is idle."""
+    """Running threads, each an executor of its own: one executor for all starts a thread when none is idle."""
     helpers: list[ThreadPoolExecutor] = []
     try:
         for i in range(count):
             helper = ThreadPoolExecutor(1, thread_name_prefix=f"gemini-adam-{i}")
-            helper.submit(keep_to_one_thread).result()
+            helper.submit(compute_on_this_thread, torch.get_num_threads, torch.set_num_threads).result()
             helpers.append(helper)
     except RuntimeError:  # the system refuses a thread
         pass
     return helpers
 
 
-def keep_to_one_thread() -> None:
-    """Have torch run the operations of the calling thread on this thread alone, for good.
-
-    Each thread that calls torch has OpenMP start a team of its own, as large as the process's number of threads. Teams
-    of background threads compete with the one that trains: their members spin at the end of every operation.
-
-    ``torch.set_num_threads`` sets both this thread's number and the one with which new threads begin; a thread that
-    lives for that alone puts the latter back.
-    """
-    of_process = torch.get_num_threads()  # asking is what gives a new thread its number; later, it would undo this
-    torch.set_num_threads(1)
-    restoring = threading.Thread(target=torch.set_num_threads, args=(of_process,))
-    restoring.start()
-    restoring.join()
-
-
-_default: tuple[int, KernelPool] | None = None
-_default_lock = threading.Lock()
+_of_process = PerProcess(lambda: KernelPool(usable_cores()))
 
 
 def default_pool() -> KernelPool:
-    """The pool of this process, made on first use. A forked child makes its own: threads do not survive a fork."""
-    global _default
-    with _default_lock:
-        if _default is None or _default[0] != os.getpid():
-            _default = (os.getpid(), KernelPool(usable_cores()))
-        return _default[1]
-
-
-def _after_fork() -> None:
-    global _default_lock
-    _default_lock = threading.Lock()  # another thread of the parent may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    """The pool of this process, whose optimizers update one after the other."""
+    return _of_process.get()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from gemini.process_wide import signals_to
 from gemini.stat import as_json
 from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, print_json, read, show
 from gemini.stat.follow import Follower
@@ -70,26 +71,22 @@ def _live(follower: Follower, view: View, out: object, plain: bool) -> Exit:
         asked.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(Exit.TERMINATED))
         raise asked[-1]
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with keyboard() as keys, Live(console=out, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
-            while True:
-                if asked:  # what is raised in a destructor or a callback goes unheard
-                    raise asked[-1]
-                draw(live)
-                key = keys.wait(follower.options.interval)
-                if key in ("q", "Q"):
-                    return of_run(shown.run)
-                if key is not None:
-                    _press(key, view, follower, shown, out, plain)
-                if not view.is_paused:
-                    try:
-                        shown = follower.look()
-                    except Unreadable as error:
-                        view.message = str(error)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    whole = Live(console=out, screen=True, auto_refresh=False, vertical_overflow="crop")
+    with signals_to(leave), keyboard() as keys, whole as live:
+        while True:
+            if asked:  # what is raised in a destructor or a callback goes unheard
+                raise asked[-1]
+            draw(live)
+            key = keys.wait(follower.options.interval)
+            if key in ("q", "Q"):
+                return of_run(shown.run)
+            if key is not None:
+                _press(key, view, follower, shown, out, plain)
+            if not view.is_paused:
+                try:
+                    shown = follower.look()
+                except Unreadable as error:
+                    view.message = str(error)
 
 
 def _press(key: str, view: View, follower: Follower, shown: Shown, out: object, plain: bool) -> None:

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gemini.memory.native_memory import be_exact
+from gemini.process_wide import return_freed_memory
 
-be_exact()  # before anything large is imported: holes that malloc keeps would be room beyond the cap
+return_freed_memory()  # before anything large is imported: holes that malloc keeps would be room beyond the cap
 
 from child_measured import train  # noqa: E402
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 def attempt(subject: Subject, precision: str, trial: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
-    be_exact()
+    return_freed_memory()
     if trial["cap_bytes"] is not None:
         limit = _data_bytes() + trial["cap_bytes"]
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))

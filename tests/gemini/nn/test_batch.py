@@ -11,6 +11,7 @@ from gemini.nn.optimizer import HybridAdam, batch, kernel_pool, update
 from gemini.nn.optimizer.batch import LEAST, SMALL_NUMEL, PreparedBatch
 from gemini.nn.optimizer.kernel_pool import KernelPool
 from gemini.nn.optimizer.reference import adam_reference
+from gemini.process_wide import PerProcess
 
 pytest.importorskip("numba")
 
@@ -94,10 +95,10 @@ def test_all_threads_together_give_the_bits_of_one(
         return train(params)
 
     pool = KernelPool(3)
-    monkeypatch.setattr(kernel_pool, "_default", (kernel_pool.os.getpid(), pool))
+    monkeypatch.setattr(kernel_pool, "_of_process", PerProcess(lambda: pool))
     batched = run()
     pool.close()
-    monkeypatch.setattr(kernel_pool, "_default", (kernel_pool.os.getpid(), KernelPool(1)))
+    monkeypatch.setattr(kernel_pool, "_of_process", PerProcess(lambda: KernelPool(1)))
     one_by_one()
     assert same(batched, run())
 

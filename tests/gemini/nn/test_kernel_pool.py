@@ -1,6 +1,7 @@
 """Cutting a buffer and sharing it between threads."""
 
 import heapq
+import os
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from gemini.nn.optimizer import kernel_pool
 from gemini.nn.optimizer.kernel_pool import KernelPool, default_pool, slices
+from gemini.process_wide import PerProcess
 
 
 @given(numel=st.integers(0, 1 << 36), threads=st.integers(1, 256))
@@ -81,7 +83,7 @@ def test_a_pool_without_threads_is_refused() -> None:
 def test_a_forked_process_makes_its_own_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     parent = default_pool()
     assert default_pool() is parent
-    monkeypatch.setattr(kernel_pool.os, "getpid", lambda: -1)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
     child = default_pool()
     assert child is not parent
     monkeypatch.undo()
@@ -109,7 +111,7 @@ def test_where_the_system_refuses_a_thread_those_there_are_do_the_work(monkeypat
 
 
 def test_many_threads_that_ask_first_at_once_get_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_pool, "_default", None)
+    monkeypatch.setattr(kernel_pool, "_of_process", PerProcess(lambda: KernelPool(2)))
     found: list[KernelPool] = []
     askers = [threading.Thread(target=lambda: found.append(default_pool())) for _ in range(8)]
     for asker in askers:

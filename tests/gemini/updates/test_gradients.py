@@ -270,7 +270,7 @@ def test_a_dropped_model_is_freed_although_its_parameters_are_kept() -> None:
     kept = list(model.parameters())
     model, optimizer, booster = boost(model)
     booster.backward(loss_of(model, 0), optimizer)
-    gradients = weakref.ref(model._gemini.step._gradients)
+    gradients = weakref.ref(model._gemini.engine.updates.gradients)
     del model, optimizer, booster
     gc.collect()
     assert gradients() is None

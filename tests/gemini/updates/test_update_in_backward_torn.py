@@ -9,7 +9,7 @@ from loop import batch, check_same
 from torch import Tensor, nn
 
 from gemini.errors import OutOfMemory, TornStep
-from gemini.updates.backward_updates import Progress
+from gemini.updates.during_backward import Progress
 
 pytestmark = pytest.mark.timeout(60)
 

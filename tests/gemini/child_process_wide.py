@@ -1,4 +1,4 @@
-"""Run by test_native_memory.py: prints what this process takes of RAM, in bytes, by name."""
+"""Run by test_process_wide.py: prints what this process takes of RAM, in bytes, by name."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gemini.memory.native_memory import be_exact, be_quick, bound_kernels
+from gemini.process_wide import bound_kernels, keep_freed_memory, return_freed_memory
 
 
 def taken() -> int:
@@ -21,18 +21,18 @@ def half_freed() -> list[torch.Tensor]:
 
 
 def blocks() -> None:
-    be_exact()
+    return_freed_memory()
     before = taken()
-    kept = half_freed()
-    print("exact", taken() - before)
-    del kept
-    be_quick()
+    held = half_freed()
+    print("returned", taken() - before)
+    del held
+    keep_freed_memory()
     before = taken()
-    kept = half_freed()
-    print("quick", taken() - before)
-    be_exact()
-    print("exact_later", taken() - before)
-    assert len(kept) == 128
+    held = half_freed()
+    print("kept", taken() - before)
+    return_freed_memory()
+    print("returned_later", taken() - before)
+    assert len(held) == 128
 
 
 def shapes(is_bounded: bool) -> None:

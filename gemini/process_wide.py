@@ -1,0 +1,256 @@
+"""Everything that we set for the whole process: no other file sets such things.
+
+=========================  ==================================================  =======================================
+what                       set                                                 undone
+=========================  ==================================================  =======================================
+malloc's thresholds        `return_freed_memory`: in boost, and while a batch  `keep_freed_memory`, after the
+                           is measured                                         measurement where RAM is not short
+oneDNN's kernels           `bound_kernels`: in boost, unless the user has set  never: read once, at the first kernel
+                           the variables
+stacks of new threads      `small_stacks`: while a thread of ours is started   at the end of the context
+torch's number of threads  `compute_on_this_thread`: on threads of ours        for the process, before it returns
+signal handlers            `signals_to`: in ``gemini-stat top`` and training   at the end of the context
+                           by command
+calls at exit and fork     `at_exit`, `before_fork`, `after_fork_in_child`:    never: they look for what is alive
+                           when their modules are imported
+=========================  ==================================================  =======================================
+
+**malloc.** glibc takes a freed block of up to 32 MiB for a sign that there will be more of its kind and no longer gives
+such blocks back; the holes between those that live hold no larger ones. Training on the CPU then takes up to twice as
+much for activations and temporaries as they are (measured: 1.02 to 2.0 times, five architectures, docs/benchmarks.md).
+With a fixed threshold of `EXACT_BYTES` each larger block is mapped by itself and unmapped when it is freed: exact, but
+its pages are made anew each time, which costs up to half of a small model's step. So freed memory is returned while RAM
+is measured and for as long as it is short, and kept where there is room for it.
+
+::
+
+    returned --measured, and there is room--> kept
+    returned <--a heavier batch is measured, or memory ran out-- kept
+
+**oneDNN.** It and torch's wrapper of it each keep the last 1024 kernels that were compiled, one a shape: 0.6 MiB of RAM
+and 1.1 MiB of RLIMIT_DATA each (measured). Experts, which get another number of tokens at each step, and batches of
+ever new lengths fill that: 70 to 90 MiB a step. Those never come again and a model needs some dozens, so the last
+`KERNELS_KEPT` are enough.
+
+**Stacks.** Limits on address space (RLIMIT_DATA, RLIMIT_AS) count all of a thread's stack, however little is used.
+"""
+
+import atexit
+import ctypes
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+EXACT_BYTES = 64 << 10
+"""Larger blocks are mapped by themselves while freed memory is returned."""
+_EXACT_TRIM_BYTES = 128 << 10
+KEPT_BYTES = 32 << 20
+KEPT_TRIM_BYTES = 64 << 20
+"""Where glibc's own thresholds end up after a large block has been freed."""
+KEPT_RATIO = 2.5
+"""What training may take while freed memory is kept, relative to what it needs; the most that was measured is 2.1."""
+KERNELS_KEPT = 256
+_KERNELS_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_USERS_CHOICES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+IO_STACK_BYTES = 1 << 19
+"""Enough for threads that only read and write."""
+_USUAL_STACK_BYTES = 8 << 20
+_GLIBC_STACK_BYTES = 2 << 20
+"""Where RLIMIT_STACK is infinite."""
+
+
+# -- malloc
+
+
+def trim_freed_memory() -> None:
+    """Have malloc give the pages of freed blocks back to the system now.
+
+    `return_freed_memory` does not reach all: what fits into a hole on the heap is put there, whatever the threshold,
+    and its pages stay when it is freed. Takes some 0.2 ms. Does nothing where malloc is not glibc's.
+    """
+    if _is_ours():
+        _call("malloc_trim", 0)
+
+
+def return_freed_memory() -> None:
+    """From now on malloc gives large blocks back to the system when they are freed; what is free goes now.
+
+    Does nothing where malloc is not glibc's, or where environment variables say what it is to do.
+    """
+    if _is_ours():
+        _call("mallopt", _M_MMAP_THRESHOLD, EXACT_BYTES)
+        _call("mallopt", _M_TRIM_THRESHOLD, _EXACT_TRIM_BYTES)
+    trim_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """From now on malloc keeps blocks, as it does by itself."""
+    if _is_ours():
+        _call("mallopt", _M_MMAP_THRESHOLD, KEPT_BYTES)
+        _call("mallopt", _M_TRIM_THRESHOLD, KEPT_TRIM_BYTES)
+
+
+def can_keep_freed_memory(free_bytes: int, growth_bytes: int, non_model_bytes: int) -> bool:
+    """True if there is room for what malloc keeps.
+
+    Parameters
+    ----------
+    free_bytes
+        RAM that this process may still take, now, between two steps.
+    growth_bytes
+        What model data may take of it.
+    non_model_bytes
+        What a step needs besides, at its peak.
+    """
+    return free_bytes - growth_bytes >= KEPT_RATIO * non_model_bytes
+
+
+def _is_ours() -> bool:
+    # malloc_trim is glibc's own: musl and others have neither.
+    return _library() is not None and not any(name in os.environ for name in _USERS_CHOICES)
+
+
+def _call(name: str, *arguments: int) -> None:
+    getattr(_library(), name)(*arguments)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):  # not Linux
+        return None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
+# -- oneDNN
+
+
+def bound_kernels() -> None:
+    """Have oneDNN keep fewer kernels, unless the user has said how many. Too late once it has compiled the first."""
+    for name in _KERNELS_VARIABLES:
+        os.environ.setdefault(name, str(KERNELS_KEPT))
+
+
+# -- threads
+
+
+def small_stacks(nbytes: int = IO_STACK_BYTES) -> AbstractContextManager[None]:
+    """A context in which threads that are started have stacks of ``nbytes``; 0: of the default size.
+
+    Python has one size for the whole process: a thread that another thread starts just now gets the same.
+    """
+    return _stacks_of(nbytes) if nbytes else nullcontext()
+
+
+@contextmanager
+def _stacks_of(nbytes: int) -> Iterator[None]:
+    before = threading.stack_size(nbytes)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+def default_stack_bytes() -> int:
+    """The stack of a thread that is started outside of `small_stacks`."""
+    try:
+        import resource
+    except ImportError:  # not on Unix
+        return _USUAL_STACK_BYTES
+    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return _GLIBC_STACK_BYTES if soft == resource.RLIM_INFINITY else int(soft)
+
+
+def compute_on_this_thread(get_num_threads: Callable[[], int], set_num_threads: Callable[[int], None]) -> None:
+    """Have torch run the operations of the calling thread on this thread alone, for good.
+
+    Each thread that calls torch has OpenMP start a team of its own, as large as the process's number of threads. Teams
+    of background threads compete with the one that trains: their members spin at the end of every operation.
+
+    ``torch.set_num_threads`` sets both this thread's number and the one with which new threads begin; a thread that
+    lives for that alone puts the latter back.
+
+    Parameters
+    ----------
+    get_num_threads, set_num_threads
+        Those of torch, without which this module is imported by `gemini.stat`.
+    """
+    of_process = get_num_threads()  # asking is what gives a new thread its number; later, it would undo this
+    set_num_threads(1)
+    restoring = threading.Thread(target=set_num_threads, args=(of_process,))
+    restoring.start()
+    restoring.join()
+
+
+# -- signals, exit, fork
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """A context in which SIGINT and SIGTERM come to ``handler``; on another than the main thread they do not."""
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                before[number] = signal.signal(number, handler)
+            except ValueError:  # not the main thread: the program around us handles signals
+                break
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+def at_exit(call: Callable[[], object]) -> None:
+    """Have something called when the interpreter ends."""
+    atexit.register(call)
+
+
+def before_fork(call: Callable[[], object]) -> None:
+    """Have something called in the parent before each fork, where there are forks."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=call)
+
+
+def after_fork_in_child(call: Callable[[], object]) -> None:
+    """Have something called in the child after each fork, where there are forks."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
+
+
+class PerProcess(Generic[T]):
+    """One object for the whole process, made when it is first asked for.
+
+    A forked child makes its own: threads do not survive a fork.
+
+    Parameters
+    ----------
+    make
+        Makes it.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: tuple[int, T] | None = None
+        self._lock = threading.Lock()
+        after_fork_in_child(self._renew_lock)
+
+    def get(self) -> T:
+        """The object of this process."""
+        with self._lock:
+            if self._made is None or self._made[0] != os.getpid():
+                self._made = (os.getpid(), self._make())
+            return self._made[1]
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it

@@ -1,0 +1,182 @@
+"""From a gradient to the update of its chunk: the parts of this folder, put together.
+
+::
+
+    autograd --gradient_arrived--> Gradients --> UpdateSchedule --chunks to update now--> the engine --update--> Updater
+                                       '------------------ optimizer.step() ------collect, plan, start------------^
+"""
+
+from collections.abc import Container, Sequence, Set
+
+from torch import Tensor
+
+from ..chunk import Chunk, ChunkManager, Tier
+from ..nn.optimizer.managed import ManagedOptimizer
+from .gradients import Gradients
+from .options import Options
+from .schedule import UpdateSchedule
+from .updater import Groups, Planned, Updater
+
+
+class Updates:
+    """Leads gradients into chunks, and chunks to their updates.
+
+    Parameters
+    ----------
+    manager, schedule, gradients, updater
+        The chunks, when they are updated, what ``p.grad`` shows of their gradients, and what starts an update.
+    options
+        What the optimizer says of its updates; None for inference.
+    """
+
+    def __init__(
+        self,
+        manager: ChunkManager,
+        schedule: UpdateSchedule,
+        gradients: Gradients,
+        updater: Updater,
+        options: Options | None,
+    ) -> None:
+        self.schedule = schedule
+        self.gradients = gradients
+        self._manager = manager
+        self._updater = updater
+        self._options = options
+        self._groups: Groups | None = None
+        """Those of the step under way, if backward has updated a chunk of it."""
+
+    def serve(self, optimizer: ManagedOptimizer) -> None:
+        """Take the options from this optimizer from now on."""
+        self._options = Options.of(optimizer)
+
+    def follow(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Take the gradients of those parameters that have room for them in their chunks. Returns these."""
+        self.schedule.follow(parameters)
+        return self.gradients.follow(parameters)
+
+    # -- backward
+
+    def before_backward(self) -> None:
+        """Raise if a backward cannot be a part of the step under way, or would add to gradients that are used up."""
+        self.schedule.check_whole("run a second backward")
+        if self.schedule.consumes_gradients:
+            self.gradients.refuse_not_zeroed()
+
+    def backward_begins(self, task: int) -> None:
+        """A backward (or one within it) comes to its first node."""
+        if self.schedule.backward_begins(task):
+            self.before_backward()
+
+    def gradient_arrived(self, parameter: Tensor, task: int) -> Sequence[Chunk]:
+        """Autograd has put a gradient into ``p.grad``. Returns chunks to `update` now."""
+        arrival = self.gradients.take(parameter)
+        if arrival is None:
+            return ()
+        chunk, position = arrival.chunk, arrival.position
+        self.schedule.gradient_arrives(chunk, position)
+        self.gradients.put(arrival)
+        self.backward_begins(task)  # a parameter that the loss itself uses comes before any unit
+        return self.schedule.gradient_arrived(chunk, position)
+
+    def update(self, chunk: Chunk, refresh: bool) -> None:
+        """Update a chunk that the schedule has named.
+
+        Parameters
+        ----------
+        refresh
+            Write through to the full copy: the next forward will find it.
+        """
+        assert self._options is not None and chunk.gradient is not None
+        if self._groups is None or not self.schedule.updated_early:
+            self._groups = self._updater.groups(self._options)
+        if chunk.gradient.buffer is not None and chunk.gradient.buffer.tier is Tier.DISK:
+            self._manager.device.synchronize()
+        self._make_ready(chunk)
+        planned = self._updater.plan(self._groups, chunk, refresh=refresh)
+        if not planned.is_empty:
+            self.schedule.updating(chunk, max(planned.taken.values(), default=0), self._options)
+            self.start([planned])
+
+    # -- the step
+
+    def before_step(self, optimizer: ManagedOptimizer) -> None:
+        """Check that the step can be completed as it was begun."""
+        self.serve(optimizer)
+        self.schedule.before_step(Options.of(optimizer))
+
+    def collect(self) -> list[Chunk]:
+        """Take over what the user has done to gradients. Returns the chunks that have some."""
+        device = self._manager.device
+        device.synchronize()
+        self.gradients.collect(self.schedule.updated_early)
+        chunks = [c for c in self._manager.chunks if c.gradient is not None and c.gradient.present]
+        device.synchronize()  # what the user replaced, or other owners have sent, may be on its way
+        for chunk in chunks:
+            self._make_ready(chunk)
+        return chunks
+
+    def _make_ready(self, chunk: Chunk) -> None:
+        """Have a chunk quiet before anything of the step is changed."""
+        chunk.settle()  # an error of the last step surfaces here
+        self._manager.keep_edits(chunk)
+
+    def start(self, planned: Sequence[Planned]) -> None:
+        """Start updates, in this order; from now on the chunks' gradients are theirs."""
+        self._updater.start(planned)
+        for each in planned:
+            self.gradients.hand_over(each.chunk)
+        self._updater.wait_for_holders(planned)
+
+    def after_step(self) -> None:
+        """Every parameter has taken the step."""
+        self.schedule.after_step()
+
+    # -- gradients that are not wanted
+
+    def drop(self, parameters: Set[int] | None = None) -> None:
+        """Forget gradients in chunks.
+
+        Parameters
+        ----------
+        parameters
+            Of these (ids); None for all.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer has used some of it already, within backward.
+        """
+        self.schedule.check_dropping()
+        chunks, device = self._manager.chunks, self._manager.device
+        kept = set() if parameters is None else {chunk for chunk in chunks if _others(chunk, parameters)}
+        if kept:
+            device.synchronize()
+        else:
+            device.discard()
+        for chunk in chunks:
+            if chunk in kept:
+                assert parameters is not None
+                self.gradients.drop(chunk, parameters)
+            elif chunk.gradient is not None:
+                self.gradients.hide(chunk)
+                if chunk.gradient.present:
+                    self._manager.gradient_pool.release(chunk.gradient)
+                chunk.gradient.clear()
+
+    def zero(self, parameters: Set[int] | None = None) -> None:
+        """Fill gradients with zeros.
+
+        Parameters
+        ----------
+        parameters
+            Of these (ids); None for all.
+        """
+        self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
+        self.gradients.zero(parameters)
+
+
+def _others(chunk: Chunk, parameters: Container[int]) -> bool:
+    """True if a chunk has gradients of other parameters than these (ids)."""
+    return chunk.gradient is not None and any(
+        id(chunk.bindings[position].parameter) not in parameters for position in chunk.gradient.present
+    )

@@ -1,0 +1,34 @@
+"""Values of parameters and optimizer states, as users read and replace them: never those of two steps."""
+
+from torch import Tensor
+
+from ..chunk import ChunkManager
+from .schedule import UpdateSchedule
+
+
+class Values:
+    """Reads and replaces what chunks hold, where the schedule of updates allows it.
+
+    Parameters
+    ----------
+    manager, schedule
+        Has the values, and knows whether they are of one step.
+    """
+
+    def __init__(self, manager: ChunkManager, schedule: UpdateSchedule) -> None:
+        self.manager = manager
+        self._schedule = schedule
+
+    def check_readable(self) -> None:
+        """Raise if the values are of no single step."""
+        self._schedule.check_whole("read parameters or optimizer states")
+
+    def read(self, parameter: Tensor, name: str) -> Tensor:
+        """See `ChunkManager.read`."""
+        self.check_readable()
+        return self.manager.read(parameter, name)
+
+    def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
+        """See `ChunkManager.write`."""
+        self.manager.write(parameter, name, value)
+        self._schedule.replaced(parameter, name)
