@@ -23,6 +23,7 @@ from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, 
 from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
 from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
+from .shared_gradient import Gradient
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
@@ -57,6 +58,7 @@ __all__ = [
     "Communicator",
     "DeviceBackend",
     "DiskBackend",
+    "Gradient",
     "GradientBuffer",
     "Keeper",
     "Ledger",

@@ -18,7 +18,7 @@ from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
 from .names import GRADIENT, MASTER
 from .plan import ChunkPlan
-from .shared_gradient import SharedGradient
+from .shared_gradient import Gradient, SharedGradient
 from .tier import Tier
 
 
@@ -42,30 +42,31 @@ class ChunkBuilder:
     def build(self, plan: ChunkPlan) -> Chunk:
         """The chunk with homes where its plan says, and whatever else it needs."""
         homes = {name: self._home(plan, spec) for name, spec in plan.specs.items() if name != GRADIENT}
+        gradient = self._gradient(plan)
         if plan.full_is_home:
             home = homes[plan.codec.source].tensor
             assert home is not None
-            chunk = Chunk(plan, homes, home)
+            chunk = Chunk(plan, homes, home, gradient)
             chunk.begin_fetch(Arrived())
             chunk.finish_fetch()
-        else:
-            full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
-            chunk = Chunk(plan, homes, full)
-            self.device.shrink(full)
+            return chunk
+        full = torch.empty(plan.layout.numel, dtype=plan.compute_dtype, device=self.device.device)
+        chunk = Chunk(plan, homes, full, gradient)  # which makes views of memory that has to be there for that
+        self.device.shrink(full)
+        return chunk
+
+    def _gradient(self, plan: ChunkPlan) -> Gradient | None:
         if GRADIENT in plan.tiers:
             buffer = self._home(plan, plan.gradient_spec)
             if buffer.tensor is not None:
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
                 buffer.tensor.zero_()
-            if plan.owner.count > 1:
-                collected, give_back = self._borrowed(plan), self.gradient_pool.release
-                chunk.gradient = SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)
-            else:
-                chunk.gradient = GradientBuffer(plan.layout, buffer, self.device)
-        elif plan.borrows_gradient:
-            chunk.gradient = self._borrowed(plan)
-        return chunk
+            if plan.owner.count == 1:
+                return GradientBuffer(plan.layout, buffer, self.device)
+            collected, give_back = self._borrowed(plan), self.gradient_pool.release
+            return SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)
+        return self._borrowed(plan) if plan.borrows_gradient else None
 
     def _borrowed(self, plan: ChunkPlan) -> GradientBuffer:
         """A gradient in memory that is borrowed when it comes."""

@@ -5,7 +5,7 @@
     the layout of a chunk, kept by three owners
     | slot 0        | slot 1 |//| slot 2                                   |
     |-- extent of 0 --------|-- extent of 1 --------|-- extent of 2 -------|
-                            ^ a multiple of ALIGN_NUMEL, and of blocks of elements that share a value
+                            ^ a multiple of EXTENT_MULTIPLE
 
 Masters, optimizer states and gradients of an extent are at home with its owner; the full copy is gathered from all.
 Today a process owns everything.
@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from .layout import ALIGN_NUMEL, Slot, align
+from .layout import Slot, align
+
+EXTENT_MULTIPLE = 256
+"""Extents begin at multiples of this many elements, and so with a block of those that share a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +28,11 @@ class Owner:
     index: int = 0
     count: int = 1
 
-    def extents(self, numel: int, multiple: int = ALIGN_NUMEL) -> tuple[range, ...]:
-        """Cut a chunk: an extent for each owner, in their order. The last ones may be empty.
-
-        Parameters
-        ----------
-        numel
-            Elements of the chunk.
-        multiple
-            Where extents may begin.
-        """
-        share = align(-(-numel // self.count), multiple)
+    def extents(self, numel: int) -> tuple[range, ...]:
+        """Cut a chunk of this length: an extent for each owner, in their order. The last ones may be empty."""
+        if self.count == 1:
+            return (range(numel),)
+        share = align(-(-numel // self.count), EXTENT_MULTIPLE)
         return tuple(range(min(i * share, numel), min((i + 1) * share, numel)) for i in range(self.count))
 
 

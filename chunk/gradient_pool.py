@@ -7,7 +7,6 @@ size, so that one piece would have holes too small for any.
 
 import logging
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from gemini.errors import OutOfMemory
 
 from .buffer import Buffer, MemoryBuffer
 from .disk import DiskBackend
+from .eviction import Eviction
 from .gradient import GradientBuffer
 from .layout import ChunkLayout, size_class
 from .ledger import Ledger
@@ -62,19 +62,17 @@ class GradientPool:
     ----------
     ledger, device, disk
         Who counts, who has memory, and where gradients go that find none (None: nowhere).
-    make_room
-        Frees so many bytes of a tier if it can: full copies that nothing uses may lie there.
+    eviction
+        Evicts full copies that nothing uses, where these share their memory with gradients.
     """
 
-    def __init__(
-        self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None, make_room: Callable[[Tier, int], None]
-    ) -> None:
+    def __init__(self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None, eviction: Eviction) -> None:
         self.growths = 0
         """How often the room that was set aside did not do."""
         self._ledger = ledger
         self._device = device
         self._disk = disk
-        self._make_room = make_room
+        self._eviction = eviction
         self._room = dict.fromkeys(Tier, 0)
         self._idle: list[_Idle] = []
         self._lent: dict[int, MemoryBuffer] = {}
@@ -124,7 +122,7 @@ class GradientPool:
             self.growths += 1
             missing = nbytes + self._taken(tier) - self._room[tier]
             try:
-                self._make_room(tier, missing)
+                self._eviction.make_room_for(tier, missing)
                 self.reserve(tier, missing, what)
             except OutOfMemory:
                 if self._disk is None:

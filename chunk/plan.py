@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from .content import BufferSpec, Codec, MasterCodec
-from .extent import SOLE, Owner
-from .layout import ALIGN_NUMEL, ChunkLayout
+from .extent import EXTENT_MULTIPLE, SOLE, Owner, Place
+from .layout import ChunkLayout
 from .names import GRADIENT, MASTER
 from .tier import Tier
 
@@ -37,6 +37,12 @@ class ChunkPlan:
             raise ValueError(
                 f"chunk {self.layout.index} has buffers {', '.join(self.specs)} and places for {', '.join(self.tiers)}"
             )
+        for spec in self.states if self.owner.count > 1 else ():
+            if EXTENT_MULTIPLE % spec.block_numel:
+                raise ValueError(
+                    f"{spec.name} has a value for each block of {spec.block_numel} elements, and several processes "
+                    f"keep extents that begin at multiples of {EXTENT_MULTIPLE}"
+                )
 
     @property
     def specs(self) -> dict[str, BufferSpec]:
@@ -61,12 +67,16 @@ class ChunkPlan:
     @property
     def extents(self) -> tuple[range, ...]:
         """The elements of the layout that each owner keeps at home."""
-        return self.owner.extents(self.layout.numel, max([ALIGN_NUMEL, *(spec.block_numel for spec in self.states)]))
+        return self.owner.extents(self.layout.numel)
 
     @property
     def extent(self) -> range:
         """The elements of the layout that are kept at home here."""
         return self.extents[self.owner.index]
+
+    def place(self, position: int, block_numel: int = 1) -> Place:
+        """Where the values of a parameter are, of which there may be one for each block of elements."""
+        return Place.of(self.layout.slots[position], block_numel, self.extents, self.owner.index)
 
     def nbytes(self, name: str) -> int:
         """Bytes of a buffer."""

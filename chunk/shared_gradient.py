@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .buffer import Buffer
 from .communicator import Arriving, Communicator, Contribution, Span
-from .extent import Place
 from .gradient import GradientBuffer, norm_of
 from .memory import DeviceBackend
 from .names import GRADIENT
@@ -51,8 +50,8 @@ class SharedGradient:
         communicator: Communicator,
     ) -> None:
         self.layout = plan.layout
+        self._plan = plan
         self.buffer = buffer
-        self._extents, self._owner = plan.extents, plan.owner.index
         self._backend = backend
         self._collected = collected
         self._give_back = give_back
@@ -77,7 +76,7 @@ class SharedGradient:
         self._backend.synchronize()
         buffer = self._collected.buffer if present else None
         sent = Contribution(present, None if buffer is None else buffer.tensor)
-        self._arriving.append(self._communicator.exchange(self.layout.index, sent, self._extents))
+        self._arriving.append(self._communicator.exchange(self.layout.index, sent, self._plan.extents))
         self._forget_collected()
 
     def _sum(self) -> None:
@@ -85,13 +84,13 @@ class SharedGradient:
             for contribution in self._arriving[0].wait():
                 for position in sorted(contribution.present):
                     assert contribution.gradient is not None
-                    place = self._place(position)
+                    place = self._plan.place(position)
                     self._put(position, contribution.gradient[place.index : place.index + len(place.own)])
             self._arriving.popleft()
 
     def _put(self, position: int, part: Tensor) -> None:
         """Put or add to the home what is at home here of a slot (flat)."""
-        accumulate, start = position in self._summed, self._place(position).index
+        accumulate, start = position in self._summed, self._plan.place(position).index
         self._summed.add(position)
         if not part.numel():
             return
@@ -109,7 +108,7 @@ class SharedGradient:
         """A copy of one gradient, in its parameter's shape, gathered from all owners."""
         self._sum()
         self._backend.synchronize()
-        place = self._place(position)
+        place = self._plan.place(position)
         flat = torch.empty(place.numel, dtype=self.buffer.dtype, device="cpu")
         if place.own:
             self.buffer.read(place.index, flat[place.own.start : place.own.stop])
@@ -123,7 +122,7 @@ class SharedGradient:
     def write(self, position: int, gradient: Tensor) -> None:
         """Replace one gradient, the sum over all owners. All of them do."""
         self.forget(position)
-        place = self._place(position)
+        place = self._plan.place(position)
         flat = torch.empty(place.numel, dtype=self.buffer.dtype, device=gradient.device)
         flat.as_strided(place.shape, place.stride).copy_(gradient)
         self._put(position, flat[place.own.start : place.own.stop])
@@ -143,9 +142,6 @@ class SharedGradient:
     def _forget_collected(self) -> None:
         self._collected.clear()
         self._give_back(self._collected)
-
-    def _place(self, position: int) -> Place:
-        return Place.of(self.layout.slots[position], 1, self._extents, self._owner)
 
     # -- what is shown in ``p.grad``: nothing, since no owner has all of it
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from .chunk import Chunk
 from .communicator import Communicator, Span
 from .names import MASTER
+from .state import ChunkState
 
 _PIECE_NUMEL = 1 << 18
 """Values that take computing are read and written in pieces: that takes room for a dozen bytes an element."""
@@ -88,6 +89,32 @@ def write_part(chunk: Chunk, name: str, index: int, values: Tensor) -> None:
         for buffer, stored in chunk.codecs[name].encode(part, _Stored(chunk, index, part.numel())).items():
             chunk.homes[buffer].write(index, stored)
         index += part.numel()
+
+
+def last_value(chunk: Chunk, position: int) -> Tensor:
+    """The values of a parameter whose model is gone, in memory of its own.
+
+    Raises
+    ------
+    RuntimeError
+        If they were on disk.
+    """
+    chunk.settle()
+    slot, view, home = chunk.layout.slots[position], chunk.views[position], chunk.source.tensor
+    if chunk.state is ChunkState.READY:
+        return view.clone(memory_format=torch.preserve_format)
+    if not chunk.is_whole:
+        raise RuntimeError(
+            f"{slot.name} was in the chunks of a boosted model that is gone, and other processes had parts of it: keep "
+            "the model for as long as its parameters are used, or keep p.detach().clone()"
+        )
+    if home is None:
+        raise RuntimeError(
+            f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
+            "the model for as long as its parameters are used, or keep p.detach().clone()"
+        )
+    shaped = home.as_strided(slot.shape, slot.stride, home.storage_offset() + slot.offset)
+    return shaped.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -113,7 +113,6 @@ def pending(rig: Rig, chunk: Chunk, value: float = 3.0) -> FakeUpdate:
             chunk.full.fill_(value)
 
     update = FakeUpdate(work)
-    chunk.update = update
-    chunk.poison()
+    chunk.begin_update(update, range(len(chunk.bindings)))
     rig.values[chunk.index] = [torch.full_like(v, value) for v in rig.values[chunk.index]]
     return update

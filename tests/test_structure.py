@@ -81,20 +81,6 @@ STILL: Mapping[str, frozenset[str]] = {
             "gemini.boosting.succession: optimizer._managed",
             "gemini.boosting.succession: state.optimizer",
             "gemini.boosting.succession: state.optimizer._managed",
-            "gemini.chunk.building: chunk.gradient",
-            "gemini.chunk.edits: chunk.loan",
-            "gemini.chunk.manager: chunk.last_used",
-            "gemini.chunk.manager: chunk.was_prefetched",
-            "gemini.chunk.manager: self.moves.demand_count",
-            "gemini.chunk.manager: self.moves.evict_count",
-            "gemini.chunk.manager: self.moves.fetch_bytes",
-            "gemini.chunk.manager: self.moves.fetch_count",
-            "gemini.chunk.manager: self.moves.late_count",
-            "gemini.chunk.manager: self.moves.need_count",
-            "gemini.chunk.manager: self.moves.prefetch_count",
-            "gemini.chunk.manager: self.moves.prefetch_used",
-            "gemini.chunk.write_behind: write.future",
-            "gemini.chunk.write_behind: write.has_surfaced",
             "gemini.lazy.context: session.last",
             "gemini.lazy.context: session.tape",
             "gemini.lazy.replay: tape.paused",
@@ -113,20 +99,15 @@ STILL: Mapping[str, frozenset[str]] = {
             "gemini.telemetry.writer: channel.is_dump_requested",
             "gemini.telemetry.writer: channel.pending",
             "gemini.updates.update_pipeline: block.computed_numel",
-            "gemini.updates.updater: chunk.update",
         }
     ),
     "any_in_chunk": frozenset(
         {
-            "gemini.chunk.away",
-            "gemini.chunk.cuda_memory",
             "gemini.chunk.layout",
         }
     ),
     "long_class": frozenset(
         {
-            "gemini.chunk.chunk: Chunk",
-            "gemini.chunk.manager: ChunkManager",
             "gemini.step.kept_states: KeptStates",
             "gemini.step.managed_step: ChunkedStep",
         }
@@ -134,8 +115,6 @@ STILL: Mapping[str, frozenset[str]] = {
     "class_of_many_attributes": frozenset(
         {
             "gemini.boosted: Boosted",
-            "gemini.chunk.accelerator: AcceleratorBackend",
-            "gemini.chunk.chunk: Chunk",
             "gemini.step.managed_step: ChunkedStep",
             "gemini.telemetry.channel: Channel",
             "gemini.telemetry.reader: RunView",

@@ -89,8 +89,7 @@ class Round:
 
 def _read(manager: ChunkManager, span: Span, part: range) -> Tensor:
     chunk = manager.chunks[span.chunk]
-    manager.keep_edits(chunk)
-    chunk.settle()
+    manager.quiet(chunk)
     block = 1 if span.name == GRADIENT else chunk.specs[span.name].block_numel
     index = span.start + part.start - chunk.extent.start // block
     if span.name != GRADIENT:

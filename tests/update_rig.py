@@ -165,8 +165,8 @@ def rig(
             else:
                 buffers[name] = MemoryBuffer(Tier.HOST, value)
         gradient = GradientBuffer(layout, buffers.pop(GRADIENT), device)
-        chunk = Chunk(plan_of(layout, tiers, torch.bfloat16), buffers, torch.empty(layout.numel, dtype=torch.bfloat16))
-        chunk.gradient = gradient
+        full = torch.empty(layout.numel, dtype=torch.bfloat16)
+        chunk = Chunk(plan_of(layout, tiers, torch.bfloat16), buffers, full, gradient)
         chunks.append(chunk)
         expected.append(values)
     queue = UpdateQueue(Staging(BLOCK_SETS * len(BUFFERS), BLOCK_NUMEL))

@@ -56,7 +56,7 @@ from ..torch_private import own_buffers
 from ..units.units import Units
 from ..updates.completion import Completion
 from ..updates.during_backward import DuringBackward
-from ..updates.gradients import Gradients
+from ..updates.gradients import ConsumedGradients, Gradients, ScaledGradients
 from ..updates.options import Options
 from ..updates.schedule import AfterBackward, UpdateSchedule
 from ..updates.update_pipeline import BLOCK_SETS
@@ -124,9 +124,9 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
 
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     schedule: UpdateSchedule = AfterBackward()
+    gradients = Gradients(manager) if scaler is None else ScaledGradients(manager)
     if config.update_in_backward and optimizer is not None:
-        schedule = DuringBackward(manager, Completion(manager))
-    gradients = Gradients(manager, scaler is not None, schedule.consumes_gradients)
+        schedule, gradients = DuringBackward(manager, Completion(manager)), ConsumedGradients(manager)
     updater, values = Updater(manager, queue), Values(manager, schedule)
     options = Options.of(optimizer) if optimizer is not None else None
     updates = Updates(manager, schedule, gradients, updater, options)

@@ -47,7 +47,7 @@ class Entry:
             return self.tensor.dtype
         place = self.values.manager.find(self.tensor)
         assert place is not None
-        return place[0].master_dtype
+        return place[0].plan.codec.dtype
 
     @property
     def numel(self) -> int:

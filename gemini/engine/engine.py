@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkState
+from ..chunk import Chunk, ChunkManager
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
 from ..planning.trace import Moment, Phase
@@ -77,7 +77,7 @@ class Engine:
         is_sampled = self.sampling.is_on
         if is_sampled:
             self.sampling.end_moment()
-        waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
+        waits = any(not c.is_valid for c in chunks)
         begin = time.perf_counter() if waits else 0.0
         self.visits.begin(visit)
         try:
@@ -126,8 +126,7 @@ class Engine:
 
     def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
         self.manager.pin(chunk, keep)
-        if chunk in self.updates.gradients.withdrawn:
-            self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
+        self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
 
     def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
         names, count = self.visits.names(), len(self.visits.held)
@@ -156,7 +155,7 @@ class Engine:
         """Unpin what `bring` pinned."""
         for chunk in chunks:
             self.manager.unpin(chunk)
-        self.manager.repay()
+        self.manager.eviction.repay()
 
     def enter_outside(self, visit: Visit) -> None:
         """Backward comes to what code outside of any unit made: bring its chunks. No moment of the cycle."""
@@ -221,7 +220,7 @@ class Engine:
         if not self.visits.open:
             self._mend()
         self.manager.forget_addresses()
-        self.manager.repay()
+        self.manager.eviction.repay()
         self.batch = batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
         if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes()):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Tier
+from ..chunk import Chunk, ChunkManager, Tier
 from ..errors import is_out_of_memory
 from ..planning.cycle import Cycle
 from ..planning.planner import Actions, Planner
@@ -37,14 +37,14 @@ class Pacing:
         """Free full copies that the plan has no use for soon."""
         for index in indices:
             chunk = self._manager.chunks[index]
-            if chunk.state is ChunkState.READY:
+            if chunk.is_idle:
                 self._manager.evict(chunk)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Start to move what the plan needs next, where there is room for it."""
         for index in indices:
             chunk = self._manager.chunks[index]
-            if chunk.state is ChunkState.HOME and self._manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
+            if not chunk.is_resident and self._manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
                 try:
                     self._manager.fetch(chunk, background=True)
                 except Exception as error:

@@ -43,7 +43,7 @@ _SHAPES = 16
 _SEEN = "_gemini_memory_recorded"
 
 HOME_LETTERS = {Tier.DEVICE: "d", Tier.HOST: "h", Tier.DISK: "k"}
-STATE_LETTERS = {ChunkState.FETCHING: ">", ChunkState.IN_USE: "*"}
+STATE_LETTERS = {ChunkState.FETCHING: ">", ChunkState.IN_USE: "*", ChunkState.IN_USE_UPDATING: "*"}
 """In a chunk map; a chunk at home is its home's letter, one whose full copy is there that letter in upper case."""
 
 
@@ -233,7 +233,7 @@ class Monitor:
             "non_model_peak_bytes": engine.sampling.meter.peak_bytes,
             "moments_before": as_record(points, self._last_step + 1, self._tier) if points else None,
             "states": chunk_map(manager.chunks),
-            "in_use": [c.index for c in manager.chunks if c.state is ChunkState.IN_USE][:64],
+            "in_use": [c.index for c in manager.chunks if c.pins][:64],
             "process": process_memory(),
         }
 
@@ -253,7 +253,7 @@ def chunk_map(chunks: Sequence[Chunk]) -> str:
     runs: list[tuple[str, int]] = []
     for chunk in chunks:
         home = HOME_LETTERS[chunk.tier]
-        letter = STATE_LETTERS.get(chunk.state) or (home if chunk.state is ChunkState.HOME else home.upper())
+        letter = STATE_LETTERS.get(chunk.state) or (home.upper() if chunk.is_resident else home)
         if runs and runs[-1][0] == letter:
             runs[-1] = (letter, runs[-1][1] + 1)
         else:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..chunk import SHADOW, ChunkManager, ChunkState, Tier
+from ..chunk import SHADOW, ChunkManager, Tier
 from ..engine import Engine
 from ..memory.prediction import Outlook
 from ..sizes import format_bytes
@@ -44,8 +44,7 @@ class Reading(NamedTuple):
 
 # One call of C each: after 50 ms of computing, every line of Python costs a cache miss or two.
 _MOVES = attrgetter(
-    "need_count", "prefetch_used", "late_count", "demand_count", "fetch_count", "fetch_bytes", "prefetch_count",
-    "evict_count",
+    "prefetch_used", "late_prefetch_count", "miss_count", "fetch_count", "fetch_bytes", "prefetch_count", "evict_count",
 )  # fmt: skip
 _DISK = attrgetter("read_bytes", "read_seconds", "written_bytes", "write_seconds")
 _NO_DISK = (0, 0.0, 0, 0.0)
@@ -58,7 +57,7 @@ def read(engine: Engine, step: ChunkedStep, step_count: int, step_seconds: float
     moves, uploads = manager.moves, manager.device.uploads
     return Reading(
         manager.ledger.counters(),
-        _MOVES(moves),
+        (manager.access_count, *_MOVES(moves)),
         tuple(moves.waited_seconds.values()),
         engine.stall_seconds,
         tuple(uploads.nbytes.values()),
@@ -99,11 +98,11 @@ class Statistics:
         stats["device/overdraft_peak_bytes"] = self._ledger.peak_overdraft(Tier.DEVICE)
         manager = self._manager()
         if manager is not None:
-            stats["chunk/resident_count"] = sum(c.state is not ChunkState.HOME for c in manager.chunks)
+            stats["chunk/resident_count"] = sum(c.is_resident for c in manager.chunks)
 
-        (need_count, prefetched, late, missed, fetch_count, fetch_bytes, prefetch_count, evict_count) = reading.moves
-        stats["need/count"] = need_count
-        stats["need/resident_count"] = max(0, need_count - prefetched - missed)
+        (access_count, prefetched, late, missed, fetch_count, fetch_bytes, prefetch_count, evict_count) = reading.moves
+        stats["need/count"] = access_count
+        stats["need/resident_count"] = max(0, access_count - prefetched - missed)
         stats["need/hit_count"] = prefetched - late
         stats["need/late_count"] = late
         stats["need/miss_count"] = missed
@@ -153,7 +152,7 @@ def of_layout(manager: ChunkManager) -> Stats:
     stats["chunk/waste_ratio"] = 1.0 - sum(c.layout.used_numel for c in chunks) / total if total else 0.0
     for tier in Tier:
         stats[f"chunk/{tier.value}_count"] = sum(c.tier is tier for c in chunks)
-    parameters = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.codec.specs if spec.name != SHADOW)
+    parameters = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.plan.codec.specs if spec.name != SHADOW)
     optimizer = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.states)
     buffers = [c.gradient.buffer for c in chunks if c.gradient is not None and c.gradient.buffer is not None]
     gradients = sum(buffer.nbytes for buffer in buffers) or manager.gradient_pool.nbytes

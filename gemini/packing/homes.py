@@ -19,7 +19,6 @@ from ..chunk import (
     Tier,
     WithShadow,
 )
-from ..chunk.layout import ALIGN_NUMEL
 from ..config import GeminiConfig
 from ..planning.placement import ChunkNeed
 
@@ -55,7 +54,7 @@ def chunk_need(layout: ChunkLayout, config: GeminiConfig, borrow: bool) -> Chunk
     summed, in borrowed memory.
     """
     owner, itemsize = config.communicator.owner, layout.group.dtype(config).itemsize
-    numel = len(owner.extents(layout.numel, max([ALIGN_NUMEL, *(spec.block_numel for spec in layout.group.states)]))[0])
+    numel = len(owner.extents(layout.numel)[0])
     full, low = layout.numel * itemsize, numel * itemsize
     if not layout.group.trainable:
         return ChunkNeed(buffers={MASTER: low}, full_nbytes=full)

@@ -156,11 +156,8 @@ class Updater:
             chunk = each.chunk
             assert chunk.gradient is not None
             self.steps.update(each.taken)
-            chunk.update = ticket
-            chunk.supersede(chunk.gradient.present)
-            self._manager.lends_until(chunk, ticket)
-            if not chunk.pins:
-                chunk.poison()  # until the next pin
+            chunk.begin_update(ticket, chunk.gradient.present)
+            self._manager.release_gradient_after(chunk, ticket)
 
     def wait_for_holders(self, planned: Sequence[Planned]) -> None:
         """Wait for those updates that read or write memory which code outside of the manager holds.
@@ -175,6 +172,6 @@ class Updater:
                 if chunk.loan is not None:
                     chunk.loan.remember_all()
                 if each.update.out is None and chunk.is_resident and not chunk.full_is_home:
-                    self._manager.refresh(chunk)
+                    self._manager.full_copies.fill_again(chunk)  # the update could not write through to it
             elif chunk.gradient is not None and chunk.gradient.is_held:
                 chunk.settle()

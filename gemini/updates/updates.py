@@ -50,17 +50,17 @@ class Updates:
         self._options = Options.of(optimizer)
 
     def follow(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Take the gradients of those parameters that have room for them in their chunks. Returns these."""
-        self.schedule.follow(parameters)
-        return self.gradients.follow(parameters)
+        """Take the gradients of parameters that have room for them in their chunks. Returns those that are new."""
+        new = self.gradients.follow(parameters)
+        self.schedule.follow(new)
+        return new
 
     # -- backward
 
     def before_backward(self) -> None:
         """Raise if a backward cannot be a part of the step under way, or would add to gradients that are used up."""
         self.schedule.check_whole("run a second backward")
-        if self.schedule.consumes_gradients:
-            self.gradients.refuse_not_zeroed()
+        self.gradients.before_backward()
 
     def backward_begins(self, task: int) -> None:
         """A backward (or one within it) comes to its first node."""
@@ -72,7 +72,7 @@ class Updates:
         arrival = self.gradients.take(parameter)
         if arrival is None:
             return ()
-        chunk, position = arrival.chunk, arrival.position
+        chunk, position = arrival.slot.chunk, arrival.slot.position
         self.schedule.gradient_arrives(chunk, position)
         self.gradients.put(arrival)
         self.backward_begins(task)  # a parameter that the loss itself uses comes before any unit
@@ -117,8 +117,7 @@ class Updates:
 
     def _make_ready(self, chunk: Chunk) -> None:
         """Have a chunk quiet before anything of the step is changed."""
-        chunk.settle()  # an error of the last step surfaces here
-        self._manager.keep_edits(chunk)
+        self._manager.quiet(chunk)  # an error of the last step surfaces here
 
     def start(self, planned: Sequence[Planned]) -> None:
         """Start updates, in this order; from now on the chunks' gradients are theirs."""
@@ -158,19 +157,14 @@ class Updates:
                 assert parameters is not None
                 self.gradients.drop(chunk, parameters)
             elif chunk.gradient is not None:
-                self.gradients.hide(chunk)
-                if chunk.gradient.present:
+                had_some = bool(chunk.gradient.present)
+                self.gradients.drop(chunk)
+                if had_some:
                     self._manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
 
     def zero(self, parameters: Set[int] | None = None) -> None:
-        """Fill gradients with zeros.
-
-        Parameters
-        ----------
-        parameters
-            Of these (ids); None for all.
-        """
+        """Fill gradients with zeros; those of all parameters, or of these (ids)."""
         self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
         self.gradients.zero(parameters)
 

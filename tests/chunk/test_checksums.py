@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_chunk_as_far_as_its_piece_is_r
     buffer.read(start, torch.empty(stop - start))
 
 
-def test_a_bit_that_flips_where_a_later_write_began_within_a_piece_is_found_in_what_that_wrote(
+def test_a_flipped_bit_is_found_in_a_write_that_began_within_a_piece(
     disk: DiskBackend,
 ) -> None:
     buffer = disk.allocate(NUMEL, torch.float32, "x")

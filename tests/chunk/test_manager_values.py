@@ -118,7 +118,7 @@ def test_closing_ends_the_device_and_the_disk(tmp_path: Path) -> None:
         rig.manager.read(rig.parameters[0][0], MASTER)
 
 
-def test_what_was_changed_in_place_is_brought_home_when_the_update_before_it_has_been_repeated() -> None:
+def test_a_change_in_place_goes_home_after_the_update_before_it_was_repeated() -> None:
     rig = Rig([TRAINABLE])
     (chunk,) = rig.chunks
     rig.manager.fetch(chunk)
@@ -128,12 +128,12 @@ def test_what_was_changed_in_place_is_brought_home_when_the_update_before_it_has
         parameter[3] = 7.0
     update = FakeUpdate()
     update.error = OffloadError(5, "the disk is away")
-    chunk.update = update
+    chunk.begin_update(update, ())
     for _ in range(2):
         with pytest.raises(OffloadError, match="the disk is away"):
-            rig.manager.keep_edits(chunk)
+            rig.manager.quiet(chunk)
     update.error = None
-    rig.manager.keep_edits(chunk)
+    rig.manager.quiet(chunk)
     assert float(rig.manager.read(parameter, MASTER)[3]) == 7.0
     rig.manager.unpin(chunk)
     rig.manager.close()

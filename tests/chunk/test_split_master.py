@@ -82,7 +82,7 @@ def test_masters_and_states_are_read_as_they_were_written(
     disk = DiskBackend(tmp_path, ledger) if tier is Tier.DISK else None
     chunks, chunk, parameters = manager(tier, disk, ledger)
     try:
-        assert chunk.full_is_home and chunk.is_split and chunk.master_dtype is torch.float32
+        assert chunk.full_is_home and chunk.is_split and chunk.plan.codec.dtype is torch.float32
         assert chunk.gradient is not None and chunk.gradient.buffer is not None
         homes = [*chunk.homes.values(), chunk.gradient.buffer]
         assert sum(home.nbytes for home in homes) == 14 * chunk.layout.numel and chunk.full_nbytes == 0

@@ -60,7 +60,7 @@ def test_full_copies_and_homes_take_what_the_ledger_says(device: SimulatedDevice
     run.step(0)
     manager = boosted(run.model).manager
     manager.settle()
-    manager.evict_idle()
+    manager.eviction.evict_idle()
     resting = torch.accelerator.memory_allocated()
     for chunk in manager.chunks:
         if manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:

@@ -203,7 +203,7 @@ def test_gradients_may_lie_in_memory_as_they_like(path: str, monkeypatch: pytest
     assert all(map(torch.equal, run(lambda gradient: gradient[:1].repeat(6, 1)), rows))
 
 
-def test_states_that_share_memory_are_updated_one_after_the_other_and_shared_steps_are_refused(
+def test_states_that_share_memory_are_updated_in_turn_and_shared_steps_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     results = []
@@ -230,7 +230,7 @@ def test_a_parameter_that_grew_trains_on_with_a_new_state() -> None:
     assert optimizer.state[params[0]]["exp_avg"].shape == (50, 4)
 
 
-def test_a_master_of_before_does_not_come_back_when_the_parameter_was_trained_without_it() -> None:
+def test_an_old_master_does_not_come_back_after_training_without_it() -> None:
     params, optimizer = trained(torch.bfloat16)
     for param in params:
         param.data, param.grad = param.data.float(), None

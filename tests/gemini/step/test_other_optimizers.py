@@ -200,7 +200,7 @@ def test_plain_sgd_takes_4_bytes_a_parameter_and_the_gradient() -> None:
         assert stats["model_data/total_bytes"] == (4 + 4 * states + 2) * numel
 
 
-def test_momentum_switched_on_after_boost_has_no_room_and_says_so_and_off_and_on_goes_on() -> None:
+def test_momentum_switched_on_after_boost_is_refused_and_off_and_on_goes_on() -> None:
     run = Other("SGD", {})
     run.step(0)
     run.backward(run.loss(1))

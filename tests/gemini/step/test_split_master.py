@@ -236,7 +236,7 @@ def test_statistics_placement_and_estimate_say_14_bytes_a_parameter() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_under_a_limit_of_the_system_14_bytes_a_parameter_are_enough_for_everything_to_stay() -> None:
+def test_14_bytes_a_parameter_are_enough_for_all_to_stay_under_a_system_limit() -> None:
     whole = {"precision": "bf16", "split_master": False}
     split = {**whole, "split_master": True}
     ours, roomy = outcome(limited(14.0, 48, **split)), outcome(limited(18.0, 48, **whole))
@@ -318,7 +318,7 @@ def test_changes_in_place_are_what_they_are_with_whole_masters(edit: Callable[[T
 # -- what cannot be
 
 
-def test_what_a_module_changes_in_place_in_its_forward_is_refused_until_it_is_assigned() -> None:
+def test_a_change_in_place_in_forward_is_refused_until_it_is_assigned() -> None:
     ours = Trained(SMALL, "bf16", split_master=True)
     ours.step(0)
 

@@ -188,7 +188,7 @@ def failing_at(numbers: set[int]) -> Callable[..., None]:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("atomic", [None, 512], ids=["whole", "slices"])
-def test_memory_that_runs_out_in_the_background_is_told_with_a_name_and_costs_nothing(
+def test_memory_that_runs_out_in_the_background_is_an_error_and_costs_nothing(
     placement: str, atomic: int | None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = dict(PLACEMENTS[placement])

@@ -7,6 +7,8 @@ import torch
 from limited import limited, outcome
 
 from gemini.chunk import ChunkLayout, Ledger, RamBackend, Slot, Tier
+from gemini.chunk.eviction import Eviction
+from gemini.chunk.full_copies import FullCopies
 from gemini.chunk.gradient import GradientBuffer
 from gemini.chunk.gradient_pool import GradientPool
 from gemini.chunk.layout import size_class
@@ -78,7 +80,7 @@ def layout(index: int, numel: int = 256) -> ChunkLayout:
 def pool(room: int, capacity: int = 1 << 20) -> tuple[GradientPool, RamBackend]:
     backend = RamBackend(None)
     ledger = Ledger({Tier.HOST: capacity}, unified=True)
-    lender = GradientPool(ledger, backend, None, lambda tier, nbytes: None)
+    lender = GradientPool(ledger, backend, None, Eviction(ledger, FullCopies(ledger, backend), lambda: 0))
     lender.reserve(Tier.HOST, room, "room")
     return lender, backend
 

@@ -62,7 +62,7 @@ def test_a_failure_of_any_one_call_surfaces_once_and_then_costs_nothing(
             r.check()
 
 
-def test_a_failure_of_any_one_call_keeps_steps_in_order_that_were_submitted_before_anyone_waited(
+def test_steps_stay_in_order_if_any_one_call_fails_before_a_wait(
     tmp_path: Path,
 ) -> None:
     def two_steps(r: Rig) -> list[BaseException]:
@@ -97,7 +97,7 @@ def test_as_long_as_the_disk_is_broken_every_wait_raises_and_nothing_hangs(tmp_p
         r.check()
 
 
-def test_a_step_submitted_behind_one_that_failed_fails_with_it_and_is_retried_with_it(tmp_path: Path) -> None:
+def test_a_step_behind_one_that_failed_fails_and_is_retried_with_it(tmp_path: Path) -> None:
     faults = Faults()
     with rig(tmp_path, PLACES["disk"], faults) as r:
         faults.always = True
