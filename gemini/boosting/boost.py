@@ -26,18 +26,17 @@ from ..chunk import (
     Tier,
     driver_of,
     tuned,
-    weakly,
     write_slot,
 )
 from ..config import GeminiConfig
-from ..engine import Engine
+from ..engine import Engine, Listener
 from ..engine.device_room import DeviceRoom
 from ..engine.pacing import Pacing
 from ..engine.sampling import Sampling
 from ..lazy import is_lazy, materialize
 from ..memory.capacity import Capacities, device_headroom, find_capacities
 from ..memory.tracker import NonModelMeter
-from ..monitor.monitor import Monitor, model_facts, probes
+from ..monitor.monitor import Decided, Monitor, Silent, model_facts, probes
 from ..monitor.stats import Statistics, Stats
 from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
@@ -130,47 +129,25 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     updater, values = Updater(manager, queue), Values(manager, schedule)
     options = Options.of(optimizer) if optimizer is not None else None
     updates = Updates(manager, schedule, gradients, updater, options)
-    pacing, room = Pacing(manager, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
-    engine = Engine(manager, updates, pacing, room, Sampling(manager, meter))
-    watch_gradients(engine, packing.parameters)
-    unfreezing = Unfreezing(manager, engine, config, packing.updated_buffer_count if manager.disk is not None else 0)
-    kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
-    step = ChunkedStep(
-        manager, engine, updater, updates, config.communicator, scaler, config.max_norm, unfreezing, kept
-    )
     units, statistics = Units(model, manager), Statistics(manager)
-    monitor = _monitor(model, config, capacities, packing, engine, step, statistics, units)
+    listener = _listener(model, config, capacities, packing, manager, statistics, units)
+    pacing, room = Pacing(manager, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
+    engine = Engine(manager, units, updates, pacing, room, Sampling(manager, meter), listener)
+    watch_gradients(engine, packing.parameters)
+    unfreezing = Unfreezing(engine, config, packing)
+    kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
+    communicator, max_norm = config.communicator, config.max_norm
+    step = ChunkedStep(manager, engine, updater, updates, communicator, scaler, max_norm, unfreezing, kept)
     backward = BackwardHooks(engine)
     hooks = ForwardHooks(
         model,
-        units,
         engine,
         backward,
         cast_inputs=config.compute_dtype if config.precision != "fp32" else None,
         force_outputs_fp32=config.force_outputs_fp32,
-        on_abandoned_backward=step.abandon,
-        **({} if monitor is None else {"on_error": monitor.on_error}),
     )
-    if monitor is not None:
-        step.on_error = partial(_tell, weakref.WeakMethod(monitor.on_error))
-    step.recover = hooks.recover
     outside = Outside(engine, backward)
-    state = Boosted(
-        type(model),
-        config,
-        capacities,
-        packing,
-        manager,
-        values,
-        engine,
-        hooks,
-        outside,
-        step,
-        meter,
-        statistics,
-        monitor,
-    )
-    unfreezing.on_change = weakly(state.rebuilt)
+    state = Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics)
     serve_parts(model, values)
     guard_parts(model, manager)
     mix_in(model)
@@ -267,18 +244,17 @@ def _real(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     return {} if any(is_lazy(value) for value in saved.values() if isinstance(value, Tensor)) else saved
 
 
-def _monitor(
+def _listener(
     model: nn.Module,
     config: GeminiConfig,
     capacities: Capacities,
     packing: Packing,
-    engine: Engine,
-    step: ChunkedStep,
+    manager: ChunkManager,
     statistics: Statistics,
     units: Units,
-) -> Monitor | None:
+) -> Listener:
     if config.telemetry is False:
-        return None
+        return Silent(statistics)
     facts = {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in managed_parameters(model).values()),
@@ -291,18 +267,10 @@ def _monitor(
     folder = config.telemetry if isinstance(config.telemetry, Path) else None
 
     def writer(last: Callable[[], Stats | None]) -> TelemetryWriter:
-        return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(engine.manager), last=last)
+        return TelemetryWriter(folder, rank=0, facts=facts, probes=probes(manager), last=last)
 
-    monitor = Monitor(writer, engine, step, statistics, units.all)
-    monitor.describe(packing, config, capacities, model_facts(model))
-    return monitor
-
-
-def _tell(reference: "weakref.WeakMethod[Callable[[BaseException | None], None]]", error: BaseException) -> None:
-    """Weak, because the telemetry thread has the step, and the monitor leads to the model."""
-    method = reference()
-    if method is not None:
-        method(error)
+    decided = Decided(config, capacities, model_facts(model))
+    return Monitor(writer, manager, units.all, statistics, decided, packing)
 
 
 def _close(queue: UpdateQueue, manager: ChunkManager, telemetry: TelemetryWriter | None) -> None:

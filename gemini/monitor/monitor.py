@@ -9,6 +9,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, Tier, accelerator_in_use, memory_of
 from ..config import GeminiConfig
-from ..engine import Engine
+from ..engine import Engine, StepFacts
 from ..errors import is_out_of_memory
 from ..memory.capacity import Capacities
 from ..memory.prediction import Outlook, bytes_of_copies, measure, predict
@@ -24,11 +25,11 @@ from ..memory.timeline import Point, as_record
 from ..memory.tracker import host_headroom
 from ..packing.packing import Packing
 from ..sizes import format_bytes
-from ..step.managed_step import ChunkedStep
 from ..telemetry.layout import chunks_file, oom_file, timeline_file
+from ..telemetry.probes import Fields
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Unit
-from .stats import Reading, Statistics, Stats, read
+from .stats import Statistics, Stats, read
 
 logger = logging.getLogger(__name__)
 
@@ -50,169 +51,194 @@ STATE_LETTERS = {ChunkState.FETCHING: ">", ChunkState.IN_USE: "*", ChunkState.IN
 class LastStep:
     """The step that came too soon after another to be written: the run's last one is, when it ends.
 
-    The telemetry thread holds this, and runtime and step lead to the model: hence weakly. A model that is collected
-    before its run ended leaves its last quarter of a second unwritten.
+    The telemetry thread holds this, and the engine leads to the model: hence weakly. A model that is collected before
+    its run ended leaves its last quarter of a second unwritten.
     """
 
-    def __init__(self, engine: Engine, step: ChunkedStep, statistics: Statistics) -> None:
-        self._engine = weakref.ref(engine)
-        self._step = weakref.ref(step)
+    def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics
-        self.unrecorded: tuple[int, float] | None = None
-        """Number and seconds of the step; None if it was written."""
-        self.outlook: Outlook | None = None
-        """What was predicted after the warm-up and what was measured since; None until both are known."""
+        self._unrecorded: tuple[weakref.ref[Engine], StepFacts] | None = None
 
-    def foresee(self, outlook: Outlook) -> None:
-        """Take over what is known by now."""
-        self.outlook = outlook
-
-    def leave(self, number: int, seconds: float) -> None:
+    def leave(self, engine: Engine, step: StepFacts) -> None:
         """This step is not written, unless it stays the last one."""
-        self.unrecorded = (number, seconds)
+        self._unrecorded = (weakref.ref(engine), step)
 
     def is_written(self) -> None:
         """The last step is written."""
-        self.unrecorded = None
-
-    def read(self, number: int, seconds: float) -> Reading | None:
-        engine, step = self._engine(), self._step()
-        return None if engine is None or step is None else read(engine, step, number, seconds, self.outlook)
+        self._unrecorded = None
 
     def stats(self) -> Stats | None:
-        reading = None if self.unrecorded is None else self.read(*self.unrecorded)
-        return None if reading is None else self._statistics.expand(reading)
+        """The statistics of the last step, if that is not written."""
+        if self._unrecorded is None:
+            return None
+        reference, step = self._unrecorded
+        engine = reference()
+        return None if engine is None else self._statistics.expand(read(engine, step))
+
+
+class Silent:
+    """A `Listener` without telemetry.
+
+    Parameters
+    ----------
+    statistics
+        Kept up to date for ``model.memory_stats()``.
+    """
+
+    outlook: Outlook | None = None
+    writer: TelemetryWriter | None = None
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+
+    def step_ended(self, engine: Engine, step: StepFacts) -> bool:
+        return False
+
+    def failed(self, engine: Engine, error: BaseException | None) -> None:
+        pass
+
+    def rebuilt(self, packing: Packing) -> None:
+        self._statistics.refresh()
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What was known when a model was boosted: enough to make the decision again."""
+
+    config: GeminiConfig
+    capacities: Capacities
+    model: Mapping[str, Any] | None
+    """See `model_facts`."""
+
+    def document(self, manager: ChunkManager, packing: Packing, units: Sequence[Unit]) -> Fields:
+        """All of it as one JSON object. Records refer to units by index."""
+        described = description(manager, packing, self.config, self.capacities)
+        return {**described, "model": self.model, "units": [unit.name for unit in units]}
 
 
 class Monitor:
-    """The telemetry of one boosted model.
+    """Writes the telemetry of one boosted model (a `Listener`).
 
     Parameters
     ----------
     writer
         Makes what records go to, given what tells it the statistics of the last step when the run ends.
-    engine, step, statistics, units
-        What is looked at. Nothing here keeps the model itself alive.
+    manager, units, statistics, decided, packing
+        The chunks, what brackets them, their numbers, and what was decided about them. Nothing here keeps the model
+        itself alive.
     """
 
     def __init__(
         self,
         writer: Callable[[Callable[[], Stats | None]], TelemetryWriter],
-        engine: Engine,
-        step: ChunkedStep,
-        statistics: Statistics,
+        manager: ChunkManager,
         units: Sequence[Unit],
+        statistics: Statistics,
+        decided: Decided,
+        packing: Packing,
     ) -> None:
-        self._engine = engine
-        self._statistics = statistics
+        self.outlook: Outlook | None = None
+        self._manager = manager
         self._units = units
-        self._last = LastStep(engine, step, statistics)
-        self._description: Mapping[str, Any] = {}
-        self._homes: dict[Tier, int] = dict.fromkeys(Tier, 0)
-        """Bytes of homes and staging."""
+        self._statistics = statistics
+        self._decided = decided
+        self._packing = packing
+        self._last = LastStep(statistics)
         self._described_units = -1
         self._last_points: list[Point] = []
         self._last_step = 0
         self._last_time = float("-inf")
         self._peaks: tuple[int, ...] = (0,) * len(Tier)
-        self._tier = engine.manager.ledger.bounded_by(Tier.DEVICE)
-        self._is_ram = engine.manager.device.is_ram
         self.writer = writer(self._last.stats)
+        self._describe()
 
-    @property
-    def outlook(self) -> Outlook | None:
-        """What was predicted after the warm-up and what was measured since; None until both are known."""
-        return self._last.outlook
-
-    def after_step(self, number: int, seconds: float) -> None:
+    def step_ended(self, engine: Engine, step: StepFacts) -> bool:
         """Record the step, and the timeline of one that was sampled; choose whether the next one is."""
-        engine, writer = self._engine, self.writer
+        writer = self.writer
         is_sampled = bool(engine.sampling.timeline.points)
-        if not is_sampled and not writer.is_due and number > 1:
-            self._last.leave(number, seconds)
-            return
+        if not is_sampled and not writer.is_due and step.number > 1:
+            self._last.leave(engine, step)
+            return False
         self._last.is_written()
         if is_sampled:
             self._last_points = engine.sampling.take_timeline()
-            if number > 1:
-                self._look_back()
-        reading = self._last.read(number, seconds)
-        assert reading is not None  # runtime and step are what calls
+            if step.number > 1:
+                self._look_back(engine)
+        reading = read(engine, step)
         writer.record_step(partial(self._statistics.expand, reading))
         peaks = reading.memory[1]
         if is_sampled:
-            self._last_step, self._last_time, self._peaks = number, time.monotonic(), peaks
-            record = partial(as_record, self._last_points, number, self._tier)
+            self._last_step, self._last_time, self._peaks = step.number, time.monotonic(), peaks
+            record = partial(as_record, self._last_points, step.number, self._tier)
             writer.record("timeline", record)
             writer.write_document(timeline_file, record)  # found also when its record is far from the file's end
-            self._describe()
-        asked = writer.is_dump_requested
-        engine.sampling.record_step(asked or number == 1 or (self._is_ram and self._is_due(number, peaks)))
+            if len(self._units) != self._described_units:  # they grow while the warm-up watches
+                self._describe()
+        is_asked_for = writer.is_dump_requested
+        # Not on an accelerator, where sampling resets the allocator's peak statistics, which users read, too.
+        return is_asked_for or step.number == 1 or (self._manager.device.is_ram and self._is_due(step.number, peaks))
 
     def _is_due(self, step: int, peaks: tuple[int, ...]) -> bool:
-        # Not on an accelerator, where sampling resets the allocator's peak statistics, which users read, too.
         if peaks != self._peaks and any(
             now > before * NEW_PEAK_RATIO for now, before in zip(peaks, self._peaks, strict=True)
         ):
             return True
         return step - self._last_step >= TIMELINE_STEPS and time.monotonic() - self._last_time >= TIMELINE_SECONDS
 
-    def _look_back(self) -> None:
+    @property
+    def _tier(self) -> Tier:
+        """Where units run."""
+        return self._manager.ledger.bounded_by(Tier.DEVICE)
+
+    def _look_back(self, engine: Engine) -> None:
         """What the step that was sampled took, against what was predicted after the warm-up."""
-        engine, measured = self._engine, measure(self._last_points, self._tier)
+        measured = measure(self._last_points, self._tier)
         if self.outlook is not None:
-            self._last.foresee(self.outlook.after(measured))
+            self.outlook = self.outlook.after(measured)
             return
         followed, known = engine.pacing.cycle.followed, engine.sampling.profile.heaviest.get(True)
         if followed is None or known is None:
             return
-        nbytes = {c.index: c.full_nbytes for c in engine.manager.chunks if not c.full_is_home}
+        nbytes = {c.index: c.full_nbytes for c in self._manager.chunks if not c.full_is_home}
         copies = bytes_of_copies(*followed, nbytes)
-        unified = engine.manager.ledger.unified
-        predicted = predict(self._homes, copies, known.moments, self._tier, unified)
-        self._last.foresee(Outlook(predicted, measured))
+        homes = dict(self._packing.placement.nbytes)
+        homes[Tier.HOST] += self._packing.staging_bytes
+        predicted = predict(homes, copies, known.moments, self._tier, self._manager.ledger.unified)
+        self.outlook = Outlook(predicted, measured)
         if logger.isEnabledFor(logging.INFO):
             for tier, before, now in zip(Tier, predicted.tiers, measured.tiers, strict=True):
                 if now:
                     said, seen, off = format_bytes(before), format_bytes(now), before / now - 1
                     logger.info("%s: %s predicted, %s measured (%+.1f%%)", tier.value, said, seen, 100 * off)
 
-    def describe(
-        self, packing: Packing, config: GeminiConfig, capacities: Capacities, model: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write down what was decided: enough to make the decision again. ``model`` is `model_facts`, told once."""
-        known = {"model": self._description.get("model") if model is None else model}
-        self._description = {**description(self._engine.manager, packing, config, capacities), **known}
-        self._homes = {**packing.placement.nbytes}
-        self._homes[Tier.HOST] += packing.staging_bytes
-        self._described_units = -1
+    def rebuilt(self, packing: Packing) -> None:
+        """Write down what the chunks are now."""
+        self._packing = packing
+        self._statistics.refresh()
         self._describe()
 
     def _describe(self) -> None:
-        """Records refer to units by index, and units grow while the warm-up watches."""
-        if len(self._units) != self._described_units:
-            self._described_units = len(self._units)
-            names = [unit.name for unit in self._units]
-            self.writer.write_document(chunks_file, {**self._description, "units": names})
+        self._described_units = len(self._units)
+        self.writer.write_document(chunks_file, self._decided.document(self._manager, self._packing, self._units))
 
-    def on_error(self, error: BaseException | None) -> None:
-        """An exception passes through the model: if it is for want of memory, record what there was. Never raises."""
+    def failed(self, engine: Engine, error: BaseException | None) -> None:
+        """Record what there was if an exception says that memory ran out. Never raises."""
         if error is None or not is_out_of_memory(error) or hasattr(error, _SEEN) or hasattr(error.__cause__, _SEEN):
             return
         try:
             setattr(error, _SEEN, True)  # here is where it began; on its way up it passes through other modules
-            self._record_error(error)
+            self._record_error(engine, error)
         except Exception as failure:  # the error that the user must see is the other one
             logger.warning("an out-of-memory error could not be recorded: %r", failure)
 
-    def _record_error(self, error: BaseException) -> None:
-        record = self._oom_record(error)
+    def _record_error(self, engine: Engine, error: BaseException) -> None:
+        record = self._oom_record(engine, error)
         self.writer.record("oom", record)
         last = as_record(self._last_points, self._last_step, self._tier) if self._last_points else None
         self.writer.write_document(oom_file, {**record, "last_timeline": last})
 
-    def _oom_record(self, error: BaseException) -> dict[str, Any]:
-        manager, engine = self._engine.manager, self._engine
+    def _oom_record(self, engine: Engine, error: BaseException) -> dict[str, Any]:
+        manager = self._manager
         visits = [visit.unit.name for visit in engine.visits.open]
         phase = "backward" if engine.visits.is_in_backward else "forward"
         points = engine.sampling.timeline.points
@@ -221,7 +247,9 @@ class Monitor:
             "is_ours": hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
             "unit": visits[-1] if visits else None,
             "phase": phase,
-            "batch_shapes": [list(shape) for shape in engine.batch.shapes[:_SHAPES]] if engine.batch else [],
+            "batch_shapes": [list(shape) for shape in engine.sampling.batch.shapes[:_SHAPES]]
+            if engine.sampling.batch
+            else [],
             "tiers": {
                 tier.value: {
                     "used_bytes": manager.ledger.used(tier),

@@ -10,10 +10,9 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from ..chunk import SHADOW, ChunkManager, Tier
-from ..engine import Engine
+from ..engine import Engine, StepFacts
 from ..memory.prediction import Outlook
 from ..sizes import format_bytes
-from ..step.managed_step import ChunkedStep
 
 Stats = dict[str, int | float]
 
@@ -51,7 +50,7 @@ _NO_DISK = (0, 0.0, 0, 0.0)
 _TIERS = tuple(Tier)
 
 
-def read(engine: Engine, step: ChunkedStep, step_count: int, step_seconds: float, outlook: Outlook | None) -> Reading:
+def read(engine: Engine, step: StepFacts) -> Reading:
     """Copy the counters; some microseconds, whatever the size of the model."""
     manager = engine.manager
     moves, uploads = manager.moves, manager.device.uploads
@@ -64,12 +63,8 @@ def read(engine: Engine, step: ChunkedStep, step_count: int, step_seconds: float
         tuple(uploads.seconds.values()),
         _NO_DISK if manager.disk is None else _DISK(manager.disk),
         engine.sampling.meter.peak_bytes,
-        step_count,
-        step_seconds,
-        step.skipped_steps,
-        None if step.scaler is None else step.scaler.scale,
-        step.grad_norm,
-        outlook,
+        *step,
+        engine.listener.outlook,
     )
 
 

@@ -43,7 +43,7 @@ class Outside(Keeper):
             chunks = self._chunks(parameters)
             with _undisturbed():
                 is_in_unit = self._engine.add_to_innermost(chunks, parameters)
-                pinned = [] if is_in_unit else self._engine.bring(chunks)
+                pinned = [] if is_in_unit else self._engine.pins.bring(chunks)
             if is_in_unit:
                 return run()
             try:
@@ -57,13 +57,13 @@ class Outside(Keeper):
                     self._backward.bring(begin, result, chunks)
                 return result
             finally:
-                self._engine.let_go(pinned)
+                self._engine.pins.let_go(pinned)
 
     def lend(self, run: Callable[[], Any], parameters: list[Tensor], is_address: bool) -> Any:
         with self._engine.lock:
             chunks = self._chunks(parameters)
             with _undisturbed():
-                pinned = self._engine.bring(chunks)
+                pinned = self._engine.pins.bring(chunks)
             try:
                 result = self._lent(run, parameters)
                 if is_address:
@@ -71,18 +71,18 @@ class Outside(Keeper):
                         chunk.lend().keep_address()
                 return result
             finally:
-                self._engine.let_go(pinned)
+                self._engine.pins.let_go(pinned)
 
     def assign(self, parameter: Tensor, value: Tensor) -> None:
         with self._engine.lock, torch.no_grad():
             manager, chunks = self._engine.manager, self._chunks([parameter])
             manager.check_assigned(parameter, value)
             with _undisturbed():
-                pinned = self._engine.bring(chunks)
+                pinned = self._engine.pins.bring(chunks)
             try:
                 manager.assign(parameter, value)
             finally:
-                self._engine.let_go(pinned)
+                self._engine.pins.let_go(pinned)
 
     def show_gradient(self, parameter: Tensor) -> None:
         self._gradients.show(parameter)

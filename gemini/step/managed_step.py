@@ -2,15 +2,16 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Set
+from collections.abc import Container, Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chunk import QUIET, BufferSpec, Chunk, ChunkManager, Communicator
-from ..engine import Engine
+from ..engine import Engine, StepFacts
 from ..nn.optimizer.managed import ManagedOptimizer
+from ..packing.packing import Packing
 from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm
 from ..updates.options import Options
 from ..updates.updater import Updater
@@ -60,19 +61,23 @@ class ChunkedStep:
         self.skipped_steps = 0
         self.grad_norm: float | None = None
         """The last norm computed, unscaled."""
-        self.recover: Callable[[], None] = lambda: None
-        """Cleans up after a backward that the user called and that failed. Set when the hooks are installed."""
         self._engine = engine
         self._updater = updater
         self._updates = updates
         self._communicator = communicator
         self._max_norm = max_norm
         self._unfreezing = unfreezing
-        self.on_error: Callable[[BaseException], None] = lambda error: None
-        """Told what ended a backward, before anything is put in order."""
-        self._is_scaled = False
-        self._coefficient = 1.0
         self._shown: weakref.ref[OptimizerStates] | None = None
+
+    @property
+    def packing(self) -> Packing:
+        """The plans of the chunks, as they are now."""
+        return self._unfreezing.packing
+
+    def facts(self, step: StepFacts) -> StepFacts:
+        """What is known of a step, with the numbers of now."""
+        loss_scale = None if self.scaler is None else self.scaler.scale
+        return step._replace(skipped_count=self.skipped_steps, loss_scale=loss_scale, grad_norm=self.grad_norm)
 
     @property
     def steps(self) -> dict[int, int]:
@@ -89,30 +94,13 @@ class ChunkedStep:
         """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
         self._updates.before_backward()
         if self.scaler is not None:
-            self._is_scaled = True
+            self._updates.factor.scale()
             loss = loss * self.scaler.scale
         try:
             loss.backward()
         except BaseException as error:
-            self.on_error(error)
-            self._engine.abort()
-            self.abandon()
-            torn = self._updates.schedule.torn_text
-            self._engine.explain(error, torn)
-            if torn and hasattr(error, "add_note"):
-                error.add_note(torn)
+            self._engine.backward_failed(error)
             raise
-
-    def abandon(self) -> None:
-        """A backward has failed: its gradients are worth nothing."""
-        if self._updates.schedule.backward_failed():
-            self.drop_gradients()
-
-    def drop_gradients(self, parameters: Set[int] | None = None) -> None:
-        """Forget what is in the chunks. See `Updates.drop`."""
-        self._updates.drop(parameters)
-        self._is_scaled = False
-        self._coefficient = 1.0
 
     def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
         """Forget what is in the chunks, or fill it with zeros; see `torch.optim.Optimizer.zero_grad`.
@@ -123,19 +111,20 @@ class ChunkedStep:
             Of these (ids); None for all.
         """
         if set_to_none or self._updates.schedule.consumes_gradients:
-            self.drop_gradients(parameters)
+            self._updates.drop(parameters)
         else:
             self._updates.zero(parameters)
 
     # -- ManagedStep
 
     def step(self, optimizer: ManagedOptimizer) -> None:
-        self.recover()
+        self._engine.recover()
         with self._engine.lock:
             self._step(optimizer)
+        self._engine.step_ended(self.facts)
 
     def _step(self, optimizer: ManagedOptimizer) -> None:
-        self._engine.release_held()
+        self._engine.pins.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         self._updates.before_step(optimizer)
         self._admit_unfrozen(optimizer)
@@ -143,7 +132,7 @@ class ChunkedStep:
         chunks = self._updates.collect()
         plain = self._plain_parameters(optimizer)
         scale = self._scale
-        coefficient = self._coefficient
+        coefficient = self._updates.factor.clipping
         if self.scaler is not None or self._max_norm > 0:
             found = _found(chunks, groups.of)
             outside = [parameter for parameters in plain.values() for parameter in parameters]
@@ -166,7 +155,7 @@ class ChunkedStep:
         ]
         self._updates.start(updates)
         optimizer.commit_parameters(prepared)
-        self._coefficient = 1.0
+        self._updates.factor.stepped()
         if self.scaler is not None:
             self.scaler.update(overflow=False)
         self._updates.after_step()
@@ -174,7 +163,7 @@ class ChunkedStep:
 
     @property
     def _scale(self) -> float:
-        return self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0
+        return self.scaler.scale if self.scaler is not None and self._updates.factor.is_scaled else 1.0
 
     def _prefetch(self) -> None:
         try:
@@ -219,7 +208,7 @@ class ChunkedStep:
             before,
             self.scaler.scale,
         )
-        self._coefficient = 1.0
+        self._updates.factor.stepped()
         return True
 
     def zero_grad(self, optimizer: ManagedOptimizer, set_to_none: bool) -> None:
@@ -288,7 +277,7 @@ class ChunkedStep:
                 f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped"
             )
         self.grad_norm = float(norm)
-        self._coefficient *= clip_coefficient(norm, max_norm)
+        self._updates.factor.clip(clip_coefficient(norm, max_norm))
         return norm
 
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:

@@ -1,6 +1,6 @@
 """Giving a boosted optimizer parameters that were frozen when the model was boosted."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkPlan, Tier, write_slot
+from ..chunk import BufferSpec, Chunk, ChunkPlan, Tier, write_slot
 from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import OutOfMemory
 from ..nn.optimizer.rule import Rule
+from ..packing.packing import Packing
 from ..packing.unfreezing import unfrozen_plans
 from ..planning.placement import DoesNotFit, Room
 from ..runtime.arrivals import watch_gradients
@@ -31,27 +32,18 @@ class Unfreezing:
 
     Parameters
     ----------
-    manager, engine
-        Has the chunks, and plans their moves.
-    config
-        What the model was boosted with.
-    staged_buffers
-        Most buffers of which an update can have blocks at once, if they are on DISK; 0 without a disk tier.
+    engine
+        Plans the moves of the chunks, and takes their gradients.
+    config, packing
+        What the model was boosted with, and what was decided then.
     """
 
-    def __init__(
-        self,
-        manager: ChunkManager,
-        engine: Engine,
-        config: GeminiConfig,
-        staged_buffers: int,
-    ) -> None:
-        self.on_change: Callable[[Sequence[ChunkPlan]], None] = lambda plans: None
-        """Told the plans of the chunks that were built anew."""
-        self._manager = manager
+    def __init__(self, engine: Engine, config: GeminiConfig, packing: Packing) -> None:
+        self.packing = packing
+        """The plans of the chunks, as they are now."""
+        self._manager = engine.manager
         self._engine = engine
         self._config = config
-        self._staged_buffers = staged_buffers
 
     def admit(self, rule: Rule, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]) -> None:
         """Update these parameters of the optimizer's group ``index`` from now on. All or nothing.
@@ -85,15 +77,15 @@ class Unfreezing:
         with _requiring_gradients(admitted):
             watch_gradients(self._engine, admitted)
         if plans:
-            self._engine.chunks_changed()
-            self.on_change(plans)
+            self.packing = self.packing.with_plans(plans)
+            self._engine.rebuilt(self.packing)
 
     def _plans(self, chunks: Sequence[Chunk], slots: tuple[BufferSpec, ...], index: int) -> tuple[ChunkPlan, ...]:
         manager, ledger = self._manager, self._manager.ledger
         layouts = [chunk.layout for chunk in chunks]
         copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
         resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if ledger.unified else 0
-        can_stage = manager.disk is not None and buffer_count(slots) <= self._staged_buffers
+        can_stage = manager.disk is not None and buffer_count(slots) <= self.packing.updated_buffer_count
         room = Room(
             capacities={
                 Tier.DEVICE: 0,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
+from .factor import Factor
 from .gradients import Gradients
 from .options import Options
 from .schedule import UpdateSchedule
@@ -39,6 +40,7 @@ class Updates:
     ) -> None:
         self.schedule = schedule
         self.gradients = gradients
+        self.factor = Factor()
         self._manager = manager
         self._updater = updater
         self._options = options
@@ -162,6 +164,12 @@ class Updates:
                 if had_some:
                     self._manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
+        self.factor.forget()
+
+    def abandon(self) -> None:
+        """A backward has failed: its gradients are worth nothing."""
+        if self.schedule.backward_failed():
+            self.drop()
 
     def zero(self, parameters: Set[int] | None = None) -> None:
         """Fill gradients with zeros; those of all parameters, or of these (ids)."""

@@ -88,6 +88,10 @@ class ManagedOptimizer(Optimizer):
         optimizer.stands_for = lambda: None
         return optimizer
 
+    def be_managed(self, step: ManagedStep) -> None:
+        """Hand the work over from now on."""
+        self._managed = step
+
     @property
     def state(self) -> Any:
         """The states by parameter, as in ``torch.optim``; once boosted they are shown from where they are."""

@@ -101,10 +101,10 @@ def test_steps_take_what_was_predicted(plugin: dict[str, Any], tmp_path: Path) -
     assert "prediction/host_predicted_bytes" not in training.model.memory_stats()
     training.step(2)
     found = training.model.memory_stats()
-    outlook = training.state.monitor.outlook
+    outlook = training.state.engine.listener.outlook
     assert outlook is not None
     where = 1 if found["memory/unified"] else 0
-    points = training.state.monitor._last_points  # type: ignore[union-attr]
+    points = training.state.engine.listener._last_points  # type: ignore[union-attr]
     for index, tier in enumerate(Tier):
         said, seen = (found[f"prediction/{tier.value}_{when}_bytes"] for when in ("predicted", "measured"))
         assert (said, seen) == (outlook.predicted.tiers[index], outlook.measured.tiers[index])
@@ -128,10 +128,10 @@ def test_memory_for_gradients_and_staging_is_model_data_from_the_start(where: st
     lends = {"update_in_backward": True} if where == "memory that is lent" else {}
     training = Training(tmp_path / "run", nn.Sequential(*layers), **disk, **lends)
     training.step(3)
-    points = training.state.monitor._last_points  # type: ignore[union-attr]
+    points = training.state.engine.listener._last_points  # type: ignore[union-attr]
     assert points[0].non_model < 4 * MIB  # a batch
     assert max(point.non_model for point in points) > 12 * MIB  # a gradient of 16 MiB on its way to its chunk
-    outlook = training.state.monitor.outlook
+    outlook = training.state.engine.listener.outlook
     assert outlook is not None
     assert outlook.measured.non_model - outlook.predicted.non_model < 6 * MIB
 
@@ -166,7 +166,7 @@ class Keeps(nn.Module):
 def test_a_step_that_takes_more_than_predicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     training = Training(tmp_path / "run", Keeps())
     training.step(3)
-    outlook = training.state.monitor.outlook
+    outlook = training.state.engine.listener.outlook
     assert outlook is not None
     assert outlook.measured.non_model - outlook.predicted.non_model > 40 * MIB
     training.writer.close()
