@@ -167,7 +167,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
 
 
 def _build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tuple[ChunkManager, UpdateQueue]:
-    ledger = Ledger(capacities.nbytes, capacities.unified)
+    ledger = Ledger(capacities.nbytes, capacities.memory)
     disk = fetch_staging = store_staging = update_staging = None
     if packing.staging_block_numel:
         assert config.offload_dir is not None

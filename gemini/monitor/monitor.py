@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, Tier, accelerator_in_use, memory_of
+from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, MemoryMap, Tier, accelerator_in_use, memory_of
 from ..config import GeminiConfig
 from ..engine import Engine, StepFacts
 from ..errors import is_out_of_memory
@@ -188,7 +188,7 @@ class Monitor:
     @property
     def _tier(self) -> Tier:
         """Where units run."""
-        return self._manager.ledger.bounded_by(Tier.DEVICE)
+        return self._manager.ledger.memory.compute_tier
 
     def _look_back(self, engine: Engine) -> None:
         """What the step that was sampled took, against what was predicted after the warm-up."""
@@ -203,7 +203,7 @@ class Monitor:
         copies = bytes_of_copies(*followed, nbytes)
         homes = dict(self._packing.placement.nbytes)
         homes[Tier.HOST] += self._packing.staging_bytes
-        predicted = predict(homes, copies, known.moments, self._tier, self._manager.ledger.unified)
+        predicted = predict(homes, copies, known.moments, self._manager.ledger.memory)
         self.outlook = Outlook(predicted, measured)
         if logger.isEnabledFor(logging.INFO):
             for tier, before, now in zip(Tier, predicted.tiers, measured.tiers, strict=True):
@@ -323,9 +323,9 @@ def description(
     """Chunks, parameters and what the user asked for, as one JSON object."""
     parameters: dict[int, dict[str, Any]] = {}
     chunks = []
-    for chunk in manager.chunks:
-        group = chunk.layout.group
-        marks = (" frozen" if not group.trainable else "") + (" fp32" if group.keeps_fp32 else "")
+    for chunk, plan in zip(manager.chunks, packing.plans, strict=True):
+        keeps_fp32 = packing.groups[chunk.layout.slots[0].key].keeps_fp32
+        marks = (" frozen" if not plan.is_trainable else "") + (" fp32" if keeps_fp32 else "")
         buffers = dict(chunk.homes)
         if chunk.gradient is not None and chunk.gradient.buffer is not None:
             buffers[GRADIENT] = chunk.gradient.buffer
@@ -334,9 +334,9 @@ def description(
                 "name": slot.name,
                 "shape": list(slot.shape),
                 "chunk": chunk.index,
-                "param_group": group.param_group,
-                "trainable": group.trainable,
-                "keeps_fp32": group.keeps_fp32,
+                "param_group": plan.param_group,
+                "trainable": plan.is_trainable,
+                "keeps_fp32": keeps_fp32,
             }
         chunks.append(
             {
@@ -345,7 +345,7 @@ def description(
                 "full_bytes": chunk.full_nbytes,
                 "homes": {name: home.tier.value for name, home in buffers.items()},
                 "home_bytes": {name: home.nbytes for name, home in buffers.items()},
-                "group": f"{group.param_group}{marks}",
+                "group": f"{plan.param_group}{marks}",
             }
         )
     return {
@@ -355,7 +355,7 @@ def description(
         "capacities": {
             tier.value: {"bytes": budget.bytes, "source": budget.source} for tier, budget in capacities.budgets.items()
         },
-        "unified": capacities.unified,
+        "unified": capacities.memory is MemoryMap.UNIFIED,
         "ram_bytes": capacities.ram_bytes,
         "device_limit_bytes": capacities.device_limit_bytes,
         "config": {
