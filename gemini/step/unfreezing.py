@@ -12,7 +12,7 @@ from ..chunk import BufferSpec, Chunk, ChunkPlan, Tier, write_slot
 from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import OutOfMemory
-from ..nn.optimizer.rule import Rule
+from ..nn.optimizer.rules.rule import Rule
 from ..packing.group import Group, plans
 from ..packing.packing import Packing
 from ..planning.placement import AutoPlacementPolicy, Capacity, Placement, place
@@ -72,7 +72,7 @@ class Unfreezing:
                 raise ValueError(f"{name} is in use: unfreeze it between steps")
         frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]
         rebuilt = self._plans(frozen, slots, index) if frozen else ()
-        self._manager.rebuild(rebuilt, partial(_fill, rule) if rule.starts_filled else None)
+        self._manager.rebuild(rebuilt, partial(fill_states, rule) if rule.has_initial_state else None)
         admitted = list(places)
         with _requiring_gradients(admitted):
             watch_gradients(self._engine, admitted)
@@ -124,7 +124,8 @@ class Unfreezing:
         )
 
 
-def _fill(rule: Rule, chunk: Chunk) -> None:
+def fill_states(rule: Rule, chunk: Chunk) -> None:
+    """Make the states of all parameters of a chunk what they are before the first step."""
     for slot in chunk.states:
         for position in range(len(chunk.layout.slots)):
             write_slot(
