@@ -10,7 +10,7 @@ from .accelerators import accelerator_in_use, driver_of, find_accelerator, memor
 from .away import QUIET, Keeper
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
-from .communicator import Communicator, SingleProcess
+from .communicator import ALONE, Communicator, SingleProcess
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .disk import DiskBackend
 from .disk_file import Requests
@@ -20,19 +20,21 @@ from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
+from .memory_map import MemoryMap
 from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
 from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
+from .shared_gradient import Gradient
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
 from .values import write_slot
-from .weak import weakly
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
 __all__ = [
+    "ALONE",
     "FETCH_WORKERS",
     "GRADIENT",
     "IO_STACK_BYTES",
@@ -56,12 +58,14 @@ __all__ = [
     "Communicator",
     "DeviceBackend",
     "DiskBackend",
+    "Gradient",
     "GradientBuffer",
     "Keeper",
     "Ledger",
     "Marked",
     "MasterCodec",
     "MemoryBuffer",
+    "MemoryMap",
     "NoDevice",
     "Plain",
     "RamBackend",
@@ -88,6 +92,5 @@ __all__ = [
     "start_workers",
     "tuned",
     "unmarked",
-    "weakly",
     "write_slot",
 ]

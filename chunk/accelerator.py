@@ -17,8 +17,8 @@ next to use chunks waits for the one before, and memory of full copies goes back
 that has waited for the stream that gives it back.
 
 The optimizer's updates of homes on DEVICE are kernels, too. Another thread launches them, later than they are asked
-for, in the stream of who asked. So that a chunk's update is over says no more than that they have been launched: who
-waits for it is held behind them, in the stream that the waiting is done in. For a fetch that is the lane.
+for, in the stream of the thread that asked. An update that is over has been launched, no more: what waits for it is
+held behind these kernels, in the stream that the waiting is done in. For a fetch that is the lane.
 """
 
 import time
@@ -34,7 +34,7 @@ from torch import Tensor
 from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .buffer import Buffer, MemoryBuffer
 from .conversion import SCRATCH_NUMEL, conversion_pieces
-from .host_arena import HostArena, padded
+from .host_arena import HostArena
 from .memory import FETCH_WORKERS, Caller, Transfer, Underway, Uploads, fill_from_disk
 from .staging import Staging
 from .tier import Tier
@@ -85,7 +85,7 @@ class AcceleratorBackend:
     Parameters
     ----------
     driver
-        Who talks to the device.
+        The driver of the device.
     staging, store_staging
         Blocks of RAM for reading and writing DISK homes; None if there are none.
     pin_homes
@@ -105,8 +105,7 @@ class AcceleratorBackend:
         self.uploads = Uploads()
         self._driver = driver
         self._staging = staging
-        self._pin_homes = pin_homes
-        self._arena: HostArena | None = None
+        self._arena = HostArena(partial(driver.host_block, pin=pin_homes))
         self._to_device = self._driver.lane()
         self._to_host = self._driver.lane()
         self._scratch = torch.empty(SCRATCH_NUMEL * 4, dtype=torch.uint8, device=self.device)
@@ -133,17 +132,12 @@ class AcceleratorBackend:
     # -- memory
 
     def reserve(self, host_bytes: int) -> None:
-        self._arena = self._new_arena(host_bytes)
+        self._arena.reserve(host_bytes)
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         if tier is Tier.DEVICE:
             return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype, device=self.device))
-        if self._arena is None or self._arena.free_bytes < numel * dtype.itemsize:
-            self._arena = self._new_arena(numel * dtype.itemsize)
         return MemoryBuffer(tier, self._arena.take(numel, dtype))
-
-    def _new_arena(self, nbytes: int) -> HostArena:
-        return HostArena(self._driver.host_block(padded(nbytes), self._pin_homes))
 
     def grow(self, full: Tensor) -> None:
         self._driver.allocate(full)

@@ -21,10 +21,10 @@ backward doubles the time of small models, and keeps them from being compiled.
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum, auto
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol, SupportsIndex, TypeVar, cast
 from weakref import ref
 
 import torch
@@ -44,6 +44,10 @@ from gemini.torch_private import (
 QUIET = without_subclasses
 """A context in which torch does not ask an `AwayParameter`: for our own reading of ``grad`` and ``_version``."""
 
+Operation = Callable[..., object]
+"""A function of torch, as ``__torch_function__`` gets it."""
+
+_Result = TypeVar("_Result")
 _LINK = "_gemini_link"
 _AS_IT_IS = torch.preserve_format
 _VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
@@ -99,10 +103,10 @@ class Keeper(Protocol):
     def view(self, parameter: Tensor) -> Tensor:
         """The parameter's slot in the full copy: its layout is right, its memory may be missing."""
 
-    def use(self, run: Callable[[], Any], parameters: list[Tensor], arguments: list[Tensor]) -> Any:
+    def use(self, run: Callable[[], _Result], parameters: list[Tensor], arguments: list[Tensor]) -> _Result:
         """Run an operation that uses the values of ``parameters``; ``arguments`` are all tensors that it takes."""
 
-    def lend(self, run: Callable[[], Any], parameters: list[Tensor], is_address: bool) -> Any:
+    def lend(self, run: Callable[[], _Result], parameters: list[Tensor], is_address: bool) -> _Result:
         """Run an operation whose result may be the memory of ``parameters``, or (``is_address``) say where it is."""
 
     def assign(self, parameter: Tensor, value: Tensor) -> None:
@@ -124,7 +128,7 @@ class _Link:
         self.keeper: ref[Keeper] = ref(keeper)
         self.last_value = last_value
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return (_no_link, ())  # a pickled parameter is nobody's
 
 
@@ -146,7 +150,7 @@ def is_linked(parameter: Tensor) -> bool:
 
 
 def _keeper_of(parameter: Tensor) -> Keeper | None:
-    """Who answers for a parameter that is away; None if its model is gone."""
+    """The keeper of a parameter that is away; None if its model is gone."""
     found = parameter.__dict__.get(_LINK)
     return None if found is None else found.keeper()
 
@@ -170,7 +174,9 @@ class AwayParameter:
     """Mixed into the class of a parameter while it is away. See [Note: Away]."""
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Operation, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         what = kind_of(func)
         if what is Kind.DESCRIBE:
@@ -178,13 +184,13 @@ class AwayParameter:
                 return func(*args, **kwargs)
         return _answer(func, what, args, kwargs)
 
-    def detach(self) -> Any:
+    def detach(self) -> Tensor:
         """As ``Tensor.detach``. For ``nn.Parameter(p)`` it has to give what is made into a parameter."""
         assert isinstance(self, Tensor)
         detached = Tensor.detach(self)
         if parameter_class_wanted_by(sys._getframe(1)) is not None:
             # Of a class that it does not know it wants its own kind back, and says so by setting `_is_param`.
-            return detached.as_subclass(type(self))
+            return cast(Tensor, detached.as_subclass(type(self)))
         return detached
 
     @property
@@ -195,15 +201,15 @@ class AwayParameter:
     def _is_param(self, value: bool) -> None:
         self.__class__ = plain_class(type(self))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+    def __deepcopy__(self, memo: dict[int, object]) -> nn.Parameter:
         if id(self) not in memo:
             assert isinstance(self, Tensor)
             memo[id(self)] = plain_class(type(self))(self.detach().clone(memory_format=_AS_IT_IS), self.requires_grad)
-        return memo[id(self)]  # type: ignore[no-any-return]
+        return cast(nn.Parameter, memo[id(self)])
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         assert isinstance(self, Tensor)
-        rebuilt: tuple[Any, ...] = (self.detach().clone(memory_format=_AS_IT_IS), self.requires_grad, OrderedDict())
+        rebuilt: tuple[object, ...] = (self.detach().clone(memory_format=_AS_IT_IS), self.requires_grad, OrderedDict())
         attributes = {name: value for name, value in self.__dict__.items() if name != _LINK}
         if attributes:
             return (rebuild_parameter_with_state, (*rebuilt, attributes))
@@ -225,18 +231,18 @@ def plain_class(cls: type) -> type:
     return cls.__mro__[2] if issubclass(cls, AwayParameter) else cls
 
 
-def _flatten(parameter: Any) -> tuple[list[Tensor], None]:
+def _flatten(parameter: Tensor) -> tuple[list[Tensor], None]:
     with without_transforms():  # a transform wraps what it gets, and nothing that it has wrapped already
         return [parameter.view_as(parameter)], None
 
 
-def _unflatten(values: Any, context: None) -> Any:
+def _unflatten(values: Iterable[Tensor], context: None) -> Tensor:
     (value,) = values
     return value
 
 
 @never_compiled
-def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
+def _answer(func: Operation, what: Kind, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     away: dict[int, Tensor] = {}
     tensors: list[Tensor] = []
     for tensor in _tensors((args, kwargs)):
@@ -254,8 +260,8 @@ def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     first, keeper = parameters[0], _keeper_of(parameters[0])
     assert keeper is not None
+    name = getattr(func, "__name__", "")
     if what is Kind.REFUSE:
-        name = func.__name__
         if first.requires_grad and name.startswith("resize"):
             with QUIET():
                 return func(*args, **kwargs)  # torch refuses it
@@ -265,16 +271,17 @@ def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
         )
     if what is Kind.LAYOUT:
         with QUIET():
-            return func(*_laid_out(args), **_laid_out(kwargs))
+            return func(*map(_laid_out, args), **{key: _laid_out(value) for key, value in kwargs.items()})
     if what is Kind.GRADIENT:
-        if func.__name__ == "__get__":
+        if name == "__get__":
             keeper.show_gradient(first)
         elif first is args[0]:
-            keeper.replace_gradient(first, args[1] if len(args) > 1 else None)
+            keeper.replace_gradient(first, cast("Tensor | None", args[1] if len(args) > 1 else None))
         with QUIET():
             return func(*args, **kwargs)
     if what is Kind.ASSIGN and first is args[0]:
-        return keeper.assign(first, args[1])
+        keeper.assign(first, cast(Tensor, args[1]))
+        return None
     ours = [
         parameter for parameter in parameters if _keeper_of(parameter) is keeper
     ]  # another model answers for others
@@ -284,7 +291,7 @@ def _answer(func: Any, what: Kind, args: Any, kwargs: Any) -> Any:
 
 
 @cache
-def kind_of(func: Any) -> Kind:
+def kind_of(func: Operation) -> Kind:
     """What an operation wants; of one that is not known, the values."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
@@ -305,7 +312,7 @@ def kind_of(func: Any) -> Kind:
     return Kind.DESCRIBE if name in _DESCRIBING else Kind.USE
 
 
-def _laid_out(value: Any) -> Any:
+def _laid_out(value: object) -> object:
     if isinstance(value, AwayParameter):
         assert isinstance(value, Tensor)
         keeper = _keeper_of(value)
@@ -318,7 +325,7 @@ def _laid_out(value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):

@@ -2,80 +2,75 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from gemini.torch_private import storage_key, version_of, without_torch_function
+from gemini.torch_private import storage_key
 
-from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
+from .bindings import Bindings
 from .buffer import Buffer
-from .gradient import GradientBuffer
+from .content import BufferSpec
+from .extent import Place
 from .loan import Loan
 from .memory import Transfer
 from .names import MASTER
 from .plan import ChunkPlan
-from .state import ChunkState, transition
+from .shared_gradient import Gradient
+from .state import RESIDENT, SETTLED, UPDATING, ChunkState, transition
 from .tier import Tier
 
 
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """A parameter and the two things its data and its class may be."""
-
-    parameter: Tensor
-    view: Tensor
-    """Its slot in the full copy."""
-    poison: Tensor
-    """A NaN scalar expanded to the same shape: no memory, and a use without the chunk cannot go unnoticed."""
-    plain: type
-    away: type
-    """While nothing has the chunk pinned: see [Note: Away]. Without a keeper a parameter stays plain."""
-
-
 class Chunk:
-    """A chunk's memory and state. It does what it is told; the manager accounts, the runtime decides.
+    """A chunk's memory and state. It decides nothing: `ChunkManager` and the engine do.
 
     ``full`` is one storage, resized 0 <-> n and never replaced: autograd may have saved views of it. Where home and
     full copy would be the same bytes (same dtype, same memory), they are: ``full_is_home``, and nothing moves.
     """
 
-    def __init__(self, plan: ChunkPlan, homes: dict[str, Buffer], full: Tensor) -> None:
+    def __init__(self, plan: ChunkPlan, homes: dict[str, Buffer], full: Tensor, gradient: Gradient | None) -> None:
+        self.plan = plan
         self.layout = layout = plan.layout
+        self.codecs = plan.codecs
         self.homes = homes
         """Where each buffer of the plan is, but for the gradient's."""
-        self.states = plan.states
-        """What the optimizer keeps here, in its own order."""
-        self.codec = plan.codec
-        self.codecs = plan.codecs
-        self.specs = plan.specs
         self.full = full
-        self.full_is_home = plan.full_is_home
         with torch.no_grad():
             # Made now and kept: a view of a storage that is 0 bytes long cannot be made, but it can be held.
             self.views = tuple(
                 full.as_strided(slot.shape, slot.stride, full.storage_offset() + slot.offset) for slot in layout.slots
             )
-        self.gradient: GradientBuffer | None = None
-        self.bindings: list[Binding] = []
-        self._versions: list[int] = []
-        """Per binding, torch's count of in-place operations when home and full copy were last the same."""
+            self.own_full = full.narrow(0, plan.extent.start, len(plan.extent))
+            """The part of the full copy that is at home here."""
+        self.gradient = gradient
+        self.bindings = Bindings(is_hidden=not plan.full_is_home)
         self.state = ChunkState.HOME
         self.pins = 0
-        self.last_used = 0
-        self.was_prefetched = False
-        self.update: Transfer | None = None
         self.loan: Loan | None = None
         """The full copy's memory, if some has been lent since home was last known to have the same values."""
         self._transfer: Transfer | None = None
-        self.is_poisoned = not self.full_is_home
-        """The parameters point at NaN."""
+        """The move of a chunk that is FETCHING."""
+        self._update: Transfer | None = None
+        """The update of a chunk that is UPDATING in one form or another, or that a chunk is FETCHING behind."""
 
     @property
     def index(self) -> int:
         return self.layout.index
+
+    @property
+    def states(self) -> tuple[BufferSpec, ...]:
+        """What the optimizer keeps here, in its own order."""
+        return self.plan.states
+
+    @property
+    def full_is_home(self) -> bool:
+        """True if the full copy is the home that it would be fetched from."""
+        return self.plan.full_is_home
+
+    @property
+    def update_reaches_full(self) -> bool:
+        """True if an update can write through to the full copy."""
+        return self.plan.update_reaches_full
 
     @property
     def is_trainable(self) -> bool:
@@ -85,34 +80,48 @@ class Chunk:
     @property
     def is_split(self) -> bool:
         """True if its full copy is a part of its masters: the upper halves. See [Note: Split master]."""
-        return self.full_is_home and self.codec.dtype is not self.full.dtype
-
-    @property
-    def master_dtype(self) -> torch.dtype:
-        """Of what a parameter is read as."""
-        return self.codec.dtype
+        return self.full_is_home and self.plan.codec.dtype is not self.full.dtype
 
     @property
     def tier(self) -> Tier:
         """Where its masters are."""
         return self.homes[MASTER].tier
 
-    def place(self, position: int, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Where values of a parameter are in their buffers: offset, shape and strides there."""
-        slot, (spec, *_) = self.layout.slots[position], self.codecs[name].specs
-        if spec.block_numel == 1:
-            return slot.offset, slot.shape, slot.stride
-        return slot.offset // spec.block_numel, (spec.numel(slot.numel),), (1,)
+    def place(self, position: int, name: str) -> Place:
+        """Where the masters or a state of a parameter are."""
+        return self.plan.place(position, self.specs[name].block_numel)
+
+    @property
+    def specs(self) -> dict[str, BufferSpec]:
+        """Its buffers that have a home, by their names."""
+        return self.plan.specs
+
+    @property
+    def extent(self) -> range:
+        """The elements of the layout that are at home here."""
+        return self.plan.extent
+
+    @property
+    def is_whole(self) -> bool:
+        """True if all of it is at home here, as without other owners."""
+        return len(self.extent) == self.layout.numel
+
+    def part(self, name: str, start: int, stop: int) -> slice:
+        """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
+        first = self.extent.start
+        return self.specs[name].part(start - first, stop - first) if name in self.specs else slice(start, stop)
 
     @property
     def source(self) -> Buffer:
         """What a fetch reads."""
-        return self.homes[self.codec.source]
+        return self.homes[self.plan.codec.source]
 
     @property
     def full_nbytes(self) -> int:
         """Bytes that the full copy takes on DEVICE beside the homes."""
         return 0 if self.full_is_home else self.full.numel() * self.full.element_size()
+
+    # -- loans
 
     @property
     def is_lent(self) -> bool:
@@ -121,20 +130,43 @@ class Chunk:
 
     def lend(self) -> Loan:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
-        assert self.state in (ChunkState.READY, ChunkState.IN_USE)
+        assert self.is_valid
         if self.loan is None:
             self.loan = Loan(self.views, remembers=self.is_split)
         return self.loan
+
+    def end_loan(self) -> None:
+        """Forget what was lent, unless somebody holds it still."""
+        if not self.is_lent:
+            self.loan = None
 
     def has_memory(self, tensor: Tensor) -> bool:
         """True if a tensor lies in the full copy, or in what was lent of it."""
         is_in_full = storage_key(tensor.untyped_storage()) == storage_key(self.full.untyped_storage())
         return is_in_full or (self.loan is not None and self.loan.has(tensor))
 
+    def accept(self, position: int) -> None:
+        """Mark home and parameter as equal."""
+        self.bindings.accept(position)
+        if self.loan is not None:
+            self.loan.remember(position)
+
+    # -- states
+
     @property
     def is_resident(self) -> bool:
         """True if the full copy exists or is arriving."""
-        return self.state is not ChunkState.HOME
+        return self.state in RESIDENT
+
+    @property
+    def is_valid(self) -> bool:
+        """True if the full copy has the values of home, and no update is changing them."""
+        return self.state is ChunkState.READY or self.state is ChunkState.IN_USE
+
+    @property
+    def is_idle(self) -> bool:
+        """True if the full copy exists and nothing uses it."""
+        return self.state is ChunkState.READY or self.state is ChunkState.READY_UPDATING
 
     def begin_fetch(self, transfer: Transfer) -> None:
         """HOME -> FETCHING; the manager has given ``full`` its memory."""
@@ -153,10 +185,11 @@ class Chunk:
         assert transfer is not None
         try:
             transfer.wait()
+            self.settle()  # the update that the move has waited for
         except BaseException as error:
             # Another signal's handler may raise in this thread: the move then goes on, and must keep its memory.
             if isinstance(error, Exception) or transfer.done():
-                self._move_to(ChunkState.HOME)
+                self._move_to(ChunkState.HOME if self._update is None else ChunkState.HOME_UPDATING)
                 self._transfer = None
             raise
         self._move_to(ChunkState.READY)
@@ -167,185 +200,116 @@ class Chunk:
         """True if `finish_fetch` would not wait."""
         return self._transfer is None or self._transfer.done()
 
+    @property
+    def update(self) -> Transfer | None:
+        """The update under way, for what has to come behind it."""
+        return self._update
+
+    def begin_update(self, update: Transfer, positions: Iterable[int]) -> None:
+        """An update is under way that gives the parameters at these positions other values.
+
+        Nobody finds the old ones from here on, but in a chunk that is in use: its update is to be settled at once.
+        """
+        self._update = update
+        self._move_to(UPDATING.get(self.state, self.state))
+        self.bindings.bump_versions(positions)
+        if not self.pins:
+            self.bindings.hide()
+
+    def settle(self) -> None:
+        """Wait for the update under way, if there is one, and show the full copy again if there is one.
+
+        Raises what went wrong in the update (again at each call).
+        """
+        if self._update is not None:
+            self._update.wait()
+            if self.state in SETTLED:  # it is not after an interrupt of this method
+                self._move_to(SETTLED[self.state])
+            if self.is_valid:
+                self.bindings.expose()
+            self._update = None
+
     def rest(self, deadline: float) -> None:
         """Return when no other thread writes into its memory, by an update or by a move, or at the deadline.
 
         ``deadline`` is of `time.monotonic`.
         """
-        for work in (self.update, self._transfer):
+        for work in (self._update, self._transfer):
             if work is not None:
                 work.rest(max(0.0, deadline - time.monotonic()))
 
     def pin(self) -> None:
         """READY or IN_USE -> IN_USE; parameters are readable until the last `unpin`."""
-        if self.update is not None:
+        if self._update is not None:
             self.settle()
         if self.pins == 0:
             if self.state is not ChunkState.IN_USE:  # it is after an interrupt of `pin` or `unpin`
                 self._move_to(ChunkState.IN_USE)
-            for binding in self.bindings:
-                binding.parameter.__class__ = binding.plain
+            self.bindings.be_plain()
         self.pins += 1
-        if self.is_poisoned:
-            self._expose()
+        if self.bindings.is_hidden:
+            self.bindings.expose()
 
     def unpin(self) -> None:
+        """One pin less; without any the full copy is READY (or READY_UPDATING, where an update has failed)."""
         assert self.pins > 0, f"chunk {self.index} is not pinned"
         self.pins -= 1
         if self.pins == 0:
-            self._move_to(ChunkState.READY)
-            for binding in self.bindings:
-                binding.parameter.__class__ = binding.away
+            self._become_unused()
+            self.bindings.be_away()
 
-    def forget_lost_pins(self, pins: int) -> None:
-        """Set the number of pins to those that visits hold: an interrupt may have kept one from being noted."""
-        if self.pins == pins and (self.state is ChunkState.IN_USE) == (pins > 0):
+    def mend(self, pins: int) -> None:
+        """Set the number of pins to those that visits hold, and the parameters to what the state says.
+
+        An interrupt may have come between.
+        """
+        if not self.is_resident:
+            self.bindings.hide()
+        is_in_use = self.state in (ChunkState.IN_USE, ChunkState.IN_USE_UPDATING)
+        if self.pins == pins and is_in_use == (pins > 0):
             return
         self.pins = pins
-        if pins == 0 and self.state is ChunkState.IN_USE:
+        if pins:
+            self.bindings.be_plain()
+        else:
+            if is_in_use:
+                self._become_unused()
+            self.bindings.be_away()
+
+    def _become_unused(self) -> None:
+        if self.state is ChunkState.IN_USE:
             self._move_to(ChunkState.READY)
-        for binding in self.bindings:
-            binding.parameter.__class__ = binding.plain if pins else binding.away
+        else:
+            self._move_to(ChunkState.READY_UPDATING)
+            self.bindings.hide()
 
     def evict(self) -> None:
         """READY -> HOME. Copies nothing: the full copy is clean, or the manager has kept what was changed in it."""
         assert not self.is_lent
-        self._move_to(ChunkState.HOME)
         self.loan = None
-        self.poison()
-
-    def poison(self) -> None:
-        """Point the parameters at NaN (the full copy is gone, or an update is rewriting it)."""
-        if not self.is_poisoned:
-            self.is_poisoned = True  # first: after an interrupt the next pin has to point all of them
-            with QUIET():
-                for binding in self.bindings:
-                    binding.parameter.data = binding.poison
-
-    def _expose(self) -> None:
-        """Point the parameters at the full copy."""
-        with QUIET():
-            for binding in self.bindings:
-                binding.parameter.data = binding.view
-        self.is_poisoned = False
-
-    def point(self, position: int, memory: Tensor) -> None:
-        """Have the parameter at this position lie in other memory for a moment; `point_back` ends that."""
-        with QUIET():
-            self.bindings[position].parameter.data = memory
-
-    def point_back(self, position: int) -> None:
-        """End what `point` began."""
-        binding = self.bindings[position]
-        self.point(position, binding.poison if self.is_poisoned else binding.view)
-
-    def edited(self) -> list[int]:
-        """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
-        with QUIET():
-            versions = [version_of(binding.parameter) for binding in self.bindings]
-        if versions == self._versions:
-            return []
-        return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
-
-    def accept(self, position: int) -> None:
-        """Mark home and parameter as equal."""
-        with QUIET():
-            self._versions[position] = version_of(self.bindings[position].parameter)
-
-    def take_assigned(self) -> list[tuple[int, Tensor]]:
-        """Positions and values of parameters whose ``data`` the user has set to another tensor.
-
-        They point again at what the chunk says; bringing the values there is the caller's.
-        """
-        found = []
-        with without_torch_function():  # the class while it is away and the observer: this is no use
-            for position, binding in enumerate(self.bindings):
-                ours, former = binding.poison, binding.view
-                if not self.is_poisoned:
-                    ours, former = former, ours
-                if not binding.parameter.is_set_to(ours):
-                    if not binding.parameter.is_set_to(former):  # else an interrupt came between
-                        found.append((position, binding.parameter.data))
-                    binding.parameter.data = ours
-        return found
-
-    def supersede(self, positions: Iterable[int]) -> None:
-        """Say that an update gives these parameters other values: autograd then refuses graphs that need the old ones.
-
-        As after any in-place operation, and as after ``torch.optim``'s steps: of those graphs, the nodes that have
-        saved the parameter raise, the others run.
-        """
-        for position in positions:
-            with QUIET():
-                torch.autograd.graph.increment_version(self.bindings[position].parameter)
-            self.accept(position)
-
-    def settle(self) -> None:
-        """Wait for the pending update of this chunk, and show the full copy again if there is one.
-
-        Raises what went wrong in the update (again at each call).
-        """
-        if self.update is not None:
-            self.update.wait()
-            self.update = None
-            if self.is_poisoned and self.state in (ChunkState.READY, ChunkState.IN_USE):
-                self._expose()
-
-    def bind(self, position: int, parameter: Tensor) -> None:
-        """Make ``parameter`` follow this chunk from now on."""
-        view = self.views[position]
-        nan = torch.full((), float("nan"), dtype=view.dtype, device=view.device)
-        plain = plain_class(type(parameter))
-        away = away_class(plain) if is_linked(parameter) else plain
-        binding = Binding(parameter, view, nan.expand(view.shape), plain, away)
-        self.bindings.append(binding)
-        with QUIET():
-            self._versions.append(version_of(parameter))
-            parameter.data = binding.poison if self.is_poisoned else view
-        parameter.__class__ = binding.plain if self.pins else binding.away
-
-    def entrust(self, keeper: Keeper) -> None:
-        """Have ``keeper`` answer for the chunk's parameters while nothing has it pinned."""
-        for position, binding in enumerate(self.bindings):
-            link(binding.parameter, keeper, partial(self.last_value, position))
-            self.bindings[position] = entrusted = replace(binding, away=away_class(binding.plain))
-            binding.parameter.__class__ = entrusted.plain if self.pins else entrusted.away
-
-    def last_value(self, position: int) -> Tensor:
-        """The values of a parameter whose model is gone, in memory of its own.
-
-        Raises
-        ------
-        RuntimeError
-            If they were on disk.
-        """
-        self.settle()
-        slot, view = self.layout.slots[position], self.views[position]
-        if self.state is ChunkState.READY:
-            return view.clone(memory_format=torch.preserve_format)
-        source = self.source.tensor
-        if source is None:
-            raise RuntimeError(
-                f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
-                "the model for as long as its parameters are used, or keep p.detach().clone()"
-            )
-        home = source.as_strided(slot.shape, slot.stride, source.storage_offset() + slot.offset)
-        return home.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
-
-    def release(self) -> None:
-        """Let the parameters go: those that others keep know where their values are."""
-        self.bindings.clear()
-
-    def become(self, other: "Chunk") -> None:
-        """Have the homes, the full copy and the state of a chunk with the same slots; the parameters follow.
-
-        A full copy that is no home, before and after, keeps its storage: graphs that are still to run may need it.
-        """
-        parameters = [binding.parameter for binding in self.bindings]
-        kept = {} if self.full_is_home or other.full_is_home else {"full": self.full, "views": self.views}
-        vars(self).update({**vars(other), **kept})
-        for position, parameter in enumerate(parameters):
-            self.bind(position, parameter)
+        self._move_to(ChunkState.HOME)
+        self.bindings.hide()
 
     def _move_to(self, state: ChunkState) -> None:
         self.state = transition(self.index, self.state, state)
+
+    # -- parameters
+
+    def bind(self, position: int, parameter: Tensor) -> None:
+        """Make ``parameter`` follow this chunk from now on."""
+        self.bindings.add(parameter, self.views[position], is_pinned=self.pins > 0)
+
+    def rehome(self, built: "Chunk") -> None:
+        """Have the homes and the full copy of a chunk that was built for the same slots; the parameters follow.
+
+        Both are at rest. A full copy that is no home, before and after, keeps its storage: graphs that are still to run
+        may need it.
+        """
+        parameters = [binding.parameter for binding in self.bindings]
+        if self.full_is_home or built.full_is_home:
+            self.full, self.views, self.own_full = built.full, built.views, built.own_full
+        self.plan, self.codecs = built.plan, built.codecs
+        self.homes, self.gradient, self.state, self.loan = built.homes, built.gradient, built.state, None
+        self.bindings = Bindings(is_hidden=not built.full_is_home)
+        for position, parameter in enumerate(parameters):
+            self.bind(position, parameter)

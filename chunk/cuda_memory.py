@@ -1,7 +1,5 @@
 """The memory of a CUDA device, by NVML where it can: it sees other processes' bytes where CUDA does not (WSL)."""
 
-from typing import Any
-
 import torch
 
 from .accelerator_memory import AcceleratorMemory, FreeMemory
@@ -22,7 +20,7 @@ class CudaMemory(AcceleratorMemory):
             try:
                 # NVML numbers every device of the machine, torch only the visible ones: the UUID is common to both.
                 uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
-                memory: Any = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+                memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
                 return FreeMemory(int(memory.free), int(memory.total), "NVML")
             finally:
                 pynvml.nvmlShutdown()

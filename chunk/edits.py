@@ -10,14 +10,13 @@ from torch import Tensor
 from .chunk import Chunk
 from .loan import Loan
 from .names import MASTER
-from .state import ChunkState
-from .values import differing, read_slot, write_slot
+from .values import differing, read_own, write_part, write_slot
 
 
 def bring_edits_home(chunk: Chunk) -> None:
-    """Write home what was changed in place in a full copy. Only elements that differ, bit by bit.
+    """Write home what was changed in place in a full copy, of a chunk that no update is changing.
 
-    The others keep the bits that the compute dtype has no room for.
+    Only elements that differ, bit by bit. The others keep the bits that the compute dtype has no room for.
 
     Raises
     ------
@@ -27,43 +26,46 @@ def bring_edits_home(chunk: Chunk) -> None:
     if chunk.is_split:
         if chunk.loan is not None:
             _bring_upper_halves_home(chunk, chunk.loan)
-        if edited := chunk.edited():
+        if edited := chunk.bindings.edited():
             raise ValueError(
                 f"{chunk.layout.slots[edited[0]].name} was changed in place, which with split_master=True changes only "
                 "the upper half of its masters: assign to p.data instead (p.data = p.data.clone() takes what it shows "
                 "now), or boost without split_master"
             )
-    if chunk.full_is_home or chunk.state not in (ChunkState.READY, ChunkState.IN_USE):
+    if chunk.full_is_home or not chunk.is_valid:
         return
-    positions = set(chunk.edited())
+    positions = set(chunk.bindings.edited())
     if chunk.loan is not None:
         positions.update(chunk.loan.positions)
-        if not chunk.is_lent:  # asked before looking: what is written from now on is seen the next time
-            chunk.loan = None
-    if positions:
-        chunk.settle()
+        chunk.end_loan()  # before looking: what is written from now on is seen the next time
     for position in sorted(positions):
-        view = chunk.views[position]
-        home = read_slot(chunk, position, MASTER).to(view.device)
-        _write_differing(chunk, position, home, differing(view, home))
+        own = chunk.place(position, MASTER).own
+        view = _flat(chunk.views[position])[own.start : own.stop]
+        home = read_own(chunk, position).to(view.device)
+        _write_differing(chunk, position, view, home, differing(view, home))
 
 
 def _bring_upper_halves_home(chunk: Chunk, loan: Loan) -> None:
-    if not chunk.is_lent:
-        chunk.loan = None
-    chunk.settle()
+    chunk.end_loan()
     for position in loan.positions:
-        differs = differing(chunk.views[position], loan.before(position))
-        home = read_slot(chunk, position, MASTER).to(differs.device) if differs.any() else differs
-        _write_differing(chunk, position, home, differs)
+        view = _flat(chunk.views[position])
+        differs = differing(view, _flat(loan.before(position)))
+        home = read_own(chunk, position).to(differs.device) if differs.any() else differs
+        _write_differing(chunk, position, view, home, differs)
         loan.remember(position)
 
 
-def _write_differing(chunk: Chunk, position: int, home: Tensor, differs: Tensor) -> None:
+def _write_differing(chunk: Chunk, position: int, view: Tensor, home: Tensor, differs: Tensor) -> None:
+    """Write what differs of the part of a parameter that is at home here; all are flat."""
     if differs.any():
-        view = chunk.views[position]
-        write_slot(chunk, position, MASTER, torch.where(differs, view.to(home.dtype), home))
+        index = chunk.place(position, MASTER).index
+        write_part(chunk, MASTER, index, torch.where(differs, view.to(home.dtype), home).cpu())
     chunk.accept(position)
+
+
+def _flat(view: Tensor) -> Tensor:
+    """Dense memory as it lies."""
+    return view.detach().as_strided((view.numel(),), (1,))
 
 
 def check_assigned(chunk: Chunk, position: int, value: Tensor) -> None:
@@ -75,7 +77,7 @@ def check_assigned(chunk: Chunk, position: int, value: Tensor) -> None:
         If it has another shape, dtype or device.
     """
     view = chunk.views[position]
-    if value.dtype not in (view.dtype, chunk.master_dtype) or value.device != view.device:
+    if value.dtype not in (view.dtype, chunk.plan.codec.dtype) or value.device != view.device:
         raise ValueError(
             f"a tensor of {value.dtype} on {value.device} was assigned to the data of "
             f"{chunk.layout.slots[position].name}, which is of {view.dtype} on {view.device} and keeps both after "
@@ -98,9 +100,7 @@ def check_shape(chunk: Chunk, position: int, value: Tensor) -> None:
 def put(chunk: Chunk, position: int, value: Tensor) -> None:
     """Have home and, where there is one, the full copy hold a value. No update and no move is under way."""
     write_slot(chunk, position, MASTER, value)
-    chunk.accept(position)
     if chunk.is_resident and not chunk.full_is_home:
         with torch.no_grad():
             chunk.views[position].copy_(value)
-    if chunk.loan is not None:
-        chunk.loan.remember(position)
+    chunk.accept(position)

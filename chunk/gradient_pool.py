@@ -7,7 +7,6 @@ size, so that one piece would have holes too small for any.
 
 import logging
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,10 +16,12 @@ from gemini.errors import OutOfMemory
 
 from .buffer import Buffer, MemoryBuffer
 from .disk import DiskBackend
+from .eviction import Eviction
 from .gradient import GradientBuffer
 from .layout import ChunkLayout, size_class
 from .ledger import Ledger
 from .memory import DeviceBackend
+from .shared_gradient import Gradient
 from .tier import Tier
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Use(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Idle:
-    """A block that nobody has."""
+    """A block that is not lent."""
 
     block: MemoryBuffer
     last_use: Use | None
@@ -60,20 +61,18 @@ class GradientPool:
     Parameters
     ----------
     ledger, device, disk
-        Who counts, who has memory, and where gradients go that find none (None: nowhere).
-    make_room
-        Frees so many bytes of a tier if it can: full copies that nothing uses may lie there.
+        The ledger, the memory, and the disk for gradients that find none there (None if there is no disk tier).
+    eviction
+        Evicts full copies that nothing uses, where these share their memory with gradients.
     """
 
-    def __init__(
-        self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None, make_room: Callable[[Tier, int], None]
-    ) -> None:
+    def __init__(self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None, eviction: Eviction) -> None:
         self.growths = 0
         """How often the room that was set aside did not do."""
         self._ledger = ledger
         self._device = device
         self._disk = disk
-        self._make_room = make_room
+        self._eviction = eviction
         self._room = dict.fromkeys(Tier, 0)
         self._idle: list[_Idle] = []
         self._lent: dict[int, MemoryBuffer] = {}
@@ -123,7 +122,7 @@ class GradientPool:
             self.growths += 1
             missing = nbytes + self._taken(tier) - self._room[tier]
             try:
-                self._make_room(tier, missing)
+                self._eviction.make_room_for(tier, missing)
                 self.reserve(tier, missing, what)
             except OutOfMemory:
                 if self._disk is None:
@@ -156,9 +155,9 @@ class GradientPool:
         assert buffer is not None
         self._in_update.append((gradient, buffer, use))
 
-    def release(self, gradient: GradientBuffer) -> None:
-        """Take back at once what nobody will read."""
-        if gradient.is_borrowed and (buffer := gradient.give_up()) is not None:
+    def release(self, gradient: Gradient) -> None:
+        """Take back at once the memory of a gradient that is not wanted any more."""
+        if isinstance(gradient, GradientBuffer) and gradient.is_borrowed and (buffer := gradient.give_up()) is not None:
             self._end_loan(gradient, buffer, None)
 
     def _end_loan(self, gradient: GradientBuffer, buffer: Buffer, use: Use | None) -> None:

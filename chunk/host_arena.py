@@ -1,4 +1,4 @@
-"""RAM for homes in one piece, page-locked once."""
+"""RAM for homes in large blocks, each page-locked once."""
 
 import weakref
 from collections.abc import Callable
@@ -14,28 +14,30 @@ HOME_ALIGN_BYTES = 256
 
 
 class HostArena:
-    """Homes carved out of one block, one after the other, never given back one by one.
+    """Homes carved out of a block, one after the other, never given back one by one.
 
-    One block, because each registration with the device costs a call into the driver and an entry in its tables, and
+    Of a block, because each registration with the device costs a call into the driver and an entry in its tables, and
     because the host allocator of torch would round every home up to a power of two.
 
     Parameters
     ----------
-    block
-        Zeros (uint8) with room for all homes, each rounded up to `HOME_ALIGN_BYTES`. It lives as long as the last home.
+    new_block
+        Gives zeros (uint8). A block lives as long as its last home.
     """
 
-    def __init__(self, block: Tensor) -> None:
-        self._free = block
+    def __init__(self, new_block: Callable[[int], Tensor]) -> None:
+        self._new_block = new_block
+        self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
-    @property
-    def free_bytes(self) -> int:
-        return self._free.numel()
+    def reserve(self, nbytes: int) -> None:
+        """Take a block for homes of ``nbytes`` together, each `padded`."""
+        self._free = self._new_block(padded(nbytes))
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zeros for a home (flat)."""
         nbytes = numel * dtype.itemsize
-        assert nbytes <= self.free_bytes, "the arena was made for fewer homes"
+        if nbytes > self._free.numel():
+            self.reserve(nbytes)
         home, self._free = self._free[:nbytes], self._free[padded(nbytes) :]
         return home.view(dtype)
 
@@ -63,5 +65,5 @@ def registered_block(nbytes: int, lock: Callable[[int, int], bool], unlock: Call
 
 
 def padded(nbytes: int) -> int:
-    """What a home of so many bytes takes in an arena."""
+    """Bytes that a home of ``nbytes`` takes in an arena."""
     return -(-nbytes // HOME_ALIGN_BYTES) * HOME_ALIGN_BYTES

@@ -1,7 +1,7 @@
 """Writes to the disk tier that nobody waits for: gradients on their way out of backward."""
 
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,13 +23,32 @@ class _Write:
     """A piece under way to its home."""
 
     buffer: Buffer
-    start: int
+    first: int
+    """The element of ``buffer`` where it begins."""
     piece: Tensor
     """Part of ``block``."""
     block: Tensor
     future: "Future[None] | None" = None
     has_surfaced: bool = False
     """Whether its error has been raised."""
+
+    def start(self, worker: ThreadPoolExecutor) -> None:
+        self.future = worker.submit(self.buffer.write, self.first, self.piece)
+
+    def finish(self) -> None:
+        """Wait for it; raise what went wrong."""
+        assert self.future is not None
+        try:
+            self.future.result()
+        except BaseException:
+            self.has_surfaced = True
+            raise
+
+    def start_again(self, worker: ThreadPoolExecutor) -> None:
+        """Have it tried again if its error has been raised."""
+        if self.has_surfaced:
+            self.has_surfaced = False
+            self.start(worker)
 
 
 class WriteBehind:
@@ -69,22 +88,12 @@ class WriteBehind:
             piece.copy_(source[begin - start : end - start])
             write = _Write(buffer, begin, piece, block)
             self._writes.append(write)
-            self._start(write)
-
-    def _start(self, write: _Write) -> None:
-        assert self._worker is not None
-        write.future = self._worker.submit(write.buffer.write, write.start, write.piece)
+            assert self._worker is not None
+            write.start(self._worker)
 
     def _finish_first(self) -> None:
-        write = self._writes[0]
-        assert write.future is not None
-        try:
-            write.future.result()
-        except BaseException:
-            write.has_surfaced = True
-            raise
-        self._writes.popleft()
-        self._give_back(write)
+        self._writes[0].finish()
+        self._give_back(self._writes.popleft())
 
     def _give_back(self, write: _Write) -> None:
         assert self._staging is not None
@@ -101,9 +110,8 @@ class WriteBehind:
         if self._writes:
             self._origin.refuse_elsewhere()
         for write in self._writes:
-            if write.has_surfaced:
-                write.has_surfaced = False
-                self._start(write)
+            assert self._worker is not None
+            write.start_again(self._worker)
         while self._writes:
             self._finish_first()
 

@@ -1,17 +1,13 @@
 """The manager's side of one boosted model, and how to get there from the model."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
-from .chunk import ChunkManager, ChunkPlan
+from .chunk import ChunkManager
 from .config import GeminiConfig
 from .engine import Engine
 from .memory.capacity import Capacities
-from .memory.tracker import NonModelMeter
-from .monitor.monitor import Monitor
 from .monitor.stats import Statistics, Stats, read
 from .nn.optimizer.managed import ManagedOptimizer
 from .packing.packing import Packing
@@ -30,47 +26,36 @@ class Boosted:
     """The user's class of the model."""
     config: GeminiConfig
     capacities: Capacities
-    packing: Packing
     manager: ChunkManager
     values: Values
     engine: Engine
     hooks: ForwardHooks
     outside: Outside
     step: ChunkedStep
-    meter: NonModelMeter
     statistics: Statistics
-    monitor: Monitor | None
-    """None: nobody wants to know."""
     optimizer: ManagedOptimizer | None = None
     """The optimizer that updates the parameters; None for inference. Its states are here even if the user lets go."""
-    step_count: int = 0
-    step_seconds: float = 0.0
-    _last_step: float = field(default_factory=time.perf_counter)
 
     @property
     def telemetry(self) -> TelemetryWriter | None:
-        return None if self.monitor is None else self.monitor.writer
+        return self.engine.listener.writer
+
+    @property
+    def packing(self) -> Packing:
+        """The plans of the chunks, as they are now."""
+        return self.step.packing
+
+    @property
+    def step_count(self) -> int:
+        return self.engine.step.number
 
     def stats(self) -> Stats:
         """See `GeminiModule.memory_stats`."""
-        outlook = None if self.monitor is None else self.monitor.outlook
-        return self.statistics.expand(read(self.engine, self.step, self.step_count, self.step_seconds, outlook))
+        return self.statistics.expand(read(self.engine, self.step.facts(self.engine.step)))
 
-    def rebuilt(self, plans: Sequence[ChunkPlan]) -> None:
-        """Some chunks have other plans than when the model was boosted."""
-        self.packing = self.packing.with_plans(plans)
-        self.statistics.refresh()
-        if self.monitor is not None:
-            self.monitor.describe(self.packing, self.config, self.capacities)
-
-    def after_step(self) -> None:
-        """Count the step and tell the telemetry."""
-        now = time.perf_counter()
-        self.step_count += 1
-        self.step_seconds = now - self._last_step
-        self._last_step = now
-        if self.monitor is not None:
-            self.monitor.after_step(self.step_count, self.step_seconds)
+    def serve(self, optimizer: ManagedOptimizer) -> None:
+        """Be trained by this optimizer from now on."""
+        self.optimizer = optimizer
 
 
 def is_boosted(model: nn.Module) -> bool:

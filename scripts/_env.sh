@@ -9,7 +9,7 @@ VENV_PYTHON="$VENV/bin/python"
 
 _say() { printf '%s\n' "$*" >&2; }
 
-_has_torch() { "$1" -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)' 2>/dev/null; }
+_has_torch() { "$1" -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)' 2>/dev/null; }
 
 _find_python() {
     local candidate

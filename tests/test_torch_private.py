@@ -1,10 +1,12 @@
 """What we rely on in names of torch that are private: the first tests to run with another version of torch."""
 
 import pickle
+import re
 import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from gemini import torch_private as private
 
 LARGEST = (1 << 64) - 1
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Told(Tensor):
@@ -52,6 +55,14 @@ def in_backward(call: Callable[[], object]) -> list[object]:
     y.register_hook(lambda gradient: found.append(call()))
     y.sum().backward()
     return found
+
+
+def test_the_oldest_torch_is_declared_once_and_this_one_is_not_older() -> None:
+    declared = re.findall(r'"torch>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    kept = re.findall(r">= \((\d+), (\d+)\)' 2>", (ROOT / "scripts" / "_env.sh").read_text())
+    assert len(declared) == 1
+    assert kept == declared
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= tuple(map(int, declared[0]))
 
 
 # -- autograd's engine and graph

@@ -1,6 +1,5 @@
 """Which optimizer a boosted model has: the one that it was boosted with, and others that take its place later."""
 
-import weakref
 from typing import Any
 
 from torch import nn
@@ -15,12 +14,11 @@ from .refusals import refuse_optimizer, refuse_split_master
 
 
 def bind_optimizer(state: Boosted, optimizer: ManagedOptimizer) -> None:
-    """Let the optimizer hand its work to the manager, which counts its steps."""
-    state.optimizer = optimizer
-    optimizer._managed = state.step
+    """Let the optimizer hand its work to the model's step."""
+    state.serve(optimizer)
+    optimizer.be_managed(state.step)
     if (given := optimizer.stands_for()) is not None:
         let_ask(given, optimizer)
-    optimizer.register_step_post_hook(_counting(weakref.ref(state)))
 
 
 def optimizer_of(model: nn.Module, given: Optimizer | None) -> ManagedOptimizer | None:
@@ -62,7 +60,7 @@ def give_optimizer(model: nn.Module, optimizer: Optimizer) -> ManagedOptimizer:
         _refuse(state, model, managed)
         state.step.succeed(managed)
     if state.optimizer is not None:
-        state.optimizer._managed = Superseded()
+        state.optimizer.be_managed(Superseded())
     bind_optimizer(state, managed)
     return managed
 
@@ -80,12 +78,3 @@ def _refuse(state: Boosted, model: nn.Module, optimizer: ManagedOptimizer) -> No
             "this model was boosted without an optimizer, and update_in_backward=True needs to know it from the "
             "start: boost the model with its optimizer, or without update_in_backward"
         )
-
-
-def _counting(state: "weakref.ref[Boosted]") -> Any:
-    def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-        target = state()
-        if target is not None:
-            target.after_step()
-
-    return after_step

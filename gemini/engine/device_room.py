@@ -58,7 +58,7 @@ class DeviceRoom:
         if room == ledger.capacity(Tier.DEVICE):
             return False
         if room < ledger.used(Tier.DEVICE):
-            self._manager.evict_idle()
+            self._manager.eviction.evict_idle()
         ledger.resize(Tier.DEVICE, room)
         return True
 
@@ -80,7 +80,7 @@ class DeviceRoom:
             To be raised in place of ``error``.
         """
         held = self.resident_bytes
-        self._manager.evict_idle()
+        self._manager.eviction.evict_idle()
         self._manager.device.trim()
         if self._manager.device.is_ram:
             return_freed_memory()
@@ -100,5 +100,5 @@ class DeviceRoom:
 
     def _resize(self, more_bytes: int) -> None:
         ledger = self._manager.ledger
-        tier = ledger.bounded_by(Tier.DEVICE)
+        tier = ledger.memory.compute_tier
         ledger.resize(tier, ledger.capacity(tier) + more_bytes)

@@ -2,20 +2,23 @@
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, ChunkState
+from ..chunk import Chunk, ChunkManager
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
+from ..packing.packing import Packing
 from ..planning.trace import Moment, Phase
 from ..torch_private import current_backward
-from ..units.units import Visit
+from ..units.units import Units, Visit
 from ..updates.updates import Updates
 from .device_room import DeviceRoom
 from .discovery import Discovery
+from .listener import Listener, StepFacts
 from .pacing import Pacing
+from .pins import Pins
 from .sampling import Sampling
 from .visits import Visits
 
@@ -28,32 +31,39 @@ class Engine:
 
     Parameters
     ----------
-    manager, updates
-        The chunks, and what leads their gradients to their updates.
-    pacing, room, sampling
-        Plans the moves, sizes the room for full copies, measures what else is on DEVICE.
+    manager, units, updates
+        The chunks, what brackets their uses, and what leads their gradients to their updates.
+    pacing, room, sampling, listener
+        Plans the moves, sizes the room for full copies, measures what else is on DEVICE, and hears of all this.
     """
 
     def __init__(
         self,
         manager: ChunkManager,
+        units: Units,
         updates: Updates,
         pacing: Pacing,
         room: DeviceRoom,
         sampling: Sampling,
+        listener: Listener,
     ) -> None:
         self.manager = manager
+        self.units = units
+        """They lead to the model, which therefore lives for as long as its optimizer."""
         self.updates = updates
         self.pacing = pacing
         self.room = room
         self.sampling = sampling
+        self.listener = listener
         self.visits = Visits(manager)
+        self.pins = Pins(manager, updates.gradients, room)
         self.discovery = Discovery()
         self.lock = threading.RLock()
         """Held while chunks move and while parameters are used outside of units: any thread may read parameters."""
         self.stall_seconds = 0.0
-        self.batch: Batch | None = None
-        """Of the cycle under way."""
+        self.step = StepFacts(0, 0.0, 0, None, None)
+        """The last one."""
+        self._step_end = time.perf_counter()
 
     # -- units
 
@@ -77,17 +87,20 @@ class Engine:
         is_sampled = self.sampling.is_on
         if is_sampled:
             self.sampling.end_moment()
-        waits = any(c.update is not None or c.state in (ChunkState.HOME, ChunkState.FETCHING) for c in chunks)
+        waits = any(not c.is_valid for c in chunks)
         begin = time.perf_counter() if waits else 0.0
         self.visits.begin(visit)
         try:
-            self.pacing.evict(actions.evict)
-            beyond = bool(unit.without_gradients) and visit.extra is unit.without_gradients
+            if actions.evict:
+                self.pacing.evict(actions.evict)
             for chunk in chunks:
-                self._fetch(chunk, chunks, overdraw=beyond)
-            self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
+                if not chunk.is_resident:
+                    beyond = bool(unit.without_gradients) and visit.extra is unit.without_gradients
+                    self.pins.fetch(chunk, chunks, overdraw=beyond)
+            if actions.prefetch:
+                self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
             for chunk in chunks:
-                self._pin(chunk, chunks)
+                self.pins.pin(chunk, chunks)
                 visit.pinned.append(chunk)
             if waits:
                 self.stall_seconds += time.perf_counter() - begin
@@ -109,75 +122,28 @@ class Engine:
         """Bring chunks that an open (or new) visit turned out to need; it lists them already."""
         if visit.is_open:
             for chunk in chunks:
-                self._fetch(chunk)
-                self._pin(chunk, visit.chunks)
+                self.pins.fetch(chunk)
+                self.pins.pin(chunk, visit.chunks)
                 visit.pinned.append(chunk)
         else:
             self.enter(visit, Phase.FORWARD)
 
-    def _fetch(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
-        try:
-            # What is held for later has taken the room of what is needed now.
-            self.manager.fetch(chunk, keep, overdraw=overdraw or bool(self.visits.held))
-        except OutOfMemory:
-            if not self.room.take_back():  # parameters must be there, whatever the model's own computation needs
-                raise
-            self.manager.fetch(chunk, keep)
-
-    def _pin(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
-        self.manager.pin(chunk, keep)
-        if chunk in self.updates.gradients.withdrawn:
-            self.updates.gradients.reveal(chunk)  # from here on nobody can tell us that ``p.grad`` is asked for
-
     def _with_units(self, error: OutOfMemory, visit: Visit) -> OutOfMemory:
-        names, count = self.visits.names(), len(self.visits.held)
+        names, count = self.visits.names(), len(self.pins.held)
         running = f", while {names} run" if names else ""
         held = f"; {count} chunks are held until the next step, for uses outside of a module or a double backward"
         return OutOfMemory(f"{error} (for {visit.unit.name}{running}{held if count else ''})")
 
     # -- chunks that no unit brackets
 
-    def bring(self, chunks: Sequence[Chunk]) -> list[Chunk]:
-        """Pin chunks for code outside of any unit, beyond the capacity if need be. `let_go` ends it."""
-        self.manager.device.take_over()
-        pinned: list[Chunk] = []
-        try:
-            for chunk in chunks:
-                chunk.settle()
-                self._fetch(chunk, chunks, overdraw=True)
-                self._pin(chunk, chunks)
-                pinned.append(chunk)
-        except BaseException:
-            self.let_go(pinned)
-            raise
-        return pinned
-
-    def let_go(self, chunks: Sequence[Chunk]) -> None:
-        """Unpin what `bring` pinned."""
-        for chunk in chunks:
-            self.manager.unpin(chunk)
-        self.manager.repay()
-
     def enter_outside(self, visit: Visit) -> None:
         """Backward comes to what code outside of any unit made: bring its chunks. No moment of the cycle."""
         self.visits.begin(visit)
         try:
-            visit.pinned.extend(self.bring(visit.chunks))
+            visit.pinned.extend(self.pins.bring(visit.chunks))
         except BaseException:
             self.leave(visit)
             raise
-
-    def hold(self, chunks: Sequence[Chunk]) -> None:
-        """Bring chunks and keep them until `release_held`, because nothing will tell when the last use is over."""
-        for chunk in chunks:
-            if chunk not in self.visits.held:
-                self._fetch(chunk, chunks, overdraw=True)
-                self._pin(chunk, chunks)
-                self.visits.held[chunk] = None
-
-    def release_held(self) -> None:
-        """Let go what was held: the step is over, and no graph from before it can be used any more."""
-        self.visits.release_held()
 
     def add_to_innermost(self, chunks: tuple[Chunk, ...], parameters: Collection[Tensor]) -> bool:
         """If a unit runs that uses parameters that it does not bracket, have them there until it ends; False if not."""
@@ -221,8 +187,8 @@ class Engine:
         if not self.visits.open:
             self._mend()
         self.manager.forget_addresses()
-        self.manager.repay()
-        self.batch = batch = Batch(with_gradients, shapes)
+        self.manager.eviction.repay()
+        batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
         if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes()):
             self.pacing.replan()
@@ -233,10 +199,18 @@ class Engine:
         """True if each unit has to enter by itself: its moment is sampled, or its updates begin when it leaves."""
         return self.sampling.is_on or self.updates.schedule.consumes_gradients
 
-    def chunks_changed(self) -> None:
-        """Some have other homes and other full copies than when the plans were made, and are trained."""
+    def step_ended(self, facts: Callable[[StepFacts], StepFacts]) -> None:
+        """The optimizer has stepped, or skipped a step whose gradients overflowed; it adds its own facts."""
+        now = time.perf_counter()
+        seconds, self._step_end = now - self._step_end, now
+        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds))
+        self.sampling.record_step(self.listener.step_ended(self, self.step))
+
+    def rebuilt(self, packing: Packing) -> None:
+        """Some chunks have other homes and other full copies than when the plans were made, and are trained."""
         self.sampling.profile.forget_training()
         self.pacing.replan()
+        self.listener.rebuilt(packing)
 
     # -- backward
 
@@ -249,6 +223,8 @@ class Engine:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
         for visit in self.visits.end_backward(task):
             self.leave_backward(visit)
+        if not self.visits.is_in_backward:
+            self.manager.complete_gradients()
         self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:
@@ -267,6 +243,33 @@ class Engine:
 
     # -- when something went wrong
 
+    def recover(self) -> None:
+        """Clean up after a forward or backward that an exception ended, where nobody told."""
+        self.manager.origin.refuse_elsewhere()
+        if in_backward():
+            return  # an optimizer that steps within backward
+        if self.visits.is_in_backward:
+            self.abort()
+            self.updates.abandon()
+        elif self.visits.running:
+            self.abort()
+
+    def backward_failed(self, error: BaseException) -> None:
+        """Clean up after a backward that an exception ended: nothing stays pinned, its gradients are dropped.
+
+        Raises
+        ------
+        OutOfMemory
+            See `explain`.
+        """
+        self.listener.failed(self, error)
+        self.abort()
+        self.updates.abandon()
+        torn = self.updates.schedule.torn_text
+        self.explain(error, torn)
+        if torn and hasattr(error, "add_note"):
+            error.add_note(torn)
+
     def abort(self) -> None:
         """After an exception in user code: close every visit, so that no pin is left."""
         self.discovery.stop()
@@ -276,7 +279,7 @@ class Engine:
 
     def _mend(self) -> None:
         with self.lock:  # other threads may be reading parameters
-            self.manager.mend(self.visits.held)
+            self.manager.mend(self.pins.held)
 
     def explain(self, error: BaseException, torn: str = "") -> None:
         """If the model's own computation ran out of memory: leave it more from now on, and say so.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..chunk import Chunk, ChunkManager, ChunkState, Tier
+from ..chunk import Chunk, ChunkManager, Tier
 from ..errors import is_out_of_memory
 from ..planning.cycle import Cycle
 from ..planning.planner import Actions, Planner
@@ -37,14 +37,14 @@ class Pacing:
         """Free full copies that the plan has no use for soon."""
         for index in indices:
             chunk = self._manager.chunks[index]
-            if chunk.state is ChunkState.READY:
+            if chunk.is_idle:
                 self._manager.evict(chunk)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Start to move what the plan needs next, where there is room for it."""
         for index in indices:
             chunk = self._manager.chunks[index]
-            if chunk.state is ChunkState.HOME and self._manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
+            if not chunk.is_resident and self._manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
                 try:
                     self._manager.fetch(chunk, background=True)
                 except Exception as error:
@@ -101,9 +101,6 @@ class Pacing:
         chunks = [chunk for chunk in manager.chunks if not chunk.full_is_home]
         nbytes = {chunk.index: chunk.full_nbytes for chunk in chunks}
         # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
-        reached = manager.device.is_ram
-        lost = [
-            chunk.index for chunk in chunks if chunk.gradient is not None and not (reached or chunk.tier is Tier.DEVICE)
-        ]
+        lost = [chunk.index for chunk in chunks if chunk.is_trainable and not chunk.update_reaches_full]
         resident = sum(chunk.full_nbytes for chunk in chunks if chunk.is_resident)
         return Planner(trace, nbytes, manager.ledger.free(Tier.DEVICE) + resident, self._depth, lost)

@@ -23,6 +23,8 @@ class Sampling:
         self.meter = meter
         self.profile = NonModelProfile()
         self.timeline = Timeline(manager.ledger)
+        self.batch: Batch | None = None
+        """Of the cycle under way."""
         self._manager = manager
         self._is_recording = False
         """Somebody wants a timeline of this step; cycles that are measured have one in any case."""
@@ -56,6 +58,7 @@ class Sampling:
 
     def begin_cycle(self, batch: Batch, is_same_kind: bool) -> None:
         """A cycle begins; ``is_same_kind`` as the one before, with or without gradients."""
+        self.batch = batch
         self.profile.begin(batch)
         self._choose_malloc()
         if not is_same_kind:

@@ -1,8 +1,8 @@
-"""Which calls of units are under way, in forward and in backward, and which chunks are held beside them."""
+"""Which calls of units are under way, in forward and in backward."""
 
 import threading
 
-from ..chunk import Chunk, ChunkManager
+from ..chunk import ChunkManager
 from ..units.units import Unit, Visit
 
 
@@ -20,8 +20,6 @@ class Visits:
         """Those whose chunks are pinned, outermost first."""
         self.running: list[Visit] = []
         """Those whose forward is under way, innermost last."""
-        self.held: dict[Chunk, None] = {}
-        """Pinned until the next step, because nothing will tell when the last use is over."""
         self._manager = manager
         self._of_backward: dict[int, list[Visit]] = {}
         """Task of autograd -> those that it has come to."""
@@ -59,12 +57,6 @@ class Visits:
         self.running.clear()
         for visit in list(self.open):
             self.end(visit)
-
-    def release_held(self) -> None:
-        """Unpin what was held."""
-        for chunk in self.held:
-            self._manager.unpin(chunk)
-        self.held.clear()
 
     # -- backward
 

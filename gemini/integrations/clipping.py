@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from gemini.nn.optimizer.managed import ManagedOptimizer
-from gemini.updates.gradients import AbsentGradient
+from gemini.updates.absent_gradient import AbsentGradient
 
 
 def clip_by_norm(

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..chunk import SHADOW, ChunkManager, ChunkState, Tier
-from ..engine import Engine
+from ..chunk import SHADOW, ChunkManager, MemoryMap, Tier
+from ..engine import Engine, StepFacts
 from ..memory.prediction import Outlook
 from ..sizes import format_bytes
-from ..step.managed_step import ChunkedStep
 
 Stats = dict[str, int | float]
 
@@ -44,33 +43,28 @@ class Reading(NamedTuple):
 
 # One call of C each: after 50 ms of computing, every line of Python costs a cache miss or two.
 _MOVES = attrgetter(
-    "need_count", "prefetch_used", "late_count", "demand_count", "fetch_count", "fetch_bytes", "prefetch_count",
-    "evict_count",
+    "prefetch_used", "late_prefetch_count", "miss_count", "fetch_count", "fetch_bytes", "prefetch_count", "evict_count",
 )  # fmt: skip
 _DISK = attrgetter("read_bytes", "read_seconds", "written_bytes", "write_seconds")
 _NO_DISK = (0, 0.0, 0, 0.0)
 _TIERS = tuple(Tier)
 
 
-def read(engine: Engine, step: ChunkedStep, step_count: int, step_seconds: float, outlook: Outlook | None) -> Reading:
+def read(engine: Engine, step: StepFacts) -> Reading:
     """Copy the counters; some microseconds, whatever the size of the model."""
     manager = engine.manager
     moves, uploads = manager.moves, manager.device.uploads
     return Reading(
         manager.ledger.counters(),
-        _MOVES(moves),
+        (manager.access_count, *_MOVES(moves)),
         tuple(moves.waited_seconds.values()),
         engine.stall_seconds,
         tuple(uploads.nbytes.values()),
         tuple(uploads.seconds.values()),
         _NO_DISK if manager.disk is None else _DISK(manager.disk),
         engine.sampling.meter.peak_bytes,
-        step_count,
-        step_seconds,
-        step.skipped_steps,
-        None if step.scaler is None else step.scaler.scale,
-        step.grad_norm,
-        outlook,
+        *step,
+        engine.listener.outlook,
     )
 
 
@@ -99,11 +93,11 @@ class Statistics:
         stats["device/overdraft_peak_bytes"] = self._ledger.peak_overdraft(Tier.DEVICE)
         manager = self._manager()
         if manager is not None:
-            stats["chunk/resident_count"] = sum(c.state is not ChunkState.HOME for c in manager.chunks)
+            stats["chunk/resident_count"] = sum(c.is_resident for c in manager.chunks)
 
-        (need_count, prefetched, late, missed, fetch_count, fetch_bytes, prefetch_count, evict_count) = reading.moves
-        stats["need/count"] = need_count
-        stats["need/resident_count"] = max(0, need_count - prefetched - missed)
+        (access_count, prefetched, late, missed, fetch_count, fetch_bytes, prefetch_count, evict_count) = reading.moves
+        stats["need/count"] = access_count
+        stats["need/resident_count"] = max(0, access_count - prefetched - missed)
         stats["need/hit_count"] = prefetched - late
         stats["need/late_count"] = late
         stats["need/miss_count"] = missed
@@ -147,21 +141,20 @@ def of_layout(manager: ChunkManager) -> Stats:
     """
     chunks = manager.chunks
     total = sum(c.layout.numel for c in chunks)
-    stats: Stats = {"memory/unified": int(manager.ledger.unified)}
+    stats: Stats = {"memory/unified": int(manager.ledger.memory is MemoryMap.UNIFIED)}
     stats["chunk/count"] = len(chunks)
     stats["chunk/numel"] = max((c.layout.numel for c in chunks), default=0)
     stats["chunk/waste_ratio"] = 1.0 - sum(c.layout.used_numel for c in chunks) / total if total else 0.0
     for tier in Tier:
         stats[f"chunk/{tier.value}_count"] = sum(c.tier is tier for c in chunks)
-    parameters = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.codec.specs if spec.name != SHADOW)
+    parameters = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.plan.codec.specs if spec.name != SHADOW)
     optimizer = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.states)
     buffers = [c.gradient.buffer for c in chunks if c.gradient is not None and c.gradient.buffer is not None]
     gradients = sum(buffer.nbytes for buffer in buffers) or manager.gradient_pool.nbytes
-    on_host_too = (Tier.DEVICE, Tier.HOST) if manager.ledger.unified else (Tier.DEVICE,)
     homes = [home for c in chunks for name, home in c.homes.items() if name != SHADOW]
     homes += buffers
     total_bytes = sum(home.nbytes for home in homes)
-    off = sum(home.nbytes for home in homes if home.tier not in on_host_too)
+    off = sum(home.nbytes for home in homes if not manager.ledger.memory.shares(home.tier, Tier.DEVICE))
     stats["placement/offload_optim_frac"] = off / total_bytes if total_bytes else 0.0
     copies = sum(c.full_nbytes for c in chunks)
     room = manager.ledger.free(Tier.DEVICE) + sum(c.full_nbytes for c in chunks if c.is_resident)

@@ -80,7 +80,7 @@ class BackwardHooks:
         self._enter_before(visit, nodes)
         if not nodes:
             if output is not None and _makes_gradients(visit, inputs):
-                self._engine.hold(visit.chunks)
+                self._engine.pins.hold(visit.chunks)
             return False
         last = last_nodes(nodes, visit.input_nodes, own)
         self._leave_after(visit, [node.register_hook for node in last])
@@ -88,7 +88,7 @@ class BackwardHooks:
         if results is not None or is_changed:
             unit.contains_graph(bool(last))
         if is_changed:
-            self._engine.hold(visit.chunks)
+            self._engine.pins.hold(visit.chunks)
         if all(t.grad_fn is not None and t.grad_fn in visit.input_nodes for t in inputs):
             # Not register_multi_grad_hook: its closure holds the nodes that hold it, and such graphs are never freed.
             self._leave_after(visit, [t.register_hook for t in {id(t): t for t in inputs}.values()])
@@ -141,7 +141,7 @@ def _enter(reference: "ref[Engine]", visit: Visit, gradients: Any) -> None:
         else:
             engine.enter(visit, Phase.BACKWARD)
     if torch.is_grad_enabled():  # create_graph=True
-        engine.hold(visit.chunks)
+        engine.pins.hold(visit.chunks)
 
 
 def _count(reference: "ref[Engine]", visit: Visit, countdown: Countdown, *gradients: Any) -> None:

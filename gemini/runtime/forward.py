@@ -19,7 +19,7 @@ from ..torch_private import is_compiled, next_number
 from ..units.bracket import Bracket, bracket
 from ..units.observer import Observer, tensors_in
 from ..units.results import Mark
-from ..units.units import Unit, Units, Visit, bracketed_modules
+from ..units.units import Unit, Visit, bracketed_modules
 from .backward import BackwardHooks
 from .brackets import Brackets
 from .casting import cast
@@ -34,44 +34,34 @@ class ForwardHooks:
 
     Parameters
     ----------
-    model, units, engine, backward
-        The model that is run, the units that bracket its parameters, what is told, and what puts hooks on the graphs
-        that units make.
+    model, engine, backward
+        The model that is run, what is told, and what puts hooks on the graphs that units make.
     cast_inputs
         Floating-point inputs of the model are converted to this dtype; None leaves them.
     force_outputs_fp32
         Floating-point outputs of the model are converted to fp32.
-    on_abandoned_backward
-        Called when it is found that the last backward never ended.
-    on_error
-        Called with the exception that ends a unit's forward (or None), while its visit is still open.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        units: Units,
         engine: Engine,
         backward: BackwardHooks,
         *,
         cast_inputs: torch.dtype | None,
         force_outputs_fp32: bool,
-        on_abandoned_backward: Callable[[], None],
-        on_error: Callable[[BaseException | None], None] = lambda error: None,
     ) -> None:
         self._model = model
-        self._units = units
+        self._units = engine.units
         self._engine = engine
         self._backward = backward
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
-        self._on_abandoned_backward = on_abandoned_backward
-        self._on_error = on_error
         self._visits = engine.visits
         self._discovery = engine.discovery
         self._depth = 0
         """How many calls of the model are under way, one inside the other."""
-        self._brackets = Brackets(units, self._install)
+        self._brackets = Brackets(engine.units, self._install)
         bracket(model, self._before_model, self._after_model)
 
     def _install(self, unit: Unit) -> Bracket:
@@ -105,7 +95,7 @@ class ForwardHooks:
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._depth <= 1 and not in_backward():
-            self.recover()
+            self._engine.recover()
             grad = torch.is_grad_enabled()
             self._engine.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
             # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
@@ -121,17 +111,6 @@ class ForwardHooks:
             args, kwargs = cast(args, self._cast_inputs), cast(kwargs, self._cast_inputs)
         self._before_unit(self._brackets.unit_of(model), model, args, kwargs)
         return args, kwargs
-
-    def recover(self) -> None:
-        """Clean up after a forward or backward that an exception ended, where nobody told."""
-        self._engine.manager.origin.refuse_elsewhere()
-        if in_backward():
-            return  # an optimizer that steps within backward
-        if self._visits.is_in_backward:
-            self._engine.abort()
-            self._on_abandoned_backward()
-        elif self._visits.running:
-            self._engine.abort()
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self._after_unit(self._brackets.unit_of(model), model, args, kwargs, output)
@@ -175,7 +154,7 @@ class ForwardHooks:
 
     def _before_part(self, unit: Unit) -> None:
         """A part of the model is called by itself; the cycle begins anew when it comes round."""
-        self.recover()
+        self._engine.recover()
         grad = torch.is_grad_enabled()
         if self._engine.pacing.cycle.is_over(unit.index, grad):
             self._engine.begin_forward(grad)
@@ -186,7 +165,7 @@ class ForwardHooks:
             return  # another hook raised before ours ran
         self._visits.running.remove(visit)
         if output is None:
-            self._on_error(sys.exc_info()[1])
+            self._engine.listener.failed(self._engine, sys.exc_info()[1])  # while its visit is still open
         engine, discovery, has_gradients = self._engine, self._discovery, torch.is_grad_enabled()
         if engine.pacing.cycle.with_gradients and output is not None:
             engine.updates.schedule.unit_called(visit, has_gradients, in_backward())
@@ -214,7 +193,7 @@ class ForwardHooks:
         place = self._engine.manager.find(parameter)
         if place is None or place[0].pins > 0:
             return
-        known = self._units.of.get(module)
+        known = self._engine.units.of.get(module)
         if not self._engine.is_worth_holding(known.chunks if known is not None else (), place[0]):
             return  # it comes for each operation: see `outside`
         unit, is_new = self._units.extend(module, parameter)

@@ -32,8 +32,7 @@ class Outside(Keeper):
         self._engine = engine
         self._backward = backward
         self._gradients = engine.updates.gradients
-        for chunk in engine.manager.chunks:
-            chunk.entrust(self)
+        engine.manager.entrust(self)
 
     def view(self, parameter: Tensor) -> Tensor:
         chunk, position = self._place(parameter)
@@ -44,7 +43,7 @@ class Outside(Keeper):
             chunks = self._chunks(parameters)
             with _undisturbed():
                 is_in_unit = self._engine.add_to_innermost(chunks, parameters)
-                pinned = [] if is_in_unit else self._engine.bring(chunks)
+                pinned = [] if is_in_unit else self._engine.pins.bring(chunks)
             if is_in_unit:
                 return run()
             try:
@@ -58,13 +57,13 @@ class Outside(Keeper):
                     self._backward.bring(begin, result, chunks)
                 return result
             finally:
-                self._engine.let_go(pinned)
+                self._engine.pins.let_go(pinned)
 
     def lend(self, run: Callable[[], Any], parameters: list[Tensor], is_address: bool) -> Any:
         with self._engine.lock:
             chunks = self._chunks(parameters)
             with _undisturbed():
-                pinned = self._engine.bring(chunks)
+                pinned = self._engine.pins.bring(chunks)
             try:
                 result = self._lent(run, parameters)
                 if is_address:
@@ -72,25 +71,24 @@ class Outside(Keeper):
                         chunk.lend().keep_address()
                 return result
             finally:
-                self._engine.let_go(pinned)
+                self._engine.pins.let_go(pinned)
 
     def assign(self, parameter: Tensor, value: Tensor) -> None:
         with self._engine.lock, torch.no_grad():
             manager, chunks = self._engine.manager, self._chunks([parameter])
             manager.check_assigned(parameter, value)
             with _undisturbed():
-                pinned = self._engine.bring(chunks)
+                pinned = self._engine.pins.bring(chunks)
             try:
                 manager.assign(parameter, value)
             finally:
-                self._engine.let_go(pinned)
+                self._engine.pins.let_go(pinned)
 
     def show_gradient(self, parameter: Tensor) -> None:
-        self._gradients.reveal(self._place(parameter)[0])
-        self._gradients.copy_in_reach(parameter)
+        self._gradients.show(parameter)
 
     def replace_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
-        self._gradients.before_replacing(parameter, gradient)
+        self._gradients.replace(parameter, gradient)
 
     def _remember_upper_halves(self, parameters: list[Tensor]) -> None:
         """Before an operation that may change masters in two halves: what is changed is told by comparing."""
@@ -101,9 +99,9 @@ class Outside(Keeper):
 
     def _keep_upper_halves(self, chunks: tuple[Chunk, ...]) -> None:
         for chunk in chunks:
-            if chunk.is_split and chunk.edited():
+            if chunk.is_split and chunk.bindings.edited():
                 with _undisturbed():
-                    self._engine.manager.keep_edits(chunk)
+                    self._engine.manager.quiet(chunk)
 
     def _lent(self, run: Callable[[], Any], parameters: list[Tensor]) -> Any:
         """Run something with the parameters in the loans' memory; their chunks are pinned."""
@@ -111,11 +109,11 @@ class Outside(Keeper):
         try:
             with _undisturbed():
                 for chunk, position in places:
-                    chunk.point(position, chunk.lend().view(position))
+                    chunk.bindings.point(position, chunk.lend().view(position))
             return run()
         finally:
             for chunk, position in places:
-                chunk.point_back(position)
+                chunk.bindings.point_back(position)
 
     def _chunks(self, parameters: list[Tensor]) -> tuple[Chunk, ...]:
         found = {chunk.index: chunk for chunk, _ in map(self._place, parameters)}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..chunk import ChunkManager
-from ..nn.optimizer.rule import Rule
+from ..nn.optimizer.rules.rule import Rule
 from ..updates.values import Values
 
 
@@ -32,9 +32,11 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
     if chunk.codecs[kept].computes:
         return None
     chunk.settle()
-    offset, shape, stride = chunk.place(position, kept)
+    at = chunk.place(position, kept)
+    if len(at.own) < at.numel:
+        return None
     with torch.no_grad():
-        return home.as_strided(shape, stride, home.storage_offset() + offset)
+        return home.as_strided(at.shape, at.stride, home.storage_offset() + at.index)
 
 
 def write_state(values: Values, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:

@@ -36,7 +36,7 @@ from ..chunk import (
     start_workers,
 )
 from ..errors import OffloadError, OutOfMemory
-from ..nn.optimizer.rule import AtStep, SplitAtStep
+from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate
 from .ticket import Ticket
 
 BLOCK_SETS = 3
@@ -53,7 +53,7 @@ class Run:
 
     start: int
     stop: int
-    at_step: AtStep
+    at_step: BoundUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Block:
     stop: int
     offset: int
     """Of its elements in staging, so that they lie there as they lie in the file."""
-    at_step: AtStep
+    at_step: BoundUpdate
     staged: dict[str, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     computed_numel: int = 0
@@ -108,11 +108,15 @@ class Block:
     def tensor(self, name: str, buffer: Buffer) -> Tensor:
         """The elements of this block, in memory."""
         if buffer.tensor is not None:
-            return buffer.tensor[self.part(name, self.start, self.stop)]
-        return self.staged[name].view(buffer.dtype)[self.part(name, self.offset, self.offset + self.numel)]
+            return buffer.tensor[self.at_home(name)]
+        return self.staged[name].view(buffer.dtype)[self.within(name, self.offset, self.offset + self.numel)]
 
-    def part(self, name: str, start: int, stop: int) -> slice:
-        """What a buffer has for these elements; they begin with a block of those that share a value."""
+    def at_home(self, name: str) -> slice:
+        """Where a buffer has the elements of this block."""
+        return self.update.chunk.part(name, self.start, self.stop)
+
+    def within(self, name: str, start: int, stop: int) -> slice:
+        """What there is for these elements in a tensor that begins with a block of those that share a value."""
         spec = self.update.chunk.specs.get(name)
         return slice(start, stop) if spec is None else spec.part(start, stop)
 
@@ -234,13 +238,13 @@ class UpdatePipeline:
             return  # a retry: staging holds what was computed
         for name in block.staged:
             buffer = block.buffers()[name]
-            buffer.read(block.part(name, block.start, block.stop).start, block.tensor(name, buffer))
+            buffer.read(block.at_home(name).start, block.tensor(name, buffer))
 
     def _write(self, block: Block) -> None:
         for name in block.staged:
             if name != GRADIENT:
                 buffer = block.buffers()[name]
-                buffer.write(block.part(name, block.start, block.stop).start, block.tensor(name, buffer))
+                buffer.write(block.at_home(name).start, block.tensor(name, buffer))
 
     def _release(self, block: Block) -> None:
         for staged in block.staged.values():
@@ -289,7 +293,7 @@ def _compute(block: Block) -> None:
     while not block.is_computed:  # what one call wrote is not computed again by a retry
         stop = min(block.computed_numel + step, block.numel)
         done = block.computed_numel
-        _update(block, {name: tensor[block.part(name, done, stop)] for name, tensor in tensors.items()})
+        _update(block, {name: tensor[block.within(name, done, stop)] for name, tensor in tensors.items()})
         block.computed_numel = stop
 
 
@@ -297,7 +301,7 @@ def _update(block: Block, tensors: Mapping[str, Tensor]) -> None:
     at_step, shadow, refreshed = block.at_step, tensors.get(SHADOW), tensors.get(_REFRESHED)
     states = [tensors[spec.name] for spec in block.update.chunk.states]
     if MASTER_LOW in tensors:
-        assert isinstance(at_step, SplitAtStep)
+        assert isinstance(at_step, BoundSplitUpdate)
         at_step.apply_split(tensors[MASTER], tensors[MASTER_LOW], states, tensors[GRADIENT])
         return
     out = refreshed if shadow is None else shadow

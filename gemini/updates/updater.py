@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState, Tier
-from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import AtStep, StepMaker
+from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
+from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
 from .options import Options
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
@@ -17,8 +16,8 @@ from .update_queue import UpdateQueue
 class GroupRule:
     """A parameter group's arithmetic, with the options that it has now."""
 
-    make: StepMaker
-    remembers: bool
+    make: BoundRule
+    keeps_state: bool
     """Whether a step of it is counted."""
 
 
@@ -42,6 +41,8 @@ class Planned:
 
     update: ChunkUpdate
     taken: Mapping[int, int]
+    is_empty: bool
+    """No parameter of the chunk takes a step, wherever its elements are at home."""
 
     @property
     def chunk(self) -> Chunk:
@@ -64,17 +65,6 @@ class Updater:
         self._manager = manager
         self._queue = queue
 
-    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[BufferSpec, ...]]:
-        """By the index of a group: the states that all chunks with parameters of it have room for."""
-        room: dict[int, tuple[BufferSpec, ...]] = {}
-        for index, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                place = self._manager.find(parameter)
-                if place is not None and place[0].is_trainable:
-                    states = place[0].states
-                    room[index] = tuple(spec for spec in room.get(index, states) if spec in states)
-        return room
-
     def groups(self, options: Options) -> Groups:
         """The arithmetic of each group.
 
@@ -92,7 +82,7 @@ class Updater:
                 for index in {of.get(id(binding.parameter)) for binding in chunk.bindings}:
                     if index is not None and (index, states) not in rules:
                         group = groups[index]
-                        rules[index, states] = GroupRule(rule.of_group(group, states), rule.remembers(group))
+                        rules[index, states] = GroupRule(rule.bind(group, states), rule.keeps_state(group))
         return Groups(of, rules)
 
     def plan(self, groups: Groups, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
@@ -106,10 +96,10 @@ class Updater:
             Write through to the full copy, if there is one. Else it is evicted (which is free).
         """
         taken: dict[int, int] = {}
-        of_step: dict[tuple[int, int, bool], AtStep] = {}
+        of_step: dict[tuple[int, int, bool], BoundUpdate] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
-        previous = -2
+        previous, is_empty = -2, True
         rules = groups.of_chunk(chunk)
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
@@ -118,23 +108,27 @@ class Updater:
                 continue
             group = rules[index]
             step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
-            if group.remembers:
+            if group.keeps_state:
                 taken[id(parameter)] = step
             if (index, step, is_fresh) not in of_step:
                 of_step[index, step, is_fresh] = group.make(step, grad_scale, is_fresh)
             at_step = of_step[index, step, is_fresh]
+            is_empty = False
+            start, stop = max(slot.offset, chunk.extent.start), min(slot.stop, chunk.extent.stop)
+            if start >= stop:  # other owners update all of it
+                continue
             if runs and position == previous + 1 and runs[-1].at_step is at_step:
-                runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
+                runs[-1] = Run(runs[-1].start, stop, at_step)  # the zeros between them stay zeros
             else:
-                runs.append(Run(slot.offset, slot.stop, at_step))
+                runs.append(Run(start, stop, at_step))
             previous = position
-        return Planned(ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh)), taken)
+        return Planned(ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh)), taken, is_empty)
 
     def _refreshed(self, chunk: Chunk, refresh: bool) -> Tensor | None:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
         if chunk.full_is_home or not chunk.is_resident:
             return None
-        if (refresh or chunk.is_lent) and (self._manager.device.is_ram or chunk.tier is Tier.DEVICE):
+        if (refresh or chunk.is_lent) and chunk.update_reaches_full:
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
                 self._manager.unpin(chunk)
@@ -149,11 +143,8 @@ class Updater:
             chunk = each.chunk
             assert chunk.gradient is not None
             self.steps.update(each.taken)
-            chunk.update = ticket
-            chunk.supersede(chunk.gradient.present)
-            self._manager.lends_until(chunk, ticket)
-            if not chunk.pins:
-                chunk.poison()  # until the next pin
+            chunk.begin_update(ticket, chunk.gradient.present)
+            self._manager.release_gradient_after(chunk, ticket)
 
     def wait_for_holders(self, planned: Sequence[Planned]) -> None:
         """Wait for those updates that read or write memory which code outside of the manager holds.
@@ -168,6 +159,6 @@ class Updater:
                 if chunk.loan is not None:
                     chunk.loan.remember_all()
                 if each.update.out is None and chunk.is_resident and not chunk.full_is_home:
-                    self._manager.refresh(chunk)
+                    self._manager.full_copies.fill_again(chunk)  # the update could not write through to it
             elif chunk.gradient is not None and chunk.gradient.is_held:
                 chunk.settle()

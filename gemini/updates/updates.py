@@ -10,8 +10,9 @@ from collections.abc import Container, Sequence, Set
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Communicator, Tier
+from ..chunk import Chunk, ChunkManager, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
+from .factor import Factor
 from .gradients import Gradients
 from .options import Options
 from .schedule import UpdateSchedule
@@ -25,8 +26,6 @@ class Updates:
     ----------
     manager, schedule, gradients, updater
         The chunks, when they are updated, what ``p.grad`` shows of their gradients, and what starts an update.
-    communicator
-        Told when a chunk's gradient is complete.
     options
         What the optimizer says of its updates; None for inference.
     """
@@ -37,36 +36,33 @@ class Updates:
         schedule: UpdateSchedule,
         gradients: Gradients,
         updater: Updater,
-        communicator: Communicator,
         options: Options | None,
     ) -> None:
         self.schedule = schedule
         self.gradients = gradients
+        self.factor = Factor()
         self._manager = manager
         self._updater = updater
-        self._communicator = communicator
         self._options = options
         self._groups: Groups | None = None
         """Those of the step under way, if backward has updated a chunk of it."""
-        self._complete: set[Chunk] = set()
-        """Chunks whose gradient was complete, and to which none has been added since."""
 
     def serve(self, optimizer: ManagedOptimizer) -> None:
         """Take the options from this optimizer from now on."""
         self._options = Options.of(optimizer)
 
     def follow(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Take the gradients of those parameters that have room for them in their chunks. Returns these."""
-        self.schedule.follow(parameters)
-        return self.gradients.follow(parameters)
+        """Take the gradients of parameters that have room for them in their chunks. Returns those that are new."""
+        new = self.gradients.follow(parameters)
+        self.schedule.follow(new)
+        return new
 
     # -- backward
 
     def before_backward(self) -> None:
         """Raise if a backward cannot be a part of the step under way, or would add to gradients that are used up."""
         self.schedule.check_whole("run a second backward")
-        if self.schedule.consumes_gradients:
-            self.gradients.refuse_not_zeroed()
+        self.gradients.before_backward()
 
     def backward_begins(self, task: int) -> None:
         """A backward (or one within it) comes to its first node."""
@@ -78,10 +74,9 @@ class Updates:
         arrival = self.gradients.take(parameter)
         if arrival is None:
             return ()
-        chunk, position = arrival.chunk, arrival.position
+        chunk, position = arrival.slot.chunk, arrival.slot.position
         self.schedule.gradient_arrives(chunk, position)
         self.gradients.put(arrival)
-        self._complete.discard(chunk)
         self.backward_begins(task)  # a parameter that the loss itself uses comes before any unit
         return self.schedule.gradient_arrived(chunk, position)
 
@@ -100,7 +95,7 @@ class Updates:
             self._manager.device.synchronize()
         self._make_ready(chunk)
         planned = self._updater.plan(self._groups, chunk, refresh=refresh)
-        if planned.update.runs:
+        if not planned.is_empty:
             self.schedule.updating(chunk, max(planned.taken.values(), default=0), self._options)
             self.start([planned])
 
@@ -112,24 +107,19 @@ class Updates:
         self.schedule.before_step(Options.of(optimizer))
 
     def collect(self) -> list[Chunk]:
-        """Take over what the user has done to gradients. Returns the chunks that have some, all complete."""
+        """Take over what the user has done to gradients. Returns the chunks that have some."""
         device = self._manager.device
         device.synchronize()
         self.gradients.collect(self.schedule.updated_early)
-        device.synchronize()  # what the user replaced may be on its way
         chunks = [c for c in self._manager.chunks if c.gradient is not None and c.gradient.present]
+        device.synchronize()  # what the user replaced, or other owners have sent, may be on its way
         for chunk in chunks:
             self._make_ready(chunk)
         return chunks
 
     def _make_ready(self, chunk: Chunk) -> None:
-        """Have a chunk quiet and its gradient complete, before anything of the step is changed."""
-        chunk.settle()  # an error of the last step surfaces here
-        self._manager.keep_edits(chunk)
-        if chunk not in self._complete:
-            self._complete.add(chunk)
-            assert chunk.gradient is not None
-            self._communicator.reduce_gradient(chunk.gradient)
+        """Have a chunk quiet before anything of the step is changed."""
+        self._manager.quiet(chunk)  # an error of the last step surfaces here
 
     def start(self, planned: Sequence[Planned]) -> None:
         """Start updates, in this order; from now on the chunks' gradients are theirs."""
@@ -140,7 +130,6 @@ class Updates:
 
     def after_step(self) -> None:
         """Every parameter has taken the step."""
-        self._complete.clear()
         self.schedule.after_step()
 
     # -- gradients that are not wanted
@@ -170,20 +159,20 @@ class Updates:
                 assert parameters is not None
                 self.gradients.drop(chunk, parameters)
             elif chunk.gradient is not None:
-                self.gradients.hide(chunk)
-                if chunk.gradient.present:
+                had_some = bool(chunk.gradient.present)
+                self.gradients.drop(chunk)
+                if had_some:
                     self._manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
-                self._complete.discard(chunk)
+        self.factor.forget()
+
+    def abandon(self) -> None:
+        """A backward has failed: its gradients are worth nothing."""
+        if self.schedule.backward_failed():
+            self.drop()
 
     def zero(self, parameters: Set[int] | None = None) -> None:
-        """Fill gradients with zeros.
-
-        Parameters
-        ----------
-        parameters
-            Of these (ids); None for all.
-        """
+        """Fill gradients with zeros; those of all parameters, or of these (ids)."""
         self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
         self.gradients.zero(parameters)
 

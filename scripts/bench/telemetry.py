@@ -40,13 +40,13 @@ class Row:
         self.model, self.optimizer, *_ = self.booster.boost(model, HybridAdam(model.parameters(), lr=1e-4))
         self.hook_seconds: list[float] = []
         self.step_seconds: list[float] = []
-        state = boosted(self.model)
-        state.after_step = self._timed(state.after_step)  # type: ignore[method-assign]
+        engine = boosted(self.model).engine
+        engine.step_ended = self._timed(engine.step_ended)  # type: ignore[method-assign]
 
-    def _timed(self, hook: Callable[[], None]) -> Callable[[], None]:
-        def timed() -> None:
+    def _timed(self, hook: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any) -> None:
             begin = time.perf_counter()
-            hook()
+            hook(*args)
             self.hook_seconds.append(time.perf_counter() - begin)
 
         return timed
@@ -84,8 +84,8 @@ def main() -> None:
         elapsed, thread_seconds = time.perf_counter() - begin, telemetry_thread_seconds() - thread_begin
         for row in rows.values():
             del row.hook_seconds[:SETTLING], row.step_seconds[:SETTLING]
-        monitor = boosted(rows["with telemetry"].model).monitor
-        assert monitor is not None
+        writer = boosted(rows["with telemetry"].model).telemetry
+        assert writer is not None
         print(f"{options.rounds} steps each, {torch.get_num_threads()} threads")
         for name, row in rows.items():
             hook = sorted(row.hook_seconds)
@@ -105,7 +105,7 @@ def main() -> None:
         ratio = statistics.median(a / b for a, b in pairs)
         print(f"added to the training thread: {1e6 * added:.1f} us a step at the median ({added / 0.05:.3%} of 50 ms)")
         print(f"whole steps, median of with/without in the same round: {ratio:.4f}")
-        monitor.writer.close()
+        writer.close()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemini.chunk import DiskBackend, Ledger, Tier
+from gemini.chunk import DiskBackend, Ledger, MemoryMap, Tier
 from gemini.errors import OffloadError
 
 NUMEL = 1000
@@ -15,7 +15,7 @@ NUMEL = 1000
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[DiskBackend]:
-    backend = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False), checksums=True)
+    backend = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED), checksums=True)
     yield backend
     backend.close()
 
@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_chunk_as_far_as_its_piece_is_r
     buffer.read(start, torch.empty(stop - start))
 
 
-def test_a_bit_that_flips_where_a_later_write_began_within_a_piece_is_found_in_what_that_wrote(
+def test_a_flipped_bit_is_found_in_a_write_that_began_within_a_piece(
     disk: DiskBackend,
 ) -> None:
     buffer = disk.allocate(NUMEL, torch.float32, "x")
@@ -91,7 +91,7 @@ def test_after_a_write_that_failed_the_old_checksum_does_not_speak(
 
 
 def test_without_being_asked_for_nothing_is_compared(tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     buffer = disk.allocate(NUMEL, torch.float32, "x")
     buffer.write(0, torch.ones(NUMEL))
     flip(disk, 0)

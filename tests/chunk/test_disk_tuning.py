@@ -27,7 +27,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def test_of_combinations_nearly_as_fast_as_the_best_the_one_with_fewest_and_largest_requests_is_taken() -> None:
+def test_the_fewest_and_largest_requests_win_among_those_nearly_as_fast() -> None:
     rates = {Requests(MIB, 8): 100.0, Requests(MIB, 4): 95.0, Requests(4 * MIB, 4): 91.0, Requests(MIB, 2): 80.0}
     assert choose(rates) == Requests(4 * MIB, 4)
     assert choose({Requests(MIB, 2): 1.0}) == Requests(MIB, 2)

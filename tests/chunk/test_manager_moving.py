@@ -81,7 +81,7 @@ def test_a_prefetched_chunk_arrives_when_it_is_pinned_and_is_counted() -> None:
     rig.manager.pin(first)
     assert rig.has_values(first)
     moves = rig.manager.moves
-    assert (moves.fetch_count, moves.prefetch_count, moves.prefetch_used, moves.demand_count) == (2, 1, 1, 1)
+    assert (moves.fetch_count, moves.prefetch_count, moves.prefetch_used, moves.miss_count) == (2, 1, 1, 1)
     assert moves.fetch_bytes == 2 * NUMEL * 2
 
 
@@ -161,7 +161,7 @@ def test_a_home_in_reach_of_the_device_is_the_full_copy_and_never_moves() -> Non
     assert frozen.state is ChunkState.READY and rig.has_values(frozen)
     pointer = rig.parameters[0][0].data_ptr()
     rig.manager.evict(frozen)
-    rig.manager.make_room(trainable)
+    rig.manager.eviction.make_room(trainable)
     rig.use(frozen)
     assert rig.has_values(frozen) and rig.parameters[0][0].data_ptr() == pointer
     assert rig.manager.moves.fetch_count == 0 and rig.device.log == []

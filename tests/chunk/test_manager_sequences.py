@@ -47,7 +47,7 @@ class Calls(RuleBasedStateMachine):
         try:
             self.rig.manager.pin(chunk)
         except StateError:
-            assert chunk.state is ChunkState.HOME
+            assert not chunk.is_resident
         except OffloadError:
             pass
 
@@ -63,7 +63,7 @@ class Calls(RuleBasedStateMachine):
         try:
             self.rig.manager.evict(chunk)
         except StateError:
-            assert state in (ChunkState.HOME, ChunkState.IN_USE)
+            assert state in (ChunkState.HOME, ChunkState.HOME_UPDATING, ChunkState.IN_USE)
         except OffloadError:
             pass
 

@@ -1,4 +1,4 @@
-"""The transition table of a chunk's full copy."""
+"""The transition table of a chunk."""
 
 import itertools
 
@@ -9,11 +9,20 @@ from gemini.errors import GeminiError, StateError
 
 ALLOWED = {
     ("HOME", "FETCHING"),
+    ("HOME", "HOME_UPDATING"),
+    ("HOME_UPDATING", "HOME"),
+    ("HOME_UPDATING", "FETCHING"),
     ("FETCHING", "READY"),
     ("FETCHING", "HOME"),
+    ("FETCHING", "HOME_UPDATING"),
     ("READY", "IN_USE"),
     ("READY", "HOME"),
+    ("READY", "READY_UPDATING"),
+    ("READY_UPDATING", "READY"),
     ("IN_USE", "READY"),
+    ("IN_USE", "IN_USE_UPDATING"),
+    ("IN_USE_UPDATING", "IN_USE"),
+    ("IN_USE_UPDATING", "READY_UPDATING"),
 }
 PAIRS = list(itertools.product(ChunkState, ChunkState))
 

@@ -33,7 +33,7 @@ def test_accessors_show_the_values_after_a_step() -> None:
         assert torch.equal(a, b)
 
 
-def test_copying_pickling_and_moving_a_boosted_model_are_refused_with_the_way_to_do_it() -> None:
+def test_copying_pickling_and_moving_a_boosted_model_are_refused_with_a_way_out() -> None:
     model = Trained({}).model
     for forbidden, hint in (
         (lambda: copy.deepcopy(model), "state_dict"),
@@ -109,9 +109,10 @@ def test_asking_for_one_parameter_does_not_wait_for_the_updates_of_all() -> None
     chunks = boosted(run.model).manager.chunks
     assert len(chunks) > 1
     waited: list[int] = []
+    boosted(run.model).manager.eviction.evict_idle()
     for chunk in chunks:
         chunk.settle()
-        chunk.update = RecordsWait(waited, chunk.index)
+        chunk.begin_update(RecordsWait(waited, chunk.index), ())
     next(run.model.parameters()).norm()
     assert waited == [boosted(run.model).manager.find(run.model[0].weight)[0].index]
 

@@ -173,7 +173,7 @@ class Mining(Plain):
             return self.owner(batch(index, 1))[0]  # type: ignore[no-any-return]
 
 
-def test_workers_of_a_dataloader_that_inherit_a_model_work_and_those_that_use_it_are_told(tmp_path: Any) -> None:
+def test_dataloader_workers_may_inherit_a_model_but_not_use_it(tmp_path: Any) -> None:
     run = trained("streamed", tmp_path)
     run.model.eval()  # without dropout
     options: dict[str, Any] = {"batch_size": 2, "num_workers": 1, "timeout": 60, "multiprocessing_context": "fork"}

@@ -87,7 +87,7 @@ def test_subclasses_of_parameter_get_their_class_and_attributes_back():
         assert other.requires_grad == parameter.requires_grad and vars(other) == vars(parameter), name
 
 
-def test_a_first_forward_inside_the_context_gives_uninitialised_parameters_their_shapes():
+def test_a_forward_in_the_context_gives_uninitialised_parameters_their_shapes():
     def build(width):
         net = nn.Sequential(
             nn.LazyConv1d(4, 3), nn.LazyBatchNorm1d(), nn.Flatten(), nn.LazyLinear(8), nn.Linear(8, 8), nn.LazyLinear(3)

@@ -27,7 +27,7 @@ def test_an_overwritten_draw_runs_on_scratch_and_overwritten_arithmetic_not_at_a
     assert plan(w) == {"RUN": ["normal_"], "SCRATCH": ["uniform_"], "SEED": ["-"]}
 
 
-def test_draws_after_the_last_needed_one_only_run_to_leave_the_generator_where_eager_does():
+def test_draws_after_the_last_needed_one_only_move_the_generator():
     with LazyInitContext():
         w = nn.Parameter(torch.empty(3).normal_())
         torch.randn(5)

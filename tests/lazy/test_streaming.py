@@ -179,7 +179,7 @@ def test_the_sink_may_change_the_dtype_but_not_the_shape():
     assert model.weight.dtype == torch.bfloat16 and model.weight.requires_grad
 
 
-def test_parameters_on_one_storage_reach_the_sink_one_after_the_other_and_say_so_before():
+def test_parameters_on_one_storage_reach_the_sink_one_after_the_other():
     with LazyInitContext():
         a, b, c = (nn.Linear(3, 3, bias=False) for _ in range(3))
         c.weight.data = a.weight.data

@@ -27,7 +27,7 @@ def test_a_context_in_one_thread_does_not_reach_another():
         assert not is_lazy(in_thread(lambda: torch.zeros(2)))
 
 
-def test_threads_that_build_at_the_same_time_each_get_the_model_of_the_state_they_found():
+def test_threads_that_build_at_once_each_get_the_model_of_the_state_they_found():
     torch.manual_seed(0)
     eager = nn.Sequential(*(nn.Linear(5, 5) for _ in range(20)))
     torch.manual_seed(0)

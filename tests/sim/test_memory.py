@@ -60,7 +60,7 @@ def test_full_copies_and_homes_take_what_the_ledger_says(device: SimulatedDevice
     run.step(0)
     manager = boosted(run.model).manager
     manager.settle()
-    manager.evict_idle()
+    manager.eviction.evict_idle()
     resting = torch.accelerator.memory_allocated()
     for chunk in manager.chunks:
         if manager.ledger.free(Tier.DEVICE) >= chunk.full_nbytes:
@@ -140,12 +140,12 @@ def test_a_model_may_be_evaluated_in_another_stream(device: SimulatedDevice, loo
 
 
 def test_telemetry_knows_the_memory_of_the_device(device: SimulatedDevice) -> None:
-    from gemini.monitor.monitor import process_memory
+    from gemini.monitor.probes import process_memory
 
     held = torch.ones(1 << 16, device="sim")
     found = process_memory()
-    assert found["device_total_bytes"] == device.capacity_bytes
-    assert found["device_reserved_bytes"] >= held.nbytes
+    assert found.device_total_bytes == device.capacity_bytes
+    assert found.device_reserved_bytes >= held.nbytes
 
 
 def test_memory_that_the_allocator_keeps_for_reuse_may_be_taken(device: SimulatedDevice) -> None:

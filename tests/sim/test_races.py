@@ -11,10 +11,22 @@ from simulated import SimulatedDevice
 from test_parity import Other, check_loop
 
 from gemini.boosted import boosted
-from gemini.chunk import AcceleratorBackend, ChunkLayout, GradientBuffer, Ledger, Slot, Tier, accelerator, driver_of
+from gemini.chunk import (
+    AcceleratorBackend,
+    ChunkLayout,
+    GradientBuffer,
+    Ledger,
+    MemoryMap,
+    Slot,
+    Tier,
+    accelerator,
+    driver_of,
+)
 from gemini.chunk.conversion import conversion_pieces
+from gemini.chunk.eviction import Eviction
+from gemini.chunk.full_copies import FullCopies
 from gemini.chunk.gradient_pool import GradientPool
-from gemini.nn.optimizer import pieces
+from gemini.nn.optimizer.rules import pieces
 
 pytestmark = pytest.mark.own_process()
 
@@ -35,7 +47,7 @@ def test_a_model_that_is_dropped_does_not_write_to_memory_that_others_have_got(d
     run.step(0)
     manager = boosted(run.model).manager
     manager.settle()
-    manager.evict_idle()
+    manager.eviction.evict_idle()
     torch.accelerator.synchronize()
     torch.accelerator.empty_cache()
     chunk = next(chunk for chunk in manager.chunks if not chunk.full_is_home)
@@ -117,11 +129,12 @@ class Launched:
 
 
 def test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(device: SimulatedDevice) -> None:
-    layout = ChunkLayout(0, None, 256, (Slot(0, "p", 0, 256, (256,), (1,)),))
+    layout = ChunkLayout(0, 256, (Slot(0, "p", 0, 256, (256,), (1,)),))
     for seed in range(10):
         device.seed(seed)
         backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)
-        pool = GradientPool(Ledger({Tier.DEVICE: 1024}, False), backend, None, lambda tier, nbytes: None)
+        ledger = Ledger({Tier.DEVICE: 1024}, MemoryMap.EMULATED)
+        pool = GradientPool(ledger, backend, None, Eviction(ledger, FullCopies(ledger, backend), lambda: 0))
         pool.reserve(Tier.DEVICE, 1024, "room")
         borrow = partial(pool.borrow, layout, Tier.DEVICE, torch.float32)
         first, second = (GradientBuffer(layout, None, backend, borrow) for _ in range(2))

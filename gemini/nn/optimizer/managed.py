@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 from gemini.lazy.session import is_recording
 
 from ...torch_private import OPTIMIZER_HOOKS, mark_stepped
-from .rule import Rule
+from .rules.rule import Rule
 
 _Self = TypeVar("_Self", bound="ManagedOptimizer")
 
@@ -87,6 +87,10 @@ class ManagedOptimizer(Optimizer):
         optimizer._managed = None  # before __init__, in which ``Optimizer`` calls our methods already
         optimizer.stands_for = lambda: None
         return optimizer
+
+    def be_managed(self, step: ManagedStep) -> None:
+        """Hand the work over from now on."""
+        self._managed = step
 
     @property
     def state(self) -> Any:

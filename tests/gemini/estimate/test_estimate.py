@@ -13,7 +13,7 @@ from torch import nn
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Tier
+from gemini.chunk import MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.estimate import floor
 from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
@@ -23,7 +23,7 @@ from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
 from gemini.stat.cli import main
-from gemini.telemetry.schema import load_schema
+from gemini.stat.commands.schema import output_schema
 
 GPT2 = ["gpt2", "--set", "n_embd=64", "--set", "n_head=4", "--set", "n_layer=5", "--set", "vocab_size=256"]
 SIZES = {"n_embd": 64, "n_head": 4, "n_layer": 5, "vocab_size": 256}
@@ -113,9 +113,9 @@ def test_model_data_peak_where_the_estimate_says(
     from gemini.boosted import boosted
 
     limits = boosted(model).capacities.nbytes
-    unified = boosted(model).capacities.unified
+    memory = boosted(model).capacities.memory
     data = ModelData(subject_of(build), config, optimizer.rule.slots(optimizer.param_groups[0]))
-    expected = model_bytes(data.pack(limits, unified), limits, unified)
+    expected = model_bytes(data.pack(limits, memory), limits)
     stats = model.memory_stats()
     for tier in Tier:
         measured = stats[f"{tier.value}/peak_bytes"]
@@ -171,7 +171,7 @@ def test_what_is_too_large_for_another_reason_bounds_the_largest(limit: int) -> 
 def test_arguments_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", *GPT2, "--ram", "48MiB", "--disk", "1GiB", "-b", "4", "-s", "32", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    schema = load_schema("output")
+    schema = output_schema()
     jsonschema.Draft202012Validator({"$ref": "#/$defs/estimate", "$defs": schema["$defs"]}).validate(content)
     plugin = eval(content["arguments"], {"GeminiPlugin": GeminiPlugin})
     assert plugin.config.host_memory < 48 * MIB
@@ -259,7 +259,7 @@ def test_only_full_copies_that_do_not_stay_are_filled_in_each_step(
     """Bytes a parameter: 12 of states, a gradient, and a full copy where it is not the master, or half of it."""
     data = ModelData(subject_of(build), GeminiConfig(**config, chunk_numel=1024))
     limits = {Tier.DEVICE: 1, Tier.HOST: round(ram * data.numel), Tier.DISK: 0}
-    assert (streamed_bytes(data.pack(limits, True), limits, True) > 0) == streams
+    assert (streamed_bytes(data.pack(limits, MemoryMap.UNIFIED), limits) > 0) == streams
 
 
 def test_split_masters_take_less_and_are_among_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +282,7 @@ def test_bench_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixtu
     file = tmp_path / "hardware.json"
     assert main(["bench", str(tmp_path), "--numel", "65536", "-o", str(file), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    schema = load_schema("output")
+    schema = output_schema()
     jsonschema.Draft202012Validator({"$ref": "#/$defs/bench", "$defs": schema["$defs"]}).validate(content)
     assert set(content["bytes_per_second"]) >= {"host_to_device", "disk_to_host", "host_to_disk"}
     assert all(value > 0 for value in content["bytes_per_second"].values())

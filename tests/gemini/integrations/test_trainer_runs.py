@@ -125,7 +125,7 @@ def test_a_boosted_model_is_evaluated_in_its_chunks(tmp_path: Path) -> None:
     assert torch.equal(torch.tensor(found.predictions), torch.tensor(expected.predictions))
 
 
-def test_training_resumes_from_a_checkpoint_of_either_kind_and_loads_the_best_at_its_end(tmp_path: Path) -> None:
+def test_training_resumes_from_either_kind_of_checkpoint_and_ends_with_the_best(tmp_path: Path) -> None:
     asked = {
         "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.1,
         "load_best_model_at_end": True, "max_grad_norm": 0.5, "lr_scheduler_type": "linear",

@@ -26,7 +26,7 @@ def test_the_first_cycle_of_each_kind_is_measured_and_the_next_like_it_are_not()
     assert profile.heaviest[True].moments == (10, 30, 20) and profile.heaviest[True].peak_bytes == 30
 
 
-def test_a_batch_of_more_elements_or_a_longer_sequence_is_measured_again_and_a_lighter_one_is_not() -> None:
+def test_a_heavier_batch_is_measured_again_and_a_lighter_one_is_not() -> None:
     profile = NonModelProfile()
     measured(profile, Batch(True, SMALL), 30)
     measured(profile, Batch(True, WIDE), 55)

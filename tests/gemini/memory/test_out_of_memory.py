@@ -225,7 +225,7 @@ class Refuses:
         del self.device.grow
 
 
-def test_a_fetch_that_the_system_refuses_is_tried_once_more_in_the_room_of_all_that_is_idle() -> None:
+def test_a_refused_fetch_is_tried_once_more_in_the_room_of_idle_chunks() -> None:
     ours, plain = trained({"device_memory": "80KiB", "max_prefetch": 0, **SMALL})
     with Refuses(ours, 1) as refused:
         for run in (ours, plain):
@@ -272,7 +272,7 @@ def test_the_error_for_a_unit_without_room_names_unit_need_and_remedy() -> None:
     manager = boosted(ours.model).manager
     ledger = manager.ledger
     full = ledger.capacity(Tier.DEVICE)
-    manager.evict_idle()
+    manager.eviction.evict_idle()
     ledger.resize(Tier.DEVICE, ledger.used(Tier.DEVICE))
     with pytest.raises(OutOfMemory, match=r"device tier out of memory.*needs 0\.0 MiB.*\(for 0\)") as caught:
         ours.loss(2)

@@ -15,6 +15,7 @@ from torch import nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk.memory_map import MemoryMap
 from gemini.chunk.tier import Tier
 from gemini.memory.prediction import Outlook, Peaks, bytes_of_copies, measure, predict
 from gemini.memory.timeline import Point
@@ -67,11 +68,11 @@ def test_the_copies_of_a_lap_are_counted_moment_by_moment() -> None:
 
 def test_the_peak_is_that_of_the_sum() -> None:
     homes = {Tier.DEVICE: 100, Tier.HOST: 1000, Tier.DISK: 5}
-    apart = predict(homes, [10, 40, 20], [30, 0, 15], Tier.DEVICE, unified=False)
+    apart = predict(homes, [10, 40, 20], [30, 0, 15], MemoryMap.ACCELERATOR)
     assert apart == Peaks((140, 1000, 5), 30)
-    unified = predict({**homes, Tier.DEVICE: 0}, [10, 40, 20], [30, 0, 15], Tier.HOST, unified=True)
+    unified = predict({**homes, Tier.DEVICE: 0}, [10, 40, 20], [30, 0, 15], MemoryMap.UNIFIED)
     assert unified == Peaks((40, 1040, 5), 30)
-    other_moments = predict(homes, [10, 40], [30, 0, 15], Tier.DEVICE, unified=False)
+    other_moments = predict(homes, [10, 40], [30, 0, 15], MemoryMap.ACCELERATOR)
     assert other_moments.tiers[0] == 170  # nothing is known of when: both at once
 
 
@@ -101,10 +102,10 @@ def test_steps_take_what_was_predicted(plugin: dict[str, Any], tmp_path: Path) -
     assert "prediction/host_predicted_bytes" not in training.model.memory_stats()
     training.step(2)
     found = training.model.memory_stats()
-    outlook = training.state.monitor.outlook
+    outlook = training.state.engine.listener.outlook
     assert outlook is not None
     where = 1 if found["memory/unified"] else 0
-    points = training.state.monitor._last_points  # type: ignore[union-attr]
+    points = training.state.engine.listener._last_points  # type: ignore[union-attr]
     for index, tier in enumerate(Tier):
         said, seen = (found[f"prediction/{tier.value}_{when}_bytes"] for when in ("predicted", "measured"))
         assert (said, seen) == (outlook.predicted.tiers[index], outlook.measured.tiers[index])
@@ -128,10 +129,10 @@ def test_memory_for_gradients_and_staging_is_model_data_from_the_start(where: st
     lends = {"update_in_backward": True} if where == "memory that is lent" else {}
     training = Training(tmp_path / "run", nn.Sequential(*layers), **disk, **lends)
     training.step(3)
-    points = training.state.monitor._last_points  # type: ignore[union-attr]
+    points = training.state.engine.listener._last_points  # type: ignore[union-attr]
     assert points[0].non_model < 4 * MIB  # a batch
     assert max(point.non_model for point in points) > 12 * MIB  # a gradient of 16 MiB on its way to its chunk
-    outlook = training.state.monitor.outlook
+    outlook = training.state.engine.listener.outlook
     assert outlook is not None
     assert outlook.measured.non_model - outlook.predicted.non_model < 6 * MIB
 
@@ -166,7 +167,7 @@ class Keeps(nn.Module):
 def test_a_step_that_takes_more_than_predicted_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     training = Training(tmp_path / "run", Keeps())
     training.step(3)
-    outlook = training.state.monitor.outlook
+    outlook = training.state.engine.listener.outlook
     assert outlook is not None
     assert outlook.measured.non_model - outlook.predicted.non_model > 40 * MIB
     training.writer.close()

@@ -49,7 +49,7 @@ def test_cycles_that_take_turns_have_no_fetch_on_demand_once_each_is_known(patte
 
     steps(12)
     moves = boosted(model).manager.moves
-    demanded, fetched = moves.demand_count, moves.fetch_count
+    demanded, fetched = moves.miss_count, moves.fetch_count
     steps(12)
     assert moves.fetch_count > fetched
-    assert moves.demand_count == demanded
+    assert moves.miss_count == demanded

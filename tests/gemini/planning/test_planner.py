@@ -165,7 +165,7 @@ def test_recomputation_and_backward_share_one_fetch() -> None:
     assert fetched == 12 * 2 * (20 - 5) and waited == 0
 
 
-def test_the_next_chunks_are_prefetched_although_an_outer_unit_is_in_use_all_the_time() -> None:
+def test_the_next_chunks_are_prefetched_while_an_outer_unit_is_in_use() -> None:
     fetched, waited = steady([[0, c] for c in range(1, 6)], 3, 1)
     assert fetched and not waited
 

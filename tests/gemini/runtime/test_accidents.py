@@ -95,7 +95,8 @@ class FailsAtCall:
     def __init__(self, run: Trained, at: int) -> None:
         manager = boosted(run.model).manager
         self.at, self.count = at, 0
-        self.targets: list[tuple[Any, str]] = [(manager, name) for name in ("fetch", "pin", "evict", "make_room")]
+        self.targets: list[tuple[Any, str]] = [(manager, name) for name in ("fetch", "pin")]
+        self.targets += [(manager.full_copies, "evict"), (manager.eviction, "make_room")]
         self.targets += [(manager.device, name) for name in ("grow", "upload", "download", "store")]
         self.targets += [(chunk.gradient, "add") for chunk in manager.chunks if chunk.gradient is not None]
 

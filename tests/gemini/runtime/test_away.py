@@ -148,7 +148,7 @@ def test_where_the_system_has_no_memory_holding_is_refused_and_training_goes_on(
     for run in (ours, plain):
         torch.manual_seed(7)
         run.step(0)
-    boosted(ours.model).manager.headroom = lambda: 0
+    boosted(ours.model).manager.eviction.headroom = lambda: 0
     with pytest.raises(gemini.errors.OutOfMemory, match="device_memory"):
         [p.data for p in ours.model.parameters()]
     for run in (ours, plain):

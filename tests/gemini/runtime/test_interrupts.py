@@ -10,9 +10,11 @@ from loop import Trained, check_same
 from gemini.boosted import boosted
 
 TARGETS = {
-    "manager": ("fetch", "pin", "unpin", "evict"),
+    "manager": ("fetch", "pin", "unpin"),
+    "full copies": ("begin", "arrive", "evict"),
     "device": ("grow", "shrink"),
-    "chunk": ("begin_fetch", "finish_fetch", "evict", "poison", "_expose", "_move_to"),
+    "chunk": ("begin_fetch", "finish_fetch", "evict", "_move_to"),
+    "bindings": ("hide", "expose"),
 }
 
 
@@ -22,7 +24,13 @@ class InterruptedAfterCall:
     def __init__(self, run: Trained, at: int) -> None:
         manager = boosted(run.model).manager
         self.at, self.count = at, 0
-        objects = {"manager": [manager], "device": [manager.device], "chunk": manager.chunks}
+        objects = {
+            "manager": [manager],
+            "full copies": [manager.full_copies],
+            "device": [manager.device],
+            "chunk": manager.chunks,
+            "bindings": [chunk.bindings for chunk in manager.chunks],
+        }
         self.targets = [(o, name) for kind, names in TARGETS.items() for o in objects[kind] for name in names]
 
     def __enter__(self) -> "InterruptedAfterCall":

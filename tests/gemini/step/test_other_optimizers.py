@@ -15,7 +15,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import MASTER, SHADOW, Tier
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
-from gemini.nn.optimizer import pieces
+from gemini.nn.optimizer.rules import pieces
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
@@ -200,7 +200,7 @@ def test_plain_sgd_takes_4_bytes_a_parameter_and_the_gradient() -> None:
         assert stats["model_data/total_bytes"] == (4 + 4 * states + 2) * numel
 
 
-def test_momentum_switched_on_after_boost_has_no_room_and_says_so_and_off_and_on_goes_on() -> None:
+def test_momentum_switched_on_after_boost_is_refused_and_off_and_on_goes_on() -> None:
     run = Other("SGD", {})
     run.step(0)
     run.backward(run.loss(1))
@@ -253,7 +253,7 @@ def test_memory_that_runs_out_in_the_background_costs_nothing(
     monkeypatch.setattr(pieces, "_CPU_PIECE_NUMEL", 1000)
     numbers = {0, 3, 4, 9}
     monkeypatch.setattr(pieces, "run", failing_in_the_middle(pieces.run, numbers))
-    monkeypatch.setattr(pieces, "rooms", failing(pieces.rooms, numbers))
+    monkeypatch.setattr(pieces, "scratch", failing(pieces.scratch, numbers))
     assert ours.step(1) == plain.step(1)
     errors = 0
     for _ in range(20):

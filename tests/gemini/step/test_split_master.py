@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import MASTER, Chunk, Tier
+from gemini.chunk import MASTER, Chunk, MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData, model_bytes
 from gemini.estimate.subject import Subject
-from gemini.nn.optimizer import HybridAdam, adam_rule, update
-from gemini.nn.optimizer.reference import adam_reference, adam_split_reference
-from gemini.nn.optimizer.update import adam_split_update
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import reference, update
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.nn.optimizer.rules import adam_rule
 
 
 class Odd(nn.Module):
@@ -150,8 +151,7 @@ def test_gradients_of_several_backwards_add_up_as_with_whole_masters() -> None:
 
 def test_without_a_compiler_updates_in_slices_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run_plain(task())
-    references = {"adam": adam_reference, "adam_split": adam_split_reference}
-    monkeypatch.setattr(update, "_kernel_of", lambda device_type, name="adam": references[name])
+    monkeypatch.setattr(update, "KERNELS", {("cpu", form): kernel for form, kernel in reference.BY_FORM.items()})
     monkeypatch.setattr(update, "SLICE_NUMEL", 512)
     check_equal(run_managed(task(), split_master=True, **size(1 << 14))[0], expected)
 
@@ -162,12 +162,12 @@ def test_memory_that_runs_out_in_an_update_costs_nothing(monkeypatch: pytest.Mon
     expected = [whole.step(step) for step in range(3)]
     calls = iter(range(1 << 30))
 
-    def failing(*tensors: Any) -> None:
+    def failing(*args: Any) -> None:
         if next(calls) in (0, 2, 5):
             raise MemoryError("no memory")
-        adam_split_update(*tensors)
+        adam_update(*args)
 
-    monkeypatch.setattr(adam_rule, "adam_split_update", failing)
+    monkeypatch.setattr(adam_rule, "adam_update", failing)
     torch.manual_seed(7)
     losses = []
     for step in range(3):
@@ -227,16 +227,16 @@ def test_statistics_placement_and_estimate_say_14_bytes_a_parameter() -> None:
     assert manager.ledger.peak(Tier.HOST) == 14 * numel and manager.moves.fetch_count == 0
     data = ModelData(Subject("two layers", two_layers, lambda size, length: {}), GeminiConfig(split_master=True))
     limits = {Tier.DEVICE: 1, Tier.HOST: 14 * numel, Tier.DISK: 0}
-    packing = data.pack(limits, unified=True)
+    packing = data.pack(limits, MemoryMap.UNIFIED)
     assert packing.placement.nbytes == boosted(model).packing.placement.nbytes
-    assert model_bytes(packing, limits, unified=True)[Tier.HOST] == 14 * numel
+    assert model_bytes(packing, limits)[Tier.HOST] == 14 * numel
     run_managed(one, split_master=True, host_memory=14 * numel)
     with pytest.raises(OutOfMemory):
         run_managed(one, host_memory=14 * numel)
 
 
 @pytest.mark.timeout(300)
-def test_under_a_limit_of_the_system_14_bytes_a_parameter_are_enough_for_everything_to_stay() -> None:
+def test_14_bytes_a_parameter_are_enough_for_all_to_stay_under_a_system_limit() -> None:
     whole = {"precision": "bf16", "split_master": False}
     split = {**whole, "split_master": True}
     ours, roomy = outcome(limited(14.0, 48, **split)), outcome(limited(18.0, 48, **whole))
@@ -318,7 +318,7 @@ def test_changes_in_place_are_what_they_are_with_whole_masters(edit: Callable[[T
 # -- what cannot be
 
 
-def test_what_a_module_changes_in_place_in_its_forward_is_refused_until_it_is_assigned() -> None:
+def test_a_change_in_place_in_forward_is_refused_until_it_is_assigned() -> None:
     ours = Trained(SMALL, "bf16", split_master=True)
     ours.step(0)
 

@@ -14,7 +14,7 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
-from gemini.updates.gradients import AbsentGradient
+from gemini.updates.absent_gradient import AbsentGradient
 
 Between = Callable[[int, list[nn.Parameter], torch.optim.Optimizer], None]
 SMALL_CHUNKS = {"chunk_config_dict": {1: {"chunk_size": 1024}}}
@@ -208,11 +208,11 @@ def test_gradients_that_are_elsewhere_are_copied_for_who_asks_where_there_is_mem
         check_same(between, host_memory="300KiB", offload_dir=tmp_path)
 
 
-def test_without_memory_for_copies_clipping_with_torch_fails_loudly_and_training_goes_on(tmp_path: Path) -> None:
+def test_clipping_with_torch_fails_without_memory_for_copies_and_training_goes_on(tmp_path: Path) -> None:
     model = build()
     kept = list(model.parameters())
     model, optimizer, booster = boost(model, host_memory="300KiB", offload_dir=tmp_path)
-    boosted(model).manager.headroom = lambda: 0
+    boosted(model).manager.eviction.headroom = lambda: 0
     booster.backward(loss_of(model, 0), optimizer)
     absent = [p.grad for p in kept if isinstance(p.grad, AbsentGradient)]
     assert absent
@@ -254,6 +254,25 @@ def test_the_gradient_scaler_of_torch_works_with_a_boosted_optimizer() -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
+
+    plain, model = build(), build()
+    train(plain, HybridAdam(plain.parameters(), lr=1e-2, weight_decay=0.1))
+    model, optimizer, _ = boost(model)
+    train(model, optimizer)
+    assert all(torch.equal(masters(model)[name], p) for name, p in plain.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_a_gradient_that_is_held_over_a_step_and_cleared_by_hand_is_gone() -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        kept = list(model.parameters())
+        for step in range(3):
+            loss_of(model, step).backward(create_graph=step == 0)  # with a graph it stays the tensor that it was
+            held = [p.grad for p in kept]
+            optimizer.step()
+            assert len(held) == sum(p.grad is not None for p in kept)
+            for parameter in kept:
+                parameter.grad = None
 
     plain, model = build(), build()
     train(plain, HybridAdam(plain.parameters(), lr=1e-2, weight_decay=0.1))

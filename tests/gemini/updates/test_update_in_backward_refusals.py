@@ -13,7 +13,7 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.errors import TornStep
 from gemini.nn.optimizer import HybridAdam
-from gemini.updates.gradients import AbsentGradient
+from gemini.updates.absent_gradient import AbsentGradient
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -75,7 +75,7 @@ SECONDS: dict[str, Callable[[Trained], Any]] = {
 
 
 @pytest.mark.parametrize("second", SECONDS.values(), ids=SECONDS)
-def test_between_backward_and_step_what_would_mix_two_steps_is_refused_and_the_step_can_go_on(
+def test_what_would_mix_two_steps_is_refused_and_the_step_can_go_on(
     second: Callable[[Trained], Any], backward_placement: dict[str, Any]
 ) -> None:
     ours, plain = in_backward(backward_placement), Run(None)

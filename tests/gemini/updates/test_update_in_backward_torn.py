@@ -55,7 +55,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 @everywhere
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 @pytest.mark.parametrize("plain_backward", [False, True])
-def test_a_backward_that_fails_half_way_leaves_a_torn_step_that_is_told_and_loading_heals(
+def test_a_backward_that_fails_half_way_leaves_a_torn_step_that_loading_heals(
     error: Callable[[], BaseException], plain_backward: bool, backward_placement: dict[str, Any], tmp_path: Any
 ) -> None:
     ours, plain = Breaking(backward_placement, at=6, update_in_backward=True), Breaking(None, at=6)

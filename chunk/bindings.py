@@ -1,0 +1,153 @@
+"""The parameters of one chunk: where their data point, of which class they are, and what was changed in them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gemini.torch_private import version_of, without_torch_function
+
+from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A parameter and the two things its data and its class may be."""
+
+    parameter: Tensor
+    view: Tensor
+    """Its slot in the full copy."""
+    nan: Tensor
+    """A NaN scalar expanded to the same shape: no memory, and a use without the chunk cannot go unnoticed."""
+    plain: type
+    away: type
+    """While nothing has the chunk pinned: see [Note: Away]. Without a keeper a parameter stays plain."""
+
+
+class Bindings:
+    """The bindings of a chunk's parameters, by position."""
+
+    def __init__(self, is_hidden: bool) -> None:
+        self.is_hidden = is_hidden
+        """The parameters point at NaN, or did when an interrupt kept some of them from pointing at the full copy."""
+        self._all: list[Binding] = []
+        self._versions: list[int] = []
+        """Per binding, torch's count of in-place operations when home and full copy were last the same."""
+
+    def __getitem__(self, position: int) -> Binding:
+        return self._all[position]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Binding]:
+        return iter(self._all)
+
+    def add(self, parameter: Tensor, view: Tensor, is_pinned: bool) -> None:
+        """Make ``parameter``, whose position is the next one, follow its slot in the full copy from now on."""
+        nan = torch.full((), float("nan"), dtype=view.dtype, device=view.device)
+        plain = plain_class(type(parameter))
+        away = away_class(plain) if is_linked(parameter) else plain
+        binding = Binding(parameter, view, nan.expand(view.shape), plain, away)
+        self._all.append(binding)
+        with QUIET():
+            self._versions.append(version_of(parameter))
+            parameter.data = binding.nan if self.is_hidden else view
+        parameter.__class__ = plain if is_pinned else away
+
+    def entrust(self, keeper: Keeper, last_value: Callable[[int], Tensor], is_pinned: bool) -> None:
+        """Have ``keeper`` answer for the parameters while nothing has the chunk pinned.
+
+        ``last_value`` gives the values of the parameter at a position once the keeper is gone.
+        """
+        for position, binding in enumerate(self._all):
+            link(binding.parameter, keeper, partial(last_value, position))
+            self._all[position] = replace(binding, away=away_class(binding.plain))
+        self.be_plain() if is_pinned else self.be_away()
+
+    def release(self) -> None:
+        """Let the parameters go: those that others keep know where their values are."""
+        self._all.clear()
+
+    # -- classes
+
+    def be_plain(self) -> None:
+        """The chunk is pinned: torch uses the parameters without asking their keeper."""
+        for binding in self._all:
+            binding.parameter.__class__ = binding.plain
+
+    def be_away(self) -> None:
+        """Nothing has the chunk pinned any more."""
+        for binding in self._all:
+            binding.parameter.__class__ = binding.away
+
+    # -- data
+
+    def hide(self) -> None:
+        """Point the parameters at NaN: the full copy is gone, or an update is changing it."""
+        if not self.is_hidden:
+            self.is_hidden = True  # first: after an interrupt `expose` has to point all of them
+            with QUIET():
+                for binding in self._all:
+                    binding.parameter.data = binding.nan
+
+    def expose(self) -> None:
+        """Point the parameters at the full copy."""
+        if self.is_hidden:
+            with QUIET():
+                for binding in self._all:
+                    binding.parameter.data = binding.view
+            self.is_hidden = False
+
+    def point(self, position: int, memory: Tensor) -> None:
+        """Have the parameter at this position lie in other memory for a moment; `point_back` ends that."""
+        with QUIET():
+            self._all[position].parameter.data = memory
+
+    def point_back(self, position: int) -> None:
+        """End what `point` began."""
+        binding = self._all[position]
+        self.point(position, binding.nan if self.is_hidden else binding.view)
+
+    def take_assigned(self) -> list[tuple[int, Tensor]]:
+        """Positions and values of parameters whose ``data`` the user has set to another tensor.
+
+        They point again where the chunk has them point; bringing the values there is the caller's.
+        """
+        found = []
+        with without_torch_function():  # the class while it is away and the observer: this is no use
+            for position, binding in enumerate(self._all):
+                ours, former = (binding.nan, binding.view) if self.is_hidden else (binding.view, binding.nan)
+                if not binding.parameter.is_set_to(ours):
+                    if not binding.parameter.is_set_to(former):  # else an interrupt came between
+                        found.append((position, binding.parameter.data))
+                    binding.parameter.data = ours
+        return found
+
+    # -- changes in place
+
+    def edited(self) -> list[int]:
+        """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
+        with QUIET():
+            versions = [version_of(binding.parameter) for binding in self._all]
+        if versions == self._versions:
+            return []
+        return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
+
+    def accept(self, position: int) -> None:
+        """Mark home and parameter as equal."""
+        with QUIET():
+            self._versions[position] = version_of(self._all[position].parameter)
+
+    def bump_versions(self, positions: Iterable[int]) -> None:
+        """Say that an update gives these parameters other values: autograd then refuses graphs that need the old ones.
+
+        As after any in-place operation, and as after ``torch.optim``'s steps: of those graphs, the nodes that have
+        saved the parameter raise, the others run.
+        """
+        for position in positions:
+            with QUIET():
+                torch.autograd.graph.increment_version(self._all[position].parameter)
+            self.accept(position)

@@ -1,0 +1,94 @@
+"""Eviction: which full copies go from DEVICE when another one, or a gradient, needs the memory."""
+
+from collections.abc import Callable, Sequence
+
+from gemini.errors import is_out_of_memory
+
+from .chunk import Chunk
+from .full_copies import FullCopies
+from .ledger import Ledger
+from .shortage import no_room
+from .state import ChunkState
+from .tier import Tier
+
+
+class Eviction:
+    """Evicts the least recently used full copies within the capacity of DEVICE, and beyond it what is not in use.
+
+    Parameters
+    ----------
+    ledger, full_copies
+        The capacities, and what takes of them.
+    headroom
+        Bytes that DEVICE has beyond its capacity, as far as the system can tell. What code outside of units holds may
+        take of it.
+    """
+
+    def __init__(self, ledger: Ledger, full_copies: FullCopies, headroom: Callable[[], int]) -> None:
+        self.headroom = headroom
+        self._ledger = ledger
+        self._full_copies = full_copies
+        self._last_used: dict[int, int] = {}
+        """Chunk index -> the moment when it was pinned last."""
+
+    def note_use(self, chunk: Chunk, moment: int) -> None:
+        """A chunk is pinned."""
+        self._last_used[chunk.layout.index] = moment  # at each visit: `index` is a call more
+
+    def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
+        """Evict others than those of ``keep`` until the full copy of ``chunk`` fits.
+
+        What does not fit beside memory that is lent may go beyond the capacity, if the system has as much; with
+        ``overdraw`` whatever does not fit.
+
+        Raises
+        ------
+        OutOfMemory
+            If it does not fit beside what is in use and what is to be kept.
+        """
+        while (missing := chunk.full_nbytes - self._ledger.free(Tier.DEVICE)) > 0:
+            if not self._evict_one(keep):
+                resident = tuple(self._full_copies.resident)
+                lent = sum(c.full_nbytes for c in resident if c.is_idle and c.is_lent)
+                if not (overdraw or lent >= missing) or self.headroom() < missing:
+                    raise no_room(self._ledger, resident, chunk, keep)
+                self._ledger.overdraw(Tier.DEVICE, missing)
+
+    def make_room_for(self, tier: Tier, nbytes: int) -> None:
+        """Evict until ``nbytes`` of a tier are free, or nothing idle is left where that would help."""
+        if self._ledger.memory.shares(tier, Tier.DEVICE):
+            while self._ledger.free(tier) < nbytes and self._evict_one():
+                pass
+
+    def repay(self) -> None:
+        """Give back what went beyond the capacity of DEVICE, as far as nobody holds it."""
+        while (overdraft := self._ledger.overdraft(Tier.DEVICE)) > 0:
+            if self._ledger.free(Tier.DEVICE) >= overdraft or not self._evict_one():
+                self._ledger.repay(Tier.DEVICE)
+                return
+
+    def evict_idle(self, keep: Sequence[Chunk] = ()) -> None:
+        """Free every full copy that nothing uses, but for those of ``keep``."""
+        for chunk in self._idle(keep):
+            try:
+                self._full_copies.arrive(chunk)
+            except BaseException as error:
+                if not is_out_of_memory(error):
+                    raise
+                continue  # and its memory has been given back
+            self._full_copies.evict(chunk)
+
+    def _evict_one(self, keep: Sequence[Chunk] = ()) -> bool:
+        """Evict the least recently used full copy, one that is arriving last; False if all are in use or ``keep``."""
+        idle = self._idle(keep)
+        if idle:
+            oldest = min(idle, key=lambda c: (c.state is ChunkState.FETCHING, self._last_used.get(c.index, 0), c.index))
+            self._full_copies.evict(oldest)
+        return bool(idle)
+
+    def _idle(self, keep: Sequence[Chunk]) -> list[Chunk]:
+        return [
+            chunk
+            for chunk in self._full_copies.resident
+            if (chunk.is_idle or chunk.state is ChunkState.FETCHING) and chunk not in keep and not chunk.is_lent
+        ]

@@ -1,0 +1,145 @@
+"""Full copies come and go: the moves that fill them, their memory in the ledger, and what users changed in them.
+
+Forward and backward change no parameter, but ``nn.Embedding(max_norm=...)`` renormalises its weight, and users clamp,
+initialise and assign parameters. `FullCopies.quiet` brings all of that home.
+"""
+
+from functools import partial
+
+from torch import Tensor
+
+from .chunk import Chunk
+from .communicator import Communicator, Gathering, Span
+from .edits import bring_edits_home, check_shape, put
+from .ledger import Ledger
+from .memory import DeviceBackend, Transfer
+from .move_counts import MoveCounts
+from .names import MASTER
+from .state import ChunkState
+from .tier import Tier
+
+
+class FullCopies:
+    """Begins and ends full copies as it is told; whatever fails, memory and ledger agree.
+
+    Parameters
+    ----------
+    ledger, device
+        The ledger, and the backend that has the memory.
+    communicator
+        The other owners, where chunks are not whole.
+    """
+
+    def __init__(self, ledger: Ledger, device: DeviceBackend, communicator: Communicator) -> None:
+        self.counts = MoveCounts()
+        self.resident: dict[Chunk, None] = {}
+        """Chunks whose full copy has memory of its own, and maybe one that an interrupt has kept here."""
+        self._ledger = ledger
+        self._device = device
+        self._communicator = communicator
+        self._nbytes = 0
+        """What the ledger counts for full copies."""
+
+    def begin(self, chunk: Chunk, background: bool) -> None:
+        """Take the memory and start the move, behind the chunk's update if one is under way.
+
+        Raises
+        ------
+        OffloadError
+            If it fails. The chunk is at home then.
+        """
+        self._ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
+        self._nbytes += chunk.full_nbytes
+        self.resident[chunk] = None
+        transfer: Transfer | None = None
+        try:
+            self._device.grow(chunk.full)
+            transfer = self._upload(chunk, chunk.update, background)
+            chunk.begin_fetch(transfer)
+        except BaseException:  # also the error of a pending update, where upload waited for it
+            if not chunk.is_resident:
+                if transfer is not None:  # an interrupt
+                    transfer.wait()
+                self._free(chunk)
+            raise
+
+    def _upload(self, chunk: Chunk, after: Transfer | None, background: bool) -> Transfer:
+        own = self._device.upload(chunk.own_full, chunk.source, after, background)
+        if chunk.is_whole:
+            return own
+        span = Span(chunk.index, MASTER, 0)
+        return Gathering(own, partial(self._communicator.gather, span, chunk.full, chunk.plan.extents))
+
+    def arrive(self, chunk: Chunk) -> None:
+        """Wait for the move of a chunk, if one is under way. If it failed, the chunk is at home."""
+        if chunk.state is ChunkState.FETCHING:
+            try:
+                chunk.finish_fetch()
+            except BaseException:
+                if not chunk.is_resident:
+                    self._free(chunk)
+                raise
+
+    def fill_again(self, chunk: Chunk) -> None:
+        """Bring what home has into a full copy that is there."""
+        self._upload(chunk, None, background=False).wait()
+
+    def evict(self, chunk: Chunk) -> None:
+        """Free a full copy that nothing uses. Does nothing where it is the home itself, or lent."""
+        if chunk.full_is_home or chunk.is_lent:
+            return
+        self.arrive(chunk)
+        self.quiet(chunk)  # the update may be writing through to the full copy
+        chunk.evict()
+        self._free(chunk)
+        self.counts.count_eviction()
+
+    def quiet(self, chunk: Chunk) -> None:
+        """Have the homes be the whole truth: no update is under way, and what was changed in parameters is home.
+
+        Only elements that differ are written, so that the others keep the bits that the compute dtype has no room for.
+        What was lent is compared as well: see [Note: Loans].
+
+        Raises
+        ------
+        OffloadError
+            If the update failed. It is tried again.
+        ValueError
+            If something of another shape was assigned to a parameter, which then keeps its values; or if masters are in
+            two halves and a module has changed one in its forward: which elements differ cannot be told then.
+        """
+        chunk.settle()
+        self.take_assigned(chunk)
+        bring_edits_home(chunk)
+
+    def take_assigned(self, chunk: Chunk) -> None:
+        """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does)."""
+        for position, value in chunk.bindings.take_assigned():
+            self.put(chunk, position, value)
+
+    def put(self, chunk: Chunk, position: int, value: Tensor) -> None:
+        """Have home and full copy hold what was assigned to ``p.data``."""
+        check_shape(chunk, position, value)
+        chunk.settle()
+        self.arrive(chunk)
+        self._device.outlast(value)  # in plain PyTorch the parameter would keep it
+        put(chunk, position, value)
+
+    def mend(self) -> None:
+        """Give back the memory of chunks that are at home: interrupts came before that."""
+        for chunk in [chunk for chunk in self.resident if not chunk.is_resident]:
+            self._device.shrink(chunk.full)
+            del self.resident[chunk]
+        resident = sum(chunk.full_nbytes for chunk in self.resident)
+        self._ledger.give(Tier.DEVICE, self._nbytes - resident)
+        self._nbytes = resident
+
+    def close(self) -> None:
+        """Let the chunks go. What lends them memory for gradients leads here, and would keep them."""
+        self.resident.clear()
+
+    def _free(self, chunk: Chunk) -> None:
+        self._device.shrink(chunk.full)
+        self._ledger.give(Tier.DEVICE, chunk.full_nbytes)
+        self._nbytes -= chunk.full_nbytes
+        self.resident.pop(chunk, None)

@@ -1,0 +1,43 @@
+"""What hears of a training's steps and errors, and changes nothing."""
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from ..memory.prediction import Outlook
+from ..packing.packing import Packing
+from ..telemetry.writer import TelemetryWriter
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class StepFacts(NamedTuple):
+    """What an optimizer's step tells of itself."""
+
+    number: int
+    """Steps since boost, with this one."""
+    seconds: float
+    """Since the end of the step before it."""
+    skipped_count: int
+    loss_scale: float | None
+    grad_norm: float | None
+
+
+class Listener(Protocol):
+    """Hears of one boosted model."""
+
+    @property
+    def outlook(self) -> Outlook | None:
+        """What was predicted after the warm-up and what was measured since; None until both are known."""
+
+    @property
+    def writer(self) -> TelemetryWriter | None:
+        """Where records go to, if anywhere."""
+
+    def step_ended(self, engine: "Engine", step: StepFacts) -> bool:
+        """A step is over. Returns True if each moment of the next one is to be sampled."""
+
+    def failed(self, engine: "Engine", error: BaseException | None) -> None:
+        """An exception passes through the model, whose visits are still open."""
+
+    def rebuilt(self, packing: Packing) -> None:
+        """Some chunks have other plans than before."""

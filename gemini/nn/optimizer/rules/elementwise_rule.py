@@ -1,0 +1,168 @@
+"""A torch optimizer as a rule: its own ``step`` on pieces of flat buffers.
+
+The optimizer writes in place, straight into the chunks. What it may write is copied first, a piece at a time so that
+the copies stay in the caches, and put back when an allocation fails on the way. Pieces are also what makes its
+temporaries small: run over a whole buffer each of them would go through DRAM.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import pieces
+from .elementwise import Kind
+from .rule import BoundRule, BoundUpdate, BufferSpec, KeptAsSaved
+from .sgd import SgdUpdate, is_plain_form
+
+_REFUSED = ("differentiable", "capturable")
+
+
+class ElementwiseRule(KeptAsSaved):
+    """An element-wise torch optimizer (a `Rule`).
+
+    Parameters
+    ----------
+    kind
+        What is known of its class.
+    optimizer
+        Its arguments and attributes; parameters and states are not looked at.
+    """
+
+    def __init__(self, kind: Kind, optimizer: Optimizer) -> None:
+        self.kind = kind
+        self.name = kind.name
+        self.takes_step = kind.takes_step
+        self.has_initial_state = kind.initial is not None
+        self._initial = kind.initial(optimizer.defaults) if kind.initial is not None else {}
+        self._step = _own_step(kind.cls)
+        left_out = ("param_groups", "state", "step")  # schedulers put a wrapped step there
+        self._attributes = {name: value for name, value in vars(optimizer).items() if name not in left_out}
+
+    def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
+        return tuple(BufferSpec(name) for name in self.kind.states(group))
+
+    def keeps_state(self, group: Mapping[str, Any]) -> bool:
+        return self.kind.keeps_state(group)
+
+    def initial(self, name: str) -> float:
+        return float(self._initial.get(name, 0.0))
+
+    def refuse(self, group: Mapping[str, Any]) -> None:
+        for option in _REFUSED:
+            if group.get(option):
+                raise ValueError(f"{self.name}({option}=True) cannot be boosted; set it to False, or train unmanaged")
+
+    def bind(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> BoundRule:
+        self.refuse(group)
+        missing = [slot.name for slot in self.slots(group) if slot not in slots]
+        if missing:
+            raise ValueError(
+                f"{self.name} needs {', '.join(missing)} with the options that a group has now, and had no need of it "
+                "when it was boosted, so there is no room for it; set these options before booster.boost"
+            )
+        # A copy: the step may be done when the user has changed the group for the next.
+        options = {name: _kept(value) for name, value in group.items() if name not in ("params", "param_names")}
+        names = tuple(slot.name for slot in slots)
+
+        def at_step(step: int, grad_scale: float, is_fresh: bool | None = None) -> BoundUpdate:
+            if self.kind.cls is torch.optim.SGD and is_plain_form(options):
+                return SgdUpdate.of(options, step, grad_scale)
+            return ElementwiseUpdate(
+                self, options, names, step, grad_scale, step == 1 if is_fresh is None else is_fresh
+            )
+
+        return at_step
+
+    def run(self, options: Mapping[str, Any], param: Tensor, state: dict[str, Any]) -> list[str]:
+        """Let the optimizer take one step of ``param``, which has its gradient; ``state`` is written, too.
+
+        Returns
+        -------
+        list
+            Options and attributes that the optimizer has replaced. They are forgotten.
+        """
+        scratch = self.kind.cls.__new__(self.kind.cls)
+        vars(scratch).update(self._attributes)
+        scratch.param_groups = [{**options, "params": [param]}]
+        scratch.state = defaultdict(dict)
+        scratch.state[param] = state
+        self._step(scratch)
+        state.update(scratch.state[param])
+        (group,) = scratch.param_groups
+        replaced = [name for name, value in group.items() if name != "params" and value is not options.get(name)]
+        return replaced + [
+            name
+            for name, value in vars(scratch).items()
+            if name not in ("param_groups", "state") and value is not self._attributes.get(name)
+        ]
+
+    def state_before(self, step: int, states: Mapping[str, Tensor], is_fresh: bool) -> dict[str, Any]:
+        """The state that the optimizer finds in its step of this number."""
+        if is_fresh and not self.has_initial_state:
+            return {}  # it makes them itself
+        counted: dict[str, Any] = (
+            {"step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")} if self.takes_step else {}
+        )
+        return {**counted, **states}
+
+
+class ElementwiseUpdate:
+    """One step of a torch optimizer (a `BoundUpdate`)."""
+
+    def __init__(
+        self,
+        rule: ElementwiseRule,
+        options: Mapping[str, Any],
+        names: Sequence[str],
+        step: int,
+        grad_scale: float,
+        is_fresh: bool,
+    ) -> None:
+        self._rule = rule
+        self._options = options
+        self._names = names
+        self._step = step
+        self._grad_scale = grad_scale
+        self._is_fresh = is_fresh
+
+    def atomic_numel(self, device: torch.device) -> int | None:
+        return pieces.atomic_numel(device)
+
+    def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
+        def work(piece: slice) -> None:
+            self._apply(param[piece], [state[piece] for state in states], grad[piece])
+
+        for group in pieces.groups(param.numel(), param.device):
+            pieces.run_or_put_back(work, group, [param, *states])
+            if out is not None:
+                pieces.run(lambda piece: out[piece].copy_(param[piece]), group, param.device)
+
+    def _apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
+        grad = grad.to(torch.float32, copy=True)  # a copy, since the optimizer may write into it
+        if self._grad_scale != 1.0:
+            grad.mul_(self._grad_scale)
+        named = dict(zip(self._names, states, strict=True))
+        state = self._rule.state_before(self._step, named, self._is_fresh)
+        seen = param.view(param.shape)  # its own object: `grad` and ``.data`` are set on it
+        seen.grad = grad
+        self._rule.run(self._options, seen, state)
+        for tensor, new in ((param, seen), *((named[name], state.get(name)) for name in self._names)):
+            if new is not None and new.data_ptr() != tensor.data_ptr():
+                tensor.copy_(new)
+
+
+def _kept(value: Any) -> Any:
+    return copy.deepcopy(value) if isinstance(value, Tensor | list | dict) else value
+
+
+def _own_step(cls: type[Optimizer]) -> Callable[[Optimizer], Any]:
+    """``cls.step`` without what torch wraps around it: hooks of all optimizers, profiling, a look at dynamo."""
+    step: Any = cls.step
+    while hasattr(step, "__wrapped__") and getattr(step, "__globals__", {}).get("__name__") == "torch.optim.optimizer":
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]

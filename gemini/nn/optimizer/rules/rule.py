@@ -1,0 +1,165 @@
+"""The seam between an optimizer's arithmetic and whoever keeps its states: what a rule is.
+
+A rule is element-wise: what happens to an element depends on this element's values and on numbers that are the same for
+all, so any cut of a flat buffer into pieces gives the same bits, and pieces may lie anywhere.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gemini.chunk import BufferSpec
+
+__all__ = [
+    "BoundUpdate",
+    "KeptAsSaved",
+    "Rule",
+    "BoundSplitUpdate",
+    "BufferSpec",
+    "BoundRule",
+    "has_state",
+    "steps_of",
+    "whole_steps",
+]
+
+
+class BoundUpdate(Protocol):
+    """One step of a rule with all its numbers: it may be done later, whatever becomes of the options since."""
+
+    def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
+        """Do one step in place on flat buffers of equal length.
+
+        Parameters
+        ----------
+        param
+            float32, one-dimensional, contiguous. Written.
+        states
+            The rule's states, likewise, of the dtypes that its slots say. Written.
+        grad
+            The gradient, float32, bfloat16 or float16. Not changed.
+        out
+            Receives the new ``param`` rounded to its dtype.
+
+        Raises
+        ------
+        Exception
+            Whatever it is, nothing has been written then if there were at most `atomic_numel` elements.
+        """
+
+    def atomic_numel(self, device: torch.device) -> int | None:
+        """Elements up to which `apply` writes all or nothing when it raises; None: any number."""
+
+
+@runtime_checkable
+class BoundSplitUpdate(BoundUpdate, Protocol):
+    """A step that knows masters in two halves: of rules with a slot that ``has_spare_sign``."""
+
+    def apply_split(self, high: Tensor, low: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
+        """As `apply` on the masters that these are the halves of. See [Note: Split master]."""
+
+
+class BoundRule(Protocol):
+    """Makes the steps of a group."""
+
+    def __call__(self, step: int, grad_scale: float, is_fresh: bool | None = None, /) -> BoundUpdate:
+        """A step of parameters.
+
+        Parameters
+        ----------
+        step
+            Its number, 1 for a parameter's first.
+        grad_scale
+            A factor for the gradient.
+        is_fresh
+            Whether the parameters have no state yet. None: they have none in their first step. They may have one then,
+            too: whose count of steps somebody has set to 0.
+        """
+
+
+class Rule(Protocol):
+    """An optimizer's arithmetic, and what its state dict looks like."""
+
+    name: str
+    """The torch optimizer that it stands for; checkpoints and messages have it."""
+    takes_step: bool
+    """Whether the state of a parameter has a ``step``, the number of steps that it has taken."""
+    has_initial_state: bool
+    """Whether a parameter has states before its first step."""
+
+    def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
+        """What it keeps for each element of the parameters of a group."""
+
+    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
+        """What state dicts and checkpoints have instead of these slots, each in the shape of the parameter."""
+
+    def kept_names(self, name: str) -> tuple[str, ...]:
+        """The slots that a saved state is kept in."""
+
+    def to_saved(self, name: str, kept: Sequence[Tensor]) -> Tensor:
+        """A saved state (flat) from what the slots of `kept_names` have for a parameter (flat)."""
+
+    def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
+        """What `to_saved` undoes."""
+
+    def keeps_state(self, group: Mapping[str, Any]) -> bool:
+        """Whether a step with these options leaves a state behind. Plain SGD's does not."""
+
+    def initial(self, name: str) -> float:
+        """What the elements of this state are before a parameter's first step."""
+
+    def bind(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> BoundRule:
+        """The steps with the options that the group has now, on states that are these slots.
+
+        Raises
+        ------
+        ValueError
+            If an option is out of range, or needs a state that is not among the slots.
+        """
+
+    def refuse(self, group: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if a group (a saved one, say) switches on an option that is not supported."""
+
+
+class KeptAsSaved:
+    """The part of a rule that says: states are saved as they are kept."""
+
+    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
+        return tuple(slots)
+
+    def kept_names(self, name: str) -> tuple[str, ...]:
+        return (name,)
+
+    def to_saved(self, name: str, kept: Sequence[Tensor]) -> Tensor:
+        return kept[0]
+
+    def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
+        return (saved,)
+
+
+def has_state(saved: Mapping[str, Any]) -> bool:
+    """Whether there is anything in a state, as a state dict has it: entries may be None, and a master alone is none."""
+    return any(value is not None for name, value in saved.items() if name != "master")
+
+
+def whole_steps(value: Any) -> int:
+    """A count of steps from a number or a scalar tensor.
+
+    Raises
+    ------
+    ValueError
+        If it is no count.
+    """
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or number != int(number):
+        raise ValueError(f"step counts the steps of a parameter: a whole number of 0 or more, got {number:g}")
+    return int(number)
+
+
+def steps_of(rule: Rule, saved: Mapping[str, Any]) -> int:
+    """How many steps a state, as a state dict has it, is old; where it does not say, 1 if there is any."""
+    if rule.takes_step:
+        return int(saved.get("step", 0))
+    return int(has_state(saved))

@@ -1,0 +1,265 @@
+"""What ``p.grad`` of one parameter is, and what becomes of the gradient in its chunk.
+
+::
+
+             arrives, is collected         optimizer.step()
+    ABSENT -----------------------> SHOWN ------------------> WITHDRAWN --asked for, pin--> SHOWN
+       ^  '--------.                 |  ^                       ^   |
+       |           '--p.grad = g-->THEIRS--collected--> READ ---'   '--their tensor goes back--> THEIRS or ABSENT
+       '-- zero_grad, p.grad = None, from each of them
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from ..chunk import QUIET, Chunk, Gradient
+from ..errors import StateError
+from .absent_gradient import AbsentGradient
+
+
+class GradState(Enum):
+    """What is in ``p.grad``, as far as we have put it there or have been told."""
+
+    ABSENT = auto()
+    """Nothing of ours: None, a tensor that autograd has made, or one that the user has put there unseen."""
+    SHOWN = auto()
+    """The chunk's gradient: a view of it, or an `AbsentGradient`."""
+    THEIRS = auto()
+    """A tensor that the user has put there: backward adds to it, as in plain PyTorch."""
+    READ = auto()
+    """The chunk's gradient, which has been read from the user's tensor for a step to come."""
+    WITHDRAWN = auto()
+    """None: an update has the gradient, and may be reading it."""
+
+
+_TRANSITIONS: dict[GradState, frozenset[GradState]] = {
+    GradState.ABSENT: frozenset({GradState.SHOWN, GradState.THEIRS, GradState.WITHDRAWN}),
+    GradState.SHOWN: frozenset({GradState.ABSENT, GradState.THEIRS, GradState.WITHDRAWN}),
+    GradState.THEIRS: frozenset({GradState.ABSENT, GradState.SHOWN, GradState.READ, GradState.WITHDRAWN}),
+    GradState.READ: frozenset({GradState.ABSENT, GradState.SHOWN, GradState.THEIRS, GradState.WITHDRAWN}),
+    GradState.WITHDRAWN: frozenset({GradState.ABSENT, GradState.SHOWN, GradState.THEIRS}),
+}
+
+
+class GradientSlot:
+    """The gradient of one parameter, in its chunk and in ``p.grad``.
+
+    Parameters
+    ----------
+    chunk, position, parameter
+        Where the gradient is in chunks, and of what.
+    stand_in
+        Shown in its place; None where it can be shown itself.
+    """
+
+    __slots__ = ("_held", "_shown", "chunk", "parameter", "position", "stand_in", "state")
+
+    def __init__(self, chunk: Chunk, position: int, parameter: Tensor, stand_in: AbsentGradient | None) -> None:
+        self.chunk = chunk
+        self.position = position
+        self.parameter = parameter
+        self.stand_in = stand_in
+        self.state = GradState.ABSENT
+        self._shown: Tensor | None = None
+        """What ``p.grad`` was last set to; the user may have set it to another tensor since."""
+        self._held: Tensor | ref[Tensor] | None = None
+        """The tensor that was in ``p.grad`` when a step read it: the user's, or (weak) one that somebody has."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return self.chunk.layout.slots[self.position].name
+
+    @property
+    def buffer(self) -> Gradient:
+        """The chunk's gradients."""
+        assert self.chunk.gradient is not None
+        return self.chunk.gradient
+
+    @property
+    def is_present(self) -> bool:
+        """True if the chunk has the gradient."""
+        return self.position in self.buffer.present
+
+    @property
+    def content(self) -> Tensor | None:
+        """What torch has in ``p.grad``, whatever the parameter would say while it is away."""
+        with QUIET():
+            return self.parameter.grad
+
+    @property
+    def is_replaced(self) -> bool:
+        """True if ``p.grad`` is another tensor than was shown, or that one has been given other memory.
+
+        To be asked within `QUIET`.
+        """
+        return self.parameter.grad is not self._shown or self.buffer.has_moved(self.position)
+
+    @property
+    def is_used_up(self) -> bool:
+        """True if a gradient was shown that the chunk has no more."""
+        return self._shown is not None and not self.is_present
+
+    # -- backward
+
+    def take(self, leaves_theirs: bool) -> "Arrival | None":
+        """Take what autograd left in ``p.grad``; None if it stays there, or the chunk has it already.
+
+        Parameters
+        ----------
+        leaves_theirs
+            What is not ours alone stays until the step: it will be differentiated, or lies in a buffer of the user's.
+        """
+        with QUIET():
+            gradient = self.parameter.grad
+            if gradient is None or gradient is self._shown:
+                return None  # in the last case autograd added to the view, so the chunk has it
+            if leaves_theirs and (gradient.requires_grad or self.state in (GradState.THEIRS, GradState.READ)):
+                return None
+            self.parameter.grad = None  # first: if what follows fails, the next backward must not find it here
+        is_whole, self._shown = self._shown is not None, None
+        return Arrival(self, gradient, is_whole)
+
+    def put(self, gradient: Tensor, is_whole: bool, state: GradState = GradState.SHOWN) -> None:
+        """Put a gradient into the chunk, and show it.
+
+        Parameters
+        ----------
+        is_whole
+            It replaces what the chunk has.
+        state
+            SHOWN or READ.
+        """
+        self.chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
+        if is_whole or not self.is_present:
+            self.buffer.part_with(self.position)
+        if is_whole:
+            self.buffer.write(self.position, gradient)
+        else:
+            self.buffer.add(self.position, gradient)
+        self._show(state)
+
+    def make_way(self) -> None:
+        """Before autograd adds to ``p.grad``: a stand-in cannot be added to."""
+        if self._shown is None or self._shown is not self.stand_in:
+            return
+        gradient = self.content
+        if gradient is self._shown:
+            self._set(None)
+        elif gradient is None:
+            self.forget()
+        else:
+            return  # the user's tensor: autograd adds to it, and `take` has the whole
+        self._end(GradState.ABSENT)
+
+    # -- between backward and step
+
+    def collect(self) -> None:
+        """Take over what the user has put into ``p.grad``."""
+        gradient, was_theirs = self.content, self.state in (GradState.THEIRS, GradState.READ)
+        self.chunk.settle()
+        self._held = None
+        self._end(GradState.ABSENT if gradient is None else self.state)
+        if gradient is None:
+            self.forget()
+        elif gradient is self.buffer.view(self.position):  # it has other memory now (``p.grad.data = ...``)
+            del gradient
+            self.buffer.write(self.position, self.buffer.renew(self.position))
+            self._show(GradState.SHOWN)
+        else:
+            self.put(gradient, is_whole=True, state=GradState.READ if was_theirs else GradState.SHOWN)
+            self._held = gradient if was_theirs else ref(gradient)
+
+    def replace(self, gradient: Tensor | None) -> None:
+        """The user is about to set ``p.grad``."""
+        if self.state is GradState.WITHDRAWN:
+            self.forget()
+        self._held = None
+        if gradient is not None and gradient is not self._shown:
+            self._move_to(GradState.THEIRS)
+        else:
+            self._move_to(GradState.ABSENT if self._shown is None else GradState.SHOWN)
+
+    def zero(self) -> None:
+        """Fill the gradient with zeros."""
+        gradient = self.content
+        if gradient is not None and gradient is not self.stand_in:
+            (gradient if gradient.grad_fn is None else gradient.detach_()).zero_()
+        elif self.is_present:
+            view = self.chunk.bindings[self.position].view
+            self.buffer.write(self.position, torch.zeros((), dtype=view.dtype).expand(view.shape))
+
+    def copy_in_reach(self) -> None:
+        """Put a copy into ``p.grad`` in place of the stand-in; it counts as the user's own tensor would."""
+        self.chunk.settle()
+        self._set(self.buffer.read(self.position).to(self.parameter.device))
+
+    # -- the step and after
+
+    def withdraw(self) -> None:
+        """An update takes the gradient."""
+        if self._shown is not None:
+            self._set(None)
+        self._end(GradState.WITHDRAWN if self.is_present else GradState.ABSENT)
+
+    def reveal(self) -> None:
+        """Show the gradient that an update has taken and read, or what was in ``p.grad`` before that update."""
+        is_theirs = isinstance(self._held, Tensor)
+        held, self._held = self._held() if isinstance(self._held, ref) else self._held, None
+        if self.content is not None:
+            return
+        if held is None:
+            self._show(GradState.SHOWN)
+        else:
+            self._set(held)
+            self.forget()  # what counts is that tensor, with what the user does to it
+            self._end(GradState.THEIRS if is_theirs else GradState.ABSENT)
+
+    def _show(self, state: GradState) -> None:
+        shown = self.stand_in if self.stand_in is not None else self.buffer.view(self.position)
+        assert shown is not None
+        self._set(shown)
+        self._shown = shown
+        self._move_to(state)
+
+    def clear(self) -> None:
+        """Show no gradient any more; no tensor of the user's is it."""
+        if self._shown is not None:
+            self._set(None)
+        self._held = None
+        self._end(GradState.ABSENT)
+
+    def forget(self) -> None:
+        """The chunk has no gradient of this parameter."""
+        self.buffer.forget(self.position)
+
+    def lose_sight(self) -> None:
+        """What was shown is in ``p.grad`` no more."""
+        self._end(GradState.ABSENT)
+
+    def _end(self, state: GradState) -> None:
+        self._shown = None
+        self._move_to(state)
+
+    def _set(self, gradient: Tensor | None) -> None:
+        with QUIET():
+            self.parameter.grad = gradient
+
+    def _move_to(self, state: GradState) -> None:
+        if state is not self.state and state not in _TRANSITIONS[self.state]:
+            raise StateError(f"the gradient of {self.name}: {self.state.name} -> {state.name} is not a transition")
+        self.state = state
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A gradient on its way from ``p.grad`` into its chunk."""
+
+    slot: GradientSlot
+    gradient: Tensor
+    is_whole: bool
+    """It takes the place of what the chunk has: the user had replaced what was shown, and autograd added to that."""
