@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chunk import reach
 from ..engine import Engine, in_backward
 from ..planning.trace import Phase
 from ..torch_private import is_compiled, next_number
@@ -204,6 +205,7 @@ class ForwardHooks:
             # Its hooks came too late for this call: the observer closes the visit, its inputs are not known.
             visit = self._discovery.foreign[module] = Visit(unit)
         self._engine.add_to_open(visit, [place[0]])
+        reach(parameter)  # the operation may be the one that hands out its ``data``
 
     def _on_foreign_leave(self, module: nn.Module, begin: Mark, output: Any) -> None:
         visit = self._discovery.foreign.pop(module, None)
