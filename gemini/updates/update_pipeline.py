@@ -36,7 +36,7 @@ from ..chunk import (
     start_workers,
 )
 from ..errors import OffloadError, OutOfMemory
-from ..nn.optimizer.rules.rule import BoundUpdate, BoundSplitUpdate
+from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate
 from .ticket import Ticket
 
 BLOCK_SETS = 3

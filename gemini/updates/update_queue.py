@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..chunk import Caller, Staging, close_in_background, pieces, start_workers
-from ..nn.optimizer.rules.rule import BoundUpdate, Rule, BoundSplitUpdate
+from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Rule
 from ..process_wide import compute_on_this_thread
 from .ticket import Ticket
 from .update_pipeline import Block, ChunkUpdate, UpdatePipeline

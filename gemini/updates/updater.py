@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rules.rule import BoundUpdate, BoundRule
+from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
 from .options import Options
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
