@@ -20,6 +20,7 @@ from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
+from .memory_map import MemoryMap
 from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
 from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
@@ -28,7 +29,6 @@ from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
 from .values import write_slot
-from .weak import weakly
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
@@ -62,6 +62,7 @@ __all__ = [
     "Marked",
     "MasterCodec",
     "MemoryBuffer",
+    "MemoryMap",
     "NoDevice",
     "Plain",
     "RamBackend",
@@ -88,6 +89,5 @@ __all__ = [
     "start_workers",
     "tuned",
     "unmarked",
-    "weakly",
     "write_slot",
 ]

@@ -3,32 +3,26 @@
 The training thread copies counters and goes on; names, sums and text are made on the telemetry thread.
 """
 
-import json
 import logging
-import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, Tier, accelerator_in_use, memory_of
-from ..config import GeminiConfig
+from ..chunk import ChunkManager, Tier
 from ..engine import Engine, StepFacts
 from ..errors import is_out_of_memory
-from ..memory.capacity import Capacities
 from ..memory.prediction import Outlook, bytes_of_copies, measure, predict
 from ..memory.timeline import Point, as_record
-from ..memory.tracker import host_headroom
 from ..packing.packing import Packing
 from ..sizes import format_bytes
 from ..telemetry.layout import chunks_file, oom_file, timeline_file
-from ..telemetry.probes import Fields
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Unit
+from .decided import Decided
+from .probes import chunk_map, probes, process_memory
 from .stats import Statistics, Stats, read
 
 logger = logging.getLogger(__name__)
@@ -42,10 +36,6 @@ NEW_PEAK_RATIO = 1.01
 _SHAPES = 16
 """Of a batch, at most so many are recorded."""
 _SEEN = "_gemini_memory_recorded"
-
-HOME_LETTERS = {Tier.DEVICE: "d", Tier.HOST: "h", Tier.DISK: "k"}
-STATE_LETTERS = {ChunkState.FETCHING: ">", ChunkState.IN_USE: "*", ChunkState.IN_USE_UPDATING: "*"}
-"""In a chunk map; a chunk at home is its home's letter, one whose full copy is there that letter in upper case."""
 
 
 class LastStep:
@@ -101,41 +91,24 @@ class Silent:
         self._statistics.refresh()
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """What was known when a model was boosted: enough to make the decision again."""
-
-    config: GeminiConfig
-    capacities: Capacities
-    model: Mapping[str, Any] | None
-    """See `model_facts`."""
-
-    def document(self, manager: ChunkManager, packing: Packing, units: Sequence[Unit]) -> Fields:
-        """All of it as one JSON object. Records refer to units by index."""
-        described = description(manager, packing, self.config, self.capacities)
-        return {**described, "model": self.model, "units": [unit.name for unit in units]}
-
-
 class Monitor:
     """Writes the telemetry of one boosted model (a `Listener`).
 
     Parameters
     ----------
-    writer
-        Makes what records go to, given what tells it the statistics of the last step when the run ends.
-    manager, units, statistics, decided, packing
-        The chunks, what brackets them, their numbers, and what was decided about them. Nothing here keeps the model
-        itself alive.
+    decided, packing
+        What was decided when the model was boosted.
+    manager, units, statistics
+        The chunks, what brackets them, and their numbers. Nothing here keeps the model itself alive.
     """
 
     def __init__(
         self,
-        writer: Callable[[Callable[[], Stats | None]], TelemetryWriter],
+        decided: Decided,
+        packing: Packing,
         manager: ChunkManager,
         units: Sequence[Unit],
         statistics: Statistics,
-        decided: Decided,
-        packing: Packing,
     ) -> None:
         self.outlook: Outlook | None = None
         self._manager = manager
@@ -149,7 +122,9 @@ class Monitor:
         self._last_step = 0
         self._last_time = float("-inf")
         self._peaks: tuple[int, ...] = (0,) * len(Tier)
-        self.writer = writer(self._last.stats)
+        folder = decided.config.telemetry if isinstance(decided.config.telemetry, Path) else None
+        facts = decided.facts(packing)
+        self.writer = TelemetryWriter(folder, facts=facts, probes=probes(manager), last=self._last.stats)
         self._describe()
 
     def step_ended(self, engine: Engine, step: StepFacts) -> bool:
@@ -188,7 +163,7 @@ class Monitor:
     @property
     def _tier(self) -> Tier:
         """Where units run."""
-        return self._manager.ledger.bounded_by(Tier.DEVICE)
+        return self._manager.ledger.memory.compute_tier
 
     def _look_back(self, engine: Engine) -> None:
         """What the step that was sampled took, against what was predicted after the warm-up."""
@@ -203,7 +178,7 @@ class Monitor:
         copies = bytes_of_copies(*followed, nbytes)
         homes = dict(self._packing.placement.nbytes)
         homes[Tier.HOST] += self._packing.staging_bytes
-        predicted = predict(homes, copies, known.moments, self._tier, self._manager.ledger.unified)
+        predicted = predict(homes, copies, known.moments, self._manager.ledger.memory)
         self.outlook = Outlook(predicted, measured)
         if logger.isEnabledFor(logging.INFO):
             for tier, before, now in zip(Tier, predicted.tiers, measured.tiers, strict=True):
@@ -264,113 +239,3 @@ class Monitor:
             "in_use": [c.index for c in manager.chunks if c.pins][:64],
             "process": process_memory(),
         }
-
-
-def probes(manager: ChunkManager) -> dict[str, Any]:
-    """What the telemetry thread looks at once a second."""
-    return {"chunks": partial(_chunk_probe, weakref.ref(manager)), "process": process_memory}
-
-
-def _chunk_probe(reference: "weakref.ref[ChunkManager]") -> dict[str, Any] | None:
-    manager = reference()
-    return None if manager is None else {"states": chunk_map(manager.chunks)}
-
-
-def chunk_map(chunks: Sequence[Chunk]) -> str:
-    """The chunks in order, run-length encoded: ``"12h3H1*"``."""
-    runs: list[tuple[str, int]] = []
-    for chunk in chunks:
-        home = HOME_LETTERS[chunk.tier]
-        letter = STATE_LETTERS.get(chunk.state) or (home.upper() if chunk.is_resident else home)
-        if runs and runs[-1][0] == letter:
-            runs[-1] = (letter, runs[-1][1] + 1)
-        else:
-            runs.append((letter, 1))
-    return "".join(f"{count}{letter}" for letter, count in runs)
-
-
-def process_memory() -> dict[str, Any]:
-    """RAM of this process, and how much more the tightest limit on it allows."""
-    with open("/proc/self/statm") as file:
-        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    free, name = host_headroom()
-    # Rounded, so that a process at rest says the same again and nothing is written.
-    found: dict[str, Any] = {"rss_bytes": resident >> 20 << 20, "free_bytes": free >> 24 << 24, "limit": name}
-    if (device := accelerator_in_use()) is not None:
-        memory = memory_of(device)
-        there = memory.free()
-        found |= {"device_free_bytes": there.free >> 20 << 20, "device_total_bytes": there.total}
-        found["device_reserved_bytes"] = memory.reserved_bytes
-    return found
-
-
-def model_facts(model: nn.Module) -> dict[str, Any] | None:
-    """What it takes to build a model of transformers again; None for any other."""
-    config = getattr(model, "config", None)
-    try:
-        content = json.loads(config.to_json_string())  # type: ignore[union-attr]
-        assert isinstance(content["model_type"], str)
-    except Exception:  # another library's configuration, or none
-        return None
-    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second of transformers before 5, where
-    recomputes = next((getattr(model, name) for name in names if hasattr(type(model), name)), False)  # only it is there
-    return {"class": type(model).__name__, "config": content, "checkpointing": bool(recomputes)}
-
-
-def description(
-    manager: ChunkManager, packing: Packing, config: GeminiConfig, capacities: Capacities
-) -> Mapping[str, Any]:
-    """Chunks, parameters and what the user asked for, as one JSON object."""
-    parameters: dict[int, dict[str, Any]] = {}
-    chunks = []
-    for chunk in manager.chunks:
-        group = chunk.layout.group
-        marks = (" frozen" if not group.trainable else "") + (" fp32" if group.keeps_fp32 else "")
-        buffers = dict(chunk.homes)
-        if chunk.gradient is not None and chunk.gradient.buffer is not None:
-            buffers[GRADIENT] = chunk.gradient.buffer
-        for slot in chunk.layout.slots:
-            parameters[slot.key] = {
-                "name": slot.name,
-                "shape": list(slot.shape),
-                "chunk": chunk.index,
-                "param_group": group.param_group,
-                "trainable": group.trainable,
-                "keeps_fp32": group.keeps_fp32,
-            }
-        chunks.append(
-            {
-                "numel": chunk.layout.numel,
-                "used_numel": chunk.layout.used_numel,
-                "full_bytes": chunk.full_nbytes,
-                "homes": {name: home.tier.value for name, home in buffers.items()},
-                "home_bytes": {name: home.nbytes for name, home in buffers.items()},
-                "group": f"{group.param_group}{marks}",
-            }
-        )
-    return {
-        "chunks": chunks,
-        "parameters": [parameters[key] for key in sorted(parameters)],
-        "homes_bytes": {tier.value: packing.placement.nbytes[tier] for tier in Tier},
-        "capacities": {
-            tier.value: {"bytes": budget.bytes, "source": budget.source} for tier, budget in capacities.budgets.items()
-        },
-        "unified": capacities.unified,
-        "ram_bytes": capacities.ram_bytes,
-        "device_limit_bytes": capacities.device_limit_bytes,
-        "config": {
-            "precision": config.precision,
-            "policy": type(config.policy).__name__,
-            "offload_optim_frac": getattr(config.policy, "offload_optim_frac", None),
-            "offload_param_frac": getattr(config.policy, "offload_param_frac", None),
-            "max_prefetch": config.max_prefetch,
-            "update_in_backward": config.update_in_backward,
-            "split_master": config.split_master,
-            "chunk_numel": config.chunk_numel,
-            "device_memory": config.device_memory,
-            "host_memory": config.host_memory,
-            "disk_memory": config.disk_memory,
-            "offload_dir": None if config.offload_dir is None else str(config.offload_dir),
-            "pin_memory": config.pin_memory,
-        },
-    }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState, Tier
+from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
 from .options import Options
@@ -134,7 +134,7 @@ class Updater:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
         if chunk.full_is_home or not chunk.is_resident:
             return None
-        if (refresh or chunk.is_lent) and (self._manager.device.is_ram or chunk.tier is Tier.DEVICE):
+        if (refresh or chunk.is_lent) and chunk.update_reaches_full:
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
                 self._manager.unpin(chunk)

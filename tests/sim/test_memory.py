@@ -140,7 +140,7 @@ def test_a_model_may_be_evaluated_in_another_stream(device: SimulatedDevice, loo
 
 
 def test_telemetry_knows_the_memory_of_the_device(device: SimulatedDevice) -> None:
-    from gemini.monitor.monitor import process_memory
+    from gemini.monitor.probes import process_memory
 
     held = torch.ones(1 << 16, device="sim")
     found = process_memory()

@@ -22,7 +22,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
 from gemini.memory.timeline import Point, as_record, pool
-from gemini.monitor.monitor import chunk_map
+from gemini.monitor.probes import chunk_map
 from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry import documents, reader
 from gemini.telemetry.layout import chunks_file, oom_file, records_file, request_file, timeline_file

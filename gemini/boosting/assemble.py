@@ -1,0 +1,77 @@
+"""The engine over chunks that are filled: its parts, the optimizer's step, and the hooks that call it."""
+
+from torch import nn
+
+from ..boosted import Boosted
+from ..chunk import ChunkManager, SingleProcess
+from ..config import GeminiConfig
+from ..engine import Engine, Listener
+from ..engine.device_room import DeviceRoom
+from ..engine.pacing import Pacing
+from ..engine.sampling import Sampling
+from ..memory.capacity import Capacities
+from ..memory.tracker import NonModelMeter
+from ..monitor.decided import Decided
+from ..monitor.monitor import Monitor, Silent
+from ..monitor.stats import Statistics
+from ..nn.optimizer.managed import ManagedOptimizer
+from ..nn.optimizer.rules.adam_rule import ADAM
+from ..packing.packing import Packing
+from ..runtime.arrivals import watch_gradients
+from ..runtime.backward import BackwardHooks
+from ..runtime.forward import ForwardHooks
+from ..runtime.outside import Outside
+from ..step.kept_states import KeptStates
+from ..step.managed_step import ChunkedStep
+from ..step.scaler import LossScaler
+from ..step.unfreezing import Unfreezing
+from ..units.units import Units
+from ..updates.completion import Completion
+from ..updates.during_backward import DuringBackward
+from ..updates.gradients import ConsumedGradients, Gradients, ScaledGradients
+from ..updates.options import Options
+from ..updates.schedule import AfterBackward, UpdateSchedule
+from ..updates.update_queue import UpdateQueue
+from ..updates.updater import Updater
+from ..updates.updates import Updates
+from ..updates.values import Values
+
+
+def assemble(
+    model: nn.Module,
+    optimizer: ManagedOptimizer | None,
+    config: GeminiConfig,
+    capacities: Capacities,
+    packing: Packing,
+    manager: ChunkManager,
+    queue: UpdateQueue,
+    meter: NonModelMeter,
+) -> Boosted:
+    """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
+    communicator = SingleProcess()
+    scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
+    schedule: UpdateSchedule = AfterBackward()
+    gradients = Gradients(manager) if scaler is None else ScaledGradients(manager)
+    if config.update_in_backward and optimizer is not None:
+        schedule, gradients = DuringBackward(manager, Completion(manager)), ConsumedGradients(manager)
+    updater, values = Updater(manager, queue), Values(manager, schedule)
+    options = Options.of(optimizer) if optimizer is not None else None
+    updates = Updates(manager, schedule, gradients, updater, communicator, options)
+
+    units, statistics = Units(model, manager), Statistics(manager)
+    listener: Listener = Silent(statistics)
+    if config.telemetry is not False:
+        listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
+    pacing, room = Pacing(manager, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
+    engine = Engine(manager, units, updates, pacing, room, Sampling(manager, meter), listener)
+
+    kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
+    unfreezing = Unfreezing(engine, config, packing)
+    step = ChunkedStep(manager, engine, updater, updates, communicator, scaler, config.max_norm, unfreezing, kept)
+
+    watch_gradients(engine, packing.parameters)
+    backward = BackwardHooks(engine)
+    inputs = config.compute_dtype if config.precision != "fp32" else None
+    hooks = ForwardHooks(model, engine, backward, cast_inputs=inputs, force_outputs_fp32=config.force_outputs_fp32)
+    outside = Outside(engine, backward)
+    return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics)
