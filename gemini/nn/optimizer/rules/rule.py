@@ -1,4 +1,4 @@
-"""The seam between an optimizer's arithmetic and whoever keeps its states: what a rule is.
+"""The rule protocol: an optimizer's arithmetic, and the states that its manager keeps for it.
 
 A rule is element-wise: what happens to an element depends on this element's values and on numbers that are the same for
 all, so any cut of a flat buffer into pieces gives the same bits, and pieces may lie anywhere.
@@ -45,7 +45,7 @@ class BoundUpdate(Protocol):
         Raises
         ------
         Exception
-            Whatever it is, nothing has been written then if there were at most `atomic_numel` elements.
+            On any exception nothing has been written, if there were at most `atomic_numel` elements.
         """
 
     def atomic_numel(self, device: torch.device) -> int | None:
