@@ -1,6 +1,7 @@
 """Check by a few steps that an optimizer is element-wise.
 
-A later torch, or an unforeseen option, may compute a piece otherwise than the whole: chunks would train to other numbers.
+A later torch, or an unforeseen option, may compute a piece otherwise than the whole, and chunks would train to other
+numbers.
 """
 
 from collections.abc import Iterable, Mapping
