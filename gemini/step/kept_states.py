@@ -72,10 +72,6 @@ class KeptStates:
         known = self._known(parameter) if self._is_begun(parameter) else []
         return [*known, *self._notes.get(id(parameter), ())]
 
-    def notes(self, parameter: Tensor) -> Mapping[Any, Any]:
-        """What others have put into its state."""
-        return self._notes.get(id(parameter), {})
-
     def slots(self, parameter: Tensor) -> tuple[BufferSpec, ...]:
         """What the optimizer keeps for each element, as state dicts have it."""
         return self._rule.saved_slots(self._chunk(parameter).states)

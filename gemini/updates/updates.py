@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, Communicator, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
-from .factor import Factor
 from .gradients import Gradients
 from .options import Options
+from .scaling import Scaling
 from .schedule import UpdateSchedule
 from .updater import Groups, Planned, Updater
 
@@ -26,6 +26,8 @@ class Updates:
     ----------
     manager, schedule, gradients, updater
         The chunks, when they are updated, what ``p.grad`` shows of their gradients, and what starts an update.
+    scaling
+        What gradients are multiplied by.
     communicator
         Told when a chunk's gradient is complete.
     options
@@ -38,12 +40,13 @@ class Updates:
         schedule: UpdateSchedule,
         gradients: Gradients,
         updater: Updater,
+        scaling: Scaling,
         communicator: Communicator,
         options: Options | None,
     ) -> None:
         self.schedule = schedule
         self.gradients = gradients
-        self.factor = Factor()
+        self.scaling = scaling
         self._manager = manager
         self._updater = updater
         self._communicator = communicator
@@ -77,13 +80,14 @@ class Updates:
 
     def gradient_arrived(self, parameter: Tensor, task: int) -> Sequence[Chunk]:
         """Autograd has put a gradient into ``p.grad``. Returns chunks to `update` now."""
-        arrival = self.gradients.take(parameter)
+        slot = self.gradients.slot(parameter)
+        chunk, position = slot.chunk, slot.position
+        self._complete.discard(chunk)
+        arrival = slot.take(self.gradients.leaves_theirs)
         if arrival is None:
             return ()
-        chunk, position = arrival.slot.chunk, arrival.slot.position
         self.schedule.gradient_arrives(chunk, position)
-        self.gradients.put(arrival)
-        self._complete.discard(chunk)
+        slot.put(*arrival)
         self.backward_begins(task)  # a parameter that the loss itself uses comes before any unit
         return self.schedule.gradient_arrived(chunk, position)
 
@@ -147,12 +151,7 @@ class Updates:
     # -- gradients that are not wanted
 
     def drop(self, parameters: Set[int] | None = None) -> None:
-        """Forget gradients in chunks.
-
-        Parameters
-        ----------
-        parameters
-            Of these (ids); None for all.
+        """Forget gradients in chunks; those of all parameters, or of these (ids).
 
         Raises
         ------
@@ -177,7 +176,7 @@ class Updates:
                     self._manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
                 self._complete.discard(chunk)
-        self.factor.forget()
+        self.scaling.forget()
 
     def abandon(self) -> None:
         """A backward has failed: its gradients are worth nothing."""
