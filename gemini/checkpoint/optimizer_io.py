@@ -296,7 +296,7 @@ def _prepared_by_hooks(optimizer: ManagedOptimizer, saved: SavedOptimizer, path:
 def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> None:
     try:
         step = _managed(optimizer)
-        check_groups(optimizer, saved.param_groups, saved.states, step.room(optimizer) if step is not None else {})
+        check_groups(optimizer, saved.param_groups, saved.states, step.kept.room(optimizer) if step is not None else {})
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_states(optimizer, saved, path)
@@ -318,7 +318,7 @@ def _load_state(optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[s
         else:
             optimizer.restore_state(parameter, _tensors(state))
     elif state is None:
-        step.forget_state_of(optimizer, parameter)
+        step.kept.drop(parameter)
     else:
         step.kept.replace(parameter, state, read=_real)  # one at a time
 

@@ -1,28 +1,21 @@
 """The optimizer's states of parameters in chunks: each value alone, in the layout of torch's state dicts."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chunk import MASTER, BufferSpec, Chunk, Marked
+from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
 from ..updates.values import Values
 from .saved_states import home_of, read_state, write_state
-from .state_place import StatePlace
+from .shown_states import ShownStates
 from .state_tensor import StateTensor
 
 STEP = "step"
-
-
-class Holder(Protocol):
-    """Shows the state of a parameter to somebody who may still have it when that is replaced."""
-
-    def let_go(self) -> None:
-        """Keep what is shown now."""
 
 
 class KeptStates:
@@ -46,8 +39,7 @@ class KeptStates:
         self._updater = updater
         self._notes: dict[int, dict[Any, Any]] = {}
         """By the id of a parameter."""
-        self._places: WeakValueDictionary[tuple[int, str], StatePlace] = WeakValueDictionary()
-        self._holders: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        self.shown = ShownStates()
 
     # -- questions
 
@@ -59,6 +51,17 @@ class KeptStates:
     def has(self, parameter: Tensor) -> bool:
         """Whether there is anything in the state of a parameter; before its first step there mostly is not."""
         return self._is_begun(parameter) or bool(self._notes.get(id(parameter)))
+
+    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[BufferSpec, ...]]:
+        """By the index of a group: the states that all chunks with parameters of it have room for."""
+        room: dict[int, tuple[BufferSpec, ...]] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                place = self._manager.find(parameter)
+                if place is not None and place[0].is_trainable:
+                    states = place[0].states
+                    room[index] = tuple(spec for spec in room.get(index, states) if spec in states)
+        return room
 
     def count(self, parameter: Tensor) -> int:
         """How many steps it has taken."""
@@ -113,11 +116,7 @@ class KeptStates:
             return notes[name]
         if name not in self.names(parameter):
             raise KeyError(name)
-        key = (id(parameter), name)
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = StatePlace(self, parameter, name)
-        return place.show()
+        return self.shown.place(self, parameter, name).show()
 
     def copy(self, parameter: Tensor, name: Any) -> Any:
         """One entry of a state, as state dicts have it: tensors as copies on CPU."""
@@ -158,7 +157,7 @@ class KeptStates:
         TypeError, ValueError
             If it cannot be kept. Nothing has changed then.
         """
-        if self._is_shown_by(parameter, name, value):
+        if self.shown.has(parameter, name, value):
             return
         self._values.check_readable()
         if name not in (*self._known(parameter), MASTER):
@@ -225,11 +224,11 @@ class KeptStates:
         known = (*self._known(parameter), MASTER)
         given = {name: value for name, value in state.items() if value is not None and name in known}
         notes = {name: value for name, value in state.items() if value is not None and name not in known}
-        self.release(parameter)
+        self.shown.release(parameter)
         if not given.keys() >= set(self._known(parameter)):
             self._forget_values(parameter)
         for name, value in given.items():
-            if not self._is_shown_by(parameter, name, value):
+            if not self.shown.has(parameter, name, value):
                 self.load(parameter, name, read(value))
         self._begin(parameter, given, {name: read(value) for name, value in notes.items()})
 
@@ -237,7 +236,7 @@ class KeptStates:
         """Put one entry of a state, which has been checked, where it belongs."""
         if isinstance(value, StateTensor):
             value = value.clone()
-        self._let_go_of(parameter, name)
+        self.shown.let_go(parameter, name)
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(value)
         elif name == MASTER:
@@ -257,6 +256,11 @@ class KeptStates:
         self._forget_values(parameter)
         self._notes.pop(id(parameter), None)
 
+    def drop(self, parameter: Tensor) -> None:
+        """Give a parameter no state, as before the first step; what shows the one of now keeps it."""
+        self.shown.release(parameter)
+        self.forget(parameter)
+
     def successor(self, rule: Rule) -> "KeptStates":
         """States of another optimizer for the same parameters; `succeed` makes them count."""
         return KeptStates(self._values, rule, self._updater)
@@ -269,8 +273,8 @@ class KeptStates:
         for chunk in self._manager.chunks:
             for parameter in (binding.parameter for binding in chunk.bindings if chunk.is_trainable):
                 was_begun = former._is_begun(parameter)
-                former.release(parameter)
-                former._let_go_of(parameter, *former._known(parameter))
+                former.shown.release(parameter)
+                former.shown.let_go(parameter, *former._known(parameter))
                 self._updater.steps.pop(id(parameter), None)
                 if was_begun or self._rule.has_initial_state:
                     self._fill(parameter)
@@ -286,7 +290,7 @@ class KeptStates:
     def _forget_values(self, parameter: Tensor) -> None:
         if not self._is_begun(parameter):
             return
-        self._let_go_of(parameter, *self._known(parameter))
+        self.shown.let_go(parameter, *self._known(parameter))
         self._fill(parameter)
         self._updater.steps.pop(id(parameter), None)
 
@@ -313,30 +317,3 @@ class KeptStates:
                 f"{name} cannot be negative with split_master=True, which keeps a part of the masters in its signs; "
                 "boost without split_master"
             )
-
-    # -- who still shows what is replaced
-
-    def hold(self, parameter: Tensor, holder: Holder) -> None:
-        """Tell this one when the state of a parameter is replaced. Weak."""
-        self._holders[id(parameter)] = holder
-
-    def holder(self, parameter: Tensor) -> Any:
-        """Who was last to `hold`; None if it is gone."""
-        return self._holders.get(id(parameter))
-
-    def release(self, parameter: Tensor) -> None:
-        """The state of a parameter is about to be another one: who shows it keeps what it shows."""
-        holder = self._holders.pop(id(parameter), None)
-        if holder is not None:
-            holder.let_go()
-
-    def _let_go_of(self, parameter: Tensor, *names: str) -> None:
-        for name in names:
-            place = self._places.pop((id(parameter), name), None)
-            if place is not None:
-                place.let_go()
-
-    def _is_shown_by(self, parameter: Tensor, name: Any, value: Any) -> bool:
-        """True if a value that is assigned is what is there."""
-        place = self._places.get((id(parameter), name))
-        return isinstance(value, StateTensor) and value.part is None and value.place is place

@@ -1,14 +1,13 @@
 """What a boosted optimizer does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
-import weakref
 from collections.abc import Container, Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..chunk import QUIET, BufferSpec, Chunk, ChunkManager, Communicator
+from ..chunk import QUIET, Chunk, ChunkManager, Communicator
 from ..engine import Engine, StepFacts
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing
@@ -17,9 +16,9 @@ from ..updates.options import Options
 from ..updates.updater import Updater
 from ..updates.updates import Updates
 from .kept_states import KeptStates
-from .saved_groups import check_groups, load_options
 from .scaler import LossScaler
 from .state_mapping import OptimizerStates
+from .states import States
 from .succession import check_room
 from .unfreezing import Unfreezing
 
@@ -56,7 +55,7 @@ class ChunkedStep:
         kept: KeptStates,
     ) -> None:
         self.manager = manager
-        self.kept = kept
+        self._states = States(kept)
         self.scaler = scaler
         self.skipped_steps = 0
         self.grad_norm: float | None = None
@@ -67,7 +66,11 @@ class ChunkedStep:
         self._communicator = communicator
         self._max_norm = max_norm
         self._unfreezing = unfreezing
-        self._shown: weakref.ref[OptimizerStates] | None = None
+
+    @property
+    def kept(self) -> KeptStates:
+        """The states of parameters in chunks."""
+        return self._states.kept
 
     @property
     def packing(self) -> Packing:
@@ -78,15 +81,6 @@ class ChunkedStep:
         """What is known of a step, with the numbers of now."""
         loss_scale = None if self.scaler is None else self.scaler.scale
         return step._replace(skipped_count=self.skipped_steps, loss_scale=loss_scale, grad_norm=self.grad_norm)
-
-    @property
-    def steps(self) -> dict[int, int]:
-        """See `Updater.steps`."""
-        return self._updater.steps
-
-    def room(self, optimizer: ManagedOptimizer) -> Mapping[int, tuple[BufferSpec, ...]]:
-        """See `Updater.room`."""
-        return self._updater.room(optimizer)
 
     # -- backward
 
@@ -127,7 +121,7 @@ class ChunkedStep:
         self._engine.pins.release_held()
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         self._updates.before_step(optimizer)
-        self._admit_unfrozen(optimizer)
+        self._unfreezing.admit_all(optimizer, self.kept)
         groups = self._updater.groups(Options.of(optimizer))
         chunks = self._updates.collect()
         plain = self._plain_parameters(optimizer)
@@ -171,30 +165,6 @@ class ChunkedStep:
         except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
             logger.debug("nothing is fetched ahead of the next forward: %s", error)
 
-    def _admit_unfrozen(self, optimizer: ManagedOptimizer) -> None:
-        """Those that were frozen when the model was boosted, are in a group, and have got a gradient."""
-        for index, group in enumerate(optimizer.param_groups):
-            unfrozen = [
-                parameter
-                for parameter in group["params"]
-                if self.manager.find(parameter) is not None
-                and not self._updates.gradients.follows(parameter)
-                and parameter.grad is not None
-            ]
-            if unfrozen:
-                self._admit(optimizer, group, index, unfrozen)
-
-    def _admit(
-        self, optimizer: ManagedOptimizer, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]
-    ) -> None:
-        frozen = [p for p in parameters if self.manager.find(p) is not None and not self.kept.keeps(p)]
-        # From before they were frozen, say, or loaded since.
-        states = [(p, optimizer.exported_state(p)) for p in frozen if p in optimizer.outside]
-        self._unfreezing.admit(optimizer.rule, group, index, parameters)
-        for parameter, state in states:
-            del optimizer.outside[parameter]
-            self.kept.replace(parameter, state)
-
     def _overflowed(self, norm: Tensor, found: Iterable[Found]) -> bool:
         assert self.scaler is not None
         if not bool(self._communicator.agree_max((~torch.isfinite(norm)).float())):
@@ -227,7 +197,7 @@ class ChunkedStep:
         self._updates.schedule.check_whole("add parameters")
         optimizer.register_param_group(group)
         try:
-            self._admit(optimizer, group, len(optimizer.param_groups) - 1, group["params"])
+            self._unfreezing.admit(optimizer, len(optimizer.param_groups) - 1, group["params"], self.kept)
         except BaseException:
             optimizer.param_groups.pop()
             raise
@@ -246,18 +216,8 @@ class ChunkedStep:
         for index, group in enumerate(optimizer.param_groups):
             # Those that are frozen still get room when they are unfrozen, as they do with the first optimizer.
             unfrozen = [p for p in group["params"] if p.requires_grad and not self.kept.keeps(p)]
-            self._unfreezing.admit(optimizer.rule, group, index, unfrozen)
-        kept = self.kept.successor(optimizer.rule)
-        brought = [p for p in optimizer.outside if isinstance(p, Tensor) and kept.keeps(p)]
-        for parameter in brought:
-            kept.check(parameter, optimizer.exported_state(parameter))
-        if (shown := self._shown() if self._shown is not None else None) is not None:
-            shown.let_go()  # as in plain PyTorch: what the first optimizer had stays with those who have it
-        kept.succeed(self.kept)
-        self.kept, self._shown = kept, None
-        for parameter in brought:
-            kept.replace(parameter, optimizer.exported_state(parameter))
-            del optimizer.outside[parameter]
+            self._unfreezing.make_room(optimizer, index, unfrozen)
+        self._states.succeed(optimizer)
         self._updates.serve(optimizer)
 
     def clip_grad_by_norm(
@@ -269,7 +229,7 @@ class ChunkedStep:
         parameters: Iterable[Tensor],
     ) -> Tensor:
         self._updates.schedule.check_clipping()
-        self._admit_unfrozen(optimizer)
+        self._unfreezing.admit_all(optimizer, self.kept)
         self._updates.collect()
         norm = total_norm(self.manager, parameters, norm_type) / self._scale
         if error_if_nonfinite and not torch.isfinite(norm):
@@ -282,7 +242,7 @@ class ChunkedStep:
 
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
         self._updates.schedule.check_clipping()
-        self._admit_unfrozen(optimizer)
+        self._unfreezing.admit_all(optimizer, self.kept)
         bound = value * self._scale
         for chunk, position in _found(self._updates.collect(), _parameters(optimizer)):
             assert chunk.gradient is not None
@@ -291,75 +251,16 @@ class ChunkedStep:
             torch.nn.utils.clip_grad_value_(parameters, bound)
 
     def states(self, optimizer: ManagedOptimizer) -> OptimizerStates:
-        shown = self._shown() if self._shown is not None else None
-        if shown is None:
-            # Weak: the optimizer leads here.
-            of = weakref.ref(optimizer)
-            shown = OptimizerStates(self.kept, lambda: getattr(of(), "param_groups", []), optimizer.outside)
-            self._shown = weakref.ref(shown)
-        return shown
+        return self._states.shown(optimizer)
 
     def replace_states(self, optimizer: ManagedOptimizer, states: Mapping[Any, Any]) -> None:
-        shown = self.states(optimizer)
-        if id(states) != id(shown):
-            shown.replace(states)
-            self._shown = None  # what it was shows what there was
+        self._states.replace(optimizer, states)
 
     def state_dict(self, optimizer: ManagedOptimizer) -> dict[str, Any]:
-        groups, index = [], 0
-        states: dict[Any, Any] = {}
-        for group in optimizer.param_groups:
-            packed = optimizer.saved_options(group)
-            packed["params"] = list(range(index, index + len(group["params"])))
-            groups.append(packed)
-            for parameter in group["params"]:
-                state = self.state_of(optimizer, parameter)
-                if state:
-                    states[index] = state
-                index += 1
-        states.update({key: value for key, value in optimizer.outside.items() if not isinstance(key, Tensor)})
-        return {"state": states, "param_groups": groups}
-
-    def state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> dict[str, Any]:
-        """The state of one parameter in torch's layout, on CPU; empty before its first step."""
-        if not self.kept.keeps(parameter):
-            return optimizer.exported_state(parameter)
-        return {name: self.kept.copy(parameter, name) for name in self.kept.names(parameter)}
-
-    def has_state(self, optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
-        """Whether the optimizer keeps something for a parameter; before its first step most do not."""
-        return bool(optimizer.state.get(parameter))
-
-    def load_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[str, Any]) -> None:
-        """Put one parameter's state (torch's layout), which has been checked, where it belongs."""
-        if self.kept.keeps(parameter):
-            self.kept.replace(parameter, state)
-        else:
-            optimizer.restore_state(parameter, state)
-
-    def forget_state_of(self, optimizer: ManagedOptimizer, parameter: Tensor) -> None:
-        """Make the state of a parameter what it is before the first step."""
-        if self.kept.keeps(parameter):
-            self.kept.release(parameter)
-            self.kept.forget(parameter)
-        else:
-            optimizer.state.pop(parameter, None)
+        return self._states.state_dict(optimizer)
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
-        saved_groups, states = state_dict["param_groups"], state_dict["state"]
-        check_groups(optimizer, saved_groups, states, self.room(optimizer))
-        numbers = [number for saved in saved_groups for number in saved["params"]]
-        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-            load_options(group, saved)
-            for parameter, number in zip(group["params"], saved["params"], strict=True):
-                if number in states:
-                    self.load_state_of(optimizer, parameter, states[number])
-                else:
-                    self.forget_state_of(optimizer, parameter)
-        outside = optimizer.outside
-        for key in [key for key in outside if not isinstance(key, Tensor)]:
-            del outside[key]
-        outside.update({key: value for key, value in states.items() if key not in numbers})
+        self._states.load_state_dict(optimizer, state_dict)
 
     # -- helpers
 

@@ -181,10 +181,10 @@ class OptimizerStates(_Shown):
             return self._left[key]
         if not self._keeps(key):
             return self._outside[key]
-        shown = self._kept.holder(key)
+        shown = self._kept.shown.holder(key)
         if shown is None:
             shown = ParameterState(self._kept, key)
-            self._kept.hold(key, shown)
+            self._kept.shown.hold(key, shown)
         return shown
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -192,7 +192,7 @@ class OptimizerStates(_Shown):
             self._left[key] = value
         elif not self._keeps(key):
             self._outside[key] = value
-        elif value is not self._kept.holder(key):
+        elif value is not self._kept.shown.holder(key):
             self._check(key, value)
             self._kept.refuse_changes()
             self._kept.replace(key, value)
@@ -206,8 +206,7 @@ class OptimizerStates(_Shown):
             if not self._kept.has(key):
                 raise KeyError(key)
             self._kept.refuse_changes()
-            self._kept.release(key)
-            self._kept.forget(key)
+            self._kept.drop(key)
 
     def __contains__(self, key: object) -> bool:
         if self._left is not None:

@@ -1,6 +1,6 @@
 """Giving a boosted optimizer parameters that were frozen when the model was boosted."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from ..chunk import BufferSpec, Chunk, ChunkPlan, Tier, write_slot
 from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import OutOfMemory
+from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.rule import Rule
 from ..packing.group import Group, plans
 from ..packing.packing import Packing
@@ -19,6 +20,7 @@ from ..planning.placement import AutoPlacementPolicy, Capacity, Placement, place
 from ..runtime.arrivals import watch_gradients
 from ..sizes import format_bytes
 from ..updates.update_pipeline import buffer_count
+from .kept_states import KeptStates
 
 _NAMES_SHOWN = 4
 _WAY_OUT = (
@@ -45,8 +47,26 @@ class Unfreezing:
         self._engine = engine
         self._config = config
 
-    def admit(self, rule: Rule, group: Mapping[str, Any], index: int, parameters: Iterable[Tensor]) -> None:
-        """Update these parameters of the optimizer's group ``index`` from now on. All or nothing.
+    def admit_all(self, optimizer: ManagedOptimizer, kept: KeptStates) -> None:
+        """Admit parameters that were frozen when the model was boosted, are in a group, and have got a gradient."""
+        follows, find = self._engine.updates.gradients.follows, self._manager.find
+        for index, group in enumerate(optimizer.param_groups):
+            unfrozen = [p for p in group["params"] if find(p) is not None and not follows(p) and p.grad is not None]
+            if unfrozen:
+                self.admit(optimizer, index, unfrozen, kept)
+
+    def admit(self, optimizer: ManagedOptimizer, index: int, parameters: Iterable[Tensor], kept: KeptStates) -> None:
+        """Update these parameters of the optimizer's group ``index`` from now on, with the states that they have."""
+        frozen = [p for p in parameters if self._manager.find(p) is not None and not kept.keeps(p)]
+        # From before they were frozen, say, or loaded since.
+        states = [(p, optimizer.exported_state(p)) for p in frozen if p in optimizer.outside]
+        self.make_room(optimizer, index, parameters)
+        for parameter, state in states:
+            del optimizer.outside[parameter]
+            kept.replace(parameter, state)
+
+    def make_room(self, optimizer: ManagedOptimizer, index: int, parameters: Iterable[Tensor]) -> None:
+        """Have room for what the optimizer keeps of these parameters of its group ``index``. All or nothing.
 
         Raises
         ------
@@ -58,7 +78,8 @@ class Unfreezing:
         places = {p: place for p in parameters if (place := self._manager.find(p)) is not None}
         if not places:
             return
-        slots = rule.slots(group)
+        rule = optimizer.rule
+        slots = rule.slots(optimizer.param_groups[index])
         chunks = {chunk.index: chunk for chunk, _ in places.values()}
         for chunk, position in places.values():
             name = chunk.layout.slots[position].name

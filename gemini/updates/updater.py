@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
-from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
 from .options import Options
 from .update_pipeline import ChunkUpdate, Run
@@ -65,17 +64,6 @@ class Updater:
         means nothing; where it does, it may be 0, if somebody has set it."""
         self._manager = manager
         self._queue = queue
-
-    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[BufferSpec, ...]]:
-        """By the index of a group: the states that all chunks with parameters of it have room for."""
-        room: dict[int, tuple[BufferSpec, ...]] = {}
-        for index, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                place = self._manager.find(parameter)
-                if place is not None and place[0].is_trainable:
-                    states = place[0].states
-                    room[index] = tuple(spec for spec in room.get(index, states) if spec in states)
-        return room
 
     def groups(self, options: Options) -> Groups:
         """The arithmetic of each group.

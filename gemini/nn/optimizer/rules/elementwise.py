@@ -73,6 +73,7 @@ _KINDS: dict[type[Optimizer], Kind] = {
         Kind(torch.optim.Rprop, _always("prev", "step_size")),
     )
 }
+"""The classes that are accepted. For the whole process: `register_elementwise` adds one for all later boosts."""
 
 
 def kind_of(optimizer: Optimizer) -> Kind | None:
