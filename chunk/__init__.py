@@ -20,6 +20,7 @@ from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
+from .memory_map import MemoryMap
 from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
 from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
@@ -62,6 +63,7 @@ __all__ = [
     "Marked",
     "MasterCodec",
     "MemoryBuffer",
+    "MemoryMap",
     "NoDevice",
     "Plain",
     "RamBackend",

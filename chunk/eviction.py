@@ -56,7 +56,7 @@ class Eviction:
 
     def make_room_for(self, tier: Tier, nbytes: int) -> None:
         """Evict until so many bytes of a tier are free, or nothing idle is left where that would help."""
-        if self._ledger.bounded_by(tier) is self._ledger.bounded_by(Tier.DEVICE):
+        if self._ledger.memory.shares(tier, Tier.DEVICE):
             while self._ledger.free(tier) < nbytes and self._evict_one():
                 pass
 

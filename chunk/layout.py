@@ -14,7 +14,6 @@ A chunk is as long as what was packed into it, so packing wastes alignment gaps 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 ALIGN_NUMEL = 32
 """Slots start at multiples of this many elements: 64 bytes in bf16, 128 in fp32, so views are cache-line aligned."""
@@ -40,8 +39,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     """Strides in elements; dense (a permutation of contiguous), so that the tensor spans exactly its numel."""
-    group: Any = None
-    """Hashable; tensors of different groups never share a chunk."""
+    group: Hashable = None
+    """Tensors of different groups never share a chunk. Any key will do; it means nothing here and is not kept."""
     align_numel: int = ALIGN_NUMEL
     """Its slot starts at a multiple of this (itself a multiple of `ALIGN_NUMEL`); the same within a group."""
 
@@ -76,7 +75,6 @@ class ChunkLayout:
     """The slots of one chunk, in order, without overlap."""
 
     index: int
-    group: Any
     numel: int
     slots: tuple[Slot, ...]
 
@@ -112,25 +110,21 @@ def pack(specs: Sequence[TensorSpec], chunk_numel: int) -> tuple[ChunkLayout, ..
     """
     if chunk_numel <= 0:
         raise ValueError(f"chunk_numel must be positive, got {chunk_numel}")
-    done: list[tuple[Hashable, list[Slot], int]] = []
+    done: list[tuple[list[Slot], int]] = []
     open_chunks: dict[Hashable, tuple[list[Slot], int]] = {}
 
     for key, spec in enumerate(specs):
         if spec.numel > chunk_numel:  # beside the open chunk, which goes on filling
-            done.append(
-                (spec.group, [Slot(key, spec.name, 0, spec.numel, spec.shape, spec.stride)], spec.aligned(spec.numel))
-            )
+            done.append(([Slot(key, spec.name, 0, spec.numel, spec.shape, spec.stride)], spec.aligned(spec.numel)))
             continue
         slots, end = open_chunks.pop(spec.group, ([], 0))
         if end + spec.numel > chunk_numel:
-            done.append((spec.group, slots, end))
+            done.append((slots, end))
             slots, end = [], 0
         slots.append(Slot(key, spec.name, end, spec.numel, spec.shape, spec.stride))
         open_chunks[spec.group] = (slots, spec.aligned(end + spec.numel))
-    done.extend((group, slots, end) for group, (slots, end) in open_chunks.items())
+    done.extend(open_chunks.values())
 
     # Chunk numbers follow first use, so that "the first chunks" means the same to placement and to people.
-    done.sort(key=lambda item: item[1][0].key)
-    return tuple(
-        ChunkLayout(i, group, max(end, ALIGN_NUMEL), tuple(slots)) for i, (group, slots, end) in enumerate(done)
-    )
+    done.sort(key=lambda item: item[0][0].key)
+    return tuple(ChunkLayout(i, max(end, ALIGN_NUMEL), tuple(slots)) for i, (slots, end) in enumerate(done))

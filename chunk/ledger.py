@@ -6,6 +6,7 @@ from threading import Lock
 
 from gemini.errors import OutOfMemory
 
+from .memory_map import MemoryMap
 from .tier import Tier
 
 
@@ -21,13 +22,13 @@ class Ledger:
     ----------
     capacities
         Bytes each tier may hold; a tier left out holds nothing.
-    unified
-        DEVICE and HOST are the same RAM: both together must stay within the capacity of HOST, and what is
-        reported for HOST includes DEVICE.
+    memory
+        Tiers of one pool together must stay within its capacity, and what is reported for the pool includes them all.
     """
 
-    def __init__(self, capacities: Mapping[Tier, int], unified: bool) -> None:
-        self.unified = unified
+    def __init__(self, capacities: Mapping[Tier, int], memory: MemoryMap) -> None:
+        self.memory = memory
+        self._compute_tier = memory.compute_tier  # asked in each move
         self._capacities = {tier: int(capacities.get(tier, 0)) for tier in Tier}
         self._used = dict.fromkeys(Tier, 0)
         self._peak = dict.fromkeys(Tier, 0)
@@ -35,17 +36,15 @@ class Ledger:
         self._peak_overdraft = dict.fromkeys(Tier, 0)
         self._lock = Lock()
 
-    def bounded_by(self, tier: Tier) -> Tier:
-        """The tier whose capacity bounds this one."""
-        return Tier.HOST if self.unified and tier is Tier.DEVICE else tier
+    def _pool(self, tier: Tier) -> Tier:
+        return self._compute_tier if tier is Tier.DEVICE else tier
 
     def capacity(self, tier: Tier) -> int:
-        return self._capacities[self.bounded_by(tier)]
+        return self._capacities[self._pool(tier)]
 
     def used(self, tier: Tier) -> int:
-        if self.unified and tier is Tier.HOST:
-            return self._used[Tier.HOST] + self._used[Tier.DEVICE]
-        return self._used[tier]
+        with_device = tier is not Tier.DEVICE and tier is self._compute_tier
+        return self._used[tier] + self._used[Tier.DEVICE] if with_device else self._used[tier]
 
     def peak(self, tier: Tier) -> int:
         return self._peak[tier]
@@ -59,33 +58,33 @@ class Ledger:
     ) -> dict[Tier, tuple[int, int, int]]:
         """What `used`, `peak` and `capacity` said of each tier when ``counters`` were taken."""
         used, peak, capacity = (dict(zip(Tier, values, strict=True)) for values in counters)
-        if self.unified:
+        if self._compute_tier is Tier.HOST:
             used[Tier.HOST] += used[Tier.DEVICE]
-        return {tier: (used[tier], peak[tier], capacity[self.bounded_by(tier)]) for tier in Tier}
+        return {tier: (used[tier], peak[tier], capacity[self._pool(tier)]) for tier in Tier}
 
     def free(self, tier: Tier) -> int:
-        bound = self.bounded_by(tier)
+        bound = self._pool(tier)
         return self._capacities[bound] + self._overdraft[bound] - self.used(bound)
 
     def overdraft(self, tier: Tier) -> int:
         """Bytes beyond the capacity that may be used for a while. See `overdraw`."""
-        return self._overdraft[self.bounded_by(tier)]
+        return self._overdraft[self._pool(tier)]
 
     def overdraw(self, tier: Tier, nbytes: int) -> None:
         """Allow ``nbytes`` more than the capacity, for what code outside of the model's units holds, until `repay`."""
         with self._lock:
-            bound = self.bounded_by(tier)
+            bound = self._pool(tier)
             self._overdraft[bound] += nbytes
             self._peak_overdraft[bound] = max(self._peak_overdraft[bound], self._overdraft[bound])
 
     def peak_overdraft(self, tier: Tier) -> int:
         """The most that `overdraft` has been."""
-        return self._peak_overdraft[self.bounded_by(tier)]
+        return self._peak_overdraft[self._pool(tier)]
 
     def repay(self, tier: Tier) -> None:
         """Take back of an overdraft what is not used."""
         with self._lock:
-            bound = self.bounded_by(tier)
+            bound = self._pool(tier)
             self._overdraft[bound] -= max(0, min(self._overdraft[bound], self.free(bound)))
 
     def take(self, tier: Tier, nbytes: int, what: str) -> None:
@@ -99,7 +98,7 @@ class Ledger:
         with self._lock:
             free = self.free(tier)
             if nbytes > free:
-                bound, enough = self.bounded_by(tier).value, self.capacity(tier) + nbytes - free
+                bound, enough = self._pool(tier).value, self.capacity(tier) + nbytes - free
                 raise OutOfMemory(
                     f"{bound} tier out of memory. {what} needs {mib(nbytes)}, {mib(free)} of "
                     f"{mib(self.capacity(tier))} are free; set {bound}_memory to {enough} bytes ({mib(enough)}) or more"
@@ -128,5 +127,5 @@ class Ledger:
     def resize(self, tier: Tier, capacity_bytes: int) -> None:
         """Change a capacity (after warm-up has measured the non-model data). Never below what is used."""
         with self._lock:
-            bound = self.bounded_by(tier)
+            bound = self._pool(tier)
             self._capacities[bound] = max(capacity_bytes, self.used(bound))

@@ -24,8 +24,12 @@ class ChunkPlan:
     """Where each buffer lies, by its name: the codec's, the states, and the gradient if it has a home."""
     compute_dtype: torch.dtype
     """Of the full copy and the gradient."""
+    param_group: int = -1
+    """Index of the optimizer's parameter group that its parameters were packed by; -1 if it is frozen."""
     full_is_home: bool = False
     """The full copy is the buffer that a fetch would read: it is never moved."""
+    update_reaches_full: bool = True
+    """The update can write through to the full copy; if not, that is evicted instead."""
     borrows_gradient: bool = False
     """Its gradient has no home: it lives in borrowed memory until the update, which comes within backward."""
 

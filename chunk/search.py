@@ -17,9 +17,9 @@ SMALLEST_NUMEL = 1 << 15
 CHUNKS_WANTED = 24
 """A model should be at least this many chunks, or there is little to place."""
 RING_CHUNKS = 6
-"""So many chunks must fit into the room for full copies."""
+"""Chunks that must fit into the room for full copies."""
 CANDIDATES = 256
-"""At most so many sizes are tried: it takes a third of a second for ten thousand tensors."""
+"""Sizes tried at most: it takes a third of a second for ten thousand tensors."""
 
 
 @dataclass(frozen=True, slots=True)

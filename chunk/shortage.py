@@ -14,7 +14,7 @@ HOLDERS_NAMED = 4
 
 def no_room(ledger: Ledger, chunks: Sequence[Chunk], chunk: Chunk, keep: Sequence[Chunk]) -> OutOfMemory:
     """The error where the capacity is used up by ``chunks`` that are in use, and nothing is left to evict."""
-    tier = ledger.bounded_by(Tier.DEVICE)
+    tier = ledger.memory.compute_tier
     free = ledger.free(Tier.DEVICE)
     missing = sum(c.full_nbytes for c in {chunk, *keep} if not c.is_resident)  # the others are asked for next
     enough = ledger.capacity(tier) + missing - free
@@ -26,7 +26,7 @@ def no_room(ledger: Ledger, chunks: Sequence[Chunk], chunk: Chunk, keep: Sequenc
 
 def refused(ledger: Ledger, chunks: Sequence[Chunk], chunk: Chunk, error: BaseException) -> OutOfMemory:
     """The error where the capacity has room and the system gives no memory."""
-    tier = ledger.bounded_by(Tier.DEVICE)
+    tier = ledger.memory.compute_tier
     less = max(ledger.capacity(tier) - chunk.full_nbytes, 0)
     return OutOfMemory(
         f"{tier.value} tier out of memory. {_needs(chunk)}; of the capacity of {mib(ledger.capacity(tier))} "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemini.chunk import Buffer, DeviceBackend, DiskBackend, Ledger, Tier
+from gemini.chunk import Buffer, DeviceBackend, DiskBackend, Ledger, MemoryMap, Tier
 from gemini.chunk.memory import Transfer
 from gemini.errors import OffloadError
 
@@ -39,7 +39,7 @@ class Update:
 
 def check_backend(backend: DeviceBackend, folder: Path) -> None:
     """The contract. A backend needs staging of small blocks, and room for a few homes of `NUMEL` elements."""
-    disk = DiskBackend(folder, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(folder, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     try:
         _check_homes(backend)
         for home_dtype, full_dtype in DTYPES:

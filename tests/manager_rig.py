@@ -18,6 +18,7 @@ from gemini.chunk import (
     ChunkPlan,
     DiskBackend,
     Ledger,
+    MemoryMap,
     Plain,
     SplitBf16,
     TensorSpec,
@@ -40,7 +41,7 @@ def plan_of(
     tiers: dict[str, Tier],
     dtype: torch.dtype,
     states: tuple[BufferSpec, ...] = ADAM,
-    unified: bool = False,
+    memory: MemoryMap = MemoryMap.EMULATED,
 ) -> ChunkPlan:
     """The plan of a chunk with these buffers, which tell whether it is trainable and how its masters are kept."""
     is_trainable = GRADIENT in tiers
@@ -49,8 +50,7 @@ def plan_of(
         codec = SplitBf16(marks="exp_avg_sq")
     elif SHADOW in tiers:
         codec = WithShadow(BufferSpec(MASTER), dtype)
-    in_reach = tiers[MASTER] is Tier.DEVICE or (tiers[MASTER] is Tier.HOST and unified)
-    is_home = in_reach and codec.specs[0].dtype is dtype
+    is_home = memory.shares(tiers[MASTER], Tier.DEVICE) and codec.specs[0].dtype is dtype
     return ChunkPlan(layout, codec, states if is_trainable else (), tiers, dtype, full_is_home=is_home)
 
 
@@ -69,9 +69,12 @@ class Rig:
         assert all(layout.numel == NUMEL for layout in layouts)
         self.capacity = room * NUMEL * dtype.itemsize
         capacities = {Tier.DEVICE: self.capacity, Tier.HOST: 1 << 20, Tier.DISK: 1 << 20}
-        self.ledger = Ledger(capacities, unified)
+        self.memory = MemoryMap.UNIFIED if unified else MemoryMap.EMULATED
+        self.ledger = Ledger(capacities, self.memory)
         self.device = FakeBackend(self.capacity if not unified else 1 << 30)
-        plans = [plan_of(layout, tiers, dtype, unified=unified) for layout, tiers in zip(layouts, homes, strict=True)]
+        plans = [
+            plan_of(layout, tiers, dtype, memory=self.memory) for layout, tiers in zip(layouts, homes, strict=True)
+        ]
         self.manager = ChunkManager(plans, self.ledger, self.device, disk)
         self.chunks = self.manager.chunks
         generator = torch.Generator().manual_seed(0)

@@ -41,7 +41,17 @@ ISOLATED: Mapping[str, frozenset[str]] = {
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
 # count: `gemini.chunk.tier` is free of torch although its package's __init__ is not.
-WITHOUT_TORCH = ("planning", "memory.non_model", "sizes", "cores", "process_wide", "telemetry", "stat")
+WITHOUT_TORCH = (
+    "planning",
+    "packing.problem",
+    "packing.solve",
+    "memory.non_model",
+    "sizes",
+    "cores",
+    "process_wide",
+    "telemetry",
+    "stat",
+)
 
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 

@@ -21,6 +21,7 @@ from gemini.chunk import (
     GradientBuffer,
     Ledger,
     MemoryBuffer,
+    MemoryMap,
     NoDevice,
     RamBackend,
     Staging,
@@ -147,7 +148,7 @@ def rig(
     folder: Path, places: Sequence[dict[str, Tier]], seen_by: Disk, tensors: int = 6, numel: int = 50
 ) -> Iterator[Rig]:
     generator = torch.Generator().manual_seed(0)
-    ledger = Ledger(dict.fromkeys(Tier, 1 << 24), unified=False)
+    ledger = Ledger(dict.fromkeys(Tier, 1 << 24), MemoryMap.EMULATED)
     disk, device = DiskBackend(folder, ledger), RamBackend(None)
     layouts = pack([TensorSpec("w", (numel,), (1,), i) for i in range(len(places)) for _ in range(tensors)], 1 << 20)
     chunks, expected = [], []

@@ -31,7 +31,7 @@ def build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tup
     OutOfMemory, OffloadError
         If a home gets no room.
     """
-    ledger = Ledger(capacities.nbytes, capacities.unified)
+    ledger = Ledger(capacities.nbytes, capacities.memory)
     disk = fetch_staging = store_staging = update_staging = None
     if packing.staging_block_numel:
         assert config.offload_dir is not None

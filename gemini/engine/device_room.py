@@ -100,5 +100,5 @@ class DeviceRoom:
 
     def _resize(self, more_bytes: int) -> None:
         ledger = self._manager.ledger
-        tier = ledger.bounded_by(Tier.DEVICE)
+        tier = ledger.memory.compute_tier
         ledger.resize(tier, ledger.capacity(tier) + more_bytes)

@@ -101,9 +101,6 @@ class Pacing:
         chunks = [chunk for chunk in manager.chunks if not chunk.full_is_home]
         nbytes = {chunk.index: chunk.full_nbytes for chunk in chunks}
         # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
-        reached = manager.device.is_ram
-        lost = [
-            chunk.index for chunk in chunks if chunk.gradient is not None and not (reached or chunk.tier is Tier.DEVICE)
-        ]
+        lost = [chunk.index for chunk in chunks if chunk.is_trainable and not chunk.update_reaches_full]
         resident = sum(chunk.full_nbytes for chunk in chunks if chunk.is_resident)
         return Planner(trace, nbytes, manager.ledger.free(Tier.DEVICE) + resident, self._depth, lost)

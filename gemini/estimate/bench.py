@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import DiskBackend, Ledger, Tier, find_accelerator
+from gemini.chunk import DiskBackend, Ledger, MemoryMap, Tier, find_accelerator
 from gemini.errors import OffloadError, OutOfMemory
 from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.update import adam_update
@@ -95,7 +95,7 @@ def measure_links(numel: int) -> dict[str, float]:
 def measure_disk(folder: Path, numel: int) -> dict[str, float]:
     """Reading and writing a chunk's master, by the disk tier's own code."""
     try:
-        backend = DiskBackend(folder, Ledger({Tier.DISK: 1 << 62}, unified=False))
+        backend = DiskBackend(folder, Ledger({Tier.DISK: 1 << 62}, MemoryMap.ACCELERATOR))
         buffer = backend.allocate(numel, torch.float32, "the bench")
     except (OffloadError, OutOfMemory) as error:
         raise Usage(str(error)) from error

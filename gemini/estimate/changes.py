@@ -2,7 +2,7 @@
 
 Where the model is known, all of a step is asked of the estimate: model data by the trainer's packing, activations by a
 run on fake tensors. Where it is not, the records know the parameters, and packing says whether they have room; what
-another batch would take is nobody's to say.
+another batch would take is not known.
 """
 
 from collections.abc import Iterator

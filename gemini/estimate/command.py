@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import MASTER, BufferSpec, Tier
+from gemini.chunk import MASTER, BufferSpec, MemoryMap, Tier
 from gemini.config import PRECISIONS, GeminiConfig
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
@@ -108,7 +108,6 @@ def _answer(
     solved: dict[str, Any] | None,
 ) -> dict[str, Any]:
     times = _floor(options, data, found, machine) if found.fits else {}
-    where = Tier.HOST if machine.device_bytes is None else Tier.DEVICE
     return {
         "model": subject.name,
         "fits": found.fits,
@@ -118,7 +117,7 @@ def _answer(
         "precision": options.precision,
         "optimizer": " ".join(options.optimizer),
         "checkpointing": options.checkpointing,
-        "non_model_bytes": found.tiers[where].non_model_bytes,
+        "non_model_bytes": found.tiers[machine.memory.compute_tier].non_model_bytes,
         "tiers": {
             tier.value: {
                 "model_bytes": of_tier.model_bytes,
@@ -129,7 +128,7 @@ def _answer(
             }
             for tier, of_tier in found.tiers.items()
         },
-        "device_and_host_are_one": machine.device_bytes is None,
+        "device_and_host_are_one": machine.memory is MemoryMap.UNIFIED,
         "terms": dict(found.terms),
         "arguments": arguments(found, data.config, options.offload_dir) if found.fits else None,
         "step_seconds_floor": max(times.values()) if times else None,
@@ -142,11 +141,8 @@ def _answer(
 
 def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine: Machine) -> dict[str, float]:
     """The same packing once more, for the bytes that it moves."""
-    unified = machine.device_bytes is None
     limits = {tier: found.limits.get(f"{tier.value}_memory", 0) for tier in Tier}
-    if unified:
-        limits[Tier.DEVICE] = limits[Tier.HOST]
-    packing = data.pack(limits, unified)
+    packing = data.pack(limits, machine.memory)
     read = written = 0
     for plan in packing.plans:
         for name, tier in plan.tiers.items():
@@ -162,14 +158,14 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
         adam_elements=round(data.numel * data.state_bytes / 12),
         disk_read_bytes=read,
         disk_write_bytes=written,
-        upload_bytes=streamed_bytes(packing, limits, unified),
+        upload_bytes=streamed_bytes(packing, limits),
     )
     return floor.seconds(work, read_speed())
 
 
 def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
     found = ["not counted: the interpreter and libraries, data loader workers, what the user's own code keeps"]
-    if machine.device_bytes is not None:
+    if machine.memory is not MemoryMap.UNIFIED:
         found.append("activations were tracked on fake CPU tensors; CUDA kernels may need other temporaries")
     if not read_hardware():
         found.append("no step time: gemini-stat bench FOLDER measures this machine first")

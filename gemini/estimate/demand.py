@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from gemini.chunk import GRADIENT, MASTER, SHADOW, BufferSpec, Tier
+from gemini.chunk import GRADIENT, MASTER, SHADOW, BufferSpec, MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
@@ -33,6 +33,10 @@ class Machine:
     """RAM that this training may take, beyond what the interpreter and its libraries take already."""
     disk_bytes: int
     """0: no disk tier."""
+
+    @property
+    def memory(self) -> MemoryMap:
+        return MemoryMap.UNIFIED if self.device_bytes is None else MemoryMap.ACCELERATOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class Demand:
 
 
 class ModelData:
-    """Asks the trainer's packing about one model, built lazily once, whose parameters have so many optimizer states."""
+    """Asks the trainer's packing about one model, built lazily once, with these optimizer states."""
 
     def __init__(self, subject: Subject, config: GeminiConfig, slots: Sequence[BufferSpec] = ADAM.slots({})) -> None:
         with LazyInitContext():
@@ -83,7 +87,7 @@ class ModelData:
         self.state_bytes = 4 + sum(slot.dtype.itemsize / slot.block_numel for slot in slots)
         """Of a parameter, master included."""
 
-    def pack(self, limits: Mapping[Tier, int], unified: bool) -> Packing:
+    def pack(self, limits: Mapping[Tier, int], memory: MemoryMap) -> Packing:
         """The decision for these capacities.
 
         Raises
@@ -91,85 +95,82 @@ class ModelData:
         OutOfMemory
             As `boost` would.
         """
-        return decide(self.model, self.groups, self.config, capacities(limits, unified), lambda group: self.slots)
+        return decide(self.model, self.groups, self.config, capacities(limits, memory), lambda group: self.slots)
 
 
-def capacities(limits: Mapping[Tier, int], unified: bool) -> Capacities:
-    budgets = {tier: Budget(nbytes, f"argument {tier.value}_memory") for tier, nbytes in limits.items()}
-    if unified:
-        budgets[Tier.DEVICE] = budgets[Tier.HOST]
-    return Capacities(torch.device("cpu"), unified, budgets, None)
+def capacities(limits: Mapping[Tier, int], memory: MemoryMap) -> Capacities:
+    pools = {tier: Budget(limits[tier], f"argument {tier.value}_memory") for tier in memory.pools}
+    return Capacities(torch.device("cpu"), memory, {tier: pools[memory.pool(tier)] for tier in Tier}, None)
 
 
 def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
     """What a training needs that leaves ``non_model_bytes`` room where units run."""
-    unified = machine.device_bytes is None
+    memory = machine.memory
     aside = non_model_bytes + round(non_model_bytes * GUARD)
     stacks = stack_bytes(machine.disk_bytes > 0)
     limits = {
         Tier.DEVICE: max(1, (machine.device_bytes or 0) - aside),
-        Tier.HOST: max(1, machine.ram_bytes - stacks - (aside if unified else 0)),
+        Tier.HOST: max(1, machine.ram_bytes - stacks - (aside if memory.compute_tier is Tier.HOST else 0)),
         Tier.DISK: machine.disk_bytes,
     }
     problem = None
     try:
-        packing = data.pack(limits, unified)
-        model = model_bytes(packing, limits, unified)
+        packing = data.pack(limits, memory)
+        model = model_bytes(packing, limits)
         terms = _terms(packing)
-        problem = _too_narrow(packing, limits[Tier.HOST if unified else Tier.DEVICE], unified)
+        problem = _too_narrow(packing, limits[memory.compute_tier])
     except OutOfMemory as error:
         problem = str(error)
         everything = _everything(data)
         model, terms = {Tier.DEVICE: 0, Tier.HOST: everything, Tier.DISK: 0}, {}
-    where = Tier.HOST if unified else Tier.DEVICE
     totals = {Tier.DEVICE: machine.device_bytes or machine.ram_bytes, Tier.HOST: machine.ram_bytes}
     tiers = {
         tier: TierDemand(
             model_bytes=model[tier],
-            non_model_bytes=non_model_bytes if tier is where else 0,
+            non_model_bytes=non_model_bytes if tier is memory.compute_tier else 0,
             capacity_bytes=totals.get(tier, machine.disk_bytes),
         )
         for tier in Tier
     }
-    given = {f"{t.value}_memory": n for t, n in limits.items() if n and not (unified and t is Tier.DEVICE)}
+    given = {f"{tier.value}_memory": limits[tier] for tier in memory.pools if limits[tier]}
     return Demand(tiers=tiers, terms={**terms, "non_model": non_model_bytes}, limits=given, problem=problem)
 
 
-def model_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> dict[Tier, int]:
+def model_bytes(packing: Packing, limits: Mapping[Tier, int]) -> dict[Tier, int]:
     """The ledger's peaks: homes, staging, and as many full copies as there is room for."""
     found = dict(packing.placement.nbytes)
     found[Tier.HOST] += packing.staging_bytes
     for tier, nbytes in packing.placement.gradient_room.items():
         found[tier] += nbytes
-    where = Tier.HOST if unified else Tier.DEVICE
+    where = packing.memory.compute_tier
     room = limits[where] - found[where]
     copies = sorted(_copies(packing))
     if sum(copies) > room:
         copies = _that_fit(copies, room if packing.full_copies_limit_bytes is None else packing.full_copies_limit_bytes)
     found[where] += sum(copies)
-    if unified:
+    if where is not Tier.DEVICE:
         found[Tier.DEVICE] = sum(copies)
     return found
 
 
-def streamed_bytes(packing: Packing, limits: Mapping[Tier, int], unified: bool) -> int:
+def streamed_bytes(packing: Packing, limits: Mapping[Tier, int]) -> int:
     """Full copies that a step has to fill again, at least: those that no room is left for, nor have homes on DEVICE."""
-    where = Tier.HOST if unified else Tier.DEVICE
-    kept = model_bytes(packing, limits, unified)[where] - packing.placement.nbytes[where]
+    where = packing.memory.compute_tier
+    kept = model_bytes(packing, limits)[where] - packing.placement.nbytes[where]
     from_below = [
         c for plan, c in zip(packing.plans, _copies(packing), strict=True) if plan.tiers[MASTER] is not Tier.DEVICE
     ]
     return max(0, sum(from_below) - kept)
 
 
-def _too_narrow(packing: Packing, limit: int, unified: bool) -> str | None:
+def _too_narrow(packing: Packing, limit: int) -> str | None:
     """Training may find out that units use their chunks together for whose full copies there is room one by one."""
-    tier = Tier.HOST if unified else Tier.DEVICE
-    room = limit - packing.placement.nbytes[tier] - (packing.staging_bytes if unified else 0)
-    if room >= packing.together_bytes:
+    tier = packing.memory.compute_tier
+    room = limit - packing.placement.nbytes[tier] - (packing.staging_bytes if tier is Tier.HOST else 0)
+    if room >= packing.sibling_peak_bytes:
         return None
     return (
-        f"full copies that may be in use together take {format_bytes(packing.together_bytes)}, "
+        f"full copies that may be in use together take {format_bytes(packing.sibling_peak_bytes)}, "
         f"homes leave {format_bytes(max(room, 0))} of {tier.value}"
     )
 

@@ -195,16 +195,19 @@ def _holders(
     non_model = int(number((oom or {}).get("non_model_peak_bytes")) or 0)
     if timeline is not None:
         non_model = max(non_model, timeline.non_model[timeline.peak])
-    unified = chunks.unified if chunks is not None else bool(run_.stats.get("memory/unified"))
     found = [
         ("optimizer states", homes["states"]),
         ("masters and frozen parameters", homes["master"] + homes["master_low"]),
         ("gradients", homes["gradient"]),
         ("bf16 shadows of masters", homes["shadow"]),
         ("activations and temporaries at the peak", non_model),
-        ("full copies" + (" (in RAM)" if unified else ""), used),
+        ("full copies" + (" (in RAM)" if _is_unified(run_, chunks) else ""), used),
     ]
     return sorted((item for item in found if item[1] > 0), key=lambda item: -item[1])
+
+
+def _is_unified(run_: RunView, chunks: ChunksView | None) -> bool:
+    return chunks.unified if chunks is not None else bool(run_.stats.get("memory/unified"))
 
 
 def _recorded(
@@ -212,8 +215,7 @@ def _recorded(
 ) -> Iterator[Change]:
     """What records alone say."""
     tiers = _tiers(run_, oom)
-    unified = chunks.unified if chunks is not None else bool(run_.stats.get("memory/unified"))
-    where = "host" if unified or _tier_of(oom) == "host" else "device"
+    where = "host" if _is_unified(run_, chunks) or _tier_of(oom) == "host" else "device"
     non_model = max(timeline.non_model, default=0) if timeline is not None else 0
     missing = _missing(oom) or _MIB
     if chunks is not None:
@@ -261,7 +263,7 @@ def _more_room(
     """What our own errors say outright, or the memory that was missing."""
     named = re.search(r"set (device|host|disk)_memory to (\d+) bytes(?! or less)", error)
     if named is None and re.search(r"\b(device|host|disk) tier out of memory(?!\. The model's own)", error) is None:
-        # Not for want of what model data may take: with more of that there would be even less for the rest.
+        # The memory for model data was not too small: with more of it there would be even less for the rest.
         yield Change(text=f"{format_bytes(missing)} more of {where} memory at least, if there is so much")
         return
     tier, nbytes = (named[1], int(named[2])) if named else (where, tiers[where]["capacity_bytes"] + missing)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemini.chunk import BufferSpec, Tier
+from gemini.chunk import BufferSpec, MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.packing.packing import decide
@@ -24,12 +24,12 @@ def packs(chunks: ChunksView, limits: Mapping[Tier, int]) -> bool:
     groups = recorded_groups(chunks, model)
     try:
         packing = decide(
-            model, groups, config_of(chunks), capacities(limits, chunks.unified), lambda group: tuple(group["slots"])
+            model, groups, config_of(chunks), capacities(limits, memory_of(chunks)), lambda group: tuple(group["slots"])
         )
     except OutOfMemory:
         return False
-    needed = model_bytes(packing, limits, chunks.unified)
-    return all(needed[tier] <= limits[tier] for tier in Tier if not (chunks.unified and tier is Tier.DEVICE))
+    needed = model_bytes(packing, limits)
+    return all(needed[tier] <= limits[tier] for tier in memory_of(chunks).pools)
 
 
 def recorded_groups(chunks: ChunksView, model: nn.Module) -> list[dict[str, Any]]:
@@ -89,6 +89,10 @@ def config_of(chunks: ChunksView) -> GeminiConfig:
         split_master=bool(recorded.get("split_master")),
         chunk_numel=recorded.get("chunk_numel"),
     )
+
+
+def memory_of(chunks: ChunksView) -> MemoryMap:
+    return MemoryMap.UNIFIED if chunks.unified else MemoryMap.ACCELERATOR
 
 
 def limits_of(chunks: ChunksView) -> dict[Tier, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..chunk import Tier, find_accelerator
+from ..chunk import MemoryMap, Tier, find_accelerator
 from ..config import GeminiConfig
 from ..sizes import format_bytes
 from .tracker import NON_MODEL_HOST_BYTES, Budget, device_budget, disk_budget, host_budget, host_headroom
@@ -17,8 +17,7 @@ class Capacities:
 
     device: torch.device
     """What computes."""
-    unified: bool
-    """DEVICE and HOST are the same RAM, and HOST's number bounds both."""
+    memory: MemoryMap
     budgets: Mapping[Tier, Budget]
     device_limit_bytes: int | None
     """What model and non-model data may take on DEVICE together, where its budget is a guess until the warm-up has
@@ -35,7 +34,8 @@ def find_capacities(config: GeminiConfig) -> Capacities:
     """Resolve the capacities of all tiers on this machine."""
     accelerator = find_accelerator()
     device = torch.device("cpu") if accelerator is None else accelerator
-    unified = accelerator is None and config.device_memory is None
+    in_ram = MemoryMap.UNIFIED if config.device_memory is None else MemoryMap.EMULATED
+    memory = in_ram if accelerator is None else MemoryMap.ACCELERATOR
     host = _said("host_memory", config.host_memory) or host_budget(spare_bytes=NON_MODEL_HOST_BYTES)
     if accelerator is None and config.device_memory is not None and config.host_memory is None:
         # The emulated device is in the same RAM, which must not be given away twice.
@@ -46,7 +46,7 @@ def find_capacities(config: GeminiConfig) -> Capacities:
     else:
         disk = _said("disk_memory", config.disk_memory) or _free_disk(config)
     limit = None
-    if unified:
+    if memory is MemoryMap.UNIFIED:
         on_device = Budget(host.bytes, f"the same RAM as host: {host.source}")
     elif config.device_memory is not None:
         on_device = Budget(config.device_memory, "argument device_memory")
@@ -54,7 +54,7 @@ def find_capacities(config: GeminiConfig) -> Capacities:
         on_device = device_budget(device, config.steady_device_ratio * (1.0 - config.warmup_non_model_ratio))
         limit = device_budget(device, config.steady_device_ratio).bytes
     return Capacities(
-        device, unified, {Tier.DEVICE: on_device, Tier.HOST: host, Tier.DISK: disk}, limit, host_budget(1.0).bytes
+        device, memory, {Tier.DEVICE: on_device, Tier.HOST: host, Tier.DISK: disk}, limit, host_budget(1.0).bytes
     )
 
 

@@ -9,6 +9,7 @@ not followed. Pure.
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from ..chunk.memory_map import MemoryMap
 from ..chunk.tier import Tier
 from ..planning.planner import Schedule
 from .timeline import Point
@@ -34,9 +35,7 @@ class Outlook(NamedTuple):
         return self._replace(measured=Peaks(tiers, max(self.measured.non_model, measured.non_model)))
 
 
-def predict(
-    homes: Mapping[Tier, int], copies: Sequence[int], non_model: Sequence[int], where: Tier, unified: bool
-) -> Peaks:
+def predict(homes: Mapping[Tier, int], copies: Sequence[int], non_model: Sequence[int], memory: MemoryMap) -> Peaks:
     """The peaks of a step.
 
     Parameters
@@ -46,14 +45,12 @@ def predict(
     copies, non_model
         Bytes of full copies, and of non-model data, at each moment. Where they are not of the same moments (the plan is
         of another cycle), the peaks of both are taken to come together.
-    where
-        The tier on which units run: HOST where that is the same RAM (``unified``).
     """
     if len(copies) != len(non_model):
         copies, non_model = [max(copies, default=0)], [max(non_model, default=0)]
     found = dict(homes)
-    found[where] += max((a + b for a, b in zip(copies, non_model, strict=True)), default=0)
-    if unified:
+    found[memory.compute_tier] += max((a + b for a, b in zip(copies, non_model, strict=True)), default=0)
+    if memory.compute_tier is not Tier.DEVICE:
         found[Tier.DEVICE] = max(copies, default=0)
     return Peaks(tuple(found[tier] for tier in Tier), max(non_model, default=0))
 

@@ -2,7 +2,7 @@
 
 import re
 
-from ..chunk import ChunkManager, Tier
+from ..chunk import ChunkManager
 from ..errors import OutOfMemory
 from ..sizes import format_bytes
 
@@ -22,7 +22,7 @@ def out_of_memory(
         What it has left half done, in words; empty: nothing.
     """
     ledger = manager.ledger
-    tier = ledger.bounded_by(Tier.DEVICE)
+    tier = ledger.memory.compute_tier
     asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
     need = asked[1] if asked is not None else "more memory"
     model_bytes = ledger.used(tier)

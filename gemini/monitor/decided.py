@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..chunk import GRADIENT, ChunkManager, Tier
+from ..chunk import GRADIENT, ChunkManager, MemoryMap, Tier
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..packing.packing import Packing, managed_parameters
@@ -71,9 +71,9 @@ def description(
     """Chunks, parameters and what the user asked for, as one JSON object."""
     parameters: dict[int, dict[str, Any]] = {}
     chunks = []
-    for chunk in manager.chunks:
-        group = chunk.layout.group
-        marks = (" frozen" if not group.trainable else "") + (" fp32" if group.keeps_fp32 else "")
+    for chunk, plan in zip(manager.chunks, packing.plans, strict=True):
+        keeps_fp32 = packing.groups[chunk.layout.slots[0].key].keeps_fp32
+        marks = (" frozen" if not plan.is_trainable else "") + (" fp32" if keeps_fp32 else "")
         buffers = dict(chunk.homes)
         if chunk.gradient is not None and chunk.gradient.buffer is not None:
             buffers[GRADIENT] = chunk.gradient.buffer
@@ -82,9 +82,9 @@ def description(
                 "name": slot.name,
                 "shape": list(slot.shape),
                 "chunk": chunk.index,
-                "param_group": group.param_group,
-                "trainable": group.trainable,
-                "keeps_fp32": group.keeps_fp32,
+                "param_group": plan.param_group,
+                "trainable": plan.is_trainable,
+                "keeps_fp32": keeps_fp32,
             }
         chunks.append(
             {
@@ -93,7 +93,7 @@ def description(
                 "full_bytes": chunk.full_nbytes,
                 "homes": {name: home.tier.value for name, home in buffers.items()},
                 "home_bytes": {name: home.nbytes for name, home in buffers.items()},
-                "group": f"{group.param_group}{marks}",
+                "group": f"{plan.param_group}{marks}",
             }
         )
     return {
@@ -103,7 +103,7 @@ def description(
         "capacities": {
             tier.value: {"bytes": budget.bytes, "source": budget.source} for tier, budget in capacities.budgets.items()
         },
-        "unified": capacities.unified,
+        "unified": capacities.memory is MemoryMap.UNIFIED,
         "ram_bytes": capacities.ram_bytes,
         "device_limit_bytes": capacities.device_limit_bytes,
         "config": {

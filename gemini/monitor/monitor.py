@@ -163,7 +163,7 @@ class Monitor:
     @property
     def _tier(self) -> Tier:
         """Where units run."""
-        return self._manager.ledger.bounded_by(Tier.DEVICE)
+        return self._manager.ledger.memory.compute_tier
 
     def _look_back(self, engine: Engine) -> None:
         """What the step that was sampled took, against what was predicted after the warm-up."""
@@ -178,7 +178,7 @@ class Monitor:
         copies = bytes_of_copies(*followed, nbytes)
         homes = dict(self._packing.placement.nbytes)
         homes[Tier.HOST] += self._packing.staging_bytes
-        predicted = predict(homes, copies, known.moments, self._tier, self._manager.ledger.unified)
+        predicted = predict(homes, copies, known.moments, self._manager.ledger.memory)
         self.outlook = Outlook(predicted, measured)
         if logger.isEnabledFor(logging.INFO):
             for tier, before, now in zip(Tier, predicted.tiers, measured.tiers, strict=True):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..chunk import SHADOW, ChunkManager, Tier
+from ..chunk import SHADOW, ChunkManager, MemoryMap, Tier
 from ..engine import Engine, StepFacts
 from ..memory.prediction import Outlook
 from ..sizes import format_bytes
@@ -141,7 +141,7 @@ def of_layout(manager: ChunkManager) -> Stats:
     """
     chunks = manager.chunks
     total = sum(c.layout.numel for c in chunks)
-    stats: Stats = {"memory/unified": int(manager.ledger.unified)}
+    stats: Stats = {"memory/unified": int(manager.ledger.memory is MemoryMap.UNIFIED)}
     stats["chunk/count"] = len(chunks)
     stats["chunk/numel"] = max((c.layout.numel for c in chunks), default=0)
     stats["chunk/waste_ratio"] = 1.0 - sum(c.layout.used_numel for c in chunks) / total if total else 0.0
@@ -151,11 +151,10 @@ def of_layout(manager: ChunkManager) -> Stats:
     optimizer = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.states)
     buffers = [c.gradient.buffer for c in chunks if c.gradient is not None and c.gradient.buffer is not None]
     gradients = sum(buffer.nbytes for buffer in buffers) or manager.gradient_pool.nbytes
-    on_host_too = (Tier.DEVICE, Tier.HOST) if manager.ledger.unified else (Tier.DEVICE,)
     homes = [home for c in chunks for name, home in c.homes.items() if name != SHADOW]
     homes += buffers
     total_bytes = sum(home.nbytes for home in homes)
-    off = sum(home.nbytes for home in homes if home.tier not in on_host_too)
+    off = sum(home.nbytes for home in homes if not manager.ledger.memory.shares(home.tier, Tier.DEVICE))
     stats["placement/offload_optim_frac"] = off / total_bytes if total_bytes else 0.0
     copies = sum(c.full_nbytes for c in chunks)
     room = manager.ledger.free(Tier.DEVICE) + sum(c.full_nbytes for c in chunks if c.is_resident)

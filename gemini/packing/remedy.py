@@ -1,73 +1,63 @@
 """What would have been enough, where a model has no place: found by trying, and said."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-from ..chunk import Tier
+from ..chunk.tier import Tier
 from ..errors import OutOfMemory
-from ..memory.capacity import Capacities
 from ..memory.tracker import Budget
-from ..planning.placement import DoesNotFit
 from ..sizes import format_bytes
+from .problem import Problem
+from .solve import Shortfall, Solution, solve
 
 REMEDY_ATTEMPTS = 32
 """Each changes a capacity by what the one before lacked; two or three do."""
 
 
-class TooSmall(Exception):
-    """What was tried last, with the smallest ring, and what it lacks."""
+def out_of_memory(problem: Problem, shortfall: Shortfall, budgets: Mapping[Tier, Budget]) -> OutOfMemory:
+    """The error that says what is needed, what there is, and the capacities that would do.
 
-    def __init__(self, homes_bytes: int, unit: str, unit_bytes: int, fault: DoesNotFit) -> None:
-        super().__init__(str(fault))
-        self.homes_bytes = homes_bytes
-        self.unit = unit
-        self.unit_bytes = unit_bytes
-        self.fault = fault
+    Parameters
+    ----------
+    budgets
+        Where each capacity comes from.
+    """
+    remedies = [_remedy(problem, shortfall, tier) for tier in (Tier.DISK, Tier.HOST)]
+    memory, there_is = problem.capacity.memory, problem.capacity.nbytes
+    have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in memory.pools)
+    is_too_wide = shortfall.unit_bytes > there_is[memory.compute_tier]
+    if is_too_wide:
+        fault = (
+            f"{memory.compute_tier.value} tier out of memory. Unit {shortfall.unit!r} alone needs "
+            f"{format_bytes(shortfall.unit_bytes)} of parameters at once"
+        )
+    else:
+        fault = (
+            f"all tiers out of memory. The model data need {format_bytes(shortfall.homes_bytes)} and room to work, "
+            f"{format_bytes(shortfall.unplaced.missing_bytes)} have no place"
+        )
+    told = list(dict.fromkeys(_told(enough, there_is[Tier.DISK] > 0) for enough in remedies if enough is not None))
+    if is_too_wide:
+        told.append("make chunks smaller (chunk_config_dict)")
+    return OutOfMemory(f"{fault}; there are {have}; {', or '.join(told)}")
 
 
-def remedy(
-    tier: Tier, error: TooSmall, attempt: Callable[[Capacities], object], capacities: Capacities
-) -> dict[Tier, int] | None:
+def _remedy(problem: Problem, shortfall: Shortfall, tier: Tier) -> dict[Tier, int] | None:
     """Capacities that are enough when homes without a place go to ``tier``; None if none was found.
 
     Found by trying: other capacities make other chunks and other staging, so no formula is exact.
     """
-    enough: dict[Tier, int] = {}
+    there_is, enough = problem.capacity.nbytes, dict[Tier, int]()
     for _ in range(REMEDY_ATTEMPTS):
-        more = dict(error.fault.working_bytes)
-        more[tier] = more.get(tier, 0) + error.fault.homes_bytes
-        enough |= {t: enough.get(t, capacities.nbytes[t]) + nbytes for t, nbytes in more.items() if nbytes}
-        budgets = {**capacities.budgets, **{t: Budget(nbytes, "tried") for t, nbytes in enough.items()}}
-        if capacities.unified:
-            budgets[Tier.DEVICE] = budgets[Tier.HOST]
-        try:
-            attempt(replace(capacities, budgets=budgets))
+        more = dict(shortfall.unplaced.working_bytes)
+        more[tier] = more.get(tier, 0) + shortfall.unplaced.homes_bytes
+        enough |= {t: enough.get(t, there_is[t]) + nbytes for t, nbytes in more.items() if nbytes}
+        nbytes = problem.capacity.memory.capacities({**there_is, **enough})
+        found = solve(replace(problem, capacity=replace(problem.capacity, nbytes=nbytes)))
+        if isinstance(found, Solution):
             return enough
-        except TooSmall as again:
-            error = again
+        shortfall = found
     return None
-
-
-def out_of_memory(error: TooSmall, remedies: Sequence[Mapping[Tier, int]], capacities: Capacities) -> OutOfMemory:
-    """The error that says what is needed, what there is, and the capacities that would do."""
-    budgets = capacities.budgets
-    tiers = (Tier.HOST, Tier.DISK) if capacities.unified else tuple(Tier)
-    have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in tiers)
-    where_units_run = Tier.HOST if capacities.unified else Tier.DEVICE
-    if error.unit_bytes > budgets[where_units_run].bytes:
-        problem = (
-            f"{where_units_run.value} tier out of memory. Unit {error.unit!r} alone needs "
-            f"{format_bytes(error.unit_bytes)} of parameters at once"
-        )
-    else:
-        problem = (
-            f"all tiers out of memory. The model data need {format_bytes(error.homes_bytes)} and room to work, "
-            f"{format_bytes(error.fault.missing_bytes)} have no place"
-        )
-    told = list(dict.fromkeys(_told(enough, budgets[Tier.DISK].bytes > 0) for enough in remedies))
-    if error.unit_bytes > budgets[where_units_run].bytes:
-        told.append("make chunks smaller (chunk_config_dict)")
-    return OutOfMemory(f"{problem}; there are {have}; {', or '.join(told)}")
 
 
 def _told(enough: Mapping[Tier, int], has_disk: bool) -> str:

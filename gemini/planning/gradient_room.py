@@ -1,4 +1,4 @@
-"""How much room gradients need when each chunk is updated as soon as backward is through with it. Pure: no torch."""
+"""The room that gradients need when each chunk is updated within backward. Pure: no torch."""
 
 from collections.abc import Mapping, Sequence
 

@@ -2,12 +2,13 @@
 
 The floor is what the optimizer keeps: 12 bytes a parameter for Adam (master and both moments, fp32), 4 for plain SGD;
 plus the gradient between backward and step (with ``update_in_backward`` room for a few of them, taken off first). The
-full copies stream through a ring on DEVICE, whose room is taken off first. What is left is filled fastest tier first:
+full copies stream through a ring in the pool where units run, whose room is taken off first. What is left of the pools
+is filled fastest first:
 
-- DEVICE, where it is memory of its own, takes whole chunks (all buffers together, so that the update runs there);
-- HOST takes the masters of all other chunks first, then gradients, then the optimizer's states;
-- DISK takes the rest;
-- what HOST has left, where DEVICE is memory of its own, takes shadows: fetches then move 2 bytes a parameter, not 4.
+- DEVICE, where it is a pool of its own, takes whole chunks (all buffers together, so that the update runs there);
+- the pools below it take the masters of all other chunks first, then gradients, then the optimizer's states, each where
+  there is still room: HOST, then DISK;
+- what HOST has left, where units do not run there, takes shadows: fetches then move 2 bytes a parameter, not 4.
 
 Within each, chunks go in the order of their first use. HOST's order is by bytes moved per byte held. A master is read
 for each of two fetches and for the update, and written once: 16 bytes moved for 4 held. Gradients and states are
@@ -16,9 +17,10 @@ more per byte than a master does, and would leave the disk idle in backward; so 
 (Where DEVICE is the same RAM, a full copy that stays is what a shadow would be; the plan keeps as many as have room.)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..chunk.memory_map import MemoryMap
 from ..chunk.names import GRADIENT, MASTER, SHADOW
 from ..chunk.tier import Tier
 
@@ -38,11 +40,19 @@ class ChunkNeed:
     """Bytes of the master in the compute dtype; 0 where that is the master's own."""
     borrows_gradient: bool = False
     """Its gradient has no home."""
+    full_can_be_home: bool = False
+    """Units can compute with its master, if that is where they run."""
 
     @property
-    def states(self) -> tuple[str, ...]:
-        """The buffers that are the optimizer's."""
-        return tuple(name for name in self.buffers if name not in (MASTER, GRADIENT))
+    def home_nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(self.buffers.values())
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Its buffers by bytes moved per byte held, most first: the master, the gradient, the states in their order."""
+        names = dict.fromkeys((MASTER, GRADIENT, *self.buffers))
+        return {name: rank for rank, name in enumerate(names) if name in self.buffers}
 
     def nbytes(self, name: str, tier: Tier) -> int:
         """Bytes that a buffer takes on a tier; DISK gives whole pages."""
@@ -50,21 +60,20 @@ class ChunkNeed:
 
 
 def on_tier(nbytes: int, tier: Tier) -> int:
-    """What so many bytes take there: DISK gives whole pages."""
+    """Bytes that a buffer of ``nbytes`` takes on a tier; DISK gives whole pages."""
     return -(-nbytes // DISK_PAGE_BYTES) * DISK_PAGE_BYTES if tier is Tier.DISK else nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """What there is."""
+class Capacity:
+    """The bytes that tiers have, and what is kept free of homes."""
 
-    capacities: Mapping[Tier, int]
+    nbytes: Mapping[Tier, int]
     """Bytes per tier; DISK is 0 without an offload folder."""
-    unified: bool
-    """DEVICE and HOST are the same RAM."""
-    ring_bytes: int
-    """Room for full copies, kept free on DEVICE (on HOST when unified)."""
-    staging_bytes: int
+    memory: MemoryMap
+    ring_bytes: int = 0
+    """Room for full copies, kept free where units run."""
+    staging_bytes: int = 0
     """Room on HOST for the blocks through which DISK homes are read, taken only if there are any."""
     gradient_bytes: int = 0
     """Room for gradients without a home, on each of DEVICE and HOST that has masters of trainable chunks."""
@@ -72,7 +81,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The decision."""
+    """Homes that fit."""
 
     homes: tuple[Mapping[str, Tier], ...]
     """One per chunk: its buffers, and SHADOW where it has one."""
@@ -80,30 +89,27 @@ class Placement:
     """Bytes of homes on each tier."""
     gradient_room: Mapping[Tier, int] = field(default_factory=dict)
     """Bytes for gradients without a home, beside these."""
+    full_is_home: tuple[bool, ...] = ()
+    """For each chunk: units run where its master is and compute with it, so that it has no other full copy."""
 
     @property
     def uses_disk(self) -> bool:
         return self.nbytes[Tier.DISK] > 0
 
 
-class DoesNotFit(Exception):
-    """The tiers are too small.
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """What the tiers are too small for."""
 
-    Attributes
-    ----------
-    working_bytes
-        What ring and staging exceed their tier by. Only more room on that tier helps.
-    homes_bytes
-        Homes without a place beside them. That much more room on DISK, or on HOST where there is no disk, is enough.
-    missing_bytes
-        All together.
-    """
+    working_bytes: Mapping[Tier, int]
+    """What ring, staging and gradients without a home exceed their tier by. Only more room on that tier helps."""
+    homes_bytes: int
+    """Homes without a place beside them. That much more room on DISK, or on HOST where there is no disk, is enough."""
 
-    def __init__(self, working_bytes: Mapping[Tier, int], homes_bytes: int) -> None:
-        self.working_bytes = working_bytes
-        self.homes_bytes = homes_bytes
-        self.missing_bytes = homes_bytes + sum(working_bytes.values())
-        super().__init__(f"{self.missing_bytes} bytes do not fit")
+    @property
+    def missing_bytes(self) -> int:
+        """Both together."""
+        return self.homes_bytes + sum(self.working_bytes.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,43 +146,38 @@ class StaticPlacementPolicy:
 PlacementPolicy = AutoPlacementPolicy | StaticPlacementPolicy
 
 
-def place(needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy) -> Placement:
+def place(needs: Sequence[ChunkNeed], capacity: Capacity, policy: PlacementPolicy) -> Placement | Unplaced:
     """Give every buffer of every chunk a home.
 
     Parameters
     ----------
     needs
         The chunks, in the order of their first use.
-
-    Raises
-    ------
-    DoesNotFit
-        If the tiers together are too small.
     """
-    disk_bytes = room.capacities.get(Tier.DISK, 0)
-    try:
-        return _fill(needs, room, policy, staging_bytes=0, disk_bytes=0)
-    except DoesNotFit:
-        if not disk_bytes:
-            raise
-        return _fill(needs, room, policy, room.staging_bytes, disk_bytes)
+    pools = capacity.memory.pools
+    found = _fill(needs, capacity, policy, tuple(tier for tier in pools if tier is not Tier.DISK))
+    if isinstance(found, Unplaced) and capacity.nbytes.get(Tier.DISK, 0):
+        return _fill(needs, capacity, policy, pools)
+    return found
 
 
 def _fill(
-    needs: Sequence[ChunkNeed], room: Room, policy: PlacementPolicy, staging_bytes: int, disk_bytes: int
-) -> Placement:
-    free = {
-        Tier.DEVICE: 0 if room.unified else room.capacities[Tier.DEVICE] - room.ring_bytes,
-        Tier.HOST: room.capacities[Tier.HOST] - staging_bytes - (room.ring_bytes if room.unified else 0),
-        Tier.DISK: disk_bytes,
-    }
-    working = {tier: -nbytes for tier, nbytes in free.items() if nbytes < 0}
-    free = {tier: max(nbytes, 0) for tier, nbytes in free.items()}
-    used = dict.fromkeys(Tier, 0)
+    needs: Sequence[ChunkNeed], capacity: Capacity, policy: PlacementPolicy, tiers: Sequence[Tier]
+) -> Placement | Unplaced:
+    """Fill tiers, fastest first."""
+    memory, free, used = capacity.memory, {tier: capacity.nbytes[tier] for tier in tiers}, dict.fromkeys(Tier, 0)
     homes: list[dict[str, Tier]] = [{} for _ in needs]
-    missing = 0
+    working: dict[Tier, int] = {}
+    gradient_room: dict[Tier, int] = {}
+
+    def keep_free(tier: Tier, nbytes: int) -> None:
+        lacking = nbytes - free[tier]
+        free[tier] = max(-lacking, 0)
+        if lacking > 0:
+            working[tier] = working.get(tier, 0) + lacking
 
     def put(index: int, name: str, tiers: Sequence[Tier]) -> int:
+        """Give a buffer a home on the first tier with room for it; return the bytes without one, if there is none."""
         for tier in tiers:
             nbytes = needs[index].nbytes(name, tier)
             if nbytes <= free[tier]:
@@ -184,39 +185,34 @@ def _fill(
                 used[tier] += nbytes
                 homes[index][name] = tier
                 return 0
-        return needs[index].nbytes(name, Tier.DISK if disk_bytes else Tier.HOST)
+        return nbytes
 
-    share = policy.device_share(sum(sum(need.buffers.values()) for need in needs))
-    gradient_room: dict[Tier, int] = {}
-    if room.gradient_bytes and any(need.borrows_gradient for need in needs):
-        free[Tier.DEVICE] = max(free[Tier.DEVICE] - room.gradient_bytes, 0)
-    for index, need in enumerate(needs):
-        whole = sum(need.buffers.values())
-        if whole <= free[Tier.DEVICE] and used[Tier.DEVICE] + whole <= share:
-            for name in need.buffers:
-                put(index, name, (Tier.DEVICE,))
-            if need.borrows_gradient:
-                gradient_room[Tier.DEVICE] = room.gradient_bytes
-    if any(need.borrows_gradient and MASTER not in homes[index] for index, need in enumerate(needs)):
-        gradient_room[Tier.HOST] = room.gradient_bytes
-        free[Tier.HOST] -= room.gradient_bytes
-        if free[Tier.HOST] < 0:
-            working[Tier.HOST] = working.get(Tier.HOST, 0) - free[Tier.HOST]
-            free[Tier.HOST] = 0
-    for index, name in _by_use(needs):
-        if name not in homes[index]:
-            missing += put(index, name, (Tier.HOST, Tier.DISK))
+    keep_free(memory.compute_tier, capacity.ring_bytes)
+    if Tier.DISK in tiers:
+        keep_free(Tier.HOST, capacity.staging_bytes)
+    borrowers = {index for index, need in enumerate(needs) if need.borrows_gradient}
+    whole, below = [t for t in tiers if t is Tier.DEVICE], [t for t in tiers if t is not Tier.DEVICE]
+    for tier in whole:
+        free[tier] = max(free[tier] - (capacity.gradient_bytes if borrowers else 0), 0)
+        share = policy.device_share(sum(need.home_nbytes for need in needs))
+        for index, need in enumerate(needs):
+            if need.home_nbytes <= min(free[tier], share - used[tier]):
+                for name in need.buffers:
+                    put(index, name, whole)
+                if index in borrowers:
+                    gradient_room[tier] = capacity.gradient_bytes
+    rest = [(index, need) for index, need in enumerate(needs) if not homes[index]]
+    if any(need.borrows_gradient for _, need in rest):
+        gradient_room[below[0]] = capacity.gradient_bytes
+        keep_free(below[0], capacity.gradient_bytes)
+    in_order = sorted((rank, index, name) for index, need in rest for name, rank in need.ranks.items())
+    missing = sum(put(index, name, below) for _, index, name in in_order)
     if missing or working:
-        raise DoesNotFit(working, missing)
-    for index, need in enumerate(needs):
-        if need.shadow_nbytes and homes[index][MASTER] is Tier.HOST and not room.unified:
+        return Unplaced(working, missing)
+    for index, need in rest:
+        if need.shadow_nbytes and homes[index][MASTER] is Tier.HOST and memory.compute_tier is not Tier.HOST:
             put(index, SHADOW, (Tier.HOST,))
-    return Placement(tuple(homes), used, gradient_room)
-
-
-def _by_use(needs: Sequence[ChunkNeed]) -> Iterator[tuple[int, str]]:
-    """All buffers with the index of their chunk, by bytes moved per byte held, most first."""
-    for name in (MASTER, GRADIENT):
-        yield from ((index, name) for index, need in enumerate(needs) if name in need.buffers)
-    for number in range(max((len(need.states) for need in needs), default=0)):
-        yield from ((index, need.states[number]) for index, need in enumerate(needs) if number < len(need.states))
+    full_is_home = tuple(
+        need.full_can_be_home and memory.shares(at[MASTER], Tier.DEVICE) for need, at in zip(needs, homes, strict=True)
+    )
+    return Placement(tuple(homes), used, gradient_room, full_is_home)

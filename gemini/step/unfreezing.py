@@ -14,9 +14,9 @@ from ..engine import Engine
 from ..errors import OutOfMemory
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rule import Rule
+from ..packing.group import Group, plans
 from ..packing.packing import Packing
-from ..packing.unfreezing import unfrozen_plans
-from ..planning.placement import DoesNotFit, Room
+from ..planning.placement import AutoPlacementPolicy, Capacity, Placement, place
 from ..runtime.arrivals import watch_gradients
 from ..sizes import format_bytes
 from ..updates.update_pipeline import buffer_count
@@ -92,43 +92,57 @@ class Unfreezing:
             if chunk.pins:
                 raise ValueError(f"{name} is in use: unfreeze it between steps")
         frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]
-        plans = self._plans(frozen, slots, index) if frozen else ()
-        self._manager.rebuild(plans, partial(fill_states, rule) if rule.starts_filled else None)
+        rebuilt = self._plans(frozen, slots, index) if frozen else ()
+        self._manager.rebuild(rebuilt, partial(fill_states, rule) if rule.starts_filled else None)
         admitted = list(places)
         with _requiring_gradients(admitted):
             watch_gradients(self._engine, admitted)
-        if plans:
-            self.packing = self.packing.with_plans(plans)
+        if rebuilt:
+            self.packing = self.packing.with_plans(rebuilt)
             self._engine.rebuilt(self.packing)
 
     def _plans(self, chunks: Sequence[Chunk], slots: tuple[BufferSpec, ...], index: int) -> tuple[ChunkPlan, ...]:
-        manager, ledger = self._manager, self._manager.ledger
-        layouts = [chunk.layout for chunk in chunks]
-        copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
-        resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if ledger.unified else 0
-        can_stage = manager.disk is not None and buffer_count(slots) <= self.packing.updated_buffer_count
-        room = Room(
-            capacities={
-                Tier.DEVICE: 0,
-                Tier.HOST: ledger.free(Tier.HOST) + resident,
-                Tier.DISK: ledger.free(Tier.DISK) if can_stage else 0,
-            },
-            unified=ledger.unified,
-            ring_bytes=self._engine.pacing.least_bytes(copies) if ledger.unified else 0,
-            staging_bytes=0,
+        """Plans for the same parameters at the same places, with masters, gradients and states.
+
+        A chunk is unfrozen as a whole: that keeps the place of every parameter, and parameters that stay frozen beside
+        those that do not take room for nothing, up to a chunk at either end of what is unfrozen.
+        """
+        layouts, config = [chunk.layout for chunk in chunks], self._config
+        in_chunks = [slot for layout in layouts for slot in layout.slots]
+        multiple = max((slot.block_numel for slot in slots), default=1)
+        for slot in in_chunks:
+            if slot.offset % multiple:
+                raise ValueError(
+                    f"{slot.name} was packed without room for blocks of {multiple} elements, which these states need. "
+                    f"{_WAY_OUT}"
+                )
+        groups = [Group.of(config, index, chunk.full.dtype is torch.float32, slots) for chunk in chunks]
+        pairs = zip(layouts, groups, strict=True)
+        needs = [group.need(layout.numel, config.update_in_backward) for layout, group in pairs]
+        capacity = self._capacity(chunks, slots)
+        found = place(needs, capacity, AutoPlacementPolicy())
+        if isinstance(found, Placement):
+            return plans(layouts, groups, found, capacity.memory)
+        more = f" and {len(in_chunks) - _NAMES_SHOWN} more" if len(in_chunks) > _NAMES_SHOWN else ""
+        raise OutOfMemory(
+            f"host tier out of memory. To unfreeze chunks with "
+            f"{', '.join(slot.name for slot in in_chunks[:_NAMES_SHOWN])}{more}, {format_bytes(found.missing_bytes)} "
+            f"are missing for their masters, gradients and states; nothing has been changed. {_WAY_OUT}"
         )
-        try:
-            return unfrozen_plans(layouts, index, slots, self._config, room)
-        except DoesNotFit as error:
-            names = [slot.name for layout in layouts for slot in layout.slots]
-            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-            raise OutOfMemory(
-                f"host tier out of memory. To unfreeze chunks with {', '.join(names[:_NAMES_SHOWN])}{more}, "
-                f"{format_bytes(error.missing_bytes)} are missing for their masters, gradients and states; nothing has "
-                f"been changed. {_WAY_OUT}"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{error}. {_WAY_OUT}") from error
+
+    def _capacity(self, chunks: Sequence[Chunk], slots: tuple[BufferSpec, ...]) -> Capacity:
+        """What is left for homes; full copies that share a pool with them can be evicted, but for one moment's."""
+        manager, ledger = self._manager, self._manager.ledger
+        copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
+        is_shared = ledger.memory.shares(Tier.HOST, Tier.DEVICE)
+        resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if is_shared else 0
+        can_stage = manager.disk is not None and buffer_count(slots) <= self.packing.updated_buffer_count
+        on_disk = ledger.free(Tier.DISK) if can_stage else 0
+        return Capacity(
+            nbytes={Tier.DEVICE: 0, Tier.HOST: ledger.free(Tier.HOST) + resident, Tier.DISK: on_disk},
+            memory=ledger.memory,
+            ring_bytes=self._engine.pacing.least_bytes(copies) if is_shared else 0,
+        )
 
 
 def fill_states(rule: Rule, chunk: Chunk) -> None:

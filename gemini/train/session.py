@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import find_accelerator
+from gemini.chunk import MemoryMap, find_accelerator
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
 from gemini.train.model import GPT2LMHeadModel
@@ -73,7 +73,7 @@ class Session:
             folder = boosted(self.model).config.offload_dir
             assert folder is not None
             sources["disk"] = sources["disk"].replace(str(folder), str(folder.parent))
-        if boosted(self.model).capacities.unified:
+        if boosted(self.model).capacities.memory is MemoryMap.UNIFIED:
             sources["device"] = "the same RAM as host"
         return sources
 

@@ -194,15 +194,15 @@ def bracketed_modules(model: nn.Module) -> Iterator[nn.Module]:
     return walk(model)
 
 
-def nested_chunks(model: nn.Module, chunk_of: Mapping[int, int]) -> list[tuple[str, frozenset[int]]]:
-    """For each unit, by name, the chunks in use while it runs: its own and those of the units around it.
+def nested_parameters(model: nn.Module, key_of: Mapping[int, int]) -> list[tuple[str, frozenset[int]]]:
+    """For each unit, by name, the parameters in use while it runs: its own and those of the units around it.
 
-    ``chunk_of`` maps ids of parameters to chunks.
+    ``key_of`` maps ids of parameters to what they are called in the result.
     """
     found = []
 
     def walk(module: nn.Module, name: str, outer: frozenset[int]) -> None:
-        own = frozenset(chunk_of[id(p)] for p in own_parameters(module) if id(p) in chunk_of)
+        own = frozenset(key_of[id(p)] for p in own_parameters(module) if id(p) in key_of)
         if own:
             found.append((name, outer | own))
         if is_compiled(module):

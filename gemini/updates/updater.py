@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState, Tier
+from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
 from ..nn.optimizer.rule import AtStep, StepMaker
 from .options import Options
 from .update_pipeline import ChunkUpdate, Run
@@ -122,7 +122,7 @@ class Updater:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
         if chunk.full_is_home or not chunk.is_resident:
             return None
-        if (refresh or chunk.is_lent) and (self._manager.device.is_ram or chunk.tier is Tier.DEVICE):
+        if (refresh or chunk.is_lent) and chunk.update_reaches_full:
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
                 self._manager.unpin(chunk)

@@ -25,6 +25,7 @@ from gemini.chunk import (
     DiskBackend,
     Ledger,
     MemoryBuffer,
+    MemoryMap,
     Staging,
     Tier,
     accelerator,
@@ -191,7 +192,7 @@ def test_a_master_is_converted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.timeout(60)
 def test_a_home_on_disk_arrives_behind_what_used_its_memory_before(tmp_path: Path) -> None:
     rig = Rig(1)
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     home: Buffer = disk.allocate(NUMEL, torch.float32, "a home")
     home.write(0, torch.full((NUMEL,), 7.0))
     full = torch.empty(NUMEL, dtype=torch.bfloat16)
@@ -209,7 +210,7 @@ def plans() -> list[ChunkPlan]:
     buffers: dict[str, Tier] = dict.fromkeys((MASTER, "exp_avg", "exp_avg_sq", GRADIENT), Tier.HOST)
     return [
         plan_of(
-            ChunkLayout(i, None, 128, (Slot(i, f"p{i}", 0, NUMEL, (NUMEL,), (1,)),)),
+            ChunkLayout(i, 128, (Slot(i, f"p{i}", 0, NUMEL, (NUMEL,), (1,)),)),
             {**buffers, SHADOW: Tier.HOST} if i else dict.fromkeys(buffers, Tier.DEVICE),
             torch.bfloat16,
         )
@@ -221,7 +222,9 @@ def plans() -> list[ChunkPlan]:
 def test_all_homes_of_a_model_on_host_share_one_block(pin: bool) -> None:
     device = FakeAccelerator(0)
     backend = AcceleratorBackend(device, None, pin)  # type: ignore[arg-type]
-    manager = ChunkManager(plans(), Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20}, False), backend, None)
+    manager = ChunkManager(
+        plans(), Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20}, MemoryMap.EMULATED), backend, None
+    )
     assert device.host_blocks == [pin]
     tensors = [h.tensor for c in manager.chunks for h in c.homes.values() if h.tier is Tier.HOST]
     tensors += [c.gradient.buffer.tensor for c in manager.chunks if c.gradient and c.gradient.buffer.tier is Tier.HOST]
@@ -231,7 +234,7 @@ def test_all_homes_of_a_model_on_host_share_one_block(pin: bool) -> None:
 
 
 def test_the_room_of_a_shadow_is_counted() -> None:
-    ledger = Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20}, False)
+    ledger = Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20}, MemoryMap.EMULATED)
     manager = ChunkManager(plans(), ledger, AcceleratorBackend(FakeAccelerator(0), None, False), None)  # type: ignore[arg-type]
     assert ledger.used(Tier.HOST) == 3 * 128 * (4 + 4 + 4 + 2 + 2)
     manager.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemini.chunk import DiskBackend, Ledger, Tier
+from gemini.chunk import DiskBackend, Ledger, MemoryMap, Tier
 from gemini.errors import OffloadError
 
 NUMEL = 1000
@@ -15,7 +15,7 @@ NUMEL = 1000
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[DiskBackend]:
-    backend = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False), checksums=True)
+    backend = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED), checksums=True)
     yield backend
     backend.close()
 
@@ -91,7 +91,7 @@ def test_after_a_write_that_failed_the_old_checksum_does_not_speak(
 
 
 def test_without_being_asked_for_nothing_is_compared(tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     buffer = disk.allocate(NUMEL, torch.float32, "x")
     buffer.write(0, torch.ones(NUMEL))
     flip(disk, 0)

@@ -15,6 +15,7 @@ from gemini.chunk import (
     Codec,
     Ledger,
     Marked,
+    MemoryMap,
     Plain,
     SplitBf16,
     TensorSpec,
@@ -51,7 +52,7 @@ def test_an_optimizer_may_keep_any_number_of_states() -> None:
     (layout,) = pack([TensorSpec("w", (33,), (1,)), TensorSpec("b", (5,), (1,))], 100)
     states = tuple(BufferSpec(f"state_of_{i}") for i in range(9))
     tiers = {**dict.fromkeys((MASTER, GRADIENT), Tier.HOST), **{spec.name: Tier.HOST for spec in states}}
-    ledger = Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20}, unified=False)
+    ledger = Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20}, MemoryMap.EMULATED)
     manager = ChunkManager([plan_of(layout, tiers, torch.bfloat16, states)], ledger, FakeBackend(1 << 20), None)
     parameter = torch.empty(33, dtype=torch.bfloat16)
     manager.bind(parameter, manager.chunks[0], 0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemini.chunk import DiskBackend, Ledger, Tier
+from gemini.chunk import DiskBackend, Ledger, MemoryMap, Tier
 from gemini.errors import OffloadError, OutOfMemory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,7 +24,7 @@ DTYPES = [
 
 
 def ledger(nbytes: int = 1 << 20) -> Ledger:
-    return Ledger({Tier.DISK: nbytes}, unified=False)
+    return Ledger({Tier.DISK: nbytes}, MemoryMap.EMULATED)
 
 
 @pytest.fixture
@@ -234,9 +234,9 @@ def test_space_that_is_refused_is_not_counted_and_the_next_buffer_works(
 FILL = """
 import sys, torch
 from pathlib import Path
-from gemini.chunk import DiskBackend, Ledger, Tier
+from gemini.chunk import DiskBackend, Ledger, MemoryMap, Tier
 from gemini.errors import OutOfMemory
-ledger = Ledger({Tier.DISK: 1 << 40}, False)
+ledger = Ledger({Tier.DISK: 1 << 40}, MemoryMap.EMULATED)
 disk = DiskBackend(Path(sys.argv[1]), ledger)
 kept = [disk.allocate(50_000, torch.float32, "first")]
 kept[0].write(0, torch.arange(50_000.))
@@ -283,8 +283,8 @@ def test_a_full_file_system_is_out_of_memory_before_training_and_never_a_signal(
 HOLD = """
 import sys, torch
 from pathlib import Path
-from gemini.chunk import DiskBackend, Ledger, Requests, Tier
-disk = DiskBackend(Path(sys.argv[1]), Ledger({Tier.DISK: 1 << 40}, False), Requests(1 << 20, depth=4))
+from gemini.chunk import DiskBackend, Ledger, MemoryMap, Requests, Tier
+disk = DiskBackend(Path(sys.argv[1]), Ledger({Tier.DISK: 1 << 40}, MemoryMap.EMULATED), Requests(1 << 20, depth=4))
 disk.allocate(1 << 20, torch.float32, "x").write(0, torch.ones(1 << 20))
 print("ready", flush=True)
 sys.stdin.read()

@@ -8,7 +8,7 @@ import torch
 from fakes import FakeBackend
 from torch import Tensor, nn
 
-from gemini.chunk import DiskBackend, GradientBuffer, Ledger, RamBackend, Staging, TensorSpec, Tier, pack
+from gemini.chunk import DiskBackend, GradientBuffer, Ledger, MemoryMap, RamBackend, Staging, TensorSpec, Tier, pack
 
 SHAPES = [(33,), (2, 3, 4, 5), (), (7, 9), (0, 4)]
 STRIDES = [(1,), (60, 1, 15, 3), (), (9, 1), (4, 1)]  # the second is channels_last
@@ -28,7 +28,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture
 def buffer(tier: Tier, dtype: torch.dtype, tmp_path: Path) -> Iterator[GradientBuffer]:
     device = RamBackend(None, Staging(2, 16))
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     home = disk.allocate(LAYOUT.numel, dtype, "x") if tier is Tier.DISK else device.home(tier, LAYOUT.numel, dtype)
     home.write(0, torch.full((LAYOUT.numel,), float("nan"), dtype=dtype))  # nobody may read what was not written
     yield GradientBuffer(LAYOUT, home, device)
@@ -135,7 +135,7 @@ def test_a_sparse_gradient_names_the_parameter_and_the_remedy(buffer: GradientBu
 
 def test_what_is_on_its_way_to_disk_has_arrived_before_it_is_read_or_added_to(tmp_path: Path) -> None:
     device = FakeBackend(1 << 20)
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     buffer = GradientBuffer(LAYOUT, disk.allocate(LAYOUT.numel, torch.float32, "x"), device)
     at = LAYOUT.slots[3].offset
     buffer.add(3, gradient(3, torch.float32))
@@ -149,7 +149,7 @@ def test_what_is_on_its_way_to_disk_has_arrived_before_it_is_read_or_added_to(tm
 
 def test_norms_are_computed_on_the_way_once_someone_has_asked_for_them(tmp_path: Path) -> None:
     device = FakeBackend(1 << 20)
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     buffer = GradientBuffer(LAYOUT, disk.allocate(LAYOUT.numel, torch.float32, "x"), device)
     for round_ in range(3):
         buffer.add(0, gradient(0, torch.float32, seed=round_))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from gemini.chunk.ledger import Ledger
+from gemini.chunk.memory_map import MemoryMap
 from gemini.chunk.tier import Tier
 from gemini.errors import OutOfMemory
 
@@ -16,10 +17,10 @@ tiers = st.sampled_from(list(Tier))
 class LedgerMachine(RuleBasedStateMachine):
     """Random calls next to a model that is a plain list of what was taken."""
 
-    @initialize(capacities=st.dictionaries(tiers, st.integers(0, 100)), unified=st.booleans())
-    def begin(self, capacities: dict[Tier, int], unified: bool) -> None:
-        self.ledger = Ledger(capacities, unified)
-        self.unified = unified
+    @initialize(capacities=st.dictionaries(tiers, st.integers(0, 100)), memory=st.sampled_from(MemoryMap))
+    def begin(self, capacities: dict[Tier, int], memory: MemoryMap) -> None:
+        self.ledger = Ledger(capacities, memory)
+        self.unified = memory is MemoryMap.UNIFIED
         self.capacities = {tier: capacities.get(tier, 0) for tier in Tier}
         self.taken: list[tuple[Tier, int]] = []
         self.peak = dict.fromkeys(Tier, 0)
@@ -77,7 +78,7 @@ TestRandomCalls.settings = settings(deadline=None, max_examples=150, stateful_st
 
 
 def test_device_and_host_share_one_capacity_when_they_are_the_same_ram() -> None:
-    ledger = Ledger({Tier.DEVICE: 1000, Tier.HOST: 100}, unified=True)
+    ledger = Ledger({Tier.DEVICE: 1000, Tier.HOST: 100}, MemoryMap.UNIFIED)
     ledger.take(Tier.DEVICE, 60, "full copy")
     assert ledger.capacity(Tier.DEVICE) == ledger.capacity(Tier.HOST) == 100
     assert (ledger.used(Tier.DEVICE), ledger.used(Tier.HOST)) == (60, 60)
@@ -89,22 +90,22 @@ def test_device_and_host_share_one_capacity_when_they_are_the_same_ram() -> None
 
 
 def test_tiers_of_their_own_are_counted_apart() -> None:
-    ledger = Ledger({Tier.DEVICE: 10, Tier.HOST: 20}, unified=False)
+    ledger = Ledger({Tier.DEVICE: 10, Tier.HOST: 20}, MemoryMap.EMULATED)
     ledger.take(Tier.DEVICE, 10, "x")
     ledger.take(Tier.HOST, 20, "x")
     assert (ledger.used(Tier.DEVICE), ledger.used(Tier.HOST), ledger.free(Tier.DISK)) == (10, 20, 0)
 
 
-@pytest.mark.parametrize(("unified", "argument"), [(False, "device_memory"), (True, "host_memory")])
-def test_the_message_names_what_to_raise_and_to_how_much_and_that_is_enough(unified: bool, argument: str) -> None:
+@pytest.mark.parametrize(("memory", "bound"), [(MemoryMap.ACCELERATOR, Tier.DEVICE), (MemoryMap.UNIFIED, Tier.HOST)])
+def test_the_message_names_what_to_raise_and_to_how_much_and_that_is_enough(memory: MemoryMap, bound: Tier) -> None:
     capacities = {Tier.DEVICE: 3 * MIB, Tier.HOST: 3 * MIB}
-    ledger = Ledger(capacities, unified)
+    ledger = Ledger(capacities, memory)
     ledger.take(Tier.DEVICE, 2 * MIB, "x")
     with pytest.raises(OutOfMemory) as raised:
         ledger.take(Tier.DEVICE, MIB + 1, "the full copy of chunk 3")
     message = str(raised.value)
     assert "the full copy of chunk 3 needs 1.0 MiB" in message
-    assert f"set {argument} to {3 * MIB + 1} bytes" in message
+    assert f"set {bound.value}_memory to {3 * MIB + 1} bytes" in message
     assert ledger.used(Tier.DEVICE) == ledger.peak(Tier.DEVICE) == 2 * MIB
-    ledger.resize(Tier.HOST if unified else Tier.DEVICE, 3 * MIB + 1)
+    ledger.resize(bound, 3 * MIB + 1)
     ledger.take(Tier.DEVICE, MIB + 1, "the full copy of chunk 3")

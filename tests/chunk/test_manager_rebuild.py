@@ -7,14 +7,14 @@ import torch
 from fakes import FakeBackend
 from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig, plan_of
 
-from gemini.chunk import MASTER, ChunkPlan, ChunkState, DiskBackend, Ledger, Tier
+from gemini.chunk import MASTER, ChunkPlan, ChunkState, DiskBackend, Ledger, MemoryMap, Tier
 from gemini.errors import OutOfMemory
 
 ON_DISK = dict.fromkeys(TRAINABLE, Tier.DISK)
 
 
 def trained(rig: Rig, index: int, homes: dict[str, Tier] = TRAINABLE) -> ChunkPlan:
-    return plan_of(rig.chunks[index].layout, homes, torch.bfloat16, unified=rig.ledger.unified)
+    return plan_of(rig.chunks[index].layout, homes, torch.bfloat16, memory=rig.ledger.memory)
 
 
 @pytest.mark.parametrize("unified", [False, True])
@@ -23,7 +23,7 @@ def trained(rig: Rig, index: int, homes: dict[str, Tier] = TRAINABLE) -> ChunkPl
 def test_values_stay_and_the_ledger_says_what_there_is(
     homes: dict[str, Tier], frozen: Tier, unified: bool, tmp_path: Path
 ) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     rig = Rig([{MASTER: frozen}, FROZEN], room=4, unified=unified, disk=disk)
     chunk = rig.chunks[0]
     rig.use(chunk)

@@ -7,7 +7,7 @@ import torch
 from fakes import FakeBackend, FakeUpdate
 from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig, plan_of
 
-from gemini.chunk import MASTER, ChunkManager, ChunkState, DiskBackend, Ledger, TensorSpec, Tier, pack
+from gemini.chunk import MASTER, ChunkManager, ChunkState, DiskBackend, Ledger, MemoryMap, TensorSpec, Tier, pack
 from gemini.errors import OffloadError, OutOfMemory
 
 NAMES = [MASTER, "exp_avg", "exp_avg_sq"]
@@ -16,7 +16,7 @@ NAMES = [MASTER, "exp_avg", "exp_avg_sq"]
 @pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK])
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_read_back_as_written_on_every_tier(tier: Tier, name: str, tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     homes = {**TRAINABLE, name: tier}
     rig = Rig([homes, homes], room=20, disk=disk)
     for chunk in rig.chunks:
@@ -32,7 +32,7 @@ def test_values_are_read_back_as_written_on_every_tier(tier: Tier, name: str, tm
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 def test_a_value_of_the_wrong_shape_is_refused(tier: Tier, tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     rig = Rig([{**TRAINABLE, "exp_avg": tier}], disk=disk)
     before = rig.manager.read(rig.parameters[0][1], "exp_avg")
     longer = torch.ones(100)[:19]  # its storage is long enough
@@ -44,10 +44,10 @@ def test_a_value_of_the_wrong_shape_is_refused(tier: Tier, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
 def test_strided_values_keep_their_elements_in_place(tier: Tier, tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     conv = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     layouts = pack([TensorSpec("b", (3,), (1,)), TensorSpec("conv", tuple(conv.shape), conv.stride())], 1000)
-    ledger = Ledger({Tier.DEVICE: 10_000, Tier.HOST: 10_000}, False)
+    ledger = Ledger({Tier.DEVICE: 10_000, Tier.HOST: 10_000}, MemoryMap.EMULATED)
     plan = plan_of(layouts[0], {**TRAINABLE, MASTER: tier}, torch.float32)
     manager = ChunkManager([plan], ledger, FakeBackend(10_000), disk)
     (chunk,) = manager.chunks
@@ -106,11 +106,11 @@ def test_a_home_without_room_names_the_buffer_and_a_parameter() -> None:
     layouts = pack([TensorSpec("layers.0.weight", (64,), (1,))], 64)
     plan = plan_of(layouts[0], TRAINABLE, torch.bfloat16)
     with pytest.raises(OutOfMemory, match=r"exp_avg_sq of chunk 0 \(with layers.0.weight\)"):
-        ChunkManager([plan], Ledger({Tier.HOST: 64 * 8 + 100}, False), FakeBackend(0), None)
+        ChunkManager([plan], Ledger({Tier.HOST: 64 * 8 + 100}, MemoryMap.EMULATED), FakeBackend(0), None)
 
 
 def test_closing_ends_the_device_and_the_disk(tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     rig = Rig([{MASTER: Tier.DISK}], disk=disk)
     rig.manager.close()
     assert rig.device.log[-1] == ("close",)

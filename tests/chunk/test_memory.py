@@ -17,6 +17,7 @@ from gemini.chunk import (
     DiskBackend,
     Ledger,
     MemoryBuffer,
+    MemoryMap,
     RamBackend,
     Staging,
     Tier,
@@ -78,7 +79,10 @@ def test_a_foreground_move_within_ram_is_over_at_once() -> None:
 
 
 def test_an_error_of_the_disk_surfaces_at_each_wait_and_no_staging_is_lost(tmp_path: Path) -> None:
-    disk, staging = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False)), Staging(FETCH_WORKERS, BLOCK_NUMEL)
+    disk, staging = (
+        DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED)),
+        Staging(FETCH_WORKERS, BLOCK_NUMEL),
+    )
     backend = RamBackend(staging)
     home = disk.allocate(NUMEL, torch.float32, "x")
     disk.close()
@@ -96,7 +100,7 @@ def test_an_error_of_the_disk_surfaces_at_each_wait_and_no_staging_is_lost(tmp_p
 
 @pytest.mark.timeout(60)
 def test_more_fetches_than_blocks_and_workers_all_arrive(tmp_path: Path) -> None:
-    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, False))
+    disk = DiskBackend(tmp_path, Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED))
     backend = RamBackend(Staging(1, 32))
     homes = [disk.allocate(NUMEL, torch.float32, "x") for _ in range(20)]
     fulls = [full_copy(backend, torch.bfloat16) for _ in homes]

@@ -41,7 +41,7 @@ def test_the_waste_is_that_of_packing(tensors: list[tuple[int, int]], blocks: in
     sizes, groups = [size for size, _ in tensors], [group for _, group in tensors]
     used = taken = 0
     for group in {*groups}:
-        chunks = [layout for layout in layouts(sizes, numel, groups) if layout.group == group]
+        chunks = [layout for layout in layouts(sizes, numel, groups) if groups[layout.slots[0].key] == group]
         in_group = sum(align(size) for size, g in tensors if g == group and size <= numel)
         used += in_group
         taken += len(chunks) * numel if len(chunks) > 1 else in_group

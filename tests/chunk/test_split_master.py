@@ -15,6 +15,7 @@ from gemini.chunk import (
     ChunkManager,
     DiskBackend,
     Ledger,
+    MemoryMap,
     RamBackend,
     TensorSpec,
     Tier,
@@ -62,7 +63,9 @@ def manager(states_tier: Tier, disk: DiskBackend | None, ledger: Ledger) -> tupl
     specs = [TensorSpec("w", (33,), (1,)), TensorSpec("conv", (2, 5, 2), (10, 1, 5))]
     (layout,) = pack(specs, 100)
     homes = {name: states_tier if name.startswith("exp_avg") else tier for name, tier in SPLIT.items()}
-    found = ChunkManager([plan_of(layout, homes, torch.bfloat16, ADAM, unified=True)], ledger, RamBackend(None), disk)
+    found = ChunkManager(
+        [plan_of(layout, homes, torch.bfloat16, ADAM, memory=MemoryMap.UNIFIED)], ledger, RamBackend(None), disk
+    )
     chunk = found.chunks[0]
     parameters = [torch.empty_strided(slot.shape, slot.stride, dtype=torch.bfloat16) for slot in layout.slots]
     for position, parameter in enumerate(parameters):
@@ -77,7 +80,7 @@ def test_masters_and_states_are_read_as_they_were_written(
     tier: Tier, piece_numel: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(values, "_PIECE_NUMEL", piece_numel)
-    ledger = Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20, Tier.DISK: 1 << 20}, unified=True)
+    ledger = Ledger({Tier.DEVICE: 1 << 20, Tier.HOST: 1 << 20, Tier.DISK: 1 << 20}, MemoryMap.UNIFIED)
     disk = DiskBackend(tmp_path, ledger) if tier is Tier.DISK else None
     chunks, chunk, parameters = manager(tier, disk, ledger)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemini.chunk import Tier
+from gemini.chunk import MemoryMap, Tier
 from gemini.config import PRECISIONS, GeminiConfig
 from gemini.memory.capacity import find_capacities
 from gemini.planning.placement import AutoPlacementPolicy
@@ -78,7 +78,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="DEVICE is the CU
 @no_cuda
 def test_without_an_accelerator_device_and_host_are_one() -> None:
     capacities = find_capacities(GeminiConfig(host_memory=1000))
-    assert capacities.unified and capacities.device.type == "cpu"
+    assert capacities.memory is MemoryMap.UNIFIED and capacities.device.type == "cpu"
     assert capacities.nbytes == {Tier.DEVICE: 1000, Tier.HOST: 1000, Tier.DISK: 0}
     assert capacities.budgets[Tier.DEVICE].source == "the same RAM as host: argument host_memory"
 
@@ -86,7 +86,7 @@ def test_without_an_accelerator_device_and_host_are_one() -> None:
 @no_cuda
 def test_device_memory_emulates_a_device_of_its_own() -> None:
     capacities = find_capacities(GeminiConfig(device_memory=10, host_memory=1000))
-    assert not capacities.unified and capacities.nbytes[Tier.DEVICE] == 10
+    assert capacities.memory is MemoryMap.EMULATED and capacities.nbytes[Tier.DEVICE] == 10
     assert capacities.budgets[Tier.DEVICE].source == "argument device_memory"
 
 

@@ -11,7 +11,17 @@ from simulated import SimulatedDevice
 from test_parity import Other, check_loop
 
 from gemini.boosted import boosted
-from gemini.chunk import AcceleratorBackend, ChunkLayout, GradientBuffer, Ledger, Slot, Tier, accelerator, driver_of
+from gemini.chunk import (
+    AcceleratorBackend,
+    ChunkLayout,
+    GradientBuffer,
+    Ledger,
+    MemoryMap,
+    Slot,
+    Tier,
+    accelerator,
+    driver_of,
+)
 from gemini.chunk.conversion import conversion_pieces
 from gemini.chunk.eviction import Eviction
 from gemini.chunk.full_copies import FullCopies
@@ -119,11 +129,11 @@ class Launched:
 
 
 def test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(device: SimulatedDevice) -> None:
-    layout = ChunkLayout(0, None, 256, (Slot(0, "p", 0, 256, (256,), (1,)),))
+    layout = ChunkLayout(0, 256, (Slot(0, "p", 0, 256, (256,), (1,)),))
     for seed in range(10):
         device.seed(seed)
         backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)
-        ledger = Ledger({Tier.DEVICE: 1024}, False)
+        ledger = Ledger({Tier.DEVICE: 1024}, MemoryMap.EMULATED)
         pool = GradientPool(ledger, backend, None, Eviction(ledger, FullCopies(ledger, backend), lambda: 0))
         pool.reserve(Tier.DEVICE, 1024, "room")
         borrow = partial(pool.borrow, layout, Tier.DEVICE, torch.float32)

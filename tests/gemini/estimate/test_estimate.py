@@ -13,7 +13,7 @@ from torch import nn
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Tier
+from gemini.chunk import MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.estimate import floor
 from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
@@ -113,9 +113,9 @@ def test_model_data_peak_where_the_estimate_says(
     from gemini.boosted import boosted
 
     limits = boosted(model).capacities.nbytes
-    unified = boosted(model).capacities.unified
+    memory = boosted(model).capacities.memory
     data = ModelData(subject_of(build), config, optimizer.rule.slots(optimizer.param_groups[0]))
-    expected = model_bytes(data.pack(limits, unified), limits, unified)
+    expected = model_bytes(data.pack(limits, memory), limits)
     stats = model.memory_stats()
     for tier in Tier:
         measured = stats[f"{tier.value}/peak_bytes"]
@@ -259,7 +259,7 @@ def test_only_full_copies_that_do_not_stay_are_filled_in_each_step(
     """Bytes a parameter: 12 of states, a gradient, and a full copy where it is not the master, or half of it."""
     data = ModelData(subject_of(build), GeminiConfig(**config, chunk_numel=1024))
     limits = {Tier.DEVICE: 1, Tier.HOST: round(ram * data.numel), Tier.DISK: 0}
-    assert (streamed_bytes(data.pack(limits, True), limits, True) > 0) == streams
+    assert (streamed_bytes(data.pack(limits, MemoryMap.UNIFIED), limits) > 0) == streams
 
 
 def test_split_masters_take_less_and_are_among_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import MASTER, SHADOW, Tier
+from gemini.chunk import MASTER, SHADOW, MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.memory import capacity
 from gemini.memory.capacity import find_capacities
@@ -45,7 +45,7 @@ def test_what_the_user_says_is_taken_as_it_is() -> None:
 @without_cuda
 def test_device_and_host_are_one_budget_where_nothing_is_emulated(tmp_path: Path) -> None:
     found = find_capacities(GeminiConfig(offload_dir=tmp_path / "to" / "be" / "made"))
-    assert found.unified and found.nbytes[Tier.DEVICE] == found.nbytes[Tier.HOST] == 10 * GIB
+    assert found.memory is MemoryMap.UNIFIED and found.nbytes[Tier.DEVICE] == found.nbytes[Tier.HOST] == 10 * GIB
     assert "free disk" in found.budgets[Tier.DISK].source
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.chunk.memory_map import MemoryMap
 from gemini.chunk.tier import Tier
 from gemini.memory.prediction import Outlook, Peaks, bytes_of_copies, measure, predict
 from gemini.memory.timeline import Point
@@ -67,11 +68,11 @@ def test_the_copies_of_a_lap_are_counted_moment_by_moment() -> None:
 
 def test_the_peak_is_that_of_the_sum() -> None:
     homes = {Tier.DEVICE: 100, Tier.HOST: 1000, Tier.DISK: 5}
-    apart = predict(homes, [10, 40, 20], [30, 0, 15], Tier.DEVICE, unified=False)
+    apart = predict(homes, [10, 40, 20], [30, 0, 15], MemoryMap.ACCELERATOR)
     assert apart == Peaks((140, 1000, 5), 30)
-    unified = predict({**homes, Tier.DEVICE: 0}, [10, 40, 20], [30, 0, 15], Tier.HOST, unified=True)
+    unified = predict({**homes, Tier.DEVICE: 0}, [10, 40, 20], [30, 0, 15], MemoryMap.UNIFIED)
     assert unified == Peaks((40, 1040, 5), 30)
-    other_moments = predict(homes, [10, 40], [30, 0, 15], Tier.DEVICE, unified=False)
+    other_moments = predict(homes, [10, 40], [30, 0, 15], MemoryMap.ACCELERATOR)
     assert other_moments.tiers[0] == 170  # nothing is known of when: both at once
 
 

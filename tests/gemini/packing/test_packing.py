@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gemini.chunk import FETCH_WORKERS, GRADIENT, MASTER, Tier
+from gemini.chunk import FETCH_WORKERS, GRADIENT, MASTER, MemoryMap, Tier
 from gemini.chunk.search import bounds
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
@@ -29,7 +29,8 @@ BUFFERS = (MASTER, "exp_avg", "exp_avg_sq", GRADIENT)
 def capacities_of(device: int = 0, host: int = PLENTY, disk: int = 0, unified: bool = False) -> Capacities:
     nbytes = {Tier.DEVICE: host if unified else device, Tier.HOST: host, Tier.DISK: disk}
     budgets = {tier: Budget(n, f"test {tier.value}") for tier, n in nbytes.items()}
-    return Capacities(torch.device("cpu"), unified, budgets, None)
+    memory = MemoryMap.UNIFIED if unified else MemoryMap.ACCELERATOR
+    return Capacities(torch.device("cpu"), memory, budgets, None)
 
 
 def config_of(**options: Any) -> GeminiConfig:
@@ -56,7 +57,7 @@ def test_without_an_optimizer_every_chunk_has_a_master_in_the_compute_dtype_only
     packing = decide(mlp(), [], config_of(), capacities_of(unified=True))
     for plan in packing.plans:
         assert set(plan.tiers) == {MASTER} and plan.specs[MASTER].dtype is torch.bfloat16
-        assert not plan.layout.group.trainable
+        assert not plan.is_trainable
 
 
 def test_trainable_parameters_have_states_and_a_gradient() -> None:
@@ -95,7 +96,7 @@ def test_the_groups_of_an_optimizer_do_not_share_chunks() -> None:
     ]
     packing = decide(model, groups, config_of(chunk_numel=1 << 20), capacities_of(unified=True))
     assert names(packing) == [[f"{i}.weight" for i in range(4)], [f"{i}.bias" for i in range(4)]]
-    assert [plan.layout.group.param_group for plan in packing.plans] == [0, 1]
+    assert [plan.param_group for plan in packing.plans] == [0, 1]
 
 
 def test_slots_follow_the_order_of_the_model_and_keys_count_the_parameters() -> None:
@@ -175,7 +176,7 @@ def held(packing: Packing, tier: Tier, names: Sequence[str] = BUFFERS) -> int:
     )
 
 
-def ring_bytes(model: nn.Module, packing: Packing, unified: bool) -> int:
+def ring_bytes(model: nn.Module, packing: Packing) -> int:
     """The room for the unit that needs most, given which homes are full copies."""
     least = 0
     for module_name, module in model.named_modules():
@@ -183,8 +184,7 @@ def ring_bytes(model: nn.Module, packing: Packing, unified: bool) -> int:
         chunks = [plan for plan in packing.plans if own & {slot.name for slot in plan.layout.slots}]
         streamed = 0
         for plan in chunks:
-            master = plan.tiers[MASTER]
-            in_reach = master is Tier.DEVICE or (unified and master is Tier.HOST)
+            in_reach = packing.memory.shares(plan.tiers[MASTER], Tier.DEVICE)
             if not (in_reach and plan.specs[MASTER].dtype is plan.compute_dtype):
                 streamed += plan.layout.numel * plan.compute_dtype.itemsize
         least = max(least, streamed)
@@ -193,9 +193,9 @@ def ring_bytes(model: nn.Module, packing: Packing, unified: bool) -> int:
 
 def check_room(model: nn.Module, packing: Packing, capacities: Capacities) -> None:
     staging = packing.staging_block_numel * 4 * (FETCH_WORKERS + BLOCK_SETS * len(BUFFERS))
-    ring = ring_bytes(model, packing, capacities.unified)
+    ring = ring_bytes(model, packing)
     nbytes = capacities.nbytes
-    if capacities.unified:
+    if capacities.memory is MemoryMap.UNIFIED:
         assert held(packing, Tier.DEVICE) == 0
         assert held(packing, Tier.HOST) + staging + ring <= nbytes[Tier.HOST]
     else:
@@ -304,9 +304,8 @@ def remedies_of(message: str) -> list[dict[Tier, int]]:
 
 
 def with_capacities(capacities: Capacities, nbytes: Mapping[Tier, int]) -> Capacities:
-    budgets = {**capacities.budgets, **{tier: Budget(n, "as told") for tier, n in nbytes.items()}}
-    if capacities.unified:
-        budgets[Tier.DEVICE] = budgets[Tier.HOST]
+    told = {**capacities.budgets, **{tier: Budget(n, "as told") for tier, n in nbytes.items()}}
+    budgets = {tier: told[capacities.memory.pool(tier)] for tier in Tier}
     return replace(capacities, budgets=budgets)
 
 

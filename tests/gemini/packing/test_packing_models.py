@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gemini.chunk import GRADIENT, Tier
+from gemini.chunk import GRADIENT, MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.memory.capacity import Capacities
 from gemini.memory.tracker import Budget
@@ -71,7 +71,9 @@ def groups_of(model: nn.Module, kind: str) -> list[dict[str, Any]]:
 
 def capacities_of(device: int) -> Capacities:
     nbytes = {Tier.DEVICE: device, Tier.HOST: 1 << 40, Tier.DISK: 0}
-    return Capacities(torch.device("cpu"), False, {tier: Budget(n, "test") for tier, n in nbytes.items()}, None)
+    return Capacities(
+        torch.device("cpu"), MemoryMap.ACCELERATOR, {tier: Budget(n, "test") for tier, n in nbytes.items()}, None
+    )
 
 
 def padding(packing: Packing) -> float:

@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.chunk import GRADIENT, MASTER, SHADOW, Tier
+from gemini.chunk import GRADIENT, MASTER, SHADOW, MemoryMap, Tier
 from gemini.chunk.disk import PAGE_BYTES
 from gemini.planning.placement import (
     DISK_PAGE_BYTES as PAGE,
 )
 from gemini.planning.placement import (
     AutoPlacementPolicy,
+    Capacity,
     ChunkNeed,
-    DoesNotFit,
     Placement,
     PlacementPolicy,
-    Room,
     StaticPlacementPolicy,
+    Unplaced,
     place,
 )
 
@@ -32,9 +32,11 @@ def frozen(numel: int) -> ChunkNeed:
     return ChunkNeed(buffers={MASTER: 2 * numel}, full_nbytes=2 * numel)
 
 
-def room_of(device: int, host: int, disk: int = 0, unified: bool = False, ring: int = 0, staging: int = 0) -> Room:
-    capacities = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
-    return Room(capacities=capacities, unified=unified, ring_bytes=ring, staging_bytes=staging)
+def room_of(
+    device: int, host: int, disk: int = 0, memory: MemoryMap = MemoryMap.ACCELERATOR, ring: int = 0, staging: int = 0
+) -> Capacity:
+    nbytes = {Tier.DEVICE: device, Tier.HOST: host, Tier.DISK: disk}
+    return Capacity(nbytes=nbytes, memory=memory, ring_bytes=ring, staging_bytes=staging)
 
 
 needs_of_models = st.lists(
@@ -45,7 +47,7 @@ rooms = st.builds(
     device=st.integers(0, 3000),
     host=st.integers(0, 5000),
     disk=st.just(0) | st.integers(0, 200_000),
-    unified=st.booleans(),
+    memory=st.sampled_from(MemoryMap),
     ring=st.integers(0, 400),
     staging=st.integers(0, 400),
 )
@@ -56,20 +58,25 @@ def whole(need: ChunkNeed) -> int:
     return sum(need.buffers.values())
 
 
-def try_place(needs: list[ChunkNeed], room: Room, policy: PlacementPolicy) -> Placement | DoesNotFit:
-    try:
-        return place(needs, room, policy)
-    except DoesNotFit as error:
-        return error
+def placed(needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy | None = None) -> Placement:
+    found = place(needs, room, policy or AutoPlacementPolicy())
+    assert isinstance(found, Placement)
+    return found
+
+
+def unplaced(needs: list[ChunkNeed], room: Capacity) -> Unplaced:
+    found = place(needs, room, AutoPlacementPolicy())
+    assert isinstance(found, Unplaced)
+    return found
 
 
 @settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
-    needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
+    needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy
 ) -> None:
-    placement = try_place(needs, room, policy)
-    if isinstance(placement, DoesNotFit):
+    placement = place(needs, room, policy)
+    if isinstance(placement, Unplaced):
         return
     assert [homes.keys() - {SHADOW} for homes in placement.homes] == [set(need.buffers) for need in needs]
     for tier in Tier:
@@ -83,24 +90,27 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     assert placement.uses_disk == (placement.nbytes[Tier.DISK] > 0)
     host = placement.nbytes[Tier.HOST] + (room.staging_bytes if placement.uses_disk else 0)
     device = placement.nbytes[Tier.DEVICE]
-    if room.unified:
-        assert device == 0 and host + room.ring_bytes <= room.capacities[Tier.HOST]
+    if room.memory is MemoryMap.UNIFIED:
+        assert device == 0 and host + room.ring_bytes <= room.nbytes[Tier.HOST]
     else:
-        assert host <= room.capacities[Tier.HOST] and device + room.ring_bytes <= room.capacities[Tier.DEVICE]
-    assert placement.nbytes[Tier.DISK] <= room.capacities[Tier.DISK]
+        assert host <= room.nbytes[Tier.HOST] and device + room.ring_bytes <= room.nbytes[Tier.DEVICE]
+    assert placement.nbytes[Tier.DISK] <= room.nbytes[Tier.DISK]
 
 
 @settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_the_device_takes_whole_chunks_in_order_and_leaves_out_what_does_not_fit(
-    needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
+    needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy
 ) -> None:
-    placement = try_place(needs, room, policy)
-    if isinstance(placement, DoesNotFit):
+    placement = place(needs, room, policy)
+    if isinstance(placement, Unplaced):
         return
     taken, share = 0, policy.device_share(sum(map(whole, needs)))
     for need, homes in zip(needs, placement.homes, strict=True):
-        fits = taken + whole(need) <= min(room.capacities[Tier.DEVICE] - room.ring_bytes, share) and not room.unified
+        fits = (
+            taken + whole(need) <= min(room.nbytes[Tier.DEVICE] - room.ring_bytes, share)
+            and room.memory is not MemoryMap.UNIFIED
+        )
         assert (set(homes.values()) == {Tier.DEVICE}) == fits
         assert fits or Tier.DEVICE not in homes.values()
         taken += whole(need) if fits else 0
@@ -109,58 +119,57 @@ def test_the_device_takes_whole_chunks_in_order_and_leaves_out_what_does_not_fit
 @settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_shadows_take_what_the_host_has_left_and_nothing_that_a_home_could_use(
-    needs: list[ChunkNeed], room: Room, policy: PlacementPolicy
+    needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy
 ) -> None:
-    placement = try_place(needs, room, policy)
-    if isinstance(placement, DoesNotFit):
+    placement = place(needs, room, policy)
+    if isinstance(placement, Unplaced):
         return
-    without = place([replace(need, shadow_nbytes=0) for need in needs], room, policy)
-    homes_only = [{role: tier for role, tier in h.items() if role is not SHADOW} for h in placement.homes]
+    without = placed([replace(need, shadow_nbytes=0) for need in needs], room, policy)
+    homes_only = [{name: tier for name, tier in h.items() if name != SHADOW} for h in placement.homes]
     assert homes_only == list(without.homes)
     host = placement.nbytes[Tier.HOST] + (room.staging_bytes if placement.uses_disk else 0)
     for need, homes in zip(needs, placement.homes, strict=True):
         if SHADOW in homes:
-            assert homes[SHADOW] is Tier.HOST and not room.unified and need.shadow_nbytes
+            assert homes[SHADOW] is Tier.HOST and room.memory is not MemoryMap.UNIFIED and need.shadow_nbytes
             assert homes[MASTER] is Tier.HOST
-        elif need.shadow_nbytes and not room.unified and homes[MASTER] is Tier.HOST:
-            assert host + need.shadow_nbytes > room.capacities[Tier.HOST]
+        elif need.shadow_nbytes and room.memory is not MemoryMap.UNIFIED and homes[MASTER] is Tier.HOST:
+            assert host + need.shadow_nbytes > room.nbytes[Tier.HOST]
 
 
 @settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms)
-def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: list[ChunkNeed], room: Room) -> None:
-    placement = try_place(needs, room, AutoPlacementPolicy())
-    if isinstance(placement, DoesNotFit) or not placement.uses_disk:
+def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: list[ChunkNeed], room: Capacity) -> None:
+    placement = place(needs, room, AutoPlacementPolicy())
+    if isinstance(placement, Unplaced) or not placement.uses_disk:
         return
-    taken = room.staging_bytes + (room.ring_bytes if room.unified else 0)
+    taken = room.staging_bytes + (room.ring_bytes if room.memory is MemoryMap.UNIFIED else 0)
     for name in (MASTER, GRADIENT, "exp_avg", "exp_avg_sq"):
         for need, homes in zip(needs, placement.homes, strict=True):
             if homes.get(name) is Tier.HOST:
                 taken += need.nbytes(name, Tier.HOST)
             elif homes.get(name) is Tier.DISK:
-                assert taken + need.buffers[name] > room.capacities[Tier.HOST]
+                assert taken + need.buffers[name] > room.nbytes[Tier.HOST]
 
 
 @settings(deadline=None, max_examples=600)
 @given(needs=needs_of_models, room=rooms, policy=policies)
-def test_with_the_missing_bytes_added_it_fits(needs: list[ChunkNeed], room: Room, policy: PlacementPolicy) -> None:
-    error = try_place(needs, room, policy)
-    if isinstance(error, Placement):
+def test_with_the_missing_bytes_added_it_fits(needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy) -> None:
+    found = place(needs, room, policy)
+    if isinstance(found, Placement):
         return
-    assert error.homes_bytes >= 0 and all(nbytes > 0 for nbytes in error.working_bytes.values())
-    assert error.missing_bytes == error.homes_bytes + sum(error.working_bytes.values()) > 0
-    assert str(error.missing_bytes) in str(error)
-    capacities = dict(room.capacities)
-    for tier, nbytes in error.working_bytes.items():
+    assert found.homes_bytes >= 0 and all(nbytes > 0 for nbytes in found.working_bytes.values())
+    assert found.missing_bytes == found.homes_bytes + sum(found.working_bytes.values()) > 0
+    capacities = dict(room.nbytes)
+    for tier, nbytes in found.working_bytes.items():
         capacities[tier] += nbytes
-    capacities[Tier.DISK if capacities[Tier.DISK] else Tier.HOST] += error.homes_bytes
-    place(needs, replace(room, capacities=capacities), policy)
+    capacities[Tier.DISK if capacities[Tier.DISK] else Tier.HOST] += found.homes_bytes
+    placed(needs, replace(room, nbytes=capacities), policy)
 
 
 def test_masters_take_the_host_first_then_gradients_then_moments() -> None:
     needs = [trainable(10), trainable(10)]
     room = room_of(0, 80 + 20 + 20 + 30, 4 * PAGE, staging=30)
-    first, second = place(needs, room, AutoPlacementPolicy()).homes
+    first, second = placed(needs, room).homes
     assert first == {
         MASTER: Tier.HOST, GRADIENT: Tier.HOST, "exp_avg": Tier.DISK, "exp_avg_sq": Tier.DISK
     }  # fmt: skip
@@ -169,34 +178,28 @@ def test_masters_take_the_host_first_then_gradients_then_moments() -> None:
 
 def test_homes_on_disk_take_whole_pages() -> None:
     needs = [trainable(10), trainable(1025)]
-    assert place(needs, room_of(0, 0, (4 + 3 * 2 + 1) * PAGE), AutoPlacementPolicy()).nbytes[Tier.DISK] == 11 * PAGE
-    with pytest.raises(DoesNotFit) as raised:
-        place(needs, room_of(0, 0, 11 * PAGE - 1), AutoPlacementPolicy())
-    assert raised.value.homes_bytes == 2 * PAGE  # the home that has one page only
+    assert placed(needs, room_of(0, 0, (4 + 3 * 2 + 1) * PAGE)).nbytes[Tier.DISK] == 11 * PAGE
+    assert unplaced(needs, room_of(0, 0, 11 * PAGE - 1)).homes_bytes == 2 * PAGE  # the home that has one page only
 
 
 def test_staging_is_taken_only_where_something_is_on_disk() -> None:
     needs = [trainable(10)]
-    assert not place(needs, room_of(0, 140, 4 * PAGE, staging=50), AutoPlacementPolicy()).uses_disk
-    placement = place(needs, room_of(0, 139, 4 * PAGE, staging=50), AutoPlacementPolicy())
+    assert not placed(needs, room_of(0, 140, 4 * PAGE, staging=50)).uses_disk
+    placement = placed(needs, room_of(0, 139, 4 * PAGE, staging=50))
     assert placement.uses_disk and placement.nbytes[Tier.HOST] <= 139 - 50
 
 
 def test_staging_that_the_host_cannot_hold_is_not_placed_beside_it() -> None:
-    with pytest.raises(DoesNotFit) as raised:
-        place([trainable(10)], room_of(0, 10, 4 * PAGE, staging=30), AutoPlacementPolicy())
-    assert (raised.value.working_bytes, raised.value.homes_bytes) == ({Tier.HOST: 20}, 0)
+    assert unplaced([trainable(10)], room_of(0, 10, 4 * PAGE, staging=30)) == Unplaced({Tier.HOST: 20}, 0)
 
 
 def test_a_huge_chunk_does_not_keep_smaller_ones_off_the_device() -> None:
-    placement = place([trainable(100), trainable(10)], room_of(200, 1 << 20), AutoPlacementPolicy())
+    placement = placed([trainable(100), trainable(10)], room_of(200, 1 << 20))
     assert [Tier.DEVICE in homes.values() for homes in placement.homes] == [False, True]
 
 
 def test_a_ring_that_the_device_cannot_hold_does_not_fit() -> None:
-    with pytest.raises(DoesNotFit) as raised:
-        place([trainable(10)], room_of(10, 1000, ring=20), AutoPlacementPolicy())
-    assert (raised.value.working_bytes, raised.value.homes_bytes) == ({Tier.DEVICE: 10}, 0)
+    assert unplaced([trainable(10)], room_of(10, 1000, ring=20)) == Unplaced({Tier.DEVICE: 10}, 0)
 
 
 def test_placement_and_disk_agree_on_the_size_of_a_page() -> None:
@@ -204,14 +207,14 @@ def test_placement_and_disk_agree_on_the_size_of_a_page() -> None:
 
 
 def test_no_chunks_need_no_room() -> None:
-    assert place([], room_of(0, 0), AutoPlacementPolicy()) == Placement((), dict.fromkeys(Tier, 0))
+    assert placed([], room_of(0, 0)) == Placement((), dict.fromkeys(Tier, 0))
 
 
 @settings(deadline=None, max_examples=500)
 @given(needs=needs_of_models, fraction=st.floats(0, 1))
 def test_a_static_fraction_is_kept_to_one_chunk(needs: list[ChunkNeed], fraction: float) -> None:
     total = sum(map(whole, needs))
-    placement = place(needs, room_of(total, total), StaticPlacementPolicy(offload_optim_frac=fraction))
+    placement = placed(needs, room_of(total, total), StaticPlacementPolicy(offload_optim_frac=fraction))
     on_device, wanted = placement.nbytes[Tier.DEVICE], round(total * (1 - fraction))
     assert on_device <= wanted
     left_out = [
@@ -222,7 +225,7 @@ def test_a_static_fraction_is_kept_to_one_chunk(needs: list[ChunkNeed], fraction
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 4), (0.25, 3), (0.26, 2), (0.5, 2), (1.0, 0)])
 def test_static_fractions_of_equal_chunks(fraction: float, count: int) -> None:
-    placement = place([trainable(10)] * 4, room_of(1000, 1000), StaticPlacementPolicy(offload_optim_frac=fraction))
+    placement = placed([trainable(10)] * 4, room_of(1000, 1000), StaticPlacementPolicy(offload_optim_frac=fraction))
     assert placement.nbytes[Tier.DEVICE] == count * 140
 
 
@@ -231,3 +234,38 @@ def test_static_fractions_of_equal_chunks(fraction: float, count: int) -> None:
 def test_a_fraction_outside_of_zero_to_one_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be between 0 and 1"):
         StaticPlacementPolicy(**{name: value})
+
+
+@settings(deadline=None, max_examples=300)
+@given(needs=needs_of_models, room=rooms)
+def test_a_master_where_units_run_is_the_full_copy_if_they_can_compute_with_it(
+    needs: list[ChunkNeed], room: Capacity
+) -> None:
+    needs = [replace(need, full_can_be_home=len(need.buffers) == 1) for need in needs]
+    found = place(needs, room, AutoPlacementPolicy())
+    if isinstance(found, Unplaced):
+        return
+    for need, homes, is_home in zip(needs, found.homes, found.full_is_home, strict=True):
+        in_reach = (Tier.DEVICE, Tier.HOST) if room.memory is MemoryMap.UNIFIED else (Tier.DEVICE,)
+        assert is_home == (len(need.buffers) == 1 and homes[MASTER] in in_reach)
+
+
+@settings(deadline=None, max_examples=300)
+@given(needs=needs_of_models, room=rooms, gradient=st.integers(1, 200))
+def test_gradients_without_a_home_have_room_on_each_tier_with_masters_of_theirs(
+    needs: list[ChunkNeed], room: Capacity, gradient: int
+) -> None:
+    needs = [
+        replace(need, buffers={r: n for r, n in need.buffers.items() if r != GRADIENT}, borrows_gradient=True)
+        if GRADIENT in need.buffers
+        else need
+        for need in needs
+    ]
+    found = place(needs, replace(room, gradient_bytes=gradient), AutoPlacementPolicy())
+    if isinstance(found, Unplaced):
+        return
+    masters = {h[MASTER] for need, h in zip(needs, found.homes, strict=True) if need.borrows_gradient}
+    assert found.gradient_room == {Tier.DEVICE if tier is Tier.DEVICE else Tier.HOST: gradient for tier in masters}
+    ring = {room.memory.compute_tier: room.ring_bytes}
+    for tier, nbytes in found.gradient_room.items():
+        assert found.nbytes[tier] + nbytes + ring.get(tier, 0) <= room.nbytes[tier]

@@ -9,15 +9,15 @@ from belady import Played, belady, play
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemini.chunk import GRADIENT, MASTER, Tier
+from gemini.chunk import GRADIENT, MASTER, MemoryMap, Tier
 from gemini.planning.placement import (
     AutoPlacementPolicy,
+    Capacity,
     ChunkNeed,
-    DoesNotFit,
     Placement,
     PlacementPolicy,
-    Room,
     StaticPlacementPolicy,
+    Unplaced,
     place,
 )
 from gemini.planning.planner import Planner
@@ -36,7 +36,7 @@ class Instance:
     lap: list[list[int]]
     """The chunks in use at each moment."""
     needs: list[ChunkNeed]
-    room: Room
+    room: Capacity
     policy: PlacementPolicy
     depth: int
     equal: bool
@@ -67,7 +67,12 @@ def instance_of(seed: int) -> Instance:
             Tier.HOST: int(total * share) + (ring if unified else 0) + 100,
             Tier.DISK: disk + 4 * 4096 * count,  # homes take whole pages
         }
-    room = Room(capacities=capacities, unified=unified, ring_bytes=ring, staging_bytes=rng.choice([0, 100]))
+    room = Capacity(
+        nbytes=capacities,
+        memory=MemoryMap.UNIFIED if unified else MemoryMap.ACCELERATOR,
+        ring_bytes=ring,
+        staging_bytes=rng.choice([0, 100]),
+    )
     policy = AutoPlacementPolicy() if rng.random() < 0.7 else StaticPlacementPolicy(offload_optim_frac=rng.random())
     return Instance(kind, lap, needs, room, policy, depth, equal, not unified and rng.random() < 0.5)
 
@@ -120,28 +125,26 @@ def check_placement(instance: Instance, placement: Placement) -> int:
             held[tier] += need.nbytes(role, tier)
     assert all(held[tier] == placement.nbytes[tier] for tier in Tier)
     host = held[Tier.HOST] + (room.staging_bytes if held[Tier.DISK] else 0)
-    assert held[Tier.DISK] <= room.capacities[Tier.DISK]
-    if room.unified:
+    assert held[Tier.DISK] <= room.nbytes[Tier.DISK]
+    if room.memory is MemoryMap.UNIFIED:
         assert not held[Tier.DEVICE]
-        return room.capacities[Tier.HOST] - host
-    assert host <= room.capacities[Tier.HOST]
-    return room.capacities[Tier.DEVICE] - held[Tier.DEVICE]
+        return room.nbytes[Tier.HOST] - host
+    assert host <= room.nbytes[Tier.HOST]
+    return room.nbytes[Tier.DEVICE] - held[Tier.DEVICE]
 
 
 def check(seed: int) -> tuple[Instance, Played, list[int]] | None:
     """Place, plan and play an instance; None if it does not fit. With equal chunks, Belady's fetches come along."""
     instance = instance_of(seed)
-    try:
-        placement = place(instance.needs, instance.room, instance.policy)
-    except DoesNotFit as error:
-        assert error.missing_bytes > 0
+    placement = place(instance.needs, instance.room, instance.policy)
+    if isinstance(placement, Unplaced):
+        assert placement.missing_bytes > 0
         return None
     capacity = check_placement(instance, placement)
-    reach = (Tier.DEVICE, Tier.HOST) if instance.room.unified else (Tier.DEVICE,)
     nbytes = {
         c: need.full_nbytes
         for c, (need, homes) in enumerate(zip(instance.needs, placement.homes, strict=True))
-        if not (homes[MASTER] in reach and "exp_avg" not in need.buffers)  # its home is the full copy
+        if not (instance.room.memory.shares(homes[MASTER], Tier.DEVICE) and "exp_avg" not in need.buffers)
     }
     lost = [c for c in nbytes if instance.lost and "exp_avg" in instance.needs[c].buffers]
     trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(m)) for i, m in enumerate(instance.lap)))

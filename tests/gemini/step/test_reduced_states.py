@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Tier
+from gemini.chunk import MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData
@@ -22,7 +23,7 @@ from gemini.nn.optimizer import HybridAdam, update
 from gemini.nn.optimizer.moments import slots
 from gemini.nn.optimizer.reduced import BLOCK_NUMEL
 from gemini.nn.optimizer.reference import adam_8bit_reference, adam_reference
-from gemini.packing import packing
+from gemini.packing import solve
 from gemini.planning.placement import Placement, place
 from gemini.stat import cli
 
@@ -94,11 +95,13 @@ def buffers_on_disk(model: nn.Module) -> set[str]:
 def test_scales_on_disk_give_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def place_scales_on_disk(*args: Any) -> Placement:
         found = place(*args)
+        assert isinstance(found, Placement)
         scales = ("exp_avg_scale", "exp_avg_sq_scale")
         homes = tuple({name: Tier.DISK if name in scales else tier for name, tier in h.items()} for h in found.homes)
-        return Placement(homes, {**found.nbytes, Tier.DISK: found.nbytes[Tier.DISK] + (1 << 20)})
+        nbytes = {**found.nbytes, Tier.DISK: found.nbytes[Tier.DISK] + (1 << 20)}
+        return replace(found, homes=homes, nbytes=nbytes)
 
-    monkeypatch.setattr(packing, "place", place_scales_on_disk)
+    monkeypatch.setattr(solve, "place", place_scales_on_disk)
     _, model = run_managed(task("8bit"), offload_dir=tmp_path, **size(1 << 14))
     assert buffers_on_disk(model) == {"exp_avg_scale", "exp_avg_sq_scale"}
     check_equal(run_managed(task("8bit"), offload_dir=tmp_path, **size(1 << 14))[0], run_plain(task("8bit")))
@@ -129,7 +132,7 @@ def test_statistics_placement_and_estimate_say_the_bytes(states: str) -> None:
     data = ModelData(
         Subject("two layers", build, lambda size, length: {}), GeminiConfig(precision="fp32"), slots(states)
     )
-    packing = data.pack({Tier.DEVICE: 1, Tier.HOST: 1 << 30, Tier.DISK: 0}, unified=True)
+    packing = data.pack({Tier.DEVICE: 1, Tier.HOST: 1 << 30, Tier.DISK: 0}, MemoryMap.UNIFIED)
     assert packing.placement.nbytes == boosted(model).packing.placement.nbytes
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import MASTER, Chunk, Tier
+from gemini.chunk import MASTER, Chunk, MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData, model_bytes
@@ -227,9 +227,9 @@ def test_statistics_placement_and_estimate_say_14_bytes_a_parameter() -> None:
     assert manager.ledger.peak(Tier.HOST) == 14 * numel and manager.moves.fetch_count == 0
     data = ModelData(Subject("two layers", two_layers, lambda size, length: {}), GeminiConfig(split_master=True))
     limits = {Tier.DEVICE: 1, Tier.HOST: 14 * numel, Tier.DISK: 0}
-    packing = data.pack(limits, unified=True)
+    packing = data.pack(limits, MemoryMap.UNIFIED)
     assert packing.placement.nbytes == boosted(model).packing.placement.nbytes
-    assert model_bytes(packing, limits, unified=True)[Tier.HOST] == 14 * numel
+    assert model_bytes(packing, limits)[Tier.HOST] == 14 * numel
     run_managed(one, split_master=True, host_memory=14 * numel)
     with pytest.raises(OutOfMemory):
         run_managed(one, host_memory=14 * numel)

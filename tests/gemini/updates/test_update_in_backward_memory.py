@@ -6,7 +6,7 @@ import pytest
 import torch
 from limited import limited, outcome
 
-from gemini.chunk import ChunkLayout, Ledger, RamBackend, Slot, Tier
+from gemini.chunk import ChunkLayout, Ledger, MemoryMap, RamBackend, Slot, Tier
 from gemini.chunk.eviction import Eviction
 from gemini.chunk.full_copies import FullCopies
 from gemini.chunk.gradient import GradientBuffer
@@ -74,12 +74,12 @@ class Use:
 
 
 def layout(index: int, numel: int = 256) -> ChunkLayout:
-    return ChunkLayout(index, None, numel, (Slot(0, f"p{index}", 0, numel - 32, (numel - 32,), (1,)),))
+    return ChunkLayout(index, numel, (Slot(0, f"p{index}", 0, numel - 32, (numel - 32,), (1,)),))
 
 
 def pool(room: int, capacity: int = 1 << 20) -> tuple[GradientPool, RamBackend]:
     backend = RamBackend(None)
-    ledger = Ledger({Tier.HOST: capacity}, unified=True)
+    ledger = Ledger({Tier.HOST: capacity}, MemoryMap.UNIFIED)
     lender = GradientPool(ledger, backend, None, Eviction(ledger, FullCopies(ledger, backend), lambda: 0))
     lender.reserve(Tier.HOST, room, "room")
     return lender, backend

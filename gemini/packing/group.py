@@ -1,0 +1,96 @@
+"""What the parameters of a chunk have in common: what that asks of memory, and the plan of the chunk once placed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..chunk import (
+    GRADIENT,
+    MASTER,
+    SHADOW,
+    BufferSpec,
+    ChunkLayout,
+    ChunkPlan,
+    MasterCodec,
+    MemoryMap,
+    Plain,
+    SplitBf16,
+    WithShadow,
+)
+from ..config import GeminiConfig
+from ..planning.placement import ChunkNeed, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters of different groups do not share a chunk."""
+
+    param_group: int
+    """Index of the optimizer's group; -1 if it is frozen or in none."""
+    keeps_fp32: bool
+    """Computes in fp32 whatever the precision: its module has running statistics, which keep their dtype, and takes
+    low-precision inputs beside fp32 weights."""
+    states: tuple[BufferSpec, ...]
+    """What the optimizer keeps for each element; the same for all of one optimizer's group."""
+    compute_dtype: torch.dtype
+    """Of the full copy and the gradient."""
+    splits_master: bool
+    """Its masters are in two halves where units can use the upper one. See [Note: Split master]."""
+
+    @classmethod
+    def of(cls, config: GeminiConfig, index: int, keeps_fp32: bool, states: tuple[BufferSpec, ...] = ()) -> "Group":
+        """The group of parameters in the optimizer's group ``index`` (-1: in none)."""
+        dtype = torch.float32 if keeps_fp32 else config.compute_dtype
+        has_room = dtype is torch.bfloat16 and any(spec.has_spare_sign for spec in states)
+        return cls(index, keeps_fp32, states, dtype, config.split_master and has_room)
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.param_group >= 0
+
+    def need(self, numel: int, borrow: bool) -> ChunkNeed:
+        """What a chunk of ``numel`` elements asks for; with ``borrow`` its gradient has no home."""
+        low, full = numel * self.compute_dtype.itemsize, numel * 4
+        if not self.is_trainable:
+            return ChunkNeed(buffers={MASTER: low}, full_nbytes=low, full_can_be_home=True)
+        buffers = {MASTER: full, **{spec.name: spec.nbytes(numel) for spec in self.states}}
+        return ChunkNeed(
+            buffers=buffers if borrow else {**buffers, GRADIENT: low},
+            full_nbytes=low,
+            shadow_nbytes=low if low < full else 0,
+            borrows_gradient=borrow,
+            full_can_be_home=low == full or self.splits_master,
+        )
+
+    def codec(self, is_full: bool, has_shadow: bool) -> MasterCodec:
+        """How the masters of a chunk are kept: as the full copy if ``is_full``, and with a shadow or without."""
+        if is_full and self.splits_master:
+            return SplitBf16(next(spec.name for spec in self.states if spec.has_spare_sign))
+        if has_shadow:
+            return WithShadow(BufferSpec(MASTER), self.compute_dtype)
+        return Plain(BufferSpec(MASTER, torch.float32 if self.is_trainable else self.compute_dtype))
+
+
+def plans(
+    layouts: Sequence[ChunkLayout], groups: Sequence[Group], placement: Placement, memory: MemoryMap
+) -> tuple[ChunkPlan, ...]:
+    """The plans of chunks that have been placed, each with its group."""
+    found = []
+    for layout, group, homes, is_full in zip(layouts, groups, placement.homes, placement.full_is_home, strict=True):
+        codec = group.codec(is_full, SHADOW in homes)
+        found.append(
+            ChunkPlan(
+                layout,
+                codec,
+                group.states,
+                # The parts of a master take the bytes of the whole, at the same place.
+                {**{spec.name: homes[MASTER] for spec in codec.specs}, **homes},
+                group.compute_dtype,
+                param_group=group.param_group,
+                borrows_gradient=group.is_trainable and GRADIENT not in homes,
+                full_is_home=is_full,
+                update_reaches_full=memory.update_reaches_full(homes[MASTER]),
+            )
+        )
+    return tuple(found)
