@@ -29,7 +29,6 @@ from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
 from .values import write_slot
-from .weak import weakly
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
@@ -90,6 +89,5 @@ __all__ = [
     "start_workers",
     "tuned",
     "unmarked",
-    "weakly",
     "write_slot",
 ]

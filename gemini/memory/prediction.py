@@ -64,7 +64,7 @@ def measure(points: Sequence[Point], where: Tier) -> Peaks:
 
 
 def bytes_of_copies(schedule: Schedule, start: Collection[int], nbytes: Mapping[int, int]) -> list[int]:
-    """Bytes of the full copies at each moment of a lap that begins with the chunks ``start``."""
+    """Bytes of the full copies at each moment of a cycle that begins with the chunks ``start``."""
     there = {chunk for chunk in start if chunk in nbytes}
     total = sum(nbytes[chunk] for chunk in there)
     found = []

@@ -14,6 +14,12 @@ from ..packing.packing import Packing, managed_parameters
 from ..telemetry.probes import Fields
 from ..units.units import Unit
 
+_OPTIONS = (
+    *("precision", "max_prefetch", "update_in_backward", "split_master", "chunk_numel", "pin_memory"),
+    *("device_memory", "host_memory", "disk_memory"),
+)
+"""What is written down as the user gave it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decided:
@@ -48,8 +54,55 @@ class Decided:
 
     def document(self, manager: ChunkManager, packing: Packing, units: Sequence[Unit]) -> Fields:
         """Chunks, parameters and what the user asked for, as one JSON object. Records refer to units by index."""
-        described = description(manager, packing, self.config, self.capacities)
-        return {**described, "model": self.model, "units": [unit.name for unit in units]}
+        config, capacities = self.config, self.capacities
+        parameters: dict[int, dict[str, Any]] = {}
+        chunks = []
+        for chunk, plan in zip(manager.chunks, packing.plans, strict=True):
+            keeps_fp32 = packing.groups[chunk.layout.slots[0].key].keeps_fp32
+            marks = (" frozen" if not plan.is_trainable else "") + (" fp32" if keeps_fp32 else "")
+            buffers = dict(chunk.homes)
+            if chunk.gradient is not None and chunk.gradient.buffer is not None:
+                buffers[GRADIENT] = chunk.gradient.buffer
+            for slot in chunk.layout.slots:
+                parameters[slot.key] = {
+                    "name": slot.name,
+                    "shape": list(slot.shape),
+                    "chunk": chunk.index,
+                    "param_group": plan.param_group,
+                    "trainable": plan.is_trainable,
+                    "keeps_fp32": keeps_fp32,
+                }
+            chunks.append(
+                {
+                    "numel": chunk.layout.numel,
+                    "used_numel": chunk.layout.used_numel,
+                    "full_bytes": chunk.full_nbytes,
+                    "homes": {name: home.tier.value for name, home in buffers.items()},
+                    "home_bytes": {name: home.nbytes for name, home in buffers.items()},
+                    "group": f"{plan.param_group}{marks}",
+                }
+            )
+        return {
+            "chunks": chunks,
+            "units": [unit.name for unit in units],
+            "model": self.model,
+            "parameters": [parameters[key] for key in sorted(parameters)],
+            "homes_bytes": {tier.value: packing.placement.nbytes[tier] for tier in Tier},
+            "capacities": {
+                tier.value: {"bytes": budget.bytes, "source": budget.source}
+                for tier, budget in capacities.budgets.items()
+            },
+            "unified": capacities.memory is MemoryMap.UNIFIED,
+            "ram_bytes": capacities.ram_bytes,
+            "device_limit_bytes": capacities.device_limit_bytes,
+            "config": {
+                "policy": type(config.policy).__name__,
+                "offload_optim_frac": getattr(config.policy, "offload_optim_frac", None),
+                "offload_param_frac": getattr(config.policy, "offload_param_frac", None),
+                "offload_dir": None if config.offload_dir is None else str(config.offload_dir),
+                **{name: getattr(config, name) for name in _OPTIONS},
+            },
+        }
 
 
 def model_facts(model: nn.Module) -> dict[str, Any] | None:
@@ -63,62 +116,3 @@ def model_facts(model: nn.Module) -> dict[str, Any] | None:
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second of transformers before 5, where
     recomputes = next((getattr(model, name) for name in names if hasattr(type(model), name)), False)  # only it is there
     return {"class": type(model).__name__, "config": content, "checkpointing": bool(recomputes)}
-
-
-def description(
-    manager: ChunkManager, packing: Packing, config: GeminiConfig, capacities: Capacities
-) -> Mapping[str, Any]:
-    """Chunks, parameters and what the user asked for, as one JSON object."""
-    parameters: dict[int, dict[str, Any]] = {}
-    chunks = []
-    for chunk, plan in zip(manager.chunks, packing.plans, strict=True):
-        keeps_fp32 = packing.groups[chunk.layout.slots[0].key].keeps_fp32
-        marks = (" frozen" if not plan.is_trainable else "") + (" fp32" if keeps_fp32 else "")
-        buffers = dict(chunk.homes)
-        if chunk.gradient is not None and chunk.gradient.buffer is not None:
-            buffers[GRADIENT] = chunk.gradient.buffer
-        for slot in chunk.layout.slots:
-            parameters[slot.key] = {
-                "name": slot.name,
-                "shape": list(slot.shape),
-                "chunk": chunk.index,
-                "param_group": plan.param_group,
-                "trainable": plan.is_trainable,
-                "keeps_fp32": keeps_fp32,
-            }
-        chunks.append(
-            {
-                "numel": chunk.layout.numel,
-                "used_numel": chunk.layout.used_numel,
-                "full_bytes": chunk.full_nbytes,
-                "homes": {name: home.tier.value for name, home in buffers.items()},
-                "home_bytes": {name: home.nbytes for name, home in buffers.items()},
-                "group": f"{plan.param_group}{marks}",
-            }
-        )
-    return {
-        "chunks": chunks,
-        "parameters": [parameters[key] for key in sorted(parameters)],
-        "homes_bytes": {tier.value: packing.placement.nbytes[tier] for tier in Tier},
-        "capacities": {
-            tier.value: {"bytes": budget.bytes, "source": budget.source} for tier, budget in capacities.budgets.items()
-        },
-        "unified": capacities.memory is MemoryMap.UNIFIED,
-        "ram_bytes": capacities.ram_bytes,
-        "device_limit_bytes": capacities.device_limit_bytes,
-        "config": {
-            "precision": config.precision,
-            "policy": type(config.policy).__name__,
-            "offload_optim_frac": getattr(config.policy, "offload_optim_frac", None),
-            "offload_param_frac": getattr(config.policy, "offload_param_frac", None),
-            "max_prefetch": config.max_prefetch,
-            "update_in_backward": config.update_in_backward,
-            "split_master": config.split_master,
-            "chunk_numel": config.chunk_numel,
-            "device_memory": config.device_memory,
-            "host_memory": config.host_memory,
-            "disk_memory": config.disk_memory,
-            "offload_dir": None if config.offload_dir is None else str(config.offload_dir),
-            "pin_memory": config.pin_memory,
-        },
-    }
