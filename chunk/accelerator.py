@@ -17,8 +17,8 @@ next to use chunks waits for the one before, and memory of full copies goes back
 that has waited for the stream that gives it back.
 
 The optimizer's updates of homes on DEVICE are kernels, too. Another thread launches them, later than they are asked
-for, in the stream of who asked. So that a chunk's update is over says no more than that they have been launched: who
-waits for it is held behind them, in the stream that the waiting is done in. For a fetch that is the lane.
+for, in the stream of the thread that asked. An update that is over has been launched, no more: what waits for it is
+held behind these kernels, in the stream that the waiting is done in. For a fetch that is the lane.
 """
 
 import time
@@ -85,7 +85,7 @@ class AcceleratorBackend:
     Parameters
     ----------
     driver
-        Who talks to the device.
+        The driver of the device.
     staging, store_staging
         Blocks of RAM for reading and writing DISK homes; None if there are none.
     pin_homes

@@ -7,12 +7,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class FreeMemory:
-    """Bytes of a device that nobody has, other processes included."""
+    """Bytes of a device that no process has."""
 
     free: int
     total: int
     reader: str
-    """Who says so."""
+    """The name of the interface that was asked."""
 
 
 class AcceleratorMemory:

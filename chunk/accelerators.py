@@ -1,4 +1,4 @@
-"""Which device computes, and who talks to it. The only place that tells one kind of device from another."""
+"""The device that computes, its driver and its memory. The only place that tells one kind of device from another."""
 
 import torch
 
@@ -28,12 +28,12 @@ def accelerator_in_use() -> torch.device | None:
 
 
 def driver_of(device: torch.device) -> AcceleratorDriver:
-    """Who talks to a device."""
+    """The driver of a device."""
     return CudaDriver(device) if _is_cuda(device) else AcceleratorDriver(device)
 
 
 def memory_of(device: torch.device) -> AcceleratorMemory:
-    """Who knows the memory of a device."""
+    """How much memory a device has."""
     return CudaMemory(device) if _is_cuda(device) else AcceleratorMemory(device)
 
 

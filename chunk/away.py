@@ -150,7 +150,7 @@ def is_linked(parameter: Tensor) -> bool:
 
 
 def _keeper_of(parameter: Tensor) -> Keeper | None:
-    """Who answers for a parameter that is away; None if its model is gone."""
+    """The keeper of a parameter that is away; None if its model is gone."""
     found = parameter.__dict__.get(_LINK)
     return None if found is None else found.keeper()
 

@@ -74,7 +74,7 @@ class Bindings:
     # -- classes
 
     def be_plain(self) -> None:
-        """The chunk is pinned: torch asks nobody before it uses a parameter."""
+        """The chunk is pinned: torch uses the parameters without asking their keeper."""
         for binding in self._all:
             binding.parameter.__class__ = binding.plain
 

@@ -21,7 +21,7 @@ from .tier import Tier
 
 
 class Chunk:
-    """A chunk's memory and state. It does what it is told; the manager accounts, the runtime decides.
+    """A chunk's memory and state. It decides nothing: `ChunkManager` and the engine do.
 
     ``full`` is one storage, resized 0 <-> n and never replaced: autograd may have saved views of it. Where home and
     full copy would be the same bytes (same dtype, same memory), they are: ``full_is_home``, and nothing moves.

@@ -5,10 +5,10 @@ middle of it (a sparse memory map dies of SIGBUS). The file has no name (``O_TMP
 is left behind by a crash.
 
 Large transfers between whole pages go around the page cache (``O_DIRECT``): what goes through it is copied once more,
-takes RAM beside the budgets of the tiers (a cgroup counts it, and throttles who dirties it), and drives out what other
-programs have there. What O_DIRECT cannot do (the partial pages at the ends of a range, memory that is not aligned like
-the file, file systems that refuse it) goes through the page cache; the kernel keeps both views of the file the same as
-long as nobody uses one page in both ways at once, and one page is never shared by two ranges that are in use together.
+takes RAM beside the budgets of the tiers (a cgroup counts it, and throttles processes that dirty it), and drives out
+what other programs have there. What O_DIRECT cannot do (the partial pages at the ends of a range, memory that is not
+aligned like the file, file systems that refuse it) goes through the page cache; the kernel keeps both views of the file
+the same as long as no page is used in both ways at once, and no two ranges that are in use together share a page.
 """
 
 import ctypes
@@ -91,7 +91,7 @@ class DiskFile:
         if direct:
             self._direct_fd = _open_direct(self._fd)
         if self._requests.depth > 1:
-            # Who asks for a transfer does a part of it, too.
+            # The thread that asks for a transfer does a part of it, too.
             self._pool = start_workers(self._requests.depth - 1, "disk", IO_STACK_BYTES)
 
     @property

@@ -33,7 +33,7 @@ class Eviction:
 
     def note_use(self, chunk: Chunk, moment: int) -> None:
         """A chunk is pinned."""
-        self._last_used[chunk.index] = moment
+        self._last_used[chunk.layout.index] = moment  # at each visit: `index` is a call more
 
     def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         """Evict others than those of ``keep`` until the full copy of ``chunk`` fits.
@@ -55,7 +55,7 @@ class Eviction:
                 self._ledger.overdraw(Tier.DEVICE, missing)
 
     def make_room_for(self, tier: Tier, nbytes: int) -> None:
-        """Evict until so many bytes of a tier are free, or nothing idle is left where that would help."""
+        """Evict until ``nbytes`` of a tier are free, or nothing idle is left where that would help."""
         if self._ledger.memory.shares(tier, Tier.DEVICE):
             while self._ledger.free(tier) < nbytes and self._evict_one():
                 pass

@@ -12,7 +12,7 @@ from .layout import ChunkLayout, Slot
 from .memory import DeviceBackend
 
 _OWN_REFERENCES = 3
-"""To a view of a gradient that nobody else holds: the list, a loop's name for it, and the argument that asks."""
+"""References to a view of a gradient that code elsewhere does not hold: the list, a loop's name, and the argument."""
 
 
 class GradientBuffer:
@@ -45,7 +45,7 @@ class GradientBuffer:
         self._is_given_up = False
         self._norms: dict[int, Tensor] = {}
         self._norm_wanted = False
-        """Whether anyone has asked for 2-norms yet: who clips does so in every step, who does not never."""
+        """Whether 2-norms have been asked for: if gradients are clipped, they are in every step."""
         self._views = _views(layout, buffer)
         self._addresses = [view.data_ptr() for view in self._views]
 

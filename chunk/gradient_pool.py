@@ -41,7 +41,7 @@ class Use(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Idle:
-    """A block that nobody has."""
+    """A block that is not lent."""
 
     block: MemoryBuffer
     last_use: Use | None
@@ -60,7 +60,7 @@ class GradientPool:
     Parameters
     ----------
     ledger, device, disk
-        Who counts, who has memory, and where gradients go that find none (None: nowhere).
+        The ledger, the memory, and the disk for gradients that find none there (None if there is no disk tier).
     eviction
         Evicts full copies that nothing uses, where these share their memory with gradients.
     """
@@ -155,7 +155,7 @@ class GradientPool:
         self._in_update.append((gradient, buffer, use))
 
     def release(self, gradient: GradientBuffer) -> None:
-        """Take back at once what nobody will read."""
+        """Take back at once the memory of a gradient that is not wanted any more."""
         if gradient.is_borrowed and (buffer := gradient.give_up()) is not None:
             self._end_loan(gradient, buffer, None)
 

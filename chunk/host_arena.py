@@ -30,7 +30,7 @@ class HostArena:
         self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def reserve(self, nbytes: int) -> None:
-        """Have a block for homes of so many bytes together, each `padded`."""
+        """Take a block for homes of ``nbytes`` together, each `padded`."""
         self._free = self._new_block(padded(nbytes))
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -65,5 +65,5 @@ def registered_block(nbytes: int, lock: Callable[[int, int], bool], unlock: Call
 
 
 def padded(nbytes: int) -> int:
-    """What a home of so many bytes takes in an arena."""
+    """Bytes that a home of ``nbytes`` takes in an arena."""
     return -(-nbytes // HOME_ALIGN_BYTES) * HOME_ALIGN_BYTES

@@ -91,7 +91,7 @@ class Move:
 
 
 class Caller(Protocol):
-    """The thread that has another one work for it: where its kernels go, and what it has sent to the host."""
+    """A thread for which another one works: the stream of its kernels, and its downloads to the host."""
 
     def stand_in(self) -> AbstractContextManager[None]:
         """Let the kernels of this thread go where the caller's went."""
@@ -139,7 +139,7 @@ class DeviceBackend(Protocol):
     uploads: Uploads
 
     def reserve(self, host_bytes: int) -> None:
-        """Homes of so many bytes together (each `padded`) will be wanted on HOST: take their memory in one piece."""
+        """Take memory for homes on HOST of ``host_bytes`` together (each `padded`), in one piece."""
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         """Zeroed memory for a home on DEVICE or HOST."""
@@ -187,7 +187,7 @@ class DeviceBackend(Protocol):
         """
 
     def discard(self) -> None:
-        """Wait for all downloads, which nobody will read: what went wrong with them does not matter."""
+        """Wait for all downloads, whose errors do not matter: they will not be read."""
 
     def close(self) -> None:
         """End worker threads."""

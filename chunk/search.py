@@ -19,7 +19,7 @@ CHUNKS_WANTED = 24
 RING_CHUNKS = 6
 """Chunks that must fit into the room for full copies."""
 CANDIDATES = 256
-"""Sizes tried at most: it takes a third of a second for ten thousand tensors."""
+"""The most sizes that are tried: it takes a third of a second for ten thousand tensors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What to tell when a chunk gets no memory for its full copy: what it needs, who holds the tier, what would do."""
+"""Errors where a full copy gets no memory: what it needs, which chunks hold the tier, which capacity would do."""
 
 from collections.abc import Sequence
 

@@ -11,13 +11,13 @@
 
 A negative ``low`` says that ``high`` was rounded up. Half way between two bfloat16, at 0x8000, it is negative too, but
 every second time ``high`` was rounded down to its even neighbour. 32 bits cannot tell these apart: an even bfloat16
-stands for 65537 masters, both ties among them. So there is a mark, in a bit that nobody needs: the sign of a state of
+stands for 65537 masters, both ties among them. So there is a mark, in a bit that is free: the sign of a state of
 the optimizer that is never negative (``BufferSpec.has_spare_sign``; Adam's second moment). Nothing is lost, and nothing
 is rounded otherwise: any master comes back with its own bits, but for the payload of NaN. The sign of a state that is
 NaN must go: as a mark it would make -0.0 of a NaN whose upper half is 0x7FFF, as GPUs have it.
 
 Weights in two halves are from Kalamkar et al., "Optimizing Deep Learning Recommender Systems' Training on CPU Cluster
-Architectures", 2020 (Split-SGD-BF16), where the upper one is cut off, not rounded. The price: whoever writes to
+Architectures", 2020 (Split-SGD-BF16), where the upper one is cut off, not rounded. The price: code that writes to
 ``high`` behind the optimizer's back leaves a ``low`` that belongs to another number.
 """
 

@@ -1,4 +1,4 @@
-"""Everything that we set for the whole process: no other file sets such things.
+"""Everything that we set for the whole process.
 
 =========================  ==================================================  =======================================
 what                       set                                                 undone
@@ -14,6 +14,9 @@ signal handlers            `signals_to`: in ``gemini-stat top`` and training   a
 calls at exit and fork     `at_exit`, `before_fork`, `after_fork_in_child`:    never: they look for what is alive
                            when their modules are imported
 =========================  ==================================================  =======================================
+
+Only `lazy` sets more: functions of torch that read weights, while a ``LazyInitContext`` is open (``interception.py``),
+and torch's default dtype, while a recorded operation is replayed (``replay.py``).
 
 **malloc.** glibc takes a freed block of up to 32 MiB for a sign that there will be more of its kind and no longer gives
 such blocks back; the holes between those that live hold no larger ones. Training on the CPU then takes up to twice as

@@ -7,7 +7,7 @@ Each says what it is for, why no public name will do, and what to do should torc
 import sys
 from collections.abc import Callable
 from functools import cache
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from types import FrameType
 from typing import Any
 
@@ -54,9 +54,14 @@ next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 """The number of the next autograd node that this thread makes.
 If it goes: see `number_of`."""
 
-number_of: Callable[[Any], int] = methodcaller("_sequence_nr")
-"""The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
-If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond."""
+
+def number_of(node: Any) -> int:
+    """The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
+
+    If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond.
+    """
+    return node._sequence_nr()  # type: ignore[no-any-return]
+
 
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """What a tensor is a view of, for autograd: after a change in place its node is on the way of the view's gradient.
@@ -64,13 +69,18 @@ If it goes: units whose results are views count as not contained."""
 
 # -- what tensors and storages are, and who holds them
 
-version_of: Callable[[Tensor], int] = Tensor._version.__get__  # type: ignore[attr-defined]
+version_of: Callable[[Tensor], int] = attrgetter("_version")
 """How often a tensor was changed in place. Public names only raise it (``torch.autograd.graph.increment_version``).
 If it goes: compare values with home, as for ``p.data``."""
 
-use_count: Callable[[Tensor], int] = methodcaller("_use_count")
-"""References to a tensor from C++: more than one means that an autograd graph holds it.
-If it goes: refuse `swap_content` for tensors that have been used already."""
+
+def use_count(tensor: Tensor) -> int:
+    """References to a tensor from C++: more than one means that an autograd graph holds it.
+
+    If it goes: refuse `swap_content` for tensors that have been used already.
+    """
+    return tensor._use_count()  # type: ignore[attr-defined, no-any-return]
+
 
 swap_content: Callable[[Tensor, Tensor], None] = torch._C._swap_tensor_impl
 """Exchange what two tensor objects stand for. ``torch.utils.swap_tensors`` does it, but not with weak references.

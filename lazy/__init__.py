@@ -18,8 +18,8 @@ How the files build on each other (imports go down only)::
     replay.py        runs a plan and hands finished storages over
     liveness.py      which records matter for which storages (pure)
     tape.py          records, values, storages (pure data)
-    session.py       what each thread records on
-    skip.py          past random numbers that nobody needs
+    session.py       the tape on which a thread records
+    skip.py          past random numbers that are not needed
     rng.py           where the random numbers of a record come from
 """
 

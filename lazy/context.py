@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +18,6 @@ from .device import check_device, check_requested_device
 from .interception import reading_lazily
 from .materialize import materialize
 from .record import dispatch, read
-from .replay import paused
 from .session import session
 from .tape import Tape
 from .tensor import LazyTensor, _set_data, assign_data
@@ -53,9 +51,9 @@ class LazyInitContext:
 
     Notes
     -----
-    Contexts may be nested, and several may follow each other: they share one tape as long as nobody moved the
-    random generator in between. While a lazy model waits, the state of the random generator differs from what it was in
-    bits that no draw ever reads (see ``rng.py``); the numbers it gives are unchanged.
+    Contexts may be nested, and several may follow each other: they share one tape as long as the
+    random generator is not moved in between. While a lazy model waits, the state of the random generator differs from
+    what it was in bits that no draw ever reads (see ``rng.py``); the numbers it gives are unchanged.
 
     Arrays from ``tensor.numpy()`` inside the context are read-only copies. Real tensors that are copied into lazy ones
     are cloned, so a ``load_state_dict`` into a lazy model holds a copy of the loaded tensors until it is materialised.
@@ -90,8 +88,8 @@ class LazyInitContext:
         with ExitStack() as stack:
             if session.tape is None:
                 tape = _last_tape() or Tape()
-                stack.callback(setattr, session, "tape", None)
-                session.tape, session.last = tape, weakref.ref(tape)
+                stack.callback(session.end)
+                session.begin(tape)
                 stack.enter_context(reading_lazily())
                 stack.enter_context(_FunctionMode(tape))
                 stack.enter_context(_RecordingMode(tape))
@@ -151,7 +149,7 @@ class _RecordingMode(TorchDispatchMode):
         if is_composite(func):
             with self:  # a mode is off while it handles a call
                 return func.decompose(*args, **kwargs or {})
-        with without_torch_function():  # our own calls are nobody's business, and faster unseen
+        with without_torch_function():  # our own calls are not to be recorded, and run faster unseen
             return dispatch(self._tape, func, args, kwargs or {}, inside=True)
 
 
@@ -169,7 +167,7 @@ class _FunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         check_requested_device(func, args, kwargs)
         if func is torch.empty and sys._getframe(1).f_code in _UNINITIALISED:
-            with paused(self._tape):
+            with self._tape.paused():
                 return func(*args, **kwargs)
         if func == _set_data and isinstance(args[1], LazyTensor):
             if isinstance(args[0], nn.UninitializedParameter | nn.UninitializedBuffer):

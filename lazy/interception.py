@@ -1,7 +1,7 @@
 """The two functions that read weights below torch's hooks, replaced while a context is open anywhere.
 
-Whoever opens the first context puts the replacements in place, whoever leaves the last one takes them away, also from
-modules that were imported in between. A replacement looks whether the calling thread is in a context and otherwise
+The first context puts the replacements in place and the last one takes them away, also from modules that were imported
+in between. A replacement looks whether the calling thread is in a context and otherwise
 calls the original, so that other threads see no difference.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from .replay import paused
 from .session import active_tape
 from .weight_files import LazyFile, adopt, open_file
 
@@ -39,7 +38,7 @@ def load_lazily(f: Any, *args: Any, **kwargs: Any) -> Any:
     tape = active_tape()
     if tape is None:
         return _load(f, *args, **kwargs)
-    with paused(tape):
+    with tape.paused():
         loaded = _load(f, *args, **kwargs)
     return adopt(tape, loaded, f)
 

@@ -19,7 +19,7 @@ from .tape import Kind, Record, Storage, Value
 
 
 class Role(Enum):
-    """What a replay does with a record that it does not skip."""
+    """The part of a record in a replay that does not skip it."""
 
     RUN = auto()
     """Its effect is needed."""
@@ -31,16 +31,16 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a replay does."""
+    """The records that a replay runs."""
 
     roles: dict[int, Role]
-    """Index of a record -> its role, in program order; what is not here is skipped."""
+    """Index of a record -> its role, in program order; other records are skipped."""
     uses: dict[Storage, int]
     """Storage -> how many of the records to run touch it."""
     marks: frozenset[int]
     """Records after which the state of their generator is needed again later."""
     draws: bool
-    """Whether the wanted content depends on random numbers."""
+    """True if the wanted content depends on random numbers."""
 
 
 def plan_replay(records: Sequence[Record], targets: Iterable[Value], advance: Iterable[torch.Generator] = ()) -> Plan:

@@ -173,7 +173,7 @@ def _become(lazy: LazyTensor, real: Tensor) -> None:
 
 
 def _belongings(lazy: LazyTensor) -> dict[str, Any]:
-    """What users have put on a lazy tensor: attributes, hooks, a gradient."""
+    """Attributes, hooks and the gradient that users have put on a lazy tensor."""
     if isinstance(lazy.grad, LazyTensor):
         raise LazyInitError(f"{lazy!r} has a lazy gradient; set .grad to None before the model is materialised")
     hooks = {name: getattr(lazy, name, None) for name in TENSOR_HOOKS}

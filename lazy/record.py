@@ -77,7 +77,7 @@ on a thread pool), and a call may touch several tapes; Python runs one thread at
 
 def dispatch(tape: Tape, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, inside: bool) -> Any:
     """Run, record or refuse one aten call; `inside` says whether a context is active."""
-    if not tape.paused:
+    if not tape.is_paused:
         with RECORDING:
             return _dispatch(tape, func, args, kwargs, inside)
     if any(isinstance(leaf, LazyTensor) for leaf in tree_leaves((args, kwargs))):

@@ -20,7 +20,6 @@ from gemini.torch_private import tree_leaves, tree_map
 
 from .liveness import Plan, Role, plan_replay, touched
 from .memory import Pool, empty
-from .rng import SeedPoint
 from .tape import Kind, Record, Storage, Tape, Value
 
 Resolve = Callable[[Value], Tensor]
@@ -238,9 +237,7 @@ def read_values(tape: Tape, values: list[Value]) -> list[Tensor]:
         if replay.draws:
             generators = tape.generators.generators()
             Replay(tape, values, deliver, generators).run()
-            tape.records += [
-                Record(kind=Kind.SEED, generator=g, seed=SeedPoint(g, g.get_state(), None)) for g in generators
-            ]
+            tape.note_states(generators)
         else:
             replay.run()
     return [found[value] for value in values]
@@ -268,20 +265,10 @@ def keep_generators(tape: Tape) -> Iterator[None]:
 def undisturbed(tape: Tape) -> Iterator[None]:
     """Shield a replay from the caller's modes: recording, grad, inference, autocast."""
     with ExitStack() as stack:
-        stack.enter_context(paused(tape))
+        stack.enter_context(tape.paused())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for device in ("cpu", torch.accelerator.current_accelerator()):
             if device is not None and torch.is_autocast_enabled(torch.device(device).type):
                 stack.enter_context(torch.autocast(torch.device(device).type, enabled=False))
         yield
-
-
-@contextmanager
-def paused(tape: Tape) -> Iterator[None]:
-    """Let ops through instead of recording them."""
-    before, tape.paused = tape.paused, True
-    try:
-        yield
-    finally:
-        tape.paused = before

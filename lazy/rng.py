@@ -1,11 +1,11 @@
 """Where the random numbers of a recorded op come from.
 
 Nothing is drawn while recording, so the tape must know, for each random op, which generator state it will see at
-replay: that of the previous random op, unless somebody moved the generator in between (``manual_seed``,
+replay: that of the previous random op, unless the generator was moved in between (``manual_seed``,
 ``set_rng_state``, a draw outside of the tape). Comparing states is not enough to see that: ``manual_seed(0)`` right
 before the context and again inside it leaves two equal states that mean different things.
 
-So after each recorded draw the generator is *tagged* with a number nobody else writes. The CPU generator is an MT19937
+So after each recorded draw the generator is *tagged* with a number that only we write. The CPU generator is an MT19937
 whose state word 0 has 31 dead bits (the recurrence uses the top bit only, and the word itself has been handed out
 already, or is regenerated before it is handed out). The tag lives there: **it changes no number that is ever drawn**,
 it only makes the state recognisable. A saved state that comes back (``fork_rng``) is recognised by its tag too and
@@ -44,9 +44,23 @@ class _Track:
     base: Tensor
     """The last state that was not ours."""
     expected: Tensor
-    """What the generator holds if nobody moved it since the last recorded draw."""
+    """The state of the generator unless it was moved since the last recorded draw."""
     marks: dict[bytes, int] = field(default_factory=dict)
     """Digest of a tagged state -> index of the record after which it was set."""
+
+    def rebase(self, state: Tensor) -> None:
+        """Write the next tag on this state."""
+        self.base = state
+
+    def put_back(self, state: Tensor) -> None:
+        """The generator has been put back to this state, which was ours."""
+        self.expected = state
+
+    def tag(self, tag: int, index: int) -> Tensor:
+        """The state that says "after record `index`"."""
+        self.expected = _tagged(self.base, tag)
+        self.marks[_digest(self.expected)] = index
+        return self.expected
 
 
 class GeneratorLog:
@@ -72,8 +86,8 @@ class GeneratorLog:
         if recalled is not None:
             return recalled
         if torch.equal(_tagged(state, 0), _tagged(track.base, 0)) and _is_tag_of_another(self, generator, state):
-            return None  # another thread records from the same state; nobody has drawn
-        track.base = state
+            return None  # another thread records from the same state, and nothing was drawn
+        track.rebase(state)
         return SeedPoint(generator, state, None)
 
     def recall(self, generator: torch.Generator) -> SeedPoint | None:
@@ -82,23 +96,20 @@ class GeneratorLog:
         after = track.marks.get(_digest(state))
         if after is None or torch.equal(state, track.expected):
             return None
-        track.expected = state
+        track.put_back(state)
         return SeedPoint(generator, None, after)
 
     def tag(self, generator: torch.Generator, index: int) -> None:
         """Mark the generator as being "after record `index`"."""
-        track = self._tracks[generator]
         self._next_tag = (self._next_tag + 1) & _DEAD_BITS
-        track.expected = _tagged(track.base, self._next_tag)
-        track.marks[_digest(track.expected)] = index
-        generator.set_state(track.expected)
+        generator.set_state(self._tracks[generator].tag(self._next_tag, index))
 
     def rebase(self, generator: torch.Generator, state: Tensor) -> None:
-        """Take `state` for what the next tag is written on."""
-        self._tracks[generator].base = state
+        """Write the next tag on `state`."""
+        self._tracks[generator].rebase(state)
 
     def untouched(self, generator: torch.Generator) -> bool:
-        """Whether nobody moved the generator since the last recorded draw."""
+        """True if the generator was not moved since the last recorded draw."""
         track = self._tracks.get(generator)
         return track is not None and torch.equal(generator.get_state(), track.expected)
 

@@ -1,8 +1,9 @@
-"""What each thread is recording on."""
+"""The tape on which a thread records."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 
 from .tape import Tape
@@ -17,8 +18,17 @@ class Session(threading.local):
     def __init__(self) -> None:
         self.contexts: list[object] = []
 
+    def begin(self, tape: Tape) -> None:
+        """Record on a tape from now on."""
+        self.tape, self.last = tape, weakref.ref(tape)
+
+    def end(self) -> None:
+        """Record no more."""
+        self.tape = None
+
 
 session = Session()
+"""Each thread sees one of its own. Global, since torch calls us with a function and its arguments only."""
 
 
 def active_tape() -> Tape | None:
@@ -27,5 +37,5 @@ def active_tape() -> Tape | None:
 
 
 def is_recording() -> bool:
-    """Whether this thread is inside a ``LazyInitContext``."""
+    """True inside a ``LazyInitContext``."""
     return session.tape is not None

@@ -1,4 +1,4 @@
-"""Moves a generator past numbers that nobody needs, without making them.
+"""Moves a generator past numbers that are not needed, without making them.
 
 Most parameters are drawn twice: a layer's own default, then the model's ``_init_weights``. The first draw is dead, but
 the generator has to end up where it would leave it. The CPU generator is an MT19937 (Matsumoto and Nishimura, 1998),

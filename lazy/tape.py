@@ -10,7 +10,8 @@ Records hold no tensor objects of the user, so a tape dies with the last lazy te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -48,14 +49,14 @@ class Value:
 
 
 class Kind(Enum):
-    """What a record does to memory."""
+    """The effect of a record on memory."""
 
     VIEW = auto()
     """Returns other views of its inputs' storages; moves no data."""
     COMPUTE = auto()
     """Writes storages: those it creates, those it mutates, or both."""
     SEED = auto()
-    """A generator was moved by someone else than the tape."""
+    """A generator was moved outside of the tape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,11 +75,11 @@ class Record:
     writes: frozenset[Storage] = frozenset()
     """Storages whose content the call changes, those it creates included."""
     kills: frozenset[Storage] = frozenset()
-    """Those of `writes` whose content before the call no longer matters."""
+    """The part of `writes` whose content before the call no longer matters."""
     generator: torch.Generator | None = None
-    """What it draws from; None for a deterministic call."""
+    """The generator that it draws from; None for a deterministic call."""
     scratch: Value | None = None
-    """What a draw fills, if its effect on the generator depends on that geometry alone: then any such tensor does."""
+    """The tensor that a draw fills, if its effect on the generator depends on that geometry alone: another will do."""
     dtype: torch.dtype = torch.float32
     """The default dtype at the time of the call: it decides type promotion."""
     seed: SeedPoint | None = None
@@ -95,8 +96,23 @@ class Tape:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.generators = GeneratorLog()
-        self.paused = False
+        self.is_paused = False
         """True while we run ops for ourselves, which the context's modes must then let through."""
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which ops are let through instead of recorded."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
+    def note_states(self, generators: Iterable[torch.Generator]) -> None:
+        """Record a seed point with the state that each generator has now."""
+        for generator in generators:
+            seed = SeedPoint(generator, generator.get_state(), None)
+            self.records.append(Record(kind=Kind.SEED, generator=generator, seed=seed))
 
     def note_seed(self, generator: torch.Generator) -> None:
         """Record a seed point if `generator` is not where the last record left it."""

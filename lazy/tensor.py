@@ -28,7 +28,7 @@ _set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class LazyState:
-    """What a lazy tensor is on its tape."""
+    """The tape, value and geometry of a lazy tensor."""
 
     __slots__ = ("meta", "tape", "value")
 
@@ -50,7 +50,7 @@ class LazyTensor(torch.Tensor):
 
     @property
     def _is_param(self) -> bool:
-        """What makes ``isinstance(tensor, nn.Parameter)`` true."""
+        """True if ``isinstance(tensor, nn.Parameter)`` is to be true."""
         return self._parameter_class is not None
 
     @_is_param.setter

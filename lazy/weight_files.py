@@ -22,7 +22,6 @@ from gemini.errors import LazyInitError
 from gemini.torch_private import storage_key
 
 from .record import from_source
-from .replay import paused
 from .tape import Tape
 
 _DTYPES = {
@@ -83,7 +82,7 @@ class FileTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedTensor:
-    """A copy of a storage that ``torch.load`` has made or mapped and nobody else knows of."""
+    """A copy of a storage that ``torch.load`` has made or mapped and that nothing else refers to."""
 
     tensor: Tensor
     stamp: Stamp | None
@@ -202,7 +201,7 @@ def _view_of_storage(
     key = storage_key(storage), tensor.dtype
     whole = wholes.get(key)
     if whole is None:
-        with paused(tape):
+        with tape.paused():
             flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
         meta = torch.empty(flat.shape, dtype=flat.dtype, device="meta")
         whole = wholes[key] = from_source(tape, LoadedTensor(flat, stamp), meta, flat.device)

@@ -30,10 +30,10 @@ from gemini.chunk import (
     pack,
 )
 from gemini.errors import OffloadError
-from gemini.nn.optimizer.adam_rule import AdamAtStep
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.rule import AtStep
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.nn.optimizer.rules.adam_rule import AdamUpdate
+from gemini.nn.optimizer.rules.rule import BoundUpdate
 from gemini.updates.ticket import Ticket
 from gemini.updates.update_pipeline import BLOCK_SETS, ChunkUpdate, Run
 from gemini.updates.update_queue import UpdateQueue
@@ -114,9 +114,10 @@ class Rig:
         updates = []
         for index in indices or range(len(self.chunks)):
             chunk, expected = self.chunks[index], self.expected[index]
-            runs = runs_of(chunk.layout, AdamAtStep(at_step))
+            runs = runs_of(chunk.layout, AdamUpdate("fp32", at_step))
             for run in runs:
-                adam_update(*(expected[name][run.start : run.stop] for name in BUFFERS), at_step)
+                *buffers, gradient = (expected[name][run.start : run.stop] for name in BUFFERS)
+                adam_update("fp32", buffers, gradient, at_step)
             updates.append(ChunkUpdate(chunk, runs, None))
         return self.queue.submit(updates, NoDevice())
 
@@ -126,7 +127,7 @@ class Rig:
                 assert torch.equal(content(chunk, name), expected[name]), (chunk.index, name)
 
 
-def runs_of(layout: ChunkLayout, at_step: AtStep) -> tuple[Run, ...]:
+def runs_of(layout: ChunkLayout, at_step: BoundUpdate) -> tuple[Run, ...]:
     """All slots but those whose key is a multiple of 5, which have no gradient in this step."""
     return tuple(Run(slot.offset, slot.stop, at_step) for slot in layout.slots if slot.key % 5)
 

@@ -14,8 +14,8 @@ from ..memory.tracker import NonModelMeter
 from ..monitor.decided import Decided
 from ..monitor.monitor import Monitor, Silent
 from ..monitor.stats import Statistics
-from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
+from ..nn.optimizer.rules.adam_rule import ADAM
 from ..packing.packing import Packing
 from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks

@@ -13,8 +13,8 @@ from ..chunk import ChunkManager
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities, find_capacities
 from ..memory.tracker import NonModelMeter
-from ..nn.optimizer.adam_rule import ADAM
 from ..nn.optimizer.managed import ManagedOptimizer
+from ..nn.optimizer.rules.adam_rule import ADAM
 from ..packing.packing import Packing, decide
 from ..process_wide import bound_kernels, return_freed_memory
 from ..telemetry.writer import TelemetryWriter

@@ -45,7 +45,7 @@ def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torc
 
 def take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> None:
     """An optimizer that has stepped before goes on where it was; one that starts with states gets them."""
-    if optimizer.rule.starts_filled:
+    if optimizer.rule.has_initial_state:
         for chunk in manager.chunks:
             fill_states(optimizer.rule, chunk)
     for parameter, saved in optimizer.state.items():

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ..lazy import is_lazy
 from ..lazy.session import is_recording
-from ..nn.optimizer.fitting import overlaps_itself
 from ..nn.optimizer.managed import ManagedOptimizer
+from ..nn.optimizer.unmanaged.fitting import overlaps_itself
 from ..packing.packing import managed_parameters
 from .aliases import sharing
 from .alive import is_managed

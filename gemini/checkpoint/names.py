@@ -19,6 +19,7 @@ from ..torch_private import metadata_of, own_parameters
 
 EXTRA_STATE = "_extra_state"
 _wants_objects: ContextVar[bool] = ContextVar("gemini_memory_wants_objects", default=False)
+"""Tells our hooks, which the user's ``state_dict`` calls, who has called it; nothing can be handed through it."""
 
 
 @dataclass(frozen=True, slots=True)

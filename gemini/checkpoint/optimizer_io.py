@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from gemini.errors import CheckpointError
 from gemini.nn.optimizer.acceptance import rule_name
 from gemini.nn.optimizer.managed import ManagedOptimizer
-from gemini.nn.optimizer.rule import Rule, steps_of
+from gemini.nn.optimizer.rules.rule import Rule, steps_of
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
 from gemini.step.saved_groups import check_groups, load_options

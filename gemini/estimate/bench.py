@@ -12,8 +12,8 @@ import torch
 
 from gemini.chunk import DiskBackend, Ledger, MemoryMap, Tier, find_accelerator
 from gemini.errors import OffloadError, OutOfMemory
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.update import adam_update
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.update import adam_update
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.rates import hardware_file
 from gemini.stat.text import count, size
@@ -116,7 +116,7 @@ def measure_adam(numel: int) -> float:
     once = scalars(hyper, 1)
     master, exp_avg, exp_avg_sq = (torch.zeros(numel) for _ in range(3))
     gradient, full = (torch.zeros(numel, dtype=torch.bfloat16) for _ in range(2))
-    return numel / best(lambda: adam_update(master, exp_avg, exp_avg_sq, gradient, once, full))
+    return numel / best(lambda: adam_update("fp32", (master, exp_avg, exp_avg_sq), gradient, once, full))
 
 
 def measure_flops() -> float:

@@ -13,7 +13,7 @@ from gemini.lazy import LazyInitContext
 from gemini.memory.capacity import Capacities
 from gemini.memory.thread_stacks import stack_bytes
 from gemini.memory.tracker import Budget
-from gemini.nn.optimizer.adam_rule import ADAM
+from gemini.nn.optimizer.rules.adam_rule import ADAM
 from gemini.packing.packing import Packing, decide
 from gemini.sizes import format_bytes
 

@@ -1,4 +1,4 @@
-"""How much each tier may hold: what the user said, or what the tracker found."""
+"""Bytes that each tier may hold: those that the user gave, or that the tracker found."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ class Capacities:
     """Bytes per tier, and where each number comes from."""
 
     device: torch.device
-    """What computes."""
+    """The device that computes."""
     memory: MemoryMap
     budgets: Mapping[Tier, Budget]
     device_limit_bytes: int | None
-    """What model and non-model data may take on DEVICE together, where its budget is a guess until the warm-up has
-    measured the latter; None where the user gave the budget."""
+    """Bytes for model and non-model data on DEVICE together, if its budget is a guess until the warm-up has measured
+    non-model data; None if the user gave the budget."""
     ram_bytes: int = 0
-    """RAM that the tightest limit left to this rank when nothing of the training was there; 0: not looked at."""
+    """RAM that the tightest limit left to this rank when nothing of the training was there; 0: unknown."""
 
     @property
     def nbytes(self) -> dict[Tier, int]:

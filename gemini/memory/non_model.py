@@ -1,4 +1,4 @@
-"""What non-model data (activations, temporaries) took at each moment, and which batches have to be measured. Pure."""
+"""Bytes of non-model data (activations, temporaries) at each moment, and batches that have to be measured. Pure."""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -6,11 +6,11 @@ from math import prod
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What is known of a cycle before it runs."""
+    """The input of a cycle, known before it runs."""
 
     with_gradients: bool
     shapes: tuple[tuple[int, ...], ...]
-    """Of the model's input tensors."""
+    """Shapes of the model's input tensors."""
 
     @property
     def numel(self) -> int:
@@ -44,7 +44,7 @@ class NonModelProfile:
     """
 
     heaviest: dict[bool, Measured] = field(default_factory=dict)
-    """By whether there are gradients."""
+    """The heaviest measured cycle with gradients (True) and without (False)."""
     _batch: Batch | None = None
     _moments: list[int] | None = None
     """None until the first moment begins."""
@@ -60,14 +60,14 @@ class NonModelProfile:
         self._moments = None
 
     def add(self, nbytes: int) -> None:
-        """A moment begins; the one before it, or what was before the first of the cycle, took so much at its peak."""
+        """A moment begins; ``nbytes`` is the peak of the one before, which at the first is no part of the cycle."""
         if self._moments is None:
             self._moments = []
         else:
             self._moments.append(nbytes)
 
     def end(self, nbytes: int) -> None:
-        """The cycle is complete, and its last moment took so much."""
+        """The cycle is complete; ``nbytes`` is the peak of its last moment."""
         if self._batch is not None and self._moments is not None:
             self.heaviest[self._batch.with_gradients] = Measured(self._batch, (*self._moments, nbytes))
         self._batch = None
@@ -77,7 +77,7 @@ class NonModelProfile:
         self.heaviest.pop(True, None)
 
     def expected_peak_bytes(self, batch: Batch) -> int | None:
-        """What a cycle will take: what was measured, in proportion for a batch of more elements; None if unknown."""
+        """The measured peak, in proportion for a batch of more elements; None if nothing was measured."""
         known = self.heaviest.get(batch.with_gradients)
         if known is None:
             return None

@@ -1,6 +1,6 @@
-"""What a step was predicted to take of each tier, against what it took.
+"""Predicted and measured peaks of a step on each tier.
 
-Once the warm-up is over all of it is known beforehand: where homes are (by the placement), which full copies are there
+Once the warm-up is over the peaks are known beforehand: where homes are (by the placement), which full copies are there
 at each moment (by the plan), and what non-model data took at each moment (as the warm-up measured them). Where later
 steps take more, something is not as the plan believes: heavier batches, tensors that the training keeps, a plan that is
 not followed. Pure.
@@ -19,18 +19,18 @@ class Peaks(NamedTuple):
     """The most bytes of one step."""
 
     tiers: tuple[int, ...]
-    """In the order of `Tier`; where units run with non-model data."""
+    """Bytes in the order of `Tier`; the tier where units run includes non-model data."""
     non_model: int
 
 
 class Outlook(NamedTuple):
-    """Said before, and seen since."""
+    """The peaks predicted after the warm-up, and the largest measured since."""
 
     predicted: Peaks
     measured: Peaks
 
     def after(self, measured: Peaks) -> "Outlook":
-        """With another step that was measured."""
+        """The outlook with another measured step."""
         tiers = tuple(map(max, self.measured.tiers, measured.tiers))
         return self._replace(measured=Peaks(tiers, max(self.measured.non_model, measured.non_model)))
 

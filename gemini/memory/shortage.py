@@ -1,4 +1,4 @@
-"""What to tell when the model's own computation (activations, temporaries) found no memory."""
+"""The error for a computation of the model (activations, temporaries) that found no memory."""
 
 import re
 

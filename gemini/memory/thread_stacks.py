@@ -1,4 +1,4 @@
-"""What the threads that a training starts take of limits on address space.
+"""The stacks of the threads that a training starts, which count against limits on address space.
 
 RLIMIT_DATA and RLIMIT_AS count all of a stack, 8 MiB by default, of which a page or two are used.
 """

@@ -38,12 +38,12 @@ class Timeline:
             self.points.append(Point(unit, phase.value, self._used()))
 
     def close(self, non_model_bytes: int) -> None:
-        """The moment that began last is over; so much non-model data it had at its peak."""
+        """End the current moment; ``non_model_bytes`` is its peak."""
         if self.points:
             self.points[-1] = replace(self.points[-1], non_model=non_model_bytes)
 
     def take(self, non_model_bytes: int) -> list[Point]:
-        """End the step; its moments, the last one being the step's end."""
+        """End the step and return its moments, the last one being the step's end."""
         self.close(non_model_bytes)
         points, self.points = self.points, []
         if points:

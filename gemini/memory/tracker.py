@@ -23,7 +23,7 @@ ROOT = Path("/")
 _UNLIMITED = 1 << 60
 
 NON_MODEL_HOST_BYTES = 256 << 20
-"""What a small training process takes of RAM besides model data, however little the model: thread stacks, the step
+"""RAM that a small training process takes besides model data, for the smallest model, too: thread stacks, the step
 kernel's compilation, oneDNN's code and scratch, what malloc keeps. Under RLIMIT_DATA on two threads a GPT of 3.7M
 parameters took 150 to 200 MiB besides its model data (a coarse difference of VmData); the rest is for activations."""
 _LEAST_SHARE = 0.25
@@ -35,7 +35,7 @@ class Budget:
 
     bytes: int
     source: str
-    """For people, such as ``"80% of RLIMIT_DATA headroom (1.2 GiB of 2.0 GiB)"``."""
+    """The limit in words, such as ``"80% of RLIMIT_DATA headroom (1.2 GiB of 2.0 GiB)"``."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class NonModelMeter:
         self.exact = True
         self.peak_bytes = 0
         self.last_bytes = 0
-        """Of the latest interval alone."""
+        """The peak of the latest interval alone."""
 
     def start(self, model_bytes: int = 0) -> None:
         """Begin measuring, with ``model_bytes`` of model data on the device now."""
@@ -233,7 +233,7 @@ def _walk_up(mount: Path, path: str, name: str, limits: tuple[str, ...], usage: 
             used = _number(_read(folder / usage))
             if limit is None or used is None or limit >= _UNLIMITED:
                 continue
-            # File cache that nobody used lately is dropped before anyone is killed.
+            # The kernel drops file cache that was not used lately before it kills a process.
             reclaimable = _field(_read(folder / "memory.stat"), "total_inactive_file", "inactive_file")
             yield _Headroom(f"{name} headroom", max(0, limit - max(0, used - reclaimable)), limit, shared=True)
 

@@ -11,7 +11,7 @@ from ..chunk import FETCH_WORKERS, STORE_BLOCKS, BufferSpec, ChunkPlan, MemoryMa
 from ..chunk.layout import ALIGN_NUMEL, align
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
-from ..nn.optimizer.adam_rule import ADAM
+from ..nn.optimizer.rules.adam_rule import ADAM
 from ..planning.placement import Capacity, on_tier
 from ..units.units import nested_parameters
 from ..updates.update_pipeline import BLOCK_SETS, buffer_count

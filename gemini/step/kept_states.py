@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..chunk import MASTER, BufferSpec, Chunk, Marked
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import Rule, has_state, steps_of, whole_steps
+from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
 from ..updates.values import Values
 from .saved_states import home_of, read_state, write_state
@@ -91,7 +91,7 @@ class KeptStates:
         return torch.empty_strided(place.shape, place.stride, dtype=dtype, device="meta")
 
     def _is_begun(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._updater.steps or self._rule.starts_filled
+        return id(parameter) in self._updater.steps or self._rule.has_initial_state
 
     def _known(self, parameter: Tensor) -> list[str]:
         return [*([STEP] if self._rule.takes_step else []), *(slot.name for slot in self.slots(parameter))]
@@ -276,7 +276,7 @@ class KeptStates:
                 former.shown.release(parameter)
                 former.shown.let_go(parameter, *former._known(parameter))
                 self._updater.steps.pop(id(parameter), None)
-                if was_begun or self._rule.starts_filled:
+                if was_begun or self._rule.has_initial_state:
                     self._fill(parameter)
 
     def _begin(self, parameter: Tensor, given: Mapping[str, Any], notes: Mapping[Any, Any]) -> None:

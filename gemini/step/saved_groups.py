@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..chunk import BufferSpec
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import Rule, whole_steps
+from ..nn.optimizer.rules.rule import Rule, whole_steps
 
 _BESIDE = ("step", "master")
 """What a state has beside the slots of the optimizer's rule."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..chunk import ChunkManager
-from ..nn.optimizer.rule import Rule
+from ..nn.optimizer.rules.rule import Rule
 from ..updates.values import Values
 
 

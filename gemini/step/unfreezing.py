@@ -13,7 +13,7 @@ from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import OutOfMemory
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import Rule
+from ..nn.optimizer.rules.rule import Rule
 from ..packing.group import Group, plans
 from ..packing.packing import Packing
 from ..planning.placement import AutoPlacementPolicy, Capacity, Placement, place
@@ -93,7 +93,7 @@ class Unfreezing:
                 raise ValueError(f"{name} is in use: unfreeze it between steps")
         frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]
         rebuilt = self._plans(frozen, slots, index) if frozen else ()
-        self._manager.rebuild(rebuilt, partial(fill_states, rule) if rule.starts_filled else None)
+        self._manager.rebuild(rebuilt, partial(fill_states, rule) if rule.has_initial_state else None)
         admitted = list(places)
         with _requiring_gradients(admitted):
             watch_gradients(self._engine, admitted)

@@ -1,1 +1,1 @@
-"""What of a model runs when: its units, what brackets them, and uses outside of them."""
+"""Units of a model, the hooks around them, and uses of parameters outside of them."""

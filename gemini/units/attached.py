@@ -23,4 +23,4 @@ def _none() -> Callable[..., None]:
 
 
 def detached(*args: Any, **kwargs: Any) -> None:
-    """What is left of a hook in a copy."""
+    """The hook in a copy: does nothing."""

@@ -1,4 +1,4 @@
-"""Calling something before and after a module runs, also where the module is compiled."""
+"""Functions that are called before and after a module runs, also if the module is compiled."""
 
 from collections.abc import Callable
 from functools import wraps

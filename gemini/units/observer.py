@@ -1,4 +1,4 @@
-"""Seeing uses of parameters outside of their own module, during the first cycle of each kind.
+"""Finds uses of parameters outside of their own module, during the first cycle of each kind.
 
 A ``TorchFunctionMode`` sees every operation that takes a parameter. One whose chunk is not pinned is fetched on the
 spot, and the module that was running is made to bracket it from then on. Later cycles run without the mode: a unit

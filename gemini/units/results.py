@@ -1,9 +1,9 @@
-"""What calls of units make, to find what they leave neither in their outputs nor in their attributes.
+"""Results of operations in a unit, to find those with a graph that are in neither its outputs nor its attributes.
 
-A part of the graph that somebody else keeps (a list of auxiliary losses, say) leads backward into a unit by no node
-that its outputs know. It is found among all results with a graph: one that is alive when the call is over, and that
-cannot be reached from the outputs. Seeing every operation costs microseconds each, so it is done in the first cycle of
-each kind, and later only while a unit runs that is new or known to do so.
+A result that is kept elsewhere (in a list of auxiliary losses, say) leads backward into a unit by a node that cannot be
+reached from the outputs. It is found among all results with a graph that are alive when the call is over. Watching
+costs microseconds for each operation, so it is done in the first cycle of each kind, and later only while a unit runs
+that is new or known to leak its graph.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from ..torch_private import current_function_mode, next_number
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point in time, to tell what was made after it."""
+    """A point in time: results and nodes are made before or after it."""
 
     number: int
-    """Of the next autograd node."""
+    """The number of the next autograd node."""
     result: int
-    """How many results there were."""
+    """The number of results before it."""
 
 
 class Results(TorchFunctionMode):
@@ -41,7 +41,7 @@ class Results(TorchFunctionMode):
         return Mark(next_number(), len(self._made))
 
     def since(self, mark: Mark) -> Iterator[Tensor]:
-        """Go through what was made after ``mark`` and is still there: somebody holds it, or a graph has saved it."""
+        """Results made after ``mark`` that are alive: the program holds them, or a graph has saved them."""
         for made in self._made[mark.result :]:
             tensor = made()
             if tensor is not None:
@@ -59,13 +59,13 @@ class Results(TorchFunctionMode):
         super().__exit__(*exc)
 
     def pause(self) -> None:
-        """See nothing for a while: what is compiled must not be compiled with this mode in it."""
+        """Watch nothing until `resume`: a function must not be compiled with this mode in it."""
         if current_function_mode() is self:
             super().__exit__(None, None, None)
             self._is_paused = True
 
     def resume(self) -> None:
-        """The end of `pause`."""
+        """Watch again after `pause`."""
         if self._is_paused:
             super().__enter__()
             self._is_paused = False

@@ -1,8 +1,8 @@
-"""What one call of a module made of the autograd graph, and by which of its nodes backward begins and ends there.
+"""The autograd nodes that one call of a module made, and those by which backward enters and leaves the call.
 
 A thread numbers the nodes that it makes, so a call's own are those between two numbers. Where every one of them can be
-reached from its results, nothing of the call is hidden (in a list of somebody else, say), and backward is through with
-it when those have run that no other of them follows::
+reached from its results, nothing of the call is hidden (in a list of auxiliary losses, say), and backward has
+finished the call when the last of them have run, those that are followed by none of the others::
 
     inputs          the call's own nodes               results
     MulBackward <-- ViewBackward* <-- AddmmBackward <-- ViewBackward      * the last ones
@@ -19,20 +19,20 @@ from ..torch_private import base_of, number_of
 MOST_NODES = 64
 """Looking at a node costs a microsecond or two. Layers with parameters of their own have a handful."""
 _NO_NUMBER = (1 << 64) - 1
-"""Of nodes that put gradients into parameters."""
+"""The number of nodes that put gradients into parameters."""
 
 
 def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) -> set[Any]:
-    """By which backward can come to a call.
+    """The nodes by which backward can enter a call.
 
     Parameters
     ----------
     results
-        Whatever of the call the rest of the program can go on with.
+        Tensors of the call that the rest of the program can reach.
     inputs
-        The nodes of its inputs as they were before; a result that has one of these was passed on.
+        The nodes of the inputs before the call; a result that has one of these is an input that was passed on.
     own
-        The numbers of what it made.
+        The numbers of the nodes that the call made.
     """
     found = set()
     for tensor in results:
@@ -42,14 +42,14 @@ def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) 
         if node not in inputs:
             found.add(node)
         base = base_of(tensor)
-        # If a view is changed in place later, its node goes, and backward comes by the node of what it is a view of.
+        # If a view is changed in place later, its node goes, and backward enters by the node of its base.
         if base is not None and base.grad_fn is not None and number_of(base.grad_fn) in own:
             found.add(base.grad_fn)
     return found
 
 
 def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -> set[Any]:
-    """The nodes of those of ``tensors`` that a call made (see ``own``) and to which ``first`` does not lead."""
+    """The nodes of ``tensors`` that are among the call's own and cannot be reached from ``first``."""
     found = {node for node in (t.grad_fn for t in tensors) if node is not None and number_of(node) in own}
     if found:
         reached = set(first)
@@ -64,10 +64,10 @@ def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -
 
 
 def last_nodes(first: Collection[Any], inputs: Container[Any], own: range) -> list[Any]:
-    """By which backward leaves a call: when these have run, all of its nodes have.
+    """The nodes by which backward leaves a call: when these have run, all of the call's nodes have.
 
-    Empty where that is not known: the call made too many nodes, some of them cannot be reached from ``first`` (or are
-    gone), or one leads to what is neither an input nor a parameter.
+    Empty if they are not known: the call made too many nodes, some of them cannot be reached from ``first`` (or are
+    gone), or one leads to a node of neither an input nor a parameter.
     """
     if not 0 < len(own) <= MOST_NODES or any(number_of(node) not in own for node in first):
         return []

@@ -21,7 +21,7 @@ class Unit:
     """Weak: autograd nodes hold visits, and the garbage collector does not see through them."""
     chunks: tuple[Chunk, ...]
     without_gradients: tuple[Chunk, ...] = ()
-    """Others that must be there in a call without gradients."""
+    """Further chunks that must be there in a call without gradients."""
     graph_attributes: tuple[str, ...] = ()
     """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
     leaks_graph: bool | None = None
@@ -30,7 +30,7 @@ class Unit:
     """When it was last watched, all of its graph could be reached from its results."""
 
     def needs(self, chunks: Iterable[Chunk]) -> None:
-        """Have these chunks there, too, from now on."""
+        """Bring these chunks, too, from now on."""
         found = {chunk.index: chunk for chunk in (*self.chunks, *chunks)}
         self.chunks = tuple(found[index] for index in sorted(found))
 
@@ -54,17 +54,17 @@ class Unit:
 
 @dataclass(slots=True, eq=False)
 class Countdown:
-    """Events that must all have come."""
+    """A number of events that must all have come."""
 
     total: int
     missing: int = 0
 
     def restart(self) -> None:
-        """None has come."""
+        """Count from the beginning."""
         self.missing = self.total
 
     def tick(self) -> bool:
-        """One has come; True if it was the last."""
+        """Count one event; True if it was the last."""
         self.missing -= 1
         return self.missing == 0
 
@@ -76,17 +76,17 @@ class Visit:
     unit: Unit
     is_open: bool = False
     extra: tuple[Chunk, ...] = ()
-    """What this call needs besides, as was seen when it came to it."""
+    """Further chunks, which this call alone turned out to need."""
     pinned: list[Chunk] = field(default_factory=list)
-    """What this visit holds; not ``chunks``, which may grow while the visit is open."""
+    """Chunks that this visit has pinned; not ``chunks``, which may grow while the visit is open."""
     input_nodes: tuple[object, ...] = ()
     """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
     begin: Mark | None = None
-    """What was made before it; None where that is not known."""
+    """When its forward began; None if that is not known."""
     results: Results | None = None
-    """What it makes, where that is watched for this visit alone."""
+    """The results of its operations, if they are watched for this visit alone."""
     countdowns: list[Countdown] = field(default_factory=list)
-    """What backward counts; each by itself says when the last node of the visit has run."""
+    """Counted in backward; each by itself says when the last node of the visit has run."""
 
     def open(self) -> None:
         """Its chunks are pinned next."""
@@ -112,7 +112,7 @@ class Visit:
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
-        """What must be on DEVICE while it is open."""
+        """Chunks that must be on DEVICE while it is open."""
         return (*self.unit.chunks, *self.extra) if self.extra else self.unit.chunks
 
 
@@ -166,10 +166,10 @@ def own_parameters(module: nn.Module) -> Iterator[Tensor]:
 
 
 def parameters_of_fast_path(module: nn.Module) -> Iterator[Tensor]:
-    """What a module needs besides when it is called without gradients.
+    """Further parameters that must be there when a module is called without gradients.
 
-    These take their parts' parameters in one kernel then, and look at each whether it is plain: if not, they go another
-    way, which gives other numbers.
+    Without gradients, some modules of torch give the parameters of their parts to one kernel, unless one of them is of
+    a subclass: then they run part by part, which gives other numbers.
     """
     if isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention):
         return module.parameters()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rule import Rule
+from ..nn.optimizer.rules.rule import Rule
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from ..chunk import (
     start_workers,
 )
 from ..errors import OffloadError, OutOfMemory
-from ..nn.optimizer.rule import AtStep, SplitAtStep
+from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate
 from .ticket import Ticket
 
 BLOCK_SETS = 3
@@ -53,7 +53,7 @@ class Run:
 
     start: int
     stop: int
-    at_step: AtStep
+    at_step: BoundUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Block:
     stop: int
     offset: int
     """Of its elements in staging, so that they lie there as they lie in the file."""
-    at_step: AtStep
+    at_step: BoundUpdate
     staged: dict[str, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     computed_numel: int = 0
@@ -297,7 +297,7 @@ def _update(block: Block, tensors: Mapping[str, Tensor]) -> None:
     at_step, shadow, refreshed = block.at_step, tensors.get(SHADOW), tensors.get(_REFRESHED)
     states = [tensors[spec.name] for spec in block.update.chunk.states]
     if MASTER_LOW in tensors:
-        assert isinstance(at_step, SplitAtStep)
+        assert isinstance(at_step, BoundSplitUpdate)
         at_step.apply_split(tensors[MASTER], tensors[MASTER_LOW], states, tensors[GRADIENT])
         return
     out = refreshed if shadow is None else shadow

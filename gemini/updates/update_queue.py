@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..chunk import Caller, Staging, close_in_background, pieces, start_workers
-from ..nn.optimizer.rule import AtStep, Rule, SplitAtStep
+from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Rule
 from ..process_wide import compute_on_this_thread
 from .ticket import Ticket
 from .update_pipeline import Block, ChunkUpdate, UpdatePipeline
@@ -47,10 +47,10 @@ def warm_up(
         master = torch.zeros(numel, dtype=torch.float32, device=device)
         states = [slot.zeros(numel, device) for slot in slots]
         gradient, full = (torch.zeros(numel, dtype=dtype, device=device) for _ in range(2))
-        at_step = rule.of_group(group, slots)(1, 1.0)
+        at_step = rule.bind(group, slots)(1, 1.0)
         for out in (None, full):
             at_step.apply(master, states, gradient, out)
-        if split_master and dtype is torch.bfloat16 and isinstance(at_step, SplitAtStep):
+        if split_master and dtype is torch.bfloat16 and isinstance(at_step, BoundSplitUpdate):
             low = torch.zeros(numel, dtype=torch.int16, device=device)
             at_step.apply_split(full, low, states, gradient)
 
@@ -88,7 +88,7 @@ class UpdateQueue:
             self._thread.submit(self._work)
         return tickets
 
-    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, AtStep]]:
+    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, BoundUpdate]]:
         assert update.chunk.gradient is not None and update.chunk.gradient.buffer is not None
         homes = [*update.chunk.homes.values(), update.chunk.gradient.buffer]
         streams = any(home.tensor is None for home in homes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
-from ..nn.optimizer.rule import AtStep, StepMaker
+from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
 from .options import Options
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
@@ -16,8 +16,8 @@ from .update_queue import UpdateQueue
 class GroupRule:
     """A parameter group's arithmetic, with the options that it has now."""
 
-    make: StepMaker
-    remembers: bool
+    make: BoundRule
+    keeps_state: bool
     """Whether a step of it is counted."""
 
 
@@ -80,7 +80,7 @@ class Updater:
                 for index in {of.get(id(binding.parameter)) for binding in chunk.bindings}:
                     if index is not None and (index, states) not in rules:
                         group = groups[index]
-                        rules[index, states] = GroupRule(rule.of_group(group, states), rule.remembers(group))
+                        rules[index, states] = GroupRule(rule.bind(group, states), rule.keeps_state(group))
         return Groups(of, rules)
 
     def plan(self, groups: Groups, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
@@ -94,7 +94,7 @@ class Updater:
             Write through to the full copy, if there is one. Else it is evicted (which is free).
         """
         taken: dict[int, int] = {}
-        of_step: dict[tuple[int, int, bool], AtStep] = {}
+        of_step: dict[tuple[int, int, bool], BoundUpdate] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
         previous = -2
@@ -106,7 +106,7 @@ class Updater:
                 continue
             group = rules[index]
             step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
-            if group.remembers:
+            if group.keeps_state:
                 taken[id(parameter)] = step
             if (index, step, is_fresh) not in of_step:
                 of_step[index, step, is_fresh] = group.make(step, grad_scale, is_fresh)

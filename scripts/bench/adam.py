@@ -19,6 +19,7 @@ import os
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import buffers
@@ -29,10 +30,11 @@ import torch
 from buffers import Buffers
 from torch import Tensor
 
-from gemini.nn.optimizer import kernel_pool
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.cpu_update import adam_cpu
-from gemini.nn.optimizer.update import adam_split_update, adam_update
+from gemini.nn.optimizer.kernels import kernel_pool
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.cpu_update import adam_cpu
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.process_wide import PerProcess
 
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, bias_correction=True)
 BLOCKS = (1 << 16, 1 << 18, 1 << 20)
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def candidates(b: Buffers) -> dict[str, Callable[[], object]]:
-    at_step = scalars(HYPER, 10)
+    at_step, moments = scalars(HYPER, 10), (b.exp_avg, b.exp_avg_sq)
     parameter, step = torch.nn.Parameter(b.param), torch.tensor(9.0)
     fused = _torch_adamw(parameter, b, step, fused=True)
     foreach = _torch_adamw(parameter, b, step, foreach=True)
@@ -91,9 +93,9 @@ def candidates(b: Buffers) -> dict[str, Callable[[], object]]:
         b.out16.copy_(parameter.data)
 
     return {
-        OURS: lambda: adam_update(b.param, b.exp_avg, b.exp_avg_sq, b.grad16, at_step, b.out16),
-        OURS_SPLIT: lambda: adam_split_update(b.out16, b.low16, b.exp_avg, b.exp_avg_sq, b.grad16, at_step),
-        OURS_FP32: lambda: adam_update(b.param, b.exp_avg, b.exp_avg_sq, b.grad, at_step),
+        OURS: lambda: adam_update("fp32", (b.param, *moments), b.grad16, at_step, b.out16),
+        OURS_SPLIT: lambda: adam_update("split", (b.out16, b.low16, *moments), b.grad16, at_step),
+        OURS_FP32: lambda: adam_update("fp32", (b.param, *moments), b.grad, at_step),
         FUSED_FP32: lambda: with_gradient(b.grad, fused),
         FUSED: lambda: as_a_loop(fused),
         FUSED_KEPT: into_kept,
@@ -144,7 +146,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         # Both kinds of threads: torch's, and our pool's, which takes its size from the cores of the process.
         torch.set_num_threads(threads)
         os.sched_setaffinity(0, cores[:threads])
-        kernel_pool._default = None
+        kernel_pool._of_process = PerProcess(partial(kernel_pool.KernelPool, threads))
         with ExitStack() as stack:
             others = None
             if python is not None:
@@ -192,7 +194,7 @@ def _main_thread(b: Buffers, cores: int) -> float:
     """What a Python loop keeps of its rate beside an update on all cores but one."""
     at_step = scalars(HYPER, 10)
     kept = progress.kept_rate(
-        lambda pool: adam_cpu(b.param, b.exp_avg, b.exp_avg_sq, b.grad16, at_step, b.out16, pool), cores - 1
+        lambda pool: adam_cpu("fp32", (b.param, b.exp_avg, b.exp_avg_sq), b.grad16, at_step, b.out16, pool), cores - 1
     )
     print(f"\n{'holds ' if kept >= 0.8 else 'MISSED'} {kept:6.2f}, wanted 0.8: rate of a Python loop beside an update")
     return kept

@@ -17,8 +17,8 @@ import report
 import torch
 from torch import Tensor, nn
 
-from gemini.nn.optimizer import kernel_pool
 from gemini.nn.optimizer.acceptance import accepted
+from gemini.nn.optimizer.kernels import kernel_pool
 from gemini.process_wide import PerProcess, compute_on_this_thread, keep_freed_memory
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -84,7 +84,7 @@ def _measure(name: str, arguments: argparse.Namespace, background: ThreadPoolExe
         outs[0].copy_(theirs.detach())
 
     def ours(grad: Tensor, out: Tensor | None) -> Callable[[], None]:
-        at_step = managed.rule.of_group(group, slots)(2, 1.0)
+        at_step = managed.rule.bind(group, slots)(2, 1.0)
         return lambda: background.submit(at_step.apply, value, states, grad, out).result()
 
     actions = {

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from gemini.nn.optimizer.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
 
 SECONDS = 1.0
 

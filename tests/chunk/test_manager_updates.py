@@ -5,7 +5,7 @@ import torch
 from manager_rig import TRAINABLE, Rig, pending
 
 from gemini.chunk import ChunkState, Tier
-from gemini.errors import OffloadError
+from gemini.errors import OffloadError, StateError
 
 
 def test_a_pin_waits_for_the_update_and_shows_its_values() -> None:
@@ -75,3 +75,44 @@ def test_settling_shows_the_parameters_of_resident_chunks_again() -> None:
     rig.manager.settle()
     assert rig.has_values(here) and rig.is_poisoned(away)
     assert here.update is None and away.update is None
+
+
+def test_a_chunk_in_use_stays_readable_and_shows_nan_once_it_is_let_go_while_its_update_is_not_over() -> None:
+    rig = Rig([TRAINABLE])
+    (chunk,) = rig.chunks
+    rig.manager.fetch(chunk)
+    rig.manager.pin(chunk)
+    update = pending(rig, chunk)
+    update.error = OffloadError(5, "write error")
+    assert chunk.state is ChunkState.IN_USE_UPDATING and not rig.is_poisoned(chunk)
+    with pytest.raises(OffloadError, match="write error"):
+        rig.manager.pin(chunk)
+    rig.manager.unpin(chunk)
+    assert chunk.state is ChunkState.READY_UPDATING and rig.is_poisoned(chunk)
+    update.error = None
+    rig.manager.settle()
+    assert chunk.state is ChunkState.READY and rig.has_values(chunk)
+
+
+def test_a_fetch_behind_an_update_that_fails_leaves_the_chunk_at_home_with_its_update() -> None:
+    rig = Rig([TRAINABLE])
+    (chunk,) = rig.chunks
+    update = pending(rig, chunk)
+    assert chunk.state is ChunkState.HOME_UPDATING
+    rig.manager.fetch(chunk, background=True)
+    assert chunk.state is ChunkState.FETCHING
+    update.error = OffloadError(5, "write error")
+    with pytest.raises(OffloadError, match="write error"):
+        rig.manager.pin(chunk)
+    assert chunk.state is ChunkState.HOME_UPDATING and rig.used_bytes_agree()
+    update.error = None
+    rig.use(chunk)
+    assert rig.has_values(chunk) and chunk.update is None
+
+
+def test_no_update_begins_while_the_full_copy_is_arriving() -> None:
+    rig = Rig([TRAINABLE])
+    (chunk,) = rig.chunks
+    rig.manager.fetch(chunk, background=True)
+    with pytest.raises(StateError, match="chunk 0: FETCHING"):
+        pending(rig, chunk)

@@ -18,7 +18,7 @@ from test_parity import Clipped, Other, check_loop
 
 from gemini.chunk import AcceleratorBackend, accelerator, accelerator_driver, gradient_pool
 from gemini.chunk.write_behind import WriteBehind
-from gemini.nn.optimizer import pieces
+from gemini.nn.optimizer.rules import pieces
 
 pytestmark = pytest.mark.own_process()
 

@@ -26,7 +26,7 @@ from gemini.chunk.conversion import conversion_pieces
 from gemini.chunk.eviction import Eviction
 from gemini.chunk.full_copies import FullCopies
 from gemini.chunk.gradient_pool import GradientPool
-from gemini.nn.optimizer import pieces
+from gemini.nn.optimizer.rules import pieces
 
 pytestmark = pytest.mark.own_process()
 

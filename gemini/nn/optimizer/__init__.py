@@ -2,28 +2,20 @@
 
 ::
 
-    hybrid_adam.HybridAdam        the torch.optim.Optimizer: groups, states, loading and saving
-      managed.ManagedOptimizer    what all boosted optimizers have in common
-      managed.ManagedStep         what takes over when the optimizer is boosted
-      prepared.prepare            parameters outside of chunks, all or nothing
-      adam_rule.ADAM              Adam as a `rule.Rule`: what states there are, and one step on flat pieces of chunks
-      update.adam_update          one flat buffer, dispatched by device
-        arithmetic                the definition: hyperparameters -> the float32 scalars of one step (no torch)
-        reference                 plain torch, readable, exact; any device
-        cpu_update, cpu_kernel    numba, one pass, releases the GIL
-        cuda_kernel               Triton, one pass
+    acceptance      which optimizers can be boosted, and as what
+    managed         ManagedOptimizer, the base of all boosted optimizers; ManagedStep, what does the work once boosted
+    hybrid_adam     HybridAdam: groups, states, loading and saving
+    elementwise_optimizer    the same for other torch optimizers
+    given           an optimizer in whose place boost returned another one
 
-    elementwise_optimizer.ElementwiseOptimizer    the same for other torch optimizers that are element-wise
-      elementwise                 which these are, and `register_elementwise` for more
-      elementwise_check           trying that, instead of believing it
-      elementwise_rule, sgd       their rule: torch's own step on flat pieces of chunks
-
-    acceptance.accepted           which optimizers can be boosted, and as what
+    rules/          what is computed, and which states are kept: Adam, SGD, any element-wise torch optimizer
+    kernels/        one Adam step on flat buffers, for each device: numba, Triton, plain torch
+    unmanaged/      the Adam step of parameters that are in no chunk
 
 Importing this package imports neither numba nor Triton: the first update does.
 """
 
-from .elementwise import register_elementwise
 from .hybrid_adam import HybridAdam
+from .rules.elementwise import register_elementwise
 
 __all__ = ["HybridAdam", "register_elementwise"]

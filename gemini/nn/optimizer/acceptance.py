@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch.optim import Optimizer
 
-from . import elementwise
-from .adam_rule import ADAM
 from .elementwise_optimizer import ElementwiseOptimizer
 from .hybrid_adam import HybridAdam
 from .managed import ManagedOptimizer
+from .rules import elementwise
+from .rules.adam_rule import ADAM
 
 _WHOLE_TENSOR = {
     "adafactor": "factors the second moment of a matrix into its rows and columns",

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .elementwise import Kind
-from .elementwise_check import check_elementwise
-from .elementwise_rule import ElementwiseRule
-from .fitting import called, check_gradient, check_parameter, check_state
 from .managed import ManagedOptimizer
+from .rules.elementwise import Kind
+from .rules.elementwise_check import check_elementwise
+from .rules.elementwise_rule import ElementwiseRule
+from .unmanaged.fitting import called, check_gradient, check_parameter, check_state
 
 
 class ElementwiseOptimizer(ManagedOptimizer):

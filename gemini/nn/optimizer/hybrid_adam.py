@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .adam_rule import ADAM, AdamRule
-from .fitting import check_dtype
-from .group_options import TORCH_DEFAULTS, completed, refuse_options
 from .managed import ManagedOptimizer, Prepared
-from .parameter_state import check_saved, exported, restored
-from .prepared import prepare
+from .rules.adam_rule import ADAM, AdamRule
+from .rules.group_options import TORCH_DEFAULTS, completed, refuse_options
+from .unmanaged.fitting import check_dtype
+from .unmanaged.parameter_state import check_saved, exported, restored
+from .unmanaged.prepared import prepare
 
 _Self = TypeVar("_Self", bound="HybridAdam")
 

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 from gemini.lazy.session import is_recording
 
 from ...torch_private import OPTIMIZER_HOOKS, mark_stepped
-from .rule import Rule
+from .rules.rule import Rule
 
 _Self = TypeVar("_Self", bound="ManagedOptimizer")
 

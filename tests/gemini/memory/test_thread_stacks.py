@@ -12,7 +12,7 @@ from gemini.chunk import workers
 from gemini.chunk.disk_tuning import DEPTHS
 from gemini.memory.thread_stacks import stack_bytes
 from gemini.nn.optimizer import HybridAdam
-from gemini.nn.optimizer.kernel_pool import default_pool
+from gemini.nn.optimizer.kernels.kernel_pool import default_pool
 from gemini.process_wide import IO_STACK_BYTES, default_stack_bytes
 
 

@@ -1,12 +1,15 @@
 """What the Adam tests share: buffers with hard values, and running one realisation on copies of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gemini.nn.optimizer.arithmetic import AdamHyper, AdamScalars
+from gemini.nn.optimizer.kernels import reference
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, AdamScalars
+from gemini.nn.optimizer.kernels.update import adam_update
 
 GRAD_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OUT_DTYPES = [None, torch.float32, torch.bfloat16, torch.float16]
@@ -56,7 +59,11 @@ def buffers(numel: int, seed: int, draw: Draw = moderate) -> list[Tensor]:
     return [param, exp_avg, exp_avg_sq.abs(), grad]
 
 
-Update = Callable[[Tensor, Tensor, Tensor, Tensor, AdamScalars, Tensor | None], None]
+Update = Callable[[Sequence[Tensor], Tensor, AdamScalars, Tensor | None], None]
+
+
+adam_fp32: Update = partial(adam_update, "fp32")
+adam_reference: Update = reference.BY_FORM["fp32"]
 
 
 def result(
@@ -65,7 +72,7 @@ def result(
     """What ``update`` makes of copies of ``tensors``: param, exp_avg, exp_avg_sq and, if asked for, out."""
     param, exp_avg, exp_avg_sq, grad = (t.clone() for t in tensors)
     out = None if out_dtype is None else torch.empty(param.numel(), dtype=out_dtype, device=param.device)
-    update(param, exp_avg, exp_avg_sq, grad, scalars, out)
+    update((param, exp_avg, exp_avg_sq), grad, scalars, out)
     return [param, exp_avg, exp_avg_sq] if out is None else [param, exp_avg, exp_avg_sq, out]
 
 

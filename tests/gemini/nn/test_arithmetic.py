@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemini.nn.optimizer.arithmetic import AdamHyper, f32, scalars
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, f32, scalars
 
 VALID: dict[str, Any] = {
     "lr": 1e-3,

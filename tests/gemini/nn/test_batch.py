@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemini.nn.optimizer import HybridAdam, batch, kernel_pool, update
-from gemini.nn.optimizer.batch import LEAST, SMALL_NUMEL, PreparedBatch
-from gemini.nn.optimizer.kernel_pool import KernelPool
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import kernel_pool, reference, update
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+from gemini.nn.optimizer.unmanaged import batch
+from gemini.nn.optimizer.unmanaged.batch import LEAST, SMALL_NUMEL, PreparedBatch
 from gemini.process_wide import PerProcess
 
 pytest.importorskip("numba")
@@ -191,7 +192,7 @@ def test_a_graph_that_still_needs_the_old_values_is_noticed() -> None:
 
 def test_without_the_kernel_there_are_no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = train(parameters(torch.float32))
-    monkeypatch.setattr(update, "_kernel_of", lambda *args: adam_reference)
+    monkeypatch.setattr(update, "KERNELS", {("cpu", form): kernel for form, kernel in reference.BY_FORM.items()})
     assert same(train(parameters(torch.float32)), expected)
 
 

@@ -5,23 +5,35 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adam_cases import GRAD_DTYPES, OUT_DTYPES, buffers, hyper, moderate, random_bits, result, same_bits, spread
+from adam_cases import (
+    GRAD_DTYPES,
+    OUT_DTYPES,
+    adam_reference,
+    buffers,
+    hyper,
+    moderate,
+    random_bits,
+    result,
+    same_bits,
+    spread,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer.kernels.arithmetic import scalars
 
 pytest.importorskip("numba")
 
-from gemini.nn.optimizer import cpu_update, kernel_pool
-from gemini.nn.optimizer.cpu_update import adam_cpu
-from gemini.nn.optimizer.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels import cpu_update, kernel_pool
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+
+adam_cpu = partial(cpu_update.adam_cpu, "fp32")
 
 HYPERS = [
     hyper(),
@@ -87,7 +99,7 @@ def test_updating_a_buffer_in_pieces_gives_the_same_bits(cuts: list[int], seed: 
     edges = [0, *sorted(cuts), 1000]
     for start, stop in itertools.pairwise(edges):
         param, exp_avg, exp_avg_sq, grad, out = (t[start:stop] for t in pieces)
-        adam_cpu(param, exp_avg, exp_avg_sq, grad, s, out)
+        adam_cpu((param, exp_avg, exp_avg_sq), grad, s, out)
     check_equal([*pieces[:3], pieces[4]], whole)
 
 
@@ -131,7 +143,7 @@ def test_the_low_precision_copy_may_take_the_place_of_the_gradient() -> None:
     s = scalars(HYPERS[0], 1)
     expected = result(adam_cpu, tensors, s, torch.bfloat16)
     param, exp_avg, exp_avg_sq, grad = (t.clone() for t in tensors)
-    adam_cpu(param, exp_avg, exp_avg_sq, grad, s, grad)
+    adam_cpu((param, exp_avg, exp_avg_sq), grad, s, grad)
     check_equal([param, exp_avg, exp_avg_sq, grad], expected)
 
 
@@ -158,7 +170,7 @@ def test_a_copy_that_is_streamed_has_the_same_bits_wherever_it_begins(
         patch.setattr(cpu_update, "STREAM_NUMEL", 1)
         patch.setattr(kernel_pool, "_SMALLEST_SLICE_NUMEL", 256)
         param, exp_avg, exp_avg_sq, grad = tensors
-        adam_cpu(param, exp_avg, exp_avg_sq, grad, s, around[offset : offset + numel], pool)
+        adam_cpu((param, exp_avg, exp_avg_sq), grad, s, around[offset : offset + numel], pool)
     pool.close()
     check_equal([param, exp_avg, exp_avg_sq, around[offset : offset + numel]], expected)
     assert (around[:offset] == 7.0).all()
@@ -167,7 +179,7 @@ def test_a_copy_that_is_streamed_has_the_same_bits_wherever_it_begins(
 
 def test_a_large_copy_is_streamed_unless_it_takes_the_place_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     streamed: list[bool] = []
-    kernel = cpu_update.part_kernels[False]
+    kernel = cpu_update.part_kernels["fp32"]
 
     def seen(*args: Any) -> None:
         *_, start, stop, streams, _numbers = args
@@ -175,7 +187,7 @@ def test_a_large_copy_is_streamed_unless_it_takes_the_place_of_the_gradient(monk
             streamed.append(streams)
         kernel(*args)
 
-    monkeypatch.setitem(cpu_update.part_kernels, False, seen)
+    monkeypatch.setitem(cpu_update.part_kernels, "fp32", seen)
     monkeypatch.setattr(cpu_update, "STREAMING_PAYS", True)
     monkeypatch.setattr(cpu_update, "STREAM_NUMEL", 5000)
     pool = KernelPool(1)
@@ -184,7 +196,7 @@ def test_a_large_copy_is_streamed_unless_it_takes_the_place_of_the_gradient(monk
         param, exp_avg, exp_avg_sq, grad = buffers(numel, seed=7)
         grad = grad.bfloat16()
         out = grad if in_place else torch.empty(numel, dtype=torch.bfloat16)
-        adam_cpu(param, exp_avg, exp_avg_sq, grad, s, out, pool)
+        adam_cpu((param, exp_avg, exp_avg_sq), grad, s, out, pool)
     pool.close()
     assert streamed == [True, False, False]
 
@@ -193,7 +205,7 @@ def copied(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert through the kernel: with a learning rate of 0 the parameter stays and ``out`` is its conversion."""
     zero = torch.zeros_like(values)
     out = torch.empty(values.numel(), dtype=dtype)
-    adam_cpu(values.clone(), zero.clone(), zero.clone(), zero, scalars(hyper(lr=0.0), 1), out)
+    adam_cpu((values.clone(), zero.clone(), zero.clone()), zero, scalars(hyper(lr=0.0), 1), out)
     return out
 
 
@@ -219,7 +231,7 @@ def test_every_16_bit_gradient_is_widened_exactly(dtype: torch.dtype) -> None:
     zero = torch.zeros(1 << 16)
     # beta1 = 0 makes exp_avg = fma(0, g - 0, g): the gradient itself, NaN where it is not finite.
     exp_avg = zero.clone()
-    adam_cpu(zero.clone(), exp_avg, zero.clone(), grad, scalars(hyper(beta1=0.0), 1))
+    adam_cpu((zero.clone(), exp_avg, zero.clone()), grad, scalars(hyper(beta1=0.0), 1))
     finite = grad.isfinite()
     assert torch.equal(exp_avg[finite], grad.float()[finite])
     assert exp_avg[~finite].isnan().all()
@@ -239,12 +251,10 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 SMALL_UPDATE = """
 import logging, torch
 logging.basicConfig(level=logging.INFO)
-from adam_cases import buffers, hyper, result, same_bits
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_update
+from adam_cases import adam_fp32, adam_reference, buffers, hyper, result, same_bits
+from gemini.nn.optimizer.kernels.arithmetic import scalars
 tensors, s = buffers(100, 0), scalars(hyper(), 1)
-assert all(map(same_bits, result(adam_update, tensors, s), result(adam_reference, tensors, s)))
+assert all(map(same_bits, result(adam_fp32, tensors, s), result(adam_reference, tensors, s)))
 """
 
 
@@ -270,7 +280,7 @@ def test_no_place_for_a_cache_is_done_without() -> None:
 
 
 def test_without_numba_the_reference_takes_over_with_one_warning() -> None:
-    again = "result(adam_update, tensors, s)\n"
+    again = "result(adam_fp32, tensors, s)\n"
     done = run_python("import sys\nsys.modules['numba'] = None\n" + SMALL_UPDATE + again)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("numba cannot be used") == 1
@@ -281,10 +291,10 @@ def test_the_kernel_is_vector_code(tmp_path: Path) -> None:
         pytest.skip("looks for x86 vector instructions")
     # In another process with an empty cache: numba cannot show the assembly of what it loaded.
     show = (
-        "from gemini.nn.optimizer.cpu_kernel import part_kernels\n"
+        "from gemini.nn.optimizer.kernels.cpu_kernel import part_kernels\n"
         "tensors[3] = tensors[3].bfloat16()\n"
-        "result(adam_update, tensors, s, torch.bfloat16)\n"
-        "for assembly in part_kernels[False].inspect_asm().values():\n"
+        "result(adam_fp32, tensors, s, torch.bfloat16)\n"
+        "for assembly in part_kernels['fp32'].inspect_asm().values():\n"
         "    print(*(assembly.count(name) for name in ('vsqrtps', 'vsqrtss', 'vdivps', 'vfmadd', 'vmovnt')))\n"
     )
     done = run_python(SMALL_UPDATE + show, NUMBA_CACHE_DIR=str(tmp_path))
@@ -300,11 +310,11 @@ def test_the_kernel_of_split_masters_is_vector_code(tmp_path: Path) -> None:
     if "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("looks for x86 vector instructions")
     show = (
-        "from gemini.nn.optimizer.cpu_kernel import split_kernel\n"
-        "from gemini.nn.optimizer.update import adam_split_update\n"
+        "from gemini.nn.optimizer.kernels.cpu_kernel import part_kernels\n"
+        "from gemini.nn.optimizer.kernels.update import adam_update\n"
         "halves = [torch.zeros(64, dtype=dtype) for dtype in (torch.bfloat16, torch.int16)]\n"
-        "adam_split_update(*halves, torch.zeros(64), torch.zeros(64), torch.zeros(64).bfloat16(), s)\n"
-        "(assembly,) = split_kernel.inspect_asm().values()\n"
+        "adam_update('split', (*halves, torch.zeros(64), torch.zeros(64)), torch.zeros(64).bfloat16(), s)\n"
+        "(assembly,) = part_kernels['split'].inspect_asm().values()\n"
         "print(*(assembly.count(name) for name in ('vsqrtps', 'vdivps', 'vfmadd')))\n"
     )
     done = run_python(SMALL_UPDATE + show, NUMBA_CACHE_DIR=str(tmp_path))

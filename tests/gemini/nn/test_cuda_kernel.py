@@ -4,14 +4,26 @@ import itertools
 
 import pytest
 import torch
-from adam_cases import GRAD_DTYPES, OUT_DTYPES, Draw, Update, buffers, hyper, random_bits, result, same_bits, spread
+from adam_cases import (
+    GRAD_DTYPES,
+    OUT_DTYPES,
+    Draw,
+    Update,
+    adam_fp32,
+    adam_reference,
+    buffers,
+    hyper,
+    random_bits,
+    result,
+    same_bits,
+    spread,
+)
 
 from gemini.chunk import halves, joined, marked, unmarked
-from gemini.nn.optimizer.arithmetic import scalars
 from gemini.nn.optimizer.hybrid_adam import HybridAdam
-from gemini.nn.optimizer.moments import packed, slots
-from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_split_update, adam_update, update_states
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.nn.optimizer.rules.moments import packed, slots
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +33,7 @@ pytestmark = [
 HYPERS = [hyper(), hyper(weight_decay=0.1), hyper(weight_decay=0.1, decoupled=False), hyper(beta1=0.3, beta2=0.5)]
 
 
-@pytest.mark.parametrize("update", [adam_update, adam_reference])
+@pytest.mark.parametrize("update", [adam_fp32, adam_reference])
 @pytest.mark.parametrize("draw", [spread, random_bits])
 def test_on_cuda_both_realisations_give_the_bits_of_the_cpu(update: Update, draw: Draw) -> None:
     for h, grad_dtype, out_dtype in itertools.product(HYPERS, GRAD_DTYPES, OUT_DTYPES):
@@ -42,8 +54,8 @@ def test_on_cuda_reduced_states_have_the_bits_of_the_cpu(states: str, draw: Draw
         on_cpu = [param, *(kept[slot.name] for slot in slots(states)), grad.to(grad_dtype)]
         on_cuda = [tensor.cuda() for tensor in on_cpu]
         s = scalars(h, 3, grad_scale=0.3)
-        update_states(on_cpu[0], on_cpu[1:-1], on_cpu[-1], s)
-        update_states(on_cuda[0], on_cuda[1:-1], on_cuda[-1], s)
+        adam_update(states, on_cpu[:-1], on_cpu[-1], s)
+        adam_update(states, on_cuda[:-1], on_cuda[-1], s)
         for a, b in zip(on_cuda, on_cpu, strict=True):
             assert torch.equal(a.cpu(), b) if b.dtype is torch.uint8 else same_bits(a.cpu(), b), (h, grad_dtype)
 
@@ -56,8 +68,8 @@ def test_on_cuda_split_masters_have_the_bits_of_the_cpu(draw: Draw) -> None:
         on_cpu = [high, low, exp_avg, marked(exp_avg_sq, mark), grad.to(grad_dtype)]
         on_cuda = [tensor.cuda() for tensor in on_cpu]
         s = scalars(h, 3, grad_scale=0.3)
-        adam_split_update(*on_cpu, s)
-        adam_split_update(*on_cuda, s)
+        adam_update("split", on_cpu[:-1], on_cpu[-1], s)
+        adam_update("split", on_cuda[:-1], on_cuda[-1], s)
         ours, theirs = (
             [joined(high.cpu(), low.cpu(), v.cpu()), m.cpu(), unmarked(v.cpu()), high.cpu()]
             for high, low, m, v, _ in (on_cuda, on_cpu)
@@ -66,12 +78,12 @@ def test_on_cuda_split_masters_have_the_bits_of_the_cpu(draw: Draw) -> None:
 
 
 def test_cuda_runs_the_kernels_and_not_the_references() -> None:
-    from gemini.nn.optimizer.cuda_kernel import adam_8bit_cuda, adam_cuda, adam_split_cuda
-    from gemini.nn.optimizer.update import _kernel_of
+    from gemini.nn.optimizer.kernels import cuda_kernel
+    from gemini.nn.optimizer.kernels.forms import FORMS
+    from gemini.nn.optimizer.kernels.update import KERNELS
 
-    assert _kernel_of("cuda") is adam_cuda
-    assert _kernel_of("cuda", "adam_8bit") is adam_8bit_cuda
-    assert _kernel_of("cuda", "adam_split") is adam_split_cuda
+    for form in FORMS:
+        assert KERNELS["cuda", form] is cuda_kernel.BY_FORM[form]
 
 
 def test_training_on_cuda_gives_the_weights_of_the_cpu() -> None:

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.nn.optimizer import elementwise, elementwise_rule, kernel_pool, pieces, register_elementwise
+from gemini.nn.optimizer import register_elementwise
 from gemini.nn.optimizer.acceptance import accepted
 from gemini.nn.optimizer.elementwise_optimizer import ElementwiseOptimizer
-from gemini.nn.optimizer.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels import kernel_pool
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+from gemini.nn.optimizer.rules import elementwise, elementwise_rule, pieces
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -50,7 +52,7 @@ class Flat:
         self.states = [torch.full_like(value, self.rule.initial(slot.name)) for slot in self.slots]
 
     def step(self, number: int, grad: Tensor, cuts: list[int], grad_scale: float = 1.0, out: Any = None) -> None:
-        at_step = self.rule.of_group(self.group, self.slots)(number, grad_scale)
+        at_step = self.rule.bind(self.group, self.slots)(number, grad_scale)
         for start, stop in zip([0, *cuts], [*cuts, len(self.param)], strict=True):
             cut = slice(start, stop)
             at_step.apply(self.param[cut], [s[cut] for s in self.states], grad[cut], None if out is None else out[cut])

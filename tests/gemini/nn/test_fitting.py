@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from gemini.lazy import LazyInitContext
-from gemini.nn.optimizer import HybridAdam, batch, update
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.elementwise import kind_of
+from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.elementwise_optimizer import ElementwiseOptimizer
-from gemini.nn.optimizer.fitting import overlaps_itself
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer.kernels import reference, update
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.rules.elementwise import kind_of
+from gemini.nn.optimizer.unmanaged import batch
+from gemini.nn.optimizer.unmanaged.fitting import overlaps_itself
 
 SHAPE = (6, 4)
 COUNT = batch.LEAST + 2
@@ -38,8 +39,7 @@ def choose(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path != "batched":
         monkeypatch.setattr(batch, "LEAST", 1 << 60)
     if path == "torch operations":
-        references = {"adam": adam_reference, "adam_8bit": update.adam_8bit_reference}
-        monkeypatch.setattr(update, "_kernel_of", lambda device, name="adam": references[name])
+        monkeypatch.setattr(update, "KERNELS", {("cpu", form): kernel for form, kernel in reference.BY_FORM.items()})
 
 
 def everything(params: list[nn.Parameter], optimizer: HybridAdam) -> list[Tensor]:
@@ -264,7 +264,7 @@ def test_kernels_get_no_address_of_memory_that_is_not_there() -> None:
     for tensor in tensors:
         tensor.untyped_storage().resize_(0)
         with pytest.raises(ValueError, match="has no memory"):
-            update.adam_update(*tensors, at_step)  # type: ignore[arg-type]
+            update.adam_update("fp32", tensors[:3], tensors[3], at_step)
         tensor.untyped_storage().resize_(32)
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemini.nn.optimizer import kernel_pool
-from gemini.nn.optimizer.kernel_pool import KernelPool, default_pool, slices
+from gemini.nn.optimizer.kernels import kernel_pool
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool, default_pool, slices
 from gemini.process_wide import PerProcess
 
 

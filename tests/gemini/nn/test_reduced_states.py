@@ -1,20 +1,19 @@
 """Moments in bfloat16 and in 8 bits: the formats, and kernels that are bit-equal to the reference."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from adam_cases import GRAD_DTYPES, OUT_DTYPES, buffers, hyper, moderate, random_bits, same_bits, spread
+from adam_cases import GRAD_DTYPES, OUT_DTYPES, Update, buffers, hyper, moderate, random_bits, same_bits, spread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gemini.nn.optimizer import cpu_update, kernel_pool
-from gemini.nn.optimizer.arithmetic import AdamScalars, scalars
-from gemini.nn.optimizer.cpu_update import adam_8bit_cpu, adam_cpu
-from gemini.nn.optimizer.kernel_pool import KernelPool
-from gemini.nn.optimizer.moments import packed, slots, unpacked
-from gemini.nn.optimizer.reduced import (
+from gemini.nn.optimizer.kernels import cpu_update, kernel_pool, reference
+from gemini.nn.optimizer.kernels.arithmetic import AdamScalars, scalars
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels.reduced import (
     BLOCK_NUMEL,
     EXP_AVG,
     ROOT,
@@ -28,9 +27,9 @@ from gemini.nn.optimizer.reduced import (
     unpack_exp_avg,
     unpack_exp_avg_sq,
 )
-from gemini.nn.optimizer.reduced import random_bits as rounding_bits
-from gemini.nn.optimizer.reference import adam_8bit_reference, adam_reference
-from gemini.nn.optimizer.update import adam_8bit_update, adam_update
+from gemini.nn.optimizer.kernels.reduced import random_bits as rounding_bits
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.nn.optimizer.rules.moments import packed, slots, unpacked
 
 HYPERS = [
     hyper(),
@@ -49,12 +48,12 @@ def kept_buffers(tensors: list[Tensor], states: str) -> list[Tensor]:
 
 
 def stepped(
-    update: object, param: Tensor, kept: list[Tensor], grad: Tensor, s: AdamScalars, out_dtype: torch.dtype | None
+    update: Update, param: Tensor, kept: list[Tensor], grad: Tensor, s: AdamScalars, out_dtype: torch.dtype | None
 ) -> list[Tensor]:
     """What ``update`` makes of copies."""
     param, kept = param.clone(), [tensor.clone() for tensor in kept]
     out = None if out_dtype is None else torch.empty(param.numel(), dtype=out_dtype)
-    update(param, *kept, grad, s, out)  # type: ignore[operator]
+    update((param, *kept), grad, s, out)
     return [param, *kept] if out is None else [param, *kept, out]
 
 
@@ -63,7 +62,7 @@ def check_equal(a: list[Tensor], b: list[Tensor]) -> None:
         assert torch.equal(x, y) if x.dtype is torch.uint8 else same_bits(x, y), i
 
 
-KERNELS = {"bf16": (adam_cpu, adam_reference), "8bit": (adam_8bit_cpu, adam_8bit_reference)}
+UPDATES: dict[str, Update] = {states: partial(adam_update, states) for states in REDUCED}
 
 
 @settings(max_examples=120, deadline=None)
@@ -92,9 +91,9 @@ def test_the_kernels_equal_the_reference_for_any_length_dtype_and_value(
     tensors = buffers(numel, seed, DRAWS[draw])
     kept, grad = kept_buffers(tensors, states), tensors[3].to(grad_dtype)
     s = scalars(HYPERS[hyper_index], step, grad_scale)
-    kernel, reference = KERNELS[states]
+    kernel, plain = cpu_update.BY_FORM[states], reference.BY_FORM[states]
     check_equal(
-        stepped(kernel, tensors[0], kept, grad, s, out_dtype), stepped(reference, tensors[0], kept, grad, s, out_dtype)
+        stepped(kernel, tensors[0], kept, grad, s, out_dtype), stepped(plain, tensors[0], kept, grad, s, out_dtype)
     )
 
 
@@ -106,8 +105,8 @@ def test_a_long_buffer_has_the_same_bits_with_any_threads_streamed_or_not(
     tensors = buffers((1 << 17) + 77, seed=3, draw=spread)
     kept, grad = kept_buffers(tensors, states), tensors[3].bfloat16()
     s = scalars(HYPERS[1], 5)
-    kernel, reference = KERNELS[states]
-    expected = stepped(reference, tensors[0], kept, grad, s, out_dtype)
+    kernel = cpu_update.BY_FORM[states]
+    expected = stepped(reference.BY_FORM[states], tensors[0], kept, grad, s, out_dtype)
     monkeypatch.setattr(kernel_pool, "_SMALLEST_SLICE_NUMEL", 1 << 12)
     for threads, limit in itertools.product((1, 3), (1, 1 << 30)):
         monkeypatch.setattr(cpu_update, "STREAMING_PAYS", True)
@@ -125,7 +124,7 @@ def test_a_long_buffer_has_the_same_bits_with_any_threads_streamed_or_not(
 def test_updating_in_pieces_of_whole_blocks_gives_the_same_bits(states: str) -> None:
     tensors = buffers(10 * BLOCK_NUMEL + 13, seed=4)
     kept, s = kept_buffers(tensors, states), scalars(HYPERS[0], 2)
-    update = adam_update if states == "bf16" else adam_8bit_update
+    update = UPDATES[states]
     whole = stepped(update, tensors[0], kept, tensors[3], s, None)
     param, pieces = tensors[0].clone(), [tensor.clone() for tensor in kept]
     for start, stop in itertools.pairwise((0, 1, 4, 9, 11)):
@@ -134,16 +133,16 @@ def test_updating_in_pieces_of_whole_blocks_gives_the_same_bits(states: str) -> 
             tensor[slice(start, stop)] if slot.block_numel > 1 else tensor[at]
             for slot, tensor in zip(slots(states), pieces, strict=True)
         ]
-        update(param[at], *of_slots, tensors[3][at], s)  # type: ignore[arg-type]
+        update((param[at], *of_slots), tensors[3][at], s, None)
     check_equal([param, *pieces], whole)
 
 
 def test_zeros_behind_a_parameter_change_nothing() -> None:
     tensors = buffers(300, seed=5)
     kept, s = kept_buffers(tensors, "8bit"), scalars(HYPERS[0], 2)
-    expected = stepped(adam_8bit_update, tensors[0], kept, tensors[3], s, None)
+    expected = stepped(UPDATES["8bit"], tensors[0], kept, tensors[3], s, None)
     longer = [torch.nn.functional.pad(tensor, (0, 212)) for tensor in (tensors[0], *kept[:2], tensors[3])]
-    got = stepped(adam_8bit_update, longer[0], [*longer[1:3], *kept[2:]], longer[3], s, None)
+    got = stepped(UPDATES["8bit"], longer[0], [*longer[1:3], *kept[2:]], longer[3], s, None)
     check_equal([t[:300] for t in got[:3]] + got[3:], expected)
     assert all((tensor[300:] == 0).all() for tensor in got[:3])
 
@@ -199,12 +198,12 @@ def test_rounding_is_right_on_average_where_rounding_to_nearest_stalls(states: s
     nearest = unpacked(states, dict(zip(names, kept, strict=True)))["exp_avg_sq"]
     after = packed(states, {"exp_avg": nearest, "exp_avg_sq": nearest * 0.999})
     assert (unpacked(states, after)["exp_avg_sq"] == nearest).float().mean() > 0.7
-    update = adam_update if states == "bf16" else adam_8bit_update
+    update = UPDATES[states]
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 1001):
         # Some gradient: elements that are equal in all, like most of these, would be rounded alike.
         grad = 1e-12 * torch.randn(value.shape, generator=generator)
-        update(torch.ones_like(value), *kept, grad, scalars(hyper(), step))  # type: ignore[arg-type]
+        update((torch.ones_like(value), *kept), grad, scalars(hyper(), step), None)
     left = unpacked(states, dict(zip(names, kept, strict=True)))["exp_avg_sq"]
     ratio = float(left.sum() / nearest.sum()) / 0.999**1000
     # The root of 8 bits is right on average, its square 1 + variance times as large: 2 % after so many steps.
@@ -240,7 +239,7 @@ def test_an_infinite_gradient_spoils_its_block_of_8_bit_states_and_no_other(bad:
     tensors = buffers(3 * BLOCK_NUMEL, seed=6)
     kept = kept_buffers(tensors, "8bit")
     tensors[3][BLOCK_NUMEL + 5] = bad
-    got = stepped(adam_8bit_update, tensors[0], kept, tensors[3], scalars(hyper(), 1), None)
+    got = stepped(UPDATES["8bit"], tensors[0], kept, tensors[3], scalars(hyper(), 1), None)
     moment = unpack_exp_avg(got[1], got[3]).view(3, BLOCK_NUMEL)
     assert moment[1].isnan().all()
     assert moment[[0, 2]].isfinite().all()
@@ -251,8 +250,8 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     tensors = buffers(300, seed=7)
     kept, s = kept_buffers(tensors, "8bit"), scalars(hyper(), 1)
     with pytest.raises(ValueError, match="exp_avg_scale has 1 elements, must have 2"):
-        adam_8bit_update(tensors[0], kept[0], kept[1], kept[2][:1], kept[3], tensors[3], s)
+        adam_update("8bit", (tensors[0], kept[0], kept[1], kept[2][:1], kept[3]), tensors[3], s)
     with pytest.raises(TypeError, match=r"exp_avg_sq must be torch.uint8, got torch.float32"):
-        adam_8bit_update(tensors[0], kept[0], tensors[2], kept[2], kept[3], tensors[3], s)
+        adam_update("8bit", (tensors[0], kept[0], tensors[2], kept[2], kept[3]), tensors[3], s)
     with pytest.raises(TypeError, match=r"exp_avg_sq must be torch.bfloat16, got torch.float32"):
-        adam_update(tensors[0], tensors[1].bfloat16(), tensors[2], tensors[3], s)
+        adam_update("bf16", (tensors[0], tensors[1].bfloat16(), tensors[2]), tensors[3], s)

@@ -4,10 +4,10 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from adam_cases import buffers, hyper, random_bits, result, same_bits
+from adam_cases import adam_reference, buffers, hyper, random_bits, result, same_bits
 
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.reference import adam_reference, fma, sqrt
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.reference import fma, sqrt
 
 
 def nearest_float32(exact: Fraction) -> float:

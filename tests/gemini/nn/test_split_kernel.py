@@ -1,24 +1,34 @@
 """One step of masters in two halves: the bits of a step of the masters, by both realisations."""
 
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
-from adam_cases import GRAD_DTYPES, buffers, hyper, marks_are_ties, moderate, random_bits, result, same_bits, spread
+from adam_cases import (
+    GRAD_DTYPES,
+    Update,
+    adam_reference,
+    buffers,
+    hyper,
+    marks_are_ties,
+    moderate,
+    random_bits,
+    result,
+    same_bits,
+    spread,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gemini.chunk import halves, joined, marked, unmarked
-from gemini.nn.optimizer.arithmetic import AdamScalars, scalars
-from gemini.nn.optimizer.kernel_pool import KernelPool
-from gemini.nn.optimizer.reference import adam_reference, adam_split_reference
-from gemini.nn.optimizer.update import adam_split_update
+from gemini.nn.optimizer.kernels.arithmetic import AdamScalars, scalars
+from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
+from gemini.nn.optimizer.kernels.update import adam_update
 
 pytest.importorskip("numba")
 
-from gemini.nn.optimizer.cpu_update import adam_split_cpu
+from gemini.nn.optimizer.kernels import cpu_update, reference
 
 HYPERS = [
     hyper(),
@@ -28,7 +38,7 @@ HYPERS = [
     hyper(lr=0.0),
 ]
 DRAWS = {"moderate": moderate, "spread": spread, "any bits": random_bits}
-Split = Callable[..., None]
+UPDATES: list[Update] = [cpu_update.BY_FORM["split"], reference.BY_FORM["split"]]
 
 
 def ties(numel: int, generator: torch.Generator) -> Tensor:
@@ -49,10 +59,10 @@ def whole(tensors: list[Tensor]) -> list[Tensor]:
     return [joined(high, low, exp_avg_sq), exp_avg, unmarked(exp_avg_sq), high]
 
 
-def check(update: Split, tensors: list[Tensor], s: AdamScalars) -> None:
+def check(update: Update, tensors: list[Tensor], s: AdamScalars) -> None:
     expected = result(adam_reference, tensors, s, torch.bfloat16)
     ours = split(tensors)
-    update(*ours, s)
+    update(ours[:-1], ours[-1], s)
     assert marks_are_ties(ours[1], ours[3])
     for name, a, b in zip(("param", "exp_avg", "exp_avg_sq", "copy"), whole(ours), expected, strict=True):
         assert same_bits(a, b), name
@@ -67,7 +77,7 @@ def check(update: Split, tensors: list[Tensor], s: AdamScalars) -> None:
     draw=st.sampled_from(sorted(DRAWS)),
     step=st.integers(1, 10_000),
     grad_scale=st.sampled_from([1.0, 0.3, 2.0**-16, float("inf")]),
-    update=st.sampled_from([adam_split_cpu, adam_split_reference]),
+    update=st.sampled_from(UPDATES),
 )
 def test_a_step_has_the_bits_of_a_step_of_whole_masters(
     numel: int,
@@ -77,15 +87,15 @@ def test_a_step_has_the_bits_of_a_step_of_whole_masters(
     draw: str,
     step: int,
     grad_scale: float,
-    update: Split,
+    update: Update,
 ) -> None:
     tensors = buffers(numel, seed, DRAWS[draw])
     tensors[3] = tensors[3].to(grad_dtype)
     check(update, tensors, scalars(HYPERS[hyper_index], step, grad_scale))
 
 
-@pytest.mark.parametrize("update", [adam_split_cpu, adam_split_reference])
-def test_ties_are_kept(update: Split) -> None:
+@pytest.mark.parametrize("update", UPDATES)
+def test_ties_are_kept(update: Update) -> None:
     """With a learning rate of 0 every master stays what it is, and a tie is a tie."""
     tensors = buffers(100_003, 0)
     tensors[0] = ties(100_003, torch.Generator().manual_seed(1))
@@ -106,9 +116,9 @@ def test_many_steps_in_pieces_on_several_threads_equal_those_of_whole_masters() 
         for step in range(1, 30):
             grad = torch.randn(numel, generator=generator).to(torch.bfloat16)
             s = scalars(hyper(weight_decay=0.1, lr=1e-2), step)
-            adam_reference(*plain[:3], grad, s, copy)
+            adam_reference(plain[:3], grad, s, copy)
             for part in (slice(0, 100_000), slice(100_000, numel)):
-                adam_split_cpu(*(t[part] for t in (*halved[:4], grad)), s, pool)
+                cpu_update.adam_cpu("split", [t[part] for t in halved[:4]], grad[part], s, pool=pool)
         for a, b in zip(whole(halved), (*plain[:3], copy), strict=True):
             assert torch.equal(a, b)
         assert bool((halved[3].signbit()).any()), "no tie came along"
@@ -130,5 +140,6 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(at: int, wrong: Ten
     tensors = split(buffers(10, 0))
     before = [t.clone() for t in tensors]
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        adam_split_update(*tensors[:at], wrong, *tensors[at + 1 :], scalars(hyper(), 1))
+        given = [*tensors[:at], wrong, *tensors[at + 1 :]]
+        adam_update("split", given[:-1], given[-1], scalars(hyper(), 1))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))

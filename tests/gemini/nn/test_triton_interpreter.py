@@ -14,6 +14,7 @@ from adam_cases import (
     GRAD_DTYPES,
     OUT_DTYPES,
     Draw,
+    adam_reference,
     buffers,
     hyper,
     marks_are_ties,
@@ -25,10 +26,9 @@ from adam_cases import (
 from torch import Tensor
 
 from gemini.chunk import halves, joined, marked, unmarked
-from gemini.nn.optimizer.arithmetic import scalars
-from gemini.nn.optimizer.moments import packed, slots
-from gemini.nn.optimizer.reference import adam_reference
-from gemini.nn.optimizer.update import adam_split_update, update_states
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.nn.optimizer.rules.moments import packed, slots
 
 pytestmark = pytest.mark.own_process(TRITON_INTERPRET="1")  # which Triton reads when it is imported
 
@@ -60,17 +60,17 @@ def as_hardware_casts(cast: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module of the kernels, interpreted."""
+    """The kernels by their form, interpreted."""
     pytest.importorskip("triton")
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from gemini.nn.optimizer import cuda_kernel
+    from gemini.nn.optimizer.kernels import cuda_kernel
 
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", as_hardware_casts(InterpreterBuilder.cast_impl))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with np.errstate(all="ignore"):
-        yield cuda_kernel
+        yield cuda_kernel.BY_FORM
 
 
 def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
@@ -84,7 +84,7 @@ def test_adam_has_the_bits_of_the_reference(kernels: Any, draw: Draw) -> None:
         tensors = buffers(NUMEL, seed=0, draw=draw)
         tensors[3] = tensors[3].to(grad_dtype)
         s = scalars(h, 3, grad_scale=0.3)
-        ours, theirs = (result(update, tensors, s, out_dtype) for update in (kernels.adam_cuda, adam_reference))
+        ours, theirs = (result(update, tensors, s, out_dtype) for update in (kernels["fp32"], adam_reference))
         assert equal(ours, theirs), (h, grad_dtype, out_dtype)
 
 
@@ -96,8 +96,8 @@ def test_split_masters_have_the_bits_of_the_reference(kernels: Any, draw: Draw) 
         theirs = [high, low, exp_avg, marked(exp_avg_sq, mark), grad.to(grad_dtype)]
         ours = [tensor.clone() for tensor in theirs]
         s = scalars(h, 3, grad_scale=0.3)
-        adam_split_update(*theirs, s)  # type: ignore[call-arg]
-        kernels.adam_split_cuda(*ours, s)
+        adam_update("split", theirs[:-1], theirs[-1], s)
+        kernels["split"](ours[:-1], ours[-1], s)
         assert marks_are_ties(ours[1], ours[3])
         a, b = ([joined(high, low, v), m, unmarked(v), high] for high, low, m, v, _ in (ours, theirs))
         assert equal(a, b), (h, grad_dtype)
@@ -112,14 +112,14 @@ def test_reduced_states_have_the_bits_of_the_reference(kernels: Any, draw: Draw,
         theirs = [param, *(kept[slot.name] for slot in slots(kind)), grad.to(grad_dtype)]
         ours = [tensor.clone() for tensor in theirs]
         s = scalars(h, 3, grad_scale=0.3)
-        update_states(theirs[0], theirs[1:-1], theirs[-1], s)
-        (kernels.adam_cuda if kind == "bf16" else kernels.adam_8bit_cuda)(*ours, s)
+        adam_update(kind, theirs[:-1], theirs[-1], s)
+        kernels[kind](ours[:-1], ours[-1], s)
         assert equal(ours, theirs), (h, grad_dtype)
 
 
 def test_the_comparison_notices_one_bit(kernels: Any) -> None:
     tensors = buffers(NUMEL, seed=0)
     s = scalars(hyper(), 3)
-    ours, theirs = result(kernels.adam_cuda, tensors, s), result(adam_reference, tensors, s)
+    ours, theirs = result(kernels["fp32"], tensors, s), result(adam_reference, tensors, s)
     ours[0].view(torch.int32)[7] ^= 1
     assert not equal(ours, theirs)

@@ -15,7 +15,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import MASTER, SHADOW, Tier
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
-from gemini.nn.optimizer import pieces
+from gemini.nn.optimizer.rules import pieces
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
@@ -253,7 +253,7 @@ def test_memory_that_runs_out_in_the_background_costs_nothing(
     monkeypatch.setattr(pieces, "_CPU_PIECE_NUMEL", 1000)
     numbers = {0, 3, 4, 9}
     monkeypatch.setattr(pieces, "run", failing_in_the_middle(pieces.run, numbers))
-    monkeypatch.setattr(pieces, "rooms", failing(pieces.rooms, numbers))
+    monkeypatch.setattr(pieces, "scratch", failing(pieces.scratch, numbers))
     assert ours.step(1) == plain.step(1)
     errors = 0
     for _ in range(20):

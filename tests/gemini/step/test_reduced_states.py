@@ -19,10 +19,10 @@ from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData
 from gemini.estimate.subject import Subject
-from gemini.nn.optimizer import HybridAdam, update
-from gemini.nn.optimizer.moments import slots
-from gemini.nn.optimizer.reduced import BLOCK_NUMEL
-from gemini.nn.optimizer.reference import adam_8bit_reference, adam_reference
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import reference, update
+from gemini.nn.optimizer.kernels.reduced import BLOCK_NUMEL
+from gemini.nn.optimizer.rules.moments import slots
 from gemini.packing import solve
 from gemini.planning.placement import Placement, place
 from gemini.stat import cli
@@ -112,8 +112,7 @@ def test_without_a_compiler_updates_in_slices_give_the_same_numbers(
     states: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run_plain(task(states))
-    references = {"adam": adam_reference, "adam_8bit": adam_8bit_reference}
-    monkeypatch.setattr(update, "_kernel_of", lambda device_type, name="adam": references[name])
+    monkeypatch.setattr(update, "KERNELS", {("cpu", form): kernel for form, kernel in reference.BY_FORM.items()})
     monkeypatch.setattr(update, "SLICE_NUMEL", 2 * BLOCK_NUMEL)
     check_equal(run_managed(task(states), **size(1 << 14))[0], expected)
 

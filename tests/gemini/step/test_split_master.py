@@ -20,9 +20,10 @@ from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.estimate.demand import ModelData, model_bytes
 from gemini.estimate.subject import Subject
-from gemini.nn.optimizer import HybridAdam, adam_rule, update
-from gemini.nn.optimizer.reference import adam_reference, adam_split_reference
-from gemini.nn.optimizer.update import adam_split_update
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import reference, update
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.nn.optimizer.rules import adam_rule
 
 
 class Odd(nn.Module):
@@ -150,8 +151,7 @@ def test_gradients_of_several_backwards_add_up_as_with_whole_masters() -> None:
 
 def test_without_a_compiler_updates_in_slices_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run_plain(task())
-    references = {"adam": adam_reference, "adam_split": adam_split_reference}
-    monkeypatch.setattr(update, "_kernel_of", lambda device_type, name="adam": references[name])
+    monkeypatch.setattr(update, "KERNELS", {("cpu", form): kernel for form, kernel in reference.BY_FORM.items()})
     monkeypatch.setattr(update, "SLICE_NUMEL", 512)
     check_equal(run_managed(task(), split_master=True, **size(1 << 14))[0], expected)
 
@@ -162,12 +162,12 @@ def test_memory_that_runs_out_in_an_update_costs_nothing(monkeypatch: pytest.Mon
     expected = [whole.step(step) for step in range(3)]
     calls = iter(range(1 << 30))
 
-    def failing(*tensors: Any) -> None:
+    def failing(*args: Any) -> None:
         if next(calls) in (0, 2, 5):
             raise MemoryError("no memory")
-        adam_split_update(*tensors)
+        adam_update(*args)
 
-    monkeypatch.setattr(adam_rule, "adam_split_update", failing)
+    monkeypatch.setattr(adam_rule, "adam_update", failing)
     torch.manual_seed(7)
     losses = []
     for step in range(3):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.nn.optimizer import HybridAdam, adam_rule
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.reference import adam_reference
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.reference import BY_FORM
+from gemini.nn.optimizer.rules import adam_rule
 from gemini.step import managed_step
 
 STEPS = 3
@@ -63,7 +64,7 @@ def expected(precision: str, clips: bool, scale: float, accumulate: int) -> Mome
             assert parameter.grad is not None
             flat = [tensor.view(-1) for tensor in state[name]]
             at_step = scalars(HYPER, step, coefficient / scale)
-            adam_reference(flat[0], flat[1], flat[2], parameter.grad.view(-1), at_step)
+            BY_FORM["fp32"](flat[:3], parameter.grad.view(-1), at_step)
             parameter.data = state[name][0].to(dtype)
             parameter.grad = None
     return state

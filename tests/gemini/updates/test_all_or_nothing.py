@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemini.errors import OutOfMemory
-from gemini.nn.optimizer import HybridAdam, adam_rule, cpu_update, kernel_pool
-from gemini.nn.optimizer.arithmetic import AdamHyper, scalars
-from gemini.nn.optimizer.update import adam_update, update_states
+from gemini.nn.optimizer import HybridAdam
+from gemini.nn.optimizer.kernels import cpu_update, kernel_pool
+from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
+from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.nn.optimizer.rules import adam_rule
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -101,14 +103,14 @@ def test_the_kernel_itself_changes_nothing_when_it_cannot_begin(monkeypatch: pyt
 
     replacements: list[Callable[[pytest.MonkeyPatch], None]] = [
         lambda patch: patch.setattr(kernel_pool.KernelPool, "cut", no_memory),
-        lambda patch: patch.setitem(cpu_update.part_kernels, False, no_memory),
+        lambda patch: patch.setitem(cpu_update.part_kernels, "fp32", no_memory),
     ]
     for replace in replacements:
         with monkeypatch.context() as patch:
             replace(patch)
             patch.setattr(cpu_update, "_ready", set())
             with pytest.raises(MemoryError):
-                adam_update(*tensors, at_step)
+                adam_update("fp32", tensors[:3], tensors[3], at_step)
         assert all(torch.equal(tensor, torch.ones(1 << 18)) for tensor in tensors)
 
 
@@ -176,13 +178,13 @@ def test_any_failing_allocation_leaves_a_boosted_optimizer_as_it_was(precision: 
 
 
 def failing_at(numbers: set[int]) -> Callable[..., None]:
-    """An `update_states` some calls of which find no memory."""
+    """An `adam_update` some calls of which find no memory."""
     calls: Iterator[int] = iter(range(1 << 30))
 
     def update(*args: Any) -> None:
         if next(calls) in numbers:
             raise MemoryError("no memory")
-        update_states(*args)
+        adam_update(*args)
 
     return update
 
@@ -200,7 +202,7 @@ def test_memory_that_runs_out_in_the_background_is_an_error_and_costs_nothing(
     ours = Trained(options)
     assert [ours.step(step) for step in range(2)] == losses[:2]
     ours.model._gemini.manager.settle()
-    monkeypatch.setattr(adam_rule, "update_states", failing_at({0, 3, 4, 9}))
+    monkeypatch.setattr(adam_rule, "adam_update", failing_at({0, 3, 4, 9}))
     monkeypatch.setattr(adam_rule, "atomic_numel", lambda device: atomic)
     assert ours.step(2) == losses[2]
     errors = 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from loop import PLACEMENTS, Trained
 
-from gemini.nn.optimizer.update import update_states
+from gemini.nn.optimizer.kernels.update import adam_update
 from gemini.updates.update_pipeline import UpdatePipeline
 
 pytestmark = pytest.mark.timeout(120)
@@ -30,7 +30,7 @@ def stall_workers(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[str]:
 
         return run
 
-    monkeypatch.setattr("gemini.nn.optimizer.adam_rule.update_states", stalling("compute", update_states))
+    monkeypatch.setattr("gemini.nn.optimizer.rules.adam_rule.adam_update", stalling("compute", adam_update))
     for name in ("_read", "_write"):
         monkeypatch.setattr(UpdatePipeline, name, stalling(name, getattr(UpdatePipeline, name)))
     return done

@@ -12,8 +12,8 @@ from update_rig import HYPER, IN_RAM, MIXED, ON_DISK, Faults, Rig, content, rig,
 
 from gemini.chunk import MASTER, NoDevice, Tier, workers
 from gemini.errors import OffloadError
-from gemini.nn.optimizer.adam_rule import AdamAtStep
-from gemini.nn.optimizer.arithmetic import scalars
+from gemini.nn.optimizer.kernels.arithmetic import scalars
+from gemini.nn.optimizer.rules.adam_rule import AdamUpdate
 from gemini.updates.ticket import Ticket
 from gemini.updates.update_pipeline import ChunkUpdate, Run
 from gemini.updates.update_queue import UpdateQueue
@@ -140,7 +140,7 @@ def test_the_full_copy_is_refreshed_in_the_same_pass_where_there_was_a_gradient(
     with rig(tmp_path, [ON_DISK, IN_RAM], Faults()) as r:
         for chunk in r.chunks:
             chunk.full.fill_(7.0)
-        at_step = AdamAtStep(scalars(HYPER, 1))
+        at_step = AdamUpdate("fp32", scalars(HYPER, 1))
         updates = [ChunkUpdate(chunk, runs_of(chunk.layout, at_step), chunk.full) for chunk in r.chunks]
         wait_for_all(r.queue.submit(updates, NoDevice()))
         for chunk in r.chunks:
@@ -152,7 +152,7 @@ def test_the_full_copy_is_refreshed_in_the_same_pass_where_there_was_a_gradient(
 
 def test_an_update_of_no_elements_is_over_at_once(tmp_path: Path) -> None:
     with rig(tmp_path, [IN_RAM], Faults()) as r:
-        empty = ChunkUpdate(r.chunks[0], (Run(32, 32, AdamAtStep(scalars(HYPER, 1))),), None)
+        empty = ChunkUpdate(r.chunks[0], (Run(32, 32, AdamUpdate("fp32", scalars(HYPER, 1))),), None)
         nothing = ChunkUpdate(r.chunks[0], (), None)
         assert all(ticket.done() for ticket in r.queue.submit([empty, nothing], NoDevice()))
         assert r.queue.submit([], NoDevice()) == []
@@ -161,7 +161,7 @@ def test_an_update_of_no_elements_is_over_at_once(tmp_path: Path) -> None:
 
 def test_an_error_in_the_arithmetic_surfaces_too_and_changes_nothing(tmp_path: Path) -> None:
     with rig(tmp_path, [IN_RAM], Faults()) as r:
-        run = Run(0, 50, AdamAtStep(scalars(HYPER, 1)))
+        run = Run(0, 50, AdamUpdate("fp32", scalars(HYPER, 1)))
         wrong = ChunkUpdate(r.chunks[0], (run,), torch.empty(1000, dtype=torch.float64))
         (ticket,) = r.queue.submit([wrong], NoDevice())
         for _ in range(2):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .arithmetic import AdamHyper
+from ..kernels.arithmetic import AdamHyper
 
 # torch.optim.AdamW's keys that mean nothing to us. They are kept so that states load in both directions.
 TORCH_DEFAULTS: dict[str, Any] = {

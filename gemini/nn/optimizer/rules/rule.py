@@ -14,19 +14,19 @@ from torch import Tensor
 from gemini.chunk import BufferSpec
 
 __all__ = [
-    "AtStep",
+    "BoundUpdate",
     "KeptAsSaved",
     "Rule",
-    "SplitAtStep",
+    "BoundSplitUpdate",
     "BufferSpec",
-    "StepMaker",
+    "BoundRule",
     "has_state",
     "steps_of",
     "whole_steps",
 ]
 
 
-class AtStep(Protocol):
+class BoundUpdate(Protocol):
     """One step of a rule with all its numbers: it may be done later, whatever becomes of the options since."""
 
     def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
@@ -54,17 +54,17 @@ class AtStep(Protocol):
 
 
 @runtime_checkable
-class SplitAtStep(AtStep, Protocol):
+class BoundSplitUpdate(BoundUpdate, Protocol):
     """A step that knows masters in two halves: of rules with a slot that ``has_spare_sign``."""
 
     def apply_split(self, high: Tensor, low: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
         """As `apply` on the masters that these are the halves of. See [Note: Split master]."""
 
 
-class StepMaker(Protocol):
+class BoundRule(Protocol):
     """Makes the steps of a group."""
 
-    def __call__(self, step: int, grad_scale: float, is_fresh: bool | None = None, /) -> AtStep:
+    def __call__(self, step: int, grad_scale: float, is_fresh: bool | None = None, /) -> BoundUpdate:
         """A step of parameters.
 
         Parameters
@@ -86,7 +86,7 @@ class Rule(Protocol):
     """The torch optimizer that it stands for; checkpoints and messages have it."""
     takes_step: bool
     """Whether the state of a parameter has a ``step``, the number of steps that it has taken."""
-    starts_filled: bool
+    has_initial_state: bool
     """Whether a parameter has states before its first step."""
 
     def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
@@ -104,13 +104,13 @@ class Rule(Protocol):
     def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
         """What `to_saved` undoes."""
 
-    def remembers(self, group: Mapping[str, Any]) -> bool:
+    def keeps_state(self, group: Mapping[str, Any]) -> bool:
         """Whether a step with these options leaves a state behind. Plain SGD's does not."""
 
     def initial(self, name: str) -> float:
         """What the elements of this state are before a parameter's first step."""
 
-    def of_group(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> StepMaker:
+    def bind(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> BoundRule:
         """The steps with the options that the group has now, on states that are these slots.
 
         Raises

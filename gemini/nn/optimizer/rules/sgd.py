@@ -12,13 +12,13 @@ from . import pieces
 
 
 def is_plain_form(options: Mapping[str, Any]) -> bool:
-    """Whether these options of ``torch.optim.SGD`` ask for what `SgdAtStep` does; the others go to torch's own code."""
+    """Whether these options of ``torch.optim.SGD`` ask for what `SgdUpdate` does; the others go to torch's own code."""
     return not (options["foreach"] or options["fused"] or isinstance(options["weight_decay"], Tensor))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SgdAtStep:
-    """One step of ``torch.optim.SGD`` (an `AtStep`), with the operations of its plain form, in its order."""
+class SgdUpdate:
+    """One step of ``torch.optim.SGD`` (a `BoundUpdate`), with the operations of its plain form, in its order."""
 
     lr: float
     momentum: float
@@ -31,8 +31,8 @@ class SgdAtStep:
     grad_scale: float
 
     @staticmethod
-    def of(options: Mapping[str, Any], step: int, grad_scale: float) -> "SgdAtStep":
-        return SgdAtStep(
+    def of(options: Mapping[str, Any], step: int, grad_scale: float) -> "SgdUpdate":
+        return SgdUpdate(
             lr=float(options["lr"]),
             momentum=float(options["momentum"]),
             dampening=float(options["dampening"]),
@@ -47,11 +47,11 @@ class SgdAtStep:
         return None
 
     def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
-        # All room is there before the first write, so any number of elements is all or nothing.
-        room = pieces.rooms(param) if self._changes(grad) else None
+        # All memory is there before the first write, so any number of elements is all or nothing.
+        scratch = pieces.scratch(param) if self._changes(grad) else None
 
         def work(piece: slice) -> None:
-            self._step(param[piece], [state[piece] for state in states], grad[piece], room)
+            self._step(param[piece], [state[piece] for state in states], grad[piece], scratch)
             if out is not None:
                 out[piece].copy_(param[piece])
 
@@ -62,10 +62,10 @@ class SgdAtStep:
         is_plain = grad.dtype == torch.float32 and self.grad_scale == 1.0
         return not is_plain or self.maximize or self.weight_decay != 0 or self.nesterov
 
-    def _step(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, rooms: "deque[Tensor] | None") -> None:
-        room = rooms.pop() if rooms is not None else None
-        if room is not None:
-            grad = self._changed(param, grad, room[: param.numel()])
+    def _step(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, scratch: "deque[Tensor] | None") -> None:
+        changed = scratch.pop() if scratch is not None else None
+        if changed is not None:
+            grad = self._changed(param, grad, changed[: param.numel()])
         if self.momentum != 0:
             (momentum,) = states
             if self.is_first:
@@ -74,15 +74,15 @@ class SgdAtStep:
                 momentum.mul_(self.momentum).add_(grad, alpha=1 - self.dampening)
             grad = grad.add_(momentum, alpha=self.momentum) if self.nesterov else momentum
         param.add_(grad, alpha=-self.lr)
-        if rooms is not None and room is not None:
-            rooms.append(room)
+        if scratch is not None and changed is not None:
+            scratch.append(changed)
 
-    def _changed(self, param: Tensor, grad: Tensor, room: Tensor) -> Tensor:
-        room.copy_(grad)
+    def _changed(self, param: Tensor, grad: Tensor, changed: Tensor) -> Tensor:
+        changed.copy_(grad)
         if self.grad_scale != 1.0:
-            room.mul_(self.grad_scale)
+            changed.mul_(self.grad_scale)
         if self.maximize:
-            room.neg_()
+            changed.neg_()
         if self.weight_decay != 0:
-            room.add_(param, alpha=self.weight_decay)
-        return room
+            changed.add_(param, alpha=self.weight_decay)
+        return changed

@@ -4,6 +4,7 @@
 compiles kernels. `PreparedStep.commit` then only runs kernels over memory that is there.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import AdamHyper, AdamScalars, scalars
+from ..kernels.arithmetic import AdamHyper, AdamScalars, scalars
+from ..kernels.reference import adam_float64
+from ..kernels.update import adam_update
+from ..managed import Prepared
+from ..rules.moments import slots
 from .batch import States, in_batches
 from .found import find
-from .layout import copy_back, flatten, memory_order
-from .managed import Prepared
+from .memory_order import copy_back, flatten, memory_order
 from .parameter_state import flat_states, needs_master
-from .reference import adam_float64
-from .update import ready, update_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class PreparedStep:
     flat: tuple[Tensor, ...]
     """The same, one-dimensional, as views where their layout allows it."""
     gradient: Tensor | None
+    kept_as: str
+    """How the moments are kept (`moments.slots`)."""
 
     def commit(self, states: States) -> None:
         """Do it."""
@@ -42,7 +46,7 @@ class PreparedStep:
             assert self.gradient is not None
             master, *kept = self.flat
             out = kept.pop() if needs_master(self.param) else None
-            update_states(master, kept, self.gradient, self.scalars, out)
+            adam_update(self.kept_as, (master, *kept), self.gradient, self.scalars, out)
         order = memory_order(self.param)
         for flat, tensor in zip(self.flat, self.written, strict=True):
             copy_back(flat, tensor, order)
@@ -108,7 +112,9 @@ def _prepared(
         new = tuple(tensor.detach().clone() for tensor in (param, *moments))
         adam_float64(new[0], new[1], new[2], grad, hyper, step, grad_scale)
         order = memory_order(param)
-        return PreparedStep(param, state, step, None, (param, *moments), tuple(flatten(t, order) for t in new), None)
+        return PreparedStep(
+            param, state, step, None, (param, *moments), tuple(flatten(t, order) for t in new), None, kept_as
+        )
     order = memory_order(param)
     # Without a master the parameter is its own.
     has_master = needs_master(param)
@@ -117,5 +123,24 @@ def _prepared(
     pairs = ((master, flatten(master, order)), *flat_states(state, order, kept_as), *copy)
     written, flat = zip(*pairs, strict=True)
     gradient = flatten(grad, order)
-    ready(param.device, gradient.dtype, param.dtype if has_master else None, at_step(step).l2 != 0.0, kept_as)
-    return PreparedStep(param, state, step, at_step(step), written, flat, gradient)
+    _have_kernel(param.device, gradient.dtype, param.dtype if has_master else None, at_step(step).l2 != 0.0, kept_as)
+    return PreparedStep(param, state, step, at_step(step), written, flat, gradient, kept_as)
+
+
+_SMALL_NUMEL = 64
+
+
+@functools.cache
+def _have_kernel(
+    device: torch.device, grad_dtype: torch.dtype, out_dtype: torch.dtype | None, has_l2: bool, kept_as: str
+) -> None:
+    """Compile and load the kernel for these types, and start its threads. All that takes memory, and may fail."""
+    param = torch.zeros(_SMALL_NUMEL, dtype=torch.float32, device=device)
+    kept = [slot.zeros(_SMALL_NUMEL, device) for slot in slots(kept_as)]
+    grad = torch.zeros(_SMALL_NUMEL, dtype=grad_dtype, device=device)
+    out = None if out_dtype is None else torch.zeros(_SMALL_NUMEL, dtype=out_dtype, device=device)
+    weight_decay = 0.1 if has_l2 else 0.0
+    hyper = AdamHyper(
+        lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, decoupled=False, bias_correction=True
+    )
+    adam_update(kept_as, (param, *kept), grad, scalars(hyper, 1), out)

@@ -27,6 +27,7 @@ All in one file: numba looks at the file of a kernel alone to find out whether c
 
 import logging
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,23 @@ LINE_BYTES = 64
 _F32, _F16, _I32, _I16, _I8 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 
 
-@intrinsic
-def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+def _instructions(result: Any, *of: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make an intrinsic of these types from a function that gets an LLVM builder and the arguments, and emits code."""
+
+    def declare(emit: Callable[..., Any]) -> Any:
+        @wraps(emit)  # numba asks for its signature, and leaves out the first argument
+        def typed(typingctx: Any, *given: Any) -> Any:
+            return result(*of), lambda context, builder, signature, args: emit(builder, *args)
+
+        return intrinsic(typed)
+
+    return declare
+
+
+@_instructions(types.float32, types.float32, types.float32, types.float32)
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c`` of float32, rounded once."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fma(*args)
-
-    return types.float32(types.float32, types.float32, types.float32), codegen
+    return builder.fma(a, b, c)
 
 
 @intrinsic
@@ -118,86 +128,58 @@ def _known_bits(builder: Any, number: Any) -> Any:
     return builder.select(is_nan, _I32(_NAN_BITS), builder.bitcast(number, _I32))
 
 
-@intrinsic
-def _joined(typingctx: Any, high: Any, low: Any, mark: Any) -> Any:
+@_instructions(types.float32, types.int16, types.int16, types.float32)
+def _joined(builder: Any, high: Any, low: Any, mark: Any) -> Any:
     """The master of its two halves and the state with its mark. See [Note: Split master]."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        high = builder.shl(builder.zext(args[0], _I32), _I32(16))
-        mark = builder.and_(builder.lshr(builder.bitcast(args[2], _I32), _I32(15)), _I32(0x10000))
-        return builder.bitcast(builder.add(builder.add(high, builder.sext(args[1], _I32)), mark), _F32)
-
-    return types.float32(types.int16, types.int16, types.float32), codegen
+    high = builder.shl(builder.zext(high, _I32), _I32(16))
+    mark = builder.and_(builder.lshr(builder.bitcast(mark, _I32), _I32(15)), _I32(0x10000))
+    return builder.bitcast(builder.add(builder.add(high, builder.sext(low, _I32)), mark), _F32)
 
 
-@intrinsic
-def _lower_half(typingctx: Any, master: Any) -> Any:
+@_instructions(types.int16, types.float32)
+def _lower_half(builder: Any, master: Any) -> Any:
     """The lower 16 bits of a float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.trunc(builder.bitcast(args[0], _I32), _I16)
-
-    return types.int16(types.float32), codegen
+    return builder.trunc(builder.bitcast(master, _I32), _I16)
 
 
-@intrinsic
-def _marked(typingctx: Any, number: Any, master: Any) -> Any:
+@_instructions(types.float32, types.float32, types.float32)
+def _marked(builder: Any, number: Any, master: Any) -> Any:
     """A number that is not negative, with the sign that says that its master is a tie and was rounded down.
 
     NaN may come with a sign, which says nothing.
     """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        low = builder.and_(builder.bitcast(args[1], _I32), _I32(0x1FFFF))
-        sign = builder.select(builder.icmp_signed("==", low, _I32(0x8000)), _I32(1 << 31), _I32(0))
-        magnitude = builder.and_(builder.bitcast(args[0], _I32), _I32(0x7FFFFFFF))
-        return builder.bitcast(builder.or_(magnitude, sign), _F32)
-
-    return types.float32(types.float32, types.float32), codegen
+    low = builder.and_(builder.bitcast(master, _I32), _I32(0x1FFFF))
+    sign = builder.select(builder.icmp_signed("==", low, _I32(0x8000)), _I32(1 << 31), _I32(0))
+    magnitude = builder.and_(builder.bitcast(number, _I32), _I32(0x7FFFFFFF))
+    return builder.bitcast(builder.or_(magnitude, sign), _F32)
 
 
-@intrinsic
-def _unmarked(typingctx: Any, number: Any) -> Any:
+@_instructions(types.float32, types.float32)
+def _unmarked(builder: Any, number: Any) -> Any:
     """What `_marked` undoes."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.and_(builder.bitcast(args[0], _I32), _I32(0x7FFFFFFF)), _F32)
-
-    return types.float32(types.float32), codegen
+    return builder.bitcast(builder.and_(builder.bitcast(number, _I32), _I32(0x7FFFFFFF)), _F32)
 
 
-@intrinsic
-def _random_bits(typingctx: Any, exp_avg: Any, exp_avg_sq: Any, noise: Any) -> Any:
+@_instructions(types.int32, types.float32, types.float32, types.int32)
+def _random_bits(builder: Any, exp_avg: Any, exp_avg_sq: Any, noise: Any) -> Any:
     """The hash in [Note: Reduced states]."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        h = builder.mul(_known_bits(builder, args[0]), _I32(0x9E3779B1))
-        h = builder.xor(builder.xor(h, _known_bits(builder, args[1])), args[2])
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            h = builder.mul(builder.xor(h, builder.lshr(h, _I32(shift))), _I32(factor))
-        return builder.xor(h, builder.lshr(h, _I32(16)))
-
-    return types.int32(types.float32, types.float32, types.int32), codegen
+    h = builder.mul(_known_bits(builder, exp_avg), _I32(0x9E3779B1))
+    h = builder.xor(builder.xor(h, _known_bits(builder, exp_avg_sq)), noise)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = builder.mul(builder.xor(h, builder.lshr(h, _I32(shift))), _I32(factor))
+    return builder.xor(h, builder.lshr(h, _I32(16)))
 
 
-@intrinsic
-def _low(typingctx: Any, bits: Any) -> Any:
+@_instructions(types.int32, types.int32)
+def _low(builder: Any, bits: Any) -> Any:
     """The low 16 of 32 bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.and_(args[0], _I32(0xFFFF))
-
-    return types.int32(types.int32), codegen
+    return builder.and_(bits, _I32(0xFFFF))
 
 
-@intrinsic
-def _high(typingctx: Any, bits: Any) -> Any:
+@_instructions(types.int32, types.int32)
+def _high(builder: Any, bits: Any) -> Any:
     """The high 16 of 32 bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.lshr(args[0], _I32(16))
-
-    return types.int32(types.int32), codegen
+    return builder.lshr(bits, _I32(16))
 
 
 @intrinsic
@@ -266,15 +248,11 @@ def _fence(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic
-def _larger(typingctx: Any, bits: Any, number: Any) -> Any:
+@_instructions(types.int32, types.int32, types.float32)
+def _larger(builder: Any, bits: Any, number: Any) -> Any:
     """The larger one of ``bits`` and those of a float32 without its sign; any NaN is larger than infinity."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        magnitude = builder.and_(_known_bits(builder, args[1]), _I32(0x7FFFFFFF))
-        return builder.select(builder.icmp_signed(">", magnitude, args[0]), magnitude, args[0])
-
-    return types.int32(types.int32, types.float32), codegen
+    magnitude = builder.and_(_known_bits(builder, number), _I32(0x7FFFFFFF))
+    return builder.select(builder.icmp_signed(">", magnitude, bits), magnitude, bits)
 
 
 @intrinsic(prefer_literal=True)
@@ -317,57 +295,41 @@ def _decoded(builder: Any, code: Any, scale: Any, mantissa: int) -> Any:
     return builder.fmul(z, scale)
 
 
-@intrinsic
-def _pack_exp_avg(typingctx: Any, number: Any, inverse: Any, random: Any) -> Any:
+@_instructions(types.uint8, types.float32, types.float32, types.int32)
+def _pack_exp_avg(builder: Any, number: Any, inverse: Any, random: Any) -> Any:
     """The 8 bits of a first moment; ``inverse`` is one divided by the scale."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], _I32)
-        magnitude = builder.bitcast(builder.and_(bits, _I32(0x7FFFFFFF)), _F32)
-        sign = builder.and_(builder.lshr(bits, _I32(24)), _I32(0x80))
-        code = builder.or_(sign, _encoded(builder, magnitude, args[1], args[2], _EXP_AVG_MANTISSA))
-        # In a block of NaN all codes are 0.
-        is_nan = builder.fcmp_unordered("uno", args[1], args[1])
-        return builder.trunc(builder.select(is_nan, _I32(0), code), _I8)
-
-    return types.uint8(types.float32, types.float32, types.int32), codegen
+    bits = builder.bitcast(number, _I32)
+    magnitude = builder.bitcast(builder.and_(bits, _I32(0x7FFFFFFF)), _F32)
+    sign = builder.and_(builder.lshr(bits, _I32(24)), _I32(0x80))
+    code = builder.or_(sign, _encoded(builder, magnitude, inverse, random, _EXP_AVG_MANTISSA))
+    # In a block of NaN all codes are 0.
+    is_nan = builder.fcmp_unordered("uno", inverse, inverse)
+    return builder.trunc(builder.select(is_nan, _I32(0), code), _I8)
 
 
-@intrinsic
-def _pack_root(typingctx: Any, root: Any, inverse: Any, random: Any) -> Any:
+@_instructions(types.uint8, types.float32, types.float32, types.int32)
+def _pack_root(builder: Any, root: Any, inverse: Any, random: Any) -> Any:
     """The 8 bits of a second moment's root."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code = _encoded(builder, args[0], args[1], args[2], _ROOT_MANTISSA)
-        lost = builder.and_(builder.icmp_signed("==", code, _I32(0)), builder.fcmp_ordered(">", args[0], _F32(0.0)))
-        is_nan = builder.fcmp_unordered("uno", args[1], args[1])
-        code = builder.select(builder.and_(lost, builder.not_(is_nan)), _I32(1), code)
-        return builder.trunc(code, _I8)
-
-    return types.uint8(types.float32, types.float32, types.int32), codegen
+    code = _encoded(builder, root, inverse, random, _ROOT_MANTISSA)
+    lost = builder.and_(builder.icmp_signed("==", code, _I32(0)), builder.fcmp_ordered(">", root, _F32(0.0)))
+    is_nan = builder.fcmp_unordered("uno", inverse, inverse)
+    code = builder.select(builder.and_(lost, builder.not_(is_nan)), _I32(1), code)
+    return builder.trunc(code, _I8)
 
 
-@intrinsic
-def _unpack_exp_avg(typingctx: Any, byte: Any, scale: Any) -> Any:
+@_instructions(types.float32, types.uint8, types.float32)
+def _unpack_exp_avg(builder: Any, byte: Any, scale: Any) -> Any:
     """The first moment of 8 bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        code = builder.zext(args[0], _I32)
-        magnitude = _decoded(builder, builder.and_(code, _I32(0x7F)), args[1], _EXP_AVG_MANTISSA)
-        sign = builder.shl(builder.and_(code, _I32(0x80)), _I32(24))
-        return builder.bitcast(builder.or_(builder.bitcast(magnitude, _I32), sign), _F32)
-
-    return types.float32(types.uint8, types.float32), codegen
+    code = builder.zext(byte, _I32)
+    magnitude = _decoded(builder, builder.and_(code, _I32(0x7F)), scale, _EXP_AVG_MANTISSA)
+    sign = builder.shl(builder.and_(code, _I32(0x80)), _I32(24))
+    return builder.bitcast(builder.or_(builder.bitcast(magnitude, _I32), sign), _F32)
 
 
-@intrinsic
-def _unpack_root(typingctx: Any, byte: Any, scale: Any) -> Any:
+@_instructions(types.float32, types.uint8, types.float32)
+def _unpack_root(builder: Any, byte: Any, scale: Any) -> Any:
     """The root of a second moment of 8 bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _decoded(builder, builder.zext(args[0], _I32), args[1], _ROOT_MANTISSA)
-
-    return types.float32(types.uint8, types.float32), codegen
+    return _decoded(builder, builder.zext(byte, _I32), scale, _ROOT_MANTISSA)
 
 
 # error_model "numpy": the default checks every division for zero, which prevents vector code.
@@ -376,21 +338,22 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 @njit(inline="always", **_OPTIONS)
 def _stepped(p: Any, m: Any, v: Any, g: Any, numbers: Any) -> Any:
-    """Parameter and moments after a step, of float32."""
+    """Parameter, moments and the root of the second one after a step, of float32."""
     grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps, _noise = numbers
     g = g * grad_scale
     p = p * decay
     g = _plus_l2(p, l2, g)
     m = _fma(lerp, g - m, g if lerp_from_grad else m)
     v = _fma(grad_sq * g, g, beta2 * v)
-    p += (step_size * m) / (np.sqrt(v) / bias2_sqrt + eps)
-    return p, m, v
+    root = np.sqrt(v)
+    p += (step_size * m) / (root / bias2_sqrt + eps)
+    return p, m, v, root
 
 
 @njit(inline="always", **_OPTIONS)
 def _element(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, i: Any, numbers: Any) -> Any:
     """Update element ``i``; the new parameter."""
-    p, m, v = _stepped(param[i], _widen(exp_avg[i]), _widen(exp_avg_sq[i]), _widen(grad[i]), numbers)
+    p, m, v, _root = _stepped(param[i], _widen(exp_avg[i]), _widen(exp_avg_sq[i]), _widen(grad[i]), numbers)
     random = _random_bits(m, v, numbers[-1])  # not computed where nothing is rounded
     exp_avg[i] = _narrow_randomly(m, exp_avg, _low(random))
     exp_avg_sq[i] = _narrow_randomly(v, exp_avg_sq, _high(random))
@@ -416,7 +379,10 @@ def _typed_at(address, like, start, numel):  # type: ignore[no-untyped-def]  # n
 # the types count.
 
 
-def _adam_split(addresses: Any, as_half: Any, as_state: Any, as_grad: Any, begin: int, end: int, numbers: Any) -> None:
+def _adam_split(
+    addresses: Any, as_half: Any, as_state: Any, as_grad: Any, as_out: Any,
+    begin: int, end: int, streams: bool, numbers: Any,
+) -> None:  # fmt: skip
     """One step of masters in two halves. See [Note: Split master]. Addresses: halves, moments, gradient."""
     numel = end - begin
     high, low = _at(addresses[0], as_half, begin, numel), _at(addresses[1], as_half, begin, numel)
@@ -424,7 +390,7 @@ def _adam_split(addresses: Any, as_half: Any, as_state: Any, as_grad: Any, begin
     gs = _at(addresses[4], as_grad, begin, numel)
     for i in range(numel):
         p = _joined(high[i], low[i], vs[i])
-        p, m, v = _stepped(p, ms[i], _unmarked(vs[i]), _widen(gs[i]), numbers)
+        p, m, v, _root = _stepped(p, ms[i], _unmarked(vs[i]), _widen(gs[i]), numbers)
         high[i] = _narrow(p, high)
         low[i] = _lower_half(p)
         ms[i] = m
@@ -483,7 +449,6 @@ def _adam_8bit(
     first, blocks = begin // _BLOCK_NUMEL, (numel + _BLOCK_NUMEL - 1) // _BLOCK_NUMEL
     exp_avg_scale = _at(addresses[3], as_param, first, blocks)
     exp_avg_sq_scale = _at(addresses[4], as_param, first, blocks)
-    grad_scale, decay, l2, lerp, lerp_from_grad, beta2, grad_sq, step_size, bias2_sqrt, eps, noise = numbers
     new_exp_avg = carray(_stack_block(np.float32(0)), _BLOCK_NUMEL)
     new_root = carray(_stack_block(np.float32(0)), _BLOCK_NUMEL)
     random = carray(_stack_block(np.int32(0)), _BLOCK_NUMEL)
@@ -497,19 +462,12 @@ def _adam_8bit(
         m_scale, v_scale = exp_avg_scale[block], exp_avg_sq_scale[block]
         m_top, v_top = np.int32(0), np.int32(0)
         for i in range(p.size):
-            g = _widen(gs[i]) * grad_scale
-            new = p[i] * decay
-            g = _plus_l2(new, l2, g)
-            m = _unpack_exp_avg(ms[i], m_scale)
-            m = _fma(lerp, g - m, g if lerp_from_grad else m)
             root = _unpack_root(vs[i], v_scale)
-            v = _fma(grad_sq * g, g, beta2 * (root * root))
-            root = np.sqrt(v)
-            new += (step_size * m) / (root / bias2_sqrt + eps)
+            new, m, v, root = _stepped(p[i], _unpack_exp_avg(ms[i], m_scale), root * root, _widen(gs[i]), numbers)
             p[i] = new
             new_exp_avg[i] = m
             new_root[i] = root
-            random[i] = _random_bits(m, v, noise)
+            random[i] = _random_bits(m, v, numbers[-1])
             m_top = _larger(m_top, m)
             v_top = _larger(v_top, root)
             if as_out is not None:
@@ -542,9 +500,8 @@ def _compiled(function: Callable[..., None]) -> Any:
 
 
 _adam_kernel, _adam_8bit_kernel = _compiled(_adam), _compiled(_adam_8bit)
-part_kernels = {False: _adam_kernel, True: _adam_8bit_kernel}
-"""By whether moments are in 8 bits."""
-split_kernel = _compiled(_adam_split)
+part_kernels = {"fp32": _adam_kernel, "bf16": _adam_kernel, "8bit": _adam_8bit_kernel, "split": _compiled(_adam_split)}
+"""By the form of the buffers (`forms.FORMS`)."""
 
 
 def _adam_many(table: Any, as_param: Any, as_state: Any, as_grad: Any, as_out: Any, step: Any, numbers: Any) -> None:
@@ -571,5 +528,6 @@ def _gather(addresses: Any, out: Any) -> None:
 
 
 gather_kernel = _compiled(_gather)
-many_kernels = {False: _compiled(_adam_many), True: _compiled(_adam_8bit_many)}
-"""By whether moments are in 8 bits."""
+_many_kernel = _compiled(_adam_many)
+many_kernels = {"fp32": _many_kernel, "bf16": _many_kernel, "8bit": _compiled(_adam_8bit_many)}
+"""By the form of the buffers, too."""

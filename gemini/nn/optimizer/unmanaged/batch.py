@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arithmetic import AdamScalars
+from ..kernels.arithmetic import AdamScalars
+from ..kernels.update import is_compiled
+from ..rules.moments import slots
+from ..rules.rule import BufferSpec
 from .found import NONE, Found
-from .moments import slots
 from .parameter_state import LOW_PRECISION
-from .rule import BufferSpec
-from .update import many_kernels
 
 States = MutableMapping[Any, dict[str, Any]]
 
@@ -56,10 +56,13 @@ def in_batches(found: Found, at_step: Callable[[int], AdamScalars], kept_as: str
     tuple
         The batches, and what is in none of them. That has not been looked at: it need not fit each other.
     """
-    kernels = many_kernels() if len(found) >= LEAST else None
+    if len(found) < LEAST or not is_compiled("cpu"):
+        return [], found
+    from ..kernels import cpu_update  # not before there is something to update: numba takes a while
+
     kept = slots(kept_as)
-    columns = None if kernels is None else _columns(found, kept)
-    if kernels is None or columns is None:
+    columns = _columns(found, kept)
+    if columns is None:
         return [], found
     shapes = list(map(_shape, found.params))
     starts, numels = _integers(map(Tensor.data_ptr, found.params)), _integers(map(torch.Size.numel, shapes))
@@ -86,16 +89,16 @@ def in_batches(found: Found, at_step: Callable[[int], AdamScalars], kept_as: str
             others += rows  # states that share memory: one after the other, too
             continue
         done = np.full(len(rows), -1)
-        done[is_plain] = kernels.values_at(table[is_plain, _STEP])
-        dtypes = (kept[0].dtype, grad_dtype, dtype if is_low else None)
+        done[is_plain] = cpu_update.values_at(table[is_plain, _STEP])
+        dtypes = (grad_dtype, dtype if is_low else None)
         for step in (np.unique(done) + 1).tolist():
             members = np.flatnonzero(done == step - 1).tolist()
             if step == 0 or len(members) < LEAST:
                 others += [rows[i] for i in members]
             elif len(members) == len(same):
-                batches.append(PreparedBatch(same, kernels.many_cpu(table, dtypes, at_step(step), step)))
+                batches.append(PreparedBatch(same, cpu_update.many_cpu(kept_as, table, dtypes, at_step(step), step)))
             else:
-                work = kernels.many_cpu(table[members], dtypes, at_step(step), step)
+                work = cpu_update.many_cpu(kept_as, table[members], dtypes, at_step(step), step)
                 batches.append(PreparedBatch(same.rows(members), work))
     return batches, found.rows(others) if others else NONE
 

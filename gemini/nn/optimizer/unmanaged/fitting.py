@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules.rule import BufferSpec
 from .parameter_state import PARAM_DTYPES, needs_master, state_dtype
-from .rule import BufferSpec
 
 _NEW_STATE = "drop its state with optimizer.state.pop(parameter), or build a new optimizer"
 _NEW_GRADIENT = "clear it with optimizer.zero_grad() and run backward again"

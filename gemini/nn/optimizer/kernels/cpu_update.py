@@ -5,7 +5,7 @@ Import this module only when there is something to update: numba takes a while.
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
 
 from .arithmetic import AdamScalars
-from .cpu_kernel import LINE_BYTES, gather_kernel, many_kernels, part_kernels, split_kernel
+from .cpu_kernel import LINE_BYTES, gather_kernel, many_kernels, part_kernels
+from .forms import FORMS, MOMENTS
 from .kernel_pool import KernelPool, default_pool
 
 _logger = logging.getLogger(__name__)
@@ -40,10 +41,16 @@ _LIKE: dict[torch.dtype | None, Any] = {
 storage unresizable for good, and full copies of chunks are resized. The caller holds the tensors while kernels run.)"""
 
 
+_DTYPES = {
+    form: (specs[0].dtype, next(spec.dtype for spec in specs if spec.name == MOMENTS[0]))
+    for form, specs in FORMS.items()
+}
+"""Of the parameter and of the moments."""
+
+
 def adam_cpu(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    form: str,
+    buffers: Sequence[Tensor],
     grad: Tensor,
     scalars: AdamScalars,
     out: Tensor | None = None,
@@ -58,65 +65,21 @@ def adam_cpu(
     pool
         The threads to use; those of the process by default.
     """
-    _update((param, exp_avg, exp_avg_sq, grad, out), exp_avg.dtype, scalars, _streams(out, grad), pool)
-
-
-def adam_8bit_cpu(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_scale: Tensor,
-    exp_avg_sq_scale: Tensor,
-    grad: Tensor,
-    scalars: AdamScalars,
-    out: Tensor | None = None,
-    pool: KernelPool | None = None,
-) -> None:
-    """As `adam_cpu`, with moments in 8 bits; same contract as ``update.adam_8bit_update``."""
-    streams = _streams(out, grad) and out is not None and out.data_ptr() % LINE_BYTES == 0
-    tensors = (param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad, out)
-    _update(tensors, exp_avg.dtype, scalars, streams, pool)
-
-
-def _update(
-    tensors: Sequence[Tensor | None],
-    states: torch.dtype,
-    scalars: AdamScalars,
-    streams: bool,
-    pool: KernelPool | None,
-) -> None:
-    """``tensors`` in the order of the kernel's addresses: the parameter first, gradient and copy last."""
-    param, grad, out = tensors[0], tensors[-2], tensors[-1]
-    assert param is not None and grad is not None
-    kernel = part_kernels[states is torch.uint8]
-    addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-    dtypes = (torch.float32, states, grad.dtype, None if out is None else out.dtype)
+    kernel = part_kernels[form]
+    addresses = (*(tensor.data_ptr() for tensor in buffers), grad.data_ptr(), 0 if out is None else out.data_ptr())
+    dtypes = (*_DTYPES[form], grad.dtype, None if out is None else out.dtype)
     like = [_LIKE[dtype] for dtype in dtypes]
     numbers = _numbers(scalars)
+    streams = _streams(form, out, grad)
     # Everything that can fail is done before the first element changes: the kernel is compiled for these types, and the
     # parts are known. What is left to the threads allocates nothing to speak of.
     _have(kernel, dtypes, scalars, addresses, *like, 0, 0, False, numbers)
     threads = pool or default_pool()
-    threads.run(lambda at: kernel(addresses, *like, at.start, at.stop, streams, numbers), threads.cut(param.numel()))
+    threads.run(lambda at: kernel(addresses, *like, at.start, at.stop, streams, numbers), threads.cut(grad.numel()))
 
 
-def adam_split_cpu(
-    high: Tensor,
-    low: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    scalars: AdamScalars,
-    pool: KernelPool | None = None,
-) -> None:
-    """As `adam_cpu`, on masters in two halves; same contract as ``update.adam_split_update``."""
-    addresses = tuple(tensor.data_ptr() for tensor in (high, low, exp_avg, exp_avg_sq, grad))
-    dtypes = (torch.bfloat16, torch.float32, grad.dtype)
-    like = [_LIKE[dtype] for dtype in dtypes]
-    numbers = _numbers(scalars)
-    _have(split_kernel, dtypes, scalars, addresses, *like, 0, 0, numbers)
-    threads = pool or default_pool()
-    threads.run(lambda at: split_kernel(addresses, *like, at.start, at.stop, numbers), threads.cut(high.numel()))
+BY_FORM = {form: partial(adam_cpu, form) for form in FORMS}
+"""A kernel for each form (`update.Kernel`)."""
 
 
 MANY_COLUMNS = (
@@ -126,8 +89,9 @@ MANY_COLUMNS = (
 
 
 def many_cpu(
+    form: str,
     table: Any,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    dtypes: tuple[torch.dtype, torch.dtype | None],
     scalars: AdamScalars,
     step: int,
     pool: KernelPool | None = None,
@@ -136,17 +100,19 @@ def many_cpu(
 
     Parameters
     ----------
+    form
+        How the moments are kept; parameters are float32.
     table
         int64, a row for each parameter (`MANY_COLUMNS`). Nobody else keeps its memory alive. Two rows share none.
     dtypes
-        Of moments, gradients, and low-precision copies (None: there are none); the rest is float32.
+        Of gradients and low-precision copies (None: there are none).
     step
         Written to where the rows say.
     """
-    like = [_LIKE[dtype] for dtype in (torch.float32, *dtypes)]
-    types_only = (*like, np.float32(step), _numbers(scalars))
-    kernel = many_kernels[dtypes[0] is torch.uint8]
-    _have(kernel, dtypes, scalars, table[:0], *types_only)
+    known = (*_DTYPES[form], *dtypes)
+    types_only = (*(_LIKE[dtype] for dtype in known), np.float32(step), _numbers(scalars))
+    kernel = many_kernels[form]
+    _have(kernel, known, scalars, table[:0], *types_only)
     threads = pool or default_pool()
     pieces = [table[rows] for rows in threads.cut_rows(table[:, 0])]
     return lambda: threads.run(lambda piece: kernel(piece, *types_only), pieces)
@@ -178,10 +144,10 @@ def _numbers(s: AdamScalars) -> tuple[Any, ...]:
     )
 
 
-def _streams(out: Tensor | None, grad: Tensor) -> bool:
-    if not STREAMING_PAYS or out is None:
+def _streams(form: str, out: Tensor | None, grad: Tensor) -> bool:
+    if not STREAMING_PAYS or out is None or out.numel() < STREAM_NUMEL or out.data_ptr() == grad.data_ptr():
         return False
-    return out.numel() >= STREAM_NUMEL and out.data_ptr() != grad.data_ptr()
+    return form != "8bit" or out.data_ptr() % LINE_BYTES == 0  # its kernel streams from the first element on
 
 
 def _have(kernel: Any, dtypes: tuple[torch.dtype | None, ...], scalars: AdamScalars | None, *nothing: Any) -> None:

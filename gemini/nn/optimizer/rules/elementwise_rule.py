@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from . import pieces
 from .elementwise import Kind
-from .rule import AtStep, BufferSpec, KeptAsSaved, StepMaker
-from .sgd import SgdAtStep, is_plain_form
+from .rule import BoundRule, BoundUpdate, BufferSpec, KeptAsSaved
+from .sgd import SgdUpdate, is_plain_form
 
 _REFUSED = ("differentiable", "capturable")
 
@@ -37,7 +37,7 @@ class ElementwiseRule(KeptAsSaved):
         self.kind = kind
         self.name = kind.name
         self.takes_step = kind.takes_step
-        self.starts_filled = kind.initial is not None
+        self.has_initial_state = kind.initial is not None
         self._initial = kind.initial(optimizer.defaults) if kind.initial is not None else {}
         self._step = _own_step(kind.cls)
         left_out = ("param_groups", "state", "step")  # schedulers put a wrapped step there
@@ -46,8 +46,8 @@ class ElementwiseRule(KeptAsSaved):
     def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         return tuple(BufferSpec(name) for name in self.kind.states(group))
 
-    def remembers(self, group: Mapping[str, Any]) -> bool:
-        return self.kind.remembers(group)
+    def keeps_state(self, group: Mapping[str, Any]) -> bool:
+        return self.kind.keeps_state(group)
 
     def initial(self, name: str) -> float:
         return float(self._initial.get(name, 0.0))
@@ -57,7 +57,7 @@ class ElementwiseRule(KeptAsSaved):
             if group.get(option):
                 raise ValueError(f"{self.name}({option}=True) cannot be boosted; set it to False, or train unmanaged")
 
-    def of_group(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> StepMaker:
+    def bind(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> BoundRule:
         self.refuse(group)
         missing = [slot.name for slot in self.slots(group) if slot not in slots]
         if missing:
@@ -69,10 +69,10 @@ class ElementwiseRule(KeptAsSaved):
         options = {name: _kept(value) for name, value in group.items() if name not in ("params", "param_names")}
         names = tuple(slot.name for slot in slots)
 
-        def at_step(step: int, grad_scale: float, is_fresh: bool | None = None) -> AtStep:
+        def at_step(step: int, grad_scale: float, is_fresh: bool | None = None) -> BoundUpdate:
             if self.kind.cls is torch.optim.SGD and is_plain_form(options):
-                return SgdAtStep.of(options, step, grad_scale)
-            return ElementwiseAtStep(
+                return SgdUpdate.of(options, step, grad_scale)
+            return ElementwiseUpdate(
                 self, options, names, step, grad_scale, step == 1 if is_fresh is None else is_fresh
             )
 
@@ -103,7 +103,7 @@ class ElementwiseRule(KeptAsSaved):
 
     def state_before(self, step: int, states: Mapping[str, Tensor], is_fresh: bool) -> dict[str, Any]:
         """The state that the optimizer finds in its step of this number."""
-        if is_fresh and not self.starts_filled:
+        if is_fresh and not self.has_initial_state:
             return {}  # it makes them itself
         counted: dict[str, Any] = (
             {"step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")} if self.takes_step else {}
@@ -111,8 +111,8 @@ class ElementwiseRule(KeptAsSaved):
         return {**counted, **states}
 
 
-class ElementwiseAtStep:
-    """One step of a torch optimizer (an `AtStep`)."""
+class ElementwiseUpdate:
+    """One step of a torch optimizer (a `BoundUpdate`)."""
 
     def __init__(
         self,

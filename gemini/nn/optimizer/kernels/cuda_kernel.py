@@ -8,16 +8,20 @@ conversions round to nearest even, as ``tl`` casts do by default.
 
 # mypy: disable-error-code="no-untyped-def"
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import AdamScalars
+from .forms import FORMS, SPLIT
 from .reduced import BLOCK_NUMEL, EXP_AVG, ROOT
 
 _BLOCK_NUMEL = 1024
-_ROWS = _BLOCK_NUMEL // BLOCK_NUMEL
 
 # Triton reads globals only if they are marked.
 _SMALLEST_NORMAL = tl.constexpr(2.0**-14)
@@ -80,6 +84,39 @@ def _decode(code, scale, MANTISSA: tl.constexpr):
     return (z.to(tl.float32, bitcast=True) - tl.where(is_small, _SMALLEST_NORMAL, 0.0)) * scale[:, None]
 
 
+@triton.jit
+def _stepped(
+    p,
+    m,
+    v,
+    g,
+    grad_scale,
+    decay,
+    l2,
+    lerp,
+    beta2,
+    grad_sq,
+    step_size,
+    bias2_sqrt,
+    eps,
+    HAS_L2: tl.constexpr,
+    LERP_FROM_GRAD: tl.constexpr,
+):
+    """Parameter, moments and the root of the second one after a step, of float32."""
+    g = g * grad_scale
+    p = p * decay
+    if HAS_L2:
+        g = tl.fma(p, l2, g)
+    if LERP_FROM_GRAD:
+        m = tl.fma(lerp, g - m, g)
+    else:
+        m = tl.fma(lerp, g - m, m)
+    v = tl.fma(grad_sq * g, g, beta2 * v)
+    root = tl.sqrt_rn(v)
+    p = p + tl.div_rn(step_size * m, tl.div_rn(root, bias2_sqrt) + eps)
+    return p, m, v, root
+
+
 @triton.jit(do_not_specialize=["noise"])
 def _adam(
     param_ptr,
@@ -106,18 +143,13 @@ def _adam(
     # int64: a chunk may have more than 2**31 elements.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
-    g = tl.load(grad_ptr + at, mask=inside).to(tl.float32) * grad_scale
-    p = tl.load(param_ptr + at, mask=inside) * decay
+    g = tl.load(grad_ptr + at, mask=inside).to(tl.float32)
+    p = tl.load(param_ptr + at, mask=inside)
     m = tl.load(exp_avg_ptr + at, mask=inside).to(tl.float32)
     v = tl.load(exp_avg_sq_ptr + at, mask=inside).to(tl.float32)
-    if HAS_L2:
-        g = tl.fma(p, l2, g)
-    if LERP_FROM_GRAD:
-        m = tl.fma(lerp, g - m, g)
-    else:
-        m = tl.fma(lerp, g - m, m)
-    v = tl.fma(grad_sq * g, g, beta2 * v)
-    p = p + tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), bias2_sqrt) + eps)
+    p, m, v, _ = _stepped(
+        p, m, v, g, grad_scale, decay, l2, lerp, beta2, grad_sq, step_size, bias2_sqrt, eps, HAS_L2, LERP_FROM_GRAD
+    )
     if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
         random = _random_bits(m, v, noise)
         tl.store(exp_avg_ptr + at, _to_bfloat16(m, random & 0xFFFF), mask=inside)
@@ -130,13 +162,14 @@ def _adam(
         tl.store(out_ptr + at, p.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["noise"])
 def _adam_split(
     high_ptr,
     low_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
     grad_ptr,
+    out_ptr,
     numel,
     grad_scale,
     decay,
@@ -147,28 +180,25 @@ def _adam_split(
     step_size,
     bias2_sqrt,
     eps,
+    noise,
     HAS_L2: tl.constexpr,
     LERP_FROM_GRAD: tl.constexpr,
+    HAS_OUT: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # the upper half is the copy: no other, and no noise
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     # See [Note: Split master] for how the halves and the mark are put together and taken apart.
     high = tl.load(high_ptr + at, mask=inside).to(tl.int16, bitcast=True).to(tl.int32) << 16
     low = tl.load(low_ptr + at, mask=inside).to(tl.int32)
     v_bits = tl.load(exp_avg_sq_ptr + at, mask=inside).to(tl.int32, bitcast=True)
-    p = (high + low + ((v_bits >> 15) & 0x10000)).to(tl.float32, bitcast=True) * decay
+    p = (high + low + ((v_bits >> 15) & 0x10000)).to(tl.float32, bitcast=True)
     v = (v_bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    g = tl.load(grad_ptr + at, mask=inside).to(tl.float32) * grad_scale
+    g = tl.load(grad_ptr + at, mask=inside).to(tl.float32)
     m = tl.load(exp_avg_ptr + at, mask=inside)
-    if HAS_L2:
-        g = tl.fma(p, l2, g)
-    if LERP_FROM_GRAD:
-        m = tl.fma(lerp, g - m, g)
-    else:
-        m = tl.fma(lerp, g - m, m)
-    v = tl.fma(grad_sq * g, g, beta2 * v)
-    p = p + tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), bias2_sqrt) + eps)
+    p, m, v, _ = _stepped(
+        p, m, v, g, grad_scale, decay, l2, lerp, beta2, grad_sq, step_size, bias2_sqrt, eps, HAS_L2, LERP_FROM_GRAD
+    )
     bits = p.to(tl.int32, bitcast=True)
     v_bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # NaN may come with a sign
     v_bits = v_bits | tl.where((bits & 0x1FFFF) == 0x8000, -(2**31), 0).to(tl.int32)
@@ -188,7 +218,6 @@ def _adam_8bit(
     grad_ptr,
     out_ptr,
     numel,
-    blocks,
     grad_scale,
     decay,
     l2,
@@ -209,25 +238,33 @@ def _adam_8bit(
 ):
     # A row of the tile is a block of elements that share a scale. Behind the end everything is 0.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = row < blocks
+    is_row = row * COLUMNS < numel
     at = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = at < numel
-    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * grad_scale
-    p = tl.load(param_ptr + at, mask=inside, other=0.0) * decay
+    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(param_ptr + at, mask=inside, other=0.0)
     m_code = tl.load(exp_avg_ptr + at, mask=inside, other=0).to(tl.int32)
     v_code = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0).to(tl.int32)
     m = _decode(m_code & 0x7F, tl.load(exp_avg_scale_ptr + row, mask=is_row, other=0.0), EXP_AVG_MANTISSA)
     m = tl.where(m_code >= 0x80, -m, m)
     root = _decode(v_code, tl.load(exp_avg_sq_scale_ptr + row, mask=is_row, other=0.0), ROOT_MANTISSA)
-    if HAS_L2:
-        g = tl.fma(p, l2, g)
-    if LERP_FROM_GRAD:
-        m = tl.fma(lerp, g - m, g)
-    else:
-        m = tl.fma(lerp, g - m, m)
-    v = tl.fma(grad_sq * g, g, beta2 * (root * root))
-    root = tl.sqrt_rn(v)
-    p = p + tl.div_rn(step_size * m, tl.div_rn(root, bias2_sqrt) + eps)
+    p, m, v, root = _stepped(
+        p,
+        m,
+        root * root,
+        g,
+        grad_scale,
+        decay,
+        l2,
+        lerp,
+        beta2,
+        grad_sq,
+        step_size,
+        bias2_sqrt,
+        eps,
+        HAS_L2,
+        LERP_FROM_GRAD,
+    )
     # An infinite grad_scale makes NaN of the zeros behind the end.
     m, root = tl.where(inside, m, 0.0), tl.where(inside, root, 0.0)
     random = _random_bits(m, v, noise)
@@ -246,24 +283,36 @@ def _adam_8bit(
         tl.store(out_ptr + at, p.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def adam_cuda(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    scalars: AdamScalars,
-    out: Tensor | None = None,
+_KERNELS: dict[str, tuple[Any, dict[str, int]]] = {
+    "fp32": (_adam, {"BLOCK": _BLOCK_NUMEL}),
+    "bf16": (_adam, {"BLOCK": _BLOCK_NUMEL}),
+    SPLIT: (_adam_split, {"BLOCK": _BLOCK_NUMEL}),
+    "8bit": (
+        _adam_8bit,
+        {
+            "ROWS": _BLOCK_NUMEL // BLOCK_NUMEL,
+            "COLUMNS": BLOCK_NUMEL,
+            "EXP_AVG_MANTISSA": EXP_AVG.mantissa,
+            "ROOT_MANTISSA": ROOT.mantissa,
+        },
+    ),
+}
+
+
+def _update(
+    form: str, buffers: Sequence[Tensor], grad: Tensor, scalars: AdamScalars, out: Tensor | None = None
 ) -> None:
-    """Update flat CUDA buffers in place on the current stream; same contract as ``update.adam_update``."""
+    """Update flat CUDA buffers in place on the current stream (an `update.Kernel`)."""
     s = scalars
+    kernel, constants = _KERNELS[form]
+    param = buffers[0].detach()
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(param.device):
-        _adam[(triton.cdiv(param.numel(), _BLOCK_NUMEL),)](
-            param.detach(),
-            exp_avg,
-            exp_avg_sq,
+        kernel[(triton.cdiv(param.numel(), _BLOCK_NUMEL),)](
+            param,
+            *buffers[1:],
             grad,
-            param.detach() if out is None else out.detach(),
+            param if out is None else out.detach(),
             param.numel(),
             s.grad_scale,
             s.decay,
@@ -278,79 +327,10 @@ def adam_cuda(
             HAS_L2=s.l2 != 0.0,
             LERP_FROM_GRAD=s.lerp_from_grad,
             HAS_OUT=out is not None,
-            BLOCK=_BLOCK_NUMEL,
             enable_fp_fusion=False,
+            **constants,
         )
 
 
-def adam_split_cuda(
-    high: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, scalars: AdamScalars
-) -> None:
-    """Update flat CUDA buffers in place on the current stream; same contract as ``update.adam_split_update``."""
-    s = scalars
-    with torch.cuda.device(high.device):
-        _adam_split[(triton.cdiv(high.numel(), _BLOCK_NUMEL),)](
-            high.detach(),
-            low,
-            exp_avg,
-            exp_avg_sq,
-            grad,
-            high.numel(),
-            s.grad_scale,
-            s.decay,
-            s.l2,
-            s.lerp,
-            s.beta2,
-            s.grad_sq,
-            s.step_size,
-            s.bias2_sqrt,
-            s.eps,
-            HAS_L2=s.l2 != 0.0,
-            LERP_FROM_GRAD=s.lerp_from_grad,
-            BLOCK=_BLOCK_NUMEL,
-            enable_fp_fusion=False,
-        )
-
-
-def adam_8bit_cuda(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_scale: Tensor,
-    exp_avg_sq_scale: Tensor,
-    grad: Tensor,
-    scalars: AdamScalars,
-    out: Tensor | None = None,
-) -> None:
-    """Update flat CUDA buffers in place on the current stream; same contract as ``update.adam_8bit_update``."""
-    s = scalars
-    with torch.cuda.device(param.device):
-        _adam_8bit[(triton.cdiv(param.numel(), _BLOCK_NUMEL),)](
-            param.detach(),
-            exp_avg,
-            exp_avg_sq,
-            exp_avg_scale,
-            exp_avg_sq_scale,
-            grad,
-            param.detach() if out is None else out.detach(),
-            param.numel(),
-            exp_avg_scale.numel(),
-            s.grad_scale,
-            s.decay,
-            s.l2,
-            s.lerp,
-            s.beta2,
-            s.grad_sq,
-            s.step_size,
-            s.bias2_sqrt,
-            s.eps,
-            s.noise,
-            HAS_L2=s.l2 != 0.0,
-            LERP_FROM_GRAD=s.lerp_from_grad,
-            HAS_OUT=out is not None,
-            ROWS=_ROWS,
-            COLUMNS=BLOCK_NUMEL,
-            EXP_AVG_MANTISSA=EXP_AVG.mantissa,
-            ROOT_MANTISSA=ROOT.mantissa,
-            enable_fp_fusion=False,
-        )
+BY_FORM = {form: partial(_update, form) for form in FORMS}
+"""A kernel for each form."""

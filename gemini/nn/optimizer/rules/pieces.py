@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .kernel_pool import default_pool
+from ..kernels.kernel_pool import default_pool
 
 _CPU_PIECE_NUMEL, _ACCELERATOR_PIECE_NUMEL = 1 << 18, 1 << 23
 """A CPU's piece and its temporaries are some MiB, near the caches, and long enough for Python not to matter: with half
@@ -35,7 +35,7 @@ def all_of(param: Tensor) -> list[slice]:
     return [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
 
 
-def rooms(param: Tensor) -> deque[Tensor]:
+def scratch(param: Tensor) -> deque[Tensor]:
     """A float32 tensor as long as a piece for each thread that may work at once; take one and put it back."""
     numel = min(param.numel(), _piece_numel(param.device))
     threads = default_pool().threads if param.device.type == "cpu" else 1

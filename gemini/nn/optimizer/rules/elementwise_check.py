@@ -47,7 +47,7 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
     for number, gradient in enumerate(gradients, 1):
         whole.grad = gradient.clone()
         kept = rule.run(options, whole, state)
-        _check_state(rule, state, names if rule.remembers(options) else [], number)
+        _check_state(rule, state, names if rule.keeps_state(options) else [], number)
         if kept and not rule.kind.cls.__module__.startswith("torch."):  # torch's keep notes of what they have checked
             raise ValueError(
                 f"{rule.name} changes {', '.join(kept)} of its group or of itself in a step; only a step count and "
@@ -55,7 +55,7 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
             )
 
     pieces, states = value.clone(), {name: tensor.clone() for name, tensor in first.items()}
-    make = rule.of_group(options, rule.slots(options))
+    make = rule.bind(options, rule.slots(options))
     for number, gradient in enumerate(gradients, 1):
         for start, stop in pairwise(_CUTS):
             cut = slice(start, stop)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Order, copy_back, flatten, memory_order
-from .moments import MOMENTS, packed, slots, unpacked
-from .rule import BufferSpec
+from ..kernels.forms import MOMENTS
+from ..rules.moments import packed, slots, unpacked
+from ..rules.rule import BufferSpec
+from .memory_order import Order, copy_back, flatten, memory_order
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

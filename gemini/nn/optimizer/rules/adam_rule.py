@@ -8,25 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.arithmetic import AdamHyper, AdamScalars, scalars
+from ..kernels.forms import MOMENTS, SPLIT
+from ..kernels.update import adam_update, atomic_numel
 from . import moments
-from .arithmetic import AdamHyper, AdamScalars, scalars
 from .group_options import refuse_options
-from .rule import BufferSpec, StepMaker
-from .update import adam_split_update, atomic_numel, update_states
+from .rule import BoundRule, BufferSpec
 
 
 @dataclass(frozen=True, slots=True)
-class AdamAtStep:
-    """One step of Adam (an `AtStep`, and with float32 states a `SplitAtStep`)."""
+class AdamUpdate:
+    """One step of Adam (a `BoundUpdate`, and with float32 states a `BoundSplitUpdate`)."""
 
+    states: str
+    """How the moments are kept."""
     scalars: AdamScalars
 
     def apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor, out: Tensor | None = None) -> None:
-        update_states(param, states, grad, self.scalars, out)
+        adam_update(self.states, (param, *states), grad, self.scalars, out)
 
     def apply_split(self, high: Tensor, low: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
-        exp_avg, exp_avg_sq = states
-        adam_split_update(high, low, exp_avg, exp_avg_sq, grad, self.scalars)
+        adam_update(SPLIT, (high, low, *states), grad, self.scalars)
 
     def atomic_numel(self, device: torch.device) -> int | None:
         return atomic_numel(device)
@@ -43,7 +45,7 @@ class AdamRule:
 
     name = "Adam"
     takes_step = True
-    starts_filled = False
+    has_initial_state = False
 
     def __init__(self, states: str = "fp32") -> None:
         self.states = states
@@ -53,7 +55,7 @@ class AdamRule:
         return self._slots
 
     def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
-        return tuple(BufferSpec(slot.name) for slot in slots if slot.name in moments.MOMENTS)
+        return tuple(BufferSpec(slot.name) for slot in slots if slot.name in MOMENTS)
 
     def kept_names(self, name: str) -> tuple[str, ...]:
         return moments.kept_names(self.states, name)
@@ -64,10 +66,10 @@ class AdamRule:
     def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
         return moments.pack(self.states, name, saved)
 
-    def of_group(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> StepMaker:
-        return partial(_at_step, AdamHyper.of_group(group))
+    def bind(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> BoundRule:
+        return partial(_at_step, self.states, AdamHyper.of_group(group))
 
-    def remembers(self, group: Mapping[str, Any]) -> bool:
+    def keeps_state(self, group: Mapping[str, Any]) -> bool:
         return True
 
     def initial(self, name: str) -> float:
@@ -80,5 +82,5 @@ class AdamRule:
 ADAM = AdamRule()
 
 
-def _at_step(hyper: AdamHyper, step: int, grad_scale: float, is_fresh: bool | None = None) -> AdamAtStep:
-    return AdamAtStep(scalars(hyper, step, grad_scale))
+def _at_step(states: str, hyper: AdamHyper, step: int, grad_scale: float, is_fresh: bool | None = None) -> AdamUpdate:
+    return AdamUpdate(states, scalars(hyper, step, grad_scale))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules.moments import slots
 from .fitting import called, check_apart, check_dtype, check_gradient, check_parameter, check_states
-from .moments import slots
 from .parameter_state import LOW_PRECISION, PARAM_DTYPES, completed
 
 Dtypes = tuple[torch.dtype, torch.dtype]

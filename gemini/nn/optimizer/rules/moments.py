@@ -2,24 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from .reduced import BLOCK_NUMEL, pack_exp_avg, pack_exp_avg_sq, unpack_exp_avg, unpack_exp_avg_sq
+from ..kernels.forms import FORMS, MOMENTS, SPLIT
+from ..kernels.reduced import pack_exp_avg, pack_exp_avg_sq, unpack_exp_avg, unpack_exp_avg_sq
 from .rule import BufferSpec
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-_SLOTS = {
-    "fp32": (BufferSpec("exp_avg"), BufferSpec("exp_avg_sq", has_spare_sign=True)),
-    "bf16": tuple(BufferSpec(name, torch.bfloat16) for name in MOMENTS),
-    "8bit": (
-        *(BufferSpec(name, torch.uint8) for name in MOMENTS),
-        *(BufferSpec(f"{name}_scale", torch.float32, BLOCK_NUMEL) for name in MOMENTS),
-    ),
-}
-
-STATES = tuple(_SLOTS)
+STATES = tuple(form for form in FORMS if form != SPLIT)
 
 
 def slots(states: str) -> tuple[BufferSpec, ...]:
@@ -30,9 +19,9 @@ def slots(states: str) -> tuple[BufferSpec, ...]:
     ValueError
         If there is no such way.
     """
-    if states not in _SLOTS:
-        raise ValueError(f"states must be one of {', '.join(map(repr, _SLOTS))}, got {states!r}")
-    return _SLOTS[states]
+    if states not in STATES:
+        raise ValueError(f"states must be one of {', '.join(map(repr, STATES))}, got {states!r}")
+    return FORMS[states][1:]
 
 
 def kept_names(states: str, moment: str) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class Kind:
     """Whether its state has a ``step``."""
     initial: Callable[[Options], Mapping[str, float]] | None = None
     """From the constructor's arguments to what the states hold before the first step; None: there are none before."""
-    remembers: Callable[[Options], bool] = lambda options: True
+    keeps_state: Callable[[Options], bool] = lambda options: True
     """Whether a step with these options leaves a state."""
     called: str | None = None
     """By checkpoints and messages, where that is not the name of the class."""
@@ -62,7 +62,7 @@ def _always(*names: str) -> Callable[[Options], tuple[str, ...]]:
 _KINDS: dict[type[Optimizer], Kind] = {
     kind.cls: kind
     for kind in (
-        Kind(torch.optim.SGD, _sgd, takes_step=False, remembers=lambda options: bool(options["momentum"] != 0)),
+        Kind(torch.optim.SGD, _sgd, takes_step=False, keeps_state=lambda options: bool(options["momentum"] != 0)),
         Kind(
             torch.optim.Adagrad, _always("sum"), initial=lambda options: {"sum": options["initial_accumulator_value"]}
         ),
@@ -73,6 +73,7 @@ _KINDS: dict[type[Optimizer], Kind] = {
         Kind(torch.optim.Rprop, _always("prev", "step_size")),
     )
 }
+"""The classes that are accepted. For the whole process: `register_elementwise` adds one for all later boosts."""
 
 
 def kind_of(optimizer: Optimizer) -> Kind | None:

@@ -3,14 +3,17 @@
 See [Note: Adam arithmetic] in ``arithmetic.py`` for the order of operations.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from gemini.chunk import halves, joined, marked, unmarked
 
 from .arithmetic import AdamHyper, AdamScalars
+from .forms import FORMS, SPLIT
 from .reduced import (
-    BLOCK_NUMEL,
     pack_exp_avg,
     pack_exp_avg_sq,
     random_bits,
@@ -46,70 +49,71 @@ def fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
     return odd.float()
 
 
-def adam_reference(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    scalars: AdamScalars,
-    out: Tensor | None = None,
+def _update(
+    form: str, buffers: Sequence[Tensor], grad: Tensor, scalars: AdamScalars, out: Tensor | None = None
 ) -> None:
-    """Update flat buffers in place; same contract as ``update.adam_update``, without its validation."""
+    """Decode flat buffers, take the step in float32, and encode what it gives (an `update.Kernel`)."""
+    decode, encode = _CODECS[form]
     with torch.no_grad():
-        for start in range(0, param.numel(), SLICE_NUMEL):
-            p, m, v, g = (t[start : start + SLICE_NUMEL] for t in (param, exp_avg, exp_avg_sq, grad))
-            p_new, m_new, v_new = _adam(p, m.float(), v.float(), g.float(), scalars)
-            if m.dtype == torch.bfloat16:
-                for_m, for_v = random_bits(m_new, v_new, scalars.noise)
-                m_new, v_new = to_bfloat16(m_new, for_m), to_bfloat16(v_new, for_v)
-            m.copy_(m_new)
-            v.copy_(v_new)
-            p.copy_(p_new)
+        for start in range(0, grad.numel(), SLICE_NUMEL):
+            stop = min(start + SLICE_NUMEL, grad.numel())
+            parts = [
+                buffer[start // spec.block_numel : spec.numel(stop)]
+                for spec, buffer in zip(FORMS[form], buffers, strict=True)
+            ]
+            p, m, v = _adam(*decode(*parts), grad[start:stop].float(), scalars)
+            for part, new in zip(parts, encode(p, m, v, scalars.noise), strict=True):
+                part.copy_(new)
             if out is not None:
-                out[start : start + SLICE_NUMEL].copy_(p_new)
+                out[start:stop].copy_(p)
 
 
-def adam_8bit_reference(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    exp_avg_scale: Tensor,
-    exp_avg_sq_scale: Tensor,
-    grad: Tensor,
-    scalars: AdamScalars,
-    out: Tensor | None = None,
-) -> None:
-    """Update flat buffers in place; same contract as ``update.adam_8bit_update``, without its validation."""
-    with torch.no_grad():
-        for start in range(0, param.numel(), SLICE_NUMEL):
-            p, m, v, g = (t[start : start + SLICE_NUMEL] for t in (param, exp_avg, exp_avg_sq, grad))
-            ms, vs = (
-                t[start // BLOCK_NUMEL : (start + SLICE_NUMEL) // BLOCK_NUMEL]
-                for t in (exp_avg_scale, exp_avg_sq_scale)
-            )
-            old = unpack_exp_avg(m, ms), unpack_exp_avg_sq(v, vs)
-            p_new, m_new, v_new = _adam(p, *old, g.float(), scalars)
-            for_m, for_v = random_bits(m_new, v_new, scalars.noise)
-            packed = (*pack_exp_avg(m_new, for_m), *pack_exp_avg_sq(v_new, for_v))
-            for tensor, new in zip((m, ms, v, vs, p), (*packed, p_new), strict=True):
-                tensor.copy_(new)
-            if out is not None:
-                out[start : start + SLICE_NUMEL].copy_(p_new)
+_Tensors = tuple[Tensor, ...]
+_Values = tuple[Tensor, Tensor, Tensor]
 
 
-def adam_split_reference(
-    high: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, scalars: AdamScalars
-) -> None:
-    """Update flat buffers in place; same contract as ``update.adam_split_update``, without its validation."""
-    with torch.no_grad():
-        for start in range(0, high.numel(), SLICE_NUMEL):
-            at = slice(start, start + SLICE_NUMEL)
-            p = joined(high[at], low[at], exp_avg_sq[at])
-            p, m, v = _adam(p, exp_avg[at], unmarked(exp_avg_sq[at]), grad[at].float(), scalars)
-            upper, lower, mark = halves(p)
-            v = marked(v, mark)
-            for tensor, new in ((high, upper), (low, lower), (exp_avg, m), (exp_avg_sq, v)):
-                tensor[at].copy_(new)
+def _floats(p: Tensor, m: Tensor, v: Tensor) -> _Values:
+    return p, m.float(), v.float()
+
+
+def _unchanged(p: Tensor, m: Tensor, v: Tensor, noise: int) -> _Tensors:
+    return p, m, v
+
+
+def _rounded(p: Tensor, m: Tensor, v: Tensor, noise: int) -> _Tensors:
+    for_m, for_v = random_bits(m, v, noise)
+    return p, to_bfloat16(m, for_m), to_bfloat16(v, for_v)
+
+
+def _unpacked(p: Tensor, m: Tensor, v: Tensor, m_scale: Tensor, v_scale: Tensor) -> _Values:
+    return p, unpack_exp_avg(m, m_scale), unpack_exp_avg_sq(v, v_scale)
+
+
+def _packed(p: Tensor, m: Tensor, v: Tensor, noise: int) -> _Tensors:
+    for_m, for_v = random_bits(m, v, noise)
+    (m, m_scale), (v, v_scale) = pack_exp_avg(m, for_m), pack_exp_avg_sq(v, for_v)
+    return p, m, v, m_scale, v_scale
+
+
+def _joined(high: Tensor, low: Tensor, m: Tensor, v: Tensor) -> _Values:
+    return joined(high, low, v), m, unmarked(v)
+
+
+def _halved(p: Tensor, m: Tensor, v: Tensor, noise: int) -> _Tensors:
+    high, low, mark = halves(p)
+    return high, low, m, marked(v, mark)
+
+
+_CODECS: dict[str, tuple[Callable[..., _Values], Callable[[Tensor, Tensor, Tensor, int], _Tensors]]] = {
+    "fp32": (_floats, _unchanged),
+    "bf16": (_floats, _rounded),
+    "8bit": (_unpacked, _packed),
+    SPLIT: (_joined, _halved),
+}
+"""From the buffers of each form to float32 values of parameter and moments, and back."""
+
+BY_FORM = {form: partial(_update, form) for form in FORMS}
+"""A kernel for each form, on any device."""
 
 
 def _adam(p: Tensor, m: Tensor, v: Tensor, g: Tensor, s: AdamScalars) -> tuple[Tensor, Tensor, Tensor]:
