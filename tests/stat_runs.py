@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini.telemetry.layout import chunks_file, timeline_file
+from gemini.telemetry.records import ChunkMap, Process, Timeline
 from gemini.telemetry.run_folder import write_document
 from gemini.telemetry.writer import TelemetryWriter
 
@@ -137,13 +138,13 @@ def _make(
     steps: int, folder: Path | None, rank: int, changes: dict[str, float], status: str | None
 ) -> tuple[Path, TelemetryWriter]:
     probes = {
-        "chunks": lambda: {"states": "8D4H1>1*34h16k"},
-        "process": lambda: {"rss_bytes": 45 * GIB, "free_bytes": 60 * GIB, "limit": "cgroup v2"},
+        "chunks": lambda: ChunkMap("8D4H1>1*34h16k"),
+        "process": lambda: Process(45 * GIB, 60 * GIB, "cgroup v2"),
     }
     writer = TelemetryWriter(folder, rank, {"model": "GPT", "steps": 2000}, probes=probes, min_interval_seconds=0)
     for step in range(1, steps + 1):
         writer.record_step(stats(step, **changes))
-    writer.record("timeline", timeline(2))
+    writer.record("timeline", Timeline(**timeline(2)))
     run = writer.run_dir
     assert run is not None
     write_document(chunks_file(run, rank), chunks())
@@ -159,9 +160,9 @@ def wait_until_written(writer: TelemetryWriter) -> None:
     """Return when what was handed over is in the files."""
     written = threading.Event()
 
-    def mark() -> dict[str, Any]:
+    def mark() -> ChunkMap:
         written.set()  # records are made one after the other: what came before is written
-        return {"states": "64h"}
+        return ChunkMap("64h")
 
     writer.record("mark", mark)
     assert written.wait(30)

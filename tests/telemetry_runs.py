@@ -40,10 +40,11 @@ def script(body: str, *, check: bool = False) -> "subprocess.CompletedProcess[st
 def living_child() -> Iterator["subprocess.Popen[str]"]:
     """A run in another process that has written its step and waits for its stdin to close."""
     code = (
-        "import sys, time\nfrom gemini.telemetry.writer import TelemetryWriter\n"
+        "import sys, time\nfrom gemini.telemetry.records import ChunkMap\n"
+        "from gemini.telemetry.writer import TelemetryWriter\n"
         f"w = TelemetryWriter(min_interval_seconds=0)\nw.record_step({STEP!r})\n"
         "while w._channel._queue.qsize(): time.sleep(0.001)\n"
-        "w._channel.put('flushed', {})\n"  # the step is in the file once this was taken from the queue
+        "w._channel.put('flushed', ChunkMap(''))\n"  # the step is in the file once this was taken from the queue
         "while w._channel._queue.qsize(): time.sleep(0.001)\n"
         "print(w.run_dir, flush=True)\nsys.stdin.read()\n"
     )

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,8 +14,10 @@ from gemini.errors import OffloadError, OutOfMemory
 from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.kernels.update import adam_update
 from gemini.stat.console import Exit, Usage, print_json
+from gemini.stat.estimate_outputs import Bench
 from gemini.stat.rates import hardware_file
 from gemini.stat.text import count, size
+from gemini.telemetry.encoding import as_mapping
 from gemini.telemetry.run_folder import write_document
 
 HELP = "Measures this machine's bandwidths and writes them where estimate and the live screen look."
@@ -39,23 +40,23 @@ def run(options: argparse.Namespace) -> Exit:
     links = measure_links(options.numel)
     if options.target is not None:
         links |= measure_disk(Path(options.target), options.numel)
-    content: dict[str, Any] = {
-        "host": os.uname().nodename,
-        "measured_at": time.time(),
-        "bytes_per_second": links,
-        "adam_elements_per_second": measure_adam(options.numel),
-        "flops_per_second": measure_flops(),
-    }
+    content = Bench(
+        host=os.uname().nodename,
+        measured_at=time.time(),
+        bytes_per_second=links,
+        adam_elements_per_second=measure_adam(options.numel),
+        flops_per_second=measure_flops(),
+    )
     file = Path(options.output) if options.output else hardware_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_document(file, content)
+    write_document(file, as_mapping(content))
     if options.json:
         print_json(content)
     else:
         for name, value in links.items():
             print(f" {name.replace('_', ' '):<18}{size(value):>12}/s")
-        print(f" {'optimizer':<18}{count(content['adam_elements_per_second']):>12} elements/s")
-        print(f" {'matrix products':<18}{count(content['flops_per_second']):>12} flop/s in bf16")
+        print(f" {'optimizer':<18}{count(content.adam_elements_per_second):>12} elements/s")
+        print(f" {'matrix products':<18}{count(content.flops_per_second):>12} flop/s in bf16")
         print(f" written to {file}")
     return Exit.OK
 

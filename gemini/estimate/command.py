@@ -14,6 +14,7 @@ from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
 from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
+from gemini.stat.estimate_outputs import Estimate, Solved, TierNeed
 from gemini.stat.rates import read_hardware
 from gemini.stat.text import count, seconds
 from gemini.telemetry.discovery import NoRun
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> Exit:
         activations = Activations(subject, config.compute_dtype, options.checkpointing)
     except NotFound as error:
         raise NoRun(str(error)) from error
-    solved: dict[str, Any] | None = None
+    solved: Solved | None = None
     if options.solve is not None:
         solved, machine = _solve(options, data, activations, machine)
     found = demand(data, activations.peak_bytes(options.batch_size, options.seq_len), machine)
@@ -74,12 +75,12 @@ def run(options: argparse.Namespace) -> Exit:
         print_json(answer)
     else:
         _show(options, found, answer)
-    return Exit.OK if found.fits and (solved is None or solved["value"]) else Exit.NEGATIVE
+    return Exit.OK if found.fits and (solved is None or solved.value) else Exit.NEGATIVE
 
 
 def _solve(
     options: argparse.Namespace, data: ModelData, activations: Activations, machine: Machine
-) -> tuple[dict[str, Any], Machine]:
+) -> tuple[Solved, Machine]:
     """Puts the answer into the options or the machine, so that the rest is about it."""
     name = options.solve
     try:
@@ -96,7 +97,7 @@ def _solve(
                 machine = with_machine(machine, **{{"host": "ram_bytes", "disk": "disk_bytes"}[name]: value})
     except ValueError as error:
         raise Usage(f"--solve {name}: {error}") from error
-    return {"what": name, "value": value}, machine
+    return Solved(name, value), machine
 
 
 def _answer(
@@ -105,38 +106,38 @@ def _answer(
     data: ModelData,
     found: Demand,
     machine: Machine,
-    solved: dict[str, Any] | None,
-) -> dict[str, Any]:
+    solved: Solved | None,
+) -> Estimate:
     times = _floor(options, data, found, machine) if found.fits else {}
-    return {
-        "model": subject.name,
-        "fits": found.fits,
-        "parameters": data.numel,
-        "batch_size": options.batch_size,
-        "seq_len": options.seq_len,
-        "precision": options.precision,
-        "optimizer": " ".join(options.optimizer),
-        "checkpointing": options.checkpointing,
-        "non_model_bytes": found.tiers[machine.memory.compute_tier].non_model_bytes,
-        "tiers": {
-            tier.value: {
-                "model_bytes": of_tier.model_bytes,
-                "non_model_bytes": of_tier.non_model_bytes,
-                "peak_bytes": of_tier.peak_bytes,
-                "capacity_bytes": of_tier.capacity_bytes,
-                "fits": of_tier.fits,
-            }
+    return Estimate(
+        model=subject.name,
+        fits=found.fits,
+        parameters=data.numel,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        precision=options.precision,
+        optimizer=" ".join(options.optimizer),
+        checkpointing=options.checkpointing,
+        non_model_bytes=found.tiers[machine.memory.compute_tier].non_model_bytes,
+        tiers={
+            tier.value: TierNeed(
+                model_bytes=of_tier.model_bytes,
+                non_model_bytes=of_tier.non_model_bytes,
+                peak_bytes=of_tier.peak_bytes,
+                capacity_bytes=of_tier.capacity_bytes,
+                fits=of_tier.fits,
+            )
             for tier, of_tier in found.tiers.items()
         },
-        "device_and_host_are_one": machine.memory is MemoryMap.UNIFIED,
-        "terms": dict(found.terms),
-        "arguments": arguments(found, data.config, options.offload_dir) if found.fits else None,
-        "step_seconds_floor": max(times.values()) if times else None,
-        "step_seconds_floor_by": times,
-        "solved": solved,
-        "problem": found.problem,
-        "remarks": _remarks(options, machine),
-    }
+        device_and_host_are_one=machine.memory is MemoryMap.UNIFIED,
+        terms=dict(found.terms),
+        arguments=arguments(found, data.config, options.offload_dir) if found.fits else None,
+        step_seconds_floor=max(times.values()) if times else None,
+        step_seconds_floor_by=times,
+        solved=solved,
+        problem=found.problem,
+        remarks=_remarks(options, machine),
+    )
 
 
 def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine: Machine) -> dict[str, float]:
@@ -172,17 +173,17 @@ def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
     return found
 
 
-def _show(options: argparse.Namespace, found: Demand, answer: dict[str, Any]) -> None:
+def _show(options: argparse.Namespace, found: Demand, answer: Estimate) -> None:
     mode = "checkpointed" if options.checkpointing else "not checkpointed"
-    print(f"{answer['model']}: {count(answer['parameters'])} parameters, {options.precision}, {answer['optimizer']}")
+    print(f"{answer.model}: {count(answer.parameters)} parameters, {options.precision}, {answer.optimizer}")
     print(f"batch {options.batch_size} x {options.seq_len} tokens, {mode}")
-    if answer["solved"] is not None:
-        value = answer["solved"]["value"]
-        shown = format_bytes(value) if options.solve in ("host", "disk") else f"{value:,}"
+    if answer.solved is not None:
+        value = answer.solved.value
+        shown = format_bytes(value or 0) if options.solve in ("host", "disk") else f"{value:,}"
         print(f"solved: {options.solve} {shown if value else 'has no answer: it does not fit whatever it is'}")
     print(f"\n{'':<8}{'model data':>12}{'non-model':>12}{'peak':>12}{'there is':>12}")
     for tier, of_tier in found.tiers.items():
-        if tier is Tier.DEVICE and answer["device_and_host_are_one"]:
+        if tier is Tier.DEVICE and answer.device_and_host_are_one:
             continue
         if not of_tier.peak_bytes and not of_tier.capacity_bytes:
             continue
@@ -195,14 +196,14 @@ def _show(options: argparse.Namespace, found: Demand, answer: dict[str, Any]) ->
         names = {"moments": "optimizer states"}
         print("\n" + ", ".join(f"{names.get(n, n.replace('_', ' '))} {format_bytes(terms[n])}" for n in parts))
         print(f"{terms['chunk_count']} chunks of up to {count(terms['chunk_numel'])} elements")
-    if answer["step_seconds_floor_by"]:
-        by = ", ".join(f"{name} {seconds(value)}" for name, value in answer["step_seconds_floor_by"].items())
-        print(f"a step takes at least {seconds(answer['step_seconds_floor'])}: {by}")
+    if answer.step_seconds_floor_by:
+        by = ", ".join(f"{name} {seconds(value)}" for name, value in answer.step_seconds_floor_by.items())
+        print(f"a step takes at least {seconds(answer.step_seconds_floor)}: {by}")
     if found.fits:
-        print(f"\nFITS. {answer['arguments']}")
+        print(f"\nFITS. {answer.arguments}")
     else:
         print(f"\nDOES NOT FIT. {found.problem or 'activations alone leave too little room'}")
-    for remark in answer["remarks"]:
+    for remark in answer.remarks:
         print(f"- {remark}")
 
 

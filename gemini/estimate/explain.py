@@ -7,22 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from gemini.chunk import Tier
 from gemini.sizes import format_bytes
+from gemini.stat import estimate_outputs
 from gemini.stat.console import Exit, find, print_json, read
 from gemini.stat.text import printable, size
 from gemini.telemetry.discovery import NoRun
-from gemini.telemetry.documents import (
-    ChunksView,
-    TimelineView,
-    read_chunks,
-    read_oom,
-    read_timeline,
-    timeline_of,
-)
-from gemini.telemetry.reader import TIERS, RunView, number
+from gemini.telemetry.documents import read_chunks, read_oom, read_timeline
+from gemini.telemetry.layout import TIERS
+from gemini.telemetry.reader import RunView
+from gemini.telemetry.records import Description, OutOfMemoryDocument, TierUse, Timeline
 
 from .changes import Case, Change, Check, estimated
 from .command import assignment
@@ -67,17 +62,17 @@ def run(options: argparse.Namespace) -> Exit:
     holders = _holders(found, oom, chunks, timeline)
     if options.json:
         print_json(
-            {
-                "run_id": found.run_id,
-                "rank": found.rank,
-                "error": None if oom is None else str(oom.get("error")),
-                "phase": None if oom is None else oom.get("phase"),
-                "unit": None if oom is None else oom.get("unit"),
-                "tiers": _tiers(found, oom),
-                "holders": [{"what": what, "bytes": nbytes} for what, nbytes in holders],
-                "changes": [_as_json(change) for change in changes],
-                "not_estimated": unknown,
-            }
+            estimate_outputs.Explanation(
+                run_id=found.run_id,
+                rank=found.rank,
+                error=None if oom is None else oom.error,
+                phase=None if oom is None else oom.phase,
+                unit=None if oom is None else oom.unit,
+                tiers=_tiers(found, oom),
+                holders=[estimate_outputs.Holder(what, nbytes) for what, nbytes in holders],
+                changes=[_as_json(change) for change in changes],
+                not_estimated=unknown,
+            )
         )
     else:
         _show(found, oom, chunks, timeline, holders)
@@ -85,26 +80,26 @@ def run(options: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
-def _as_json(change: Change) -> dict[str, Any]:
-    return {
-        "text": change.text,
-        "arguments": change.arguments,
-        "verified": change.check is not Check.NOTHING,
-        "verified_by": change.check.value,
-        "batch_size": change.batch_size,
-        "seq_len": change.seq_len,
-        "checkpointing": change.checkpointing,
-        "ram_bytes": change.ram_bytes,
-    }
+def _as_json(change: Change) -> estimate_outputs.Change:
+    return estimate_outputs.Change(
+        text=change.text,
+        arguments=change.arguments,
+        verified=change.check is not Check.NOTHING,
+        verified_by=change.check.value,
+        batch_size=change.batch_size,
+        seq_len=change.seq_len,
+        checkpointing=change.checkpointing,
+        ram_bytes=change.ram_bytes,
+    )
 
 
 def _case(
-    options: argparse.Namespace, oom: Mapping[str, Any] | None, chunks: ChunksView | None
+    options: argparse.Namespace, oom: OutOfMemoryDocument | None, chunks: Description | None
 ) -> tuple[Case | None, str | None]:
     """What the estimate can be asked about, or why it cannot."""
     if oom is None or chunks is None:
         return None, "no out-of-memory error and its batch are recorded"
-    shape = _shape(oom)
+    shape = oom.batch_shapes[0] if oom.batch_shapes else []
     if not shape:
         return None, "the shape of the batch is not recorded"
     machine = _machine(chunks)
@@ -122,7 +117,7 @@ def _case(
         subject=subject,
         config=config_of(chunks),
         slots=tuple(slots),
-        numel=sum(math.prod(_sizes(item.get("shape"))) for item in chunks.parameters),
+        numel=sum(math.prod(item.shape) for item in chunks.parameters),
         machine=machine,
         batch_size=shape[0],
         seq_len=shape[1] if len(shape) == 2 else 1,
@@ -133,68 +128,50 @@ def _case(
     return case, None
 
 
-def _subject(options: argparse.Namespace, chunks: ChunksView) -> tuple[Subject, bool]:
+def _subject(options: argparse.Namespace, chunks: Description) -> tuple[Subject, bool]:
     if options.model is not None:
         return find_subject(options.model, dict(assignment(text) for text in options.set)), options.checkpointing
-    if not isinstance(chunks.model.get("config"), dict):
+    if chunks.model is None or not isinstance(chunks.model.get("config"), dict):
         raise NotFound("the model is not known: --model MODEL has the estimate verify changes")
     return recorded_subject(chunks.model, len(chunks.parameters)), bool(chunks.model.get("checkpointing"))
 
 
-def _shape(oom: Mapping[str, Any]) -> tuple[int, ...]:
-    """Of the first tensor of the batch."""
-    shapes = oom.get("batch_shapes")
-    return _sizes(shapes[0]) if isinstance(shapes, list) and shapes else ()
-
-
-def _sizes(shape: object) -> tuple[int, ...]:
-    sizes = [number(item) for item in shape] if isinstance(shape, list) else []
-    return tuple(int(item) for item in sizes if item is not None and 0 < item < 1 << 32)
-
-
-def _machine(chunks: ChunksView) -> Machine | None:
+def _machine(chunks: Description) -> Machine | None:
     if not chunks.ram_bytes or not (chunks.unified or chunks.device_limit_bytes):
         return None
     return Machine(
         device_bytes=None if chunks.unified else chunks.device_limit_bytes,
         ram_bytes=chunks.ram_bytes,
-        disk_bytes=chunks.capacities.get(Tier.DISK.value, 0),
+        disk_bytes=limits_of(chunks)[Tier.DISK],
     )
 
 
-def _timeline(oom: Mapping[str, Any] | None, path: Path, rank: int) -> TimelineView | None:
+def _timeline(oom: OutOfMemoryDocument | None, path: Path, rank: int) -> Timeline | None:
     """The last whole step, or what there was of the first one."""
-    of_error = oom or {}
-    whole = timeline_of(of_error.get("last_timeline")) or read_timeline(path, rank)
-    return whole or timeline_of(of_error.get("moments_before"))
+    whole = (oom.last_timeline if oom is not None else None) or read_timeline(path, rank)
+    return whole or (oom.moments_before if oom is not None else None)
 
 
-def _tiers(run_: RunView, oom: Mapping[str, Any] | None) -> dict[str, dict[str, int]]:
+def _tiers(run_: RunView, oom: OutOfMemoryDocument | None) -> dict[str, TierUse]:
     """Used and capacity when it happened, or now."""
-    recorded = oom.get("tiers") if oom is not None else None
-    found = {}
-    for tier in TIERS:
-        at = recorded.get(tier) if isinstance(recorded, dict) else None
-        source = at if isinstance(at, dict) else {}
-        found[tier] = {
-            key: int(number(source.get(key)) or run_.stats.get(f"{tier}/{key}", 0.0))
-            for key in ("used_bytes", "peak_bytes", "capacity_bytes")
-        }
-    return found
+    if oom is not None:
+        return oom.tiers
+    names = TierUse.__struct_fields__
+    return {tier: TierUse(*(int(run_.stats.get(f"{tier}/{name}", 0.0)) for name in names)) for tier in TIERS}
 
 
 def _holders(
-    run_: RunView, oom: Mapping[str, Any] | None, chunks: ChunksView | None, timeline: TimelineView | None
+    run_: RunView, oom: OutOfMemoryDocument | None, chunks: Description | None, timeline: Timeline | None
 ) -> list[tuple[str, int]]:
     """Who has the memory, most first."""
     homes = Counter[str]()
     for chunk in chunks.chunks if chunks is not None else ():
         for role, nbytes in chunk.home_bytes.items():
             homes["states" if role in chunk.states else role] += nbytes
-    used = _tiers(run_, oom)["device"]["used_bytes"]
-    non_model = int(number((oom or {}).get("non_model_peak_bytes")) or 0)
+    used = _tiers(run_, oom)["device"].used_bytes
+    non_model = 0 if oom is None else oom.non_model_peak_bytes
     if timeline is not None:
-        non_model = max(non_model, timeline.non_model[timeline.peak])
+        non_model = max(non_model, timeline.non_model_bytes[timeline.peak])
     found = [
         ("optimizer states", homes["states"]),
         ("masters and frozen parameters", homes["master"] + homes["master_low"]),
@@ -206,21 +183,21 @@ def _holders(
     return sorted((item for item in found if item[1] > 0), key=lambda item: -item[1])
 
 
-def _is_unified(run_: RunView, chunks: ChunksView | None) -> bool:
+def _is_unified(run_: RunView, chunks: Description | None) -> bool:
     return chunks.unified if chunks is not None else bool(run_.stats.get("memory/unified"))
 
 
 def _recorded(
-    run_: RunView, oom: Mapping[str, Any] | None, chunks: ChunksView | None, timeline: TimelineView | None
+    run_: RunView, oom: OutOfMemoryDocument | None, chunks: Description | None, timeline: Timeline | None
 ) -> Iterator[Change]:
     """What records alone say."""
     tiers = _tiers(run_, oom)
     where = "host" if _is_unified(run_, chunks) or _tier_of(oom) == "host" else "device"
-    non_model = max(timeline.non_model, default=0) if timeline is not None else 0
+    non_model = max(timeline.non_model_bytes, default=0) if timeline is not None else 0
     missing = _missing(oom) or _MIB
     if chunks is not None:
         yield from _smaller_budget(chunks, tiers, where, missing)
-        yield from _more_room(chunks, tiers, where, missing, str((oom or {}).get("error", "")))
+        yield from _more_room(chunks, tiers, where, missing, "" if oom is None else oom.error)
     if non_model:
         ratio = max(0.0, 1 - (missing * (1 + GUARD)) / non_model)
         if ratio > 0:
@@ -232,13 +209,11 @@ def _recorded(
     yield Change(text="recompute activations in backward (model.gradient_checkpointing_enable())")
 
 
-def _smaller_budget(
-    chunks: ChunksView, tiers: Mapping[str, Mapping[str, int]], where: str, missing: int
-) -> Iterator[Change]:
+def _smaller_budget(chunks: Description, tiers: Mapping[str, TierUse], where: str, missing: int) -> Iterator[Change]:
     """Less model data where memory ran out, and the rest one tier down."""
     limits = limits_of(chunks)
     capacity = limits[Tier(where)]
-    smaller = min(tiers[where]["used_bytes"], capacity) - round(missing * (1 + GUARD))
+    smaller = min(tiers[where].used_bytes, capacity) - round(missing * (1 + GUARD))
     moved = capacity - smaller
     name = f"{where}_memory"
     if smaller > 0 and packs(chunks, {**limits, Tier(where): smaller}):
@@ -258,7 +233,7 @@ def _smaller_budget(
 
 
 def _more_room(
-    chunks: ChunksView, tiers: Mapping[str, Mapping[str, int]], where: str, missing: int, error: str
+    chunks: Description, tiers: Mapping[str, TierUse], where: str, missing: int, error: str
 ) -> Iterator[Change]:
     """What our own errors say outright, or the memory that was missing."""
     named = re.search(r"set (device|host|disk)_memory to (\d+) bytes(?! or less)", error)
@@ -266,7 +241,7 @@ def _more_room(
         # The memory for model data was not too small: with more of it there would be even less for the rest.
         yield Change(text=f"{format_bytes(missing)} more of {where} memory at least, if there is so much")
         return
-    tier, nbytes = (named[1], int(named[2])) if named else (where, tiers[where]["capacity_bytes"] + missing)
+    tier, nbytes = (named[1], int(named[2])) if named else (where, tiers[where].capacity_bytes + missing)
     limits = {**limits_of(chunks), Tier(tier): nbytes}
     yield Change(
         text=f"{format_bytes(nbytes)} for model data on {tier}, if there is so much",
@@ -275,17 +250,17 @@ def _more_room(
     )
 
 
-def _tier_of(oom: Mapping[str, Any] | None) -> str:
-    text = str((oom or {}).get("error", ""))
+def _tier_of(oom: OutOfMemoryDocument | None) -> str:
+    text = "" if oom is None else oom.error
     named = re.search(r"\b(device|host|disk) tier out of memory", text)
     if named:
         return named[1]
     return "device" if "CUDA" in text else "host"
 
 
-def _missing(oom: Mapping[str, Any] | None) -> int:
+def _missing(oom: OutOfMemoryDocument | None) -> int:
     """Bytes that could not be had, as far as the error says so."""
-    text = str((oom or {}).get("error", ""))
+    text = "" if oom is None else oom.error
     for pattern, scale in (
         (r"needs ([\d.]+) MiB", _MIB),
         (r"Tried to allocate ([\d.]+) GiB", 1 << 30),
@@ -299,20 +274,20 @@ def _missing(oom: Mapping[str, Any] | None) -> int:
 
 def _show(
     run_: RunView,
-    oom: Mapping[str, Any] | None,
-    chunks: ChunksView | None,
-    timeline: TimelineView | None,
+    oom: OutOfMemoryDocument | None,
+    chunks: Description | None,
+    timeline: Timeline | None,
     holders: list[tuple[str, int]],
 ) -> None:
     if oom is not None:
-        print(f"{printable(str(oom.get('error')), 600)}")
-        print(f"in {printable(str(oom.get('phase')))} of {printable(str(oom.get('unit') or 'no unit'), 120)}")
+        print(f"{printable(oom.error, 600)}")
+        print(f"in {oom.phase} of {printable(oom.unit or 'no unit', 120)}")
     else:
         print("no out-of-memory error was recorded; this is the present peak")
     print(f"\n{'':<8}{'used':>12}{'capacity':>12}")
     for tier, at in _tiers(run_, oom).items():
-        if at["capacity_bytes"]:
-            print(f"{tier:<8}{size(at['used_bytes']):>12}{size(at['capacity_bytes']):>12}")
+        if at.capacity_bytes:
+            print(f"{tier:<8}{size(at.used_bytes):>12}{size(at.capacity_bytes):>12}")
     if timeline is not None:
         from gemini.stat.panels import describe_peak
 

@@ -12,13 +12,13 @@ from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.packing.packing import decide
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
-from gemini.telemetry.documents import ChunksView, ChunkView
+from gemini.telemetry.records import DescribedChunk, Description
 
 from ..torch_private import own_modules, own_parameters
 from .demand import capacities, model_bytes
 
 
-def packs(chunks: ChunksView, limits: Mapping[Tier, int]) -> bool:
+def packs(chunks: Description, limits: Mapping[Tier, int]) -> bool:
     """Ask the trainer's packing about the recorded parameters."""
     model = skeleton(chunks)
     groups = recorded_groups(chunks, model)
@@ -32,19 +32,19 @@ def packs(chunks: ChunksView, limits: Mapping[Tier, int]) -> bool:
     return all(needed[tier] <= limits[tier] for tier in memory_of(chunks).pools)
 
 
-def recorded_groups(chunks: ChunksView, model: nn.Module) -> list[dict[str, Any]]:
+def recorded_groups(chunks: Description, model: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's groups, with ``slots`` for what it keeps in the chunks of each."""
     parameters = dict(model.named_parameters())
     groups: dict[int, dict[str, Any]] = {}
     for item in chunks.parameters:
-        index = int(item["param_group"])
+        index = item.param_group
         if index >= 0:
-            slots = state_slots(chunks.chunks[int(item["chunk"])])
-            groups.setdefault(index, {"params": [], "slots": slots})["params"].append(parameters[str(item["name"])])
+            slots = state_slots(chunks.chunks[item.chunk])
+            groups.setdefault(index, {"params": [], "slots": slots})["params"].append(parameters[item.name])
     return [groups[index] for index in sorted(groups)]
 
 
-def state_slots(chunk: ChunkView) -> list[BufferSpec]:
+def state_slots(chunk: DescribedChunk) -> list[BufferSpec]:
     """Only the bytes per element are recorded, and split masters where there are some; packing looks at nothing else.
 
     Masters are split with Adam's second moment alone, the last of its states.
@@ -55,25 +55,24 @@ def state_slots(chunk: ChunkView) -> list[BufferSpec]:
     return [replace(slot, has_spare_sign=True) if slot.name == "exp_avg_sq" else slot for slot in slots]
 
 
-def skeleton(chunks: ChunksView) -> nn.Module:
+def skeleton(chunks: Description) -> nn.Module:
     """Modules with the recorded parameters, on ``meta``: what packing looks at, and nothing else."""
     root = nn.Module()
     for item in chunks.parameters:
-        *path, leaf = str(item["name"]).split(".")
+        *path, leaf = item.name.split(".")
         module = root
         for part in path:
             child = own_modules(module).setdefault(part, nn.Module())
             assert child is not None
             module = child
-        if item.get("keeps_fp32"):
+        if item.keeps_fp32:
             module.running_mean = True  # type: ignore[assignment]
-        shape = tuple(int(n) for n in item["shape"])
-        made = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=bool(item.get("trainable")))
+        made = nn.Parameter(torch.empty(item.shape, device="meta"), requires_grad=item.trainable)
         own_parameters(module)[leaf] = made
     return root
 
 
-def config_of(chunks: ChunksView) -> GeminiConfig:
+def config_of(chunks: Description) -> GeminiConfig:
     recorded = chunks.config
     policy: PlacementPolicy = AutoPlacementPolicy()
     if recorded.get("policy") == "StaticPlacementPolicy":
@@ -91,9 +90,9 @@ def config_of(chunks: ChunksView) -> GeminiConfig:
     )
 
 
-def memory_of(chunks: ChunksView) -> MemoryMap:
+def memory_of(chunks: Description) -> MemoryMap:
     return MemoryMap.UNIFIED if chunks.unified else MemoryMap.ACCELERATOR
 
 
-def limits_of(chunks: ChunksView) -> dict[Tier, int]:
-    return {tier: chunks.capacities.get(tier.value, 0) for tier in Tier}
+def limits_of(chunks: Description) -> dict[Tier, int]:
+    return {Tier(tier): capacity.bytes for tier, capacity in chunks.capacities.items()}

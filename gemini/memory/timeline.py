@@ -1,10 +1,10 @@
 """One step by moment: how many bytes of model and non-model data there were while each unit ran."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..chunk import Ledger, Tier
 from ..planning.trace import Phase
+from ..telemetry import records
 
 MAX_POINTS = 512
 _LONGEST = 1 << 16
@@ -63,18 +63,21 @@ def pool(points: list[Point], tier: int, limit: int = MAX_POINTS) -> list[Point]
     return [max(group, key=lambda point: point.used[tier] + point.non_model) for group in groups]
 
 
-def as_record(points: list[Point], step: int, tier: Tier) -> dict[str, Any]:
+def as_record(points: list[Point], step: int, tier: Tier) -> records.Timeline:
     """Columns, because they take a third of the bytes of rows. ``tier`` is where units run, and non-model data lie."""
     index = tuple(Tier).index(tier)
     pooled = pool(points, index)
     peak = max(range(len(points)), key=lambda i: points[i].used[index] + points[i].non_model)
-    return {
-        "step": step,
-        "tier": tier.value,
-        "moment_count": len(points),
-        "peak_moment": peak,
-        "unit": [point.unit for point in pooled],
-        "phase": "".join(point.phase[0] for point in pooled),
-        **{f"{tier.value}_bytes": [point.used[i] for point in pooled] for i, tier in enumerate(Tier)},
-        "non_model_bytes": [point.non_model for point in pooled],
-    }
+    device, host, disk = ([point.used[i] for point in pooled] for i in range(len(Tier)))
+    return records.Timeline(
+        step=step,
+        tier="host" if tier is Tier.HOST else "device",
+        moment_count=len(points),
+        peak_moment=peak,
+        unit=[point.unit for point in pooled],
+        phase="".join(point.phase[0] for point in pooled),
+        device_bytes=device,
+        host_bytes=host,
+        disk_bytes=disk,
+        non_model_bytes=[point.non_model for point in pooled],
+    )

@@ -1,24 +1,18 @@
 """What was decided when a model was boosted, as telemetry writes it down."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..chunk import GRADIENT, ChunkManager, MemoryMap, Tier
+from ..chunk import GRADIENT, Chunk, ChunkManager, MemoryMap, Tier
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..packing.packing import Packing, managed_parameters
-from ..telemetry.probes import Fields
+from ..telemetry.records import Capacity, DescribedChunk, DescribedParameter, Description
 from ..units.units import Unit
-
-_OPTIONS = (
-    *("precision", "max_prefetch", "update_in_backward", "split_master", "chunk_numel", "pin_memory"),
-    *("device_memory", "host_memory", "disk_memory"),
-)
-"""What is written down as the user gave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +24,7 @@ class Decided:
     model_class: str
     parameter_numel: int
     """Elements of the managed parameters."""
-    model: Mapping[str, Any] | None
+    model: dict[str, Any] | None
     """See `model_facts`."""
 
     @staticmethod
@@ -39,7 +33,7 @@ class Decided:
         numel = sum(parameter.numel() for parameter in managed_parameters(model).values())
         return Decided(config, capacities, type(model).__name__, numel, model_facts(model))
 
-    def facts(self, packing: Packing) -> Fields:
+    def facts(self, packing: Packing) -> dict[str, Any]:
         """What the first record of a run says."""
         config = self.config
         return {
@@ -52,57 +46,31 @@ class Decided:
             "offload_dir": str(config.offload_dir) if config.offload_dir is not None else None,
         }
 
-    def document(self, manager: ChunkManager, packing: Packing, units: Sequence[Unit]) -> Fields:
-        """Chunks, parameters and what the user asked for, as one JSON object. Records refer to units by index."""
-        config, capacities = self.config, self.capacities
-        parameters: dict[int, dict[str, Any]] = {}
+    def document(self, manager: ChunkManager, packing: Packing, units: Sequence[Unit]) -> Description:
+        """Chunks, parameters and what the user asked for. Records refer to units by index."""
+        parameters: dict[int, DescribedParameter] = {}
         chunks = []
-        for chunk, plan in zip(manager.chunks, packing.plans, strict=True):
+        for index, (chunk, plan) in enumerate(zip(manager.chunks, packing.plans, strict=True)):
             keeps_fp32 = packing.groups[chunk.layout.slots[0].key].keeps_fp32
-            marks = (" frozen" if not plan.is_trainable else "") + (" fp32" if keeps_fp32 else "")
-            buffers = dict(chunk.homes)
-            if chunk.gradient is not None and chunk.gradient.buffer is not None:
-                buffers[GRADIENT] = chunk.gradient.buffer
             for slot in chunk.layout.slots:
-                parameters[slot.key] = {
-                    "name": slot.name,
-                    "shape": list(slot.shape),
-                    "chunk": chunk.index,
-                    "param_group": plan.param_group,
-                    "trainable": plan.is_trainable,
-                    "keeps_fp32": keeps_fp32,
-                }
-            chunks.append(
-                {
-                    "numel": chunk.layout.numel,
-                    "used_numel": chunk.layout.used_numel,
-                    "full_bytes": chunk.full_nbytes,
-                    "homes": {name: home.tier.value for name, home in buffers.items()},
-                    "home_bytes": {name: home.nbytes for name, home in buffers.items()},
-                    "group": f"{plan.param_group}{marks}",
-                }
-            )
-        return {
-            "chunks": chunks,
-            "units": [unit.name for unit in units],
-            "model": self.model,
-            "parameters": [parameters[key] for key in sorted(parameters)],
-            "homes_bytes": {tier.value: packing.placement.nbytes[tier] for tier in Tier},
-            "capacities": {
-                tier.value: {"bytes": budget.bytes, "source": budget.source}
-                for tier, budget in capacities.budgets.items()
-            },
-            "unified": capacities.memory is MemoryMap.UNIFIED,
-            "ram_bytes": capacities.ram_bytes,
-            "device_limit_bytes": capacities.device_limit_bytes,
-            "config": {
-                "policy": type(config.policy).__name__,
-                "offload_optim_frac": getattr(config.policy, "offload_optim_frac", None),
-                "offload_param_frac": getattr(config.policy, "offload_param_frac", None),
-                "offload_dir": None if config.offload_dir is None else str(config.offload_dir),
-                **{name: getattr(config, name) for name in _OPTIONS},
-            },
-        }
+                parameters[slot.key] = DescribedParameter(
+                    slot.name, list(slot.shape), index, plan.param_group, plan.is_trainable, keeps_fp32
+                )
+            marks = (" frozen" if not plan.is_trainable else "") + (" fp32" if keeps_fp32 else "")
+            chunks.append(_described(chunk, f"{plan.param_group}{marks}"))
+        budgets = self.capacities.budgets
+        return Description(
+            chunks=chunks,
+            parameters=[parameters[key] for key in sorted(parameters)],
+            units=[unit.name for unit in units],
+            homes_bytes={tier.value: packing.placement.nbytes[tier] for tier in Tier},
+            capacities={tier.value: Capacity(budget.bytes, budget.source) for tier, budget in budgets.items()},
+            unified=self.capacities.memory is MemoryMap.UNIFIED,
+            ram_bytes=self.capacities.ram_bytes,
+            device_limit_bytes=self.capacities.device_limit_bytes,
+            config=_options(self.config),
+            model=self.model,
+        )
 
 
 def model_facts(model: nn.Module) -> dict[str, Any] | None:
@@ -116,3 +84,35 @@ def model_facts(model: nn.Module) -> dict[str, Any] | None:
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second of transformers before 5, where
     recomputes = next((getattr(model, name) for name in names if hasattr(type(model), name)), False)  # only it is there
     return {"class": type(model).__name__, "config": content, "checkpointing": bool(recomputes)}
+
+
+def _described(chunk: Chunk, group: str) -> DescribedChunk:
+    buffers = dict(chunk.homes)
+    if chunk.gradient is not None and chunk.gradient.buffer is not None:
+        buffers[GRADIENT] = chunk.gradient.buffer
+    return DescribedChunk(
+        numel=chunk.layout.numel,
+        used_numel=chunk.layout.used_numel,
+        full_bytes=chunk.full_nbytes,
+        homes={name: home.tier.value for name, home in buffers.items()},
+        home_bytes={name: home.nbytes for name, home in buffers.items()},
+        group=group,
+    )
+
+
+def _options(config: GeminiConfig) -> dict[str, Any]:
+    return {
+        "precision": config.precision,
+        "policy": type(config.policy).__name__,
+        "offload_optim_frac": getattr(config.policy, "offload_optim_frac", None),
+        "offload_param_frac": getattr(config.policy, "offload_param_frac", None),
+        "max_prefetch": config.max_prefetch,
+        "update_in_backward": config.update_in_backward,
+        "split_master": config.split_master,
+        "chunk_numel": config.chunk_numel,
+        "device_memory": config.device_memory,
+        "host_memory": config.host_memory,
+        "disk_memory": config.disk_memory,
+        "offload_dir": None if config.offload_dir is None else str(config.offload_dir),
+        "pin_memory": config.pin_memory,
+    }

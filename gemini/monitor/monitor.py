@@ -9,7 +9,8 @@ import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+from msgspec.structs import asdict
 
 from ..chunk import ChunkManager, Tier
 from ..engine import Engine, StepFacts
@@ -18,6 +19,7 @@ from ..memory.prediction import Outlook, bytes_of_copies, measure, predict
 from ..memory.timeline import Point, as_record
 from ..packing.packing import Packing
 from ..sizes import format_bytes
+from ..telemetry import records
 from ..telemetry.layout import chunks_file, oom_file, timeline_file
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Unit
@@ -210,32 +212,22 @@ class Monitor:
         record = self._oom_record(engine, error)
         self.writer.record("oom", record)
         last = as_record(self._last_points, self._last_step, self._tier) if self._last_points else None
-        self.writer.write_document(oom_file, {**record, "last_timeline": last})
+        self.writer.write_document(oom_file, records.OutOfMemoryDocument(**asdict(record), last_timeline=last))
 
-    def _oom_record(self, engine: Engine, error: BaseException) -> dict[str, Any]:
-        manager = self._manager
+    def _oom_record(self, engine: Engine, error: BaseException) -> records.OutOfMemory:
+        manager, batch = self._manager, engine.sampling.batch
         visits = [visit.unit.name for visit in engine.visits.open]
-        phase = "backward" if engine.visits.is_in_backward else "forward"
-        points = engine.sampling.timeline.points
-        return {
-            "error": f"{type(error).__name__}: {error}"[:2000],
-            "is_ours": hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
-            "unit": visits[-1] if visits else None,
-            "phase": phase,
-            "batch_shapes": [list(shape) for shape in engine.sampling.batch.shapes[:_SHAPES]]
-            if engine.sampling.batch
-            else [],
-            "tiers": {
-                tier.value: {
-                    "used_bytes": manager.ledger.used(tier),
-                    "peak_bytes": manager.ledger.peak(tier),
-                    "capacity_bytes": manager.ledger.capacity(tier),
-                }
-                for tier in Tier
-            },
-            "non_model_peak_bytes": engine.sampling.meter.peak_bytes,
-            "moments_before": as_record(points, self._last_step + 1, self._tier) if points else None,
-            "states": chunk_map(manager.chunks),
-            "in_use": [c.index for c in manager.chunks if c.pins][:64],
-            "process": process_memory(),
-        }
+        points, ledger = engine.sampling.timeline.points, manager.ledger
+        return records.OutOfMemory(
+            error=f"{type(error).__name__}: {error}"[:2000],
+            is_ours=hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
+            unit=visits[-1] if visits else None,
+            phase="backward" if engine.visits.is_in_backward else "forward",
+            batch_shapes=[list(shape) for shape in batch.shapes[:_SHAPES]] if batch else [],
+            tiers={t.value: records.TierUse(ledger.used(t), ledger.peak(t), ledger.capacity(t)) for t in Tier},
+            non_model_peak_bytes=engine.sampling.meter.peak_bytes,
+            moments_before=as_record(points, self._last_step + 1, self._tier) if points else None,
+            states=chunk_map(manager.chunks),
+            in_use=[c.index for c in manager.chunks if c.pins][:64],
+            process=process_memory(),
+        )

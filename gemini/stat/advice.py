@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from gemini.sizes import format_bytes
 from gemini.stat.rates import RISK_HIGH, Rates, prediction
-from gemini.telemetry.documents import ChunksView, TimelineView
 from gemini.telemetry.reader import RunView
+from gemini.telemetry.records import Description, Timeline
 
 _STALLS_MATTER = 0.05
 _WASTE_MATTERS = 0.05
@@ -25,13 +25,13 @@ class Advice:
     """Of ``GeminiPlugin``, ready to paste; None where nothing there helps."""
 
 
-def advise(run: RunView, found: Rates, chunks: ChunksView | None, timeline: TimelineView | None) -> list[Advice]:
+def advise(run: RunView, found: Rates, chunks: Description | None, timeline: Timeline | None) -> list[Advice]:
     """What the numbers suggest; empty where all is well."""
     advices = [*_risks(run, found, timeline), *_surprises(run), *_stalls(run, found, chunks), *_rest(run, found)]
     return sorted(advices, key=lambda advice: not advice.is_urgent)
 
 
-def _risks(run: RunView, found: Rates, timeline: TimelineView | None) -> Iterator[Advice]:
+def _risks(run: RunView, found: Rates, timeline: Timeline | None) -> Iterator[Advice]:
     host = found.risk.get("host")
     if host is not None and host >= RISK_HIGH:
         resident, free = (run.process.get(key, 0.0) for key in ("rss_peak_bytes", "free_bytes"))
@@ -52,8 +52,8 @@ def _risks(run: RunView, found: Rates, timeline: TimelineView | None) -> Iterato
             text=f"device: {device:.0%} of its memory is taken",
             arguments=f'device_memory="{used >> 20}MiB"',
         )
-    if timeline is not None and timeline.non_model:
-        model, other = timeline.model[timeline.peak], timeline.non_model[timeline.peak]
+    if timeline is not None and timeline.non_model_bytes:
+        model, other = timeline.model_bytes[timeline.peak], timeline.non_model_bytes[timeline.peak]
         capacity = run.stats.get("device/capacity_bytes", 0.0)
         if other > max(model, 0.3 * capacity) and not run.stats.get("memory/unified"):
             text = f"activations take {format_bytes(other)} at the peak, more than model data: checkpoint them"
@@ -83,7 +83,7 @@ def _surprises(run: RunView) -> Iterator[Advice]:
         yield Advice(is_urgent=False, text=text, arguments=arguments)
 
 
-def _stalls(run: RunView, found: Rates, chunks: ChunksView | None) -> Iterator[Advice]:
+def _stalls(run: RunView, found: Rates, chunks: Description | None) -> Iterator[Advice]:
     if found.stall_ratio is None or found.stall_ratio < _STALLS_MATTER or not found.stall_by_tier:
         return
     tier, seconds = max(found.stall_by_tier.items(), key=lambda item: item[1])
@@ -116,7 +116,7 @@ def _stalls(run: RunView, found: Rates, chunks: ChunksView | None) -> Iterator[A
         )
 
 
-def _could_split(chunks: ChunksView) -> bool:
+def _could_split(chunks: Description) -> bool:
     """Whether masters in two halves would have full copies where now they are filled from masters in the same RAM."""
     if not chunks.unified or chunks.config.get("precision") != "bf16" or chunks.config.get("split_master") is not False:
         return False

@@ -1,56 +1,35 @@
-"""Runs as JSON objects for scripts: snake_case names, ints for bytes, floats for seconds, null for what is unknown."""
+"""Runs as objects for scripts: ints for bytes, floats for seconds, None for what is unknown."""
 
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from gemini.stat.outputs import Advice, Brief, Link, ProcessMemory, Row, Snapshot, TierState
 from gemini.stat.rates import risk
-from gemini.telemetry.reader import TIERS, RunView
+from gemini.telemetry.layout import TIERS
+from gemini.telemetry.reader import RunView
+from gemini.telemetry.statistics import (
+    Chunks,
+    ModelData,
+    Moves,
+    Needs,
+    NonModel,
+    Predictions,
+    Stalls,
+    Uploads,
+    group_of,
+)
 
 if TYPE_CHECKING:
     from gemini.stat.screen import Shown
 
-_GROUPS: dict[str, tuple[str, ...]] = {
-    "chunk": ("count", "numel", "waste_ratio", "device_count", "host_count", "disk_count", "resident_count"),
-    "need": ("count", "resident_count", "hit_count", "late_count", "miss_count"),
-    "stall": ("device_seconds", "host_seconds", "disk_seconds"),
-    "upload": (
-        "device_bytes",
-        "device_seconds",
-        "host_bytes",
-        "host_seconds",
-        "disk_bytes",
-        "disk_seconds",
-    ),
-    "model_data": ("total_bytes", "parameter_bytes", "gradient_bytes", "optimizer_bytes"),
-    "non_model": ("peak_bytes",),
-    "prediction": tuple(f"{what}_{when}_bytes" for what in (*TIERS, "non_model") for when in ("predicted", "measured")),
-    "move": (
-        "fetch_count",
-        "fetch_bytes",
-        "prefetch_count",
-        "prefetch_hit_ratio",
-        "evict_count",
-        "disk_read_bytes",
-        "disk_write_bytes",
-        "disk_read_seconds",
-        "disk_write_seconds",
-        "stall_seconds",
-    ),
-}
 
-_PROCESS = (
-    "rss_bytes",
-    "rss_peak_bytes",
-    "free_bytes",
-    "device_free_bytes",
-    "device_total_bytes",
-    "device_reserved_bytes",
-)
-
-
-def brief(run: RunView) -> dict[str, Any]:
+def brief(run: RunView) -> Brief:
     """A run as ``ls`` lists it."""
+    return Brief(**_brief(run))
+
+
+def _brief(run: RunView) -> dict[str, Any]:
     return {
         "run_id": run.run_id,
         "path": str(run.path),
@@ -62,97 +41,71 @@ def brief(run: RunView) -> dict[str, Any]:
         "started_at": run.started,
         "updated_at": run.updated,
         "step": run.step,
-        "step_seconds": _float(run.stats.get("step/seconds")),
+        "step_seconds": run.stats.get("step/seconds"),
     }
 
 
-def snapshot(run: RunView) -> dict[str, Any]:
+def snapshot(run: RunView) -> Snapshot:
     """A run as a snapshot shows it."""
-    unified = run.stats.get("memory/unified")
-    return {
-        **brief(run),
-        "rank": run.rank,
-        "world_size": run.world_size,
-        "tiers": {tier: _tier(run, tier) for tier in TIERS},
-        **{group: {name: _value(run.stats, group, name) for name in names} for group, names in _GROUPS.items()},
-        "device_and_host_are_one": None if unified is None else bool(unified),
-        "process": {name: _int(run.process.get(name)) for name in _PROCESS},
-        "oom_risk": risk(run),
-        "chunk_map": run.states or None,
-        "dropped_count": run.dropped_count,
-        "facts": dict(run.facts),
-        "summary": dict(run.summary) or None,
-    }
+    stats, unified = run.stats, run.stats.get("memory/unified")
+    return Snapshot(
+        **_brief(run),
+        rank=run.rank,
+        world_size=run.world_size,
+        tiers=_tiers(run),
+        chunk=group_of("chunk", Chunks, stats),
+        need=group_of("need", Needs, stats),
+        stall=group_of("stall", Stalls, stats),
+        upload=group_of("upload", Uploads, stats),
+        model_data=group_of("model_data", ModelData, stats),
+        non_model=group_of("non_model", NonModel, stats),
+        prediction=group_of("prediction", Predictions, stats),
+        move=group_of("move", Moves, stats),
+        device_and_host_are_one=None if unified is None else bool(unified),
+        process=ProcessMemory(**{name: _int(run.process.get(name)) for name in ProcessMemory.__struct_fields__}),
+        oom_risk=risk(run),
+        chunk_map=run.states or None,
+        dropped_count=run.dropped_count,
+        facts=dict(run.facts),
+        summary=dict(run.summary) or None,
+    )
 
 
-def row(shown: "Shown") -> dict[str, Any]:
-    """What ``dmon`` shows, flat enough for a line."""
+def row(shown: "Shown") -> Row:
+    """What ``dmon`` shows, flat enough for a line; rates are of the last steps, per step and per second."""
     run, found = shown.run, shown.rates
-    return {
-        "t": time.time(),
-        "run_id": run.run_id,
-        "rank": run.rank,
-        "status": run.status.value,
-        "step": run.step,
-        "step_seconds": _float(run.stats.get("step/seconds")),
-        "tiers": {tier: _tier(run, tier) for tier in TIERS},
-        "rss_bytes": _int(run.process.get("rss_bytes")),
-        "non_model_peak_bytes": _int(run.stats.get("non_model/peak_bytes")),
-        "oom_risk": dict(found.risk),
-        **derived(shown),
-    }
-
-
-def derived(shown: "Shown") -> dict[str, Any]:
-    """Rates of the last steps, per step and per second."""
-    found = shown.rates
-    return {
-        "window_steps": found.steps,
-        "hit_ratio": found.hit_ratio,
-        "stall_seconds_per_step": found.stall_seconds,
-        "stall_ratio": found.stall_ratio,
-        "links": [
-            {
-                "src": link.source,
-                "dst": link.target,
-                "bytes_per_step": link.bytes_per_step,
-                "bytes_per_second": link.bytes_per_second,
-                "ceiling_bytes_per_second": link.ceiling,
-            }
+    return Row(
+        t=time.time(),
+        run_id=run.run_id,
+        rank=run.rank,
+        status=run.status.value,
+        step=run.step,
+        step_seconds=run.stats.get("step/seconds"),
+        tiers=_tiers(run),
+        rss_bytes=_int(run.process.get("rss_bytes")),
+        non_model_peak_bytes=_int(run.stats.get("non_model/peak_bytes")),
+        oom_risk=dict(found.risk),
+        window_steps=found.steps,
+        hit_ratio=found.hit_ratio,
+        stall_seconds_per_step=found.stall_seconds,
+        stall_ratio=found.stall_ratio,
+        links=[
+            Link(link.source, link.target, link.bytes_per_step, link.bytes_per_second, link.ceiling)
             for link in found.links
         ],
-        "advice": [
-            {"urgent": advice.is_urgent, "text": advice.text, "arguments": advice.arguments} for advice in shown.advices
-        ],
-    }
+        advice=[Advice(advice.is_urgent, advice.text, advice.arguments) for advice in shown.advices],
+    )
 
 
-def listing(runs: list[RunView]) -> dict[str, Any]:
-    return {"runs": [brief(run) for run in runs]}
+def _tiers(run: RunView) -> dict[str, TierState]:
+    return {tier: _tier(run.stats, run.peaks, tier) for tier in TIERS}
 
 
-def failure(code: int, message: str) -> dict[str, Any]:
-    return {"error": {"code": code, "message": message}}
-
-
-def _tier(run: RunView, tier: str) -> dict[str, int | float | None]:
-    used, capacity = (_value(run.stats, tier, name) for name in ("used_bytes", "capacity_bytes"))
-    return {
-        "used_bytes": used,
-        "peak_bytes": _int(run.peaks.get(tier)),
-        "capacity_bytes": capacity,
-        "used_ratio": used / capacity if used is not None and capacity else None,
-    }
-
-
-def _value(stats: Mapping[str, float], group: str, name: str) -> int | float | None:
-    value = stats.get(f"{group}/{name}")
-    return _float(value) if name.endswith(("_ratio", "_seconds")) else _int(value)
+def _tier(stats: Mapping[str, float], peaks: Mapping[str, float], tier: str) -> TierState:
+    used, capacity = (_int(stats.get(f"{tier}/{name}_bytes")) for name in ("used", "capacity"))
+    ratio = used / capacity if used is not None and capacity else None
+    return TierState(used_bytes=used, peak_bytes=_int(peaks.get(tier)), capacity_bytes=capacity, used_ratio=ratio)
 
 
 def _int(value: float | None) -> int | None:
     return None if value is None else int(value)
-
-
-def _float(value: float | None) -> float | None:
-    return None if value is None else float(value)

@@ -12,7 +12,6 @@ from importlib import metadata
 from types import ModuleType
 
 from gemini import __version__
-from gemini.stat import as_json
 from gemini.stat.commands import MODULES, SUMMARY
 from gemini.stat.console import Exit, Usage, print_json, rank
 from gemini.stat.text import printable
@@ -127,7 +126,9 @@ def _meant(target: str | None) -> str:
 
 def _fail(options: argparse.Namespace, code: Exit, message: str) -> Exit:
     if options.json:
-        print_json(as_json.failure(code, message))
+        from gemini.stat.outputs import Failed, Failure
+
+        print_json(Failed(Failure(code, message)))
     else:
         print(f"gemini-stat: {printable(message, 500)}", file=sys.stderr)
     return code

@@ -4,14 +4,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemini.stat.text import printable
 from gemini.telemetry.discovery import NoRun, find_run
 from gemini.telemetry.reader import RunStatus, RunView, ranks_of, read_run
+
+if TYPE_CHECKING:
+    from msgspec import Struct
 
 SCHEMA_VERSION = 1
 """Of ``--json``. Raised when a field goes or changes its meaning; fields may be added without."""
@@ -70,14 +72,27 @@ def rank(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected a number or 'worst', got {text!r}")
 
 
-def print_json(content: Mapping[str, Any]) -> None:
-    # ASCII only, so that no character of a file reaches the terminal as it is.
-    print(json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, allow_nan=False))
+def print_json(content: "Struct") -> None:
+    print(as_text(_versioned(content), indent=2))
 
 
-def print_json_line(content: Mapping[str, Any]) -> None:
+def print_json_line(content: "Struct") -> None:
     """For streams: one object a line."""
-    print(json.dumps({"schema_version": SCHEMA_VERSION, **content}, separators=(",", ":"), allow_nan=False), flush=True)
+    print(as_text(_versioned(content), separators=(",", ":")), flush=True)
+
+
+def _versioned(content: "Struct") -> dict[str, Any]:
+    # msgspec, too, is imported where it is used.
+    from msgspec.structs import asdict
+
+    return {"schema_version": SCHEMA_VERSION, **asdict(content)}
+
+
+def as_text(content: Any, **options: Any) -> str:
+    """JSON of anything with structs in it, in ASCII, so that no character of a file reaches the terminal as it is."""
+    from msgspec import to_builtins
+
+    return json.dumps(content, allow_nan=False, default=to_builtins, **options)
 
 
 def remark(text: str) -> None:

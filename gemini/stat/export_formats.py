@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gemini.telemetry import history
-from gemini.telemetry.documents import PHASES, read_chunks, timeline_of
-from gemini.telemetry.reader import TIERS, number
+from gemini.telemetry.documents import read_chunks, valid
+from gemini.telemetry.layout import TIERS
+from gemini.telemetry.reader import number
+from gemini.telemetry.records import PHASES, Timeline
 
 
 def as_jsonl(run: Path, rank: int) -> Iterator[str]:
@@ -65,15 +67,15 @@ def _events(record: dict[str, Any], microseconds: float, rank: int, units: list[
         resident = number(record.get("rss_bytes"))
         if resident is not None:
             yield {"ph": "C", "pid": rank, "ts": microseconds, "name": "process (bytes)", "args": {"rss": resident}}
-    elif record["type"] == "timeline" and (timeline := timeline_of(record)) is not None:
+    elif record["type"] == "timeline" and (timeline := valid(record, Timeline)) is not None:
         # Moments have an order and no clock: they are laid out evenly behind the step's end, one millisecond each.
         for moment, letter in enumerate(timeline.phase):
             at = microseconds + 1000.0 * moment
-            values = {"model": timeline.model[moment], "non-model": timeline.non_model[moment]}
+            values = {"model": timeline.model_bytes[moment], "non-model": timeline.non_model_bytes[moment]}
             yield {"ph": "C", "pid": rank, "ts": at, "name": "one step by moment (bytes)", "args": values}
             index = timeline.unit[moment]
             name = units[index] if 0 <= index < len(units) else "end"
-            phase = PHASES.get(letter, "end")
+            phase = PHASES[letter]
             yield {"ph": "X", "pid": rank, "tid": 1, "ts": at, "dur": 1000.0, "name": name, "cat": phase}
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from gemini.stat.console import read
 from gemini.stat.rates import read_hardware
 from gemini.stat.screen import Shown, gather
-from gemini.telemetry.documents import ChunksView, TimelineView, read_chunks, read_timeline
+from gemini.telemetry.documents import read_chunks, read_timeline
 from gemini.telemetry.layout import chunks_file, timeline_file
+from gemini.telemetry.records import Description, Timeline
 
 
 class Follower:
@@ -15,10 +16,10 @@ class Follower:
 
     def __init__(self, path: Path, options: argparse.Namespace) -> None:
         self.path = path
-        self.options = options
+        self._options = options
         self._hardware = read_hardware()
-        self._chunks: ChunksView | None = None
-        self._timeline: TimelineView | None = None
+        self._chunks: Description | None = None
+        self._timeline: Timeline | None = None
         self._seen: dict[Path, tuple[int, int]] = {}
 
     def look(self) -> Shown:
@@ -29,12 +30,16 @@ class Follower:
         Unreadable
             The run's files are gone, damaged or too new.
         """
-        run = read(self.path, self.options)
+        run = read(self.path, self._options)
         if self._is_new(chunks_file(self.path, run.rank)):
             self._chunks = read_chunks(self.path, run.rank)
         if self._is_new(timeline_file(self.path, run.rank)):
             self._timeline = read_timeline(self.path, run.rank)
         return gather(run, self._chunks, self._timeline, self._hardware)
+
+    def turn_to(self, rank: int) -> None:
+        """Look at another rank from now on."""
+        self._options = argparse.Namespace(**{**vars(self._options), "rank": str(rank)})
 
     def _is_new(self, file: Path) -> bool:
         try:

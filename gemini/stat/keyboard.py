@@ -27,7 +27,7 @@ class Keys:
         self._descriptor = descriptor
 
     def wait(self, seconds: float) -> str | None:
-        """The next key within so many seconds; ``"q"`` when the terminal is gone. Arrow keys are skipped."""
+        """The next key, waiting at most ``seconds``; ``"q"`` when the terminal is gone. Arrow keys are skipped."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             ready, _, _ = select.select([self._descriptor], [], [], left)

@@ -10,7 +10,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from gemini.stat.rates import risk
-from gemini.telemetry.reader import TIERS, RunStatus, RunView
+from gemini.telemetry.reader import RunStatus, RunView
+from gemini.telemetry.records import Process
+from gemini.telemetry.statistics import Family, lines_of, table
 
 PREFIX = "gemini_memory"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -18,7 +20,7 @@ _NAME_LENGTH = 120
 
 
 class RunCollector:
-    """What prometheus_client asks at each scrape.
+    """Collector that prometheus_client asks at each scrape.
 
     Parameters
     ----------
@@ -32,12 +34,12 @@ class RunCollector:
     def collect(self) -> Iterator[Metric]:
         runs = list(self._look())
         yield from _state(runs)
-        yield from _tiers(runs)
-        yield from _counters(runs)
-        yield from _process(runs)
+        yield from _risks(runs)
+        yield from _statistics(runs)
+        yield from _dropped(runs)
 
     def describe(self) -> list[Metric]:
-        """Nothing at registration: no run is read before somebody asks."""
+        """Return nothing at registration, so that no run is read before a scrape."""
         return []
 
 
@@ -68,94 +70,45 @@ def _state(runs: list[RunView]) -> Iterator[Metric]:
     yield from (info, status, updated)
 
 
-def _tiers(runs: list[RunView]) -> Iterator[Metric]:
-    names = ("used", "peak", "capacity")
-    texts = {"used": "Model data there now.", "peak": "The most model data so far.", "capacity": "What they may take."}
-    families = {
-        name: GaugeMetricFamily(f"{PREFIX}_tier_{name}_bytes", texts[name], labels=["run", "rank", "tier"])
-        for name in names
-    }
-    at_risk = GaugeMetricFamily(
+def _risks(runs: list[RunView]) -> Iterator[Metric]:
+    family = GaugeMetricFamily(
         f"{PREFIX}_oom_risk_ratio",
         "Share of what the process could have that it had at its peak; at 1 it is killed or an allocation fails.",
         labels=["run", "rank", "tier"],
     )
-    homes = GaugeMetricFamily(f"{PREFIX}_chunk_homes", "Chunks whose home is there.", labels=["run", "rank", "tier"])
     for run in runs:
-        risks = risk(run)
-        for tier in TIERS:
-            labels = [*_labels(run), tier]
-            for name in names:
-                value = run.peaks.get(tier) if name == "peak" else run.stats.get(f"{tier}/{name}_bytes")
-                if value is not None:
-                    families[name].add_metric(labels, value)
-            if (share := risks[tier]) is not None:
-                at_risk.add_metric(labels, share)
-            if (count := run.stats.get(f"chunk/{tier}_count")) is not None:
-                homes.add_metric(labels, count)
-    yield from (*families.values(), at_risk, homes)
+        for tier, share in risk(run).items():
+            if share is not None:
+                family.add_metric([*_labels(run), tier], share)
+    yield family
 
 
-_GAUGES = (
-    ("chunk/count", "chunks", "Chunks of the model."),
-    ("chunk/resident_count", "chunk_copies", "Full copies on the device now."),
-    ("non_model/peak_bytes", "non_model_peak_bytes", "The most activations and temporaries so far."),
-    ("step/seconds", "last_step_seconds", "Duration of the last step."),
-)
-_COUNTERS = (
-    ("step/count", "steps", "Optimizer steps."),
-    ("step/skipped_count", "skipped_steps", "Steps skipped because a gradient overflowed."),
-    ("move/fetch_count", "fetches", "Full copies that were made."),
-    ("move/evict_count", "evictions", "Full copies that were dropped."),
-    ("move/stall_seconds", "stall_seconds", "Time that units waited for their chunks."),
-    ("move/disk_read_bytes", "disk_read_bytes", "Bytes read from the disk tier."),
-    ("move/disk_write_bytes", "disk_written_bytes", "Bytes written to the disk tier."),
-)
+def _statistics(runs: list[RunView]) -> Iterator[Metric]:
+    """The metrics of the table of statistics."""
+    families: dict[Family, GaugeMetricFamily | CounterMetricFamily] = {}
+    of_runs = [(_labels(run), _numbers(run)) for run in runs]
+    for line in (*table(), *lines_of("process", Process)):
+        if line.sample is None:
+            continue
+        known, value = line.sample
+        if known not in families:
+            kind = CounterMetricFamily if known.kind == "counter" else GaugeMetricFamily
+            labels = ["run", "rank"] if known.label is None else ["run", "rank", known.label]
+            families[known] = kind(f"{PREFIX}_{known.name}", known.help, labels=labels)
+        for labels, numbers in of_runs:
+            if line.key in numbers:
+                families[known].add_metric(labels if known.label is None else [*labels, value], numbers[line.key])
+    yield from families.values()
 
 
-def _counters(runs: list[RunView]) -> Iterator[Metric]:
-    for key, name, text in _GAUGES:
-        yield _simple(GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["run", "rank"]), runs, key)
-    for key, name, text in _COUNTERS:
-        yield _simple(CounterMetricFamily(f"{PREFIX}_{name}", text, labels=["run", "rank"]), runs, key)
-    needs = CounterMetricFamily(
-        f"{PREFIX}_needs", "Times a unit needed a chunk, by whether it was there.", labels=["run", "rank", "outcome"]
-    )
-    waits = CounterMetricFamily(
-        f"{PREFIX}_wait_seconds", "Time that units waited for chunks of a tier.", labels=["run", "rank", "tier"]
-    )
-    uploads = CounterMetricFamily(
-        f"{PREFIX}_upload_bytes", "Bytes of full copies, by the tier they came from.", labels=["run", "rank", "tier"]
-    )
-    dropped = CounterMetricFamily(f"{PREFIX}_dropped_records", "Records that were lost.", labels=["run", "rank"])
+def _numbers(run: RunView) -> dict[str, float]:
+    """By key; of peaks the highest in the records that were read."""
+    peaks = {f"{tier}/peak_bytes": peak for tier, peak in run.peaks.items()}
+    return {**run.stats, **peaks, **{f"process/{name}": value for name, value in run.process.items()}}
+
+
+def _dropped(runs: list[RunView]) -> Iterator[Metric]:
+    family = CounterMetricFamily(f"{PREFIX}_dropped_records", "Records that were lost.", labels=["run", "rank"])
     for run in runs:
-        for outcome in ("resident", "hit", "late", "miss"):
-            if (value := run.stats.get(f"need/{outcome}_count")) is not None:
-                needs.add_metric([*_labels(run), outcome], value)
-        for tier in TIERS:
-            for family, key in ((waits, f"stall/{tier}_seconds"), (uploads, f"upload/{tier}_bytes")):
-                if (value := run.stats.get(key)) is not None:
-                    family.add_metric([*_labels(run), tier], value)
-        dropped.add_metric(_labels(run), run.dropped_count)
-    yield from (needs, waits, uploads, dropped)
-
-
-def _process(runs: list[RunView]) -> Iterator[Metric]:
-    for key, name, text in (
-        ("rss_bytes", "process_resident_bytes", "RAM of the process."),
-        ("free_bytes", "process_free_bytes", "RAM that the tightest limit leaves to the process."),
-    ):
-        family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["run", "rank"])
-        for run in runs:
-            if key in run.process:
-                family.add_metric(_labels(run), run.process[key])
-        yield family
-
-
-def _simple(
-    family: "GaugeMetricFamily | CounterMetricFamily", runs: list[RunView], key: str
-) -> "GaugeMetricFamily | CounterMetricFamily":
-    for run in runs:
-        if key in run.stats:
-            family.add_metric(_labels(run), run.stats[key])
-    return family
+        family.add_metric(_labels(run), run.dropped_count)
+    yield family

@@ -1,19 +1,19 @@
-"""What the page shows, as JSON objects: for the live server and for reports alike."""
+"""What the page shows: for the live server and for reports alike."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gemini.stat import as_json
-from gemini.stat.commands.chunks import row_of
-from gemini.stat.commands.timeline import as_object
+from gemini.stat.commands.chunks import rows_of
+from gemini.stat.commands.timeline import moments_of
+from gemini.stat.outputs import Chunk, Moments
 from gemini.stat.screen import Shown
 from gemini.telemetry import history
-from gemini.telemetry.documents import ChunksView, states_of
-from gemini.telemetry.reader import TIERS
+from gemini.telemetry.layout import TIERS
 
 NEWEST_BYTES = 64 << 20
-"""Of a very long history the page shows the newest part: parsing more takes longer than anybody waits."""
+"""The page shows this much of the end of a long history, because parsing all of it takes too long."""
 MAX_POINTS = 512
 
 
@@ -21,19 +21,15 @@ def snapshot(shown: Shown) -> dict[str, Any]:
     return {"snapshot": as_json.snapshot(shown.run), "row": as_json.row(shown)}
 
 
-def timeline(shown: Shown) -> dict[str, Any] | None:
+def timeline(shown: Shown) -> Moments | None:
     if shown.timeline is None:
         return None
     names = list(shown.chunks.units) if shown.chunks is not None else []
-    return as_object(shown.timeline, names)
+    return moments_of(shown.timeline, names)
 
 
-def chunks(shown: Shown) -> list[dict[str, Any]]:
-    found: ChunksView | None = shown.chunks
-    if found is None:
-        return []
-    states = states_of(shown.run.states)
-    return [row_of(index, chunk, states[index : index + 1]) for index, chunk in enumerate(found.chunks)]
+def chunks(shown: Shown) -> list[Chunk]:
+    return [] if shown.chunks is None else rows_of(shown.chunks, shown.run.states)
 
 
 def steps(run: Path, rank: int, max_points: int = MAX_POINTS) -> Mapping[str, list[float | None]]:

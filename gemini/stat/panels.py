@@ -8,8 +8,10 @@ from rich.text import Text
 from gemini.stat.advice import Advice
 from gemini.stat.rates import RISK_HIGH, Rates, prediction
 from gemini.stat.text import count, duration, percent, printable, seconds, size
-from gemini.telemetry.documents import ChunksView, ChunkView, TimelineView, states_of
-from gemini.telemetry.reader import TIERS, RunView
+from gemini.telemetry.documents import states_of
+from gemini.telemetry.layout import TIERS
+from gemini.telemetry.reader import RunView
+from gemini.telemetry.records import DescribedChunk, Description, Timeline
 
 LETTERS = {"d": "blue", "h": "green", "k": "yellow", "D": "bold blue", "H": "bold green", "K": "bold yellow"}
 MOVING, IN_USE = "bold magenta", "bold black on white"
@@ -47,7 +49,7 @@ def tiers(run: RunView, found: Rates, width: int, plain: bool) -> list[Text]:
 
 
 def foreseen(run: RunView) -> str:
-    """What the warm-up promised of a step's peak, and what came; empty before both are known."""
+    """The predicted and the measured peak of a step; empty before both are known."""
     found = prediction(run.stats)
     if found is None:
         return ""
@@ -83,7 +85,7 @@ def bar(used: float | None, peak: float | None, capacity: float | None, width: i
 
 
 def timeline(
-    found: TimelineView, units: Sequence[str], capacity: float | None, width: int, height: int, plain: bool
+    found: Timeline, units: Sequence[str], capacity: float | None, width: int, height: int, plain: bool
 ) -> list[Text]:
     """A chart of one step: model data below, non-model data on top of them; phases underneath."""
     left = 11
@@ -106,30 +108,30 @@ def timeline(
     return lines
 
 
-def describe_peak(found: TimelineView, units: Sequence[str]) -> str:
+def describe_peak(found: Timeline, units: Sequence[str]) -> str:
     """Where the step needs most."""
     peak = found.peak
     index = found.unit[peak]
     unit = units[index] if 0 <= index < len(units) else "the end of the step"
     phase = {"f": "forward", "b": "backward"}.get(found.phase[peak], "")
-    return f"peak {size(found.total[peak])} in {phase} of {printable(unit, 48)}" if phase else f"peak at {unit}"
+    return f"peak {size(found.total_bytes[peak])} in {phase} of {printable(unit, 48)}" if phase else f"peak at {unit}"
 
 
-def resampled(found: TimelineView, columns: int) -> tuple[list[int], list[int]]:
-    """Model and non-model data in so many columns; of the moments in one column the highest counts."""
+def resampled(found: Timeline, columns: int) -> tuple[list[int], list[int]]:
+    """Model and non-model data by column of the chart; a column shows the highest of its moments."""
     length = len(found.phase)
-    total = found.total
+    total = found.total_bytes
     model, other = [], []
     for column in range(min(columns, max(length, columns))):
         begin = column * length // columns
         end = max(begin + 1, (column + 1) * length // columns)
         best = max(range(begin, min(end, length)), key=total.__getitem__, default=length - 1)
-        model.append(found.model[best])
-        other.append(found.non_model[best])
+        model.append(found.model_bytes[best])
+        other.append(found.non_model_bytes[best])
     return model, other
 
 
-def phase_marks(found: TimelineView, columns: int) -> str:
+def phase_marks(found: Timeline, columns: int) -> str:
     """``^forward    ^backward``, under the columns where they begin."""
     line = [" "] * columns
     before = ""
@@ -143,7 +145,7 @@ def phase_marks(found: TimelineView, columns: int) -> str:
     return "".join(line)
 
 
-def chunk_map(run: RunView, chunks: ChunksView | None, width: int, height: int) -> list[Text]:
+def chunk_map(run: RunView, chunks: Description | None, width: int, height: int) -> list[Text]:
     """One letter a chunk, or one for several where there are more chunks than room."""
     letters = states_of(run.states)
     room = max(1, (width - 2) * height)
@@ -169,7 +171,7 @@ def map_note(run: RunView, wide: bool) -> str:
     )
 
 
-def homes(chunks: Sequence[ChunkView], width: int) -> Text:
+def homes(chunks: Sequence[DescribedChunk], width: int) -> Text:
     """How many masters, optimizer states (each by itself) and gradients of chunks are where."""
     of_label: dict[str, list[str | None]] = {
         "masters": [chunk.homes.get("master") for chunk in chunks],

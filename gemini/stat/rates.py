@@ -1,4 +1,4 @@
-"""What happens a step, and how near the end of memory is: numbers derived from two step records. Pure."""
+"""Rates per step and the risk of running out of memory, derived from two step records. Pure."""
 
 import json
 import os
@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemini.telemetry.layout import runs_folder
-from gemini.telemetry.reader import TIERS, RunView, number
+from gemini.telemetry.layout import TIERS, runs_folder
+from gemini.telemetry.reader import RunView, number
 
 RISK_HIGH = 0.85
 RISK_CRITICAL = 0.95
@@ -24,22 +24,22 @@ class Link:
     bytes_per_second: float | None
     """While it was moving, of one mover; None where that is not timed."""
     ceiling: float | None
-    """What ``gemini-stat bench`` measured for this link."""
+    """Bytes per second of this link as ``gemini-stat bench`` measured them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Of the steps in a window; None where there is no second step to compare with."""
+    """Rates over the steps in a window; None where there is no second step to compare with."""
 
     steps: int
     step_seconds: float | None
     links: tuple[Link, ...]
     needs: Mapping[str, float]
-    """resident, hit, late, miss: how often a step."""
+    """Outcome (resident, hit, late or miss) -> number per step."""
     hit_ratio: float | None
-    """Share of the needs that no one waited for."""
+    """Share of the needs for which the full copy was there in time."""
     stall_seconds: float | None
-    """A step."""
+    """Waiting per step."""
     stall_ratio: float | None
     stall_by_tier: Mapping[str, float]
     evictions: float | None

@@ -12,11 +12,12 @@ from gemini.stat.advice import Advice, advise
 from gemini.stat.rates import Rates, rates
 from gemini.stat.snapshot import STATUS_STYLES
 from gemini.stat.text import duration, printable, seconds
-from gemini.telemetry.documents import ChunksView, TimelineView
 from gemini.telemetry.reader import RunView
+from gemini.telemetry.records import Description, Timeline
 
 PARTS = ("tiers", "timeline", "chunks", "moves", "advice")
 KEYS = "q quit  r rank  t timeline  c chunks  m moves  a advice  p pause  s save  ? help"
+_TOGGLES = {"t": "timeline", "c": "chunks", "m": "moves", "a": "advice"}
 HELP = (
     "q     leave; the run goes on",
     "r     the next rank, when there are several",
@@ -39,8 +40,8 @@ class Shown:
     run: RunView
     rates: Rates
     advices: Sequence[Advice]
-    chunks: ChunksView | None
-    timeline: TimelineView | None
+    chunks: Description | None
+    timeline: Timeline | None
 
 
 @dataclass(kw_only=True)
@@ -52,8 +53,27 @@ class View:
     is_help: bool = False
     message: str = ""
 
+    def press(self, key: str) -> bool:
+        """Take a key that changes what is shown; False if it is another key."""
+        self.message = ""
+        if self.is_help:
+            self.is_help = False
+        elif key in _TOGGLES:
+            self.hidden ^= {_TOGGLES[key]}
+        elif key == "?":
+            self.is_help = True
+        elif key == "p":
+            self.is_paused = not self.is_paused
+        else:
+            return False
+        return True
 
-def gather(run: RunView, chunks: ChunksView | None, timeline: TimelineView | None, hardware: dict[str, float]) -> Shown:
+    def say(self, message: str) -> None:
+        """Show a message in place of the keys, until the next key."""
+        self.message = message
+
+
+def gather(run: RunView, chunks: Description | None, timeline: Timeline | None, hardware: dict[str, float]) -> Shown:
     found = rates(run, hardware)
     return Shown(
         run=run,

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from msgspec.structs import asdict
+
 from gemini.stat import page_data, web_files
+from gemini.stat.console import as_text
 from gemini.stat.follow import Follower
 from gemini.stat.screen import Shown
 from gemini.telemetry.layout import chunks_file
@@ -176,14 +179,14 @@ class Handler(BaseHTTPRequestHandler):
         except Unreadable as error:
             return json.dumps({"error": str(error)}).encode()
         content = page_data.snapshot(shown)
-        content["row"].pop("t", None)  # the clock alone is no news
+        content["row"] = {name: value for name, value in asdict(content["row"]).items() if name != "t"}  # no news
         content["ranks"] = ranks_of(self.server.path)
         content["timeline_stamp"] = shown.timeline.step if shown.timeline is not None else None
         content["chunk_stamp"] = _stamp(chunks_file(self.server.path, shown.run.rank))
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        return as_text(content, separators=(",", ":")).encode()
 
     def _json(self, content: Any) -> None:
-        self._send(json.dumps(content, allow_nan=False).encode(), "application/json")
+        self._send(as_text(content).encode(), "application/json")
 
     def _error(self, status: HTTPStatus, text: str) -> None:
         self._send(json.dumps({"error": text}).encode(), "application/json", status)
@@ -205,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are nobody's business."""
+        """Log no requests."""
 
 
 def _stamp(file: Path) -> float | None:

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from gemini.stat.rates import prediction
 from gemini.stat.text import UNKNOWN, count, duration, percent, printable, seconds, size
-from gemini.telemetry.reader import TIERS, RunStatus, RunView
+from gemini.telemetry.layout import TIERS
+from gemini.telemetry.reader import RunStatus, RunView
 
 STATUS_STYLES = {
     RunStatus.RUNNING: "bold black on green",
@@ -177,7 +178,7 @@ def _rows(stats: Mapping[str, float]) -> Iterator[tuple[str, list[tuple[str, str
 
 
 def _prediction(stats: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What the warm-up promised where units run, and what came."""
+    """The predicted and the measured peak where units run."""
     found = prediction(stats)
     if found is None:
         return []

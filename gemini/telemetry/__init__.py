@@ -1,4 +1,4 @@
-"""What a run tells about itself: files that training appends to and ``gemini-stat`` reads. Nothing here needs torch.
+"""The files of a run: training appends to them and ``gemini-stat`` reads them. Nothing here imports torch.
 
 ::
 

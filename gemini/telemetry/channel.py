@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from gemini.process_wide import at_exit, small_stacks
+from gemini.telemetry.encoding import as_mapping
 from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file
 from gemini.telemetry.outcome import outcome, program
-from gemini.telemetry.probes import Fields, Probes
+from gemini.telemetry.probes import Probes
 from gemini.telemetry.record_file import RecordFile
+from gemini.telemetry.records import End, EndStatus, Fields, Start, Step
 from gemini.telemetry.run_folder import make_run_folder, prune, write_document, write_run_file
 from gemini.telemetry.shared_id import shared_run_id
 
@@ -42,7 +44,7 @@ class Channel:
         self,
         run: Path,
         rank: int,
-        header: dict[str, Any],
+        start: Start,
         probes: Mapping[str, Callable[[], Fields | None]],
         last: Callable[[], Stats | None] | None,
         lock: int,
@@ -52,27 +54,42 @@ class Channel:
         self.dropped = 0
         self.is_off = False
         self.is_dump_requested = False
-        self.pending: Stats | Callable[[], Stats] | None = None
+        self._pending: Stats | Callable[[], Stats] | None = None
         self._pid = os.getpid()
-        self._probes = probes
         self._last = last
-        self._lock = lock
         self._ended = False
         # SimpleQueue, because its put may be called from a finalizer that interrupts another put.
         self._queue: queue.SimpleQueue[tuple[str | Path, float, Any]] = queue.SimpleQueue()
         self._wake_up: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._file = RecordFile(run, rank, header)
-        self._thread = threading.Thread(target=self._run, name="gemini-memory-telemetry", daemon=True)
+        self._file = RecordFile(run, rank, start)
+        self._thread = threading.Thread(
+            target=self._run, args=(probes, lock), name="gemini-memory-telemetry", daemon=True
+        )
         with small_stacks():
             self._thread.start()
 
     def put(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:
         self._put(kind, fields)
 
+    def put_step(self, stats: Stats | Callable[[], Stats]) -> None:
+        self._pending = None
+        self._put("step", stats)
+
+    def keep_step(self, stats: Stats | Callable[[], Stats]) -> None:
+        """Write this step if no other one follows it."""
+        self._pending = stats
+
+    def take_dump_request(self) -> bool:
+        """True once after a timeline was requested."""
+        if not self.is_dump_requested:
+            return False
+        self.is_dump_requested = False
+        return True
+
     def put_document(self, path: Path, content: Fields | Callable[[], Fields]) -> None:
         self._put(path, content)
 
-    def _put(self, what: str | Path, fields: Fields | Callable[[], Fields]) -> None:
+    def _put(self, what: str | Path, fields: object) -> None:
         if self._ended or self.is_off:
             return
         if self._queue.qsize() >= QUEUE_LENGTH:
@@ -80,15 +97,15 @@ class Channel:
             return
         self._queue.put((what, time.time(), fields))
 
-    def request_end(self, status: str, summary: Stats | None, error: str | None = None) -> None:
+    def request_end(self, status: EndStatus, summary: Stats | None, error: str | None = None) -> None:
         if self._ended or os.getpid() != self._pid:
             return
         self._ended = True
-        pending = self.pending if self._last is None else self._last()
+        pending = self._pending if self._last is None else self._last()
         if pending is not None:
             self._queue.put(("step", time.time(), pending))
-        self.pending = self._last = None
-        end = {"status": status, "summary": dict(summary) if summary else None, "error": error}
+        self._pending = self._last = None
+        end = End(status, dict(summary) if summary else None, error)
         self._queue.put(("end", time.time(), end))
         self._wake_up.put(None)
 
@@ -96,9 +113,9 @@ class Channel:
         if os.getpid() == self._pid and threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_SECONDS)
 
-    def _run(self) -> None:
+    def _run(self, probes: Mapping[str, Callable[[], Fields | None]], lock: int) -> None:
         what: str | Path = "start"
-        probe = Probes(self._probes)
+        probe = Probes(probes)
         heartbeat = 0.0
         try:
             self._file.start()
@@ -108,16 +125,17 @@ class Channel:
                 while not self._queue.empty():
                     what, when, fields = self._queue.get_nowait()
                     if isinstance(what, Path):
-                        write_document(what, {"v": VERSION, "t": when, "rank": self.rank, **_made(fields)})
+                        header = {"v": VERSION, "t": when, "rank": self.rank}
+                        write_document(what, {**header, **as_mapping(_made(fields))})
                         continue
                     if what == "end":
                         for kind, seen in probe.due(is_last=True):
                             self._file.write(kind, when, seen, self.dropped)
                     made = _made(fields)
-                    self._file.write(what, when, {"stats": made} if what == "step" else made, self.dropped)
+                    self._file.write(what, when, Step(made) if what == "step" else made, self.dropped)
                 if time.monotonic() - heartbeat >= HEARTBEAT_SECONDS:
                     heartbeat = time.monotonic()
-                    os.utime(self._lock)
+                    os.utime(lock)
                     with suppress(FileNotFoundError):
                         request_file(self.run).unlink()
                         self.is_dump_requested = True
@@ -131,10 +149,10 @@ class Channel:
                 del _live[path]
             self._file.close()
             with suppress(OSError):  # the lock last: an end record is there before it is free
-                os.close(self._lock)
+                os.close(lock)
 
 
-def _made(fields: Fields | Callable[[], Fields]) -> Fields:
+def _made(fields: Any) -> Any:
     return fields() if callable(fields) else fields
 
 
@@ -177,17 +195,17 @@ def open_channel(
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OSError(f"{run} is in use by another run; give each run a folder of its own") from error
-        header = {
-            "run_id": run_id,
-            "name": program(),
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "world_size": int(os.environ.get("WORLD_SIZE") or 1),
-            "started": started,
-            "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
-        }
-        write_run_file(run, rank, {"v": VERSION, "rank": rank, **header, "facts": facts})
-        channel = _live[path] = Channel(run, rank, header, probes, last, lock)
+        start = Start(
+            run_id=run_id,
+            name=program(),
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            world_size=int(os.environ.get("WORLD_SIZE") or 1),
+            started=started,
+            restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+        )
+        write_run_file(run, rank, {"v": VERSION, "rank": rank, **as_mapping(start), "facts": facts})
+        channel = _live[path] = Channel(run, rank, start, probes, last, lock)
         if rank == 0 and is_listed:
             with suppress(OSError):
                 prune({lock.parent.resolve() for lock in _live})

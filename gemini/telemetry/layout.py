@@ -6,6 +6,7 @@ from pathlib import Path
 VERSION = 1
 """Major version of the records. A reader refuses a newer one; new fields and record types do not raise it."""
 
+TIERS = ("device", "host", "disk")
 HEARTBEAT_SECONDS = 2.0
 RUN_FILE = "run.json"
 GENERATIONS = 8

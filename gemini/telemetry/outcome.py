@@ -4,6 +4,8 @@ import sys
 import threading
 from pathlib import Path
 
+from gemini.telemetry.records import EndStatus
+
 
 def program() -> str:
     """The script's name, or the package's where ``python -m package`` was run."""
@@ -11,7 +13,7 @@ def program() -> str:
     return path.parent.name if path.name == "__main__.py" else path.name
 
 
-def outcome() -> tuple[str, str | None]:
+def outcome() -> tuple[EndStatus, str | None]:
     """How this process ends, and the error if one ended it.
 
     A script that ran to its end has finished; one that an exception ended has crashed. Exit handlers run after both.

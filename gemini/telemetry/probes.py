@@ -2,13 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+
+from gemini.telemetry.records import Fields
 
 PROBE_SECONDS = 1.0
 UNCHANGED_SECONDS = 30.0
 """A probe that says what it said before is written this often all the same."""
-
-Fields = Mapping[str, Any]
 
 
 class Probes:

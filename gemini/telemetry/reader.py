@@ -17,11 +17,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from gemini.telemetry.layout import HEARTBEAT_SECONDS, RUN_FILE, VERSION, lock_file, records_file
+from gemini.telemetry.layout import HEARTBEAT_SECONDS, RUN_FILE, TIERS, VERSION, lock_file, records_file
 from gemini.telemetry.liveness import is_locked
 
 TAIL_BYTES = 1 << 20
-TIERS = ("device", "host", "disk")
 _TYPES = frozenset({"start", "step", "timeline", "chunks", "process", "oom", "end"})
 _WINDOW_SECONDS = 10.0
 _WINDOW_STEPS = 10
@@ -29,16 +28,16 @@ _LONGEST_MAP = 1 << 16
 
 
 class RunStatus(Enum):
-    """What became of a run."""
+    """Whether a run goes on, and how it ended."""
 
     RUNNING = "running"
     """Its process lives and its newest record is young."""
     STALLED = "stalled"
     """Its process lives but has made no step for long."""
     FINISHED = "finished"
-    """It said that it ended."""
+    """It wrote an end record."""
     CRASHED = "crashed"
-    """It said that an exception ended it, or its process is gone without a word."""
+    """Its end record names an exception, or its process is gone without an end record."""
     UNKNOWN = "unknown"
     """It runs or ran on another host, and its heartbeat is old."""
 
@@ -49,7 +48,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """What the files of one rank say."""
+    """State of one rank as its files describe it."""
 
     path: Path
     run_id: str
@@ -61,22 +60,21 @@ class RunView:
     facts: Mapping[str, Any]
     status: RunStatus
     reason: str
-    """Why the status is what it is, when that needs a word; else empty."""
+    """Explains the status; empty where the status needs no explanation."""
     started: float | None
     """Seconds since the epoch, as all times here."""
     updated: float | None
-    """Of the newest record."""
+    """Time of the newest record."""
     stats: Mapping[str, float]
-    """Of the newest step record. Only numbers that are finite."""
+    """Statistics of the newest step record, finite numbers only; keys as in `gemini.telemetry.statistics`."""
     before: Mapping[str, float]
-    """Of a step some ten seconds or ten steps earlier, to see what happens a step; empty if there is none."""
+    """Statistics of a step at least ten seconds and ten steps earlier, else of the first one read, for rates."""
     states: str
     """The newest chunk map, run-length encoded; empty before the first."""
     process: Mapping[str, float]
-    """RAM of the process and what is left, as its telemetry thread saw it last; ``rss_peak_bytes`` is the highest of
-    those read."""
+    """Fields of the newest process record; ``rss_peak_bytes`` is the highest resident size in the records read."""
     peaks: Mapping[str, float]
-    """Highest ``peak_bytes`` of each tier in what was read: a peak that was reset meanwhile is not forgotten."""
+    """Tier -> highest ``peak_bytes`` in the records read, because training may reset its peaks."""
     summary: Mapping[str, float]
     dropped_count: int
 
@@ -196,7 +194,7 @@ def _read_tail(file: Path, tail_bytes: int) -> list[dict[str, Any]]:
 
 
 def read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
-    # O_NONBLOCK: opening a FIFO that somebody put there must not hang.
+    # O_NONBLOCK: opening a FIFO in its place must not hang.
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):

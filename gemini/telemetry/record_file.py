@@ -5,13 +5,12 @@ One ``os.write`` a record on an ``O_APPEND`` descriptor: ``kill -9`` loses what 
 
 import os
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from gemini.telemetry.encoding import encode
+from gemini.telemetry.encoding import as_mapping, encode
 from gemini.telemetry.layout import GENERATIONS, VERSION, older_records_file, records_file
+from gemini.telemetry.records import Fields, Start
 
 ROTATE_BYTES = 64 << 20
 
@@ -23,23 +22,23 @@ class RecordFile:
     ----------
     run, rank
         Folder of the run, and whose file it is.
-    header
-        Fields of the start record; each file begins with one, so that it can be read by itself.
+    start
+        The start record; each file begins with it, so that it can be read by itself.
     """
 
-    def __init__(self, run: Path, rank: int, header: Mapping[str, Any]) -> None:
+    def __init__(self, run: Path, rank: int, start: Start) -> None:
         self._run = run
         self._rank = rank
-        self._header = header
+        self._start = start
         self._file = -1
         self._good_bytes = 0
         self._open()
 
     def start(self, dropped: int = 0) -> None:
         """Write the start record."""
-        self.write("start", time.time(), self._header, dropped)
+        self.write("start", time.time(), self._start, dropped)
 
-    def write(self, kind: str, when: float, fields: Mapping[str, Any], dropped: int = 0) -> None:
+    def write(self, kind: str, when: float, fields: Fields, dropped: int = 0) -> None:
         """Append one record.
 
         Raises
@@ -47,7 +46,7 @@ class RecordFile:
         OSError
             If there is no room for all of it; then nothing of it is there.
         """
-        record = {"v": VERSION, "type": kind, "t": when, "rank": self._rank, "dropped": dropped, **fields}
+        record = {"v": VERSION, "type": kind, "t": when, "rank": self._rank, "dropped": dropped, **as_mapping(fields)}
         # The newline leads as well: after a predecessor's torn last line ours must start on a line of its own.
         line = (b"\n" if kind == "start" else b"") + encode(record) + b"\n"
         if self._good_bytes + len(line) > ROTATE_BYTES and kind not in ("start", "end"):

@@ -14,7 +14,7 @@ from typing import Any
 
 from gemini.telemetry.channel import Channel, Stats, open_channel
 from gemini.telemetry.outcome import outcome
-from gemini.telemetry.probes import Fields
+from gemini.telemetry.records import EndStatus, Fields
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +80,8 @@ class TelemetryWriter:
 
     @property
     def is_dump_requested(self) -> bool:
-        """True once after somebody asked for a timeline of the next step (see `request_file`)."""
-        channel = self._channel
-        if channel is None or not channel.is_dump_requested:
-            return False
-        channel.is_dump_requested = False
-        return True
+        """True once after a timeline of the next step was requested (see `request_file`)."""
+        return self._channel is not None and self._channel.take_dump_request()
 
     def record(self, kind: str, fields: Fields | Callable[[], Fields]) -> None:
         """Hand over a record of another type than ``step``; a callable is called on the telemetry thread."""
@@ -112,13 +108,12 @@ class TelemetryWriter:
         if channel is None or os.getpid() != self._pid:
             return
         if not self.is_due:
-            channel.pending = stats
+            channel.keep_step(stats)
             return
         self._last_put = time.monotonic()
-        channel.pending = None
-        channel.put("step", stats)
+        channel.put_step(stats)
 
-    def close(self, status: str | None = None, summary: Stats | None = None) -> None:
+    def close(self, status: EndStatus | None = None, summary: Stats | None = None) -> None:
         """Write the end record and wait for the thread, two seconds at most. Only the first call counts.
 
         ``status`` is ``"finished"`` or ``"crashed"``. None means finished, unless an uncaught exception is ending the

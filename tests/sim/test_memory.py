@@ -144,8 +144,8 @@ def test_telemetry_knows_the_memory_of_the_device(device: SimulatedDevice) -> No
 
     held = torch.ones(1 << 16, device="sim")
     found = process_memory()
-    assert found["device_total_bytes"] == device.capacity_bytes
-    assert found["device_reserved_bytes"] >= held.nbytes
+    assert found.device_total_bytes == device.capacity_bytes
+    assert found.device_reserved_bytes >= held.nbytes
 
 
 def test_memory_that_the_allocator_keeps_for_reuse_may_be_taken(device: SimulatedDevice) -> None:

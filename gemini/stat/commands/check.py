@@ -9,9 +9,11 @@ from typing import Any
 from gemini.sizes import parse_bytes
 from gemini.stat.console import Exit, Usage, find, print_json
 from gemini.stat.follow import Follower
+from gemini.stat.outputs import Check, Checks
 from gemini.stat.screen import Shown
 from gemini.stat.text import percent, printable, size
-from gemini.telemetry.reader import TIERS, RunStatus, number
+from gemini.telemetry.layout import TIERS
+from gemini.telemetry.reader import RunStatus, number
 
 HELP = "Compares a run with thresholds; exits 3 if one is violated, 5 if the run crashed or is stalled."
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-non-model", metavar="SIZE", help="highest non-model data")
     parser.add_argument("--max-rss", metavar="SIZE", help="highest RAM of the process, of what is recorded")
     parser.add_argument("--max-risk", type=float, metavar="RATIO", help="such as 0.9, of any tier")
-    parser.add_argument("--min-hit-ratio", type=float, metavar="RATIO", help="needs that nobody waited for")
+    parser.add_argument("--min-hit-ratio", type=float, metavar="RATIO", help="share of needs met in time")
     parser.add_argument("--max-stall-ratio", type=float, metavar="RATIO", help="share of a step spent waiting")
     parser.add_argument("--max-step-seconds", type=float, metavar="S", help="the last step's time")
     parser.add_argument("--min-steps", type=int, metavar="N", help="steps done")
@@ -38,17 +40,17 @@ def run(options: argparse.Namespace) -> Exit:
         raise Usage("nothing to check: give at least one threshold, such as --max-peak host=22GiB")
     bad = shown.run.status in (RunStatus.CRASHED, RunStatus.STALLED)
     if options.json:
-        content = {"ok": all(item["ok"] for item in results) and not bad, "status": shown.run.status.value}
-        print_json({"run_id": shown.run.run_id, **content, "checks": results})
+        ok = all(item.ok for item in results) and not bad
+        print_json(Checks(shown.run.run_id, ok, shown.run.status.value, results))
     else:
         for item in results:
-            print(f"{'ok  ' if item['ok'] else 'FAIL'}  {item['text']}")
+            print(f"{'ok  ' if item.ok else 'FAIL'}  {item.text}")
         if bad:
             print(f"FAIL  the run is {shown.run.status.value}: {printable(shown.run.reason)}")
-    return Exit.BAD_RUN if bad else Exit.OK if all(item["ok"] for item in results) else Exit.NEGATIVE
+    return Exit.BAD_RUN if bad else Exit.OK if all(item.ok for item in results) else Exit.NEGATIVE
 
 
-def _results(shown: Shown, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _results(shown: Shown, options: argparse.Namespace) -> Iterator[Check]:
     run, found = shown.run, shown.rates
     for text in options.max_peak:
         tier, _, limit = text.partition("=")
@@ -74,7 +76,7 @@ def _results(shown: Shown, options: argparse.Namespace) -> Iterator[dict[str, An
         yield from _against(shown, Path(options.against_estimate), options.tolerance)
 
 
-def _against(shown: Shown, file: Path, tolerance: float) -> Iterator[dict[str, Any]]:
+def _against(shown: Shown, file: Path, tolerance: float) -> Iterator[Check]:
     try:
         tiers = json.loads(file.read_text())["tiers"]
         expected = {tier: number(tiers[tier]["model_bytes"]) for tier in TIERS if tier in tiers}
@@ -91,22 +93,22 @@ def _against(shown: Shown, file: Path, tolerance: float) -> Iterator[dict[str, A
         off = None if not value or seen is None else seen / value - 1
         ok = off is not None and abs(off) <= tolerance
         text = f"{name}: measured {size(seen)}, estimated {size(value)} ({'-' if off is None else f'{off:+.1%}'})"
-        yield {"name": name, "value": seen, "limit": value, "ok": ok, "text": text}
+        yield Check(name, seen, value, ok, text)
 
 
-def _at_most(name: str, value: float | None, limit: float, show: Any) -> dict[str, Any]:
+def _at_most(name: str, value: float | None, limit: float, show: Any) -> Check:
     ok = value is not None and value <= limit
     return _result(name, value, limit, ok, "at most", show)
 
 
-def _at_least(name: str, value: float | None, limit: float, show: Any) -> dict[str, Any]:
+def _at_least(name: str, value: float | None, limit: float, show: Any) -> Check:
     ok = value is not None and value >= limit
     return _result(name, value, limit, ok, "at least", show)
 
 
-def _result(name: str, value: float | None, limit: float, ok: bool, word: str, show: Any) -> dict[str, Any]:
+def _result(name: str, value: float | None, limit: float, ok: bool, word: str, show: Any) -> Check:
     shown = "unknown" if value is None else show(value)
-    return {"name": name, "value": value, "limit": limit, "ok": ok, "text": f"{name} {shown}, {word} {show(limit)}"}
+    return Check(name, value, limit, ok, f"{name} {shown}, {word} {show(limit)}")
 
 
 def _bytes(text: str) -> int:

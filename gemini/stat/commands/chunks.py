@@ -1,20 +1,22 @@
 """``gemini-stat chunks``: the chunks as a table."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gemini.stat.console import Exit, console, find, print_json, read, show
+from gemini.stat.outputs import Chunk, ChunkState, ChunkTable
 from gemini.stat.text import percent, printable, size
-from gemini.telemetry.documents import PLAIN_ROLES, ChunkView, read_chunks, states_of
-from gemini.telemetry.reader import TIERS, Unreadable
+from gemini.telemetry.documents import read_chunks, states_of
+from gemini.telemetry.layout import TIERS
+from gemini.telemetry.reader import Unreadable
+from gemini.telemetry.records import PLAIN_ROLES, Description
 
 HELP = "The chunks: where their homes are, what is in them, what state they are in."
-STATES = {">": "moving", "*": "in use"}
-_SORTS = {
-    "index": lambda item: item["index"],
-    "bytes": lambda item: -item["home_bytes"],
-    "waste": lambda item: -item["waste_ratio"],
+_SORTS: dict[str, Callable[[Chunk], float]] = {
+    "index": lambda chunk: chunk.index,
+    "bytes": lambda chunk: -chunk.home_bytes,
+    "waste": lambda chunk: -chunk.waste_ratio,
 }
 
 
@@ -32,41 +34,53 @@ def run(options: argparse.Namespace) -> Exit:
     chunks = read_chunks(path, found.rank)
     if chunks is None:
         raise Unreadable(f"{path} has no description of its chunks: an older version wrote it, or it has not begun")
-    states = states_of(found.states)
-    rows = [row_of(index, chunk, states[index : index + 1]) for index, chunk in enumerate(chunks.chunks)]
-    rows = sorted((row for row in rows if _matches(row, options)), key=_SORTS[options.sort])
+    rows = [row for row in rows_of(chunks, found.states) if _matches(row, options)]
+    rows.sort(key=_SORTS[options.sort])
     if options.json:
-        print_json({"run_id": found.run_id, "rank": found.rank, "map": found.states, "chunks": rows})
+        print_json(ChunkTable(found.run_id, found.rank, found.states, rows))
     else:
-        show(console(options), _table(rows, found.states))
+        show(console(options), _table(rows))
     return Exit.OK
 
 
-def row_of(index: int, chunk: ChunkView, letter: str) -> dict[str, Any]:
-    return {
-        "index": index,
-        "numel": chunk.numel,
-        "waste_ratio": 1 - chunk.used_numel / chunk.numel if chunk.numel else 0.0,
-        "home_bytes": sum(chunk.home_bytes.values()),
-        "full_bytes": chunk.full_bytes,
-        "homes": dict(chunk.homes),
-        "group": chunk.group,
-        "state": None if not letter else STATES.get(letter, "resident" if letter.isupper() else "home"),
-        "parameters": list(chunk.parameters),
-    }
+def rows_of(description: Description, chunk_map: str) -> list[Chunk]:
+    """The chunks in order, each with its state in the map and the names of its parameters."""
+    states = states_of(chunk_map)
+    return [
+        Chunk(
+            index=index,
+            numel=chunk.numel,
+            waste_ratio=1 - chunk.used_numel / chunk.numel if chunk.numel else 0.0,
+            home_bytes=sum(chunk.home_bytes.values()),
+            full_bytes=chunk.full_bytes,
+            homes=chunk.homes,
+            group=chunk.group,
+            state=_state_of(states[index : index + 1]),
+            parameters=names,
+        )
+        for index, (chunk, names) in enumerate(zip(description.chunks, description.names_by_chunk(), strict=True))
+    ]
 
 
-def _matches(row: dict[str, Any], options: argparse.Namespace) -> bool:
-    if options.tier is not None and row["homes"].get("master") != options.tier:
+def _state_of(letter: str) -> ChunkState | None:
+    if letter == ">":
+        return "moving"
+    if letter == "*":
+        return "in use"
+    return None if not letter else "resident" if letter.isupper() else "home"
+
+
+def _matches(row: Chunk, options: argparse.Namespace) -> bool:
+    if options.tier is not None and row.homes.get("master") != options.tier:
         return False
-    if options.state is not None and row["state"] != options.state.replace("-", " "):
+    if options.state is not None and row.state != options.state.replace("-", " "):
         return False
-    if options.group is not None and row["group"] != options.group:
+    if options.group is not None and row.group != options.group:
         return False
-    return options.param is None or any(options.param in name for name in row["parameters"])
+    return options.param is None or any(options.param in name for name in row.parameters)
 
 
-def _table(rows: Sequence[dict[str, Any]], states: str) -> Any:
+def _table(rows: Sequence[Chunk]) -> Any:
     from rich.table import Table
 
     cells = [("chunk", "state", "homes", "waste", "master", "states", "parameters"), *map(_cells, rows)]
@@ -81,15 +95,15 @@ def _table(rows: Sequence[dict[str, Any]], states: str) -> Any:
     return table
 
 
-def _cells(row: dict[str, Any]) -> Sequence[str]:
-    names, homes = row["parameters"], row["homes"]
+def _cells(row: Chunk) -> Sequence[str]:
+    names, homes = row.parameters, row.homes
     states = dict.fromkeys(tier for role, tier in homes.items() if role not in PLAIN_ROLES)
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
-        str(row["index"]),
-        row["state"] or "-",
-        size(row["home_bytes"]),
-        percent(row["waste_ratio"]),
+        str(row.index),
+        row.state or "-",
+        size(row.home_bytes),
+        percent(row.waste_ratio),
         printable(homes.get("master", "-"), 10),
         printable(", ".join(states), 24) or "-",
         printable(names[0], 60) + more if names else "-",

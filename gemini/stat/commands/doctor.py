@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from gemini import __version__
 from gemini.cores import cpu_quota, usable_cores
 from gemini.stat.console import Exit, print_json
+from gemini.stat.outputs import Finding, Findings
 from gemini.stat.rates import hardware_file, read_hardware
 from gemini.stat.text import printable, size
 from gemini.telemetry.layout import runs_folder
@@ -28,6 +28,7 @@ _PACKAGES = (
     "numba",
     "rich",
     "psutil",
+    "msgspec",
     "safetensors",
     "transformers",
     "prometheus-client",
@@ -43,22 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Exit:
     findings = list(_findings())
     if options.json:
-        print_json({"ok": all(item["ok"] for item in findings), "findings": findings})
+        print_json(Findings(all(item.ok for item in findings), findings))
     else:
-        width = max(len(item["name"]) for item in findings)
+        width = max(len(item.name) for item in findings)
         for item in findings:
-            mark = "ok" if item["ok"] else "!!"
-            print(f" {mark}  {item['name']:<{width}}  {item['text']}")
-            if item["hint"]:
-                print(f"     {'':<{width}}  {item['hint']}")
-    return Exit.OK if all(item["ok"] for item in findings) else Exit.NEGATIVE
+            mark = "ok" if item.ok else "!!"
+            print(f" {mark}  {item.name:<{width}}  {item.text}")
+            if item.hint:
+                print(f"     {'':<{width}}  {item.hint}")
+    return Exit.OK if all(item.ok for item in findings) else Exit.NEGATIVE
 
 
-def _finding(name: str, text: str, ok: bool = True, hint: str = "") -> dict[str, Any]:
-    return {"name": name, "text": printable(text), "ok": ok, "hint": None if ok else hint}
+def _finding(name: str, text: str, ok: bool = True, hint: str = "") -> Finding:
+    return Finding(name, printable(text), ok, None if ok else hint)
 
 
-def _findings() -> Iterator[dict[str, Any]]:
+def _findings() -> Iterator[Finding]:
     versions = {name: _version(name) for name in _PACKAGES}
     yield _finding("gemini-memory", f"{__version__}, Python {sys.version.split()[0]}")
     yield _finding("packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
@@ -84,7 +85,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _device() -> dict[str, Any]:
+def _device() -> Finding:
     try:
         import pynvml
 
@@ -105,7 +106,7 @@ def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _cgroup(total: int) -> dict[str, Any]:
+def _cgroup(total: int) -> Finding:
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             text = Path(file).read_text().strip()
@@ -116,7 +117,7 @@ def _cgroup(total: int) -> dict[str, Any]:
     return _finding("cgroup", "no limit below the RAM")
 
 
-def _locked_memory() -> dict[str, Any]:
+def _locked_memory() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     has_driver = Path("/proc/driver/nvidia").exists()
     text = "unlimited" if soft == resource.RLIM_INFINITY else size(soft)
@@ -126,7 +127,7 @@ def _locked_memory() -> dict[str, Any]:
     )
 
 
-def _threads() -> dict[str, Any]:
+def _threads() -> Finding:
     fair, quota = usable_cores(), cpu_quota()
     asked = os.environ.get("OMP_NUM_THREADS")
     # Unset, torch takes every core of the affinity: too many under a quota, which the affinity does not show.
@@ -140,7 +141,7 @@ def _threads() -> dict[str, Any]:
     return _finding("threads", text, taken == fair, f"{why}: set OMP_NUM_THREADS={fair}")
 
 
-def _disk() -> dict[str, Any]:
+def _disk() -> Finding:
     folder = Path(tempfile.gettempdir())
     usage = shutil.disk_usage(folder)
     kind = _file_system(folder)
@@ -156,7 +157,7 @@ def _file_system(folder: Path) -> str:
     return found[1]
 
 
-def _run_folder() -> dict[str, Any]:
+def _run_folder() -> Finding:
     folder = runs_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -175,7 +176,7 @@ def _run_folder() -> dict[str, Any]:
     )
 
 
-def _overhead() -> dict[str, Any]:
+def _overhead() -> Finding:
     """Hand over records as training does, into a folder that goes away."""
     from gemini.telemetry.writer import TelemetryWriter
 

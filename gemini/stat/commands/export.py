@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gemini.stat import export_formats
 from gemini.stat.console import Exit, Usage, find, print_json, read
+from gemini.stat.outputs import Export
 from gemini.telemetry.reader import RunView, ranks_of, read_run
 
 HELP = "Writes a run for Prometheus, as records, as a table of steps, or as a trace for ui.perfetto.dev."
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> Exit:
         return Exit.OK
     nbytes = _write(target, parts)
     if options.json:
-        print_json({"run_id": found.run_id, "rank": found.rank, "path": str(target), "bytes": nbytes})
+        print_json(Export(found.run_id, found.rank, str(target), nbytes))
     return Exit.OK
 
 
@@ -56,7 +57,7 @@ def _prom(path: Path, found: RunView, options: argparse.Namespace) -> Iterator[s
 
 
 def _write(target: Path, parts: Iterator[str]) -> int:
-    """Atomically: whoever scrapes the folder must not see half of it."""
+    """Write the file atomically, so that a scraper of the folder never sees half of it."""
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with open(draft, "w", encoding="utf-8", newline="") as file:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gemini.stat import as_json
 from gemini.stat.console import Exit, console, print_json, remark, show
+from gemini.stat.outputs import Listing
 from gemini.telemetry.discovery import list_runs
 from gemini.telemetry.layout import runs_folder
 
@@ -19,7 +20,7 @@ def run(options: argparse.Namespace) -> Exit:
     folder = Path(options.target) if options.target else None
     runs = list_runs(folder)
     if options.json:
-        print_json(as_json.listing(runs))
+        print_json(Listing([as_json.brief(run) for run in runs]))
     elif runs:
         from gemini.stat import listing
 

@@ -3,14 +3,14 @@
 import argparse
 import base64
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
 
 from gemini.stat import page_data, web_files
-from gemini.stat.console import Exit, Usage, find, print_json, remark
+from gemini.stat.console import Exit, Usage, as_text, find, print_json, remark
 from gemini.stat.follow import Follower
+from gemini.stat.outputs import Report
 from gemini.stat.screen import Shown
 
 HELP = "Writes the run as one HTML file that works offline."
@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> Exit:
         draft.unlink(missing_ok=True)
         raise Usage(f"{target} cannot be written: {error}") from error
     if options.json:
-        content = {"run_id": shown.run.run_id, "rank": shown.run.rank, "path": str(target), "bytes": len(page.encode())}
-        print_json({**content, "charts": web_files.has_charts()})
+        nbytes = len(page.encode())
+        print_json(Report(shown.run.run_id, shown.run.rank, str(target), nbytes, web_files.has_charts()))
     else:
         print(target)
         if not web_files.has_charts():
@@ -52,7 +52,7 @@ def render(path: Path, shown: Shown) -> str:
         "made_at": time.time(),
     }
     # The one thing that could end a script element is "</", and "<!--" could confuse its end: neither is left in JSON.
-    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    data = as_text(content).replace("<", "\\u003c")
     text = {name: web_files.content(name).decode() for name in web_files.OURS + web_files.CHARTS}
     scripts = [text[name] for name in ("vendor/uPlot.iife.min.js", "app.js") if text[name]]
     styles = [text[name] for name in ("vendor/uPlot.min.css", "style.css") if text[name]]

@@ -7,6 +7,7 @@ import webbrowser
 
 from gemini.stat import web_files
 from gemini.stat.console import Exit, Usage, find, print_json_line
+from gemini.stat.outputs import Address
 from gemini.stat.server import Server, address_of, token_for
 
 HELP = (
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> Exit:
         raise Usage(f"cannot listen on {options.host}:{options.port}: {error}; --port 0 takes a free one") from error
     address = address_of(server)
     if options.json:
-        print_json_line({"address": address, "charts": web_files.has_charts()})
+        print_json_line(Address(address, web_files.has_charts()))
     else:
         print(address, flush=True)
         if not web_files.has_charts():

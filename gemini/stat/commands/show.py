@@ -3,7 +3,6 @@
 import argparse
 import sys
 
-from gemini.stat import as_json
 from gemini.stat.console import Exit, console, find, of_run, print_json, read, show
 
 HELP = "Shows where a training run's memory is: live on a terminal, once otherwise."
@@ -21,6 +20,8 @@ def run(options: argparse.Namespace) -> Exit:
         return top.run(options)
     found = read(find(options), options)
     if options.json:
+        from gemini.stat import as_json
+
         print_json(as_json.snapshot(found))
     else:
         from gemini.stat import snapshot

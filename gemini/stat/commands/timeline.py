@@ -4,13 +4,16 @@ import argparse
 import csv
 import sys
 from pathlib import Path
-from typing import Any
+
+from msgspec.structs import astuple, replace
 
 from gemini.stat.console import Exit, Usage, console, find, is_ascii, print_json, read, show
+from gemini.stat.outputs import Moment, Moments, RunMoments
 from gemini.stat.text import printable, size
 from gemini.telemetry import history
-from gemini.telemetry.documents import PHASES, TimelineView, read_chunks, read_timeline, timeline_of
-from gemini.telemetry.reader import TIERS, Unreadable
+from gemini.telemetry.documents import read_chunks, read_timeline, valid
+from gemini.telemetry.reader import Unreadable
+from gemini.telemetry.records import PHASES, Timeline
 
 HELP = "Model and non-model data by moment of one step; a moment is a unit's entry."
 
@@ -26,37 +29,36 @@ def run(options: argparse.Namespace) -> Exit:
     timeline = _timeline(path, found.rank, options.step)
     chunks = read_chunks(path, found.rank)
     names = list(chunks.units) if chunks is not None else []
-    content = as_object(timeline, names)
-    rows = content["moments"]
     if options.json:
-        print_json({"run_id": found.run_id, "rank": found.rank, **content})
+        print_json(RunMoments(found.run_id, found.rank, *astuple(moments_of(timeline, names))))
     elif options.csv:
-        writer = csv.DictWriter(sys.stdout, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({**row, "unit": _cell(row["unit"])} for row in rows)
+        writer = csv.writer(sys.stdout)
+        writer.writerow(Moment.__struct_fields__)
+        writer.writerows(astuple(replace(row, unit=_cell(row.unit))) for row in moments_of(timeline, names).moments)
     else:
         _show(timeline, names, options)
     return Exit.OK
 
 
-def as_object(timeline: TimelineView, names: list[str]) -> dict[str, Any]:
+def moments_of(timeline: Timeline, names: list[str]) -> Moments:
     """A timeline with the names of its units, a row a moment."""
-    return {
-        "step": timeline.step,
-        "tier": timeline.tier,
-        "moment_count": timeline.moment_count,
-        "peak_moment": timeline.peak,
-        "moments": [_row(timeline, moment, names) for moment in range(len(timeline.phase))],
-    }
+    return Moments(
+        step=timeline.step,
+        tier=timeline.tier,
+        moment_count=timeline.moment_count,
+        peak_moment=timeline.peak,
+        moments=[_row(timeline, moment, names) for moment in range(len(timeline.phase))],
+    )
 
 
-def _timeline(path: Path, rank: int, wanted: str) -> TimelineView:
+def _timeline(path: Path, rank: int, wanted: str) -> Timeline:
     if wanted == "latest":
         found = read_timeline(path, rank)
     elif wanted == "peak" or wanted.isdecimal():
-        recorded = [view for r in history.records(path, rank) if r["type"] == "timeline" and (view := timeline_of(r))]
+        candidates = (valid(r, Timeline) for r in history.records(path, rank) if r["type"] == "timeline")
+        recorded = [timeline for timeline in candidates if timeline is not None]
         if wanted == "peak":
-            found = max(recorded, key=lambda view: view.total[view.peak], default=None)
+            found = max(recorded, key=lambda view: view.total_bytes[view.peak], default=None)
         else:
             found = next((view for view in recorded if view.step == int(wanted)), None)
             if found is None and recorded:
@@ -69,15 +71,17 @@ def _timeline(path: Path, rank: int, wanted: str) -> TimelineView:
     return found
 
 
-def _row(timeline: TimelineView, moment: int, names: list[str]) -> dict[str, Any]:
+def _row(timeline: Timeline, moment: int, names: list[str]) -> Moment:
     unit = timeline.unit[moment]
-    return {
-        "moment": moment,
-        "phase": PHASES.get(timeline.phase[moment], "end"),
-        "unit": names[unit] if 0 <= unit < len(names) else None,
-        **{f"{tier}_bytes": timeline.tiers[tier][moment] for tier in TIERS},
-        "non_model_bytes": timeline.non_model[moment],
-    }
+    return Moment(
+        moment=moment,
+        phase=PHASES[timeline.phase[moment]],
+        unit=names[unit] if 0 <= unit < len(names) else None,
+        device_bytes=timeline.device_bytes[moment],
+        host_bytes=timeline.host_bytes[moment],
+        disk_bytes=timeline.disk_bytes[moment],
+        non_model_bytes=timeline.non_model_bytes[moment],
+    )
 
 
 def _cell(text: str | None) -> str:
@@ -86,7 +90,7 @@ def _cell(text: str | None) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
-def _show(timeline: TimelineView, names: list[str], options: argparse.Namespace) -> None:
+def _show(timeline: Timeline, names: list[str], options: argparse.Namespace) -> None:
     from rich.console import Group
     from rich.text import Text
 
@@ -104,12 +108,12 @@ def _show(timeline: TimelineView, names: list[str], options: argparse.Namespace)
         Text(""),
         Text(f"   {'model':>11}{'non-model':>11}  moment", style="dim"),
     ]
-    total = timeline.total
+    total = timeline.total_bytes
     for moment in sorted(sorted(range(len(total)), key=total.__getitem__, reverse=True)[:8]):
         unit = timeline.unit[moment]
         name = names[unit] if 0 <= unit < len(names) else "end of the step"
         mark = "*" if moment == timeline.peak else " "
-        phase = PHASES.get(timeline.phase[moment], "")
-        cells = f"{size(timeline.model[moment]):>11}{size(timeline.non_model[moment]):>11}"
+        phase = PHASES[timeline.phase[moment]]
+        cells = f"{size(timeline.model_bytes[moment]):>11}{size(timeline.non_model_bytes[moment]):>11}"
         lines.append(Text(f" {mark} {cells}  {moment:>4} {phase} {printable(name, 60)}"[:width]))
     show(out, Group(*lines))

@@ -15,7 +15,6 @@ from gemini.stat.screen import Shown, View, screen
 from gemini.telemetry.reader import Unreadable, ranks_of
 
 HELP = "The live screen: tiers, one step by moment, the chunk map, moves, waits, advice."
-_TOGGLES = {"t": "timeline", "c": "chunks", "m": "moves", "a": "advice"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +39,7 @@ def run(options: argparse.Namespace) -> Exit:
         height = max(24, out.height) if sys.stdout.isatty() else 40
         show(out, screen(shown, view, out.width, height, plain_text, keys=False))
         return of_run(shown.run)
-    return _live(follower, view, out, plain_text)
+    return _live(follower, view, out, plain_text, options.interval)
 
 
 def _hidden(only: str | None) -> set[str]:
@@ -54,7 +53,7 @@ def _hidden(only: str | None) -> set[str]:
     return set(PARTS) - wanted
 
 
-def _live(follower: Follower, view: View, out: object, plain: bool) -> Exit:
+def _live(follower: Follower, view: View, out: object, plain: bool, interval: float) -> Exit:
     from rich.console import Console
     from rich.live import Live
 
@@ -77,34 +76,27 @@ def _live(follower: Follower, view: View, out: object, plain: bool) -> Exit:
             if asked:  # what is raised in a destructor or a callback goes unheard
                 raise asked[-1]
             draw(live)
-            key = keys.wait(follower.options.interval)
+            key = keys.wait(interval)
             if key in ("q", "Q"):
                 return of_run(shown.run)
             if key is not None:
-                _press(key, view, follower, shown, out, plain)
+                _press(key, view, follower, shown, plain)
             if not view.is_paused:
                 try:
                     shown = follower.look()
                 except Unreadable as error:
-                    view.message = str(error)
+                    view.say(str(error))
 
 
-def _press(key: str, view: View, follower: Follower, shown: Shown, out: object, plain: bool) -> None:
-    view.message = ""
-    if view.is_help:
-        view.is_help = False
-    elif key in _TOGGLES:
-        view.hidden ^= {_TOGGLES[key]}
-    elif key == "?":
-        view.is_help = True
-    elif key == "p":
-        view.is_paused = not view.is_paused
-    elif key == "r":
+def _press(key: str, view: View, follower: Follower, shown: Shown, plain: bool) -> None:
+    if view.press(key):
+        return
+    if key == "r":
         ranks = ranks_of(follower.path) or [0]
         following = [rank for rank in ranks if rank > shown.run.rank] or ranks
-        follower.options.rank = str(following[0])
+        follower.turn_to(following[0])
     elif key == "s":
-        view.message = _save(shown, view, plain)
+        view.say(_save(shown, view, plain))
 
 
 def _save(shown: Shown, view: View, plain: bool) -> str:

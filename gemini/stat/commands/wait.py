@@ -5,6 +5,7 @@ import time
 
 from gemini.stat import as_json
 from gemini.stat.console import Exit, Usage, find, print_json, read, remark
+from gemini.stat.outputs import Waited
 from gemini.telemetry.discovery import NoRun
 from gemini.telemetry.reader import RunStatus, RunView, Unreadable
 
@@ -58,7 +59,7 @@ def _is_there(found: RunView, options: argparse.Namespace) -> bool:
 
 def _answer(found: RunView | None, options: argparse.Namespace, code: Exit, text: str) -> Exit:
     if options.json:
-        print_json({"reached": code is Exit.OK, "reason": text or None, "run": found and as_json.brief(found)})
+        print_json(Waited(code is Exit.OK, text or None, None if found is None else as_json.brief(found)))
     elif text:
         remark(text)
     return code

@@ -23,7 +23,7 @@ from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
 from gemini.stat.cli import main
-from gemini.telemetry.schema import load_schema
+from gemini.stat.commands.schema import output_schema
 
 GPT2 = ["gpt2", "--set", "n_embd=64", "--set", "n_head=4", "--set", "n_layer=5", "--set", "vocab_size=256"]
 SIZES = {"n_embd": 64, "n_head": 4, "n_layer": 5, "vocab_size": 256}
@@ -171,7 +171,7 @@ def test_what_is_too_large_for_another_reason_bounds_the_largest(limit: int) -> 
 def test_arguments_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", *GPT2, "--ram", "48MiB", "--disk", "1GiB", "-b", "4", "-s", "32", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    schema = load_schema("output")
+    schema = output_schema()
     jsonschema.Draft202012Validator({"$ref": "#/$defs/estimate", "$defs": schema["$defs"]}).validate(content)
     plugin = eval(content["arguments"], {"GeminiPlugin": GeminiPlugin})
     assert plugin.config.host_memory < 48 * MIB
@@ -282,7 +282,7 @@ def test_bench_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixtu
     file = tmp_path / "hardware.json"
     assert main(["bench", str(tmp_path), "--numel", "65536", "-o", str(file), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    schema = load_schema("output")
+    schema = output_schema()
     jsonschema.Draft202012Validator({"$ref": "#/$defs/bench", "$defs": schema["$defs"]}).validate(content)
     assert set(content["bytes_per_second"]) >= {"host_to_device", "disk_to_host", "host_to_disk"}
     assert all(value > 0 for value in content["bytes_per_second"].values())

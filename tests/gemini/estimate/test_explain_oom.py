@@ -21,10 +21,10 @@ from gemini.estimate.subject import find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.packing.packing import decide
 from gemini.stat.cli import main
+from gemini.stat.commands.schema import output_schema
 from gemini.stat.console import Exit
 from gemini.telemetry.documents import read_chunks
 from gemini.telemetry.layout import chunks_file
-from gemini.telemetry.schema import load_schema
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 64, "n_positions": 64},
@@ -120,7 +120,7 @@ def test_changes_are_checked_by_the_packing(
     train_until_it_breaks(tmp_path / "run", error, host_memory="1MiB", **SMALL)
     assert main(["explain-oom", str(tmp_path / "run"), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    schema = load_schema("output")
+    schema = output_schema()
     jsonschema.Draft202012Validator({"$ref": "#/$defs/explain_oom", "$defs": schema["$defs"]}).validate(content)
     assert content["unit"] == "6"
     assert content["phase"] == "forward"

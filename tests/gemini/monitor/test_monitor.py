@@ -25,8 +25,10 @@ from gemini.memory.timeline import Point, as_record, pool
 from gemini.monitor.probes import chunk_map
 from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry import documents, reader
-from gemini.telemetry.layout import chunks_file, oom_file, records_file, request_file, timeline_file
-from gemini.telemetry.schema import load_schema
+from gemini.telemetry.encoding import as_mapping, encode
+from gemini.telemetry.layout import TIERS, chunks_file, oom_file, records_file, request_file, timeline_file
+from gemini.telemetry.schema import records_schema
+from gemini.telemetry.statistics import table
 
 
 class Training:
@@ -65,7 +67,7 @@ def test_every_record_and_document_follows_the_schema(tmp_path: Path) -> None:
     training = Training(tmp_path / "run", device_memory="36KiB", **SMALL)
     training.step(3)
     records = training.close()
-    schema = load_schema("records")
+    schema = records_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert {record["type"] for record in records} == {"start", "step", "timeline", "chunks", "process", "end"}
@@ -93,7 +95,17 @@ def test_what_is_recorded_is_what_the_model_says(tmp_path: Path) -> None:
     assert set(recorded) == set(stats)
     assert stats["need/count"] == sum(stats[f"need/{kind}_count"] for kind in ("resident", "hit", "late", "miss"))
     assert stats["need/miss_count"] > 0
-    assert sum(stats[f"upload/{tier}_bytes"] for tier in reader.TIERS) == stats["move/fetch_bytes"]
+    assert sum(stats[f"upload/{tier}_bytes"] for tier in TIERS) == stats["move/fetch_bytes"]
+
+
+def test_what_is_measured_is_what_the_table_describes(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run", device_memory="36KiB", **SMALL)
+    training.step(3)
+    training.close()
+    described = {line.key: line for line in table()}
+    at_times = {"step/loss_scale", "step/grad_norm"}  # of fp16, and where a norm was asked for
+    assert set(training.model.memory_stats()) == set(described) - at_times
+    assert all(line.text for line in described.values())
 
 
 def test_the_last_step_is_recorded_although_it_came_too_soon(tmp_path: Path) -> None:
@@ -128,11 +140,11 @@ def test_the_warm_up_and_the_first_planned_step_leave_a_timeline(tmp_path: Path)
     forward = [unit for unit, phase in zip(timeline.unit, timeline.phase, strict=True) if phase == "f"]
     assert forward == list(range(len(units)))
     assert timeline.phase == "f" * len(units) + "b" * len(units) + "e"
-    assert timeline.tiers["device"][0] > 0
+    assert timeline.device_bytes[0] > 0
     chunks = documents.read_chunks(tmp_path / "run", 0)
     assert chunks is not None
     assert list(chunks.units) == units
-    assert [p["name"] for p in chunks.parameters] == [name for name, _ in training.model.named_parameters()]
+    assert [p.name for p in chunks.parameters] == [name for name, _ in training.model.named_parameters()]
     assert sum(chunk.used_numel for chunk in chunks.chunks) == sum(p.numel() for p in training.model.parameters())
 
 
@@ -159,12 +171,12 @@ def test_the_timeline_says_where_non_model_data_peak(tmp_path: Path) -> None:
     training.close()
     timeline = documents.read_timeline(tmp_path / "run", 0)
     assert timeline is not None
-    assert timeline.non_model[timeline.peak] >= 60 << 20
+    assert timeline.non_model_bytes[timeline.peak] >= 60 << 20
     chunks = documents.read_chunks(tmp_path / "run", 0)
     assert chunks is not None
     assert chunks.units[timeline.unit[timeline.peak]] == "b"  # from its entry to that of c
     assert timeline.phase[timeline.peak] == "f"
-    assert min(timeline.non_model) < 32 << 20
+    assert min(timeline.non_model_bytes) < 32 << 20
 
 
 def test_a_timeline_can_be_asked_for(tmp_path: Path) -> None:
@@ -257,12 +269,13 @@ def test_an_out_of_memory_error_in_forward_is_recorded_where_it_began(
     if is_recorded:
         found = documents.read_oom(tmp_path / "run", 0)
         assert found is not None
-        jsonschema.Draft202012Validator(load_schema("records")).validate(records[0])
-        assert found["unit"] == "inner"
-        assert found["phase"] == "forward"
-        assert found["error"].startswith(type(error()).__name__)
-        assert found["last_timeline"]["step"] == 2
-        assert found["tiers"]["host"]["used_bytes"] > 0
+        jsonschema.Draft202012Validator(records_schema()).validate(records[0])
+        assert found.unit == "inner"
+        assert found.phase == "forward"
+        assert found.error.startswith(type(error()).__name__)
+        assert found.last_timeline is not None
+        assert found.last_timeline.step == 2
+        assert found.tiers["host"].used_bytes > 0
 
 
 def test_an_out_of_memory_error_in_backward_is_recorded(tmp_path: Path) -> None:
@@ -308,5 +321,5 @@ def test_pooling_keeps_the_peak() -> None:
     assert len(pooled) <= 512
     assert max(p.used[0] + p.non_model for p in pooled) == 1000 + points[3333].used[0]
     record = as_record(points, 7, Tier.DEVICE)
-    assert (record["moment_count"], record["peak_moment"]) == (5000, 3333)
-    assert len(json.dumps(record)) <= 16 << 10
+    assert (record.moment_count, record.peak_moment) == (5000, 3333)
+    assert len(encode(as_mapping(record))) <= 16 << 10

@@ -18,8 +18,9 @@ import pytest
 from stat_runs import GIB, MOMENTS, UNITS, chunks, make_run, open_run, stats, timeline
 
 from gemini.stat.cli import main
+from gemini.stat.commands.schema import output_schema
 from gemini.telemetry.layout import chunks_file, records_file, timeline_file
-from gemini.telemetry.schema import load_schema
+from gemini.telemetry.schema import records_schema
 from gemini.telemetry.writer import TelemetryWriter
 
 Capture = pytest.CaptureFixture[str]
@@ -38,7 +39,7 @@ def as_json(capsys: Capture, *arguments: str, code: int = 0) -> Any:
 
 
 def follows(content: Any, name: str) -> None:
-    schema = load_schema("output")
+    schema = output_schema()
     jsonschema.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": schema["$defs"]}).validate(content)
 
 
@@ -56,6 +57,11 @@ def test_json_of_each_command_follows_the_schema(arguments: list[str], name: str
     del content["schema_version"]
     with pytest.raises(jsonschema.ValidationError):
         follows(content, name)
+
+
+@pytest.mark.parametrize("name", ["export", "report"])
+def test_json_about_a_written_file_follows_the_schema(name: str, tmp_path: Path, capsys: Capture) -> None:
+    follows(as_json(capsys, name, str(make_run()), "--output", str(tmp_path / "file")), name)
 
 
 @pytest.mark.parametrize("command", [[], ["dmon"], ["chunks"], ["timeline"], ["check", "--min-steps", "1"]])
@@ -237,11 +243,11 @@ def test_doctor_looks_at_this_machine(capsys: Capture, monkeypatch: pytest.Monke
 
 
 def test_schemas_are_valid_and_printed(capsys: Capture) -> None:
-    for name in ("output", "records"):
+    for name, made in (("output", output_schema()), ("records", records_schema())):
         assert main(["schema", name]) == 0
         schema = json.loads(capsys.readouterr().out)
         jsonschema.Draft202012Validator.check_schema(schema)
-        assert schema == load_schema(name)
+        assert schema == made
     assert main(["schema", "nonsense"]) == 2
 
 
@@ -323,7 +329,8 @@ def test_hostile_documents_break_no_command(capsys: Capture) -> None:
     content["chunks"][0] |= {"numel": 10**400, "homes": {"master": evil}, "home_bytes": {"master": -1}, "group": evil}
     content["chunks"].append("text")
     content["config"] = {"max_prefetch": evil}
-    for bad_chunks in (json.dumps(content), "[" * 100_000, "null", '{"v":1,"chunks":[{}]}'):
+    few = {**chunks(), "capacities": {"device": {"bytes": 1, "source": "argument"}}}
+    for bad_chunks in (json.dumps(content), json.dumps(few), "[" * 100_000, "null", '{"v":1,"chunks":[{}]}'):
         chunks_file(run, 0).write_text(bad_chunks)
         for bad_timeline in (
             json.dumps({"v": 1, **timeline(2), "unit": [10**9] * (MOMENTS + 1)}),
@@ -338,6 +345,17 @@ def test_hostile_documents_break_no_command(capsys: Capture) -> None:
                 assert code in (0, 6), (command, err)
                 assert "\x1b" not in out + err
                 assert "\u202e" not in out + err
+
+
+def test_a_document_of_another_minor_version_is_read(capsys: Capture) -> None:
+    run = make_run()
+    newer = {**chunks(), "v": 1.5, "more": {"a": 1}}
+    newer["chunks"][0]["more"] = [None]
+    assert "ram_bytes" not in newer  # the first versions did not write it
+    chunks_file(run, 0).write_text(json.dumps(newer))
+    timeline_file(run, 0).write_text(json.dumps({**timeline(7), "more": 1}))
+    assert len(as_json(capsys, "chunks", str(run))["chunks"]) == 64
+    assert as_json(capsys, "timeline", str(run))["step"] == 7
 
 
 def test_a_newer_document_exits_6(capsys: Capture) -> None:

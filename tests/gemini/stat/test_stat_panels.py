@@ -4,11 +4,11 @@ from stat_runs import GIB
 
 from gemini.stat import panels
 from gemini.stat.rates import Link, Rates
-from gemini.telemetry.documents import ChunkView
+from gemini.telemetry.records import DescribedChunk
 
 
-def chunk(**homes: str) -> ChunkView:
-    return ChunkView(numel=1, used_numel=1, full_bytes=2, homes=homes, home_bytes={}, group="0", parameters=())
+def chunk(**homes: str) -> DescribedChunk:
+    return DescribedChunk(numel=1, used_numel=1, full_bytes=2, homes=homes, home_bytes={}, group="0")
 
 
 def test_every_optimizer_state_is_counted_where_it_is() -> None:

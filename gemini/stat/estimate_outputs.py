@@ -1,0 +1,83 @@
+"""What the commands of `gemini.estimate` print with ``--json``; here, because the schema is printed without torch."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from gemini.stat.outputs import OfRun, Output
+from gemini.telemetry.records import ByTier, Natural, TierUse
+from gemini.telemetry.statistics import doc
+
+
+class Bench(Output):
+    host: str
+    measured_at: float
+    bytes_per_second: Annotated[dict[str, float], doc("By link, such as host_to_device.")]
+    adam_elements_per_second: float
+    flops_per_second: float
+
+
+class TierNeed(Output):
+    model_bytes: Natural
+    non_model_bytes: Natural
+    peak_bytes: Natural
+    capacity_bytes: Natural | None
+    fits: bool
+
+
+class Solved(Output):
+    what: Literal["batch-size", "seq-len", "host", "disk"]
+    value: Annotated[Natural | None, doc("0 or null: nothing fits.")]
+
+
+class Estimate(Output):
+    """What a training will need."""
+
+    model: str
+    fits: bool
+    parameters: Natural
+    batch_size: Natural
+    seq_len: Natural
+    precision: str
+    optimizer: str
+    checkpointing: bool
+    non_model_bytes: Natural
+    tiers: ByTier[TierNeed]
+    device_and_host_are_one: bool
+    terms: Annotated[dict[str, int], doc("Bytes of model data by kind.")]
+    arguments: Annotated[str | None, doc("Of GeminiPlugin, ready to paste.")]
+    step_seconds_floor: float | None
+    step_seconds_floor_by: dict[str, float]
+    solved: Solved | None
+    problem: str | None
+    remarks: list[str]
+
+
+class Holder(Output):
+    what: str
+    bytes: Natural
+
+
+class Change(Output):
+    """A change with which memory would have been enough."""
+
+    text: str
+    arguments: str | None
+    verified: bool
+    verified_by: Literal["estimate", "packing"] | None
+    batch_size: Annotated[int, Meta(ge=1)] | None
+    seq_len: Annotated[int, Meta(ge=1)] | None
+    checkpointing: bool | None
+    ram_bytes: Natural | None
+
+
+class Explanation(OfRun):
+    """What there was when memory ran out."""
+
+    error: str | None
+    phase: str | None
+    unit: str | None
+    tiers: ByTier[TierUse]
+    holders: list[Holder]
+    changes: list[Change]
+    not_estimated: Annotated[str | None, doc("Why the estimate verified nothing.")]
