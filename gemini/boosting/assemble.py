@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..boosted import Boosted
-from ..chunk import ChunkManager, SingleProcess
+from ..chunk import ChunkManager
 from ..config import GeminiConfig
 from ..engine import Engine, Listener
 from ..engine.device_room import DeviceRoom
@@ -48,7 +48,7 @@ def assemble(
     meter: NonModelMeter,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
-    communicator = SingleProcess()
+    communicator, max_norm = config.communicator, config.max_norm
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     schedule: UpdateSchedule = AfterBackward()
     gradients = Gradients(manager) if scaler is None else ScaledGradients(manager)
@@ -56,7 +56,7 @@ def assemble(
         schedule, gradients = DuringBackward(manager, Completion(manager)), ConsumedGradients(manager)
     updater, values = Updater(manager, queue), Values(manager, schedule)
     options = Options.of(optimizer) if optimizer is not None else None
-    updates = Updates(manager, schedule, gradients, updater, communicator, options)
+    updates = Updates(manager, schedule, gradients, updater, options)
 
     units, statistics = Units(model, manager), Statistics(manager)
     listener: Listener = Silent(statistics)
@@ -67,7 +67,7 @@ def assemble(
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
     unfreezing = Unfreezing(engine, config, packing)
-    step = ChunkedStep(manager, engine, updater, updates, communicator, scaler, config.max_norm, unfreezing, kept)
+    step = ChunkedStep(manager, engine, updater, updates, communicator, scaler, max_norm, unfreezing, kept)
 
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)

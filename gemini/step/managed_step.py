@@ -139,7 +139,7 @@ class ChunkedStep:
         grad_scale = coefficient / scale
 
         planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
-        updates = [each for each in planned if each.update.runs]
+        updates = [each for each in planned if not each.is_empty]
         order = self._engine.pacing.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
         prepared = [
