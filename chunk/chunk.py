@@ -18,6 +18,7 @@ from .names import MASTER
 from .plan import ChunkPlan
 from .shared_gradient import Gradient
 from .state import RESIDENT, SETTLED, UPDATING, ChunkState, transition
+from .stored import Decoded
 from .tier import Tier
 
 
@@ -114,7 +115,8 @@ class Chunk:
     @property
     def source(self) -> Buffer:
         """What a fetch reads."""
-        return self.homes[self.plan.codec.source]
+        codec = self.plan.codec
+        return Decoded(self.homes, self.specs, codec) if codec.source is None else self.homes[codec.source]
 
     @property
     def full_nbytes(self) -> int:
