@@ -10,7 +10,7 @@ from .accelerators import accelerator_in_use, driver_of, find_accelerator, memor
 from .away import QUIET, Keeper
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
-from .communicator import Communicator, SingleProcess
+from .communicator import ALONE, Communicator, SingleProcess
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .disk import DiskBackend
 from .disk_file import Requests
@@ -24,6 +24,7 @@ from .memory_map import MemoryMap
 from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
 from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
+from .shared_gradient import Gradient
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
@@ -33,6 +34,7 @@ from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
 __all__ = [
+    "ALONE",
     "FETCH_WORKERS",
     "GRADIENT",
     "IO_STACK_BYTES",
@@ -56,6 +58,7 @@ __all__ = [
     "Communicator",
     "DeviceBackend",
     "DiskBackend",
+    "Gradient",
     "GradientBuffer",
     "Keeper",
     "Ledger",

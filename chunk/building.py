@@ -8,6 +8,7 @@ import torch
 
 from .buffer import Buffer
 from .chunk import Chunk
+from .communicator import Communicator
 from .content import BufferSpec
 from .disk import DiskBackend
 from .gradient import GradientBuffer
@@ -17,6 +18,7 @@ from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
 from .names import GRADIENT, MASTER
 from .plan import ChunkPlan
+from .shared_gradient import Gradient, SharedGradient
 from .tier import Tier
 
 
@@ -29,12 +31,13 @@ def reserve_homes(plans: Sequence[ChunkPlan], ledger: Ledger, device: DeviceBack
 
 @dataclass(frozen=True, slots=True)
 class ChunkBuilder:
-    """Ledger, device backend, disk backend (None if no home is on DISK), and memory for gradients without a home."""
+    """Builds chunks on a device backend and, if homes are on DISK, a disk backend, as the ledger has room."""
 
     ledger: Ledger
     device: DeviceBackend
     disk: DiskBackend | None
     gradient_pool: GradientPool
+    communicator: Communicator
 
     def build(self, plan: ChunkPlan) -> Chunk:
         """The chunk with homes where its plan says, and whatever else it needs."""
@@ -52,22 +55,27 @@ class ChunkBuilder:
         self.device.shrink(full)
         return chunk
 
-    def _gradient(self, plan: ChunkPlan) -> GradientBuffer | None:
+    def _gradient(self, plan: ChunkPlan) -> Gradient | None:
         if GRADIENT in plan.tiers:
             buffer = self._home(plan, plan.gradient_spec)
             if buffer.tensor is not None:
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
                 buffer.tensor.zero_()
-            return GradientBuffer(plan.layout, buffer, self.device)
-        if plan.borrows_gradient:
-            tier = Tier.DEVICE if plan.tiers[MASTER] is Tier.DEVICE else Tier.HOST
-            borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
-            return GradientBuffer(plan.layout, None, self.device, borrow)
-        return None
+            if plan.owner.count == 1:
+                return GradientBuffer(plan.layout, buffer, self.device)
+            collected, give_back = self._borrowed(plan), self.gradient_pool.release
+            return SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)
+        return self._borrowed(plan) if plan.borrows_gradient else None
+
+    def _borrowed(self, plan: ChunkPlan) -> GradientBuffer:
+        """A gradient in memory that is borrowed when it comes."""
+        tier = Tier.DEVICE if plan.tiers[MASTER] is Tier.DEVICE else Tier.HOST
+        borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
+        return GradientBuffer(plan.layout, None, self.device, borrow)
 
     def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
-        tier, numel, dtype = plan.tiers[spec.name], spec.numel(plan.layout.numel), spec.dtype
+        tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype
         what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
         if tier is Tier.DISK:
             assert self.disk is not None

@@ -11,11 +11,12 @@ from gemini.torch_private import storage_key
 from .bindings import Bindings
 from .buffer import Buffer
 from .content import BufferSpec
-from .gradient import GradientBuffer
+from .extent import Place
 from .loan import Loan
 from .memory import Transfer
 from .names import MASTER
 from .plan import ChunkPlan
+from .shared_gradient import Gradient
 from .state import RESIDENT, SETTLED, UPDATING, ChunkState, transition
 from .tier import Tier
 
@@ -27,13 +28,10 @@ class Chunk:
     full copy would be the same bytes (same dtype, same memory), they are: ``full_is_home``, and nothing moves.
     """
 
-    def __init__(
-        self, plan: ChunkPlan, homes: dict[str, Buffer], full: Tensor, gradient: GradientBuffer | None
-    ) -> None:
+    def __init__(self, plan: ChunkPlan, homes: dict[str, Buffer], full: Tensor, gradient: Gradient | None) -> None:
         self.plan = plan
         self.layout = layout = plan.layout
         self.codecs = plan.codecs
-        self.specs = plan.specs
         self.homes = homes
         """Where each buffer of the plan is, but for the gradient's."""
         self.full = full
@@ -42,6 +40,8 @@ class Chunk:
             self.views = tuple(
                 full.as_strided(slot.shape, slot.stride, full.storage_offset() + slot.offset) for slot in layout.slots
             )
+            self.own_full = full.narrow(0, plan.extent.start, len(plan.extent))
+            """The part of the full copy that is at home here."""
         self.gradient = gradient
         self.bindings = Bindings(is_hidden=not plan.full_is_home)
         self.state = ChunkState.HOME
@@ -87,12 +87,29 @@ class Chunk:
         """Where its masters are."""
         return self.homes[MASTER].tier
 
-    def place(self, position: int, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-        """Where values of a parameter are in their buffers: offset, shape and strides there."""
-        slot, (spec, *_) = self.layout.slots[position], self.codecs[name].specs
-        if spec.block_numel == 1:
-            return slot.offset, slot.shape, slot.stride
-        return slot.offset // spec.block_numel, (spec.numel(slot.numel),), (1,)
+    def place(self, position: int, name: str) -> Place:
+        """Where the masters or a state of a parameter are."""
+        return self.plan.place(position, self.specs[name].block_numel)
+
+    @property
+    def specs(self) -> dict[str, BufferSpec]:
+        """Its buffers that have a home, by their names."""
+        return self.plan.specs
+
+    @property
+    def extent(self) -> range:
+        """The elements of the layout that are at home here."""
+        return self.plan.extent
+
+    @property
+    def is_whole(self) -> bool:
+        """True if all of it is at home here, as without other owners."""
+        return len(self.extent) == self.layout.numel
+
+    def part(self, name: str, start: int, stop: int) -> slice:
+        """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
+        first = self.extent.start
+        return self.specs[name].part(start - first, stop - first) if name in self.specs else slice(start, stop)
 
     @property
     def source(self) -> Buffer:
@@ -290,8 +307,8 @@ class Chunk:
         """
         parameters = [binding.parameter for binding in self.bindings]
         if self.full_is_home or built.full_is_home:
-            self.full, self.views = built.full, built.views
-        self.plan, self.codecs, self.specs = built.plan, built.codecs, built.specs
+            self.full, self.views, self.own_full = built.full, built.views, built.own_full
+        self.plan, self.codecs = built.plan, built.codecs
         self.homes, self.gradient, self.state, self.loan = built.homes, built.gradient, built.state, None
         self.bindings = Bindings(is_hidden=not built.full_is_home)
         for position, parameter in enumerate(parameters):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .chunk import Chunk
 from .loan import Loan
 from .names import MASTER
-from .values import differing, read_slot, write_slot
+from .values import differing, read_own, write_part, write_slot
 
 
 def bring_edits_home(chunk: Chunk) -> None:
@@ -39,24 +39,33 @@ def bring_edits_home(chunk: Chunk) -> None:
         positions.update(chunk.loan.positions)
         chunk.end_loan()  # before looking: what is written from now on is seen the next time
     for position in sorted(positions):
-        view = chunk.views[position]
-        home = read_slot(chunk, position, MASTER).to(view.device)
-        _write_differing(chunk, position, home, differing(view, home))
+        own = chunk.place(position, MASTER).own
+        view = _flat(chunk.views[position])[own.start : own.stop]
+        home = read_own(chunk, position).to(view.device)
+        _write_differing(chunk, position, view, home, differing(view, home))
 
 
 def _bring_upper_halves_home(chunk: Chunk, loan: Loan) -> None:
     chunk.end_loan()
     for position in loan.positions:
-        differs = differing(chunk.views[position], loan.before(position))
-        home = read_slot(chunk, position, MASTER).to(differs.device) if differs.any() else differs
-        _write_differing(chunk, position, home, differs)
+        view = _flat(chunk.views[position])
+        differs = differing(view, _flat(loan.before(position)))
+        home = read_own(chunk, position).to(differs.device) if differs.any() else differs
+        _write_differing(chunk, position, view, home, differs)
+        loan.remember(position)
 
 
-def _write_differing(chunk: Chunk, position: int, home: Tensor, differs: Tensor) -> None:
+def _write_differing(chunk: Chunk, position: int, view: Tensor, home: Tensor, differs: Tensor) -> None:
+    """Write what differs of the part of a parameter that is at home here; all are flat."""
     if differs.any():
-        view = chunk.views[position]
-        write_slot(chunk, position, MASTER, torch.where(differs, view.to(home.dtype), home))
+        index = chunk.place(position, MASTER).index
+        write_part(chunk, MASTER, index, torch.where(differs, view.to(home.dtype), home).cpu())
     chunk.accept(position)
+
+
+def _flat(view: Tensor) -> Tensor:
+    """Dense memory as it lies."""
+    return view.detach().as_strided((view.numel(),), (1,))
 
 
 def check_assigned(chunk: Chunk, position: int, value: Tensor) -> None:

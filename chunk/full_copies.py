@@ -4,13 +4,17 @@ Forward and backward change no parameter, but ``nn.Embedding(max_norm=...)`` ren
 initialise and assign parameters. `FullCopies.quiet` brings all of that home.
 """
 
+from functools import partial
+
 from torch import Tensor
 
 from .chunk import Chunk
+from .communicator import Communicator, Gathering, Span
 from .edits import bring_edits_home, check_shape, put
 from .ledger import Ledger
 from .memory import DeviceBackend, Transfer
 from .move_counts import MoveCounts
+from .names import MASTER
 from .state import ChunkState
 from .tier import Tier
 
@@ -22,14 +26,17 @@ class FullCopies:
     ----------
     ledger, device
         The ledger, and the backend that has the memory.
+    communicator
+        The other owners, where chunks are not whole.
     """
 
-    def __init__(self, ledger: Ledger, device: DeviceBackend) -> None:
+    def __init__(self, ledger: Ledger, device: DeviceBackend, communicator: Communicator) -> None:
         self.counts = MoveCounts()
         self.resident: dict[Chunk, None] = {}
         """Chunks whose full copy has memory of its own, and maybe one that an interrupt has kept here."""
         self._ledger = ledger
         self._device = device
+        self._communicator = communicator
         self._nbytes = 0
         """What the ledger counts for full copies."""
 
@@ -47,7 +54,7 @@ class FullCopies:
         transfer: Transfer | None = None
         try:
             self._device.grow(chunk.full)
-            transfer = self._device.upload(chunk.full, chunk.source, chunk.update, background)
+            transfer = self._upload(chunk, chunk.update, background)
             chunk.begin_fetch(transfer)
         except BaseException:  # also the error of a pending update, where upload waited for it
             if not chunk.is_resident:
@@ -55,6 +62,13 @@ class FullCopies:
                     transfer.wait()
                 self._free(chunk)
             raise
+
+    def _upload(self, chunk: Chunk, after: Transfer | None, background: bool) -> Transfer:
+        own = self._device.upload(chunk.own_full, chunk.source, after, background)
+        if chunk.is_whole:
+            return own
+        span = Span(chunk.index, MASTER, 0)
+        return Gathering(own, partial(self._communicator.gather, span, chunk.full, chunk.plan.extents))
 
     def arrive(self, chunk: Chunk) -> None:
         """Wait for the move of a chunk, if one is under way. If it failed, the chunk is at home."""
@@ -68,7 +82,7 @@ class FullCopies:
 
     def fill_again(self, chunk: Chunk) -> None:
         """Bring what home has into a full copy that is there."""
-        self._device.upload(chunk.full, chunk.source, None, background=False).wait()
+        self._upload(chunk, None, background=False).wait()
 
     def evict(self, chunk: Chunk) -> None:
         """Free a full copy that nothing uses. Does nothing where it is the home itself, or lent."""

@@ -116,7 +116,7 @@ class GradientBuffer:
                 shaped.copy_(gradient)
         self._backend.store(flat, buffer, slot.offset)
         if self._norm_wanted:
-            self._norms[position] = _norm(flat.as_strided(slot.shape, slot.stride), 2.0)  # while it is in RAM
+            self._norms[position] = norm_of(flat.as_strided(slot.shape, slot.stride), 2.0)  # while it is in RAM
 
     @property
     def is_held(self) -> bool:
@@ -149,10 +149,10 @@ class GradientBuffer:
         """The norm of a gradient that is present, an fp32 scalar on CPU."""
         self._norm_wanted = self._norm_wanted or order == 2.0
         if self._views:
-            return _norm(self._views[position], order)
+            return norm_of(self._views[position], order)
         if order == 2.0 and position in self._norms:
             return self._norms[position]
-        return _norm(self.read(position), order)
+        return norm_of(self.read(position), order)
 
     def read(self, position: int) -> Tensor:
         """A copy of one gradient, in its parameter's shape."""
@@ -164,9 +164,13 @@ class GradientBuffer:
 
     def write(self, position: int, gradient: Tensor) -> None:
         """Replace one gradient (clipping by value)."""
+        self.forget(position)
+        self.add(position, gradient)
+
+    def forget(self, position: int) -> None:
+        """Forget one gradient."""
         self.present.discard(position)
         self._norms.pop(position, None)
-        self.add(position, gradient)
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -185,6 +189,7 @@ def _shaped(flat: Tensor, slot: Slot, offset: int) -> Tensor:
     return flat.as_strided(slot.shape, slot.stride, flat.storage_offset() + offset).data
 
 
-def _norm(tensor: Tensor, order: float) -> Tensor:
+def norm_of(tensor: Tensor, order: float) -> Tensor:
+    """A norm, an fp32 scalar on CPU."""
     norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=torch.float32)
     return norm.cpu()

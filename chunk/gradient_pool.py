@@ -21,6 +21,7 @@ from .gradient import GradientBuffer
 from .layout import ChunkLayout, size_class
 from .ledger import Ledger
 from .memory import DeviceBackend
+from .shared_gradient import Gradient
 from .tier import Tier
 
 logger = logging.getLogger(__name__)
@@ -154,9 +155,9 @@ class GradientPool:
         assert buffer is not None
         self._in_update.append((gradient, buffer, use))
 
-    def release(self, gradient: GradientBuffer) -> None:
+    def release(self, gradient: Gradient) -> None:
         """Take back at once the memory of a gradient that is not wanted any more."""
-        if gradient.is_borrowed and (buffer := gradient.give_up()) is not None:
+        if isinstance(gradient, GradientBuffer) and gradient.is_borrowed and (buffer := gradient.give_up()) is not None:
             self._end_loan(gradient, buffer, None)
 
     def _end_loan(self, gradient: GradientBuffer, buffer: Buffer, use: Use | None) -> None:

@@ -12,10 +12,12 @@ from gemini.errors import is_out_of_memory
 from .away import Keeper
 from .building import ChunkBuilder, reserve_homes
 from .chunk import Chunk
+from .communicator import ALONE, Communicator
 from .disk import DiskBackend
 from .edits import check_assigned, put
 from .eviction import Eviction
 from .full_copies import FullCopies
+from .gradient import GradientBuffer
 from .gradient_pool import GradientPool, Use
 from .layout import Slot
 from .ledger import Ledger
@@ -24,6 +26,7 @@ from .move_counts import MoveCounts
 from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
+from .shared_gradient import SharedGradient
 from .shortage import refused
 from .state import ChunkState
 from .tier import Tier
@@ -45,6 +48,8 @@ class ChunkManager:
     headroom
         Bytes that DEVICE has beyond its capacity, as far as the system can tell. What code outside of units holds may
         take of it.
+    communicator
+        The other owners, where the plans name several.
 
     Raises
     ------
@@ -60,22 +65,24 @@ class ChunkManager:
         disk: DiskBackend | None,
         gradient_room: Mapping[Tier, int] = MappingProxyType({}),
         headroom: Callable[[], int] = lambda: 0,
+        communicator: Communicator = ALONE,
     ) -> None:
         self.ledger = ledger
         self.device = device
         self.disk = disk
-        self.full_copies = FullCopies(ledger, device)
+        self.full_copies = FullCopies(ledger, device, communicator)
         self.eviction = Eviction(ledger, self.full_copies, headroom)
         self.access_count = 0
         """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
         self.origin = Origin()
+        self._communicator = communicator
         self._ahead: set[Chunk] = set()
         """Chunks that were fetched ahead of use, and not used since."""
         reserve_homes(plans, ledger, device)
         self.gradient_pool = GradientPool(ledger, device, disk, self.eviction)
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
-        self._builder = ChunkBuilder(ledger, device, disk, self.gradient_pool)
+        self._builder = ChunkBuilder(ledger, device, disk, self.gradient_pool, communicator)
         self.chunks = tuple(map(self._builder.build, plans))
         self._places: dict[int, tuple[Chunk, int]] = {}
 
@@ -98,8 +105,15 @@ class ChunkManager:
 
     def release_gradient_after(self, chunk: Chunk, use: Use) -> None:
         """Take back what a chunk has borrowed for its gradient, if it has, once an update is over."""
-        if chunk.gradient is not None and chunk.gradient.is_borrowed:
+        if isinstance(chunk.gradient, GradientBuffer) and chunk.gradient.is_borrowed:
             self.gradient_pool.retire(chunk.gradient, use)
+
+    def complete_gradients(self) -> None:
+        """A backward has come to its end: gradients that several owners keep go to the owners of their extents."""
+        if self._communicator.owner.count > 1:
+            for chunk in self.chunks:
+                if isinstance(chunk.gradient, SharedGradient):
+                    chunk.gradient.complete()
 
     def find(self, parameter: Tensor) -> tuple[Chunk, int] | None:
         """The chunk and the position of a parameter in it, or None if it is not managed."""
@@ -137,7 +151,7 @@ class ChunkManager:
             built = [self._builder.build(plan) for plan in plans]
             for new in built:
                 for position in range(len(new.layout.slots)):
-                    value = read_slot(self.chunks[new.index], position, MASTER)
+                    value = read_slot(self.chunks[new.index], position, MASTER, self._communicator)
                     write_slot(new, position, MASTER, value)
                 if fill is not None:
                     fill(new)
@@ -282,7 +296,7 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        return read_slot(chunk, position, name)
+        return read_slot(chunk, position, name, self._communicator)
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .content import BufferSpec, Codec, MasterCodec
+from .extent import EXTENT_MULTIPLE, SOLE, Owner, Place
 from .layout import ChunkLayout
 from .names import GRADIENT, MASTER
 from .tier import Tier
@@ -32,12 +33,20 @@ class ChunkPlan:
     """The update can write through to the full copy; if not, that is evicted instead."""
     borrows_gradient: bool = False
     """Its gradient has no home: it lives in borrowed memory until the update, which comes within backward."""
+    owner: Owner = SOLE
+    """Who keeps an extent of it at home, and together with how many others."""
 
     def __post_init__(self) -> None:
         if set(self.tiers) != set(self.specs):
             raise ValueError(
                 f"chunk {self.layout.index} has buffers {', '.join(self.specs)} and places for {', '.join(self.tiers)}"
             )
+        for spec in self.states if self.owner.count > 1 else ():
+            if EXTENT_MULTIPLE % spec.block_numel:
+                raise ValueError(
+                    f"{spec.name} has a value for each block of {spec.block_numel} elements, and several processes "
+                    f"keep extents that begin at multiples of {EXTENT_MULTIPLE}"
+                )
 
     @property
     def specs(self) -> dict[str, BufferSpec]:
@@ -59,6 +68,20 @@ class ChunkPlan:
         """True if an optimizer updates it (which one with no states of its own does as well)."""
         return GRADIENT in self.tiers or self.borrows_gradient
 
+    @property
+    def extents(self) -> tuple[range, ...]:
+        """The elements of the layout that each owner keeps at home."""
+        return self.owner.extents(self.layout.numel)
+
+    @property
+    def extent(self) -> range:
+        """The elements of the layout that are kept at home here."""
+        return self.extents[self.owner.index]
+
+    def place(self, position: int, block_numel: int = 1) -> Place:
+        """Where the values of a parameter are, of which there may be one for each block of elements."""
+        return Place.of(self.layout.slots[position], block_numel, self.extents, self.owner.index)
+
     def nbytes(self, name: str) -> int:
         """Bytes of a buffer."""
-        return self.specs[name].nbytes(self.layout.numel)
+        return self.specs[name].nbytes(len(self.extent))

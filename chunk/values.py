@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from .chunk import Chunk
+from .communicator import Communicator, Span
+from .names import MASTER
 from .state import ChunkState
 
 _PIECE_NUMEL = 1 << 18
@@ -14,7 +16,7 @@ _PIECE_NUMEL = 1 << 18
 
 
 class _Stored(Mapping[str, Tensor]):
-    """Copies, on CPU, of what the buffers of a chunk have for some elements (`Pieces`). Reads what is asked for."""
+    """Copies, on CPU, of what homes have from an index on (`Pieces`). Reads what is asked for."""
 
     def __init__(self, chunk: Chunk, start: int, numel: int) -> None:
         self._homes, self._start, self._numel = chunk.homes, start, numel
@@ -32,32 +34,61 @@ class _Stored(Mapping[str, Tensor]):
         return len(self._homes)
 
 
-def read_slot(chunk: Chunk, position: int, name: str) -> Tensor:
+def read_slot(chunk: Chunk, position: int, name: str, communicator: Communicator) -> Tensor:
     """A copy, on CPU, of the masters (``"master"``) or of one state of the parameter at this position."""
-    codec = chunk.codecs[name]
-    offset, shape, stride = chunk.place(position, name)
-    if not codec.computes:
-        flat = codec.decode(_Stored(chunk, offset, prod(shape)))
-    else:
-        flat = torch.empty(prod(shape), dtype=codec.dtype, device="cpu")
-        for part in flat.split(_PIECE_NUMEL):
-            part.copy_(codec.decode(_Stored(chunk, offset + part.storage_offset(), part.numel())))
-    return flat.as_strided(shape, stride)
+    place, flat = chunk.place(position, name), read_own(chunk, position, name)
+    if len(place.own) < place.numel:
+        own, flat = flat, flat.new_empty(place.numel)
+        flat[place.own.start : place.own.stop] = own
+        communicator.gather(Span(chunk.index, name, place.start), flat, place.parts)
+    return flat.as_strided(place.shape, place.stride)
 
 
 def write_slot(chunk: Chunk, position: int, name: str, value: Tensor) -> None:
-    """Put ``value`` (any dtype, the shape of `read_slot`, or one for all) where the masters or a state live."""
-    codec = chunk.codecs[name]
-    offset, shape, stride = chunk.place(position, name)
-    if not codec.computes:
+    """Put ``value`` (any dtype, the shape of `read_slot`, or one for all) where the masters or a state live.
+
+    Of what is at home with other owners they put their part.
+    """
+    codec, place = chunk.codecs[name], chunk.place(position, name)
+    if not codec.computes and len(place.own) == place.numel:
         for buffer, stored in codec.encode(value.detach(), {}).items():
-            _write(chunk, buffer, offset, shape, stride, stored)
+            home = chunk.homes[buffer]
+            with torch.no_grad():
+                if home.tensor is not None:
+                    offset = home.tensor.storage_offset() + place.index
+                    home.tensor.as_strided(place.shape, place.stride, offset).copy_(stored)
+                else:
+                    home.write(place.index, flattened(stored, place.shape, place.stride, home.dtype))
         return
-    start = offset
-    for part in _flat(value, shape, stride, codec.dtype).split(_PIECE_NUMEL):
-        for buffer, stored in codec.encode(part, _Stored(chunk, start, part.numel())).items():
-            chunk.homes[buffer].write(start, stored)
-        start += part.numel()
+    flat = flattened(value, place.shape, place.stride, codec.dtype)
+    write_part(chunk, name, place.index, flat[place.own.start : place.own.stop])
+
+
+def read_own(chunk: Chunk, position: int, name: str = MASTER) -> Tensor:
+    """A copy, on CPU, of what is at home here of the values of a parameter (flat)."""
+    place = chunk.place(position, name)
+    return read_part(chunk, name, place.index, len(place.own))
+
+
+def read_part(chunk: Chunk, name: str, index: int, numel: int) -> Tensor:
+    """A copy, on CPU, of values at home here (flat), from an index in their buffers on."""
+    codec = chunk.codecs[name]
+    if not numel:
+        return torch.empty(0, dtype=codec.dtype, device="cpu")
+    if not codec.computes:
+        return codec.decode(_Stored(chunk, index, numel))
+    flat = torch.empty(numel, dtype=codec.dtype, device="cpu")
+    for part in flat.split(_PIECE_NUMEL):
+        part.copy_(codec.decode(_Stored(chunk, index + part.storage_offset(), part.numel())))
+    return flat
+
+
+def write_part(chunk: Chunk, name: str, index: int, values: Tensor) -> None:
+    """Replace values at home here, from an index in their buffers on. ``values`` are flat, on CPU, of their dtype."""
+    for part in values.split(_PIECE_NUMEL) if values.numel() else ():
+        for buffer, stored in chunk.codecs[name].encode(part, _Stored(chunk, index, part.numel())).items():
+            chunk.homes[buffer].write(index, stored)
+        index += part.numel()
 
 
 def last_value(chunk: Chunk, position: int) -> Tensor:
@@ -72,6 +103,11 @@ def last_value(chunk: Chunk, position: int) -> Tensor:
     slot, view, home = chunk.layout.slots[position], chunk.views[position], chunk.source.tensor
     if chunk.state is ChunkState.READY:
         return view.clone(memory_format=torch.preserve_format)
+    if not chunk.is_whole:
+        raise RuntimeError(
+            f"{slot.name} was in the chunks of a boosted model that is gone, and other processes had parts of it: keep "
+            "the model for as long as its parameters are used, or keep p.detach().clone()"
+        )
     if home is None:
         raise RuntimeError(
             f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
@@ -91,18 +127,7 @@ def differing(view: Tensor, home: Tensor) -> Tensor:
     return view.detach().view(as_bits) != home.to(view.dtype).view(as_bits)
 
 
-def _write(
-    chunk: Chunk, buffer: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], value: Tensor
-) -> None:
-    home = chunk.homes[buffer]
-    with torch.no_grad():
-        if home.tensor is not None:
-            home.tensor.as_strided(shape, stride, home.tensor.storage_offset() + offset).copy_(value)
-            return
-        home.write(offset, _flat(value, shape, stride, home.dtype))
-
-
-def _flat(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def flattened(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``value`` (of this shape, or one for all) on CPU, as it lies in memory with these dense strides."""
     value = value.detach().to("cpu", dtype)
     if (value.shape, value.stride()) != (shape, stride):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .chunk import ALONE, Communicator
 from .planning.placement import AutoPlacementPolicy, PlacementPolicy
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,8 +55,15 @@ class GeminiConfig:
     telemetry: bool | Path = True
     """Write a run's records to the default folder, nowhere, or to this folder."""
     verbose: bool = False
+    communicator: Communicator = ALONE
+    """The other processes that keep the model together with this one."""
 
     def __post_init__(self) -> None:
+        if self.update_in_backward and self.communicator.owner.count > 1:
+            raise ValueError(
+                f"update_in_backward=True is for one process, this is one of {self.communicator.owner.count}: "
+                "gradients are summed over them when backward is over"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {self.precision!r}")
         for name in ("device_memory", "host_memory", "disk_memory", "chunk_numel", "search_step"):

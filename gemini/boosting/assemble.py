@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..boosted import Boosted
-from ..chunk import ChunkManager, SingleProcess
+from ..chunk import ChunkManager
 from ..config import GeminiConfig
 from ..engine import Engine, Listener
 from ..engine.device_room import DeviceRoom
@@ -49,16 +49,15 @@ def assemble(
     meter: NonModelMeter,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
-    communicator = SingleProcess()
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
-    scaling = Scaling(manager, communicator, scaler, config.max_norm)
+    scaling = Scaling(manager, config.communicator, scaler, config.max_norm)
     schedule: UpdateSchedule = AfterBackward()
     gradients = Gradients(manager) if scaler is None else ScaledGradients(manager)
     if config.update_in_backward and optimizer is not None:
         schedule, gradients = DuringBackward(manager, Completion(manager)), ConsumedGradients(manager)
     updater, values = Updater(manager, queue), Values(manager, schedule)
     options = Options.of(optimizer) if optimizer is not None else None
-    updates = Updates(manager, schedule, gradients, updater, scaling, communicator, options)
+    updates = Updates(manager, schedule, gradients, updater, scaling, options)
 
     units, statistics = Units(model, manager), Statistics(manager)
     listener: Listener = Silent(statistics)

@@ -218,6 +218,8 @@ class Engine:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
         for visit in self.visits.end_backward(task):
             self.leave_backward(visit)
+        if not self.visits.is_in_backward:
+            self.manager.complete_gradients()
         self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:

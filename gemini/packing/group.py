@@ -18,6 +18,7 @@ from ..chunk import (
     SplitBf16,
     WithShadow,
 )
+from ..chunk.extent import Owner
 from ..config import GeminiConfig
 from ..planning.placement import ChunkNeed, Placement
 
@@ -37,30 +38,38 @@ class Group:
     """Of the full copy and the gradient."""
     splits_master: bool
     """Its masters are in two halves where units can use the upper one. See [Note: Split master]."""
+    owner: Owner
+    """Who keeps which extent of its chunks."""
 
     @classmethod
     def of(cls, config: GeminiConfig, index: int, keeps_fp32: bool, states: tuple[BufferSpec, ...] = ()) -> "Group":
         """The group of parameters in the optimizer's group ``index`` (-1: in none)."""
         dtype = torch.float32 if keeps_fp32 else config.compute_dtype
         has_room = dtype is torch.bfloat16 and any(spec.has_spare_sign for spec in states)
-        return cls(index, keeps_fp32, states, dtype, config.split_master and has_room)
+        return cls(index, keeps_fp32, states, dtype, config.split_master and has_room, config.communicator.owner)
 
     @property
     def is_trainable(self) -> bool:
         return self.param_group >= 0
 
     def need(self, numel: int, borrow: bool) -> ChunkNeed:
-        """What a chunk of ``numel`` elements asks for; with ``borrow`` its gradient has no home."""
-        low, full = numel * self.compute_dtype.itemsize, numel * 4
+        """What a chunk of ``numel`` elements asks for; with ``borrow`` its gradient has no home.
+
+        The largest extent counts, so that all owners decide alike. Beside its home, each collects the whole gradient of
+        a backward in borrowed memory.
+        """
+        extent, is_alone = len(self.owner.extents(numel)[0]), self.owner.count == 1
+        low, full = extent * self.compute_dtype.itemsize, extent * 4
+        full_nbytes = numel * self.compute_dtype.itemsize
         if not self.is_trainable:
-            return ChunkNeed(buffers={MASTER: low}, full_nbytes=low, full_can_be_home=True)
-        buffers = {MASTER: full, **{spec.name: spec.nbytes(numel) for spec in self.states}}
+            return ChunkNeed(buffers={MASTER: low}, full_nbytes=full_nbytes, full_can_be_home=is_alone)
+        buffers = {MASTER: full, **{spec.name: spec.nbytes(extent) for spec in self.states}}
         return ChunkNeed(
             buffers=buffers if borrow else {**buffers, GRADIENT: low},
-            full_nbytes=low,
+            full_nbytes=full_nbytes,
             shadow_nbytes=low if low < full else 0,
-            borrows_gradient=borrow,
-            full_can_be_home=low == full or self.splits_master,
+            borrows_gradient=borrow or not is_alone,
+            full_can_be_home=is_alone and (low == full or self.splits_master),
         )
 
     def codec(self, is_full: bool, has_shadow: bool) -> MasterCodec:
@@ -90,7 +99,8 @@ def plans(
                 param_group=group.param_group,
                 borrows_gradient=group.is_trainable and GRADIENT not in homes,
                 full_is_home=is_full,
-                update_reaches_full=memory.update_reaches_full(homes[MASTER]),
+                update_reaches_full=group.owner.count == 1 and memory.update_reaches_full(homes[MASTER]),
+                owner=group.owner,
             )
         )
     return tuple(found)

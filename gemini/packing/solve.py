@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from ..chunk.layout import ChunkLayout, pack
 from ..chunk.memory_map import MemoryMap
+from ..chunk.names import GRADIENT
 from ..chunk.search import RING_CHUNKS, ChunkSearch, bounds, search_chunk_numel, waste_ratio
 from ..chunk.tier import Tier
 from ..planning.gradient_room import gradient_room
@@ -102,7 +103,9 @@ def _candidates(problem: Problem) -> Iterator[_Candidate]:
         for borrow in (True, False) if has_choice else (problem.borrows_gradients,):
             needs = [problem.needs[layout.slots[0].key](layout.numel, borrow) for layout in layouts]
             gradients = {i: need.full_nbytes for i, need in enumerate(needs) if need.borrows_gradient}
-            borrowed = gradient_room(use.stages, gradients)
+            is_summed = any(GRADIENT in needs[i].buffers for i in gradients)
+            stages = [frozenset(gradients)] if is_summed else use.stages  # all are there when backward is over
+            borrowed = gradient_room(stages, gradients)
             for ring in _ring_sizes(use, [need.full_nbytes for need in needs], problem.max_prefetch):
                 kept = replace(problem.capacity, ring_bytes=ring, staging_bytes=staging, gradient_bytes=borrowed)
                 yield _Candidate(search, layouts, use, block, needs, kept)

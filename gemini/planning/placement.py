@@ -39,7 +39,7 @@ class ChunkNeed:
     shadow_nbytes: int = 0
     """Bytes of the master in the compute dtype; 0 where that is the master's own."""
     borrows_gradient: bool = False
-    """Its gradient has no home."""
+    """Its gradient has no home; or it has one for the sum of several owners, once backward is over."""
     full_can_be_home: bool = False
     """Units can compute with its master, if that is where they run."""
 

@@ -32,9 +32,11 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
     if chunk.codecs[kept].computes:
         return None
     chunk.settle()
-    offset, shape, stride = chunk.place(position, kept)
+    at = chunk.place(position, kept)
+    if len(at.own) < at.numel:
+        return None
     with torch.no_grad():
-        return home.as_strided(shape, stride, home.storage_offset() + offset)
+        return home.as_strided(at.shape, at.stride, home.storage_offset() + at.index)
 
 
 def write_state(values: Values, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:

@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..chunk import QUIET, Chunk, GradientBuffer
+from ..chunk import QUIET, Chunk, Gradient
 from ..errors import StateError
 from .absent_gradient import AbsentGradient
 
@@ -74,7 +74,7 @@ class GradientSlot:
         return self.chunk.layout.slots[self.position].name
 
     @property
-    def buffer(self) -> GradientBuffer:
+    def buffer(self) -> Gradient:
         """The chunk's gradients."""
         assert self.chunk.gradient is not None
         return self.chunk.gradient
@@ -239,7 +239,7 @@ class GradientSlot:
 
     def forget(self) -> None:
         """The chunk has no gradient of this parameter."""
-        self.buffer.present.discard(self.position)
+        self.buffer.forget(self.position)
 
     def lose_sight(self) -> None:
         """What was shown is in ``p.grad`` no more."""

@@ -76,6 +76,8 @@ class Gradients:
         if view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device):
             return None
         assert buffer is not None
+        if not chunk.is_whole:
+            return AbsentGradient.of(parameter, "it is summed over the processes that train the model together")
         where = buffer.tier.value if buffer.tensor is None else str(buffer.tensor.device)
         return AbsentGradient.of(parameter, f"it is kept on {where}, and the parameter is on {parameter.device}")
 

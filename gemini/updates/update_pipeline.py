@@ -108,11 +108,15 @@ class Block:
     def tensor(self, name: str, buffer: Buffer) -> Tensor:
         """The elements of this block, in memory."""
         if buffer.tensor is not None:
-            return buffer.tensor[self.part(name, self.start, self.stop)]
-        return self.staged[name].view(buffer.dtype)[self.part(name, self.offset, self.offset + self.numel)]
+            return buffer.tensor[self.at_home(name)]
+        return self.staged[name].view(buffer.dtype)[self.within(name, self.offset, self.offset + self.numel)]
 
-    def part(self, name: str, start: int, stop: int) -> slice:
-        """What a buffer has for these elements; they begin with a block of those that share a value."""
+    def at_home(self, name: str) -> slice:
+        """Where a buffer has the elements of this block."""
+        return self.update.chunk.part(name, self.start, self.stop)
+
+    def within(self, name: str, start: int, stop: int) -> slice:
+        """What there is for these elements in a tensor that begins with a block of those that share a value."""
         spec = self.update.chunk.specs.get(name)
         return slice(start, stop) if spec is None else spec.part(start, stop)
 
@@ -234,13 +238,13 @@ class UpdatePipeline:
             return  # a retry: staging holds what was computed
         for name in block.staged:
             buffer = block.buffers()[name]
-            buffer.read(block.part(name, block.start, block.stop).start, block.tensor(name, buffer))
+            buffer.read(block.at_home(name).start, block.tensor(name, buffer))
 
     def _write(self, block: Block) -> None:
         for name in block.staged:
             if name != GRADIENT:
                 buffer = block.buffers()[name]
-                buffer.write(block.part(name, block.start, block.stop).start, block.tensor(name, buffer))
+                buffer.write(block.at_home(name).start, block.tensor(name, buffer))
 
     def _release(self, block: Block) -> None:
         for staged in block.staged.values():
@@ -289,7 +293,7 @@ def _compute(block: Block) -> None:
     while not block.is_computed:  # what one call wrote is not computed again by a retry
         stop = min(block.computed_numel + step, block.numel)
         done = block.computed_numel
-        _update(block, {name: tensor[block.part(name, done, stop)] for name, tensor in tensors.items()})
+        _update(block, {name: tensor[block.within(name, done, stop)] for name, tensor in tensors.items()})
         block.computed_numel = stop
 
 

@@ -93,7 +93,12 @@ class UpdateQueue:
         homes = [*update.chunk.homes.values(), update.chunk.gradient.buffer]
         streams = any(home.tensor is None for home in homes)
         size = self._staging.block_numel if streams and self._staging is not None else update.chunk.layout.numel
-        return [(*cut, run.at_step) for run in update.runs for cut in pieces(run.start, run.stop, size)]
+        first = update.chunk.extent.start
+        return [
+            (first + start, first + stop, offset, run.at_step)
+            for run in update.runs
+            for start, stop, offset in pieces(run.start - first, run.stop - first, size)
+        ]
 
     def retry(self) -> None:
         """Go on where an update failed."""

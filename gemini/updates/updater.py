@@ -41,6 +41,8 @@ class Planned:
 
     update: ChunkUpdate
     taken: Mapping[int, int]
+    is_empty: bool
+    """No parameter of the chunk takes a step, wherever its elements are at home."""
 
     @property
     def chunk(self) -> Chunk:
@@ -97,7 +99,7 @@ class Updater:
         of_step: dict[tuple[int, int, bool], BoundUpdate] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
-        previous = -2
+        previous, is_empty = -2, True
         rules = groups.of_chunk(chunk)
         for position in sorted(chunk.gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
@@ -111,12 +113,16 @@ class Updater:
             if (index, step, is_fresh) not in of_step:
                 of_step[index, step, is_fresh] = group.make(step, grad_scale, is_fresh)
             at_step = of_step[index, step, is_fresh]
+            is_empty = False
+            start, stop = max(slot.offset, chunk.extent.start), min(slot.stop, chunk.extent.stop)
+            if start >= stop:  # other owners update all of it
+                continue
             if runs and position == previous + 1 and runs[-1].at_step is at_step:
-                runs[-1] = Run(runs[-1].start, slot.stop, at_step)  # the zeros between them stay zeros
+                runs[-1] = Run(runs[-1].start, stop, at_step)  # the zeros between them stay zeros
             else:
-                runs.append(Run(slot.offset, slot.stop, at_step))
+                runs.append(Run(start, stop, at_step))
             previous = position
-        return Planned(ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh)), taken)
+        return Planned(ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh)), taken, is_empty)
 
     def _refreshed(self, chunk: Chunk, refresh: bool) -> Tensor | None:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""

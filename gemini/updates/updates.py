@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence, Set
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Communicator, Tier
+from ..chunk import Chunk, ChunkManager, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
 from .gradients import Gradients
 from .options import Options
@@ -28,8 +28,6 @@ class Updates:
         The chunks, when they are updated, what ``p.grad`` shows of their gradients, and what starts an update.
     scaling
         What gradients are multiplied by.
-    communicator
-        Told when a chunk's gradient is complete.
     options
         What the optimizer says of its updates; None for inference.
     """
@@ -41,7 +39,6 @@ class Updates:
         gradients: Gradients,
         updater: Updater,
         scaling: Scaling,
-        communicator: Communicator,
         options: Options | None,
     ) -> None:
         self.schedule = schedule
@@ -49,12 +46,9 @@ class Updates:
         self.scaling = scaling
         self._manager = manager
         self._updater = updater
-        self._communicator = communicator
         self._options = options
         self._groups: Groups | None = None
         """Those of the step under way, if backward has updated a chunk of it."""
-        self._complete: set[Chunk] = set()
-        """Chunks whose gradient was complete, and to which none has been added since."""
 
     def serve(self, optimizer: ManagedOptimizer) -> None:
         """Take the options from this optimizer from now on."""
@@ -82,7 +76,6 @@ class Updates:
         """Autograd has put a gradient into ``p.grad``. Returns chunks to `update` now."""
         slot = self.gradients.slot(parameter)
         chunk, position = slot.chunk, slot.position
-        self._complete.discard(chunk)
         arrival = slot.take(self.gradients.leaves_theirs)
         if arrival is None:
             return ()
@@ -104,9 +97,9 @@ class Updates:
             self._groups = self._updater.groups(self._options)
         if chunk.gradient.buffer is not None and chunk.gradient.buffer.tier is Tier.DISK:
             self._manager.device.synchronize()
-        self._make_ready(chunk)
+        self._manager.quiet(chunk)
         planned = self._updater.plan(self._groups, chunk, refresh=refresh)
-        if planned.update.runs:
+        if not planned.is_empty:
             self.schedule.updating(chunk, max(planned.taken.values(), default=0), self._options)
             self.start([planned])
 
@@ -118,23 +111,15 @@ class Updates:
         self.schedule.before_step(Options.of(optimizer))
 
     def collect(self) -> list[Chunk]:
-        """Take over what the user has done to gradients. Returns the chunks that have some, all complete."""
+        """Take over what the user has done to gradients. Returns the chunks that have some."""
         device = self._manager.device
         device.synchronize()
         self.gradients.collect(self.schedule.updated_early)
-        device.synchronize()  # what the user replaced may be on its way
         chunks = [c for c in self._manager.chunks if c.gradient is not None and c.gradient.present]
+        device.synchronize()  # what the user replaced, or other owners have sent, may be on its way
         for chunk in chunks:
-            self._make_ready(chunk)
+            self._manager.quiet(chunk)  # an error of the last step surfaces before anything of this one is changed
         return chunks
-
-    def _make_ready(self, chunk: Chunk) -> None:
-        """Have a chunk quiet and its gradient complete, before anything of the step is changed."""
-        self._manager.quiet(chunk)  # an error of the last step surfaces here
-        if chunk not in self._complete:
-            self._complete.add(chunk)
-            assert chunk.gradient is not None
-            self._communicator.reduce_gradient(chunk.gradient)
 
     def start(self, planned: Sequence[Planned]) -> None:
         """Start updates, in this order; from now on the chunks' gradients are theirs."""
@@ -145,7 +130,6 @@ class Updates:
 
     def after_step(self) -> None:
         """Every parameter has taken the step."""
-        self._complete.clear()
         self.schedule.after_step()
 
     # -- gradients that are not wanted
@@ -175,7 +159,6 @@ class Updates:
                 if had_some:
                     self._manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
-                self._complete.discard(chunk)
         self.scaling.forget()
 
     def abandon(self) -> None:
