@@ -11,7 +11,7 @@ from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
 from ..updates.values import Values
-from .saved_states import home_of, read_state, write_state
+from .saved_states import codec_of, home_of, read_state, write_state
 from .shown_states import ShownStates
 from .state_tensor import StateTensor
 
@@ -72,29 +72,18 @@ class KeptStates:
         known = self._known(parameter) if self._is_begun(parameter) else []
         return [*known, *self._notes.get(id(parameter), ())]
 
-    def notes(self, parameter: Tensor) -> Mapping[Any, Any]:
-        """What others have put into its state."""
-        return self._notes.get(id(parameter), {})
-
-    def slots(self, parameter: Tensor) -> tuple[BufferSpec, ...]:
-        """What the optimizer keeps for each element, as state dicts have it."""
-        return self._rule.saved_slots(self._chunk(parameter).states)
-
     def form(self, parameter: Tensor, name: str) -> Tensor:
         """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
         if name == STEP:
             return torch.empty((), dtype=torch.float32, device="meta")
-        dtype, place = (
-            next(slot.dtype for slot in self.slots(parameter) if slot.name == name),
-            self._manager.slot(parameter),
-        )
-        return torch.empty_strided(place.shape, place.stride, dtype=dtype, device="meta")
+        dtype, slot = codec_of(self._manager, self._rule, parameter, name).dtype, self._manager.slot(parameter)
+        return torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device="meta")
 
     def _is_begun(self, parameter: Tensor) -> bool:
         return id(parameter) in self._updater.steps or self._rule.has_initial_state
 
     def _known(self, parameter: Tensor) -> list[str]:
-        return [*([STEP] if self._rule.takes_step else []), *(slot.name for slot in self.slots(parameter))]
+        return [*([STEP] if self._rule.takes_step else []), *self._rule.codecs(self._chunk(parameter).states)]
 
     def _chunk(self, parameter: Tensor) -> Chunk:
         place = self._manager.find(parameter)

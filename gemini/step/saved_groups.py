@@ -46,8 +46,8 @@ def check_groups(
                 f"with its options {rule.name} keeps {', '.join(lacking)}, for which group {index} has no room; give "
                 "the optimizer these options before booster.boost"
             )
-        wanted = {slot.name for slot in rule.saved_slots(slots)}
-        known = {slot.name for slot in rule.saved_slots((*slots, *rule.slots(group), *room.get(index, ())))}
+        wanted = set(rule.codecs(slots))
+        known = set(rule.codecs((*slots, *rule.slots(group), *room.get(index, ()))))
         for parameter, number in zip(group["params"], saved["params"], strict=True):
             kept_beside = set(optimizer.state.get(parameter, ()))
             faults += _faults(parameter, number, states.get(number, {}), wanted, known, kept_beside, rule)

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from ..chunk import ChunkManager
+from ..chunk import ChunkManager, Codec
 from ..nn.optimizer.rules.rule import Rule
 from ..updates.values import Values
 
 
 def read_state(values: Values, rule: Rule, parameter: Tensor, name: str) -> Tensor:
     """A copy on CPU, in the parameter's shape."""
-    kept = [values.read(parameter, buffer) for buffer in rule.kept_names(name)]
-    slot = values.manager.slot(parameter)
-    saved = rule.to_saved(name, [tensor.as_strided((tensor.numel(),), (1,)) for tensor in kept])
-    return saved.as_strided(slot.shape, slot.stride)
+    codec, slot = codec_of(values.manager, rule, parameter, name), values.manager.slot(parameter)
+    kept = {spec.name: values.read(parameter, spec.name) for spec in codec.specs}
+    flat = {buffer: tensor.as_strided((tensor.numel(),), (1,)) for buffer, tensor in kept.items()}
+    return codec.decode(flat).as_strided(slot.shape, slot.stride)
 
 
 def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor | None:
@@ -24,10 +24,10 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
     place = manager.find(parameter)
     assert place is not None
     chunk, position = place
-    (kept, *others) = rule.kept_names(name)
+    codec = codec_of(manager, rule, parameter, name)
+    kept = codec.specs[0].name
     home = chunk.homes[kept].tensor
-    saved = next(spec for spec in rule.saved_slots(chunk.states) if spec.name == name)
-    if others or home is None or home.device != parameter.device or home.dtype != saved.dtype:
+    if codec.computes or home is None or home.device != parameter.device or home.dtype != codec.dtype:
         return None
     if chunk.codecs[kept].computes:
         return None
@@ -41,13 +41,19 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
 
 def write_state(values: Values, rule: Rule, parameter: Tensor, name: str, value: Tensor) -> None:
     """Put ``value`` (any dtype, the parameter's shape) where it belongs."""
-    buffers = rule.kept_names(name)
-    if len(buffers) == 1:
-        values.write(parameter, buffers[0], value)
+    codec, slot = codec_of(values.manager, rule, parameter, name), values.manager.slot(parameter)
+    if not codec.computes:
+        values.write(parameter, codec.specs[0].name, value)  # it rounds
         return
-    slot = values.manager.slot(parameter)
     flat = value.detach().new_empty(slot.numel, device="cpu")
     flat.as_strided(slot.shape, slot.stride).copy_(value)
-    for buffer, kept in zip(buffers, rule.to_kept(name, flat), strict=True):
+    for buffer, kept in codec.encode(flat, {}).items():
         shaped = kept.as_strided(slot.shape, slot.stride) if kept.numel() == slot.numel else kept
         values.write(parameter, buffer, shaped)
+
+
+def codec_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Codec:
+    """How a state of a parameter lies in the buffers of its chunk."""
+    place = manager.find(parameter)
+    assert place is not None
+    return rule.codecs(place[0].states)[name]

@@ -1,4 +1,4 @@
-"""The seam between an optimizer and whoever manages its parameters, and what all optimizers on it have in common."""
+"""The base class of all boosted optimizers, and the protocol of the step that takes over their work."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence

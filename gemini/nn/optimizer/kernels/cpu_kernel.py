@@ -156,7 +156,7 @@ def _marked(builder: Any, number: Any, master: Any) -> Any:
 
 @_instructions(types.float32, types.float32)
 def _unmarked(builder: Any, number: Any) -> Any:
-    """What `_marked` undoes."""
+    """The number that `_marked` was given."""
     return builder.bitcast(builder.and_(builder.bitcast(number, _I32), _I32(0x7FFFFFFF)), _F32)
 
 
@@ -362,8 +362,8 @@ def _element(param: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, i: Any, numbe
 
 
 def _at(address: int, like: Any, start: int, numel: int) -> Any:
-    """So many elements from element ``start`` on of the array of ``like``'s type that begins at an address; None where
-    ``like`` is. For kernels."""
+    """Elements ``start`` to ``start + numel`` of the array of ``like``'s type that begins at an address; None where
+    ``like`` is None. For kernels."""
     raise NotImplementedError
 
 

@@ -103,7 +103,8 @@ def many_cpu(
     form
         How the moments are kept; parameters are float32.
     table
-        int64, a row for each parameter (`MANY_COLUMNS`). Nobody else keeps its memory alive. Two rows share none.
+        int64, a row for each parameter (`MANY_COLUMNS`). The caller keeps that memory alive until the step is
+        done. No two rows share any.
     dtypes
         Of gradients and low-precision copies (None: there are none).
     step

@@ -57,10 +57,7 @@ def _update(
     with torch.no_grad():
         for start in range(0, grad.numel(), SLICE_NUMEL):
             stop = min(start + SLICE_NUMEL, grad.numel())
-            parts = [
-                buffer[start // spec.block_numel : spec.numel(stop)]
-                for spec, buffer in zip(FORMS[form], buffers, strict=True)
-            ]
+            parts = [buffer[spec.part(start, stop)] for spec, buffer in zip(FORMS[form], buffers, strict=True)]
             p, m, v = _adam(*decode(*parts), grad[start:stop].float(), scalars)
             for part, new in zip(parts, encode(p, m, v, scalars.noise), strict=True):
                 part.copy_(new)

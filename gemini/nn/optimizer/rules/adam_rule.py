@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemini.chunk import Codec
+
 from ..kernels.arithmetic import AdamHyper, AdamScalars, scalars
-from ..kernels.forms import MOMENTS, SPLIT
+from ..kernels.forms import SPLIT
 from ..kernels.update import adam_update, atomic_numel
 from . import moments
 from .group_options import refuse_options
@@ -54,17 +56,8 @@ class AdamRule:
     def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         return self._slots
 
-    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
-        return tuple(BufferSpec(slot.name) for slot in slots if slot.name in MOMENTS)
-
-    def kept_names(self, name: str) -> tuple[str, ...]:
-        return moments.kept_names(self.states, name)
-
-    def to_saved(self, name: str, kept: Sequence[Tensor]) -> Tensor:
-        return moments.unpack(self.states, name, kept)
-
-    def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
-        return moments.pack(self.states, name, saved)
+    def codecs(self, slots: Sequence[BufferSpec]) -> Mapping[str, Codec]:
+        return moments.CODECS[self.states]
 
     def bind(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> BoundRule:
         return partial(_at_step, self.states, AdamHyper.of_group(group))

@@ -1,5 +1,8 @@
-"""Trying whether an optimizer is element-wise, instead of believing it: with a torch to come, or with options nobody
-thought of, a piece may be computed otherwise than the whole, and chunks would train to other numbers without a word."""
+"""Check by a few steps that an optimizer is element-wise.
+
+A later torch, or an unforeseen option, may compute a piece otherwise than the whole, and chunks would train to other
+numbers.
+"""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise

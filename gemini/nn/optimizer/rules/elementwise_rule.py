@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gemini.chunk import Codec, Plain
+
 from . import pieces
 from .elementwise import Kind
-from .rule import BoundRule, BoundUpdate, BufferSpec, KeptAsSaved
+from .rule import BoundRule, BoundUpdate, BufferSpec
 from .sgd import SgdUpdate, is_plain_form
 
 _REFUSED = ("differentiable", "capturable")
 
 
-class ElementwiseRule(KeptAsSaved):
+class ElementwiseRule:
     """An element-wise torch optimizer (a `Rule`).
 
     Parameters
@@ -45,6 +47,9 @@ class ElementwiseRule(KeptAsSaved):
 
     def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         return tuple(BufferSpec(name) for name in self.kind.states(group))
+
+    def codecs(self, slots: Sequence[BufferSpec]) -> dict[str, Codec]:
+        return {spec.name: Plain(spec) for spec in slots}
 
     def keeps_state(self, group: Mapping[str, Any]) -> bool:
         return self.kind.keeps_state(group)

@@ -1,4 +1,4 @@
-"""The seam between an optimizer's arithmetic and whoever keeps its states: what a rule is.
+"""The rule protocol: an optimizer's arithmetic, and the states that its manager keeps for it.
 
 A rule is element-wise: what happens to an element depends on this element's values and on numbers that are the same for
 all, so any cut of a flat buffer into pieces gives the same bits, and pieces may lie anywhere.
@@ -11,11 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gemini.chunk import BufferSpec
+from gemini.chunk import BufferSpec, Codec
 
 __all__ = [
     "BoundUpdate",
-    "KeptAsSaved",
     "Rule",
     "BoundSplitUpdate",
     "BufferSpec",
@@ -46,7 +45,7 @@ class BoundUpdate(Protocol):
         Raises
         ------
         Exception
-            Whatever it is, nothing has been written then if there were at most `atomic_numel` elements.
+            On any exception nothing has been written, if there were at most `atomic_numel` elements.
         """
 
     def atomic_numel(self, device: torch.device) -> int | None:
@@ -92,17 +91,8 @@ class Rule(Protocol):
     def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         """What it keeps for each element of the parameters of a group."""
 
-    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
-        """What state dicts and checkpoints have instead of these slots, each in the shape of the parameter."""
-
-    def kept_names(self, name: str) -> tuple[str, ...]:
-        """The slots that a saved state is kept in."""
-
-    def to_saved(self, name: str, kept: Sequence[Tensor]) -> Tensor:
-        """A saved state (flat) from what the slots of `kept_names` have for a parameter (flat)."""
-
-    def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
-        """What `to_saved` undoes."""
+    def codecs(self, slots: Sequence[BufferSpec]) -> Mapping[str, Codec]:
+        """How the states that state dicts and checkpoints have lie in these slots, by their names there."""
 
     def keeps_state(self, group: Mapping[str, Any]) -> bool:
         """Whether a step with these options leaves a state behind. Plain SGD's does not."""
@@ -121,22 +111,6 @@ class Rule(Protocol):
 
     def refuse(self, group: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if a group (a saved one, say) switches on an option that is not supported."""
-
-
-class KeptAsSaved:
-    """The part of a rule that says: states are saved as they are kept."""
-
-    def saved_slots(self, slots: Sequence[BufferSpec]) -> tuple[BufferSpec, ...]:
-        return tuple(slots)
-
-    def kept_names(self, name: str) -> tuple[str, ...]:
-        return (name,)
-
-    def to_saved(self, name: str, kept: Sequence[Tensor]) -> Tensor:
-        return kept[0]
-
-    def to_kept(self, name: str, saved: Tensor) -> tuple[Tensor, ...]:
-        return (saved,)
 
 
 def has_state(saved: Mapping[str, Any]) -> bool:
