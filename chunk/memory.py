@@ -27,6 +27,8 @@ from .write_behind import WriteBehind
 
 BLOCK_NUMEL = 1 << 16
 """Elements that are decoded at once."""
+SHORT_BYTES = 1 << 19
+"""A copy within RAM of at most this many bytes is made at once: a worker takes as long to wake up."""
 FETCH_WORKERS = 2
 """Threads that read from disk: one reads while the other converts."""
 
@@ -244,7 +246,8 @@ class RamBackend:
         pass
 
     def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
-        if not background and source.tensor is not None:
+        is_short = after is None and source.nbytes <= SHORT_BYTES
+        if source.tensor is not None and (is_short or not background):
             self._fill(full, source, after)
             return Arrived()
         move = Move(partial(self._fill, full, source, after))

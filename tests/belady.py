@@ -7,31 +7,31 @@ from gemini.planning.planner import Planner, Schedule
 
 
 def belady(
-    lap: Sequence[Collection[int]], capacity: int, laps: int, lost: Collection[int] = (), horizon: int = 2
+    cycle: Sequence[Collection[int]], capacity: int, cycles: int, lost: Collection[int] = (), horizon: int = 2
 ) -> list[int]:
-    """Fetches of each lap by Belady's rule, for chunks of one byte, from an empty device on.
+    """Fetches of each cycle by Belady's rule, for chunks of one byte, from an empty device on.
 
-    The whole sequence of uses is written down, ``horizon`` laps longer than what is counted, and searched for the next
+    The whole sequence of uses is written down, ``horizon`` cycles longer than what counts, and searched for the next
     use of every chunk. Nothing is read ahead, so this is the least that any plan can do with.
     """
-    sequence = [set(chunks) for _ in range(laps + horizon) for chunks in lap]
+    sequence = [set(chunks) for _ in range(cycles + horizon) for chunks in cycle]
     never = len(sequence)
     next_use: list[dict[int, int]] = []
     upcoming: dict[int, int] = {}
     for now in reversed(range(len(sequence))):
         next_use.append({chunk: upcoming.get(chunk, never) for chunk in sequence[now]})
         upcoming.update(dict.fromkeys(sequence[now], now))
-        if now % len(lap) == 0:
+        if now % len(cycle) == 0:
             upcoming.update(dict.fromkeys(lost, never))
     next_use.reverse()
 
     resident: dict[int, int] = {}
-    counts = [0] * laps
-    for now in range(laps * len(lap)):
-        if now % len(lap) == 0:
+    counts = [0] * cycles
+    for now in range(cycles * len(cycle)):
+        if now % len(cycle) == 0:
             resident = {chunk: use for chunk, use in resident.items() if chunk not in lost}
         need = sequence[now]
-        counts[now // len(lap)] += len(need - resident.keys())
+        counts[now // len(cycle)] += len(need - resident.keys())
         resident.update(next_use[now])
         while len(resident) > capacity:
             del resident[max(resident.keys() - need, key=lambda chunk: (resident[chunk], chunk))]
@@ -40,10 +40,10 @@ def belady(
 
 @dataclass(frozen=True)
 class Played:
-    """What laps of a plan did."""
+    """What cycles of a plan did."""
 
     fetched: list[int]
-    """Fetches and prefetches of each lap, what was prefetched for the next one included."""
+    """Fetches and prefetches of each cycle, what was prefetched for the next one included."""
     waited: list[int]
     """Those that nothing had prefetched."""
 
@@ -53,15 +53,15 @@ def play(
     nbytes: Mapping[int, int],
     capacity: int | Sequence[int],
     depth: int,
-    laps: int,
+    cycles: int,
     lost: Collection[int] = (),
     resident: Collection[int] = (),
 ) -> Played:
-    """Do what the plan says, lap after lap, and check at every step all that it promises."""
+    """Do what the plan says, cycle after cycle, and check at every step all that it promises."""
     there = set(resident)
     fetched, waited = [], []
-    for _ in range(laps):
-        schedule = planner.lap(there)
+    for _ in range(cycles):
+        schedule = planner.schedule(there)
         count, count_waited = _play_lap(schedule, there, nbytes, capacity, depth)
         there -= set(lost)
         assert not schedule.between.fetch

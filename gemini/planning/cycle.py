@@ -10,7 +10,7 @@ Plan = Callable[[Trace], Planner]
 PLANS_KEPT = 8
 """Of each kind. Batches of a few kinds, experts in a few combinations: each keeps its own."""
 MOST_MOMENTS = 100_000
-"""A cycle that never ends, because nobody calls the model itself, begins anew after so many."""
+"""A cycle of so many moments begins anew: it would never end where nobody calls the model itself."""
 
 
 class Cycle:
@@ -85,7 +85,7 @@ class Cycle:
         done = tuple(self._recorder.moments)
         for planner in self._planners[self.with_gradients]:
             if planner.trace.moments[: len(done)] == done:
-                self._schedule = planner.lap(self._resident)
+                self._schedule = planner.schedule(self._resident)
                 return len(done) - 1
         try:
             return schedule.trace.moments.index(moment, self._position)
@@ -112,7 +112,7 @@ class Cycle:
         self.with_gradients = with_gradients
         planner = self.expected(with_gradients)
         self._resident = resident
-        self._schedule = planner.lap(resident) if planner is not None else None
+        self._schedule = planner.schedule(resident) if planner is not None else None
         self._position = 0
 
     def _note(self, planner: Planner) -> None:

@@ -2,7 +2,7 @@
 
 Three questions, answered one after the other:
 
-1. *What to keep.* Eviction takes the chunk whose next use is farthest away, counting round into the next lap (Belady's
+1. *What to keep.* Eviction takes the chunk whose next use is farthest away, also in the next cycle (Belady's
    OPT, which PatrickStar applied to training). Forward and backward are a palindrome, where that equals LRU; evaluation
    and generation are cyclic, where LRU would miss every time. Eviction is free (full copies are clean), so the only
    cost counted is fetches.
@@ -11,7 +11,7 @@ Three questions, answered one after the other:
 3. *Whether to keep less.* Where OPT keeps so much that fetches must wait (a cycle that nearly fits), the next chunks
    are kept within reach as if they were in use, if that saves more waiting than it costs fetches.
 
-A lap is planned from what is there when it begins. Optimal laps need not repeat (of three chunks in a room of two, a
+A cycle is planned from what is there when it begins. Optimal ones need not repeat (of three chunks in a room of two, a
 cycle keeps another one each time), and what is there may be the doing of another cycle.
 """
 
@@ -25,7 +25,7 @@ from .trace import Trace
 
 NEVER = 1 << 60
 SETTLING_LAPS = 3
-"""After so many laps their cost shows what a choice costs in the long run."""
+"""Cycles that are planned to see what a choice costs in the long run."""
 LAPS_REMEMBERED = 64
 """Beginnings whose schedules are kept; training has one or two."""
 
@@ -41,24 +41,24 @@ class Actions:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The plan of one lap."""
+    """The plan of one cycle."""
 
     trace: Trace
     actions: tuple[Actions, ...]
     """One per moment of the trace."""
     between: Actions
-    """For the time before the next lap, when nothing is in use (behind the optimizer step)."""
+    """For the time before the next cycle, when nothing is in use (behind the optimizer step)."""
     end: frozenset[int]
-    """What is there when the next lap begins."""
+    """What is there when the next cycle begins."""
 
 
 class Planner:
-    """Plans the laps of a cycle that repeats.
+    """Plans cycles that repeat.
 
     Parameters
     ----------
     trace
-        The moments of one lap.
+        The moments of one cycle.
     nbytes
         Bytes of each chunk's full copy; chunks that are left out (their home is the full copy) are always there.
     capacity_bytes
@@ -66,7 +66,7 @@ class Planner:
     depth
         How many chunks may be on their way ahead of use; 0 prefetches nothing.
     lost
-        Chunks whose full copies do not outlive a lap: the optimizer step rewrites their homes out of its reach.
+        Chunks whose full copies do not outlive a cycle: the optimizer step rewrites their homes out of its reach.
 
     Raises
     ------
@@ -92,7 +92,7 @@ class Planner:
             need = sum(nbytes[c] for c in chunks)
             if need > room:
                 raise ValueError(f"unit {moment.unit} needs {need} bytes of full copies at once, capacity is {room}")
-        self._in_use = [*in_use, frozenset()]  # the last one is the time between two laps
+        self._in_use = [*in_use, frozenset()]  # the last one is the time between two cycles
         self._capacity = [*capacity, *capacity[:1]]
         self._ahead = _ahead(self._in_use, depth, self._lost)
         self._laps: dict[frozenset[int], Schedule] = {}
@@ -102,11 +102,11 @@ class Planner:
 
     @property
     def first(self) -> tuple[int, ...]:
-        """The chunks to prefetch before a lap when nothing else is known."""
+        """The chunks to prefetch before a cycle when nothing else is known."""
         return self._ahead[-1]
 
-    def lap(self, resident: Collection[int] = ()) -> Schedule:
-        """The lap that begins with these full copies on DEVICE."""
+    def schedule(self, resident: Collection[int] = ()) -> Schedule:
+        """The cycle that begins with these full copies on DEVICE."""
         start = frozenset(c for c in resident if c in self._nbytes)
         schedule = self._laps.get(start)
         if schedule is None:
@@ -129,49 +129,49 @@ class Planner:
             self._needs.append(frozenset(need))
 
     def _cost_of_reach(self, reach: int) -> int:
-        """Bytes moved in a lap, and again those that are waited for."""
+        """Bytes moved in a cycle, and again those that are waited for."""
         self._set_reach(reach)
-        lap, begin = self.lap(), frozenset[int]()
+        cycle, begin = self.schedule(), frozenset[int]()
         for _ in range(SETTLING_LAPS):
-            if lap.end == begin:
+            if cycle.end == begin:
                 break
-            begin = lap.end
-            lap = self.lap(begin)
-        waited = [c for actions in lap.actions for c in actions.fetch]
-        moved = [c for actions in (*lap.actions, lap.between) for c in (*actions.fetch, *actions.prefetch)]
+            begin = cycle.end
+            cycle = self.schedule(begin)
+        waited = [c for actions in cycle.actions for c in actions.fetch]
+        moved = [c for actions in (*cycle.actions, cycle.between) for c in (*actions.fetch, *actions.prefetch)]
         return sum(self._nbytes[c] for c in (*waited, *moved))
 
     def _plan(self, start: frozenset[int]) -> Schedule:
         if not self.trace.moments:
             return Schedule(self.trace, (), Actions(), start - self._lost)
-        lap = _Lap(self._needs, self._capacity, self._nbytes, start, self._lost)
+        cycle = _Cycle(self._needs, self._capacity, self._nbytes, start, self._lost)
         fetches: list[list[tuple[int, int]]] = [[] for _ in self._needs]
         between = len(self._needs) - 1
         for when in range(2 * len(self._needs)):
-            # Of the lap after this one only what can be fetched before it begins.
+            # Of the cycle after this one only what can be fetched before it begins.
             earliest = 0 if when <= between else between
             now = when % len(self._needs)
-            for chunk in self._in_order(lap.missing[when], now):
-                at = lap.advance(chunk, when, earliest, self._ahead)
+            for chunk in self._in_order(cycle.missing[when], now):
+                at = cycle.advance(chunk, when, earliest, self._ahead)
                 if at <= between:
                     fetches[at].append((chunk, when))
-        return self._emit(lap, start, fetches)
+        return self._emit(cycle, start, fetches)
 
     def _in_order(self, chunks: Collection[int], now: int) -> list[int]:
         """What a moment uses, then what it keeps within reach, nearest first."""
         ahead = {chunk: i for i, chunk in enumerate(self._ahead[now])}
         return sorted(chunks, key=lambda c: (-1 if c in self._in_use[now] else ahead[c], c))
 
-    def _emit(self, lap: "_Lap", start: frozenset[int], fetches: Sequence[Sequence[tuple[int, int]]]) -> Schedule:
+    def _emit(self, cycle: "_Cycle", start: frozenset[int], fetches: Sequence[Sequence[tuple[int, int]]]) -> Schedule:
         resident, used = set(start), sum(self._nbytes[c] for c in start)
-        kept_until = dict(lap.kept[-1])
+        kept_until = dict(cycle.kept[-1])
         idle = deque(sorted(start - kept_until.keys()))
         actions = []
         for now, (needs, in_use) in enumerate(zip(self._needs, self._in_use, strict=True)):
             if now == len(self.trace.moments):
                 used -= sum(self._nbytes[c] for c in resident & self._lost)
                 resident -= self._lost
-            kept_until.update((c, lap.kept[now].get(c, now)) for c in needs)
+            kept_until.update((c, cycle.kept[now].get(c, now)) for c in needs)
             kept_until.update((c, until) for c, until in fetches[now] if c not in needs)
             new = [c for c, _ in fetches[now] if c not in resident]  # by chance it may be there still
             used += sum(self._nbytes[c] for c in new)
@@ -192,8 +192,8 @@ class Planner:
 def _ahead(in_use: Sequence[frozenset[int]], depth: int, lost: frozenset[int]) -> list[tuple[int, ...]]:
     """Per moment the next ``depth`` chunks that are not in use then, nearest first.
 
-    Not past the end of a lap, because the optimizer step lies there, and what it rewrites would be fetched in vain.
-    The time between two laps, when nothing is in use, looks from there to the beginning: what was in use last is there
+    Not past the end of a cycle, because the optimizer step lies there, and what it rewrites would be fetched in vain.
+    Between two of them, when nothing is in use, it looks from there to the beginning: what was in use last is there
     unless it is lost.
     """
     found: list[tuple[int, ...]] = [()] * len(in_use)
@@ -207,11 +207,11 @@ def _ahead(in_use: Sequence[frozenset[int]], depth: int, lost: frozenset[int]) -
     return found
 
 
-class _Lap:
-    """What Belady's rule keeps in a lap and in the one after it: the end of one is the beginning of the other.
+class _Cycle:
+    """What Belady's rule keeps in a cycle and in the one after it: the end of one is the beginning of the other.
 
-    Moments are counted through both laps. ``kept[i]`` says until which use the chunks of moment ``i`` stay from there;
-    ``kept[-1]`` says it for those that were there when the lap began.
+    Moments are counted through both. ``kept[i]`` says until which use the chunks of moment ``i`` stay from there;
+    ``kept[-1]`` says it for those that were there when the cycle began.
     """
 
     def __init__(
@@ -262,11 +262,11 @@ def _belady(
     start: frozenset[int],
     lost: frozenset[int],
 ) -> Iterator[frozenset[int]]:
-    """What is missing at each moment if the chunk that is needed last always goes first. ``needs`` are two laps."""
+    """What is missing at each moment if the chunk that is needed last always goes first. ``needs`` are two cycles."""
     ends = (len(needs) // 2 - 1, len(needs) - 1)
     next_use: list[dict[int, int]] = []
     upcoming: dict[int, int] = {}
-    for now in reversed(range(2 * len(needs))):  # two more laps tell what comes after the second
+    for now in reversed(range(2 * len(needs))):  # two more cycles tell what comes after the second
         if now < len(needs):
             next_use.append({chunk: upcoming[chunk] for chunk in needs[now]})
         upcoming.update(dict.fromkeys(needs[now % len(needs)], now))

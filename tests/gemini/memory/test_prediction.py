@@ -55,7 +55,7 @@ def test_the_copies_of_a_lap_are_counted_moment_by_moment() -> None:
         uses = [chance.sample(range(8), 2) for _ in range(20)]
         trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(chunks)) for i, chunks in enumerate(uses)))
         capacity = 24
-        schedule = Planner(trace, nbytes, capacity, depth=2).lap([0, 1])
+        schedule = Planner(trace, nbytes, capacity, depth=2).schedule([0, 1])
         there, expected = {0, 1}, []
         for actions in schedule.actions:
             for chunk in actions.evict:

@@ -86,9 +86,9 @@ def test_steps_fetch_what_belady_would_and_wait_for_no_miss(
     chunks = {chunk.index for chunk in engine.manager.chunks if not chunk.full_is_home}
     planner = engine.pacing.cycle.expected(with_gradients=True)
     assert planner is not None
-    lap = [moment.in_use & chunks for moment in planner.trace.moments]
+    cycle = [moment.in_use & chunks for moment in planner.trace.moments]
     room = engine.room.full_capacity_bytes // COPY
-    optimum = belady(lap, room, STEPS)[SETTLED:]
+    optimum = belady(cycle, room, STEPS)[SETTLED:]
     assert sum(optimum) > 0, "it streams"
     fetched, missed = (last - first for last, first in zip(counts[-1], counts[SETTLED - 1], strict=True))
     assert fetched <= 1.02 * sum(optimum)

@@ -16,11 +16,11 @@ def trace_of(moments: Sequence[Sequence[int]]) -> Trace:
     return Trace(tuple(Moment(i, Phase.FORWARD, frozenset(chunks)) for i, chunks in enumerate(moments)))
 
 
-def steady(moments: Sequence[Sequence[int]], capacity: int, depth: int, laps: int = 24) -> tuple[int, int]:
-    """Fetches, and those waited for, of the later half of ``laps`` laps, with chunks of one byte; all checked."""
+def steady(moments: Sequence[Sequence[int]], capacity: int, depth: int, cycles: int = 24) -> tuple[int, int]:
+    """Fetches, and those waited for, of the later half of ``cycles`` cycles, with chunks of one byte; all checked."""
     nbytes = {c: 1 for m in moments for c in m}
-    played = play(Planner(trace_of(moments), nbytes, capacity, depth), nbytes, capacity, depth, laps)
-    return sum(played.fetched[laps // 2 :]), sum(played.waited[laps // 2 :])
+    played = play(Planner(trace_of(moments), nbytes, capacity, depth), nbytes, capacity, depth, cycles)
+    return sum(played.fetched[cycles // 2 :]), sum(played.waited[cycles // 2 :])
 
 
 @st.composite
@@ -53,7 +53,7 @@ def test_a_plan_keeps_every_promise_whatever_it_begins_with(
     while sum(nbytes.get(c, 0) for c in resident) > capacity:
         resident.pop()
     planner = Planner(trace, nbytes, capacity, depth, lost)
-    assert planner.lap().trace is trace
+    assert planner.schedule().trace is trace
     play(planner, nbytes, capacity, depth, 4, lost, resident - {99})
 
 
@@ -71,7 +71,7 @@ def test_room_that_differs_from_moment_to_moment_is_never_exceeded(
 @given(problem=problems())
 def test_without_depth_nothing_is_prefetched(problem: tuple[Trace, dict[int, int], int, int]) -> None:
     trace, nbytes, capacity, _ = problem
-    schedule = Planner(trace, nbytes, capacity, 0).lap()
+    schedule = Planner(trace, nbytes, capacity, 0).schedule()
     assert not schedule.between.prefetch and not any(actions.prefetch for actions in schedule.actions)
 
 
@@ -86,7 +86,7 @@ def test_where_all_fits_nothing_moves_twice(problem: tuple[Trace, dict[int, int]
 
 
 def lru(moments: Sequence[Sequence[int]], capacity: int) -> int:
-    """Fetches of one lap with chunks of one byte, in the steady state of least recently used."""
+    """Fetches of one cycle with chunks of one byte, in the steady state of least recently used."""
     order: list[int] = []
     count = 0
     for _ in range(3):
@@ -103,7 +103,7 @@ def lru(moments: Sequence[Sequence[int]], capacity: int) -> int:
 
 
 def optimum(moments: Sequence[Sequence[int]], capacity: int) -> int:
-    """The fewest fetches of a lap that ends as it began, with chunks of one byte, by trying everything."""
+    """The fewest fetches of a cycle that ends as it began, with chunks of one byte, by trying everything."""
     chunks = sorted({c for m in moments for c in m})
     states = [frozenset(s) for n in range(capacity + 1) for s in itertools.combinations(chunks, n)]
     best = 10**9
@@ -130,7 +130,7 @@ def optimum(moments: Sequence[Sequence[int]], capacity: int) -> int:
 def test_a_small_cycle_takes_as_few_fetches_as_any_that_repeats_could(chunks: list[int], capacity: int) -> None:
     moments = [[c] for c in chunks]
     fetched, _ = steady(moments, capacity, 0)
-    assert fetched <= 12 * optimum(moments, capacity)  # fewer where the best laps do not repeat
+    assert fetched <= 12 * optimum(moments, capacity)  # fewer where the best cycles do not repeat
     assert sum(belady(moments, capacity, 24)[12:]) <= 12 * optimum(moments, capacity)
 
 
@@ -146,16 +146,16 @@ def test_forward_and_backward_fetch_what_does_not_fit_twice(chunk_count: int, ca
 @pytest.mark.parametrize(("chunk_count", "capacity"), [(3, 2), (10, 3), (10, 9), (13, 7)])
 def test_a_cycle_takes_turns_in_what_it_keeps_where_lru_would_keep_nothing(chunk_count: int, capacity: int) -> None:
     moments = [[c] for c in range(chunk_count)]
-    fetched, _ = steady(moments, capacity, 0, laps=2 * (chunk_count - 1))
-    assert fetched == chunk_count * (chunk_count - capacity)  # of chunk_count - 1 laps
+    fetched, _ = steady(moments, capacity, 0, cycles=2 * (chunk_count - 1))
+    assert fetched == chunk_count * (chunk_count - capacity)  # of chunk_count - 1 cycles
     assert lru(moments, capacity) == chunk_count
 
 
 def test_a_cycle_that_nearly_fits_keeps_less_so_that_nothing_has_to_wait() -> None:
     moments = [[c] for c in range(10)]
-    fetched, waited = steady(moments, 9, 2, laps=18)
+    fetched, waited = steady(moments, 9, 2, cycles=18)
     assert waited == 0 and fetched <= 9 * 3
-    assert steady(moments, 9, 0, laps=18) == (10, 10)
+    assert steady(moments, 9, 0, cycles=18) == (10, 10)
 
 
 def test_recomputation_and_backward_share_one_fetch() -> None:
@@ -177,13 +177,13 @@ def test_what_the_optimizer_step_loses_is_fetched_again_and_not_kept_for_later()
     played = play(planner, nbytes, 4, 2, 6, lost=range(8))
     assert played.fetched[2:] == [8 + 4] * 4 == belady(moments, 4, 6, lost=range(8))[2:]
     assert played.waited[2:] == [0] * 4
-    assert planner.lap().between.prefetch == (0, 1)
+    assert planner.schedule().between.prefetch == (0, 1)
 
 
 def test_a_lap_begins_with_what_another_cycle_left() -> None:
     moments = [[c] for c in range(6)]
     planner = Planner(trace_of(moments), dict.fromkeys(range(9), 1), 3, 0)
-    schedule = planner.lap([8, 7, 0])
+    schedule = planner.schedule([8, 7, 0])
     assert schedule.actions[0] == Actions() and schedule.actions[1].fetch == (1,)
     assert set(schedule.actions[1].evict) <= {7, 8}
 
@@ -192,7 +192,7 @@ def test_a_large_chunk_does_not_drive_out_small_ones_in_vain() -> None:
     # 1 is needed last, but evicting it is not enough for 3, and evicting 2 alone is.
     nbytes = {1: 1, 2: 4, 3: 4}
     planner = Planner(trace_of([[2], [3], [2], [1]]), nbytes, 5, 0)
-    schedule = planner.lap(planner.lap().end)
+    schedule = planner.schedule(planner.schedule().end)
     assert not any(1 in actions.fetch for actions in schedule.actions)
 
 
@@ -202,8 +202,8 @@ def test_a_moment_too_large_for_the_device_names_its_unit() -> None:
 
 
 def test_no_moments_and_no_chunks_make_an_empty_plan() -> None:
-    assert Planner(trace_of([]), {}, 0, 2).lap([3]) == Schedule(trace_of([]), (), Actions(), frozenset())
-    assert Planner(trace_of([[], [7]]), {}, 0, 2).lap().actions == (Actions(), Actions())
+    assert Planner(trace_of([]), {}, 0, 2).schedule([3]) == Schedule(trace_of([]), (), Actions(), frozenset())
+    assert Planner(trace_of([[], [7]]), {}, 0, 2).schedule().actions == (Actions(), Actions())
 
 
 @pytest.mark.timeout(30)

@@ -25,7 +25,7 @@ from gemini.planning.trace import Moment, Phase, Trace
 
 LAPS = 6
 SETTLED = 3
-"""The first laps begin with nothing; what a plan costs in the long run is seen in those after them."""
+"""The first cycles begin with nothing; what a plan costs in the long run is seen in those after them."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Instance:
     """A random model on a random machine."""
 
     kind: str
-    lap: list[list[int]]
+    cycle: list[list[int]]
     """The chunks in use at each moment."""
     needs: list[ChunkNeed]
     room: Capacity
@@ -48,12 +48,12 @@ class Instance:
 def instance_of(seed: int) -> Instance:
     rng = random.Random(seed)
     kind = rng.choice(["training", "training", "checkpointed", "segments", "experts", "evaluation", "anything"])
-    lap, count = lap_of(kind, rng)
+    cycle, count = lap_of(kind, rng)
     equal = rng.random() < 0.5
     needs = [need_of(64 if equal else rng.choice([8, 32, 64, 64, 100]), rng.random() < 0.9) for _ in range(count)]
     depth = rng.choice([0, 1, 2, 2, 4])
     copies = [need.full_nbytes for need in needs]
-    least = max(sum(copies[c] for c in moment) for moment in lap)
+    least = max(sum(copies[c] for c in moment) for moment in cycle)
     ring = min(least + depth * max(copies), sum(copies)) if rng.random() < 0.8 else least
     unified = rng.random() < 0.4
     total = sum(sum(need.buffers.values()) for need in needs)
@@ -74,11 +74,11 @@ def instance_of(seed: int) -> Instance:
         staging_bytes=rng.choice([0, 100]),
     )
     policy = AutoPlacementPolicy() if rng.random() < 0.7 else StaticPlacementPolicy(offload_optim_frac=rng.random())
-    return Instance(kind, lap, needs, room, policy, depth, equal, not unified and rng.random() < 0.5)
+    return Instance(kind, cycle, needs, room, policy, depth, equal, not unified and rng.random() < 0.5)
 
 
 def lap_of(kind: str, rng: random.Random) -> tuple[list[list[int]], int]:
-    """The moments of one lap, and how many chunks there are."""
+    """The moments of one cycle, and how many chunks there are."""
     if kind == "anything":
         count = rng.randint(1, 12)
         return [rng.sample(range(count), rng.randint(1, min(2, count))) for _ in range(rng.randint(1, 30))], count
@@ -96,17 +96,17 @@ def lap_of(kind: str, rng: random.Random) -> tuple[list[list[int]], int]:
     forward = [sorted({*outer, *unit}) for unit in units]
     backward = forward[::-1]
     if kind == "evaluation":
-        lap = forward
+        cycle = forward
     elif kind == "checkpointed":
-        lap = [*forward, *(unit for unit in backward for _ in range(2))]
+        cycle = [*forward, *(unit for unit in backward for _ in range(2))]
     elif kind == "segments":
         length = rng.randint(2, 4)
         starts = reversed(range(0, len(forward), length))
         segments = [forward[i : i + length] for i in starts]
-        lap = [*forward, *(unit for segment in segments for unit in (*segment, *segment[::-1]))]
+        cycle = [*forward, *(unit for segment in segments for unit in (*segment, *segment[::-1]))]
     else:
-        lap = [*forward, *backward]
-    return lap, max(max(moment) for moment in lap) + 1
+        cycle = [*forward, *backward]
+    return cycle, max(max(moment) for moment in cycle) + 1
 
 
 def need_of(numel: int, trainable: bool) -> ChunkNeed:
@@ -147,11 +147,11 @@ def check(seed: int) -> tuple[Instance, Played, list[int]] | None:
         if not (instance.room.memory.shares(homes[MASTER], Tier.DEVICE) and "exp_avg" not in need.buffers)
     }
     lost = [c for c in nbytes if instance.lost and "exp_avg" in instance.needs[c].buffers]
-    trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(m)) for i, m in enumerate(instance.lap)))
+    trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(m)) for i, m in enumerate(instance.cycle)))
     played = play(Planner(trace, nbytes, capacity, instance.depth, lost), nbytes, capacity, instance.depth, LAPS, lost)
     if not instance.equal:
         return instance, played, []
-    managed = [[c for c in moment if c in nbytes] for moment in instance.lap]
+    managed = [[c for c in moment if c in nbytes] for moment in instance.cycle]
     return instance, played, belady(managed, capacity // 128, LAPS, lost)
 
 
@@ -178,7 +178,7 @@ def run(first: int, count: int) -> Counter[str]:
         if instance.depth == 0:
             assert played.fetched == optimum  # reading nothing ahead, the plan is Belady's
         # Reading ahead may take room from what Belady keeps, where that saves as many waits. A few ways are tried; in a
-        # few instances of a million none of them costs as little, and then by no more than one a lap.
+        # few instances of a million none of them costs as little, and then by no more than one a cycle.
         assert fetched + waited <= 2 * least + LAPS - SETTLED
         kind = "evaluation" if instance.kind in ("evaluation", "anything") else "training"
         sums[f"{kind} fetched"] += fetched

@@ -89,6 +89,19 @@ def test_a_model_that_is_dropped_gives_its_memory_and_files_back(in_backward: bo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_lives_for_as_long_as_its_optimizer(placement: dict[str, Any]) -> None:
+    ours, plain = Trained(placement), Trained(None)
+    kept, expected = ours.optimizer, plain.optimizer
+    del ours.model, plain.model, ours.booster
+    gc.collect()
+    for optimizer in (kept, expected):
+        parameters = optimizer.param_groups[0]["params"]
+        torch.stack([parameter.square().sum() for parameter in parameters]).sum().backward()
+        optimizer.step()
+    for one, other in zip(kept.param_groups[0]["params"], expected.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
+
+
 class FailsAtCall:
     """While on: the so-manyth call of what moves data raises, before it does anything."""
 
