@@ -7,7 +7,7 @@ from gemini.process_wide import IO_STACK_BYTES
 
 from .accelerator import AcceleratorBackend
 from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
-from .away import QUIET, Keeper
+from .away import QUIET, Keeper, reach
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess
@@ -93,4 +93,5 @@ __all__ = [
     "tuned",
     "unmarked",
     "write_slot",
+    "reach",
 ]

@@ -35,7 +35,7 @@ from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .buffer import Buffer, MemoryBuffer
 from .conversion import SCRATCH_NUMEL, conversion_pieces
 from .host_arena import HostArena
-from .memory import FETCH_WORKERS, Caller, Transfer, Underway, Uploads, fill_from_disk
+from .memory import FETCH_WORKERS, Caller, Transfer, Underway, Uploads, fill_in_blocks
 from .staging import Staging
 from .tier import Tier
 from .workers import close_in_background, start_workers
@@ -205,8 +205,7 @@ class AcceleratorBackend:
         if source.tensor is not None:
             self._put_upload(full, source.tensor).wait()
         else:
-            assert self._staging is not None
-            self._put(partial(fill_from_disk, full, source, self._staging)).wait()
+            self._put(partial(fill_in_blocks, full, source, self._staging)).wait()
         self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
 
     # -- to the host

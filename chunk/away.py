@@ -11,6 +11,9 @@ From the last unpin on its class is a subclass that torch asks before each opera
 - What hands out its memory (``data``, ``detach``, ``numpy``) gets a `Loan`.
 - ``grad`` is the keeper's too: a gradient may be in use by an update that is not over.
 
+Where the full copy is another memory than home, a pinned parameter is a `CopiedParameter`: a plain one to torch, which
+notes that ``p.data`` was asked for.
+
 Code in C++ that does not ask (``torch.jit.script`` functions, ``torch.tensor(p)``) finds NaN: reading a storage that
 has been resized to 0 would end the process. ``torch.func`` transforms flatten their arguments with pytree, to which a
 parameter that is away presents its values.
@@ -122,11 +125,22 @@ class Keeper(Protocol):
 class _Link:
     """From a parameter to its keeper. Weak: a parameter that is kept does not keep its model."""
 
-    __slots__ = ("keeper", "last_value")
+    __slots__ = ("is_reached", "keeper", "last_value")
 
     def __init__(self, keeper: Keeper, last_value: Callable[[], Tensor]) -> None:
         self.keeper: ref[Keeper] = ref(keeper)
         self.last_value = last_value
+        self.is_reached = False
+        """Somebody has asked for ``data`` while the chunk was pinned."""
+
+    def reach(self) -> None:
+        """Note that somebody asks for ``data``."""
+        self.is_reached = True
+
+    def was_reached(self) -> bool:
+        """True if somebody has asked for ``data`` since this was called last."""
+        was, self.is_reached = self.is_reached, False
+        return was
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_no_link, ())  # a pickled parameter is nobody's
@@ -147,6 +161,18 @@ def link(parameter: Tensor, keeper: Keeper, last_value: Callable[[], Tensor]) ->
 def is_linked(parameter: Tensor) -> bool:
     """True if somebody answers for a parameter."""
     return parameter.__dict__.get(_LINK) is not None
+
+
+def reach(parameter: Tensor) -> None:
+    """Note that the memory of a parameter may be written to in a way that nothing else tells of."""
+    if (found := parameter.__dict__.get(_LINK)) is not None:
+        found.reach()
+
+
+def was_reached(parameter: Tensor) -> bool:
+    """True if somebody has asked for the ``data`` of a pinned parameter since this was called last."""
+    found = parameter.__dict__.get(_LINK)
+    return found is not None and found.was_reached()
 
 
 def _keeper_of(parameter: Tensor) -> Keeper | None:
@@ -170,19 +196,8 @@ def _come_back(parameter: Tensor) -> None:
     del parameter.__dict__[_LINK]
 
 
-class AwayParameter:
-    """Mixed into the class of a parameter while it is away. See [Note: Away]."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Operation, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        what = kind_of(func)
-        if what is Kind.DESCRIBE:
-            with QUIET():
-                return func(*args, **kwargs)
-        return _answer(func, what, args, kwargs)
+class _Disguised:
+    """Mixed into the class of a parameter for a while: what is made of it is of the class that it had before."""
 
     def detach(self) -> Tensor:
         """As ``Tensor.detach``. For ``nn.Parameter(p)`` it has to give what is made into a parameter."""
@@ -216,19 +231,62 @@ class AwayParameter:
         return (rebuild_parameter, rebuilt)
 
 
+class AwayParameter(_Disguised):
+    """Mixed into the class of a parameter while it is away. See [Note: Away]."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Operation, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        what = kind_of(func)
+        if what is Kind.DESCRIBE:
+            with QUIET():
+                return func(*args, **kwargs)
+        return _answer(func, what, args, kwargs)
+
+
+class CopiedParameter(_Disguised):
+    """Mixed into the class of a parameter while its chunk is pinned, if its home is not what it shows.
+
+    What is written through ``p.data`` in a forward raises no version counter. So it is noted that somebody has asked
+    for ``data``, and the full copy is compared with home before it goes. Operations do not look at this class.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        """As ``Tensor.data``."""
+        reach(cast(Tensor, self))
+        return cast(Tensor, Tensor.data.__get__(self))  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
 @cache
 def away_class(plain: type) -> type:
     """The class of parameters of class ``plain`` while they are away."""
-    assert not issubclass(plain, AwayParameter)
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    away = type(plain.__name__, (AwayParameter, plain), names)
+    away = _disguise(AwayParameter, plain)
     register_pytree_node(away, _flatten, _unflatten)
     return away
 
 
+@cache
+def copied_class(plain: type) -> type:
+    """The class of parameters of class ``plain`` while they are pinned and show a copy of their home."""
+    return _disguise(CopiedParameter, plain)
+
+
+def _disguise(mixin: type, plain: type) -> type:
+    assert not issubclass(plain, _Disguised)
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (mixin, plain), names)
+
+
 def plain_class(cls: type) -> type:
-    """The class that `away_class` was made of; a plain class itself."""
-    return cls.__mro__[2] if issubclass(cls, AwayParameter) else cls
+    """The class that `away_class` or `copied_class` was made of; a plain class itself."""
+    return cls.__bases__[1] if issubclass(cls, _Disguised) else cls
 
 
 def _flatten(parameter: Tensor) -> tuple[list[Tensor], None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemini.torch_private import version_of, without_torch_function
 
-from .away import QUIET, Keeper, away_class, is_linked, link, plain_class
+from .away import QUIET, Keeper, away_class, copied_class, is_linked, link, plain_class, was_reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +21,20 @@ class Binding:
     """Its slot in the full copy."""
     nan: Tensor
     """A NaN scalar expanded to the same shape: no memory, and a use without the chunk cannot go unnoticed."""
-    plain: type
+    pinned: type
+    """The parameter's own class, or `copied_class` of it."""
     away: type
-    """While nothing has the chunk pinned: see [Note: Away]. Without a keeper a parameter stays plain."""
+    """While nothing has the chunk pinned: see [Note: Away]. Without a keeper a parameter stays what it is pinned."""
 
 
 class Bindings:
     """The bindings of a chunk's parameters, by position."""
 
-    def __init__(self, is_hidden: bool) -> None:
+    def __init__(self, is_hidden: bool, are_copies: bool) -> None:
         self.is_hidden = is_hidden
         """The parameters point at NaN, or did when an interrupt kept some of them from pointing at the full copy."""
+        self._are_copies = are_copies
+        """What pinned parameters show is another memory than home."""
         self._all: list[Binding] = []
         self._versions: list[int] = []
         """Per binding, torch's count of in-place operations when home and full copy were last the same."""
@@ -49,13 +52,14 @@ class Bindings:
         """Make ``parameter``, whose position is the next one, follow its slot in the full copy from now on."""
         nan = torch.full((), float("nan"), dtype=view.dtype, device=view.device)
         plain = plain_class(type(parameter))
-        away = away_class(plain) if is_linked(parameter) else plain
-        binding = Binding(parameter, view, nan.expand(view.shape), plain, away)
+        pinned = copied_class(plain) if self._are_copies else plain
+        away = away_class(plain) if is_linked(parameter) else pinned
+        binding = Binding(parameter, view, nan.expand(view.shape), pinned, away)
         self._all.append(binding)
         with QUIET():
             self._versions.append(version_of(parameter))
             parameter.data = binding.nan if self.is_hidden else view
-        parameter.__class__ = plain if is_pinned else away
+        parameter.__class__ = pinned if is_pinned else away
 
     def entrust(self, keeper: Keeper, last_value: Callable[[int], Tensor], is_pinned: bool) -> None:
         """Have ``keeper`` answer for the parameters while nothing has the chunk pinned.
@@ -64,8 +68,8 @@ class Bindings:
         """
         for position, binding in enumerate(self._all):
             link(binding.parameter, keeper, partial(last_value, position))
-            self._all[position] = replace(binding, away=away_class(binding.plain))
-        self.be_plain() if is_pinned else self.be_away()
+            self._all[position] = replace(binding, away=away_class(plain_class(binding.pinned)))
+        self.be_pinned() if is_pinned else self.be_away()
 
     def release(self) -> None:
         """Let the parameters go: those that others keep know where their values are."""
@@ -73,10 +77,10 @@ class Bindings:
 
     # -- classes
 
-    def be_plain(self) -> None:
+    def be_pinned(self) -> None:
         """The chunk is pinned: torch uses the parameters without asking their keeper."""
         for binding in self._all:
-            binding.parameter.__class__ = binding.plain
+            binding.parameter.__class__ = binding.pinned
 
     def be_away(self) -> None:
         """Nothing has the chunk pinned any more."""
@@ -129,12 +133,17 @@ class Bindings:
     # -- changes in place
 
     def edited(self) -> list[int]:
-        """Positions whose parameters were changed in place since they were accepted, other than through ``p.data``."""
+        """Positions whose parameters may have been changed in place since they were accepted.
+
+        Those whose ``data`` was asked for in a forward are named once: memory that is kept from there and written to
+        after the chunk has gone home is nobody's.
+        """
         with QUIET():
             versions = [version_of(binding.parameter) for binding in self._all]
+        reached = [i for i, binding in enumerate(self._all) if self._are_copies and was_reached(binding.parameter)]
         if versions == self._versions:
-            return []
-        return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old]
+            return reached
+        return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old] + reached
 
     def accept(self, position: int) -> None:
         """Mark home and parameter as equal."""

@@ -44,6 +44,7 @@ class ChunkBuilder:
         homes = {name: self._home(plan, spec) for name, spec in plan.specs.items() if name != GRADIENT}
         gradient = self._gradient(plan)
         if plan.full_is_home:
+            assert plan.codec.source is not None
             home = homes[plan.codec.source].tensor
             assert home is not None
             chunk = Chunk(plan, homes, home, gradient)

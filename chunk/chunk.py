@@ -18,6 +18,7 @@ from .names import MASTER
 from .plan import ChunkPlan
 from .shared_gradient import Gradient
 from .state import RESIDENT, SETTLED, UPDATING, ChunkState, transition
+from .stored import Decoded
 from .tier import Tier
 
 
@@ -43,7 +44,7 @@ class Chunk:
             self.own_full = full.narrow(0, plan.extent.start, len(plan.extent))
             """The part of the full copy that is at home here."""
         self.gradient = gradient
-        self.bindings = Bindings(is_hidden=not plan.full_is_home)
+        self.bindings = Bindings(is_hidden=not plan.full_is_home, are_copies=not plan.full_is_home)
         self.state = ChunkState.HOME
         self.pins = 0
         self.loan: Loan | None = None
@@ -114,7 +115,8 @@ class Chunk:
     @property
     def source(self) -> Buffer:
         """What a fetch reads."""
-        return self.homes[self.plan.codec.source]
+        codec = self.plan.codec
+        return Decoded(self.homes, self.specs, codec) if codec.source is None else self.homes[codec.source]
 
     @property
     def full_nbytes(self) -> int:
@@ -245,7 +247,7 @@ class Chunk:
         if self.pins == 0:
             if self.state is not ChunkState.IN_USE:  # it is after an interrupt of `pin` or `unpin`
                 self._move_to(ChunkState.IN_USE)
-            self.bindings.be_plain()
+            self.bindings.be_pinned()
         self.pins += 1
         if self.bindings.is_hidden:
             self.bindings.expose()
@@ -270,7 +272,7 @@ class Chunk:
             return
         self.pins = pins
         if pins:
-            self.bindings.be_plain()
+            self.bindings.be_pinned()
         else:
             if is_in_use:
                 self._become_unused()
@@ -310,6 +312,6 @@ class Chunk:
             self.full, self.views, self.own_full = built.full, built.views, built.own_full
         self.plan, self.codecs = built.plan, built.codecs
         self.homes, self.gradient, self.state, self.loan = built.homes, built.gradient, built.state, None
-        self.bindings = Bindings(is_hidden=not built.full_is_home)
+        self.bindings = Bindings(is_hidden=not built.full_is_home, are_copies=not built.full_is_home)
         for position, parameter in enumerate(parameters):
             self.bind(position, parameter)

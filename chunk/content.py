@@ -87,8 +87,8 @@ class MasterCodec(Codec, Protocol):
     """The codec of a chunk's masters."""
 
     @property
-    def source(self) -> str:
-        """The buffer that a fetch reads: rounded to the compute dtype, it is the full copy."""
+    def source(self) -> str | None:
+        """The buffer that, rounded to the compute dtype, is the full copy; None: a fetch decodes the values."""
 
     def of_state(self, spec: BufferSpec) -> Codec:
         """How a state of the optimizer lies in its buffer beside such masters."""

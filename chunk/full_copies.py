@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from .chunk import Chunk
-from .communicator import Communicator, Gathering, Span
+from .communicator import ALONE, Communicator, Gathering, Span
 from .edits import bring_edits_home, check_shape, put
 from .ledger import Ledger
 from .memory import DeviceBackend, Transfer
@@ -30,7 +30,7 @@ class FullCopies:
         The other owners, where chunks are not whole.
     """
 
-    def __init__(self, ledger: Ledger, device: DeviceBackend, communicator: Communicator) -> None:
+    def __init__(self, ledger: Ledger, device: DeviceBackend, communicator: Communicator = ALONE) -> None:
         self.counts = MoveCounts()
         self.resident: dict[Chunk, None] = {}
         """Chunks whose full copy has memory of its own, and maybe one that an interrupt has kept here."""

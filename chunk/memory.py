@@ -25,6 +25,10 @@ from .tier import Tier
 from .workers import close_in_background, start_workers
 from .write_behind import WriteBehind
 
+BLOCK_NUMEL = 1 << 16
+"""Elements that are decoded at once."""
+SHORT_BYTES = 1 << 19
+"""A copy within RAM of at most this many bytes is made at once: a worker takes as long to wake up."""
 FETCH_WORKERS = 2
 """Threads that read from disk: one reads while the other converts."""
 
@@ -193,9 +197,13 @@ class DeviceBackend(Protocol):
         """End worker threads."""
 
 
-def fill_from_disk(full: Tensor, source: Buffer, staging: Staging) -> None:
-    """Read a disk home into a full copy, in blocks through staging: it is aligned for the disk, full copies are not."""
-    block = staging.borrow()
+def fill_in_blocks(full: Tensor, source: Buffer, staging: Staging | None) -> None:
+    """Read what is not in memory as it is into a full copy.
+
+    A disk home comes through staging, which is aligned for the disk; full copies are not. Values that are decoded need
+    no staging.
+    """
+    block = torch.empty(BLOCK_NUMEL) if staging is None else staging.borrow()
     try:
         typed = block.view(source.dtype)
         for start in range(0, full.numel(), typed.numel()):
@@ -203,7 +211,8 @@ def fill_from_disk(full: Tensor, source: Buffer, staging: Staging) -> None:
             source.read(start, typed[: part.numel()])
             part.copy_(typed[: part.numel()])
     finally:
-        staging.give_back(block)
+        if staging is not None:
+            staging.give_back(block)
 
 
 class RamBackend:
@@ -237,7 +246,8 @@ class RamBackend:
         pass
 
     def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
-        if not background and source.tensor is not None:
+        is_short = after is None and source.nbytes <= SHORT_BYTES
+        if source.tensor is not None and (is_short or not background):
             self._fill(full, source, after)
             return Arrived()
         move = Move(partial(self._fill, full, source, after))
@@ -255,8 +265,7 @@ class RamBackend:
             if source.tensor is not None:
                 full.copy_(source.tensor)
             else:
-                assert self._staging is not None
-                fill_from_disk(full, source, self._staging)
+                fill_in_blocks(full, source, self._staging)
         self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
 
     def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:

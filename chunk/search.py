@@ -12,7 +12,7 @@ Integers = npt.NDArray[np.int64]
 
 LARGEST_NUMEL = 32 << 20
 """Above this a transfer is long past the latency of its link, and eviction gets coarse."""
-SMALLEST_NUMEL = 1 << 15
+SMALLEST_NUMEL = 1 << 18
 """Below this (64 KiB in bf16) the fixed cost of a move dominates."""
 CHUNKS_WANTED = 24
 """A model should be at least this many chunks, or there is little to place."""

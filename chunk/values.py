@@ -1,6 +1,5 @@
 """What the homes of a chunk have for one parameter, wherever they are."""
 
-from collections.abc import Iterator, Mapping
 from math import prod
 
 import torch
@@ -10,28 +9,10 @@ from .chunk import Chunk
 from .communicator import Communicator, Span
 from .names import MASTER
 from .state import ChunkState
+from .stored import Stored
 
 _PIECE_NUMEL = 1 << 18
 """Values that take computing are read and written in pieces: that takes room for a dozen bytes an element."""
-
-
-class _Stored(Mapping[str, Tensor]):
-    """Copies, on CPU, of what homes have from an index on (`Pieces`). Reads what is asked for."""
-
-    def __init__(self, chunk: Chunk, start: int, numel: int) -> None:
-        self._homes, self._start, self._numel = chunk.homes, start, numel
-
-    def __getitem__(self, name: str) -> Tensor:
-        home = self._homes[name]
-        flat = torch.empty(self._numel, dtype=home.dtype, device="cpu")
-        home.read(self._start, flat)
-        return flat
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._homes)
-
-    def __len__(self) -> int:
-        return len(self._homes)
 
 
 def read_slot(chunk: Chunk, position: int, name: str, communicator: Communicator) -> Tensor:
@@ -76,18 +57,20 @@ def read_part(chunk: Chunk, name: str, index: int, numel: int) -> Tensor:
     if not numel:
         return torch.empty(0, dtype=codec.dtype, device="cpu")
     if not codec.computes:
-        return codec.decode(_Stored(chunk, index, numel))
+        return codec.decode(Stored(chunk.homes, chunk.specs, codec, index, numel))
     flat = torch.empty(numel, dtype=codec.dtype, device="cpu")
     for part in flat.split(_PIECE_NUMEL):
-        part.copy_(codec.decode(_Stored(chunk, index + part.storage_offset(), part.numel())))
+        part.copy_(codec.decode(Stored(chunk.homes, chunk.specs, codec, index + part.storage_offset(), part.numel())))
     return flat
 
 
 def write_part(chunk: Chunk, name: str, index: int, values: Tensor) -> None:
     """Replace values at home here, from an index in their buffers on. ``values`` are flat, on CPU, of their dtype."""
+    codec = chunk.codecs[name]
     for part in values.split(_PIECE_NUMEL) if values.numel() else ():
-        for buffer, stored in chunk.codecs[name].encode(part, _Stored(chunk, index, part.numel())).items():
-            chunk.homes[buffer].write(index, stored)
+        there = Stored(chunk.homes, chunk.specs, codec, index, part.numel())
+        for buffer, stored in codec.encode(part, there).items():
+            chunk.homes[buffer].write(there.part(buffer).start, stored)
         index += part.numel()
 
 

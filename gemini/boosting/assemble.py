@@ -23,13 +23,14 @@ from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
-from ..step.scaler import LossScaler
 from ..step.unfreezing import Unfreezing
 from ..units.units import Units
 from ..updates.completion import Completion
 from ..updates.during_backward import DuringBackward
 from ..updates.gradients import ConsumedGradients, Gradients, ScaledGradients
 from ..updates.options import Options
+from ..updates.scaler import LossScaler
+from ..updates.scaling import Scaling
 from ..updates.schedule import AfterBackward, UpdateSchedule
 from ..updates.update_queue import UpdateQueue
 from ..updates.updater import Updater
@@ -48,15 +49,15 @@ def assemble(
     meter: NonModelMeter,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
-    communicator, max_norm = config.communicator, config.max_norm
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
+    scaling = Scaling(manager, config.communicator, scaler, config.max_norm)
     schedule: UpdateSchedule = AfterBackward()
     gradients = Gradients(manager) if scaler is None else ScaledGradients(manager)
     if config.update_in_backward and optimizer is not None:
         schedule, gradients = DuringBackward(manager, Completion(manager)), ConsumedGradients(manager)
     updater, values = Updater(manager, queue), Values(manager, schedule)
     options = Options.of(optimizer) if optimizer is not None else None
-    updates = Updates(manager, schedule, gradients, updater, options)
+    updates = Updates(manager, schedule, gradients, updater, scaling, options)
 
     units, statistics = Units(model, manager), Statistics(manager)
     listener: Listener = Silent(statistics)
@@ -67,7 +68,7 @@ def assemble(
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
     unfreezing = Unfreezing(engine, config, packing)
-    step = ChunkedStep(manager, engine, updater, updates, communicator, scaler, max_norm, unfreezing, kept)
+    step = ChunkedStep(engine, updater, updates, unfreezing, kept)
 
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)

@@ -194,6 +194,11 @@ class Engine:
             self.pacing.replan()
         self.pacing.begin_cycle(with_gradients)
 
+    @property
+    def needs_each_unit(self) -> bool:
+        """True if each unit has to enter by itself: its moment is sampled, or its updates begin when it leaves."""
+        return self.sampling.is_on or self.updates.schedule.consumes_gradients
+
     def step_ended(self, facts: Callable[[StepFacts], StepFacts]) -> None:
         """The optimizer has stepped, or skipped a step whose gradients overflowed; it adds its own facts."""
         now = time.perf_counter()

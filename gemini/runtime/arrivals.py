@@ -18,7 +18,7 @@ def watch_gradients(engine: Engine, parameters: Sequence[Tensor]) -> None:
     itself = ref(engine)
     for parameter in engine.updates.follow(parameters):
         parameter.register_post_accumulate_grad_hook(partial(_arrived, itself))
-        if engine.updates.gradients.has_stand_in(parameter):
+        if engine.updates.gradients.slot(parameter).stand_in is not None:
             parameter.register_hook(partial(_arriving, itself, ref(parameter)))
 
 
@@ -31,4 +31,4 @@ def _arrived(reference: "ref[Engine]", parameter: Tensor) -> None:
 def _arriving(reference: "ref[Engine]", of: "ref[Tensor]", gradient: Tensor) -> None:
     engine, parameter = reference(), of()
     if engine is not None and parameter is not None:
-        engine.updates.gradients.make_way(parameter)
+        engine.updates.gradients.slot(parameter).make_way()

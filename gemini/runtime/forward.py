@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chunk import reach
 from ..engine import Engine, in_backward
 from ..planning.trace import Phase
 from ..torch_private import is_compiled, next_number
-from ..units.bracket import bracket
+from ..units.bracket import Bracket, bracket
 from ..units.observer import Observer, tensors_in
 from ..units.results import Mark
 from ..units.units import Unit, Visit, bracketed_modules
 from .backward import BackwardHooks
+from .brackets import Brackets
 from .casting import cast
 from .dtype_errors import explain_dtypes
 
@@ -60,15 +62,15 @@ class ForwardHooks:
         self._discovery = engine.discovery
         self._depth = 0
         """How many calls of the model are under way, one inside the other."""
-        for unit in engine.units.all:
-            self._install(unit)
+        self._brackets = Brackets(engine.units, self._install)
         bracket(model, self._before_model, self._after_model)
 
-    def _install(self, unit: Unit) -> None:
+    def _install(self, unit: Unit) -> Bracket:
         module = unit.module
-        if module is not None and module is not self._model:
+        if module is None or module is self._model:
             # The model's own are those of a unit, too, so that a new cycle begins before it enters.
-            bracket(module, partial(self._before_unit, unit), partial(self._after_unit, unit))
+            return Bracket()
+        return bracket(module, partial(self._before_unit, unit), partial(self._after_unit, unit))
 
     # -- the model
 
@@ -100,14 +102,19 @@ class ForwardHooks:
             # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
             # used outside of its unit then comes operation by operation, until a forward with gradients has shown it.
             if grad and not self._discovery.has_watched((grad, model.training)):
+                self._brackets.refine()
                 self._discovery.begin(Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave))
+            elif self._engine.needs_each_unit:
+                self._brackets.refine()
+            else:
+                self._brackets.coarsen(self._engine.manager.chunks, self._engine.room.full_capacity_bytes)
         if self._cast_inputs is not None:
             args, kwargs = cast(args, self._cast_inputs), cast(kwargs, self._cast_inputs)
-        self._before_unit(self._units.of[model], model, args, kwargs)
+        self._before_unit(self._brackets.unit_of(model), model, args, kwargs)
         return args, kwargs
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        self._after_unit(self._units.of[model], model, args, kwargs, output)
+        self._after_unit(self._brackets.unit_of(model), model, args, kwargs, output)
         observer = self._discovery.observer
         if observer is not None and self._depth <= 1 and not in_backward():
             for module in list(self._discovery.foreign):
@@ -125,8 +132,10 @@ class ForwardHooks:
         visit = Visit(unit) if has_gradients else Visit(unit, extra=unit.without_gradients)
         if is_in_backward:
             self._engine.updates.schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
-        self._visits.begin_call(visit)
         discovery = self._discovery
+        if not self._brackets.are_coarse:
+            self._note_running(unit, module)
+        self._visits.begin_call(visit)
         if has_gradients:
             nodes = tuple(t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad)
             is_watched_alone = unit.leaks_graph is not False and bool(visit.chunks) and discovery.results is None
@@ -136,6 +145,13 @@ class ForwardHooks:
         self._engine.enter(visit, Phase.FORWARD)
         if discovery.results is not None and is_compiled(module):
             discovery.results.pause()
+
+    def _note_running(self, unit: Unit, module: nn.Module) -> None:
+        if self._discovery.observer is not None:
+            self._brackets.saw(unit, (*self._discovery.observer.running, module))
+        elif not (self._depth or in_backward()):
+            units = (visit.unit.module for visit in self._visits.running)
+            self._brackets.saw(unit, (module, *(around for around in units if around is not None)))
 
     def _before_part(self, unit: Unit) -> None:
         """A part of the model is called by itself; the cycle begins anew when it comes round."""
@@ -178,17 +194,18 @@ class ForwardHooks:
         place = self._engine.manager.find(parameter)
         if place is None or place[0].pins > 0:
             return
-        known = self._units.of.get(module)
+        known = self._engine.units.of.get(module)
         if not self._engine.is_worth_holding(known.chunks if known is not None else (), place[0]):
             return  # it comes for each operation: see `outside`
         unit, is_new = self._units.extend(module, parameter)
         if is_new:
-            self._install(unit)
+            self._brackets.add(unit)
         visit = self._visits.call_of(unit) or self._discovery.foreign.get(module)
         if visit is None:
             # Its hooks came too late for this call: the observer closes the visit, its inputs are not known.
             visit = self._discovery.foreign[module] = Visit(unit)
         self._engine.add_to_open(visit, [place[0]])
+        reach(parameter)  # the operation may be the one that hands out its ``data``
 
     def _on_foreign_leave(self, module: nn.Module, begin: Mark, output: Any) -> None:
         visit = self._discovery.foreign.pop(module, None)

@@ -72,10 +72,6 @@ class KeptStates:
         known = self._known(parameter) if self._is_begun(parameter) else []
         return [*known, *self._notes.get(id(parameter), ())]
 
-    def notes(self, parameter: Tensor) -> Mapping[Any, Any]:
-        """What others have put into its state."""
-        return self._notes.get(id(parameter), {})
-
     def form(self, parameter: Tensor, name: str) -> Tensor:
         """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
         if name == STEP:

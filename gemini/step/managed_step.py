@@ -1,22 +1,22 @@
 """What a boosted optimizer does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
-from collections.abc import Container, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..chunk import QUIET, Chunk, ChunkManager, Communicator
+from ..chunk import QUIET
 from ..engine import Engine, StepFacts
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing
-from ..updates.gradient_norm import Found, clip_coefficient, first_nonfinite, total_norm
+from ..updates.gradient_norm import find_gradients
 from ..updates.options import Options
+from ..updates.scaler import LossScaler
 from ..updates.updater import Updater
 from ..updates.updates import Updates
 from .kept_states import KeptStates
-from .scaler import LossScaler
 from .state_mapping import OptimizerStates
 from .states import States
 from .succession import check_room
@@ -30,12 +30,8 @@ class ChunkedStep:
 
     Parameters
     ----------
-    manager, engine, updater, updates, communicator
-        Has gradients and states, knows the order of use, plans updates, leads gradients to them, agrees among ranks.
-    scaler
-        The loss scale of fp16; None for dtypes that need none.
-    max_norm
-        Clip the gradients' 2-norm in every step; 0 for never.
+    engine, updater, updates
+        Knows the order of use, plans updates, and leads gradients to them.
     unfreezing
         Makes room for parameters that are added later.
     kept
@@ -44,27 +40,18 @@ class ChunkedStep:
 
     def __init__(
         self,
-        manager: ChunkManager,
         engine: Engine,
         updater: Updater,
         updates: Updates,
-        communicator: Communicator,
-        scaler: LossScaler | None,
-        max_norm: float,
         unfreezing: Unfreezing,
         kept: KeptStates,
     ) -> None:
-        self.manager = manager
+        self.manager = engine.manager
         self._states = States(kept)
-        self.scaler = scaler
-        self.skipped_steps = 0
-        self.grad_norm: float | None = None
-        """The last norm computed, unscaled."""
         self._engine = engine
         self._updater = updater
         self._updates = updates
-        self._communicator = communicator
-        self._max_norm = max_norm
+        self._scaling = updates.scaling
         self._unfreezing = unfreezing
 
     @property
@@ -73,23 +60,27 @@ class ChunkedStep:
         return self._states.kept
 
     @property
+    def scaler(self) -> LossScaler | None:
+        """The loss scale of fp16; None for dtypes that need none."""
+        return self._scaling.scaler
+
+    @property
     def packing(self) -> Packing:
         """The plans of the chunks, as they are now."""
         return self._unfreezing.packing
 
     def facts(self, step: StepFacts) -> StepFacts:
         """What is known of a step, with the numbers of now."""
-        loss_scale = None if self.scaler is None else self.scaler.scale
-        return step._replace(skipped_count=self.skipped_steps, loss_scale=loss_scale, grad_norm=self.grad_norm)
+        scaling = self._scaling
+        loss_scale = None if scaling.scaler is None else scaling.scaler.scale
+        return step._replace(skipped_count=scaling.skipped_steps, loss_scale=loss_scale, grad_norm=scaling.grad_norm)
 
     # -- backward
 
     def backward(self, loss: Tensor) -> None:
         """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
         self._updates.before_backward()
-        if self.scaler is not None:
-            self._updates.factor.scale()
-            loss = loss * self.scaler.scale
+        loss = self._scaling.scaled(loss)
         try:
             loss.backward()
         except BaseException as error:
@@ -97,13 +88,7 @@ class ChunkedStep:
             raise
 
     def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
-        """Forget what is in the chunks, or fill it with zeros; see `torch.optim.Optimizer.zero_grad`.
-
-        Parameters
-        ----------
-        parameters
-            Of these (ids); None for all.
-        """
+        """Forget what is in the chunks (of these parameters, by id), or fill it with zeros."""
         if set_to_none or self._updates.schedule.consumes_gradients:
             self._updates.drop(parameters)
         else:
@@ -125,19 +110,9 @@ class ChunkedStep:
         groups = self._updater.groups(Options.of(optimizer))
         chunks = self._updates.collect()
         plain = self._plain_parameters(optimizer)
-        scale = self._scale
-        coefficient = self._updates.factor.clipping
-        if self.scaler is not None or self._max_norm > 0:
-            found = _found(chunks, groups.of)
-            outside = [parameter for parameters in plain.values() for parameter in parameters]
-            norm = total_norm(self.manager, [*_in_model_order(found), *outside], 2.0) / scale
-            self.grad_norm = float(norm)
-            if self.scaler is not None and self._overflowed(norm, found):
-                return
-            if self._max_norm > 0:
-                coefficient *= clip_coefficient(norm, self._max_norm)
-        grad_scale = coefficient / scale
-
+        grad_scale = self._scaling.of_step(chunks, groups.of, [p for parameters in plain.values() for p in parameters])
+        if grad_scale is None:
+            return
         planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
         updates = [each for each in planned if not each.is_empty]
         order = self._engine.pacing.use_order()
@@ -149,37 +124,15 @@ class ChunkedStep:
         ]
         self._updates.start(updates)
         optimizer.commit_parameters(prepared)
-        self._updates.factor.stepped()
-        if self.scaler is not None:
-            self.scaler.update(overflow=False)
+        self._scaling.stepped()
         self._updates.after_step()
         self._prefetch()
-
-    @property
-    def _scale(self) -> float:
-        return self.scaler.scale if self.scaler is not None and self._updates.factor.is_scaled else 1.0
 
     def _prefetch(self) -> None:
         try:
             self._engine.pacing.prefetch_next_cycle()
         except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
             logger.debug("nothing is fetched ahead of the next forward: %s", error)
-
-    def _overflowed(self, norm: Tensor, found: Iterable[Found]) -> bool:
-        assert self.scaler is not None
-        if not bool(self._communicator.agree_max((~torch.isfinite(norm)).float())):
-            return False
-        before = self.scaler.scale
-        self.scaler.update(overflow=True)
-        self.skipped_steps += 1
-        logger.info(
-            "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
-            first_nonfinite(found),
-            before,
-            self.scaler.scale,
-        )
-        self._updates.factor.stepped()
-        return True
 
     def zero_grad(self, optimizer: ManagedOptimizer, set_to_none: bool) -> None:
         self.zero_gradients(set_to_none, _parameters(optimizer))
@@ -231,20 +184,13 @@ class ChunkedStep:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
         self._updates.collect()
-        norm = total_norm(self.manager, parameters, norm_type) / self._scale
-        if error_if_nonfinite and not torch.isfinite(norm):
-            raise RuntimeError(
-                f"the total norm of order {norm_type} of the gradients is {float(norm)}, so they cannot be clipped"
-            )
-        self.grad_norm = float(norm)
-        self._updates.factor.clip(clip_coefficient(norm, max_norm))
-        return norm
+        return self._scaling.clip(parameters, max_norm, norm_type, error_if_nonfinite)
 
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
-        bound = value * self._scale
-        for chunk, position in _found(self._updates.collect(), _parameters(optimizer)):
+        bound = value * self._scaling.scale
+        for chunk, position in find_gradients(self._updates.collect(), _parameters(optimizer)):
             assert chunk.gradient is not None
             chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
         for parameters in self._plain_parameters(optimizer).values():
@@ -276,20 +222,3 @@ class ChunkedStep:
 def _parameters(optimizer: ManagedOptimizer) -> Set[int]:
     """ids of the parameters that an optimizer has."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _found(chunks: Iterable[Chunk], parameters: Container[int]) -> list[Found]:
-    """The gradients of these parameters (ids), which are those that the step uses."""
-    return [
-        (chunk, position)
-        for chunk in chunks
-        if chunk.gradient is not None
-        for position in sorted(chunk.gradient.present)
-        if id(chunk.bindings[position].parameter) in parameters
-    ]
-
-
-def _in_model_order(found: Iterable[Found]) -> list[Tensor]:
-    """The parameters of these gradients."""
-    in_order = sorted(found, key=lambda place: place[0].layout.slots[place[1]].key)
-    return [chunk.bindings[position].parameter for chunk, position in in_order]

@@ -1,11 +1,13 @@
 """Functions that are called before and after a module runs, also if the module is compiled."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..torch_private import COMPILED_CALL, never_compiled
 from .attached import Attached
@@ -16,12 +18,23 @@ After = Callable[[nn.Module, Any, Any, Any], Any]
 """Gets module, args, kwargs and output (None after an exception); returns None or another output."""
 
 
-def bracket(module: nn.Module, before: Before, after: After) -> None:
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """What is installed on a module. On one that is compiled it stays for good."""
+
+    hooks: tuple[RemovableHandle, ...] = ()
+
+    def remove(self) -> None:
+        """Take the hooks off the module."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def bracket(module: nn.Module, before: Before, after: After) -> Bracket:
     """Install both on the module, before the user's hooks."""
     if getattr(module, COMPILED_CALL, None) is None:
-        module.register_forward_pre_hook(Attached(_never_compiled(before)), with_kwargs=True, prepend=True)
-        module.register_forward_hook(Attached(after), with_kwargs=True, always_call=True)
-        return
+        first = module.register_forward_pre_hook(Attached(_never_compiled(before)), with_kwargs=True, prepend=True)
+        return Bracket((first, module.register_forward_hook(Attached(after), with_kwargs=True, always_call=True)))
     # ``module.compile()``: its hooks are compiled with it, and ours must stay outside.
     compiled: Callable[..., Any] = module.__dict__[COMPILED_CALL]
 
@@ -37,6 +50,7 @@ def bracket(module: nn.Module, before: Before, after: After) -> None:
         return output if changed is None else changed
 
     module.__dict__[COMPILED_CALL] = call
+    return Bracket()
 
 
 def refuse_compilation() -> None:

@@ -69,6 +69,11 @@ class Observer(Results):
         super().__exit__(*exc)
         self._hooks.close()
 
+    @property
+    def running(self) -> Iterator[nn.Module]:
+        """The modules whose forward is under way, outermost first."""
+        return (module for module, _ in self._running)
+
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         self._running.append((module, self.mark()))
 

@@ -128,6 +128,7 @@ class Units:
         self._names = {module: name or type(model).__name__ for name, module in model.named_modules()}
         self.all: list[Unit] = []
         self.of: dict[nn.Module, Unit] = {}
+        self._joined: dict[nn.Module, Unit] = {}
         for module in bracketed_modules(model):
             chunks = self.chunks_of(own_parameters(module))
             besides = self.chunks_of(parameters_of_fast_path(module))
@@ -136,12 +137,8 @@ class Units:
 
     def chunks_of(self, parameters: Iterable[Tensor]) -> tuple[Chunk, ...]:
         """The chunks that hold these parameters, in chunk order; unmanaged ones are left out."""
-        found = {}
-        for parameter in parameters:
-            place = self._manager.find(parameter)
-            if place is not None:
-                found[place[0].index] = place[0]
-        return tuple(found[i] for i in sorted(found))
+        places = map(self._manager.find, parameters)
+        return _in_order(place[0] for place in places if place is not None)
 
     def extend(self, module: nn.Module, parameter: Tensor) -> tuple[Unit, bool]:
         """Make ``module`` bracket ``parameter`` too; True if it was no unit before."""
@@ -152,12 +149,30 @@ class Units:
         unit.needs(self.chunks_of([parameter]))
         return unit, is_new
 
+    def joined(self, module: nn.Module, parts: Iterable[int]) -> Unit:
+        """A unit that brings with one module what several units (by index) bring; the same each time."""
+        units = [self.all[index] for index in sorted(parts)]
+        chunks = _in_order(chunk for unit in units for chunk in unit.chunks)
+        known = self._joined.get(module)
+        if known is None or known.chunks != chunks:
+            besides = _in_order(chunk for unit in units for chunk in unit.without_gradients if chunk not in chunks)
+            known = self._joined[module] = self._made(module, chunks, besides)
+        return known
+
     def _add(self, module: nn.Module, chunks: tuple[Chunk, ...], without_gradients: tuple[Chunk, ...] = ()) -> Unit:
+        self.of[module] = unit = self._made(module, chunks, without_gradients)
+        return unit
+
+    def _made(self, module: nn.Module, chunks: tuple[Chunk, ...], without_gradients: tuple[Chunk, ...]) -> Unit:
         name = self._names.get(module, type(module).__name__)
         unit = Unit(len(self.all), name, ref(module), chunks, without_gradients)
         self.all.append(unit)
-        self.of[module] = unit
         return unit
+
+
+def _in_order(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+    found = {chunk.index: chunk for chunk in chunks}
+    return tuple(found[index] for index in sorted(found))
 
 
 def own_parameters(module: nn.Module) -> Iterator[Tensor]:

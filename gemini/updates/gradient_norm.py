@@ -1,6 +1,6 @@
 """Norms of gradients, in chunks and outside of them: what clipping and overflow checks look at."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +11,23 @@ Found = tuple[Chunk, int]
 """A gradient that is there, by its chunk and its position in it."""
 
 _NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+def find_gradients(chunks: Iterable[Chunk], parameters: Container[int]) -> list[Found]:
+    """The gradients of these parameters (ids), which are those that the step uses."""
+    return [
+        (chunk, position)
+        for chunk in chunks
+        if chunk.gradient is not None
+        for position in sorted(chunk.gradient.present)
+        if id(chunk.bindings[position].parameter) in parameters
+    ]
+
+
+def in_model_order(found: Iterable[Found]) -> list[Tensor]:
+    """The parameters of these gradients."""
+    in_order = sorted(found, key=lambda place: place[0].layout.slots[place[1]].key)
+    return [chunk.bindings[position].parameter for chunk, position in in_order]
 
 
 def total_norm(manager: ChunkManager, parameters: Iterable[Tensor], order: float) -> Tensor:

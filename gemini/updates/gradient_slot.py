@@ -9,7 +9,6 @@
        '-- zero_grad, p.grad = None, from each of them
 """
 
-from dataclasses import dataclass
 from enum import Enum, auto
 from weakref import ref
 
@@ -106,13 +105,18 @@ class GradientSlot:
 
     # -- backward
 
-    def take(self, leaves_theirs: bool) -> "Arrival | None":
+    def take(self, leaves_theirs: bool) -> tuple[Tensor, bool] | None:
         """Take what autograd left in ``p.grad``; None if it stays there, or the chunk has it already.
 
         Parameters
         ----------
         leaves_theirs
             What is not ours alone stays until the step: it will be differentiated, or lies in a buffer of the user's.
+
+        Returns
+        -------
+        tuple of Tensor and bool
+            For `put`. It is whole if the user had replaced what was shown, and autograd added to that.
         """
         with QUIET():
             gradient = self.parameter.grad
@@ -122,7 +126,7 @@ class GradientSlot:
                 return None
             self.parameter.grad = None  # first: if what follows fails, the next backward must not find it here
         is_whole, self._shown = self._shown is not None, None
-        return Arrival(self, gradient, is_whole)
+        return gradient, is_whole
 
     def put(self, gradient: Tensor, is_whole: bool, state: GradState = GradState.SHOWN) -> None:
         """Put a gradient into the chunk, and show it.
@@ -253,13 +257,3 @@ class GradientSlot:
         if state is not self.state and state not in _TRANSITIONS[self.state]:
             raise StateError(f"the gradient of {self.name}: {self.state.name} -> {state.name} is not a transition")
         self.state = state
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A gradient on its way from ``p.grad`` into its chunk."""
-
-    slot: GradientSlot
-    gradient: Tensor
-    is_whole: bool
-    """It takes the place of what the chunk has: the user had replaced what was shown, and autograd added to that."""

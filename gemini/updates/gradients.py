@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager
 from .absent_gradient import BOOST_WITHOUT, AbsentGradient
-from .gradient_slot import Arrival, GradientSlot
+from .gradient_slot import GradientSlot
 
 _USED_UP = "with update_in_backward=True the optimizer uses it up within backward"
 
@@ -34,6 +34,11 @@ class Gradients:
     manager
         Has the chunks.
     """
+
+    leaves_theirs = True
+    """What lies in tensors of the user's, or has a graph, stays there until the step: see `GradientSlot.take`."""
+    may_be_copied = True
+    """A gradient that has its home elsewhere is shown as a copy when it is asked for."""
 
     def __init__(self, manager: ChunkManager) -> None:
         self._manager = manager
@@ -60,9 +65,9 @@ class Gradients:
         """True if gradients of this parameter go into its chunk."""
         return id(parameter) in self._slots
 
-    def has_stand_in(self, parameter: Tensor) -> bool:
-        """True if an `AbsentGradient` is shown for this parameter, to which autograd cannot add: see `make_way`."""
-        return self._slots[id(parameter)].stand_in is not None
+    def slot(self, parameter: Tensor) -> GradientSlot:
+        """The gradient of a parameter that is followed."""
+        return self._slots[id(parameter)]
 
     def _stand_in(self, chunk: Chunk, position: int, parameter: Tensor) -> AbsentGradient | None:
         """What is shown in the place of a gradient; None where it can be shown itself."""
@@ -80,18 +85,6 @@ class Gradients:
 
     def before_backward(self) -> None:
         """Raise if a backward would add to a gradient that is used up."""
-
-    def make_way(self, parameter: Tensor) -> None:
-        """Before autograd adds to ``p.grad``: a stand-in cannot be added to."""
-        self._slots[id(parameter)].make_way()
-
-    def take(self, parameter: Tensor) -> Arrival | None:
-        """Take what autograd left in ``p.grad``; None if it stays there, or the chunk has it already."""
-        return self._slots[id(parameter)].take(leaves_theirs=True)
-
-    def put(self, arrival: Arrival) -> None:
-        """Put into its chunk what `take` returned, and show it."""
-        arrival.slot.put(arrival.gradient, arrival.is_whole)
 
     # -- between backward and step
 
@@ -121,13 +114,7 @@ class Gradients:
             slot.collect()
 
     def zero(self, parameters: Set[int] | None) -> None:
-        """Fill gradients with zeros, which stay gradients: the step then moves and decays as torch does.
-
-        Parameters
-        ----------
-        parameters
-            ids; None for all.
-        """
+        """Fill gradients with zeros (of all parameters, or of these, by id); the step then moves and decays them."""
         for chunk in self._of_chunk:
             self.reveal(chunk)
         for key, slot in self._slots.items():
@@ -135,13 +122,7 @@ class Gradients:
                 slot.zero()
 
     def drop(self, chunk: Chunk, parameters: Set[int] | None = None) -> None:
-        """Forget gradients of a chunk, and show them no more.
-
-        Parameters
-        ----------
-        parameters
-            ids; None for all.
-        """
+        """Forget gradients of a chunk (of all its parameters, or of these, by id), and show them no more."""
         if parameters is None:
             self._withdrawn.discard(chunk)
         for slot in self._of_chunk.get(chunk, ()):
@@ -160,13 +141,10 @@ class Gradients:
         if slot is None:
             return
         self.reveal(slot.chunk)
-        if slot.stand_in is not None and slot.is_present and slot.content is slot.stand_in:
-            self._bring(slot)
-
-    def _bring(self, slot: GradientSlot) -> None:
-        """Put a copy in place of a stand-in, if there is memory for it."""
-        if self._manager.eviction.headroom() >= slot.parameter.nbytes:
-            slot.copy_in_reach()
+        is_elsewhere = self.may_be_copied and slot.stand_in is not None
+        if is_elsewhere and slot.is_present and slot.content is slot.stand_in:
+            if self._manager.eviction.headroom() >= slot.parameter.nbytes:
+                slot.copy_in_reach()
 
     # -- the step and after
 
@@ -189,11 +167,10 @@ class Gradients:
 class ScaledGradients(Gradients):
     """Gradients of a scaled loss: they are not those that a user expects, and are never shown."""
 
+    may_be_copied = False
+
     def _stand_in(self, chunk: Chunk, position: int, parameter: Tensor) -> AbsentGradient | None:
         return AbsentGradient.of(parameter, "it is multiplied by the loss scale of fp16")
-
-    def _bring(self, slot: GradientSlot) -> None:
-        pass
 
 
 class ConsumedGradients(Gradients):
@@ -201,6 +178,8 @@ class ConsumedGradients(Gradients):
 
     From its update until ``zero_grad`` the gradient of a parameter is an `AbsentGradient`.
     """
+
+    leaves_theirs = may_be_copied = False
 
     def _stand_in(self, chunk: Chunk, position: int, parameter: Tensor) -> AbsentGradient | None:
         return AbsentGradient.of(parameter, _USED_UP, BOOST_WITHOUT)
@@ -216,12 +195,6 @@ class ConsumedGradients(Gradients):
                 )
             slot.lose_sight()
 
-    def take(self, parameter: Tensor) -> Arrival | None:
-        return self._slots[id(parameter)].take(leaves_theirs=False)
-
     def hand_over(self, chunk: Chunk) -> None:
         assert chunk.gradient is not None
         chunk.gradient.clear()
-
-    def _bring(self, slot: GradientSlot) -> None:
-        pass

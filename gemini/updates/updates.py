@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager, Tier
 from ..nn.optimizer.managed import ManagedOptimizer
-from .factor import Factor
 from .gradients import Gradients
 from .options import Options
+from .scaling import Scaling
 from .schedule import UpdateSchedule
 from .updater import Groups, Planned, Updater
 
@@ -26,6 +26,8 @@ class Updates:
     ----------
     manager, schedule, gradients, updater
         The chunks, when they are updated, what ``p.grad`` shows of their gradients, and what starts an update.
+    scaling
+        What gradients are multiplied by.
     options
         What the optimizer says of its updates; None for inference.
     """
@@ -36,11 +38,12 @@ class Updates:
         schedule: UpdateSchedule,
         gradients: Gradients,
         updater: Updater,
+        scaling: Scaling,
         options: Options | None,
     ) -> None:
         self.schedule = schedule
         self.gradients = gradients
-        self.factor = Factor()
+        self.scaling = scaling
         self._manager = manager
         self._updater = updater
         self._options = options
@@ -71,12 +74,13 @@ class Updates:
 
     def gradient_arrived(self, parameter: Tensor, task: int) -> Sequence[Chunk]:
         """Autograd has put a gradient into ``p.grad``. Returns chunks to `update` now."""
-        arrival = self.gradients.take(parameter)
+        slot = self.gradients.slot(parameter)
+        chunk, position = slot.chunk, slot.position
+        arrival = slot.take(self.gradients.leaves_theirs)
         if arrival is None:
             return ()
-        chunk, position = arrival.slot.chunk, arrival.slot.position
         self.schedule.gradient_arrives(chunk, position)
-        self.gradients.put(arrival)
+        slot.put(*arrival)
         self.backward_begins(task)  # a parameter that the loss itself uses comes before any unit
         return self.schedule.gradient_arrived(chunk, position)
 
@@ -135,12 +139,7 @@ class Updates:
     # -- gradients that are not wanted
 
     def drop(self, parameters: Set[int] | None = None) -> None:
-        """Forget gradients in chunks.
-
-        Parameters
-        ----------
-        parameters
-            Of these (ids); None for all.
+        """Forget gradients in chunks; those of all parameters, or of these (ids).
 
         Raises
         ------
@@ -164,7 +163,7 @@ class Updates:
                 if had_some:
                     self._manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
-        self.factor.forget()
+        self.scaling.forget()
 
     def abandon(self) -> None:
         """A backward has failed: its gradients are worth nothing."""

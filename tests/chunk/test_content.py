@@ -1,28 +1,37 @@
 """Codecs: how values lie in the buffers of a chunk."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from fakes import FakeBackend
 from manager_rig import TRAINABLE, plan_of
+from torch import Tensor
 
 from gemini.chunk import (
     GRADIENT,
     MASTER,
     BufferSpec,
     ChunkManager,
+    ChunkPlan,
     Codec,
+    DiskBackend,
     Ledger,
     Marked,
     MemoryMap,
     Plain,
+    RamBackend,
     SplitBf16,
+    Staging,
     TensorSpec,
     Tier,
     WithShadow,
     pack,
+    values,
 )
+from gemini.chunk.content import Pieces
 
 STATE = BufferSpec("exp_avg_sq", has_spare_sign=True)
 CODECS: list[Codec] = [
@@ -67,3 +76,56 @@ def test_a_plan_has_a_place_for_each_of_its_buffers() -> None:
     plan = plan_of(layout, TRAINABLE, torch.bfloat16)
     with pytest.raises(ValueError, match="chunk 0 has buffers master, exp_avg, exp_avg_sq, gradient and places for "):
         replace(plan, tiers={MASTER: Tier.HOST, GRADIENT: Tier.HOST})
+
+
+@dataclass(frozen=True, slots=True)
+class BlockQuantised:
+    """Frozen masters in 8 bits, with a scale for each 32 of them: what another form of parameters takes."""
+
+    computes: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.bfloat16
+    source: ClassVar[None] = None
+    specs: ClassVar[tuple[BufferSpec, ...]] = (BufferSpec(MASTER, torch.int8), BufferSpec("scale", block_numel=32))
+
+    def of_state(self, spec: BufferSpec) -> Codec:
+        return Plain(spec)
+
+    def decode(self, stored: Pieces) -> Tensor:
+        codes = stored[MASTER]
+        return (codes * stored["scale"].repeat_interleave(32)[: codes.numel()]).to(self.dtype)
+
+    def encode(self, values: Tensor, stored: Pieces) -> Pieces:
+        blocks = torch.nn.functional.pad(values.float(), (0, -values.numel() % 32)).view(-1, 32)
+        scale = (blocks.abs().amax(1) / 127).clamp(min=1e-8)
+        codes = (blocks / scale[:, None]).round().to(torch.int8).view(-1)
+        return {MASTER: codes[: values.numel()], "scale": scale}
+
+
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
+@pytest.mark.parametrize("piece_numel", [32, 1 << 20])
+def test_another_form_of_parameters_is_one_more_codec(
+    tier: Tier, piece_numel: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(values, "_PIECE_NUMEL", piece_numel)
+    (layout,) = pack([TensorSpec("w", (15, 7), (7, 1)), TensorSpec("b", (50,), (1,))], 1000)
+    codec = BlockQuantised()
+    ledger = Ledger(dict.fromkeys(Tier, 1 << 20), MemoryMap.EMULATED)
+    disk = DiskBackend(tmp_path, ledger) if tier is Tier.DISK else None
+    device = RamBackend(Staging(2, 4096) if disk is not None else None)
+    plan = ChunkPlan(layout, codec, (), dict.fromkeys((MASTER, "scale"), tier), torch.bfloat16)
+    manager = ChunkManager([plan], ledger, device, disk)
+    (chunk,) = manager.chunks
+    for position, slot in enumerate(layout.slots):
+        value = torch.randn(slot.shape, generator=torch.Generator().manual_seed(position))
+        parameter = torch.empty(slot.shape, dtype=torch.bfloat16)
+        manager.bind(parameter, chunk, position)
+        manager.write(parameter, MASTER, value)
+        expected = codec.decode(codec.encode(value.bfloat16().flatten(), {})).view(slot.shape)
+        assert torch.equal(manager.read(parameter, MASTER), expected)
+        assert (expected - value).abs().max() < 0.03
+        manager.fetch(chunk)
+        manager.pin(chunk)
+        assert torch.equal(parameter, expected)
+        manager.unpin(chunk)
+        manager.evict(chunk)
+    manager.close()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.step.scaler import LossScaler
+from gemini.updates.scaler import LossScaler
 
 
 def scales(scaler: LossScaler, overflows: str) -> list[float]:
