@@ -28,12 +28,7 @@ class DeviceRoom:
     @property
     def full_capacity_bytes(self) -> int:
         """Room for full copies on DEVICE."""
-        return self._manager.ledger.free(Tier.DEVICE) + self.resident_bytes
-
-    @property
-    def resident_bytes(self) -> int:
-        """What the full copies on DEVICE take."""
-        return sum(chunk.full_nbytes for chunk in self._manager.chunks if chunk.is_resident)
+        return self._manager.ledger.free(Tier.DEVICE) + self._manager.full_copies.nbytes
 
     def fit(self, profile: NonModelProfile, batch: Batch, least_bytes: int) -> bool:
         """Give full copies what non-model data leave of DEVICE, once a training step has shown what they take.
@@ -79,7 +74,7 @@ class DeviceRoom:
         OutOfMemory
             To be raised in place of ``error``.
         """
-        held = self.resident_bytes
+        held = self._manager.full_copies.nbytes
         self._manager.eviction.evict_idle()
         self._manager.device.trim()
         if self._manager.device.is_ram:
