@@ -73,6 +73,13 @@ def unordered_layers(text: str) -> list[str]:
     return [name for name, here, below in steps if here < below] + sorted(HEIGHT.keys() - set(named))
 
 
+def invented_calls(text: str) -> list[str]:
+    """Calls in excerpts of Python that are nowhere in the code."""
+    code = "\n".join(sources().values())
+    excerpts = (fence for fence in _FENCE.findall(text) if fence.lstrip().startswith("```python"))
+    return [call for excerpt in excerpts for call in re.findall(r"[\w.]+\(", excerpt) if call not in code]
+
+
 def rows_without_test(text: str) -> list[str]:
     """Rows of the last table that name no test."""
     rows = text.partition("## Where do I change")[2].splitlines()
@@ -143,6 +150,10 @@ def test_classes_and_methods_of_the_walks_exist() -> None:
     assert unknown_names(fenced) == []
 
 
+def test_excerpts_call_what_the_code_calls() -> None:
+    assert invented_calls(ARCHITECTURE.read_text()) == []
+
+
 def test_classes_and_methods_of_the_drawing_exist() -> None:
     names = list(_drawn())
     assert {"Engine.enter", "ChunkManager.quiet", "Planner", "UpdateQueue", "ChunkedStep"} <= set(names)
@@ -174,6 +185,7 @@ def test_the_checks_fire() -> None:
     ]
     codes = ["Engine.enter", "Engine.gone", "Chunk.state", "GoneClass", "Chunk", "float32", "nn.Parameter", "Tensor"]
     assert unknown_names(iter(codes)) == ["Engine.gone", "GoneClass"]
+    assert invented_calls("```python\nself.pacing.advance(x)\nself.pacing.gone(x)\n```") == ["self.pacing.gone("]
     assert "planning" in unordered_layers("## Layers\n| `gemini/planning/` | a |\n| `gemini/engine/` | b |\n")
     assert rows_without_test("## Where do I change\n| what | where |\n| a | [b](../tests/x.py) |\n| c | d |\n") == [
         "| c | d |"
