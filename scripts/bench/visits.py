@@ -2,10 +2,10 @@
 
     python scripts/bench/visits.py [--layers 12 --hidden 64 --seq-len 64]
 
-A GPT whose full copies stay on DEVICE, and the same one with room for a few chunks, in turns. A training step calls every
-layer once, and backward comes to it once: that is a visit. What a streaming step takes more, less the seconds that the
-training thread spends on bringing chunks and on taking them away, is what the visits cost. CPU time of the training
-thread, so that other programs matter less; one thread.
+A GPT whose full copies stay on DEVICE, and the same one with room for a few chunks, in turns. A training step calls
+every layer once, and backward comes to it once: that is a visit. What a streaming step takes more, less the seconds
+that the training thread spends on bringing chunks and on taking them away, is what the visits cost. CPU time of the
+training thread, so that other programs matter less; one thread.
 """
 
 import argparse
@@ -92,10 +92,8 @@ def main() -> None:
         base, base_moves, _ = resident.run(options.steps)
         costs.append(1e6 * (seconds - moves - (base - base_moves)) / visits)
         ratios.append(seconds / base)
-    stats = streaming.model.memory_stats()
-    print(
-        f"{visits:.0f} visits a step, {stats['move/fetch_count'] / (options.turns * options.steps + 5):.0f} fetches a step"
-    )
+    fetches = streaming.model.memory_stats()["move/fetch_count"] / (options.turns * options.steps + 5)
+    print(f"{visits:.0f} visits and {fetches:.0f} fetches a step")
     low, middle, high = statistics.quantiles(costs, n=4)
     print(f"a visit, beside the moves: median {middle:.1f} us, quartiles {low:.1f} to {high:.1f} (wanted: 40 or less)")
     print(f"streaming / resident, CPU time: median {statistics.median(ratios):.3f}")
