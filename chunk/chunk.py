@@ -121,7 +121,7 @@ class Chunk:
     @property
     def full_nbytes(self) -> int:
         """Bytes that the full copy takes on DEVICE beside the homes."""
-        return 0 if self.full_is_home else self.full.numel() * self.full.element_size()
+        return 0 if self.plan.full_is_home else self.full.nbytes
 
     # -- loans
 

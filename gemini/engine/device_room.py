@@ -1,5 +1,7 @@
 """What full copies may take of DEVICE, beside the homes and the non-model data there."""
 
+from collections.abc import Callable
+
 from ..chunk import ChunkManager, Tier
 from ..errors import OutOfMemory
 from ..memory.non_model import Batch, NonModelProfile
@@ -30,13 +32,13 @@ class DeviceRoom:
         """Room for full copies on DEVICE."""
         return self._manager.ledger.free(Tier.DEVICE) + self._manager.full_copies.nbytes
 
-    def fit(self, profile: NonModelProfile, batch: Batch, least_bytes: int) -> bool:
+    def fit(self, profile: NonModelProfile, batch: Batch, least_bytes: Callable[[], int]) -> bool:
         """Give full copies what non-model data leave of DEVICE, once a training step has shown what they take.
 
         Parameters
         ----------
         least_bytes
-            What full copies need in any case.
+            Tells what full copies need in any case.
 
         Returns
         -------
@@ -49,7 +51,7 @@ class DeviceRoom:
         peak = max(expected, *(measured.peak_bytes for measured in profile.heaviest.values()))
         ledger = self._manager.ledger
         homes = ledger.capacity(Tier.DEVICE) - self.full_capacity_bytes
-        room = max(self._limit_bytes - peak - self.given_up_bytes, homes + least_bytes)
+        room = max(self._limit_bytes - peak - self.given_up_bytes, homes + least_bytes())
         if room == ledger.capacity(Tier.DEVICE):
             return False
         if room < ledger.used(Tier.DEVICE):
