@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemini.torch_private import version_of, without_torch_function
 
-from .away import QUIET, Keeper, away_class, copied_class, is_linked, link, plain_class, was_reached
+from .away import QUIET, AwayParameter, Keeper, away_class, copied_class, is_linked, link, plain_class, was_reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,9 @@ class Bindings:
         """The parameters point at NaN, or did when an interrupt kept some of them from pointing at the full copy."""
         self._are_copies = are_copies
         """What pinned parameters show is another memory than home."""
+        self._is_entrusted = False
+        self._is_looked_at = False
+        """No parameter's ``data`` can be another tensor than ours: its keeper was told of all that was assigned."""
         self._all: list[Binding] = []
         self._versions: list[int] = []
         """Per binding, torch's count of in-place operations when home and full copy were last the same."""
@@ -66,6 +69,7 @@ class Bindings:
 
         ``last_value`` gives the values of the parameter at a position once the keeper is gone.
         """
+        self._is_entrusted = True
         for position, binding in enumerate(self._all):
             link(binding.parameter, keeper, partial(last_value, position))
             self._all[position] = replace(binding, away=away_class(plain_class(binding.pinned)))
@@ -79,6 +83,7 @@ class Bindings:
 
     def be_pinned(self) -> None:
         """The chunk is pinned: torch uses the parameters without asking their keeper."""
+        self._is_looked_at = False
         for binding in self._all:
             binding.parameter.__class__ = binding.pinned
 
@@ -118,8 +123,11 @@ class Bindings:
     def take_assigned(self) -> list[tuple[int, Tensor]]:
         """Positions and values of parameters whose ``data`` the user has set to another tensor.
 
-        They point again where the chunk has them point; bringing the values there is the caller's.
+        They point again where the chunk has them point; bringing the values there is the caller's. What is assigned
+        while parameters are away goes to their keeper, so they are looked at once after they were pinned.
         """
+        if self._is_looked_at:
+            return []
         found = []
         with without_torch_function():  # the class while it is away and the observer: this is no use
             for position, binding in enumerate(self._all):
@@ -128,6 +136,7 @@ class Bindings:
                     if not binding.parameter.is_set_to(former):  # else an interrupt came between
                         found.append((position, binding.parameter.data))
                     binding.parameter.data = ours
+        self._is_looked_at = self._is_entrusted and all(isinstance(b.parameter, AwayParameter) for b in self._all)
         return found
 
     # -- changes in place

@@ -1,7 +1,7 @@
 """One chunk: its homes, its full copy on DEVICE, and the parameters bound to it."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class Chunk:
         return self.plan.place(position, self.specs[name].block_numel)
 
     @property
-    def specs(self) -> dict[str, BufferSpec]:
+    def specs(self) -> Mapping[str, BufferSpec]:
         """Its buffers that have a home, by their names."""
         return self.plan.specs
 
@@ -121,7 +121,7 @@ class Chunk:
     @property
     def full_nbytes(self) -> int:
         """Bytes that the full copy takes on DEVICE beside the homes."""
-        return 0 if self.full_is_home else self.full.numel() * self.full.element_size()
+        return 0 if self.plan.full_is_home else self.full.nbytes
 
     # -- loans
 

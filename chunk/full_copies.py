@@ -37,7 +37,7 @@ class FullCopies:
         self._ledger = ledger
         self._device = device
         self._communicator = communicator
-        self._nbytes = 0
+        self.nbytes = 0
         """What the ledger counts for full copies."""
 
     def begin(self, chunk: Chunk, background: bool) -> None:
@@ -49,7 +49,7 @@ class FullCopies:
             If it fails. The chunk is at home then.
         """
         self._ledger.take(Tier.DEVICE, chunk.full_nbytes, f"the full copy of chunk {chunk.index}")
-        self._nbytes += chunk.full_nbytes
+        self.nbytes += chunk.full_nbytes
         self.resident[chunk] = None
         transfer: Transfer | None = None
         try:
@@ -131,8 +131,8 @@ class FullCopies:
             self._device.shrink(chunk.full)
             del self.resident[chunk]
         resident = sum(chunk.full_nbytes for chunk in self.resident)
-        self._ledger.give(Tier.DEVICE, self._nbytes - resident)
-        self._nbytes = resident
+        self._ledger.give(Tier.DEVICE, self.nbytes - resident)
+        self.nbytes = resident
 
     def close(self) -> None:
         """Let the chunks go. What lends them memory for gradients leads here, and would keep them."""
@@ -141,5 +141,5 @@ class FullCopies:
     def _free(self, chunk: Chunk) -> None:
         self._device.shrink(chunk.full)
         self._ledger.give(Tier.DEVICE, chunk.full_nbytes)
-        self._nbytes -= chunk.full_nbytes
+        self.nbytes -= chunk.full_nbytes
         self.resident.pop(chunk, None)

@@ -1,7 +1,7 @@
 """What to build for one chunk: which buffers, of which dtype, where."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,7 +36,20 @@ class ChunkPlan:
     owner: Owner = SOLE
     """Who keeps an extent of it at home, and together with how many others."""
 
+    # Derived once: they are looked at in each update.
+    specs: Mapping[str, BufferSpec] = field(init=False, repr=False, compare=False)
+    """Every buffer that has a home, by its name."""
+    extents: tuple[range, ...] = field(init=False, repr=False, compare=False)
+    """The elements of the layout that each owner keeps at home."""
+    extent: range = field(init=False, repr=False, compare=False)
+    """The elements of the layout that are kept at home here."""
+
     def __post_init__(self) -> None:
+        gradient = (self.gradient_spec,) if GRADIENT in self.tiers else ()
+        specs = {spec.name: spec for spec in (*self.codec.specs, *self.states, *gradient)}
+        object.__setattr__(self, "specs", specs)
+        object.__setattr__(self, "extents", self.owner.extents(self.layout.numel))
+        object.__setattr__(self, "extent", self.extents[self.owner.index])
         if set(self.tiers) != set(self.specs):
             raise ValueError(
                 f"chunk {self.layout.index} has buffers {', '.join(self.specs)} and places for {', '.join(self.tiers)}"
@@ -47,12 +60,6 @@ class ChunkPlan:
                     f"{spec.name} has a value for each block of {spec.block_numel} elements, and several processes "
                     f"keep extents that begin at multiples of {EXTENT_MULTIPLE}"
                 )
-
-    @property
-    def specs(self) -> dict[str, BufferSpec]:
-        """Every buffer that has a home, by its name."""
-        gradient = () if self.borrows_gradient or GRADIENT not in self.tiers else (self.gradient_spec,)
-        return {spec.name: spec for spec in (*self.codec.specs, *self.states, *gradient)}
 
     @property
     def gradient_spec(self) -> BufferSpec:
@@ -67,16 +74,6 @@ class ChunkPlan:
     def is_trainable(self) -> bool:
         """True if an optimizer updates it (which one with no states of its own does as well)."""
         return GRADIENT in self.tiers or self.borrows_gradient
-
-    @property
-    def extents(self) -> tuple[range, ...]:
-        """The elements of the layout that each owner keeps at home."""
-        return self.owner.extents(self.layout.numel)
-
-    @property
-    def extent(self) -> range:
-        """The elements of the layout that are kept at home here."""
-        return self.extents[self.owner.index]
 
     def place(self, position: int, block_numel: int = 1) -> Place:
         """Where the values of a parameter are, of which there may be one for each block of elements."""

@@ -37,6 +37,8 @@ class ChunkState(Enum):
     IN_USE_UPDATING = auto()
     """An update is changing a chunk that is pinned: ``optimizer.step()`` waits for it before it returns."""
 
+    __hash__ = object.__hash__  # states are looked up at each visit, and Enum's own is written in Python
+
 
 TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
     ChunkState.HOME: frozenset({ChunkState.FETCHING, ChunkState.HOME_UPDATING}),

@@ -14,3 +14,5 @@ class Tier(Enum):
 
     DISK = "disk"
     """A folder."""
+
+    __hash__ = object.__hash__  # tiers are looked up at each move, and Enum's own is written in Python

@@ -63,7 +63,7 @@ def assemble(
     listener: Listener = Silent(statistics)
     if config.telemetry is not False:
         listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
-    pacing, room = Pacing(manager, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
+    pacing, room = Pacing(manager, units, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
     engine = Engine(manager, units, updates, pacing, room, Sampling(manager, meter), listener)
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)

@@ -378,7 +378,7 @@ def _managed(optimizer: Optimizer) -> ChunkedStep | None:
 
 def _loss_scaler(optimizer: Optimizer) -> Any:
     step = _managed(optimizer)
-    return step.scaler if step is not None else None
+    return step.scaling.scaler if step is not None else None
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

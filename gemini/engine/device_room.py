@@ -1,5 +1,7 @@
 """What full copies may take of DEVICE, beside the homes and the non-model data there."""
 
+from collections.abc import Callable
+
 from ..chunk import ChunkManager, Tier
 from ..errors import OutOfMemory
 from ..memory.non_model import Batch, NonModelProfile
@@ -28,20 +30,15 @@ class DeviceRoom:
     @property
     def full_capacity_bytes(self) -> int:
         """Room for full copies on DEVICE."""
-        return self._manager.ledger.free(Tier.DEVICE) + self.resident_bytes
+        return self._manager.ledger.free(Tier.DEVICE) + self._manager.full_copies.nbytes
 
-    @property
-    def resident_bytes(self) -> int:
-        """What the full copies on DEVICE take."""
-        return sum(chunk.full_nbytes for chunk in self._manager.chunks if chunk.is_resident)
-
-    def fit(self, profile: NonModelProfile, batch: Batch, least_bytes: int) -> bool:
+    def fit(self, profile: NonModelProfile, batch: Batch, least_bytes: Callable[[], int]) -> bool:
         """Give full copies what non-model data leave of DEVICE, once a training step has shown what they take.
 
         Parameters
         ----------
         least_bytes
-            What full copies need in any case.
+            Tells what full copies need in any case.
 
         Returns
         -------
@@ -54,7 +51,7 @@ class DeviceRoom:
         peak = max(expected, *(measured.peak_bytes for measured in profile.heaviest.values()))
         ledger = self._manager.ledger
         homes = ledger.capacity(Tier.DEVICE) - self.full_capacity_bytes
-        room = max(self._limit_bytes - peak - self.given_up_bytes, homes + least_bytes)
+        room = max(self._limit_bytes - peak - self.given_up_bytes, homes + least_bytes())
         if room == ledger.capacity(Tier.DEVICE):
             return False
         if room < ledger.used(Tier.DEVICE):
@@ -79,7 +76,7 @@ class DeviceRoom:
         OutOfMemory
             To be raised in place of ``error``.
         """
-        held = self.resident_bytes
+        held = self._manager.full_copies.nbytes
         self._manager.eviction.evict_idle()
         self._manager.device.trim()
         if self._manager.device.is_ram:

@@ -190,7 +190,7 @@ class Engine:
         self.manager.eviction.repay()
         batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
-        if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes()):
+        if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes):
             self.pacing.replan()
         self.pacing.begin_cycle(with_gradients)
 

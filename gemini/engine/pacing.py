@@ -1,12 +1,13 @@
 """Moving chunks ahead of use and out of the way, by the plan of the cycle."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..chunk import Chunk, ChunkManager, Tier
 from ..errors import is_out_of_memory
 from ..planning.cycle import Cycle
 from ..planning.planner import Actions, Planner
 from ..planning.trace import Moment, Trace
+from ..units.units import Units
 
 _NOTHING = Actions()
 
@@ -16,15 +17,16 @@ class Pacing:
 
     Parameters
     ----------
-    manager
-        Has the chunks.
+    manager, units
+        The chunks, and what brackets their uses.
     depth
         How many chunks may be on their way ahead of use.
     """
 
-    def __init__(self, manager: ChunkManager, depth: int) -> None:
+    def __init__(self, manager: ChunkManager, units: Units, depth: int) -> None:
         self.cycle = Cycle()
         self._manager = manager
+        self._units = units
         self._depth = depth
         self._pool_growths = 0
         """How often the gradients' room had grown when the plans were made."""
@@ -90,11 +92,15 @@ class Pacing:
             Chunk index -> bytes.
         """
         nbytes = [other.get(chunk.index, chunk.full_nbytes) for chunk in self._manager.chunks]
-        return max((sum(nbytes[c] for c in moment.in_use) for moment in self.cycle.moments()), default=sum(nbytes))
+        return max((sum(nbytes[c] for c in moment.in_use) for moment in self._moments()), default=sum(nbytes))
 
     def seen_bytes(self) -> int:
         """What one of the moments seen so far needs at least; 0 before the first."""
-        return self.least_bytes({}) if any(True for _ in self.cycle.moments()) else 0
+        return self.least_bytes({}) if any(True for _ in self._moments()) else 0
+
+    def _moments(self) -> Iterator[Moment]:
+        """The moments known, without those of units that stand for several."""
+        return (moment for moment in self.cycle.moments() if not self._units.all[moment.unit].is_joined)
 
     def _plan(self, trace: Trace) -> Planner:
         manager = self._manager
@@ -102,5 +108,5 @@ class Pacing:
         nbytes = {chunk.index: chunk.full_nbytes for chunk in chunks}
         # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
         lost = [chunk.index for chunk in chunks if chunk.is_trainable and not chunk.update_reaches_full]
-        resident = sum(chunk.full_nbytes for chunk in chunks if chunk.is_resident)
-        return Planner(trace, nbytes, manager.ledger.free(Tier.DEVICE) + resident, self._depth, lost)
+        capacity = manager.ledger.free(Tier.DEVICE) + manager.full_copies.nbytes
+        return Planner(trace, nbytes, capacity, self._depth, lost)

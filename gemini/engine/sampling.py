@@ -75,8 +75,7 @@ class Sampling:
         return self.timeline.take(self.meter.last_bytes)
 
     def _sample(self) -> None:
-        resident = sum(chunk.full_nbytes for chunk in self._manager.chunks if chunk.is_resident)
-        self.meter.sample(self._manager.gradient_pool.blocks_nbytes + resident)
+        self.meter.sample(self._manager.gradient_pool.blocks_nbytes + self._manager.full_copies.nbytes)
 
     def _choose_malloc(self) -> None:
         """Have malloc keep nothing while non-model data in RAM are measured, and for as long as RAM is short."""

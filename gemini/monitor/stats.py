@@ -157,7 +157,7 @@ def of_layout(manager: ChunkManager) -> Stats:
     off = sum(home.nbytes for home in homes if not manager.ledger.memory.shares(home.tier, Tier.DEVICE))
     stats["placement/offload_optim_frac"] = off / total_bytes if total_bytes else 0.0
     copies = sum(c.full_nbytes for c in chunks)
-    room = manager.ledger.free(Tier.DEVICE) + sum(c.full_nbytes for c in chunks if c.is_resident)
+    room = manager.ledger.free(Tier.DEVICE) + manager.full_copies.nbytes
     stats["placement/offload_param_frac"] = max(0.0, 1.0 - room / copies) if copies else 0.0
     stats["model_data/shadow_bytes"] = sum(c.homes[SHADOW].nbytes for c in chunks if SHADOW in c.homes)
     stats["model_data/parameter_bytes"] = parameters

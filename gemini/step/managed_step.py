@@ -13,7 +13,6 @@ from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing
 from ..updates.gradient_norm import find_gradients
 from ..updates.options import Options
-from ..updates.scaler import LossScaler
 from ..updates.updater import Updater
 from ..updates.updates import Updates
 from .kept_states import KeptStates
@@ -51,7 +50,7 @@ class ChunkedStep:
         self._engine = engine
         self._updater = updater
         self._updates = updates
-        self._scaling = updates.scaling
+        self.scaling = updates.scaling
         self._unfreezing = unfreezing
 
     @property
@@ -60,18 +59,13 @@ class ChunkedStep:
         return self._states.kept
 
     @property
-    def scaler(self) -> LossScaler | None:
-        """The loss scale of fp16; None for dtypes that need none."""
-        return self._scaling.scaler
-
-    @property
     def packing(self) -> Packing:
         """The plans of the chunks, as they are now."""
         return self._unfreezing.packing
 
     def facts(self, step: StepFacts) -> StepFacts:
         """What is known of a step, with the numbers of now."""
-        scaling = self._scaling
+        scaling = self.scaling
         loss_scale = None if scaling.scaler is None else scaling.scaler.scale
         return step._replace(skipped_count=scaling.skipped_steps, loss_scale=loss_scale, grad_norm=scaling.grad_norm)
 
@@ -80,7 +74,7 @@ class ChunkedStep:
     def backward(self, loss: Tensor) -> None:
         """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
         self._updates.before_backward()
-        loss = self._scaling.scaled(loss)
+        loss = self.scaling.scaled(loss)
         try:
             loss.backward()
         except BaseException as error:
@@ -110,7 +104,7 @@ class ChunkedStep:
         groups = self._updater.groups(Options.of(optimizer))
         chunks = self._updates.collect()
         plain = self._plain_parameters(optimizer)
-        grad_scale = self._scaling.of_step(chunks, groups.of, [p for parameters in plain.values() for p in parameters])
+        grad_scale = self.scaling.of_step(chunks, groups.of, [p for parameters in plain.values() for p in parameters])
         if grad_scale is None:
             return
         planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
@@ -124,7 +118,7 @@ class ChunkedStep:
         ]
         self._updates.start(updates)
         optimizer.commit_parameters(prepared)
-        self._scaling.stepped()
+        self.scaling.stepped()
         self._updates.after_step()
         self._prefetch()
 
@@ -184,12 +178,12 @@ class ChunkedStep:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
         self._updates.collect()
-        return self._scaling.clip(parameters, max_norm, norm_type, error_if_nonfinite)
+        return self.scaling.clip(parameters, max_norm, norm_type, error_if_nonfinite)
 
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
-        bound = value * self._scaling.scale
+        bound = value * self.scaling.scale
         for chunk, position in find_gradients(self._updates.collect(), _parameters(optimizer)):
             assert chunk.gradient is not None
             chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))

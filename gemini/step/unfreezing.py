@@ -135,7 +135,7 @@ class Unfreezing:
         manager, ledger = self._manager, self._manager.ledger
         copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
         is_shared = ledger.memory.shares(Tier.HOST, Tier.DEVICE)
-        resident = sum(chunk.full_nbytes for chunk in manager.chunks if chunk.is_resident) if is_shared else 0
+        resident = manager.full_copies.nbytes if is_shared else 0
         can_stage = manager.disk is not None and buffer_count(slots) <= self.packing.updated_buffer_count
         on_disk = ledger.free(Tier.DISK) if can_stage else 0
         return Capacity(

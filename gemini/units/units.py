@@ -22,6 +22,8 @@ class Unit:
     chunks: tuple[Chunk, ...]
     without_gradients: tuple[Chunk, ...] = ()
     """Further chunks that must be there in a call without gradients."""
+    is_joined: bool = False
+    """It stands for several units, which take its place again when there is no room for all of them at once."""
     graph_attributes: tuple[str, ...] = ()
     """Attributes in which it leaves tensors with a graph (auxiliary losses): outputs of another kind."""
     leaks_graph: bool | None = None
@@ -156,16 +158,18 @@ class Units:
         known = self._joined.get(module)
         if known is None or known.chunks != chunks:
             besides = _in_order(chunk for unit in units for chunk in unit.without_gradients if chunk not in chunks)
-            known = self._joined[module] = self._made(module, chunks, besides)
+            known = self._joined[module] = self._made(module, chunks, besides, is_joined=True)
         return known
 
     def _add(self, module: nn.Module, chunks: tuple[Chunk, ...], without_gradients: tuple[Chunk, ...] = ()) -> Unit:
         self.of[module] = unit = self._made(module, chunks, without_gradients)
         return unit
 
-    def _made(self, module: nn.Module, chunks: tuple[Chunk, ...], without_gradients: tuple[Chunk, ...]) -> Unit:
+    def _made(
+        self, module: nn.Module, chunks: tuple[Chunk, ...], besides: tuple[Chunk, ...], is_joined: bool = False
+    ) -> Unit:
         name = self._names.get(module, type(module).__name__)
-        unit = Unit(len(self.all), name, ref(module), chunks, without_gradients)
+        unit = Unit(len(self.all), name, ref(module), chunks, besides, is_joined)
         self.all.append(unit)
         return unit
 

@@ -12,13 +12,28 @@ from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
 
 
-@dataclass(frozen=True, slots=True)
 class GroupRule:
-    """A parameter group's arithmetic, with the options that it has now."""
+    """A parameter group's arithmetic, with the options that it has now.
 
-    make: BoundRule
-    keeps_state: bool
-    """Whether a step of it is counted."""
+    Parameters
+    ----------
+    bind
+        Makes the update of one step.
+    keeps_state
+        Whether a step of it is counted.
+    """
+
+    def __init__(self, bind: BoundRule, keeps_state: bool) -> None:
+        self.keeps_state = keeps_state
+        self._bind = bind
+        self._bound: dict[tuple[int, float, bool], BoundUpdate] = {}
+
+    def at(self, step: int, grad_scale: float, is_fresh: bool) -> BoundUpdate:
+        """The update of a step: one object for all parameters that take the same."""
+        key = step, grad_scale, is_fresh
+        if key not in self._bound:
+            self._bound[key] = self._bind(step, grad_scale, is_fresh)
+        return self._bound[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +111,6 @@ class Updater:
             Write through to the full copy, if there is one. Else it is evicted (which is free).
         """
         taken: dict[int, int] = {}
-        of_step: dict[tuple[int, int, bool], BoundUpdate] = {}
         runs: list[Run] = []
         assert chunk.gradient is not None
         previous, is_empty = -2, True
@@ -110,9 +124,7 @@ class Updater:
             step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
             if group.keeps_state:
                 taken[id(parameter)] = step
-            if (index, step, is_fresh) not in of_step:
-                of_step[index, step, is_fresh] = group.make(step, grad_scale, is_fresh)
-            at_step = of_step[index, step, is_fresh]
+            at_step = group.at(step, grad_scale, is_fresh)
             is_empty = False
             start, stop = max(slot.offset, chunk.extent.start), min(slot.stop, chunk.extent.stop)
             if start >= stop:  # other owners update all of it

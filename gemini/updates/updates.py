@@ -97,7 +97,7 @@ class Updates:
             self._groups = self._updater.groups(self._options)
         if chunk.gradient.buffer is not None and chunk.gradient.buffer.tier is Tier.DISK:
             self._manager.device.synchronize()
-        self._make_ready(chunk)
+        self._manager.quiet(chunk)
         planned = self._updater.plan(self._groups, chunk, refresh=refresh)
         if not planned.is_empty:
             self.schedule.updating(chunk, max(planned.taken.values(), default=0), self._options)
@@ -118,12 +118,8 @@ class Updates:
         chunks = [c for c in self._manager.chunks if c.gradient is not None and c.gradient.present]
         device.synchronize()  # what the user replaced, or other owners have sent, may be on its way
         for chunk in chunks:
-            self._make_ready(chunk)
+            self._manager.quiet(chunk)  # an error of the last step surfaces before anything of this one is changed
         return chunks
-
-    def _make_ready(self, chunk: Chunk) -> None:
-        """Have a chunk quiet before anything of the step is changed."""
-        self._manager.quiet(chunk)  # an error of the last step surfaces here
 
     def start(self, planned: Sequence[Planned]) -> None:
         """Start updates, in this order; from now on the chunks' gradients are theirs."""

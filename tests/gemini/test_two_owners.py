@@ -95,7 +95,7 @@ def test_a_step_that_overflows_is_skipped_by_both_owners() -> None:
     ours, alone = both(build, loss, precision="fp16", initial_scale=2.0**32)
     assert ours.train(2) == alone.train(2)
     check_owners(ours, alone)
-    assert [optimizer._managed._scaling.skipped_steps for optimizer in ours.optimizers] == [2, 2]
+    assert [optimizer._managed.scaling.skipped_steps for optimizer in ours.optimizers] == [2, 2]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -17,6 +17,7 @@ from gemini.chunk import (
     GradientBuffer,
     Ledger,
     MemoryMap,
+    SingleProcess,
     Slot,
     Tier,
     accelerator,
@@ -134,7 +135,9 @@ def test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(
         device.seed(seed)
         backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)
         ledger = Ledger({Tier.DEVICE: 1024}, MemoryMap.EMULATED)
-        pool = GradientPool(ledger, backend, None, Eviction(ledger, FullCopies(ledger, backend), lambda: 0))
+        pool = GradientPool(
+            ledger, backend, None, Eviction(ledger, FullCopies(ledger, backend, SingleProcess()), lambda: 0)
+        )
         pool.reserve(Tier.DEVICE, 1024, "room")
         borrow = partial(pool.borrow, layout, Tier.DEVICE, torch.float32)
         first, second = (GradientBuffer(layout, None, backend, borrow) for _ in range(2))

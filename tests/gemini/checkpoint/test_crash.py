@@ -5,6 +5,7 @@ import resource
 import signal
 
 import pytest
+import torch
 from checkpoint_cases import assert_same, boost, child, gpt2, mixed, values
 
 from gemini.checkpoint import load_model, load_optimizer, save_model, save_optimizer
@@ -58,7 +59,7 @@ def test_a_full_disk_leaves_the_old_optimizer(tmp_path, form: str, request) -> N
     save_optimizer(optimizer, tmp_path / form)
     for parameter in model.parameters():
         zeros = parameter.detach() * 0
-        optimizer._managed.load_state_of(optimizer, parameter, {"step": 1, "exp_avg": zeros, "exp_avg_sq": zeros})
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": zeros, "exp_avg_sq": zeros}
     request.getfixturevalue("small_files")
     with pytest.raises(CheckpointError, match="File too large"):
         save_optimizer(optimizer, tmp_path / form)

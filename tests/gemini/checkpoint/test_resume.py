@@ -39,10 +39,10 @@ def test_training_goes_on_bit_for_bit_in_a_new_process_with_another_placement(
 
 def test_the_loss_scale_is_where_it_was(tmp_path: Path) -> None:
     booster, model, optimizer = boost(gpt2(), "fp16")
-    optimizer._managed.scaler.load_state_dict({"scale": 512.0, "good_steps": 7, "overflows": 1})
+    optimizer._managed.scaling.scaler.load_state_dict({"scale": 512.0, "good_steps": 7, "overflows": 1})
     for checkpoint in (tmp_path / "folder", tmp_path / "optimizer.pt"):
         booster.save_optimizer(optimizer, checkpoint)
         other_booster, _, other = boost(gpt2(), "fp16")
         other_booster.load_optimizer(other, checkpoint)
-        assert other._managed.scaler == optimizer._managed.scaler
+        assert other._managed.scaling.scaler == optimizer._managed.scaling.scaler
     assert model is not None

@@ -96,11 +96,11 @@ def test_fp16_unscales_and_skips_steps_that_overflow(name: str) -> None:
     plain = LowPrecision(name, torch.float16, max_norm=0.02)
     state = ours.model._gemini.step
     for step in range(30):
-        skipped, loss = state.skipped_steps, ours.step(step)
-        if state.skipped_steps == skipped:
-            plain.loss_scale = state.scaler.scale
+        skipped, loss = state.scaling.skipped_steps, ours.step(step)
+        if state.scaling.skipped_steps == skipped:
+            plain.loss_scale = state.scaling.scaler.scale
             assert plain.step(step) == loss
-    assert 4 < state.skipped_steps < 26
+    assert 4 < state.scaling.skipped_steps < 26
     check_same(ours, plain)  # type: ignore[arg-type]
 
 

@@ -147,7 +147,7 @@ def numbers(run: WithDouble) -> tuple[dict[str, Tensor], Any, Any]:
     run.model._gemini.manager.settle()
     step = run.model._gemini.step
     counts = [step.kept.count(parameter) for parameter in run.model.parameters()]
-    return run.weights(), counts, step.scaler.state_dict() if step.scaler is not None else None
+    return run.weights(), counts, step.scaling.scaler.state_dict() if step.scaling.scaler is not None else None
 
 
 def check_numbers(a: Any, b: Any) -> None:
