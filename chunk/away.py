@@ -217,10 +217,10 @@ class _Disguised:
         self.__class__ = plain_class(type(self))
 
     def __repr__(self) -> str:
-        # Torch writes "tensor(...)" for parameters of exactly this class, and the name of any other.
-        plain = plain_class(type(self))
-        assert isinstance(self, nn.Parameter)
-        return repr(nn.Parameter(self.detach(), self.requires_grad)) if plain is nn.Parameter else plain.__repr__(self)
+        assert isinstance(self, Tensor)
+        if plain_class(type(self)) is nn.Parameter:  # torch shows subclasses of it in another way
+            return repr(nn.Parameter(self.detach(), self.requires_grad))
+        return super().__repr__()
 
     def __deepcopy__(self, memo: dict[int, object]) -> nn.Parameter:
         if id(self) not in memo:
