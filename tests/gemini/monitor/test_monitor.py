@@ -27,6 +27,7 @@ from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry import documents, reader
 from gemini.telemetry.encoding import as_mapping, encode
 from gemini.telemetry.layout import TIERS, chunks_file, oom_file, records_file, request_file, timeline_file
+from gemini.telemetry.run_status import RunStatus
 from gemini.telemetry.schema import records_schema
 from gemini.telemetry.statistics import table
 
@@ -311,7 +312,7 @@ def test_telemetry_keeps_no_model_alive(tmp_path: Path) -> None:
     gc.collect()
     channel._thread.join(10)
     assert not channel._thread.is_alive()
-    assert reader.read_run(tmp_path / "run").status is reader.RunStatus.FINISHED
+    assert reader.read_run(tmp_path / "run").status is RunStatus.FINISHED
 
 
 def test_pooling_keeps_the_peak() -> None:
