@@ -260,7 +260,7 @@ def test_an_out_of_memory_error_in_forward_is_recorded_where_it_began(
     training = Training(tmp_path / "run", Refuses(error))
     training.step(2)
     training.model.inner.is_full = True
-    with pytest.raises((type(error()), OutOfMemory)):  # the runtime turns what is for want of memory into ours
+    with pytest.raises((type(error()), OutOfMemory)):  # the runtime turns errors about memory into ours
         training.step()
     training.model.inner.is_full = False
     training.step()  # training goes on
