@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 TIMELINE_STEPS = 50
 TIMELINE_SECONDS = 10.0
-"""A timeline is recorded every so many steps, if so many seconds have passed as well, ..."""
+"""A timeline is recorded when this many steps and this many seconds have passed since the last one, ..."""
 NEW_PEAK_RATIO = 1.01
-"""... and when a tier's peak has grown by that much since the last one."""
+"""... and when a tier's peak is this much higher than at the last one."""
 
 _SHAPES = 16
-"""Of a batch, at most so many are recorded."""
+"""The most shapes that are recorded of a batch."""
 _SEEN = "_gemini_memory_recorded"
 
 
