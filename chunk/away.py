@@ -216,6 +216,12 @@ class _Disguised:
     def _is_param(self, value: bool) -> None:
         self.__class__ = plain_class(type(self))
 
+    def __repr__(self) -> str:
+        # Torch writes "tensor(...)" for parameters of exactly this class, and the name of any other.
+        plain = plain_class(type(self))
+        assert isinstance(self, nn.Parameter)
+        return repr(nn.Parameter(self.detach(), self.requires_grad)) if plain is nn.Parameter else plain.__repr__(self)
+
     def __deepcopy__(self, memo: dict[int, object]) -> nn.Parameter:
         if id(self) not in memo:
             assert isinstance(self, Tensor)

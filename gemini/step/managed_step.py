@@ -83,9 +83,10 @@ class ChunkedStep:
 
     def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
         """Forget what is in the chunks (of these parameters, by id), or fill it with zeros."""
-        if set_to_none or self._updates.schedule.consumes_gradients:
+        if set_to_none:
             self._updates.drop(parameters)
         else:
+            self._updates.schedule.check_zeroing()
             self._updates.zero(parameters)
 
     # -- ManagedStep

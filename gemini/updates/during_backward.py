@@ -198,6 +198,12 @@ class DuringBackward(UpdateSchedule):
             "are known; boost without it"
         )
 
+    def check_zeroing(self) -> None:
+        raise ValueError(
+            "gradients cannot be filled with zeros with update_in_backward=True: they are gone, and the next step would "
+            "leave out what has no part in its loss; call zero_grad(), or boost without it"
+        )
+
     def check_current(self, user: str, chunks: Collection[Chunk]) -> None:
         stale = next((chunk for chunk in chunks if chunk in self._updated), None)
         if stale is not None:

@@ -84,6 +84,9 @@ class UpdateSchedule:
     def check_clipping(self) -> None:
         """Raise if the gradients are never all in memory at once."""
 
+    def check_zeroing(self) -> None:
+        """Raise if gradients have no memory that could be filled with zeros."""
+
     def check_current(self, user: str, chunks: Collection[Chunk]) -> None:
         """Raise if one of these chunks has been updated in the current step. ``user`` names the code that uses them."""
 
