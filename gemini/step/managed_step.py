@@ -126,7 +126,7 @@ class ChunkedStep:
     def _prefetch(self) -> None:
         try:
             self._engine.pacing.prefetch_next_cycle()
-        except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
+        except (OSError, RuntimeError, MemoryError) as error:  # the next forward fetches what it needs, or raises
             logger.debug("nothing is fetched ahead of the next forward: %s", error)
 
     def zero_grad(self, optimizer: ManagedOptimizer, set_to_none: bool) -> None:
