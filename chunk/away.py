@@ -218,9 +218,10 @@ class _Disguised:
 
     def __repr__(self) -> str:
         # Torch writes "tensor(...)" for parameters of exactly this class, and the name of any other.
-        plain = plain_class(type(self))
-        assert isinstance(self, nn.Parameter)
-        return repr(nn.Parameter(self.detach(), self.requires_grad)) if plain is nn.Parameter else plain.__repr__(self)
+        if plain_class(type(self)) is not nn.Parameter:
+            return super().__repr__()
+        assert isinstance(self, Tensor)
+        return repr(nn.Parameter(self.detach(), self.requires_grad))
 
     def __deepcopy__(self, memo: dict[int, object]) -> nn.Parameter:
         if id(self) not in memo:
