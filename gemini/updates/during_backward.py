@@ -200,8 +200,8 @@ class DuringBackward(UpdateSchedule):
 
     def check_zeroing(self) -> None:
         raise ValueError(
-            "gradients cannot be filled with zeros with update_in_backward=True: they are gone, and the next step would "
-            "leave out what has no part in its loss; call zero_grad(), or boost without it"
+            "gradients cannot be filled with zeros with update_in_backward=True: they are gone, and the next step "
+            "would leave out what has no part in its loss; call zero_grad(), or boost without it"
         )
 
     def check_current(self, user: str, chunks: Collection[Chunk]) -> None:
