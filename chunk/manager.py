@@ -148,6 +148,8 @@ class ChunkManager:
             self.full_copies.arrive(old)  # what can go wrong goes wrong now
             self.quiet(old)
         self.device.synchronize()  # no home is being written
+        on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
+        self.eviction.make_room_for(Tier.HOST, sum(on_host))
         for old, new in zip(rebuilt, self._builder.rebuild(rebuilt, plans, fill), strict=True):
             if old.is_resident:
                 self.evict(old)
