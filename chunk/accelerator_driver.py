@@ -1,6 +1,6 @@
 """The calls into a device that the backend is made of, by torch's interface for any accelerator.
 
-Whoever imitates these can test the backend's logic without a device.
+An imitation of these tests the backend's logic without a device.
 """
 
 from collections.abc import Callable, Iterator

@@ -59,7 +59,7 @@ class Boosted:
 
 
 def is_boosted(model: nn.Module) -> bool:
-    """True if the model has been through `Booster.boost`."""
+    """True if `Booster.boost` returned the model."""
     return isinstance(model.__dict__.get("_gemini"), Boosted)
 
 
@@ -69,7 +69,7 @@ def boosted(model: nn.Module) -> Boosted:
     Raises
     ------
     TypeError
-        If the model has not been through `Booster.boost`.
+        If `Booster.boost` did not return the model.
     """
     found = model.__dict__.get("_gemini")
     if not isinstance(found, Boosted):

@@ -42,7 +42,7 @@ class GeminiConfig:
     max_norm: float = 0.0
     """Clip the gradients' 2-norm in every step; 0 for never."""
     update_in_backward: bool = False
-    """Update each chunk as soon as backward is through with it; gradients never exist all at once."""
+    """Update each chunk as soon as backward needs it no more; the gradients are never all in memory at once."""
     split_master: bool = False
     """Keep masters as their bf16 full copy and the bits that this has no room for, where units can use that copy."""
     force_outputs_fp32: bool = False

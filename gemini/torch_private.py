@@ -214,7 +214,7 @@ def is_compiled(module: nn.Module) -> bool:
     """True for what ``torch.compile(module)`` returns and for a module that had its own ``compile`` called."""
     if getattr(module, COMPILED_CALL, None) is not None:
         return True
-    compiler = sys.modules.get("torch._dynamo.eval_frame")  # not imported for it: whoever compiled has done so
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # not imported here: compiling imports it
     return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from gemini.planning.planner import Planner, Schedule
+from gemini.planning.planner import Plan, Planner
 
 
 def belady(
@@ -61,26 +61,26 @@ def play(
     there = set(resident)
     fetched, waited = [], []
     for _ in range(cycles):
-        schedule = planner.schedule(there)
-        count, count_waited = _play_lap(schedule, there, nbytes, capacity, depth)
+        plan = planner.plan(there)
+        count, count_waited = _play_cycle(plan, there, nbytes, capacity, depth)
         there -= set(lost)
-        assert not schedule.between.fetch
-        count += _apply(schedule.between.evict, schedule.between.prefetch, there)
-        assert len(schedule.between.prefetch) <= depth
+        assert not plan.between.fetch
+        count += _apply(plan.between.evict, plan.between.prefetch, there)
+        assert len(plan.between.prefetch) <= depth
         first = [capacity] if isinstance(capacity, int) else capacity[:1]
         assert all(sum(nbytes[c] for c in there) <= room for room in first)
-        assert there == schedule.end
+        assert there == plan.end
         fetched.append(count)
         waited.append(count_waited)
     return Played(fetched, waited)
 
 
-def _play_lap(
-    schedule: Schedule, there: set[int], nbytes: Mapping[int, int], capacity: int | Sequence[int], depth: int
+def _play_cycle(
+    plan: Plan, there: set[int], nbytes: Mapping[int, int], capacity: int | Sequence[int], depth: int
 ) -> tuple[int, int]:
     count = count_waited = 0
-    assert len(schedule.actions) == len(schedule.trace.moments)
-    for now, (moment, actions) in enumerate(zip(schedule.trace.moments, schedule.actions, strict=True)):
+    assert len(plan.actions) == len(plan.trace.moments)
+    for now, (moment, actions) in enumerate(zip(plan.trace.moments, plan.actions, strict=True)):
         in_use = {c for c in moment.in_use if c in nbytes}
         assert not set(actions.evict) & in_use
         count += _apply(actions.evict, (*actions.fetch, *actions.prefetch), there)
@@ -88,7 +88,7 @@ def _play_lap(
         assert set(actions.fetch) <= in_use <= there, "a chunk in use is not there"
         assert not set(actions.prefetch) & in_use
         if actions.prefetch:
-            upcoming = _upcoming(schedule, now, in_use, nbytes)
+            upcoming = _upcoming(plan, now, in_use, nbytes)
             assert set(actions.prefetch) <= set(upcoming[:depth]), "prefetched farther ahead than asked for"
         room = capacity if isinstance(capacity, int) else capacity[now]
         assert sum(nbytes[c] for c in there) <= room, "over capacity"
@@ -104,6 +104,6 @@ def _apply(evict: Sequence[int], fetch: Sequence[int], there: set[int]) -> int:
     return len(fetch)
 
 
-def _upcoming(schedule: Schedule, now: int, in_use: set[int], nbytes: Mapping[int, int]) -> list[int]:
-    later = (c for moment in schedule.trace.moments[now + 1 :] for c in sorted(moment.in_use))
+def _upcoming(plan: Plan, now: int, in_use: set[int], nbytes: Mapping[int, int]) -> list[int]:
+    later = (c for moment in plan.trace.moments[now + 1 :] for c in sorted(moment.in_use))
     return [c for c in dict.fromkeys(later) if c in nbytes and c not in in_use]

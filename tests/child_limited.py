@@ -1,4 +1,4 @@
-"""Run by tests (see `limited.py`): trains under RLIMIT_DATA, set to so many bytes a parameter above what a warm process
+"""Run by tests (see `limited.py`): trains under RLIMIT_DATA, set to BYTES_A_PARAMETER above what a warm process
 has, as if there were no limit.
 
     python child_limited.py BYTES_A_PARAMETER LAYERS '{"precision": "bf16", ...}'

@@ -73,7 +73,7 @@ class FakeLane:
 class FakeAccelerator:
     """Stands in for `AcceleratorDriver`.
 
-    A stream-ordered allocator hands memory on as soon as the compute stream is through with it. Here nobody else gets
+    A stream-ordered allocator hands memory on as soon as the compute stream needs it no more. Here nothing else gets
     it, but it is spoilt at that point of the compute stream, and again when it is taken.
     """
 

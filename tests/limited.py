@@ -1,4 +1,4 @@
-"""A training under a limit of the system on so many bytes a parameter, in a child."""
+"""A training in a child whose memory the system limits, in bytes a parameter."""
 
 import json
 import os
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def limited(bytes_a_parameter: float, layers: int, **plugin: Any) -> subprocess.CompletedProcess[str]:
-    """Train so many layers of a million parameters; its last line says the losses, and how often a full copy went."""
+    """Train ``layers`` of a million parameters each; the last line has the losses and the number of evictions."""
     command = [sys.executable, str(Path(__file__).parent / "child_limited.py"), str(bytes_a_parameter), str(layers)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
     return subprocess.run(

@@ -70,8 +70,8 @@ class GeminiPlugin:
         Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
         names the chunk. Costs some CPU time.
     update_in_backward
-        The optimizer updates each chunk as soon as backward is through with it, so that gradients never exist all at
-        once; `optimizer.step()` does the rest. Same numbers; it buys room, not time. Without clipping,
+        The optimizer updates each chunk as soon as backward needs it no more, so that the gradients are never all in
+        memory at once; `optimizer.step()` does the rest. Same numbers; it buys room, not time. Without clipping,
         loss scale and accumulation only, and a backward that fails when some chunks have been updated leaves them so:
         then the model refuses to go on until a checkpoint is loaded.
     split_master

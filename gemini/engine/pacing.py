@@ -60,7 +60,7 @@ class Pacing:
             self._pool_growths = self._manager.gradient_pool.growths
             self.replan()
         resident = [chunk.index for chunk in self._manager.chunks if chunk.is_resident]
-        self.cycle.restart(with_gradients, self._plan, resident)
+        self.cycle.restart(with_gradients, self._planner_of, resident)
 
     def prefetch_next_cycle(self) -> None:
         """Start the first fetches of the next training cycle behind the optimizer's updates."""
@@ -70,7 +70,7 @@ class Pacing:
 
     def replan(self) -> None:
         """Make every plan anew: the room for full copies, or what they take, has changed."""
-        self.cycle.replan(self._plan)
+        self.cycle.replan(self._planner_of)
 
     def keeps(self, chunk: Chunk) -> bool:
         """True if the next cycle will find the full copy that a chunk has now, as far as the plan says."""
@@ -102,7 +102,7 @@ class Pacing:
         """The moments known, without those of units that stand for several."""
         return (moment for moment in self.cycle.moments() if not self._units.all[moment.unit].is_joined)
 
-    def _plan(self, trace: Trace) -> Planner:
+    def _planner_of(self, trace: Trace) -> Planner:
         manager = self._manager
         chunks = [chunk for chunk in manager.chunks if not chunk.full_is_home]
         nbytes = {chunk.index: chunk.full_nbytes for chunk in chunks}

@@ -146,7 +146,7 @@ def _kind(layer: nn.Module) -> tuple[str, tuple[Any, ...]]:
 
 @contextmanager
 def _cut(lists: Sequence[nn.ModuleList], lengths: Sequence[int]) -> Iterator[None]:
-    """Leave so many layers in each list, for as long as the context lasts."""
+    """Shorten each list to its number in ``lengths`` for as long as the context lasts."""
     cut = [own_modules(layers) for layers in lists]
     whole = [dict(modules) for modules in cut]
     try:

@@ -16,8 +16,8 @@ from gemini.stat.text import printable, size
 from gemini.telemetry.discovery import NoRun
 from gemini.telemetry.documents import read_chunks, read_oom, read_timeline
 from gemini.telemetry.layout import TIERS
-from gemini.telemetry.reader import RunView
 from gemini.telemetry.records import Description, OutOfMemoryDocument, TierUse, Timeline
+from gemini.telemetry.run_view import RunView
 
 from .changes import Case, Change, Check, estimated
 from .command import assignment
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> Exit:
     if options.json:
         print_json(
             estimate_outputs.Explanation(
-                run_id=found.run_id,
+                run_id=found.identity.run_id,
                 rank=found.rank,
                 error=None if oom is None else oom.error,
                 phase=None if oom is None else oom.phase,

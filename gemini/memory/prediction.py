@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..chunk.memory_map import MemoryMap
 from ..chunk.tier import Tier
-from ..planning.planner import Schedule
+from ..planning.planner import Plan
 from .timeline import Point
 
 
@@ -63,12 +63,12 @@ def measure(points: Sequence[Point], where: Tier) -> Peaks:
     return Peaks(tuple(tiers), max((p.non_model for p in points), default=0))
 
 
-def bytes_of_copies(schedule: Schedule, start: Collection[int], nbytes: Mapping[int, int]) -> list[int]:
+def bytes_of_copies(plan: Plan, start: Collection[int], nbytes: Mapping[int, int]) -> list[int]:
     """Bytes of the full copies at each moment of a cycle that begins with the chunks ``start``."""
     there = {chunk for chunk in start if chunk in nbytes}
     total = sum(nbytes[chunk] for chunk in there)
     found = []
-    for actions in schedule.actions:
+    for actions in plan.actions:
         gone = there.intersection(actions.evict)
         come = {*actions.fetch, *actions.prefetch}.difference(there - gone)
         there = (there - gone) | come if gone or come else there

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from msgspec.structs import asdict
+from torch import nn
 
 from ..chunk import ChunkManager, Tier
 from ..engine import Engine, StepFacts
@@ -31,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 TIMELINE_STEPS = 50
 TIMELINE_SECONDS = 10.0
-"""A timeline is recorded every so many steps, if so many seconds have passed as well, ..."""
+"""A timeline is recorded when this many steps and this many seconds have passed since the last one, ..."""
 NEW_PEAK_RATIO = 1.01
-"""... and when a tier's peak has grown by that much since the last one."""
+"""... and when a tier's peak is this much higher than at the last one."""
 
 _SHAPES = 16
-"""Of a batch, at most so many are recorded."""
+"""The most shapes that are recorded of a batch."""
 _SEEN = "_gemini_memory_recorded"
 
 
@@ -216,12 +217,11 @@ class Monitor:
 
     def _oom_record(self, engine: Engine, error: BaseException) -> records.OutOfMemory:
         manager, batch = self._manager, engine.sampling.batch
-        visits = [visit.unit.name for visit in engine.visits.open]
         points, ledger = engine.sampling.timeline.points, manager.ledger
         return records.OutOfMemory(
             error=f"{type(error).__name__}: {error}"[:2000],
             is_ours=hasattr(error, "tier") or type(error).__module__.startswith("gemini."),
-            unit=visits[-1] if visits else None,
+            unit=_failed_unit(engine, error),
             phase="backward" if engine.visits.is_in_backward else "forward",
             batch_shapes=[list(shape) for shape in batch.shapes[:_SHAPES]] if batch else [],
             tiers={t.value: records.TierUse(ledger.used(t), ledger.peak(t), ledger.capacity(t)) for t in Tier},
@@ -231,3 +231,18 @@ class Monitor:
             in_use=[c.index for c in manager.chunks if c.pins][:64],
             process=process_memory(),
         )
+
+
+def _failed_unit(engine: Engine, error: BaseException) -> str | None:
+    """The name of the innermost unit that an error has passed through, else of the one that was entered last.
+
+    Where a coarser module has the hooks, only the traceback knows its units.
+    """
+    name = next((visit.unit.name for visit in reversed(engine.visits.open)), None)
+    traceback = error.__traceback__
+    while traceback is not None:
+        running = traceback.tb_frame.f_locals.get("self")
+        if isinstance(running, nn.Module) and (unit := engine.units.of.get(running)) is not None:
+            name = unit.name
+        traceback = traceback.tb_next
+    return name

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Collection, Iterator
 
-from .planner import Actions, Planner, Schedule
+from .planner import Actions, Plan, Planner
 from .trace import Moment, Phase, Trace, TraceRecorder
 
-Plan = Callable[[Trace], Planner]
+MakePlanner = Callable[[Trace], Planner]
 
 PLANS_KEPT = 8
 """Of each kind. Batches of a few kinds, experts in a few combinations: each keeps its own."""
 MOST_MOMENTS = 100_000
-"""A cycle of so many moments begins anew: it would never end where nobody calls the model itself."""
+"""The moments after which a cycle ends: where the model itself is never called, nothing else ends it."""
 
 
 class Cycle:
@@ -32,7 +32,7 @@ class Cycle:
         """The two plans that were followed last."""
         self._resident: Collection[int] = ()
         self._position = 0
-        self._schedule: Schedule | None = None
+        self._plan: Plan | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -54,9 +54,9 @@ class Cycle:
         return foreseen or next(iter(self._planners[with_gradients]), None)
 
     @property
-    def followed(self) -> tuple[Schedule, Collection[int]] | None:
+    def followed(self) -> tuple[Plan, Collection[int]] | None:
         """The plan of the cycle under way, and the chunks that were there when it began; None without a plan."""
-        return None if self._schedule is None else (self._schedule, self._resident)
+        return None if self._plan is None else (self._plan, self._resident)
 
     def moments(self) -> Iterator[Moment]:
         """Every moment known, of plans and of the cycle under way."""
@@ -68,31 +68,31 @@ class Cycle:
     def advance(self, moment: Moment) -> Actions | None:
         """Record a moment; its actions, if a plan knows it."""
         self._recorder.add(moment)
-        schedule, position = self._schedule, self._position
-        if schedule is None:
+        plan, position = self._plan, self._position
+        if plan is None:
             return None
-        moments = schedule.trace.moments
+        moments = plan.trace.moments
         if position >= len(moments) or moments[position] != moment:
-            position = self._rejoin(schedule, moment)
+            position = self._rejoin(plan, moment)
             if position < 0:
                 return None
-            schedule = self._schedule or schedule
+            plan = self._plan or plan
         self._position = position + 1
-        return schedule.actions[position]
+        return plan.actions[position]
 
-    def _rejoin(self, schedule: Schedule, moment: Moment) -> int:
+    def _rejoin(self, plan: Plan, moment: Moment) -> int:
         """Find where to go on, in another plan or farther on in this one; -1 if nowhere."""
         done = tuple(self._recorder.moments)
         for planner in self._planners[self.with_gradients]:
             if planner.trace.moments[: len(done)] == done:
-                self._schedule = planner.schedule(self._resident)
+                self._plan = planner.plan(self._resident)
                 return len(done) - 1
         try:
-            return schedule.trace.moments.index(moment, self._position)
+            return plan.trace.moments.index(moment, self._position)
         except ValueError:
             return -1
 
-    def restart(self, with_gradients: bool, plan: Plan, resident: Collection[int]) -> None:
+    def restart(self, with_gradients: bool, make_planner: MakePlanner, resident: Collection[int]) -> None:
         """The next cycle begins: plan anew if what was recorded is no plan yet, and plan from what is there."""
         is_complete = self.is_complete
         trace = self._recorder.take()
@@ -102,7 +102,7 @@ class Cycle:
             if known is not None:
                 planners.remove(known)
             else:
-                known = _planned(plan, trace)
+                known = _planned(make_planner, trace)
             if known is not None:
                 planners.insert(0, known)
                 self._note(known)
@@ -112,7 +112,7 @@ class Cycle:
         self.with_gradients = with_gradients
         planner = self.expected(with_gradients)
         self._resident = resident
-        self._schedule = planner.schedule(resident) if planner is not None else None
+        self._plan = planner.plan(resident) if planner is not None else None
         self._position = 0
 
     def _note(self, planner: Planner) -> None:
@@ -130,25 +130,25 @@ class Cycle:
         planner = self.expected(with_gradients=True)
         if planner is None:
             return Actions()
-        if self.with_gradients and self._schedule is not None:
-            return self._schedule.between
+        if self.with_gradients and self._plan is not None:
+            return self._plan.between
         return Actions(prefetch=planner.first)
 
     def keeps(self, chunk: int) -> bool:
         """True if the plan of this cycle has a full copy there at its end; without a plan any may be."""
-        return self._schedule is None or chunk in self._schedule.end
+        return self._plan is None or chunk in self._plan.end
 
-    def replan(self, plan: Plan) -> None:
+    def replan(self, make_planner: MakePlanner) -> None:
         """Make every plan anew, because the capacity is another one. The cycle under way goes on without."""
         for planners in self._planners.values():
-            planned = [_planned(plan, planner.trace) for planner in planners]
+            planned = [_planned(make_planner, planner.trace) for planner in planners]
             planners[:] = [planner for planner in planned if planner is not None]
         self._forget_followers()
-        self._schedule = None
+        self._plan = None
 
 
-def _planned(plan: Plan, trace: Trace) -> Planner | None:
+def _planned(make_planner: MakePlanner, trace: Trace) -> Planner | None:
     try:
-        return plan(trace)
+        return make_planner(trace)
     except ValueError:  # a moment outgrew the device since; fetching on demand will say so, or manage
         return None

@@ -1,4 +1,4 @@
-"""From a trace to a schedule: what to evict, fetch and prefetch at each moment. Pure: no torch.
+"""From a trace to a plan: what to evict, fetch and prefetch at each moment. Pure: no torch.
 
 Three questions, answered one after the other:
 
@@ -24,10 +24,10 @@ from itertools import accumulate
 from .trace import Trace
 
 NEVER = 1 << 60
-SETTLING_LAPS = 3
+SETTLING_CYCLES = 3
 """Cycles that are planned to see what a choice costs in the long run."""
-LAPS_REMEMBERED = 64
-"""Beginnings whose schedules are kept; training has one or two."""
+PLANS_REMEMBERED = 64
+"""Plans kept, each for another set of copies at the beginning; training has one or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Actions:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """The plan of one cycle."""
+class Plan:
+    """What to do in one cycle."""
 
     trace: Trace
     actions: tuple[Actions, ...]
@@ -95,7 +95,7 @@ class Planner:
         self._in_use = [*in_use, frozenset()]  # the last one is the time between two cycles
         self._capacity = [*capacity, *capacity[:1]]
         self._ahead = _ahead(self._in_use, depth, self._lost)
-        self._laps: dict[frozenset[int], Schedule] = {}
+        self._plans: dict[frozenset[int], Plan] = {}
         self._set_reach(0)
         if in_use and depth and sum(nbytes.values()) > min(capacity):
             self._set_reach(min(sorted({0, 1, depth}), key=self._cost_of_reach))
@@ -105,19 +105,19 @@ class Planner:
         """The chunks to prefetch before a cycle when nothing else is known."""
         return self._ahead[-1]
 
-    def schedule(self, resident: Collection[int] = ()) -> Schedule:
-        """The cycle that begins with these full copies on DEVICE."""
+    def plan(self, resident: Collection[int] = ()) -> Plan:
+        """The plan of a cycle that begins with these full copies on DEVICE."""
         start = frozenset(c for c in resident if c in self._nbytes)
-        schedule = self._laps.get(start)
-        if schedule is None:
-            if len(self._laps) >= LAPS_REMEMBERED:
-                self._laps.clear()
-            schedule = self._laps[start] = self._plan(start)
-        return schedule
+        plan = self._plans.get(start)
+        if plan is None:
+            if len(self._plans) >= PLANS_REMEMBERED:
+                self._plans.clear()
+            plan = self._plans[start] = self._planned(start)
+        return plan
 
     def _set_reach(self, reach: int) -> None:
         """Let each moment need, besides what it uses, as many of the next ``reach`` chunks as there is room for."""
-        self._laps.clear()
+        self._plans.clear()
         self._needs = []
         for in_use, ahead, room in zip(self._in_use, self._ahead, self._capacity, strict=False):
             need, left = set(in_use), room - sum(self._nbytes[c] for c in in_use)
@@ -131,19 +131,19 @@ class Planner:
     def _cost_of_reach(self, reach: int) -> int:
         """Bytes moved in a cycle, and again those that are waited for."""
         self._set_reach(reach)
-        cycle, begin = self.schedule(), frozenset[int]()
-        for _ in range(SETTLING_LAPS):
-            if cycle.end == begin:
+        plan, begin = self.plan(), frozenset[int]()
+        for _ in range(SETTLING_CYCLES):
+            if plan.end == begin:
                 break
-            begin = cycle.end
-            cycle = self.schedule(begin)
-        waited = [c for actions in cycle.actions for c in actions.fetch]
-        moved = [c for actions in (*cycle.actions, cycle.between) for c in (*actions.fetch, *actions.prefetch)]
+            begin = plan.end
+            plan = self.plan(begin)
+        waited = [c for actions in plan.actions for c in actions.fetch]
+        moved = [c for actions in (*plan.actions, plan.between) for c in (*actions.fetch, *actions.prefetch)]
         return sum(self._nbytes[c] for c in (*waited, *moved))
 
-    def _plan(self, start: frozenset[int]) -> Schedule:
+    def _planned(self, start: frozenset[int]) -> Plan:
         if not self.trace.moments:
-            return Schedule(self.trace, (), Actions(), start - self._lost)
+            return Plan(self.trace, (), Actions(), start - self._lost)
         cycle = _Cycle(self._needs, self._capacity, self._nbytes, start, self._lost)
         fetches: list[list[tuple[int, int]]] = [[] for _ in self._needs]
         between = len(self._needs) - 1
@@ -162,7 +162,7 @@ class Planner:
         ahead = {chunk: i for i, chunk in enumerate(self._ahead[now])}
         return sorted(chunks, key=lambda c: (-1 if c in self._in_use[now] else ahead[c], c))
 
-    def _emit(self, cycle: "_Cycle", start: frozenset[int], fetches: Sequence[Sequence[tuple[int, int]]]) -> Schedule:
+    def _emit(self, cycle: "_Cycle", start: frozenset[int], fetches: Sequence[Sequence[tuple[int, int]]]) -> Plan:
         resident, used = set(start), sum(self._nbytes[c] for c in start)
         kept_until = dict(cycle.kept[-1])
         idle = deque(sorted(start - kept_until.keys()))
@@ -186,7 +186,7 @@ class Planner:
             fetch = tuple(c for c in new if c in in_use)
             actions.append(Actions(tuple(evicted), fetch, tuple(c for c in new if c not in in_use)))
             idle.extend(c for c in sorted(needs) if kept_until[c] == now)
-        return Schedule(self.trace, tuple(actions[:-1]), actions[-1], frozenset(resident))
+        return Plan(self.trace, tuple(actions[:-1]), actions[-1], frozenset(resident))
 
 
 def _ahead(in_use: Sequence[frozenset[int]], depth: int, lost: frozenset[int]) -> list[tuple[int, ...]]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from gemini.sizes import format_bytes
 from gemini.stat.rates import RISK_HIGH, Rates, prediction
-from gemini.telemetry.reader import RunView
 from gemini.telemetry.records import Description, Timeline
+from gemini.telemetry.run_view import RunView
 
 _STALLS_MATTER = 0.05
 _WASTE_MATTERS = 0.05

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gemini.stat.outputs import Advice, Brief, Link, ProcessMemory, Row, Snapshot, TierState
 from gemini.stat.rates import risk
 from gemini.telemetry.layout import TIERS
-from gemini.telemetry.reader import RunView
+from gemini.telemetry.run_view import RunView
 from gemini.telemetry.statistics import (
     Chunks,
     ModelData,
@@ -30,15 +30,16 @@ def brief(run: RunView) -> Brief:
 
 
 def _brief(run: RunView) -> dict[str, Any]:
+    identity = run.identity
     return {
-        "run_id": run.run_id,
+        "run_id": identity.run_id,
         "path": str(run.path),
-        "name": run.name,
+        "name": identity.name,
         "status": run.status.value,
         "status_reason": run.reason or None,
-        "pid": run.pid,
-        "host": run.host or None,
-        "started_at": run.started,
+        "pid": identity.pid,
+        "host": identity.host or None,
+        "started_at": identity.started,
         "updated_at": run.updated,
         "step": run.step,
         "step_seconds": run.stats.get("step/seconds"),
@@ -51,7 +52,7 @@ def snapshot(run: RunView) -> Snapshot:
     return Snapshot(
         **_brief(run),
         rank=run.rank,
-        world_size=run.world_size,
+        world_size=run.identity.world_size,
         tiers=_tiers(run),
         chunk=group_of("chunk", Chunks, stats),
         need=group_of("need", Needs, stats),
@@ -66,7 +67,7 @@ def snapshot(run: RunView) -> Snapshot:
         oom_risk=risk(run),
         chunk_map=run.states or None,
         dropped_count=run.dropped_count,
-        facts=dict(run.facts),
+        facts=dict(run.identity.facts),
         summary=dict(run.summary) or None,
     )
 
@@ -76,7 +77,7 @@ def row(shown: "Shown") -> Row:
     run, found = shown.run, shown.rates
     return Row(
         t=time.time(),
-        run_id=run.run_id,
+        run_id=run.identity.run_id,
         rank=run.rank,
         status=run.status.value,
         step=run.step,

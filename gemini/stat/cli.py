@@ -16,7 +16,7 @@ from gemini.stat.commands import MODULES, SUMMARY
 from gemini.stat.console import Exit, Usage, print_json, rank
 from gemini.stat.text import printable
 from gemini.telemetry.discovery import NoRun
-from gemini.telemetry.reader import Unreadable
+from gemini.telemetry.files import Unreadable
 
 _EXAMPLES = """\
 examples:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from gemini.stat.text import printable
 from gemini.telemetry.discovery import NoRun, find_run
-from gemini.telemetry.reader import RunStatus, RunView, ranks_of, read_run
+from gemini.telemetry.reader import ranks_of, read_run
+from gemini.telemetry.run_status import RunStatus
+from gemini.telemetry.run_view import RunView
 
 if TYPE_CHECKING:
     from msgspec import Struct

@@ -9,8 +9,8 @@ from typing import Any
 
 from gemini.telemetry import history
 from gemini.telemetry.documents import read_chunks, valid
+from gemini.telemetry.files import number
 from gemini.telemetry.layout import TIERS
-from gemini.telemetry.reader import number
 from gemini.telemetry.records import PHASES, Timeline
 
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from gemini.stat.snapshot import STATUS_STYLES
 from gemini.stat.text import UNKNOWN, duration, printable, seconds
-from gemini.telemetry.reader import RunView
+from gemini.telemetry.run_view import RunView
 
 _HEADINGS = ("status", "step", "time/step", "began", "pid", "run", "script")
 
@@ -21,13 +21,14 @@ def render(runs: Sequence[RunView]) -> Table:
     table.add_column(no_wrap=True, overflow="ellipsis")
     table.add_row(*(Text(word, style="dim") for word in _HEADINGS))
     for run in runs:
+        identity = run.identity
         table.add_row(
             Text(run.status.name, style=STATUS_STYLES[run.status].split()[-1]),
             UNKNOWN if run.step is None else f"{run.step:,}",
             seconds(run.stats.get("step/seconds")),
-            UNKNOWN if run.started is None else f"{duration(time.time() - run.started).split()[0]} ago",
-            UNKNOWN if run.pid is None else str(run.pid),
-            Text(printable(run.run_id, 40), style="cyan"),
-            printable(run.name, 40),
+            UNKNOWN if identity.started is None else f"{duration(time.time() - identity.started).split()[0]} ago",
+            UNKNOWN if identity.pid is None else str(identity.pid),
+            Text(printable(identity.run_id, 40), style="cyan"),
+            printable(identity.name, 40),
         )
     return table

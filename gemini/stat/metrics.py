@@ -10,8 +10,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from gemini.stat.rates import risk
-from gemini.telemetry.reader import RunStatus, RunView
 from gemini.telemetry.records import Process
+from gemini.telemetry.run_status import RunStatus
+from gemini.telemetry.run_view import RunView
 from gemini.telemetry.statistics import Family, lines_of, table
 
 PREFIX = "gemini_memory"
@@ -51,7 +52,7 @@ def exposition(look: Callable[[], Iterable[RunView]]) -> bytes:
 
 
 def _labels(run: RunView) -> list[str]:
-    return [run.run_id[:_NAME_LENGTH], str(run.rank)]
+    return [run.identity.run_id[:_NAME_LENGTH], str(run.rank)]
 
 
 def _state(runs: list[RunView]) -> Iterator[Metric]:
@@ -61,8 +62,9 @@ def _state(runs: list[RunView]) -> Iterator[Metric]:
         f"{PREFIX}_last_record_timestamp_seconds", "When the newest record was written.", labels=["run", "rank"]
     )
     for run in runs:
-        facts = {key: str(run.facts.get(key, ""))[:_NAME_LENGTH] for key in ("model", "precision", "placement_policy")}
-        info.add_metric(_labels(run), {"name": run.name[:_NAME_LENGTH], **facts})
+        name, known = run.identity.name[:_NAME_LENGTH], run.identity.facts
+        facts = {key: str(known.get(key, ""))[:_NAME_LENGTH] for key in ("model", "precision", "placement_policy")}
+        info.add_metric(_labels(run), {"name": name, **facts})
         for each in RunStatus:
             status.add_metric([*_labels(run), each.value], float(run.status is each))
         if run.updated is not None:

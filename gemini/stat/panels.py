@@ -10,8 +10,8 @@ from gemini.stat.rates import RISK_HIGH, Rates, prediction
 from gemini.stat.text import count, duration, percent, printable, seconds, size
 from gemini.telemetry.documents import states_of
 from gemini.telemetry.layout import TIERS
-from gemini.telemetry.reader import RunView
 from gemini.telemetry.records import DescribedChunk, Description, Timeline
+from gemini.telemetry.run_view import RunView
 
 LETTERS = {"d": "blue", "h": "green", "k": "yellow", "D": "bold blue", "H": "bold green", "K": "bold yellow"}
 MOVING, IN_USE = "bold magenta", "bold black on white"
@@ -235,7 +235,7 @@ def advices(given: Sequence[Advice], width: int, limit: int) -> list[Text]:
 
 
 def eta(run: RunView) -> str:
-    total, step = run.facts.get("steps"), run.step
+    total, step = run.identity.facts.get("steps"), run.step
     each = run.stats.get("step/seconds")
     if not isinstance(total, int) or step is None or not each or total <= step:
         return ""

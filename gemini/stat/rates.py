@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemini.telemetry.files import number
 from gemini.telemetry.layout import TIERS, runs_folder
-from gemini.telemetry.reader import RunView, number
+from gemini.telemetry.run_view import RunView
 
 RISK_HIGH = 0.85
 RISK_CRITICAL = 0.95

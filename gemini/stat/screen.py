@@ -12,8 +12,8 @@ from gemini.stat.advice import Advice, advise
 from gemini.stat.rates import Rates, rates
 from gemini.stat.snapshot import STATUS_STYLES
 from gemini.stat.text import duration, printable, seconds
-from gemini.telemetry.reader import RunView
 from gemini.telemetry.records import Description, Timeline
+from gemini.telemetry.run_view import RunView
 
 PARTS = ("tiers", "timeline", "chunks", "moves", "advice")
 KEYS = "q quit  r rank  t timeline  c chunks  m moves  a advice  p pause  s save  ? help"
@@ -103,18 +103,19 @@ def screen(shown: Shown, view: View, width: int, height: int, plain: bool, keys:
 
 
 def _header(run: RunView, width: int, view: View) -> Text:
+    identity = run.identity
     line = Text(" ", no_wrap=True, overflow="ellipsis")
     line.append(f" {run.status.name} ", style=STATUS_STYLES[run.status])
-    line.append(f" {printable(run.name, 24) or 'run'}", style="bold")
+    line.append(f" {printable(identity.name, 24) or 'run'}", style="bold")
     if width >= 100:
-        line.append(f"  {printable(run.run_id, 30)}", style="cyan")
+        line.append(f"  {printable(identity.run_id, 30)}", style="cyan")
     if run.step is not None:
         line.append(f"  step {run.step:,}  {seconds(run.stats.get('step/seconds'))}/step")
-    for extra in (panels.eta(run), f"rank {run.rank} of {run.world_size}" if run.world_size > 1 else ""):
+    for extra in (panels.eta(run), f"rank {run.rank} of {identity.world_size}" if identity.world_size > 1 else ""):
         line.append(f"  {extra}" if extra else "")
-    if run.started is not None:
+    if identity.started is not None:
         until = time.time() if run.is_live else run.updated
-        line.append(f"  up {duration((until or run.started) - run.started)}")
+        line.append(f"  up {duration((until or identity.started) - identity.started)}")
     if view.is_paused:
         line.append("  PAUSED", style="bold yellow")
     clock = time.strftime(" %H:%M:%S")

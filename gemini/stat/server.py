@@ -23,8 +23,9 @@ from gemini.stat import page_data, web_files
 from gemini.stat.console import as_text
 from gemini.stat.follow import Follower
 from gemini.stat.screen import Shown
+from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import chunks_file
-from gemini.telemetry.reader import Unreadable, ranks_of, read_run
+from gemini.telemetry.reader import ranks_of, read_run
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "

@@ -12,7 +12,8 @@ from rich.text import Text
 from gemini.stat.rates import prediction
 from gemini.stat.text import UNKNOWN, count, duration, percent, printable, seconds, size
 from gemini.telemetry.layout import TIERS
-from gemini.telemetry.reader import RunStatus, RunView
+from gemini.telemetry.run_status import RunStatus
+from gemini.telemetry.run_view import RunView
 
 STATUS_STYLES = {
     RunStatus.RUNNING: "bold black on green",
@@ -38,23 +39,25 @@ def render(run: RunView, console: Console, plain: bool) -> RenderableType:
         parts += [_heading("chunks and data", plain), _cells(run.stats)]
     else:
         parts.append(Text(" no step recorded yet", style="dim"))
-    if run.facts:
-        parts += [_heading("set-up", plain), _facts(run.facts)]
+    if run.identity.facts:
+        parts += [_heading("set-up", plain), _facts(run.identity.facts)]
     if run.dropped_count:
         parts.append(Text(f" {run.dropped_count} records were dropped: the disk could not keep up", style="yellow"))
     return Group(*parts)
 
 
 def _title(run: RunView) -> Text:
+    identity = run.identity
     title = Text(" ", no_wrap=True, overflow="ellipsis")
-    title.append(printable(run.name, 40) or "run", style="bold")
-    title.append(f"  {printable(run.run_id, 60)}", style="cyan")
-    if run.world_size > 1:
-        title.append(f"  rank {run.rank} of {run.world_size}")
+    title.append(printable(identity.name, 40) or "run", style="bold")
+    title.append(f"  {printable(identity.run_id, 60)}", style="cyan")
+    if identity.world_size > 1:
+        title.append(f"  rank {run.rank} of {identity.world_size}")
     return title
 
 
 def _state(run: RunView) -> Text:
+    identity = run.identity
     state = Text(" ")
     state.append(f" {run.status.name} ", style=STATUS_STYLES[run.status])
     items = []
@@ -62,13 +65,13 @@ def _state(run: RunView) -> Text:
         items.append(f"step {run.step:,}")
     if "step/seconds" in run.stats:
         items.append(f"{seconds(run.stats['step/seconds'])}/step")
-    if run.started is not None:
+    if identity.started is not None:
         until = time.time() if run.is_live else run.updated
-        items.append(f"{'up' if run.is_live else 'ran'} {duration((until or run.started) - run.started)}")
+        items.append(f"{'up' if run.is_live else 'ran'} {duration((until or identity.started) - identity.started)}")
     if not run.is_live and run.updated is not None:
         items.append(f"{duration(time.time() - run.updated)} ago")
-    if run.pid is not None:
-        items.append(f"pid {run.pid}")
+    if identity.pid is not None:
+        items.append(f"pid {identity.pid}")
     state.append("  " + "   ".join(items))
     if run.reason:
         bad = run.status in (RunStatus.CRASHED, RunStatus.STALLED)

@@ -83,9 +83,10 @@ class ChunkedStep:
 
     def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
         """Forget what is in the chunks (of these parameters, by id), or fill it with zeros."""
-        if set_to_none or self._updates.schedule.consumes_gradients:
+        if set_to_none:
             self._updates.drop(parameters)
         else:
+            self._updates.schedule.check_zeroing()
             self._updates.zero(parameters)
 
     # -- ManagedStep
@@ -125,7 +126,7 @@ class ChunkedStep:
     def _prefetch(self) -> None:
         try:
             self._engine.pacing.prefetch_next_cycle()
-        except (OSError, RuntimeError, MemoryError) as error:  # whoever needs the chunk fetches it, and says so if not
+        except (OSError, RuntimeError, MemoryError) as error:  # the next forward fetches what it needs, or raises
             logger.debug("nothing is fetched ahead of the next forward: %s", error)
 
     def zero_grad(self, optimizer: ManagedOptimizer, set_to_none: bool) -> None:

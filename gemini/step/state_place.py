@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TornStep
-from .state_tensor import StateTensor, show
+from .state_tensor import StateTensor
 
 
 class Values(Protocol):
@@ -55,6 +55,6 @@ class StatePlace:
         shown = self._shown() if self._shown is not None else None
         if shown is None:
             device = torch.device("cpu") if self._name == "step" else self._parameter.device
-            shown = show(self, self._values.form(self._parameter, self._name), device)
+            shown = StateTensor.stand_for(self, self._values.form(self._parameter, self._name), device)
             self._shown = ref(shown)
         return shown

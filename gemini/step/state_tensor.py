@@ -85,13 +85,22 @@ class Part:
 
 
 class StateTensor(Tensor):
-    """See the module. Made by `show`."""
+    """See the module. Made by `stand_for`."""
 
     place: Place
     part: Part | None
     """None: all of it."""
     on: torch.device
     """The device on which the values are shown."""
+
+    @classmethod
+    def stand_for(cls, place: Place, form: Tensor, device: torch.device, part: Part | None = None) -> "StateTensor":
+        """A tensor that stands for what a place has; it has the shape, the strides and the dtype of ``form``."""
+        with without_subclasses(), torch.inference_mode(False):
+            empty = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device="meta")
+            shown = empty.as_subclass(cls)
+        shown.place, shown.part, shown.on = place, part, device
+        return shown
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -108,15 +117,6 @@ class StateTensor(Tensor):
         if func == _SET_DATA:  # made anew each time
             return _set_data(*args)
         return _Operation().run(func, args, kwargs or {})
-
-
-def show(place: Place, form: Tensor, device: torch.device, part: Part | None = None) -> StateTensor:
-    """A tensor that stands for what a place has; it has the shape, the strides and the dtype of ``form``."""
-    with without_subclasses(), torch.inference_mode(False):
-        empty = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device="meta")
-        shown: StateTensor = empty.as_subclass(StateTensor)
-    shown.place, shown.part, shown.on = place, part, device
-    return shown
 
 
 class _Operation:
@@ -183,7 +183,7 @@ class _Operation:
             first = base.data_ptr()
             if result.numel() and first <= result.data_ptr() < first + _extent(base):
                 part = Part(result.data_ptr() - first, result.dtype, tuple(result.shape), result.stride())
-                return show(place, result, result.device, part)
+                return StateTensor.stand_for(place, result, result.device, part)
         return result
 
 

@@ -4,8 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder
-from gemini.telemetry.reader import RunView, Unreadable, read_run
+from gemini.telemetry.reader import read_run
+from gemini.telemetry.run_view import RunView
 
 _LISTING_TAIL_BYTES = 32 << 10  # some records are enough for one line of a list of many runs
 
@@ -24,7 +26,7 @@ def list_runs(folder: Path | None = None) -> list[RunView]:
             continue
         # A folder that several runs used one after another has a link for each; they all show its last run.
         runs.setdefault(path.resolve(), run)
-    return sorted(runs.values(), key=lambda run: run.started or 0.0, reverse=True)
+    return sorted(runs.values(), key=lambda run: run.identity.started or 0.0, reverse=True)
 
 
 def find_run(target: str | None = None) -> tuple[Path, str]:
@@ -53,8 +55,9 @@ def find_run(target: str | None = None) -> tuple[Path, str]:
     if os.sep not in target and (by_id / RUN_FILE).exists():
         return by_id, ""
     runs = list_runs()
-    matches = [run for run in runs if str(run.pid) == target] or [run for run in runs if run.run_id.startswith(target)]
-    if len(matches) > 1 and str(matches[0].pid) != target:
+    of_pid = [run for run in runs if str(run.identity.pid) == target]
+    matches = of_pid or [run for run in runs if run.identity.run_id.startswith(target)]
+    if len(matches) > 1 and not of_pid:
         raise NoRun(f"{target} begins {len(matches)} run ids: give more of it")
     if matches:
         return matches[0].path, ""

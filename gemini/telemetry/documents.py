@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from msgspec import ValidationError, convert
 
+from gemini.telemetry.files import check_version, read_regular
 from gemini.telemetry.layout import chunks_file, oom_file, timeline_file
-from gemini.telemetry.reader import check_version, read_regular
 from gemini.telemetry.records import Description, Fields, OutOfMemoryDocument, Timeline
 
 _LONGEST = 1 << 20

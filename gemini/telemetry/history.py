@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemini.telemetry.files import check_version, number, numbers
 from gemini.telemetry.layout import GENERATIONS, older_records_file, records_file
-from gemini.telemetry.reader import check_version, number, numbers
 
 
 def records(run: Path, rank: int, *, newest_bytes: int | None = None) -> Iterator[dict[str, Any]]:

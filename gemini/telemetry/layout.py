@@ -53,5 +53,5 @@ def oom_file(run: Path, rank: int) -> Path:
 
 
 def request_file(run: Path) -> Path:
-    """Whoever makes this file asks for a timeline of the next step; the run takes it away."""
+    """Creating this file asks for a timeline of the next step; the run removes it."""
     return run / "request-dump"

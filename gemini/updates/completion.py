@@ -1,19 +1,19 @@
-"""Knows when a backward is through with a chunk: its gradients are complete, and nothing will read its parameters.
+"""Decides when a chunk can be updated within backward: its gradients are complete, and backward reads it no more.
 
-Two things are counted. *Gradients*: the autograd engine adds up all contributions to a parameter before the parameter
-gets them, and says which parameters it will come to; nodes that need a weight run before its gradient is complete.
-*Uses*: what the engine does not know is what it will be asked later within the same backward. A reentrant checkpoint
-runs a backward of its own for each segment, after a forward without a graph; a weight used in two segments gets a
-gradient in each. So calls of units that backward has not come to yet count too.
+Both are tracked per chunk. *Gradients*: the autograd engine accumulates all contributions to a leaf before its
+AccumulateGrad node runs, and can be asked which of these nodes a backward will run; nodes that read a weight run before
+its gradient is complete. *Calls of units*: the engine does not know of backwards that start within this one. A
+reentrant checkpoint runs a backward for each segment, whose forward had no graph; a weight used in two segments gets a
+gradient in each. So a chunk is not complete while a call of a unit that uses it is outstanding.
 
 ::
 
-    call with a graph  --backward has been through it-->  over
-    call without one   --backward has been through one that it made itself (a recomputation)-->  over
+    call with a graph     outstanding until backward has run all of its nodes
+    call without a graph  outstanding until backward has recomputed it, and has run all nodes of the recomputed call
 
-Where a call is never come to (a head without a part in the loss, a teacher without a graph, a layer whose output only
-chooses among others, which a checkpoint may still run again), its chunks are left to `optimizer.step()`. That is never
-wrong, it only takes room.
+Some calls stay outstanding: a head that has no part in the loss, a teacher without a graph, a layer whose output only
+selects others (a checkpoint might still recompute it). `optimizer.step()` updates their chunks. The numbers are the
+same; the gradients take memory for longer.
 """
 
 from collections import Counter, defaultdict
@@ -29,33 +29,33 @@ from ..units.units import Unit, Visit
 
 
 class Completion:
-    """What is still to come for each chunk since the last step.
+    """Outstanding gradients and calls of each chunk since the last step.
 
     Parameters
     ----------
     manager
-        Has the chunks.
+        The chunk manager.
     """
 
     def __init__(self, manager: ChunkManager) -> None:
         self._nodes: list[tuple[int, int, Any]] = []
-        """Chunk, position, and the node of the graph that takes this parameter's gradients (kept, or it would be made
-        anew for each graph)."""
+        """Chunk, position, and the AccumulateGrad node of each parameter (referenced here, because torch makes a new
+        one for each graph otherwise)."""
         self._manager = manager
         self._tasks: set[int] = set()
         self._awaited: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)
-        """Chunk -> (backward, position) of gradients that will come."""
+        """Chunk -> (backward, position) of outstanding gradients."""
         self._calls: defaultdict[int, set[Visit]] = defaultdict(set)
-        """Chunk -> calls with a graph that backward has not been through."""
+        """Chunk -> outstanding calls with a graph."""
         self._without_graph: Counter[Unit] = Counter()
-        """Calls of each unit without a graph that backward has not been through in another form."""
+        """The number of outstanding calls without a graph of each unit."""
         self._borrowed: defaultdict[Unit, set[Chunk]] = defaultdict(set)
-        """What such calls turned out to use beside their unit's own."""
+        """Chunks that such calls use beside those of their unit."""
         self._recomputed: set[Visit] = set()
-        """Calls with a graph that backward made itself."""
+        """Calls with a graph that were made within backward."""
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
-        """Expect gradients of those that are in chunks with room for them."""
+        """Track the gradients of those parameters that are in trainable chunks."""
         for parameter in parameters:
             place = self._manager.find(parameter)
             if place is not None and place[0].is_trainable:
@@ -64,7 +64,7 @@ class Completion:
                 self._nodes.append((place[0].index, place[1], node))
 
     def is_over(self, chunk: Chunk) -> bool:
-        """True if backward is through with a chunk, but for units that are open just now."""
+        """True if neither a gradient nor a call is outstanding. A unit that runs just now may still use the chunk."""
         if self._awaited[chunk.index] or self._calls[chunk.index]:
             return False
         return not any(chunk in unit.chunks or chunk in self._borrowed[unit] for unit in self._without_graph)
@@ -74,10 +74,10 @@ class Completion:
         """True outside of any backward."""
         return not self._tasks
 
-    # -- what hooks tell
+    # -- events, as the hooks report them
 
     def begin(self, task: int) -> bool:
-        """A backward (or one within it) shows itself for the first time, on its own thread; False if it is known."""
+        """A backward, maybe nested in another, runs its first node; False if it is known. Called on its own thread."""
         if task in self._tasks:
             return False
         self._tasks.add(task)
@@ -87,30 +87,30 @@ class Completion:
         return True
 
     def arrived(self, chunk: Chunk, position: int, task: int) -> None:
-        """A gradient is complete, as far as this backward is concerned."""
+        """A gradient has all contributions of this backward."""
         self._awaited[chunk.index].discard((task, position))
 
     def end(self, task: int) -> bool:
-        """A backward is over; True if it was the outermost."""
+        """A backward has ended; True if it was the outermost."""
         self._tasks.discard(task)
         for awaited in self._awaited.values():
             awaited.difference_update([item for item in awaited if item[0] == task])
         return not self._tasks
 
     def called(self, visit: Visit, has_graph: bool, in_backward: bool) -> None:
-        """A unit's forward is over, within a forward that makes a graph or within backward."""
+        """A unit's forward has ended, in a training forward or within backward."""
         if not in_backward and has_graph:
             for chunk in visit.chunks:
                 self._calls[chunk.index].add(visit)
         elif has_graph:
-            # Whether that graph is run (in a reentrant checkpoint) or only looked into (in another) shows when it is.
+            # A reentrant checkpoint runs this graph, other ones only take saved tensors from it: `left` tells which.
             self._recomputed.add(visit)
         elif not (in_backward and self._without_graph[visit.unit]):
             self._without_graph[visit.unit] += 1
             self._borrowed[visit.unit].update(visit.extra)
 
     def left(self, visit: Visit) -> None:
-        """Backward has been through a call."""
+        """Backward has run all nodes of a call."""
         for chunk in visit.chunks:
             self._calls[chunk.index].discard(visit)
         if visit in self._recomputed:
@@ -119,7 +119,7 @@ class Completion:
         self._without_graph = +self._without_graph  # without zeros
 
     def forget(self) -> None:
-        """The step is over, or its backward failed."""
+        """Drop all, after a step or a backward that failed."""
         self._tasks.clear()
         self._awaited.clear()
         self._calls.clear()

@@ -1,8 +1,8 @@
 """Updating chunks while backward still runs (``GeminiPlugin(update_in_backward=True)``).
 
-A chunk is updated when backward has all of its gradient and needs it no more (`Completion`), and nothing has it pinned.
-The optimizer's step then does the rest: chunks that a call without a part in the loss has kept waiting, and parameters
-outside of the chunks.
+A chunk is updated when its gradient is complete, backward reads it no more (`Completion`), and it is not pinned.
+`optimizer.step()` updates the rest: chunks of units whose outputs have no part in the loss, and parameters outside of
+chunks.
 
 ::
 
@@ -10,8 +10,8 @@ outside of the chunks.
                                      |
                                      '--backward fails--> TORN --all values are loaded--> WHOLE
 
-Gradients are gone before anyone could look at all of them. What needs them together (clipping, a loss scale,
-accumulation) is refused, before anything is updated where that is known by then.
+The gradients are never all in memory at once. What needs all of them (clipping, a loss scale, accumulation) is refused,
+if possible before anything is updated.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -30,23 +30,23 @@ from .schedule import UpdateSchedule
 
 
 class Progress(Enum):
-    """How far the optimizer's step has come."""
+    """Whether all parameters are of the same optimizer step."""
 
     WHOLE = auto()
-    """Every parameter has taken the same steps."""
+    """All parameters are of the same step."""
     PARTIAL = auto()
-    """Backward has updated some chunks; ``optimizer.step()`` does the rest."""
+    """Backward has updated some chunks; ``optimizer.step()`` updates the others."""
     TORN = auto()
-    """Backward failed after that: the values are of no step, until all have been replaced."""
+    """Backward failed after that: some chunks are a step ahead of the others, until all values have been loaded."""
 
 
 class DuringBackward(UpdateSchedule):
-    """Chunks are updated as soon as backward has their gradients.
+    """Updates each chunk as soon as backward needs it no more.
 
     Parameters
     ----------
     manager, completion
-        Has the chunks, and knows when backward needs one no more.
+        The chunks, and when backward needs each of them no more.
     """
 
     consumes_gradients = True
@@ -54,18 +54,18 @@ class DuringBackward(UpdateSchedule):
     def __init__(self, manager: ChunkManager, completion: Completion) -> None:
         self.progress = Progress.WHOLE
         self.update_count = 0
-        """Chunks updated within a backward, since the start."""
+        """The number of updates within backwards so far."""
         self._manager = manager
         self._completion = completion
         self._options: list[Mapping[str, Any]] = []
-        """What the groups' options were when the first chunk of this step was updated."""
+        """The options of the parameter groups when the first chunk of this step was updated."""
         self._updated: set[Chunk] = set()
         self._updates_here = 0
-        """How many of them by the backward under way."""
+        """The number of chunks that the current backward has updated."""
         self._step = 0
-        """The number of the step under way."""
+        """The number of the current step."""
         self._missing: set[tuple[int, str]] = set()
-        """ids of parameters and names of their values that are still to be loaded after a torn step."""
+        """The id of the parameter and the name of each value that is still to be loaded after a torn step."""
 
     @property
     def updated_early(self) -> Set[Chunk]:
@@ -102,7 +102,7 @@ class DuringBackward(UpdateSchedule):
         return self._complete(self._manager.chunks) if self._completion.end(task) else ()
 
     def backward_failed(self) -> bool:
-        # Where the backward was a second one, and was refused, the step can still be completed.
+        # A second backward that was refused has updated nothing: the step can still be completed.
         self._completion.forget()
         if self.progress is Progress.PARTIAL and not self._updates_here:
             return False
@@ -167,7 +167,7 @@ class DuringBackward(UpdateSchedule):
     def follow(self, parameters: Sequence[Tensor]) -> None:
         self._completion.follow(parameters)
 
-    # -- what may not happen between two updates of one step
+    # -- checks while some chunks are updated and others are not
 
     @property
     def torn_text(self) -> str:
@@ -196,6 +196,12 @@ class DuringBackward(UpdateSchedule):
         raise ValueError(
             "gradients cannot be clipped with update_in_backward=True: the optimizer has used most of them before all "
             "are known; boost without it"
+        )
+
+    def check_zeroing(self) -> None:
+        raise ValueError(
+            "gradients cannot be filled with zeros with update_in_backward=True: they are gone, and the next step "
+            "would leave out what has no part in its loss; call zero_grad(), or boost without it"
         )
 
     def check_current(self, user: str, chunks: Collection[Chunk]) -> None:

@@ -3,7 +3,7 @@
 A gradient lives in its chunk's buffer. Between backward and step ``p.grad`` is a view of it where parameter and buffer
 agree in dtype and device, so whatever reads or changes gradients there (``torch.nn.utils.clip_grad_norm_``, a
 ``GradScaler``, a logger) does to training what it does in plain PyTorch. Where that cannot be, ``p.grad`` is an
-`AbsentGradient`, which says so to whoever reads it. It is never None there: ``clip_grad_norm_`` skips such parameters,
+`AbsentGradient`, which says so when it is read. It is never None there: ``clip_grad_norm_`` skips such parameters,
 and clips nothing without a word.
 
 What the user does to ``p.grad`` counts, as in PyTorch: None forgets the gradient, a tensor replaces it. After a step

@@ -120,6 +120,31 @@ class Block:
         spec = self.update.chunk.specs.get(name)
         return slice(start, stop) if spec is None else spec.part(start, stop)
 
+    def compute(self) -> None:
+        """Update the elements that are not updated yet: a retry computes nothing twice."""
+        if self.is_computed:
+            return
+        tensors = {name: self.tensor(name, buffer) for name, buffer in self.buffers().items()}
+        if self.update.out is not None:
+            tensors[_REFRESHED] = self.update.out[self.start : self.stop]
+        step = self.at_step.atomic_numel(tensors[MASTER].device) or self.numel
+        while not self.is_computed:
+            start, stop = self.computed_numel, min(self.computed_numel + step, self.numel)
+            self._apply({name: tensor[self.within(name, start, stop)] for name, tensor in tensors.items()})
+            self.computed_numel = stop
+
+    def _apply(self, tensors: Mapping[str, Tensor]) -> None:
+        at_step, shadow, refreshed = self.at_step, tensors.get(SHADOW), tensors.get(_REFRESHED)
+        states = [tensors[spec.name] for spec in self.update.chunk.states]
+        if MASTER_LOW in tensors:
+            assert isinstance(at_step, BoundSplitUpdate)
+            at_step.apply_split(tensors[MASTER], tensors[MASTER_LOW], states, tensors[GRADIENT])
+            return
+        out = refreshed if shadow is None else shadow
+        at_step.apply(tensors[MASTER], states, tensors[GRADIENT], out)
+        if shadow is not None and refreshed is not None:
+            refreshed.copy_(shadow)
+
 
 _InFlight = tuple[Block, Future[None] | None]
 """A block, and what moves it (None: it lies in memory)."""
@@ -208,7 +233,7 @@ class UpdatePipeline:
                 read.result()
             block.caller.wait_for_downloads()
             with block.caller.stand_in():
-                _compute(block)
+                block.compute()
         self._writing.append((block, self._move(self._write, block)))
         self._reading.popleft()
 
@@ -281,33 +306,6 @@ class UpdatePipeline:
 def _is_over(queue: "deque[_InFlight]") -> bool:
     move = queue[0][1]
     return move is None or move.done()
-
-
-def _compute(block: Block) -> None:
-    if block.is_computed:
-        return
-    tensors = {name: block.tensor(name, buffer) for name, buffer in block.buffers().items()}
-    if block.update.out is not None:
-        tensors[_REFRESHED] = block.update.out[block.start : block.stop]
-    step = block.at_step.atomic_numel(tensors[MASTER].device) or block.numel
-    while not block.is_computed:  # what one call wrote is not computed again by a retry
-        stop = min(block.computed_numel + step, block.numel)
-        done = block.computed_numel
-        _update(block, {name: tensor[block.within(name, done, stop)] for name, tensor in tensors.items()})
-        block.computed_numel = stop
-
-
-def _update(block: Block, tensors: Mapping[str, Tensor]) -> None:
-    at_step, shadow, refreshed = block.at_step, tensors.get(SHADOW), tensors.get(_REFRESHED)
-    states = [tensors[spec.name] for spec in block.update.chunk.states]
-    if MASTER_LOW in tensors:
-        assert isinstance(at_step, BoundSplitUpdate)
-        at_step.apply_split(tensors[MASTER], tensors[MASTER_LOW], states, tensors[GRADIENT])
-        return
-    out = refreshed if shadow is None else shadow
-    at_step.apply(tensors[MASTER], states, tensors[GRADIENT], out)
-    if shadow is not None and refreshed is not None:
-        refreshed.copy_(shadow)
 
 
 @contextmanager

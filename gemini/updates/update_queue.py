@@ -1,6 +1,6 @@
 """Updates the chunks of optimizer steps in the background, in the order submitted; disk homes streamed through staging.
 
-``submit`` returns at once; whoever needs a chunk waits for that chunk's ticket. A step is all or nothing for as long
+``submit`` returns at once; code that needs a chunk waits for that chunk's ticket. A step is all or nothing for as long
 as the process lives: when reading or writing the disk fails, the update stops at that block with nothing lost (what
 was computed but not written is kept), the error surfaces at the next wait, which also has it tried again.
 """

@@ -16,8 +16,8 @@ from device_build import Unavailable
 from sim_tasks import LOOP_PLACEMENTS, PLACEMENTS, SEED, in_folder
 from simulated import GIB, SimulatedDevice, register
 
-from gemini.updates import update_pipeline
 from gemini.updates.ticket import Ticket
+from gemini.updates.update_pipeline import Block
 from gemini.updates.update_queue import UpdateQueue
 
 
@@ -55,7 +55,7 @@ def loop_placement(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, 
 def late_updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Updates begin when something waits for one of them, and not before."""
     awaited = threading.Event()
-    wait, submit, compute = Ticket.wait, UpdateQueue.submit, update_pipeline._compute
+    wait, submit, compute = Ticket.wait, UpdateQueue.submit, Block.compute
 
     def waiting(ticket: Ticket) -> None:
         awaited.set()
@@ -65,12 +65,12 @@ def late_updates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         awaited.clear()
         return submit(queue, *arguments)
 
-    def computing(block: Any) -> None:
+    def computing(block: Block) -> None:
         assert awaited.wait(30)
         compute(block)
 
     monkeypatch.setattr(Ticket, "wait", waiting)
     monkeypatch.setattr(UpdateQueue, "submit", submitting)
-    monkeypatch.setattr(update_pipeline, "_compute", computing)
+    monkeypatch.setattr(Block, "compute", computing)
     yield
     awaited.set()  # a test that has failed leaves updates, which hold their model

@@ -12,8 +12,9 @@ from gemini.stat.follow import Follower
 from gemini.stat.outputs import Check, Checks
 from gemini.stat.screen import Shown
 from gemini.stat.text import percent, printable, size
+from gemini.telemetry.files import number
 from gemini.telemetry.layout import TIERS
-from gemini.telemetry.reader import RunStatus, number
+from gemini.telemetry.run_status import RunStatus
 
 HELP = "Compares a run with thresholds; exits 3 if one is violated, 5 if the run crashed or is stalled."
 
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> Exit:
     bad = shown.run.status in (RunStatus.CRASHED, RunStatus.STALLED)
     if options.json:
         ok = all(item.ok for item in results) and not bad
-        print_json(Checks(shown.run.run_id, ok, shown.run.status.value, results))
+        print_json(Checks(shown.run.identity.run_id, ok, shown.run.status.value, results))
     else:
         for item in results:
             print(f"{'ok  ' if item.ok else 'FAIL'}  {item.text}")

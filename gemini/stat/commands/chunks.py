@@ -8,8 +8,8 @@ from gemini.stat.console import Exit, console, find, print_json, read, show
 from gemini.stat.outputs import Chunk, ChunkState, ChunkTable
 from gemini.stat.text import percent, printable, size
 from gemini.telemetry.documents import read_chunks, states_of
+from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import TIERS
-from gemini.telemetry.reader import Unreadable
 from gemini.telemetry.records import PLAIN_ROLES, Description
 
 HELP = "The chunks: where their homes are, what is in them, what state they are in."
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> Exit:
     rows = [row for row in rows_of(chunks, found.states) if _matches(row, options)]
     rows.sort(key=_SORTS[options.sort])
     if options.json:
-        print_json(ChunkTable(found.run_id, found.rank, found.states, rows))
+        print_json(ChunkTable(found.identity.run_id, found.rank, found.states, rows))
     else:
         show(console(options), _table(rows))
     return Exit.OK

@@ -10,7 +10,7 @@ from gemini.stat.console import Exit, Usage, find, of_run, print_json_line
 from gemini.stat.follow import Follower
 from gemini.stat.screen import Shown
 from gemini.stat.text import UNKNOWN, count, percent, seconds, size
-from gemini.telemetry.reader import RunStatus
+from gemini.telemetry.run_status import RunStatus
 
 HELP = "Prints a row every few seconds until the run has ended."
 

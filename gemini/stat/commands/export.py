@@ -9,7 +9,8 @@ from pathlib import Path
 from gemini.stat import export_formats
 from gemini.stat.console import Exit, Usage, find, print_json, read
 from gemini.stat.outputs import Export
-from gemini.telemetry.reader import RunView, ranks_of, read_run
+from gemini.telemetry.reader import ranks_of, read_run
+from gemini.telemetry.run_view import RunView
 
 HELP = "Writes a run for Prometheus, as records, as a table of steps, or as a trace for ui.perfetto.dev."
 FORMATS = ("prom", "jsonl", "csv", "perfetto")
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> Exit:
     parts = _prom(path, found, options) if options.format == "prom" else _FORMATS[options.format](path, found.rank)
     target = Path(options.output) if options.output else None
     if options.textfile is not None:
-        target = Path(options.textfile) / f"gemini_memory_{found.run_id}.prom"
+        target = Path(options.textfile) / f"gemini_memory_{found.identity.run_id}.prom"
     if target is None:
         if options.json:
             raise Usage("--json tells where a file was written: give --output or --textfile")
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> Exit:
         return Exit.OK
     nbytes = _write(target, parts)
     if options.json:
-        print_json(Export(found.run_id, found.rank, str(target), nbytes))
+        print_json(Export(found.identity.run_id, found.rank, str(target), nbytes))
     return Exit.OK
 
 

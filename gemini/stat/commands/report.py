@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Exit:
     path = find(options)
     shown = Follower(path, options).look()
-    target = Path(options.output) if options.output else Path(f"gemini-stat-{_safe(shown.run.run_id)}.html")
+    target = Path(options.output) if options.output else Path(f"gemini-stat-{_safe(shown.run.identity.run_id)}.html")
     page = render(path, shown)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> Exit:
         raise Usage(f"{target} cannot be written: {error}") from error
     if options.json:
         nbytes = len(page.encode())
-        print_json(Report(shown.run.run_id, shown.run.rank, str(target), nbytes, web_files.has_charts()))
+        print_json(Report(shown.run.identity.run_id, shown.run.rank, str(target), nbytes, web_files.has_charts()))
     else:
         print(target)
         if not web_files.has_charts():

@@ -12,7 +12,7 @@ from gemini.stat.outputs import Moment, Moments, RunMoments
 from gemini.stat.text import printable, size
 from gemini.telemetry import history
 from gemini.telemetry.documents import read_chunks, read_timeline, valid
-from gemini.telemetry.reader import Unreadable
+from gemini.telemetry.files import Unreadable
 from gemini.telemetry.records import PHASES, Timeline
 
 HELP = "Model and non-model data by moment of one step; a moment is a unit's entry."
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> Exit:
     chunks = read_chunks(path, found.rank)
     names = list(chunks.units) if chunks is not None else []
     if options.json:
-        print_json(RunMoments(found.run_id, found.rank, *astuple(moments_of(timeline, names))))
+        print_json(RunMoments(found.identity.run_id, found.rank, *astuple(moments_of(timeline, names))))
     elif options.csv:
         writer = csv.writer(sys.stdout)
         writer.writerow(Moment.__struct_fields__)

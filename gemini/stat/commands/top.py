@@ -12,7 +12,8 @@ from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, pr
 from gemini.stat.follow import Follower
 from gemini.stat.keyboard import keyboard
 from gemini.stat.screen import Shown, View, screen
-from gemini.telemetry.reader import Unreadable, ranks_of
+from gemini.telemetry.files import Unreadable
+from gemini.telemetry.reader import ranks_of
 
 HELP = "The live screen: tiers, one step by moment, the chunk map, moves, waits, advice."
 

@@ -7,7 +7,9 @@ from gemini.stat import as_json
 from gemini.stat.console import Exit, Usage, find, print_json, read, remark
 from gemini.stat.outputs import Waited
 from gemini.telemetry.discovery import NoRun
-from gemini.telemetry.reader import RunStatus, RunView, Unreadable
+from gemini.telemetry.files import Unreadable
+from gemini.telemetry.run_status import RunStatus
+from gemini.telemetry.run_view import RunView
 
 HELP = "Blocks until the run is there, steady, finished, or at a step. Exits 5 if it crashes, 3 if time is up."
 _POLL_SECONDS = 0.2

@@ -65,7 +65,7 @@ def train_until_it_breaks(folder: Path, error: BaseException, optimizer: Any = H
         raise error
 
     handle = model[6].register_forward_pre_hook(fail)
-    with pytest.raises((type(error), OutOfMemory)):  # the runtime turns what is for want of memory into ours
+    with pytest.raises((type(error), OutOfMemory)):  # the runtime turns errors about memory into ours
         model(batch(2))
     handle.remove()
     state = boosted(model)

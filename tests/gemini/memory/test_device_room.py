@@ -18,7 +18,7 @@ COPY = WIDTH * (WIDTH + 1) * 2
 
 
 class Meter:
-    """Non-model data as the test says: so many bytes a row of the batch, at the turn from forward to backward."""
+    """Non-model data as the test says: some bytes for each row of the batch, at the turn from forward to backward."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -50,7 +50,7 @@ class Training:
         self.engine.room._limit_bytes = 14 * COPY
 
     def step(self, rows: int) -> int:
-        """Train on a batch of so many rows; the capacity while it ran."""
+        """Train on a batch of ``rows``; the capacity while it ran."""
         self.meter.rows = rows
         loss = self.model(torch.ones(rows, WIDTH)).float().square().mean()
         capacity = self.engine.manager.ledger.capacity(Tier.DEVICE)

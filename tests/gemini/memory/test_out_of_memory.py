@@ -205,7 +205,7 @@ def test_a_unit_larger_than_what_was_left_gets_its_room_back() -> None:
 
 
 class Refuses:
-    """An allocator that has less than the ledger thinks: so many calls of ``grow`` fail."""
+    """An allocator that has less than the ledger thinks: the first ``times`` calls of ``grow`` fail."""
 
     def __init__(self, run: Trained, times: int) -> None:
         self.device = boosted(run.model).manager.device

@@ -48,21 +48,21 @@ class Training:
             self.optimizer.zero_grad()
 
 
-def test_the_copies_of_a_lap_are_counted_moment_by_moment() -> None:
+def test_the_copies_of_a_cycle_are_counted_moment_by_moment() -> None:
     chance = random.Random(0)
     for _ in range(50):
         nbytes = {chunk: chance.randint(1, 9) for chunk in range(8)}
         uses = [chance.sample(range(8), 2) for _ in range(20)]
         trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(chunks)) for i, chunks in enumerate(uses)))
         capacity = 24
-        schedule = Planner(trace, nbytes, capacity, depth=2).schedule([0, 1])
+        plan = Planner(trace, nbytes, capacity, depth=2).plan([0, 1])
         there, expected = {0, 1}, []
-        for actions in schedule.actions:
+        for actions in plan.actions:
             for chunk in actions.evict:
                 there.discard(chunk)
             there |= {*actions.fetch, *actions.prefetch}
             expected.append(sum(nbytes[chunk] for chunk in there))
-        assert bytes_of_copies(schedule, [0, 1], nbytes) == expected
+        assert bytes_of_copies(plan, [0, 1], nbytes) == expected
         assert max(expected) <= capacity
 
 

@@ -27,6 +27,7 @@ from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry import documents, reader
 from gemini.telemetry.encoding import as_mapping, encode
 from gemini.telemetry.layout import TIERS, chunks_file, oom_file, records_file, request_file, timeline_file
+from gemini.telemetry.run_status import RunStatus
 from gemini.telemetry.schema import records_schema
 from gemini.telemetry.statistics import table
 
@@ -259,7 +260,7 @@ def test_an_out_of_memory_error_in_forward_is_recorded_where_it_began(
     training = Training(tmp_path / "run", Refuses(error))
     training.step(2)
     training.model.inner.is_full = True
-    with pytest.raises((type(error()), OutOfMemory)):  # the runtime turns what is for want of memory into ours
+    with pytest.raises((type(error()), OutOfMemory)):  # the runtime turns errors about memory into ours
         training.step()
     training.model.inner.is_full = False
     training.step()  # training goes on
@@ -311,7 +312,7 @@ def test_telemetry_keeps_no_model_alive(tmp_path: Path) -> None:
     gc.collect()
     channel._thread.join(10)
     assert not channel._thread.is_alive()
-    assert reader.read_run(tmp_path / "run").status is reader.RunStatus.FINISHED
+    assert reader.read_run(tmp_path / "run").status is RunStatus.FINISHED
 
 
 def test_pooling_keeps_the_peak() -> None:

@@ -20,7 +20,7 @@ def test_slices_cover_a_buffer_in_whole_cache_lines_and_end_at_the_same_time(num
     assert sum(piece.stop - piece.start for piece in cut) == numel
     assert all(piece.start % 64 == 0 for piece in cut)
     assert len(cut) <= 64 * threads
-    # Whoever is free takes the next one. Nobody works for longer than the others together need for what is left.
+    # A free thread takes the next piece. None works for longer than the others together need for what is left.
     busy = [0] * threads
     for piece in cut:
         heapq.heapreplace(busy, busy[0] + piece.stop - piece.start)

@@ -206,7 +206,7 @@ def test_rounding_is_right_on_average_where_rounding_to_nearest_stalls(states: s
         update((torch.ones_like(value), *kept), grad, scalars(hyper(), step), None)
     left = unpacked(states, dict(zip(names, kept, strict=True)))["exp_avg_sq"]
     ratio = float(left.sum() / nearest.sum()) / 0.999**1000
-    # The root of 8 bits is right on average, its square 1 + variance times as large: 2 % after so many steps.
+    # The root of 8 bits is right on average, its square 1 + variance times as large: 2 % after 1000 steps.
     assert abs(ratio - 1) < (0.005 if states == "bf16" else 0.04), ratio
 
 

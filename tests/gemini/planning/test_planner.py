@@ -8,7 +8,7 @@ from belady import belady, play
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gemini.planning.planner import Actions, Planner, Schedule
+from gemini.planning.planner import Actions, Plan, Planner
 from gemini.planning.trace import Moment, Phase, Trace, TraceRecorder
 
 
@@ -53,7 +53,7 @@ def test_a_plan_keeps_every_promise_whatever_it_begins_with(
     while sum(nbytes.get(c, 0) for c in resident) > capacity:
         resident.pop()
     planner = Planner(trace, nbytes, capacity, depth, lost)
-    assert planner.schedule().trace is trace
+    assert planner.plan().trace is trace
     play(planner, nbytes, capacity, depth, 4, lost, resident - {99})
 
 
@@ -71,8 +71,8 @@ def test_room_that_differs_from_moment_to_moment_is_never_exceeded(
 @given(problem=problems())
 def test_without_depth_nothing_is_prefetched(problem: tuple[Trace, dict[int, int], int, int]) -> None:
     trace, nbytes, capacity, _ = problem
-    schedule = Planner(trace, nbytes, capacity, 0).schedule()
-    assert not schedule.between.prefetch and not any(actions.prefetch for actions in schedule.actions)
+    plan = Planner(trace, nbytes, capacity, 0).plan()
+    assert not plan.between.prefetch and not any(actions.prefetch for actions in plan.actions)
 
 
 @settings(deadline=None, max_examples=300)
@@ -177,23 +177,23 @@ def test_what_the_optimizer_step_loses_is_fetched_again_and_not_kept_for_later()
     played = play(planner, nbytes, 4, 2, 6, lost=range(8))
     assert played.fetched[2:] == [8 + 4] * 4 == belady(moments, 4, 6, lost=range(8))[2:]
     assert played.waited[2:] == [0] * 4
-    assert planner.schedule().between.prefetch == (0, 1)
+    assert planner.plan().between.prefetch == (0, 1)
 
 
-def test_a_lap_begins_with_what_another_cycle_left() -> None:
+def test_a_cycle_begins_with_what_another_cycle_left() -> None:
     moments = [[c] for c in range(6)]
     planner = Planner(trace_of(moments), dict.fromkeys(range(9), 1), 3, 0)
-    schedule = planner.schedule([8, 7, 0])
-    assert schedule.actions[0] == Actions() and schedule.actions[1].fetch == (1,)
-    assert set(schedule.actions[1].evict) <= {7, 8}
+    plan = planner.plan([8, 7, 0])
+    assert plan.actions[0] == Actions() and plan.actions[1].fetch == (1,)
+    assert set(plan.actions[1].evict) <= {7, 8}
 
 
 def test_a_large_chunk_does_not_drive_out_small_ones_in_vain() -> None:
     # 1 is needed last, but evicting it is not enough for 3, and evicting 2 alone is.
     nbytes = {1: 1, 2: 4, 3: 4}
     planner = Planner(trace_of([[2], [3], [2], [1]]), nbytes, 5, 0)
-    schedule = planner.schedule(planner.schedule().end)
-    assert not any(1 in actions.fetch for actions in schedule.actions)
+    plan = planner.plan(planner.plan().end)
+    assert not any(1 in actions.fetch for actions in plan.actions)
 
 
 def test_a_moment_too_large_for_the_device_names_its_unit() -> None:
@@ -202,8 +202,8 @@ def test_a_moment_too_large_for_the_device_names_its_unit() -> None:
 
 
 def test_no_moments_and_no_chunks_make_an_empty_plan() -> None:
-    assert Planner(trace_of([]), {}, 0, 2).schedule([3]) == Schedule(trace_of([]), (), Actions(), frozenset())
-    assert Planner(trace_of([[], [7]]), {}, 0, 2).schedule().actions == (Actions(), Actions())
+    assert Planner(trace_of([]), {}, 0, 2).plan([3]) == Plan(trace_of([]), (), Actions(), frozenset())
+    assert Planner(trace_of([[], [7]]), {}, 0, 2).plan().actions == (Actions(), Actions())
 
 
 @pytest.mark.timeout(30)

@@ -23,7 +23,7 @@ from gemini.planning.placement import (
 from gemini.planning.planner import Planner
 from gemini.planning.trace import Moment, Phase, Trace
 
-LAPS = 6
+CYCLES = 6
 SETTLED = 3
 """The first cycles begin with nothing; what a plan costs in the long run is seen in those after them."""
 
@@ -48,7 +48,7 @@ class Instance:
 def instance_of(seed: int) -> Instance:
     rng = random.Random(seed)
     kind = rng.choice(["training", "training", "checkpointed", "segments", "experts", "evaluation", "anything"])
-    cycle, count = lap_of(kind, rng)
+    cycle, count = cycle_of(kind, rng)
     equal = rng.random() < 0.5
     needs = [need_of(64 if equal else rng.choice([8, 32, 64, 64, 100]), rng.random() < 0.9) for _ in range(count)]
     depth = rng.choice([0, 1, 2, 2, 4])
@@ -77,7 +77,7 @@ def instance_of(seed: int) -> Instance:
     return Instance(kind, cycle, needs, room, policy, depth, equal, not unified and rng.random() < 0.5)
 
 
-def lap_of(kind: str, rng: random.Random) -> tuple[list[list[int]], int]:
+def cycle_of(kind: str, rng: random.Random) -> tuple[list[list[int]], int]:
     """The moments of one cycle, and how many chunks there are."""
     if kind == "anything":
         count = rng.randint(1, 12)
@@ -148,11 +148,13 @@ def check(seed: int) -> tuple[Instance, Played, list[int]] | None:
     }
     lost = [c for c in nbytes if instance.lost and "exp_avg" in instance.needs[c].buffers]
     trace = Trace(tuple(Moment(i, Phase.FORWARD, frozenset(m)) for i, m in enumerate(instance.cycle)))
-    played = play(Planner(trace, nbytes, capacity, instance.depth, lost), nbytes, capacity, instance.depth, LAPS, lost)
+    played = play(
+        Planner(trace, nbytes, capacity, instance.depth, lost), nbytes, capacity, instance.depth, CYCLES, lost
+    )
     if not instance.equal:
         return instance, played, []
     managed = [[c for c in moment if c in nbytes] for moment in instance.cycle]
-    return instance, played, belady(managed, capacity // 128, LAPS, lost)
+    return instance, played, belady(managed, capacity // 128, CYCLES, lost)
 
 
 def settled(counts: list[int]) -> int:
@@ -179,7 +181,7 @@ def run(first: int, count: int) -> Counter[str]:
             assert played.fetched == optimum  # reading nothing ahead, the plan is Belady's
         # Reading ahead may take room from what Belady keeps, where that saves as many waits. A few ways are tried; in a
         # few instances of a million none of them costs as little, and then by no more than one a cycle.
-        assert fetched + waited <= 2 * least + LAPS - SETTLED
+        assert fetched + waited <= 2 * least + CYCLES - SETTLED
         kind = "evaluation" if instance.kind in ("evaluation", "anything") else "training"
         sums[f"{kind} fetched"] += fetched
         sums[f"{kind} optimum"] += least

@@ -1,4 +1,4 @@
-"""Backward lets go of a unit's chunks when the unit's own nodes have run, whoever else reads its inputs."""
+"""Backward lets go of a unit's chunks when the unit's own nodes have run, also where other units read its inputs."""
 
 import gc
 import weakref

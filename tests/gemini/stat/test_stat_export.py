@@ -50,7 +50,7 @@ def test_metrics_of_all_ranks_with_their_values(tmp_path: Path, capsys: Capture)
     writers = [open_run(10, tmp_path / "run", rank) for rank in range(2)]
     assert main(["export", str(tmp_path / "run"), "--format", "prom"]) == 0
     text = capsys.readouterr().out
-    run_id = read_run(tmp_path / "run").run_id
+    run_id = read_run(tmp_path / "run").identity.run_id
     for rank in range(2):
         labels = f'rank="{rank}",run="{run_id}"'
         assert f'gemini_memory_tier_used_bytes{{{labels},tier="host"}} {41 * GIB:.12g}'.split("}")[0] in text

@@ -14,7 +14,8 @@ from telemetry_runs import STEP, folder_of, living_child, open_writer, records_o
 from gemini.telemetry import channel, reader, record_file
 from gemini.telemetry.discovery import NoRun, find_run, list_runs
 from gemini.telemetry.layout import lock_file, older_records_file, records_file, runs_folder
-from gemini.telemetry.reader import RunStatus, read_run
+from gemini.telemetry.reader import read_run
+from gemini.telemetry.run_status import RunStatus
 from gemini.telemetry.writer import TelemetryWriter
 
 
@@ -30,8 +31,8 @@ def test_a_closed_run_is_finished_and_shows_its_last_step() -> None:
     assert view.stats == STEP
     assert view.peaks == {"device": 99}
     assert view.summary == {"tokens": 7}
-    assert view.facts == {"model": "gpt", "ratio": None}
-    assert view.pid == os.getpid()
+    assert view.identity.facts == {"model": "gpt", "ratio": None}
+    assert view.identity.pid == os.getpid()
     assert [record["type"] for record in records_of(run)] == ["start", "step", "step", "end"]
 
 
@@ -96,7 +97,7 @@ def test_kill_9_turns_a_running_run_into_a_crashed_one() -> None:
         run = Path(child.stdout.readline().strip())
         view = read_run(run)
         assert view.status is RunStatus.RUNNING
-        assert view.pid == child.pid
+        assert view.identity.pid == child.pid
         assert view.step == 3
         child.send_signal(signal.SIGKILL)
         child.wait(30)
@@ -198,7 +199,7 @@ def test_what_json_cannot_say_becomes_null_or_text() -> None:
     run = folder_of(telemetry)
     telemetry.close()
     view = read_run(run)
-    assert view.facts == {"path": "x", "scalar": 0.5}
+    assert view.identity.facts == {"path": "x", "scalar": 0.5}
     assert view.stats == {"step/count": 1}
 
 
@@ -234,7 +235,7 @@ def test_a_chosen_folder_is_found_by_run_id_too(tmp_path: Path) -> None:
     telemetry.close()
     (view,) = list_runs()
     assert view.path.resolve() == (tmp_path / "mine").resolve()
-    assert find_run(view.run_id)[0].resolve() == (tmp_path / "mine").resolve()
+    assert find_run(view.identity.run_id)[0].resolve() == (tmp_path / "mine").resolve()
 
 
 def test_the_environment_chooses_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +256,7 @@ def test_a_second_run_in_one_folder_hides_the_first(tmp_path: Path) -> None:
     first.close()
     second.close()
     view = read_run(tmp_path / "run")
-    assert view.facts == {"number": 2}
+    assert view.identity.facts == {"number": 2}
     assert view.peaks == {"device": 1}
     assert view.step == 1
     assert len(list_runs()) == 1

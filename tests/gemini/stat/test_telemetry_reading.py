@@ -10,9 +10,11 @@ from telemetry_runs import STEP, folder_of, living_child, open_writer
 
 from gemini.telemetry import reader
 from gemini.telemetry.discovery import NoRun, find_run, list_runs
+from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import VERSION, records_file, runs_folder
-from gemini.telemetry.reader import RunStatus, Unreadable, read_run
+from gemini.telemetry.reader import read_run
 from gemini.telemetry.run_folder import prune
+from gemini.telemetry.run_status import RunStatus
 
 
 @pytest.mark.parametrize("tail", [b'{"v":1,"type":"step","stats":{"step/cou', b"\xff\xfe\n", b"[]\n3\n", b"\n\n"])
@@ -105,7 +107,7 @@ def test_old_runs_are_pruned_but_never_live_or_foreign_ones(tmp_path: Path) -> N
         assert child.stdout is not None
         child.stdout.readline()
         prune({folder_of(telemetry).resolve()}, keep=0)
-        left = {view.pid for view in list_runs()}
+        left = {view.identity.pid for view in list_runs()}
         assert left == {os.getpid(), child.pid}
     assert (runs_folder() / "notes").is_dir()
     assert len(list_runs()) == 2

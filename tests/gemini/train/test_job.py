@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from gemini.telemetry.reader import RunStatus, read_run
+from gemini.telemetry.reader import read_run
+from gemini.telemetry.run_status import RunStatus
 from gemini.train import job
 from gemini.train.cli import main
 from gemini.train.options import STATE_FILE, parse

@@ -49,6 +49,16 @@ def test_no_sync_and_clipping_are_refused_before_anything_happens(backward_place
     check_same(ours, plain)
 
 
+def test_filling_gradients_with_zeros_is_refused_before_anything_happens(backward_placement: dict[str, Any]) -> None:
+    ours, plain = in_backward(backward_placement), Run(None)
+    ours.step(0), plain.step(0)
+    for clear in (ours.optimizer.zero_grad, ours.model.zero_grad):
+        with pytest.raises(ValueError, match=r"filled with zeros.*call zero_grad\(\)"):
+            clear(set_to_none=False)
+    ours.step(1), plain.step(1)
+    check_same(ours, plain)
+
+
 def test_clipping_with_torch_and_a_scaler_fail_loudly(backward_placement: dict[str, Any]) -> None:
     ours = in_backward(backward_placement)
     kept = parameters_of(ours)

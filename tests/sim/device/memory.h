@@ -7,8 +7,8 @@
 //     hidden   the same bytes, where kernels find them
 //
 // Blocks are handed on in the order of their stream, as CUDA's caching allocator does it: one that is freed is kept for
-// the next allocation on the stream that it was allocated on, which may get it before kernels of *other* streams are
-// through with it. What an allocation returns is filled with NaN (in stream order), whatever lay there before.
+// the next allocation on the stream that it was allocated on, which may get it while kernels of *other* streams
+// still use it. What an allocation returns is filled with NaN (in stream order), whatever lay there before.
 #pragma once
 #include <c10/core/CachingDeviceAllocator.h>
 #include <fcntl.h>
