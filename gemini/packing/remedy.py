@@ -27,8 +27,9 @@ def out_of_memory(problem: Problem, shortfall: Shortfall, budgets: Mapping[Tier,
     have = ", ".join(f"{t.value} {format_bytes(budgets[t].bytes)} ({budgets[t].source})" for t in memory.pools)
     is_too_wide = shortfall.unit_bytes > there_is[memory.compute_tier]
     if is_too_wide:
+        named = f"Unit {shortfall.unit!r}" if shortfall.unit else "The model, which is one unit,"
         fault = (
-            f"{memory.compute_tier.value} tier out of memory. Unit {shortfall.unit!r} alone needs "
+            f"{memory.compute_tier.value} tier out of memory. {named} alone needs "
             f"{format_bytes(shortfall.unit_bytes)} of parameters at once"
         )
     else:

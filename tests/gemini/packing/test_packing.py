@@ -339,6 +339,11 @@ def test_a_unit_larger_than_the_device_is_named() -> None:
     assert all(set(remedy) == {Tier.DEVICE} for remedy in remedies_of(message))
 
 
+def test_a_model_that_is_one_unit_larger_than_the_device_is_called_the_model() -> None:
+    message = message_of(nn.Linear(64, 64, device="meta"), config_of(chunk_numel=1024), capacities_of(device=1000))
+    assert message.startswith("device tier out of memory. The model, which is one unit, alone needs")
+
+
 def test_a_unit_larger_than_the_ram_is_named() -> None:
     message = message_of(mlp(256, 2), config_of(), capacities_of(host=100_000, disk=PLENTY, unified=True))
     assert message.startswith("host tier out of memory. Unit '0' alone needs")
