@@ -139,6 +139,12 @@ class AcceleratorBackend:
             return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype, device=self.device))
         return MemoryBuffer(tier, self._arena.take(numel, dtype))
 
+    def release(self, home: MemoryBuffer) -> None:
+        if home.tier is Tier.HOST and home.tensor is not None:  # on DEVICE torch's allocator keeps the order of streams
+            for lane in (self._to_device, self._to_host):
+                lane.mark().wait()
+            self._arena.give_back(home.tensor)
+
     def grow(self, full: Tensor) -> None:
         self._driver.allocate(full)
         self._grown_in[id(full)] = self._driver.current()

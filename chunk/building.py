@@ -1,6 +1,6 @@
 """From a plan to a chunk with homes, a full copy and a place for its gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +10,6 @@ from .buffer import Buffer
 from .chunk import Chunk
 from .communicator import Communicator
 from .content import BufferSpec
-from .disk import DiskBackend
 from .gradient import GradientBuffer
 from .gradient_pool import GradientPool
 from .host_arena import padded
@@ -20,28 +19,76 @@ from .names import GRADIENT, MASTER
 from .plan import ChunkPlan
 from .shared_gradient import Gradient, SharedGradient
 from .tier import Tier
-
-
-def reserve_homes(plans: Sequence[ChunkPlan], ledger: Ledger, device: DeviceBackend) -> None:
-    """Tell the device how much RAM the homes will take, where it would rather have that at once."""
-    homes = [plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST]
-    if sum(homes) <= ledger.free(Tier.HOST):  # else a home will say so
-        device.reserve(sum(map(padded, homes)))
+from .tier_memory import TierMemories
+from .values import read_slot, write_slot
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkBuilder:
-    """Builds chunks on a device backend and, if homes are on DISK, a disk backend, as the ledger has room."""
+    """Builds chunks with homes in the memory of the tiers, as the ledger has room."""
 
     ledger: Ledger
     device: DeviceBackend
-    disk: DiskBackend | None
+    memories: TierMemories
     gradient_pool: GradientPool
     communicator: Communicator
 
-    def build(self, plan: ChunkPlan) -> Chunk:
-        """The chunk with homes where its plan says, and whatever else it needs."""
-        homes = {name: self._home(plan, spec) for name, spec in plan.specs.items() if name != GRADIENT}
+    def build(self, plans: Sequence[ChunkPlan]) -> tuple[Chunk, ...]:
+        """The chunks with homes where their plans say, and whatever else they need."""
+        return self._build_all([(plan, {}) for plan in plans])
+
+    def rebuild(
+        self, chunks: Sequence[Chunk], plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None
+    ) -> tuple[Chunk, ...]:
+        """Other chunks with the same masters, or none and no memory taken.
+
+        Masters that keep their form and tier stay in the homes that they have, which are both chunks' then.
+
+        Parameters
+        ----------
+        fill
+            Puts into the other homes of a new chunk what is not to be zero.
+        """
+        with self.memories.all_or_nothing():
+            kept = [
+                {s.name: chunk.homes[s.name] for s in plan.codec.specs} if plan.keeps_masters_of(chunk.plan) else {}
+                for chunk, plan in zip(chunks, plans, strict=True)
+            ]
+            built = self._build_all(list(zip(plans, kept, strict=True)))
+            for old, new, there in zip(chunks, built, kept, strict=True):
+                for position in range(0 if there else len(new.layout.slots)):
+                    write_slot(new, position, MASTER, read_slot(old, position, MASTER, self.communicator))
+                if fill is not None:
+                    fill(new)
+        return built
+
+    def replace(self, chunk: Chunk, built: Chunk) -> None:
+        """Give a chunk what was built in its place, and free the homes that it does not keep."""
+        before = _homes(chunk)
+        chunk.rehome(built)
+        after = _homes(chunk)
+        for home in before:
+            if all(home is not other for other in after):
+                self.memories.free(home)
+
+    def _build_all(self, pairs: Sequence[tuple[ChunkPlan, Mapping[str, Buffer]]]) -> tuple[Chunk, ...]:
+        """One chunk for each plan, with the homes that are there already."""
+        homes = [
+            plan.nbytes(name)
+            for plan, there in pairs
+            for name, tier in plan.tiers.items()
+            if tier is Tier.HOST and name not in there
+        ]
+        if sum(homes) <= self.ledger.free(Tier.HOST):  # else a home will say so
+            self.device.reserve(sum(map(padded, homes)))
+        return tuple(self._build(plan, there) for plan, there in pairs)
+
+    def _build(self, plan: ChunkPlan, kept: Mapping[str, Buffer]) -> Chunk:
+        homes = {
+            name: kept[name] if name in kept else self._home(plan, spec)
+            for name, spec in plan.specs.items()
+            if name != GRADIENT
+        }
         gradient = self._gradient(plan)
         if plan.full_is_home:
             assert plan.codec.source is not None
@@ -78,8 +125,11 @@ class ChunkBuilder:
     def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
         tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype
         what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
-        if tier is Tier.DISK:
-            assert self.disk is not None
-            return self.disk.allocate(numel, dtype, what)
-        self.ledger.take(tier, numel * dtype.itemsize, what)
-        return self.device.home(tier, numel, dtype)
+        return self.memories.allocate(tier, numel, dtype, what)
+
+
+def _homes(chunk: Chunk) -> list[Buffer]:
+    gradient = chunk.gradient
+    if gradient is None or gradient.buffer is None or gradient.is_borrowed:
+        return list(chunk.homes.values())
+    return [*chunk.homes.values(), gradient.buffer]

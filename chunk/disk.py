@@ -1,6 +1,7 @@
 """The disk tier: homes in one `DiskFile`, each from a page boundary on."""
 
 import errno
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
@@ -10,14 +11,18 @@ from torch import Tensor
 
 from gemini.errors import OffloadError, OutOfMemory
 
+from .buffer import Buffer
 from .checksums import Checksums
 from .disk_file import PAGE_BYTES, DiskFile, Requests
+from .free_room import FreeRoom
 from .ledger import Ledger, mib
 from .tier import Tier
 
 
 class DiskBackend:
-    """Makes disk buffers in one folder.
+    """Makes disk buffers in one folder (a `TierMemory`).
+
+    The file grows when no freed home leaves a gap that is large enough, and does not shrink.
 
     Parameters
     ----------
@@ -36,6 +41,9 @@ class DiskBackend:
         If the folder cannot be made or written to.
     """
 
+    tier = Tier.DISK
+    granularity = PAGE_BYTES
+
     def __init__(
         self,
         folder: Path,
@@ -47,7 +55,7 @@ class DiskBackend:
         self.file = DiskFile(folder, requests, direct)
         self._ledger = ledger
         self._checksums = checksums
-        self._end = 0
+        self._room = FreeRoom(sys.maxsize)
         self._lock = Lock()
 
     @property
@@ -77,37 +85,59 @@ class DiskBackend:
         ------
         OutOfMemory
             If the ledger or the file system has no room.
+        OffloadError
+            If the file cannot be written to.
         """
         nbytes = numel * dtype.itemsize
-        room = -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        room = _pages(nbytes)
         self._ledger.take(Tier.DISK, room, what)
         with self._lock:
-            offset = self._end
+            offset = self._room.take(room)
+            assert offset is not None, "the last gap has no end"
             try:
-                if room:
-                    self.file.reserve(offset, room)
-            except OSError as error:
+                self._prepare(offset, room, nbytes, what)
+            except BaseException:
+                self._room.give(offset, room)
                 self._ledger.give(Tier.DISK, room)
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise OffloadError(
-                        error.errno, f"{self.folder}: {error.strerror}, taking {mib(nbytes)} for {what}"
-                    ) from error
-                raise OutOfMemory(
-                    f"disk tier out of memory. {what} needs {mib(nbytes)} in {str(self.folder)!r}, the file system is "
-                    f"full after {mib(offset)} of ours ({error.strerror}); free some room, or set offload_dir to "
-                    "another disk"
-                ) from error
-            self._end = offset + room
+                raise
         checksums = Checksums() if self._checksums else None
         return DiskBuffer(self.file, offset, numel, dtype, what, checksums)
+
+    def _prepare(self, offset: int, room: int, nbytes: int, what: str) -> None:
+        """Have zeros in ``room`` bytes of the file."""
+        self.file.clear(offset, min(room, max(self.file.nbytes - offset, 0)), what)
+        try:
+            self.file.reserve(offset, room)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OffloadError(
+                    error.errno, f"{self.folder}: {error.strerror}, taking {mib(nbytes)} for {what}"
+                ) from error
+            raise OutOfMemory(
+                f"disk tier out of memory. {what} needs {mib(nbytes)} in {str(self.folder)!r}, the file system is "
+                f"full after {mib(self.file.nbytes)} of ours ({error.strerror}); free some room, or set offload_dir to "
+                "another disk"
+            ) from error
+
+    def free(self, buffer: Buffer) -> None:
+        """Have a buffer's pages for later ones."""
+        assert isinstance(buffer, DiskBuffer)
+        room = _pages(buffer.nbytes)
+        with self._lock:
+            self._room.give(buffer.offset, room)
+        self._ledger.give(Tier.DISK, room)
 
     def close(self) -> None:
         """Give the file back to the system. Idempotent."""
         self.file.close()
 
 
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
 class DiskBuffer:
-    """A home in a `DiskFile`."""
+    """A home in a `DiskFile`, from ``offset`` on."""
 
     tier = Tier.DISK
     tensor: Tensor | None = None
@@ -118,7 +148,7 @@ class DiskBuffer:
         self.numel = numel
         self.dtype = dtype
         self._file = file
-        self._offset = offset
+        self.offset = offset
         self._what = what
         self._checksums = checksums
 
@@ -128,7 +158,7 @@ class DiskBuffer:
 
     def read(self, start: int, out: Tensor) -> None:
         begin, nbytes = self._range(start, out)
-        self._file.read(self._offset + begin, out.data_ptr(), nbytes, self._what)
+        self._file.read(self.offset + begin, out.data_ptr(), nbytes, self._what)
         if self._checksums is not None:
             self._check(self._checksums.disagreeing(begin, out.data_ptr(), nbytes))
             for first, last in self._checksums.overlapping(begin, begin + nbytes):
@@ -138,7 +168,7 @@ class DiskBuffer:
         """Read what was written as one piece and read only in part."""
         assert self._checksums is not None
         whole = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
-        self._file.read(self._offset + begin, whole.data_ptr(), end - begin, self._what)
+        self._file.read(self.offset + begin, whole.data_ptr(), end - begin, self._what)
         self._check(self._checksums.disagreeing(begin, whole.data_ptr(), end - begin))
 
     def _check(self, disagreeing: Iterable[tuple[int, int]]) -> None:
@@ -154,7 +184,7 @@ class DiskBuffer:
         begin, nbytes = self._range(start, source)
         if self._checksums is not None:
             self._checksums.forget(begin, begin + nbytes)  # a write that fails leaves anything
-        self._file.write(self._offset + begin, source.data_ptr(), nbytes, self._what)
+        self._file.write(self.offset + begin, source.data_ptr(), nbytes, self._what)
         if self._checksums is not None:
             self._checksums.remember(begin, source.data_ptr(), nbytes)
 

@@ -13,6 +13,7 @@ the same as long as no page is used in both ways at once, and no two ranges that
 
 import ctypes
 import errno
+import mmap
 import os
 import tempfile
 import time
@@ -70,6 +71,8 @@ class DiskFile:
 
     def __init__(self, folder: Path, requests: Requests | None = None, direct: bool = True) -> None:
         self.folder = folder
+        self.nbytes = 0
+        """Of the file."""
         self.read_bytes = 0
         self.written_bytes = 0
         self.read_seconds = 0.0
@@ -100,14 +103,16 @@ class DiskFile:
         return self._direct_fd >= 0
 
     def reserve(self, offset: int, nbytes: int) -> None:
-        """Have room for ``nbytes`` zeros.
+        """Have the file reach to ``offset + nbytes``. Where it did not, it is zero.
 
         Raises
         ------
         OSError
             As the system says.
         """
-        os.posix_fallocate(self._fd, offset, nbytes)
+        if offset + nbytes > self.nbytes:
+            os.posix_fallocate(self._fd, offset, nbytes)
+            self.nbytes = offset + nbytes
 
     def read(self, offset: int, address: int, nbytes: int, what: str) -> None:
         """Fill memory from the file.
@@ -137,6 +142,21 @@ class DiskFile:
         with self._lock:
             self.written_bytes += nbytes
             self.write_seconds += time.perf_counter() - begin
+
+    def clear(self, offset: int, nbytes: int, what: str) -> None:
+        """Write zeros (which no statistic counts).
+
+        Raises
+        ------
+        OffloadError
+            As `write`.
+        """
+        self._origin.refuse_elsewhere()
+        step = min(nbytes, self._requests.nbytes * self._requests.depth)
+        zeros = mmap.mmap(-1, max(step, 1))  # aligned for the disk; pages that are only read take no memory
+        address = ctypes.addressof(ctypes.c_char.from_buffer(zeros))
+        for at in range(0, nbytes, step or 1):
+            self._transfer(self._write, offset + at, address, min(step, nbytes - at), what)
 
     def _transfer(self, do, offset: int, address: int, nbytes: int, what: str) -> None:  # type: ignore[no-untyped-def]
         first, *rest = self._cut(offset, address, nbytes) or [_Request(False, offset, address, 0)]

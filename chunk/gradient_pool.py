@@ -15,7 +15,6 @@ import torch
 from gemini.errors import OutOfMemory
 
 from .buffer import Buffer, MemoryBuffer
-from .disk import DiskBackend
 from .eviction import Eviction
 from .gradient import GradientBuffer
 from .layout import ChunkLayout, size_class
@@ -23,6 +22,7 @@ from .ledger import Ledger
 from .memory import DeviceBackend
 from .shared_gradient import Gradient
 from .tier import Tier
+from .tier_memory import TierMemory
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +60,22 @@ class GradientPool:
 
     Parameters
     ----------
-    ledger, device, disk
-        The ledger, the memory, and the disk for gradients that find none there (None if there is no disk tier).
+    ledger, device
+        The ledger, and the memory that blocks are made of.
+    last_resort
+        For gradients that find none there; None if there is no slower tier.
     eviction
         Evicts full copies that nothing uses, where these share their memory with gradients.
     """
 
-    def __init__(self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None, eviction: Eviction) -> None:
+    def __init__(
+        self, ledger: Ledger, device: DeviceBackend, last_resort: TierMemory | None, eviction: Eviction
+    ) -> None:
         self.growths = 0
         """How often the room that was set aside did not do."""
         self._ledger = ledger
         self._device = device
-        self._disk = disk
+        self._last_resort = last_resort
         self._eviction = eviction
         self._room = dict.fromkeys(Tier, 0)
         self._idle: list[_Idle] = []
@@ -125,9 +129,9 @@ class GradientPool:
                 self._eviction.make_room_for(tier, missing)
                 self.reserve(tier, missing, what)
             except OutOfMemory:
-                if self._disk is None:
+                if self._last_resort is None:
                     raise
-                return self._disk.allocate(layout.numel, dtype, what)  # stays the chunk's
+                return self._last_resort.allocate(layout.numel, dtype, what)  # stays the chunk's
         assert block.tensor is not None
         part = MemoryBuffer(tier, block.tensor[: layout.numel * dtype.itemsize].view(dtype))
         self._lent[id(part)] = block
@@ -142,8 +146,9 @@ class GradientPool:
             return None
         others = [idle for idle in self._idle if idle.block.tier is tier]
         while nbytes + self._taken(tier) + sum(idle.block.nbytes for idle in others) > self._room[tier]:
-            others[-1].taken()
-            self._idle.remove(others.pop())
+            idle = others.pop()
+            self._idle.remove(idle)
+            self._device.release(idle.taken())
         return self._device.home(tier, nbytes, torch.uint8)
 
     def _taken(self, tier: Tier) -> int:

@@ -2,10 +2,12 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .free_room import FreeRoom
 from .numa import interleave
 
 PAGE_BYTES = 4096
@@ -13,10 +15,18 @@ HOME_ALIGN_BYTES = 256
 """Copies are fastest between addresses that are multiples of this."""
 
 
-class HostArena:
-    """Homes carved out of a block, one after the other, never given back one by one.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """One piece of memory (uint8). What is free of it is zero."""
 
-    Of a block, because each registration with the device costs a call into the driver and an entry in its tables, and
+    memory: Tensor
+    room: FreeRoom
+
+
+class HostArena:
+    """Homes carved out of blocks. A block without homes is let go.
+
+    Of blocks, because each registration with the device costs a call into the driver and an entry in its tables, and
     because the host allocator of torch would round every home up to a power of two.
 
     Parameters
@@ -27,19 +37,35 @@ class HostArena:
 
     def __init__(self, new_block: Callable[[int], Tensor]) -> None:
         self._new_block = new_block
-        self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._blocks: list[_Block] = []
 
     def reserve(self, nbytes: int) -> None:
-        """Take a block for homes of ``nbytes`` together, each `padded`."""
-        self._free = self._new_block(padded(nbytes))
+        """Have a block with room for homes of ``nbytes`` together, each `padded`."""
+        if padded(nbytes) > max((block.room.largest for block in self._blocks), default=0):
+            memory = self._new_block(padded(nbytes))
+            self._blocks.append(_Block(memory, FreeRoom(memory.numel())))
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Zeros for a home (flat)."""
         nbytes = numel * dtype.itemsize
-        if nbytes > self._free.numel():
-            self.reserve(nbytes)
-        home, self._free = self._free[:nbytes], self._free[padded(nbytes) :]
-        return home.view(dtype)
+        if nbytes == 0:
+            return torch.empty(0, dtype=dtype, device="cpu")
+        self.reserve(nbytes)
+        for block in self._blocks:
+            if (offset := block.room.take(padded(nbytes))) is not None:
+                return block.memory[offset : offset + nbytes].view(dtype)
+        raise AssertionError("there is a block with room, or it has just been taken")
+
+    def give_back(self, home: Tensor) -> None:
+        """Have the room of a home for later ones. Nobody may hold it any more."""
+        for block in self._blocks if home.numel() else ():
+            offset = home.data_ptr() - block.memory.data_ptr()
+            if 0 <= offset < block.memory.numel():
+                home.zero_()
+                block.room.give(offset, padded(home.nbytes))
+                if block.room.is_whole:
+                    self._blocks.remove(block)
+                return
 
 
 def registered_block(nbytes: int, lock: Callable[[int, int], bool], unlock: Callable[[int], None]) -> Tensor:

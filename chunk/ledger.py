@@ -1,7 +1,6 @@
 """How many bytes each tier may hold and holds. Pure; every allocation of ours asks here first."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from threading import Lock
 
 from gemini.errors import OutOfMemory
@@ -112,17 +111,6 @@ class Ledger:
         with self._lock:
             assert nbytes <= self._used[tier], f"{tier.value}: gave back more than was taken"
             self._used[tier] -= nbytes
-
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """What is taken inside is given back if it ends with an error, but on DISK: it has its place in the file."""
-        before = dict(self._used)
-        try:
-            yield
-        except BaseException:
-            with self._lock:
-                self._used |= {tier: before[tier] for tier in (Tier.DEVICE, Tier.HOST)}
-            raise
 
     def resize(self, tier: Tier, capacity_bytes: int) -> None:
         """Change a capacity (after warm-up has measured the non-model data). Never below what is used."""

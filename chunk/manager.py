@@ -10,7 +10,7 @@ from torch import Tensor
 from gemini.errors import is_out_of_memory
 
 from .away import Keeper
-from .building import ChunkBuilder, reserve_homes
+from .building import ChunkBuilder
 from .chunk import Chunk
 from .communicator import ALONE, Communicator
 from .disk import DiskBackend
@@ -30,6 +30,7 @@ from .shared_gradient import SharedGradient
 from .shortage import refused
 from .state import ChunkState
 from .tier import Tier
+from .tier_memory import TierMemories
 from .values import last_value, read_slot, write_slot
 from .workers import close_in_background
 
@@ -78,12 +79,12 @@ class ChunkManager:
         self._communicator = communicator
         self._ahead: set[Chunk] = set()
         """Chunks that were fetched ahead of use, and not used since."""
-        reserve_homes(plans, ledger, device)
         self.gradient_pool = GradientPool(ledger, device, disk, self.eviction)
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
-        self._builder = ChunkBuilder(ledger, device, disk, self.gradient_pool, communicator)
-        self.chunks = tuple(map(self._builder.build, plans))
+        memories = TierMemories(ledger, device, disk)
+        self._builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
+        self.chunks = self._builder.build(plans)
         self._places: dict[int, tuple[Chunk, int]] = {}
 
     @property
@@ -126,8 +127,8 @@ class ChunkManager:
     def rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None) -> None:
         """Give chunks other homes, and what else these plans say, with the values that they have. All or nothing.
 
-        They must be at rest. What a home on DISK took is not given back: it has its place in the file. ``fill`` puts
-        into the other homes of a new chunk what is not to be zero.
+        They must be at rest. ``fill`` puts into the other homes of a new chunk what is not to be zero. Masters that
+        keep their form and tier stay where they are.
 
         Raises
         ------
@@ -136,8 +137,8 @@ class ChunkManager:
         ValueError
             If code outside of the manager holds memory of such a chunk.
         """
-        for plan in plans:
-            old = self.chunks[plan.layout.index]
+        rebuilt = [self.chunks[plan.layout.index] for plan in plans]
+        for old in rebuilt:
             if old.loan is not None and old.is_lent:
                 names = ", ".join(old.layout.slots[position].name for position in old.loan.positions)
                 raise ValueError(
@@ -146,23 +147,13 @@ class ChunkManager:
                 )
             self.full_copies.arrive(old)  # what can go wrong goes wrong now
             self.quiet(old)
-        with self.ledger.all_or_nothing():
-            reserve_homes(plans, self.ledger, self.device)
-            built = [self._builder.build(plan) for plan in plans]
-            for new in built:
-                for position in range(len(new.layout.slots)):
-                    value = read_slot(self.chunks[new.index], position, MASTER, self._communicator)
-                    write_slot(new, position, MASTER, value)
-                if fill is not None:
-                    fill(new)
-        for new in built:
-            old = self.chunks[new.index]
+        self.device.synchronize()  # no home is being written
+        on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
+        self.eviction.make_room_for(Tier.HOST, sum(on_host))
+        for old, new in zip(rebuilt, self._builder.rebuild(rebuilt, plans, fill), strict=True):
             if old.is_resident:
                 self.evict(old)
-            for home in old.homes.values():
-                if home.tier is not Tier.DISK:
-                    self.ledger.give(home.tier, home.nbytes)
-            old.rehome(new)
+            self._builder.replace(old, new)
 
     # -- moving
 

@@ -148,6 +148,9 @@ class DeviceBackend(Protocol):
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         """Zeroed memory for a home on DEVICE or HOST."""
 
+    def release(self, home: MemoryBuffer) -> None:
+        """Have the memory of a home for later ones, once moves from and to it are over. Nobody may hold it any more."""
+
     def take_over(self) -> None:
         """The calling thread is about to use chunks: what it does comes after all that another stream did with them."""
 
@@ -232,6 +235,9 @@ class RamBackend:
 
     def home(self, tier: Tier, numel: int, dtype: torch.dtype) -> MemoryBuffer:
         return MemoryBuffer(tier, zeroed(numel, dtype))
+
+    def release(self, home: MemoryBuffer) -> None:
+        pass  # the system has it back when its tensor is gone
 
     def take_over(self) -> None:
         pass

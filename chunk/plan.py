@@ -79,6 +79,12 @@ class ChunkPlan:
         """Where the values of a parameter are, of which there may be one for each block of elements."""
         return Place.of(self.layout.slots[position], block_numel, self.extents, self.owner.index)
 
+    def keeps_masters_of(self, before: "ChunkPlan") -> bool:
+        """True if the masters can stay in the homes that another plan gave them."""
+        is_same = (self.codec, self.extent) == (before.codec, before.extent) and not self.codec.computes
+        is_apart = not self.full_is_home and not before.full_is_home
+        return is_same and is_apart and all(self.tiers[s.name] is before.tiers[s.name] for s in self.codec.specs)
+
     def nbytes(self, name: str) -> int:
         """Bytes of a buffer."""
         return self.specs[name].nbytes(len(self.extent))

@@ -1,4 +1,4 @@
-"""What every `DeviceBackend` must do, in one function for all of them."""
+"""What every `DeviceBackend` and every `TierMemory` must do, in one function each for all of them."""
 
 import threading
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gemini.chunk import Buffer, DeviceBackend, DiskBackend, Ledger, MemoryMap, Tier
 from gemini.chunk.memory import Transfer
-from gemini.errors import OffloadError
+from gemini.chunk.tier_memory import TierMemory
+from gemini.errors import OffloadError, OutOfMemory
 
 NUMEL = 1000
 DTYPES = [(torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
@@ -58,6 +59,50 @@ def check_backend(backend: DeviceBackend, folder: Path) -> None:
         backend.close()
     finally:
         disk.close()
+
+
+def check_tier_memory(memory: TierMemory, ledger: Ledger) -> None:
+    """The contract. The ledger counts nothing else, and has room for some hundred homes of `NUMEL` elements."""
+    tier, sizes = memory.tier, (NUMEL, 1, 3 * NUMEL, 0, 50 * NUMEL)
+
+    def counted(numel: int) -> int:
+        return -(-numel * 4 // memory.granularity) * memory.granularity
+
+    def filled(numel: int, value: float) -> Buffer:
+        home = memory.allocate(numel, torch.float32, "a home")
+        assert (home.tier, home.numel, home.dtype) == (tier, numel, torch.float32)
+        assert not _values(home).any()
+        home.write(0, torch.full((numel,), value))
+        return home
+
+    for turn in range(4):  # whatever is freed in between, the room is there again
+        homes = {numel: filled(numel, float(numel + turn)) for numel in sizes}
+        assert ledger.used(tier) == sum(map(counted, sizes))
+        for numel in (sizes[turn], sizes[(turn + 1) % len(sizes)]):
+            memory.free(homes.pop(numel))
+            homes[numel] = filled(numel, float(numel + turn))
+        assert ledger.used(tier) == sum(map(counted, sizes))
+        for numel, home in homes.items():
+            assert _values(home).eq(numel + turn).all()
+            memory.free(home)
+        assert ledger.used(tier) == 0
+
+    most = ledger.capacity(tier) // memory.granularity * memory.granularity // 4
+    for _ in range(2):
+        whole = filled(most, 1.0)
+        with pytest.raises(
+            OutOfMemory, match=rf"{tier.value} tier out of memory. exp_avg of .* set {tier.value}_memory"
+        ):
+            memory.allocate(1, torch.float32, "exp_avg of chunk 3")
+        assert ledger.used(tier) == counted(most)
+        memory.free(whole)
+    assert ledger.used(tier) == 0
+
+
+def _values(home: Buffer) -> Tensor:
+    out = torch.ones(home.numel, dtype=home.dtype)
+    home.read(0, out)
+    return out
 
 
 def full_copy(backend: DeviceBackend, dtype: torch.dtype) -> Tensor:

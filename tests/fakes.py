@@ -83,6 +83,10 @@ class FakeBackend:
             self._use(numel * dtype.itemsize)
         return MemoryBuffer(tier, torch.zeros(numel, dtype=dtype))
 
+    def release(self, home: MemoryBuffer) -> None:
+        if home.tier is Tier.DEVICE:
+            self.used_bytes -= home.nbytes
+
     def take_over(self) -> None:
         pass
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import BufferSpec, Chunk, ChunkPlan, Tier, write_slot
+from ..chunk import MASTER, BufferSpec, Chunk, ChunkPlan, Tier, write_slot
 from ..config import GeminiConfig
 from ..engine import Engine
 from ..errors import OutOfMemory
@@ -16,7 +16,7 @@ from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.rule import Rule
 from ..packing.group import Group, plans
 from ..packing.packing import Packing
-from ..planning.placement import AutoPlacementPolicy, Capacity, Placement, place
+from ..planning.placement import AutoPlacementPolicy, Capacity, Placement, on_tier, place
 from ..runtime.arrivals import watch_gradients
 from ..sizes import format_bytes
 from ..updates.update_pipeline import buffer_count
@@ -119,10 +119,18 @@ class Unfreezing:
         groups = [Group.of(config, index, chunk.full.dtype is torch.float32, slots) for chunk in chunks]
         pairs = zip(layouts, groups, strict=True)
         needs = [group.need(layout.numel, config.update_in_backward) for layout, group in pairs]
-        capacity = self._capacity(chunks, slots)
-        found = place(needs, capacity, AutoPlacementPolicy())
+        memory, on_disk = self._manager.ledger.memory, [chunk for chunk in chunks if chunk.tier is Tier.DISK]
+        found = place(needs, self._capacity(chunks, slots), AutoPlacementPolicy())
         if isinstance(found, Placement):
-            return plans(layouts, groups, found, capacity.memory)
+            return plans(layouts, groups, found, memory)
+        # Masters that stay where they are on a full disk take no room; which of them stay is known when all are placed.
+        again = place(needs, self._capacity(chunks, slots, _disk_bytes(on_disk)), AutoPlacementPolicy())
+        if isinstance(again, Placement):
+            others = plans(layouts, groups, again, memory)
+            at = {plan.layout.index: plan for plan in others}
+            staying = [chunk for chunk in on_disk if at[chunk.index].keeps_masters_of(chunk.plan)]
+            if again.nbytes[Tier.DISK] - _disk_bytes(staying) <= self._manager.ledger.free(Tier.DISK):
+                return others
         more = f" and {len(in_chunks) - _NAMES_SHOWN} more" if len(in_chunks) > _NAMES_SHOWN else ""
         raise OutOfMemory(
             f"host tier out of memory. To unfreeze chunks with "
@@ -130,14 +138,14 @@ class Unfreezing:
             f"are missing for their masters, gradients and states; nothing has been changed. {_WAY_OUT}"
         )
 
-    def _capacity(self, chunks: Sequence[Chunk], slots: tuple[BufferSpec, ...]) -> Capacity:
+    def _capacity(self, chunks: Sequence[Chunk], slots: tuple[BufferSpec, ...], more_on_disk: int = 0) -> Capacity:
         """What is left for homes; full copies that share a pool with them can be evicted, but for one moment's."""
         manager, ledger = self._manager, self._manager.ledger
         copies = {chunk.index: chunk.full.numel() * chunk.full.element_size() for chunk in chunks}
         is_shared = ledger.memory.shares(Tier.HOST, Tier.DEVICE)
         resident = manager.full_copies.nbytes if is_shared else 0
         can_stage = manager.disk is not None and buffer_count(slots) <= self.packing.updated_buffer_count
-        on_disk = ledger.free(Tier.DISK) if can_stage else 0
+        on_disk = ledger.free(Tier.DISK) + more_on_disk if can_stage else 0
         return Capacity(
             nbytes={Tier.DEVICE: 0, Tier.HOST: ledger.free(Tier.HOST) + resident, Tier.DISK: on_disk},
             memory=ledger.memory,
@@ -152,6 +160,11 @@ def fill_states(rule: Rule, chunk: Chunk) -> None:
             write_slot(
                 chunk, position, slot.name, torch.full((), rule.initial(slot.name), dtype=torch.float32, device="cpu")
             )
+
+
+def _disk_bytes(chunks: Iterable[Chunk]) -> int:
+    """Bytes on DISK of the masters of chunks that have them there."""
+    return sum(on_tier(chunk.homes[MASTER].nbytes, Tier.DISK) for chunk in chunks)
 
 
 def _listed(slots: Any) -> str:

@@ -139,6 +139,21 @@ def test_a_gradient_is_kept_until_it_has_left_and_no_longer() -> None:
     rig.close()
 
 
+def test_the_room_of_a_home_is_used_again_only_when_its_moves_are_over() -> None:
+    for seed in range(10):
+        rig = Rig(seed)
+        home, full = rig.home(torch.float32), torch.empty(NUMEL, dtype=torch.bfloat16)
+        home.write(0, torch.full((NUMEL,), 3.0))
+        rig.backend.grow(full)
+        transfer = rig.backend.upload(full, home, None, background=True)
+        rig.backend.release(home)
+        rig.home(torch.float32).write(0, torch.full((NUMEL,), 5.0))
+        transfer.wait()
+        rig.device.drain()
+        assert full.eq(3.0).all()
+        rig.close()
+
+
 @pytest.mark.timeout(60)
 def test_a_fetch_behind_a_pending_update_does_not_stop_the_caller() -> None:
     rig = Rig(0)

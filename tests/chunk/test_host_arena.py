@@ -69,3 +69,36 @@ def test_an_arena_that_is_full_takes_another_block() -> None:
     assert len(registrar.locked) == 2 and not second.any()
     first.fill_(1.0)
     assert not second.any()
+
+
+def test_room_that_is_given_back_is_taken_again_and_zero() -> None:
+    registrar = Registrar()
+    arena = registrar.arena(3 * PAGE_BYTES)
+    first, second, third = (arena.take(PAGE_BYTES // 4, torch.float32) for _ in range(3))
+    addresses = [first.data_ptr(), second.data_ptr()]
+    first.fill_(1.0), second.fill_(2.0), third.fill_(3.0)
+    arena.give_back(second), arena.give_back(first)
+    both = arena.take(PAGE_BYTES // 2, torch.float32)  # two gaps that have become one
+    assert both.data_ptr() == min(addresses) and not both.any() and third.eq(3.0).all()
+    assert len(registrar.locked) == 1
+
+
+def test_a_block_is_let_go_with_the_last_home_that_is_given_back() -> None:
+    registrar = Registrar()
+    arena = registrar.arena(2 * PAGE_BYTES)
+    homes = [arena.take(PAGE_BYTES // 4, torch.float32) for _ in range(2)]
+    for home in homes:
+        assert registrar.unlocked == []
+        arena.give_back(home)
+    del home, homes
+    assert registrar.unlocked == [registrar.locked[0][0]]
+    assert not arena.take(10, torch.float32).any() and len(registrar.locked) == 2
+
+
+def test_room_that_is_free_already_is_not_reserved_again() -> None:
+    registrar = Registrar()
+    arena = registrar.arena(2 * PAGE_BYTES)
+    arena.reserve(PAGE_BYTES)
+    assert len(registrar.locked) == 1
+    arena.reserve(3 * PAGE_BYTES)
+    assert len(registrar.locked) == 2

@@ -7,8 +7,9 @@ import torch
 from fakes import FakeBackend
 from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig, plan_of
 
-from gemini.chunk import MASTER, ChunkPlan, ChunkState, DiskBackend, Ledger, MemoryMap, Tier
-from gemini.errors import OutOfMemory
+from gemini.chunk import MASTER, Chunk, ChunkPlan, ChunkState, DiskBackend, Ledger, MemoryMap, Tier, write_slot
+from gemini.chunk.disk_file import PAGE_BYTES
+from gemini.errors import OffloadError, OutOfMemory
 
 ON_DISK = dict.fromkeys(TRAINABLE, Tier.DISK)
 
@@ -66,4 +67,79 @@ def test_without_room_for_the_last_all_are_as_before() -> None:
     assert [chunk.state for chunk in rig.chunks] == states and not any(chunk.is_trainable for chunk in rig.chunks)
     assert rig.has_values(rig.chunks[0])
     assert isinstance(rig.device, FakeBackend)
+    rig.manager.close()
+
+
+FROZEN_ON_DISK = {MASTER: Tier.DISK}
+
+
+def frozen(rig: Rig, index: int) -> ChunkPlan:
+    return plan_of(rig.chunks[index].layout, FROZEN_ON_DISK, torch.bfloat16, memory=rig.ledger.memory)
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_rebuilding_on_disk_again_and_again_takes_no_more_room(checksums: bool, tmp_path: Path) -> None:
+    counts = Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED)
+    disk = DiskBackend(tmp_path, counts, checksums=checksums)
+    rig = Rig([FROZEN_ON_DISK, FROZEN_ON_DISK, FROZEN], disk=disk)
+    expected = [[value.bfloat16().float() for value in rig.values[i]] for i in range(2)]
+    used, sizes = [], []
+    for _ in range(3):
+        for plans in ([trained(rig, i, ON_DISK) for i in range(2)], [frozen(rig, i) for i in range(2)]):
+            rig.manager.rebuild(plans)
+            for i, values in enumerate(expected):
+                for position, value in enumerate(values):
+                    assert torch.equal(rig.manager.read(rig.parameters[i][position], MASTER).float(), value)
+            for chunk in rig.chunks[:2]:
+                for state in chunk.states:
+                    assert not rig.manager.read(rig.parameters[chunk.index][0], state.name).any()
+                    write_slot(chunk, 0, state.name, torch.ones(33))  # which must not be found there later
+        used.append(counts.used(Tier.DISK))
+        sizes.append(disk.file.nbytes)
+    assert set(used) == {2 * PAGE_BYTES} and len(set(sizes)) == 1
+    rig.manager.close()
+
+
+def test_masters_that_keep_their_form_and_tier_stay_where_they_are_on_a_full_disk(tmp_path: Path) -> None:
+    counts = Ledger({Tier.DISK: 2 * PAGE_BYTES}, MemoryMap.EMULATED)
+    disk = DiskBackend(tmp_path, counts)
+    rig = Rig([FROZEN_ON_DISK, FROZEN_ON_DISK], disk=disk, dtype=torch.float32)
+    written = disk.written_bytes
+    assert counts.free(Tier.DISK) == 0
+    rig.manager.rebuild(
+        [plan_of(chunk.layout, {**TRAINABLE, MASTER: Tier.DISK}, torch.float32) for chunk in rig.chunks]
+    )
+    assert counts.used(Tier.DISK) == disk.file.nbytes == 2 * PAGE_BYTES and disk.written_bytes == written
+    for chunk in rig.chunks:
+        assert chunk.is_trainable and chunk.tier is Tier.DISK
+        rig.use(chunk)
+        assert rig.has_values(chunk)
+    rig.manager.close()
+
+
+@pytest.mark.parametrize("tier", Tier)
+def test_a_rebuild_that_fails_has_given_its_room_back_on_every_tier(tier: Tier, tmp_path: Path) -> None:
+    counts = Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED)
+    disk = DiskBackend(tmp_path, counts)
+    rig = Rig([FROZEN_ON_DISK, FROZEN, FROZEN_ON_DISK], room=40, disk=disk)
+    plans = [trained(rig, i, dict.fromkeys(TRAINABLE, tier)) for i in range(3)]
+    before = rig.ledger.used(Tier.DEVICE), rig.ledger.used(Tier.HOST), counts.used(Tier.DISK)
+
+    def fail(chunk: Chunk) -> None:
+        if chunk.index == 2:
+            raise OffloadError("the disk is away")
+
+    for _ in range(2):
+        with pytest.raises(OffloadError, match="the disk is away"):
+            rig.manager.rebuild(plans, fail)
+        after = rig.ledger.used(Tier.DEVICE), rig.ledger.used(Tier.HOST), counts.used(Tier.DISK)
+        assert after == before and not any(chunk.is_trainable for chunk in rig.chunks)
+    size = disk.file.nbytes
+    rig.manager.rebuild(plans)
+    assert disk.file.nbytes == size and all(chunk.is_trainable for chunk in rig.chunks)
+    for chunk in rig.chunks:
+        rig.values[chunk.index] = [value.bfloat16().float() for value in rig.values[chunk.index]]
+        if tier is not Tier.DEVICE:
+            rig.use(chunk)
+            assert rig.has_values(chunk)
     rig.manager.close()

@@ -4,17 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gradual
 import pytest
 import torch
 from gradual import DTYPES, OPTIONS, PLUGINS, Gradual, check_same, parts, rounded, stages
-from loop import PLACEMENTS, SMALL, Trained, batch
+from loop import PLACEMENTS, SMALL, WIDTH, Trained, batch
 from parity import check_at_rest, masters
 from torch import Tensor, nn
 
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import Tier
+from gemini.chunk import MASTER, Tier
 from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry.documents import read_chunks
 
@@ -287,3 +288,36 @@ def test_statistics_the_record_and_checkpoints_know_what_was_unfrozen(tmp_path: 
     again.booster.load_optimizer(again.optimizer, tmp_path / "optimizer")  # type: ignore[union-attr]
     assert again.step(2) == run.step(2)
     check_same(again, run)
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 128), *(nn.Linear(128, 128) for _ in range(8)), nn.Linear(128, 3))
+
+
+def test_layers_are_unfrozen_where_they_are_on_a_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gradual, "build", wide)
+    small = {**SMALL, "host_memory": "500KiB", "offload_dir": "disk", "update_in_backward": True}
+    plain, ours = Gradual("plain sgd", "fp32", None), Gradual("plain sgd", "fp32", small)
+    assert [ours.step(step) for step in range(2)] == [plain.step(step) for step in range(2)]
+    manager = boosted(ours.model).manager
+    assert manager.disk is not None
+    ledger, in_ram = manager.ledger, sum(c.homes[MASTER].nbytes for c in manager.chunks[:2])
+    ledger.resize(Tier.DISK, 0)  # to what is used
+    size, frozen = manager.disk.file.nbytes, [c for c in manager.chunks if c.tier is Tier.DISK and not c.is_trainable]
+    assert ledger.free(Tier.DISK) == 0 and len(frozen) > 2
+    before = ledger.capacity(Tier.HOST)
+    for stage in range(1, len(plain.stages)):
+        manager.eviction.evict_idle()
+        ledger.resize(Tier.HOST, ledger.used(Tier.HOST) + boosted(ours.model).engine.pacing.least_bytes({}) + in_ram)
+        for run in (ours, plain):
+            run.unfreeze(stage)
+        ledger.resize(Tier.HOST, before)
+        assert ours.step(stage + 1) == plain.step(stage + 1)
+    assert all(chunk.is_trainable and chunk.tier is Tier.DISK for chunk in frozen)
+    assert ledger.used(Tier.DISK) == manager.disk.file.nbytes == size
+    check_same(ours, plain)
+    check_at_rest(ours.model)
