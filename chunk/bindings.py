@@ -36,8 +36,8 @@ class Bindings:
         self._are_copies = are_copies
         """What pinned parameters show is another memory than home."""
         self._is_entrusted = False
-        self._is_looked_at = False
-        """No parameter's ``data`` can be another tensor than ours: its keeper was told of all that was assigned."""
+        self._looked_at: list[int] | None = None
+        """The versions of parameters that are away when ``data`` was ours in all of them; None: look at it again."""
         self._all: list[Binding] = []
         self._versions: list[int] = []
         """Per binding, torch's count of in-place operations when home and full copy were last the same."""
@@ -83,7 +83,7 @@ class Bindings:
 
     def be_pinned(self) -> None:
         """The chunk is pinned: torch uses the parameters without asking their keeper."""
-        self._is_looked_at = False
+        self._looked_at = None
         for binding in self._all:
             binding.parameter.__class__ = binding.pinned
 
@@ -124,9 +124,11 @@ class Bindings:
         """Positions and values of parameters whose ``data`` the user has set to another tensor.
 
         They point again where the chunk has them point; bringing the values there is the caller's. What is assigned
-        while parameters are away goes to their keeper, so they are looked at once after they were pinned.
+        while parameters are away goes to their keeper, so they are looked at once after they were pinned. Torch does
+        not ask their class about ``set_``, which raises the version.
         """
-        if self._is_looked_at:
+        versions = self._versions_now()
+        if versions == self._looked_at:
             return []
         found = []
         with without_torch_function():  # the class while it is away and the observer: this is no use
@@ -136,7 +138,8 @@ class Bindings:
                     if not binding.parameter.is_set_to(former):  # else an interrupt came between
                         found.append((position, binding.parameter.data))
                     binding.parameter.data = ours
-        self._is_looked_at = self._is_entrusted and all(isinstance(b.parameter, AwayParameter) for b in self._all)
+        are_away = self._is_entrusted and all(isinstance(b.parameter, AwayParameter) for b in self._all)
+        self._looked_at = versions if are_away else None
         return found
 
     # -- changes in place
@@ -147,8 +150,7 @@ class Bindings:
         Those whose ``data`` was asked for in a forward are named once: memory that is kept from there and written to
         after the chunk has gone home is nobody's.
         """
-        with QUIET():
-            versions = [version_of(binding.parameter) for binding in self._all]
+        versions = self._versions_now()
         reached = [i for i, binding in enumerate(self._all) if self._are_copies and was_reached(binding.parameter)]
         if versions == self._versions:
             return reached
@@ -169,3 +171,7 @@ class Bindings:
             with QUIET():
                 torch.autograd.graph.increment_version(self._all[position].parameter)
             self.accept(position)
+
+    def _versions_now(self) -> list[int]:
+        with QUIET():
+            return [version_of(binding.parameter) for binding in self._all]
