@@ -126,3 +126,6 @@ class RecordsWait:
 
     def done(self) -> bool:
         return True
+
+    def rest(self, seconds: float) -> None:
+        pass

@@ -80,7 +80,6 @@ def test_using_a_model_in_a_child_is_refused_at_once(where: str, tmp_path: Any) 
     uses: list[Callable[[], Any]] = [
         lambda: run.model(batch(0)).sum().item(),
         lambda: run.model.eval()(batch(0)).sum().item(),
-        lambda: run.model[0](batch(0)).sum().item(),
         lambda: run.step(2),
         lambda: run.optimizer.step(),
         lambda: run.model.state_dict(),
@@ -90,6 +89,8 @@ def test_using_a_model_in_a_child_is_refused_at_once(where: str, tmp_path: Any) 
         lambda: run.optimizer.state_dict(),
         lambda: run.model.load_state_dict(values),
     ]
+    if where != "resident":  # there a part is a reader of values in memory, as any other code
+        uses.append(lambda: run.model[0](batch(0)).sum().item())
     for use in uses:
         outcome = in_child(use)
         assert isinstance(outcome, ForkError), outcome

@@ -18,7 +18,7 @@ from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.kernels.reference import BY_FORM
 from gemini.nn.optimizer.rules import adam_rule
-from gemini.step import managed_step
+from gemini.updates import scaling
 
 STEPS = 3
 MAX_NORM = 0.05
@@ -111,14 +111,14 @@ def test_on_a_small_device_too(precision: str) -> None:
 def test_these_tests_notice_a_wrong_gradient(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = expected("fp16", True, SCALE, 1)
     if mutation == "no clip":
-        monkeypatch.setattr(managed_step, "clip_coefficient", lambda norm, max_norm: 1.0)
+        monkeypatch.setattr(scaling, "clip_coefficient", lambda norm, max_norm: 1.0)
     elif mutation == "no unscaling":
-        monkeypatch.setattr(managed_step.ChunkedStep, "_scale", 1.0)
+        monkeypatch.setattr(scaling.Scaling, "scale", 1.0)
     elif mutation == "bias correction":
         monkeypatch.setattr(adam_rule, "scalars", lambda hyper, step, scale: scalars(hyper, step + 1, scale))
     else:
-        norm = managed_step.total_norm
-        monkeypatch.setattr(managed_step, "total_norm", lambda *args: norm(*args) * SCALE)
+        norm = scaling.total_norm
+        monkeypatch.setattr(scaling, "total_norm", lambda *args: norm(*args) * SCALE)
     wrong = different(managed("fp16", True, SCALE, 1), right)
     # The bias correction is not in the moments: it shows in the masters, and through them in later gradients.
     assert {i for _, i in wrong} == {0, 1, 2}
