@@ -315,7 +315,6 @@ class ChunkManager:
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
-        self._places.clear()  # ids of parameters that are gone may be those of others
         for chunk in self.chunks:
             chunk.bindings.release()
         self.full_copies.close()

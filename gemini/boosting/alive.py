@@ -19,6 +19,11 @@ def enrol(manager: ChunkManager) -> None:
     _managers.add(manager)
 
 
+def dismiss(manager: ChunkManager) -> None:
+    """Count this one no longer: its model is gone, and ids of its parameters may be those of others."""
+    _managers.discard(manager)
+
+
 def managers() -> Iterator[ChunkManager]:
     """The managers of all models that are alive."""
     return iter(list(_managers))

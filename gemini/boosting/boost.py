@@ -19,7 +19,7 @@ from ..packing.packing import Packing, decide
 from ..process_wide import bound_kernels, return_freed_memory
 from ..telemetry.writer import TelemetryWriter
 from ..updates.update_queue import UpdateQueue, warm_up
-from .alive import enrol
+from .alive import dismiss, enrol
 from .assemble import assemble
 from .build import build
 from .dtypes import warn_of_other_dtypes
@@ -119,6 +119,7 @@ def _install(model: nn.Module, optimizer: ManagedOptimizer | None, state: Booste
 
 def _close(queue: UpdateQueue, manager: ChunkManager, telemetry: TelemetryWriter | None) -> None:
     """When the model is gone: end threads, give the disk file back, end the telemetry."""
+    dismiss(manager)
     queue.close()
     manager.close()
     if telemetry is not None:

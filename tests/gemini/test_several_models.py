@@ -1,5 +1,6 @@
 """Several models in one loop, and other uses of a model between its backward and its step."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import gemini
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.boosting.alive import managers
 from gemini.errors import OutOfMemory
 from gemini.nn.optimizer import HybridAdam
 
@@ -178,3 +180,12 @@ def test_running_out_of_memory_while_evaluating_leaves_training_as_it_was(part: 
 
 def _no_memory(module: nn.Module, args: Any, output: Any) -> None:
     raise torch.OutOfMemoryError("out of memory: tried to allocate 20.00 GiB")
+
+
+def test_a_model_that_is_gone_lays_no_claim_to_parameters() -> None:
+    model = Booster(plugin=GeminiPlugin(telemetry=False)).boost(nn.Linear(2, 2))[0]
+    manager = boosted(model).manager  # somebody holds it: a traceback, say
+    assert manager in managers()
+    del model
+    gc.collect()
+    assert manager not in managers()
