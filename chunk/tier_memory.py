@@ -18,7 +18,7 @@ class TierMemory(Protocol):
 
     tier: Tier
     granularity: int
-    """The ledger counts multiples of so many bytes."""
+    """Bytes. What an allocation takes is rounded up to a multiple of it, in the ledger too."""
 
     def allocate(self, numel: int, dtype: torch.dtype, what: str) -> Buffer:
         """``numel`` zeros, for what the user knows as ``what``.

@@ -28,7 +28,7 @@ def read_slot(chunk: Chunk, position: int, name: str, communicator: Communicator
 def write_slot(chunk: Chunk, position: int, name: str, value: Tensor) -> None:
     """Put ``value`` (any dtype, the shape of `read_slot`, or one for all) where the masters or a state live.
 
-    Of what is at home with other owners they put their part.
+    Where several owners keep extents of the chunk, each writes the part that is at home with it.
     """
     codec, place = chunk.codecs[name], chunk.place(position, name)
     if not codec.computes and len(place.own) == place.numel:
