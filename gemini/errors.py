@@ -9,6 +9,7 @@
     +-- LazyInitError        a lazy tensor was used in a way that cannot be replayed
     +-- OffloadError         the disk tier could not read or write
     +-- ForkError            a boosted model was used in a forked child, which has none of its threads
+    +-- RankError            another rank is gone, late, or does something else
     +-- TornStep             backward failed when update_in_backward had updated some of the parameters
 
 This file is the bottom of the import order: it imports nothing of ours, so ``chunk`` and ``lazy`` may use it.
@@ -51,6 +52,10 @@ class TornStep(GeminiError, RuntimeError):
 
     The model refuses to go on until a checkpoint of model and optimizer has been loaded.
     """
+
+
+class RankError(GeminiError, RuntimeError):
+    """Another rank is gone, does not come in time, or does something else than this one. The message names it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ Each says what it is for, why no public name will do, and what to do should torc
 
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from operator import attrgetter
 from types import FrameType
@@ -264,3 +265,15 @@ If they go: hooks have to be registered after boost."""
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Tell schedulers that ``optimizer.step()`` ran; they warn if not. If ``_opt_called`` goes: they ask otherwise."""
     setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it
+
+
+# -- process groups
+
+
+def group_timeout(group: Any) -> timedelta:
+    """How long a process group waits for its ranks. torch takes it and does not tell it.
+
+    If it goes: an argument of our own beside the group."""
+    backend = group._get_backend(group._device_types[0])
+    timeout: timedelta = backend.options._timeout
+    return timeout

@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -460,3 +461,14 @@ def test_a_scheduler_is_content_with_an_optimizer_that_is_marked() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler.step()
+
+
+def test_the_timeout_of_a_process_group_is_the_one_it_was_made_with(tmp_path: Path) -> None:
+    seconds = timedelta(seconds=77)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, timeout=seconds
+    )
+    try:
+        assert private.group_timeout(torch.distributed.group.WORLD) == seconds
+    finally:
+        torch.distributed.destroy_process_group()
