@@ -10,7 +10,9 @@ import pytest
 import gemini
 
 EXPORTS = {
-    "launch_from_torch": "gemini.launch",
+    "launch": "gemini.initialize",
+    "launch_from_slurm": "gemini.initialize",
+    "launch_from_torch": "gemini.initialize",
     "Booster": "gemini.booster",
     "GeminiPlugin": "gemini.booster.plugin",
     "LazyInitContext": "gemini.lazy",
