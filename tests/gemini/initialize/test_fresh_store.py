@@ -11,7 +11,7 @@ import torch.distributed as dist
 from gemini.initialize.fresh_store import fresh_store
 
 LONG = timedelta(seconds=60)
-SHORT = timedelta(seconds=1)
+SHORT = timedelta(seconds=0.5)
 
 
 def until(condition: Callable[[], bool]) -> None:
