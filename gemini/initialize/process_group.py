@@ -28,7 +28,7 @@ DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 
 def launch_from_torch(
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | str | None = None,
     *,
     backend: str | None = None,
     seed: int | None = None,
@@ -49,8 +49,8 @@ def launch_from_torch(
     Parameters
     ----------
     config
-        Accepted for ColossalAI's sake, which passes ``{}``. ``backend``, ``seed`` and ``timeout`` are read from it
-        where the keyword of the same name is not given; any other key is a ``ValueError``.
+        Accepted for ColossalAI's sake: ``{}``, or the backend in its newer versions. ``backend``, ``seed`` and
+        ``timeout`` are read from it where the keyword of the same name is not given; any other key is a ``ValueError``.
     backend
         ``"nccl"``, ``"gloo"``, or None for nccl where CUDA is available and gloo elsewhere.
     seed
@@ -67,7 +67,7 @@ def launch_from_torch(
     LaunchError
         Other ranks did not arrive within the timeout.
     """
-    options = dict(config or {})
+    options: dict[str, Any] = {"backend": config} if isinstance(config, str) else dict(config or {})
     from_config = {name: options.pop(name, None) for name in ("backend", "seed", "timeout")}
     if options:
         raise ValueError(f"config: unknown keys {sorted(options)}; known are {sorted(from_config)}")

@@ -9,6 +9,7 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,6 +110,13 @@ def test_it_seeds_only_when_asked_to() -> None:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.random.set_rng_state(before[2])
+
+
+@pytest.mark.parametrize("given", [{"config": "gloo"}, {"config": {"backend": "gloo"}}, {"backend": "gloo"}], ids=str)
+def test_the_backend_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+    set_all(monkeypatch, RANK_OF_TORCHRUN)
+    launch_from_torch(**given)
+    assert dist.get_backend() == "gloo"
 
 
 def test_an_unknown_key_is_named() -> None:
