@@ -35,12 +35,6 @@ class RankSampler(DistributedSampler[int]):
         Number of ranks, and which of them this is.
     batch_size
         Samples that a rank takes in turn.
-
-    Attributes
-    ----------
-    generator
-        At the beginning of an iteration of ours in the state that the generator of a plain ``DataLoader`` would have
-        there; see `seek`.
     """
 
     def __init__(
@@ -64,6 +58,7 @@ class RankSampler(DistributedSampler[int]):
 
     @property
     def generator(self) -> torch.Generator:
+        """For the ``DataLoader``, which seeds its workers with it when an iteration begins."""
         return self._orders.generator
 
     def set_epoch(self, epoch: int) -> None:
@@ -99,7 +94,7 @@ class RankSampler(DistributedSampler[int]):
         self._start, self._epoch_of_start = taken, epoch
 
     def seek(self) -> None:
-        """Bring the generator to the beginning of the next iteration's epoch."""
+        """Bring the generator to where that of a plain ``DataLoader`` is when the next epoch begins."""
         self._orders.seek(self._next_epoch())
 
     def batch_was_taken(self) -> None:
@@ -108,7 +103,8 @@ class RankSampler(DistributedSampler[int]):
 
     def epoch_was_taken(self) -> None:
         """Each rank has been given its last batch."""
-        self.set_epoch(self.epoch + 1)
+        if self._begun_at is not None:  # else the training loop has already named another epoch
+            self.set_epoch(self.epoch + 1)
 
     def __iter__(self) -> Iterator[int]:
         self.set_epoch(self._next_epoch())

@@ -109,6 +109,15 @@ def test_an_epoch_has_its_order_however_it_is_reached() -> None:
     assert samples(ours) == epochs[2]
 
 
+def test_an_epoch_named_before_the_last_batch_is_the_next_one() -> None:
+    ours = loader()
+    epochs = [samples(ours) for _ in range(3)]
+    ours.sampler.set_epoch(0)
+    for _ in ours:
+        ours.sampler.set_epoch(2)
+    assert samples(ours) == epochs[2]
+
+
 def test_an_epoch_that_was_left_early_is_over() -> None:
     whole, left = loader(), loader()
     for _ in left:

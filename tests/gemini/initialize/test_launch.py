@@ -235,7 +235,6 @@ def torchrun(*arguments: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
     )
 
 
@@ -244,8 +243,8 @@ def ended(agents: "list[subprocess.Popen[bytes]]") -> list[int]:
         return [agent.wait(200) for agent in agents]
     finally:
         for agent in agents:
-            agent.kill()
-            agent.wait(30)
+            agent.terminate()  # it ends its ranks, which are in sessions of their own
+            agent.wait(60)
 
 
 def test_torchrun_starts_the_ranks_again_when_one_was_killed(tmp_path: Path) -> None:
