@@ -8,6 +8,7 @@
     +-- CheckpointError      a file that cannot be read or does not match the model
     +-- LazyInitError        a lazy tensor was used in a way that cannot be replayed
     +-- OffloadError         the disk tier could not read or write
+    +-- LaunchError          the ranks did not meet
     +-- ForkError            a boosted model was used in a forked child, which has none of its threads
     +-- RankError            another rank is gone, late, or does something else
     +-- TornStep             backward failed when update_in_backward had updated some of the parameters
@@ -41,6 +42,10 @@ class LazyInitError(GeminiError, RuntimeError):
 
 class OffloadError(GeminiError, OSError):
     """Reading or writing the disk tier failed. Parameters and optimizer states are as they were before the call."""
+
+
+class LaunchError(GeminiError, RuntimeError):
+    """The ranks did not meet within the timeout. There is no process group."""
 
 
 class ForkError(GeminiError, RuntimeError):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "cores", "launch", "process_wide", "torch_private"),
+    ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private"),
     ("chunk", "lazy", "telemetry"),
     ("ranks",),
     ("planning", "units", "nn"),

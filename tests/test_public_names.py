@@ -10,7 +10,9 @@ import pytest
 import gemini
 
 EXPORTS = {
-    "launch_from_torch": "gemini.launch",
+    "launch": "gemini.initialize",
+    "launch_from_slurm": "gemini.initialize",
+    "launch_from_torch": "gemini.initialize",
     "Booster": "gemini.booster",
     "GeminiPlugin": "gemini.booster.plugin",
     "LazyInitContext": "gemini.lazy",
@@ -114,7 +116,10 @@ def test_the_plugin_takes_colossalais_keywords_and_ours() -> None:
 
 
 def test_the_plugin_prepares_dataloaders() -> None:
-    expected = "dataset batch_size shuffle=False seed=1024 drop_last=False pin_memory=False num_workers=0"
+    expected = (
+        "dataset batch_size shuffle=False seed=1024 drop_last=False pin_memory=False num_workers=0 "
+        "distributed_sampler_cls=None"
+    )
     assert signature_of(gemini.GeminiPlugin.prepare_dataloader) == expected
 
 

@@ -1,21 +1,19 @@
 """`GeminiPlugin`: ColossalAI's keywords, translated into a `GeminiConfig`."""
 
 import logging
-import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gemini.boosted import boosted
 from gemini.boosting.boost import boost_model
@@ -26,6 +24,8 @@ from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, Stat
 from gemini.ranks import group_of, join
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
+
+from .dataloader import prepare_dataloader
 
 logger = logging.getLogger(__name__)
 
@@ -278,28 +278,51 @@ class GeminiPlugin:
         drop_last: bool = False,
         pin_memory: bool = False,
         num_workers: int = 0,
+        distributed_sampler_cls: Callable[..., Sampler[Any]] | None = None,
         **kwargs: Any,
     ) -> DataLoader[Any]:
-        """A ``DataLoader`` whose order depends on ``seed`` alone, with differently seeded workers."""
-        generator = torch.Generator()
-        generator.manual_seed(seed)
-        return DataLoader(
+        """A ``DataLoader`` with this rank's batches, in an order that depends on ``seed`` and epoch alone.
+
+        One rank gets the batches of a plain ``DataLoader`` whose generator has this seed. Several ranks get the same
+        ones in turn: the first batches of all ranks are the first ones of a single rank. Each sample comes once in an
+        epoch; what is too little for a batch on each rank is divided evenly, with a few samples repeated.
+
+        Each iteration is another epoch; ``loader.sampler.set_epoch(epoch)`` names one. To resume in the middle of an
+        epoch use ``loader.state_dict()`` and ``load_state_dict()``, which work with another number of ranks too, or
+        ``loader.sampler.set_start_index(samples of this rank)``.
+
+        Parameters
+        ----------
+        batch_size
+            Samples that each rank gets at once.
+        drop_last
+            Leave out what is too little for a batch on each rank.
+        distributed_sampler_cls
+            Called as ``distributed_sampler_cls(dataset, num_replicas=, rank=, shuffle=, seed=, drop_last=)`` instead.
+        num_workers
+            Processes that load. Their random generators differ between workers and ranks.
+        kwargs
+            Further arguments of ``DataLoader``. A ``sampler`` or ``batch_sampler`` given here is used as it is.
+
+        Raises
+        ------
+        ValueError
+            Several ranks would each get all of an ``IterableDataset``.
+        """
+        is_single = not torch.distributed.is_initialized()
+        return prepare_dataloader(
             dataset,
-            batch_size=batch_size,
+            batch_size,
+            rank=0 if is_single else torch.distributed.get_rank(),
+            world_size=1 if is_single else torch.distributed.get_world_size(),
             shuffle=shuffle,
+            seed=seed,
             drop_last=drop_last,
             pin_memory=pin_memory,
             num_workers=num_workers,
-            generator=generator,
-            worker_init_fn=_seed_worker,
+            distributed_sampler_cls=distributed_sampler_cls,
             **kwargs,
         )
-
-
-def _seed_worker(worker: int) -> None:
-    seed = torch.initial_seed() % 2**32  # the loader's generator, plus the worker's number
-    random.seed(seed)
-    np.random.seed(seed)
 
 
 def _refuse_foreign(**asked: tuple[bool, str]) -> None:
