@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from gemini import torch_private as private
 
@@ -460,3 +461,12 @@ def test_a_scheduler_is_content_with_an_optimizer_that_is_marked() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler.step()
+
+
+def test_the_store_of_a_process_group_takes_the_first_value_of_a_key(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert private.default_store().compare_set("key", "", "first") == b"first"
+        assert private.default_store().compare_set("key", "", "second") == b"first"
+    finally:
+        dist.destroy_process_group()

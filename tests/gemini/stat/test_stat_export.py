@@ -47,7 +47,7 @@ def test_a_trace_for_perfetto(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_metrics_of_all_ranks_with_their_values(tmp_path: Path, capsys: Capture) -> None:
-    writers = [open_run(10, tmp_path / "run", rank) for rank in range(2)]
+    writers = [open_run(10, tmp_path / "run", rank, 2) for rank in range(2)]
     assert main(["export", str(tmp_path / "run"), "--format", "prom"]) == 0
     text = capsys.readouterr().out
     run_id = read_run(tmp_path / "run").identity.run_id
