@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from gemini.stat.text import printable
 from gemini.telemetry.discovery import NoRun, find_run
-from gemini.telemetry.reader import ranks_of, read_run
+from gemini.telemetry.reader import read_run
 from gemini.telemetry.run_status import RunStatus
 from gemini.telemetry.run_view import RunView
+from gemini.telemetry.starts import ranks_of
 
 if TYPE_CHECKING:
     from msgspec import Struct

@@ -25,7 +25,8 @@ from gemini.stat.follow import Follower
 from gemini.stat.screen import Shown
 from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import chunks_file
-from gemini.telemetry.reader import ranks_of, read_run
+from gemini.telemetry.reader import read_run
+from gemini.telemetry.starts import ranks_of
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "

@@ -47,7 +47,7 @@ def make_run_folder(run_dir: Path | None, run_id: str, rank: int | None = None) 
             (runs / candidate).symlink_to(run)
             return run, candidate
         except FileExistsError:
-            if rank is not None and not _has_written(runs / candidate, rank):
+            if rank is not None and not _has_written(runs / candidate, candidate, rank):
                 return (runs / candidate) if run is None else run, candidate
             continue
         except OSError:
@@ -57,11 +57,11 @@ def make_run_folder(run_dir: Path | None, run_id: str, rank: int | None = None) 
     raise OSError(f"no free name for {run_id} in {runs}")
 
 
-def _has_written(run: Path, rank: int) -> bool:
-    """True if this very process has written there before."""
+def _has_written(run: Path, run_id: str, rank: int) -> bool:
+    """True if this very process has written that run before."""
     try:
         start = json.loads(start_file(run, rank).read_bytes())
-        return bool((start["pid"], start["host"]) == (os.getpid(), socket.gethostname()))
+        return [start[key] for key in ("run_id", "pid", "host")] == [run_id, os.getpid(), socket.gethostname()]
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

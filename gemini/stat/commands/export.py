@@ -9,8 +9,9 @@ from pathlib import Path
 from gemini.stat import export_formats
 from gemini.stat.console import Exit, Usage, find, print_json, read
 from gemini.stat.outputs import Export
-from gemini.telemetry.reader import ranks_of, read_run
+from gemini.telemetry.reader import read_run
 from gemini.telemetry.run_view import RunView
+from gemini.telemetry.starts import ranks_of
 
 HELP = "Writes a run for Prometheus, as records, as a table of steps, or as a trace for ui.perfetto.dev."
 FORMATS = ("prom", "jsonl", "csv", "perfetto")

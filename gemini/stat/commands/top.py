@@ -13,7 +13,7 @@ from gemini.stat.follow import Follower
 from gemini.stat.keyboard import keyboard
 from gemini.stat.screen import Shown, View, screen
 from gemini.telemetry.files import Unreadable
-from gemini.telemetry.reader import ranks_of
+from gemini.telemetry.starts import ranks_of
 
 HELP = "The live screen: tiers, one step by moment, the chunk map, moves, waits, advice."
 

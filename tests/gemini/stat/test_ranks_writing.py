@@ -103,10 +103,16 @@ def test_ranks_of_a_process_group_agree_on_a_name_by_its_store() -> None:
     assert first.split()[2] == second.split()[2]
 
 
-def test_a_second_run_of_the_ranks_has_a_folder_of_its_own() -> None:
-    writers = [open_run(3, None, rank, 2) for _ in range(2) for rank in range(2)]
-    folders = [writer.run_dir.name for writer in writers if writer.run_dir is not None]
-    assert folders == [RUN_ID, RUN_ID, f"{RUN_ID}-2", f"{RUN_ID}-2"]
+@pytest.mark.parametrize("is_chosen", [False, True])
+def test_a_second_run_of_the_ranks_has_a_name_of_its_own(is_chosen: bool, tmp_path: Path) -> None:
+    chosen = tmp_path / "run" if is_chosen else None
+    writers, names = [], []
+    for rank in (0, 1) * 2:
+        writers.append(open_run(3, chosen, rank, 2))
+        folder = writers[-1].run_dir
+        assert folder is not None and (not is_chosen or folder == chosen)
+        names.append(json.loads(start_file(folder, rank).read_text())["run_id"])
+    assert names == [RUN_ID, RUN_ID, f"{RUN_ID}-2", f"{RUN_ID}-2"]
     for writer in writers:
         writer.close()
 
