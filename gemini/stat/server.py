@@ -23,9 +23,10 @@ from gemini.stat import page_data, web_files
 from gemini.stat.console import as_text
 from gemini.stat.follow import Follower
 from gemini.stat.screen import Shown
+from gemini.stat.sight import ALL, WORST
 from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import chunks_file
-from gemini.telemetry.reader import read_run
+from gemini.telemetry.ranks import read_ranks
 from gemini.telemetry.starts import ranks_of
 
 POLICY = (
@@ -125,8 +126,9 @@ class Handler(BaseHTTPRequestHandler):
             "api/v1/events": self._events,
         }
         try:
-            if "rank" in query and not (query["rank"].isdecimal() and len(query["rank"]) < 6):
-                self._error(HTTPStatus.BAD_REQUEST, "rank must be a number")
+            rank = query.get("rank", ALL)
+            if rank not in (ALL, WORST) and not (rank.isdecimal() and len(rank) < 6):
+                self._error(HTTPStatus.BAD_REQUEST, "rank must be a number, all or worst")
             elif name in routes:
                 routes[name](query)
             else:
@@ -150,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         except ImportError:
             self._error(HTTPStatus.NOT_IMPLEMENTED, "pip install 'gemini-memory[metrics]' for Prometheus metrics")
             return
-        runs = [read_run(self.server.path, rank) for rank in ranks_of(self.server.path)]
+        runs = read_ranks(self.server.path).views
         self._send(exposition(lambda: runs), CONTENT_TYPE)
 
     def _events(self, query: dict[str, str]) -> None:

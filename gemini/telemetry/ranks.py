@@ -1,16 +1,15 @@
 """All ranks of a run together: how it goes, and which of them to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 from gemini.telemetry.layout import HEARTBEAT_SECONDS
 from gemini.telemetry.reader import read_run
 from gemini.telemetry.run_status import RunStatus
-from gemini.telemetry.run_view import RunView
+from gemini.telemetry.run_view import Identity, RunView
 from gemini.telemetry.starts import ranks_of
 
 FEW_TAIL_BYTES = 256 << 10
@@ -35,6 +34,20 @@ class Ranks:
 
     views: tuple[RunView, ...]
     """In the order of ranks, at least one."""
+
+    @property
+    def path(self) -> Path:
+        return self.views[0].path
+
+    @property
+    def identity(self) -> Identity:
+        """What the lowest rank has said of the run."""
+        return self.views[0].identity
+
+    @property
+    def is_live(self) -> bool:
+        """True while any rank lives, also if others are dead."""
+        return any(view.is_live for view in self.views)
 
     @property
     def world_size(self) -> int:
@@ -120,6 +133,13 @@ def read_ranks(path: Path, *, tail_bytes: int | None = None) -> Ranks:
     if tail_bytes is None:
         tail_bytes = FEW_TAIL_BYTES if len(ranks) <= _FEW else MANY_TAIL_BYTES
     return Ranks(views=tuple(read_run(path, rank, tail_bytes=tail_bytes) for rank in ranks))
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle one, or the mean of the two in the middle. (The module ``statistics`` takes long to import.)"""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return float(ordered[half]) if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def ranks_text(views: Sequence[RunView]) -> str:
