@@ -102,6 +102,8 @@ def all_ranks(over: OverRanks) -> AllRanks:
                 pid=view.identity.pid,
                 status=view.status.value,
                 status_reason=view.reason or None,
+                tiers=_tiers(view),
+                oom_risk=risk(view),
                 numbers={key: column[view.rank] for key, column in columns.items()},
             )
             for view in over.ranks.views

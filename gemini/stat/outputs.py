@@ -80,6 +80,8 @@ class RankState(Output):
     pid: Natural | None
     status: Status
     status_reason: str | None
+    tiers: ByTier[TierState]
+    oom_risk: Risks
     numbers: Annotated[dict[str, float | None], doc("By the keys of AllRanks.numbers.")]
 
 

@@ -177,16 +177,17 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.server.streams.release()
 
-    def _message(self, rank: str | None) -> bytes:
+    def _message(self, wanted: str | None) -> bytes:
         try:
-            shown = self.server.look(rank)
+            shown = self.server.look(wanted)
         except Unreadable as error:
             return json.dumps({"error": str(error)}).encode()
         content = page_data.snapshot(shown)
         content["row"] = {name: value for name, value in asdict(content["row"]).items() if name != "t"}  # no news
         content["ranks"] = ranks_of(self.server.path)
-        content["timeline_stamp"] = shown.timeline.step if shown.timeline is not None else None
-        content["chunk_stamp"] = _stamp(chunks_file(self.server.path, shown.run.rank))
+        rank = shown.run.rank
+        content["timeline_stamp"] = None if shown.timeline is None else f"{rank}/{shown.timeline.step}"
+        content["chunk_stamp"] = f"{rank}/{_stamp(chunks_file(self.server.path, rank))}"
         return as_text(content, separators=(",", ":")).encode()
 
     def _json(self, content: Any) -> None:

@@ -12,10 +12,10 @@ from gemini.telemetry.run_status import RunStatus
 from gemini.telemetry.run_view import Identity, RunView
 from gemini.telemetry.starts import ranks_of
 
-FEW_TAIL_BYTES = 256 << 10
-MANY_TAIL_BYTES = 48 << 10
-"""Of each rank's file, where there are few of them or many. Some twenty-five records say how fast a rank is."""
-_FEW = 8
+TAIL_BYTES = 256 << 10
+"""Of each rank's file: what a process at rest says of itself every half a minute lies in there."""
+MOST_STEPS = 48
+"""Of each rank: those of ten seconds. There may be many ranks, and they are looked at every second."""
 
 
 class Straggler(NamedTuple):
@@ -121,7 +121,7 @@ class Ranks:
         return max(self.views, key=badness)
 
 
-def read_ranks(path: Path, *, tail_bytes: int | None = None) -> Ranks:
+def read_ranks(path: Path, *, tail_bytes: int = TAIL_BYTES) -> Ranks:
     """Read every rank of the run that is in the folder now.
 
     Raises
@@ -130,9 +130,8 @@ def read_ranks(path: Path, *, tail_bytes: int | None = None) -> Ranks:
         As `read_run`.
     """
     ranks = ranks_of(path) or [0]
-    if tail_bytes is None:
-        tail_bytes = FEW_TAIL_BYTES if len(ranks) <= _FEW else MANY_TAIL_BYTES
-    return Ranks(views=tuple(read_run(path, rank, tail_bytes=tail_bytes) for rank in ranks))
+    views = (read_run(path, rank, tail_bytes=tail_bytes, most_steps=MOST_STEPS) for rank in ranks)
+    return Ranks(views=tuple(views))
 
 
 def median(values: Iterable[float]) -> float:

@@ -22,7 +22,9 @@ _WINDOW_STEPS = 10
 _LONGEST_MAP = 1 << 16
 
 
-def read_run(path: Path, rank: int | None = None, *, tail_bytes: int = TAIL_BYTES) -> RunView:
+def read_run(
+    path: Path, rank: int | None = None, *, tail_bytes: int = TAIL_BYTES, most_steps: int | None = None
+) -> RunView:
     """Read one rank of the run in folder ``path``: the given one, or the lowest there is now.
 
     Raises
@@ -33,7 +35,7 @@ def read_run(path: Path, rank: int | None = None, *, tail_bytes: int = TAIL_BYTE
     run_file = read_run_file(path)
     rank = next(iter(ranks_of(path)), 0) if rank is None else rank
     said = read_start(path, rank) or (run_file if run_file.get("rank") == rank else {})
-    records = _of_this_run(read_tail(records_file(path, rank), tail_bytes), said)
+    records = _of_this_run(read_tail(records_file(path, rank), tail_bytes, most_steps), said)
     start = next((record for record in records if record["type"] == "start"), {})
     step_records = [record for record in records if record["type"] == "step"]
     steps = [numbers(record.get("stats")) for record in step_records]

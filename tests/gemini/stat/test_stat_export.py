@@ -84,7 +84,7 @@ def test_promtool_finds_nothing_to_complain_about() -> None:
 
 
 def test_the_dashboard_and_the_rules_use_metrics_that_exist() -> None:
-    text = exposition(lambda: [read_run(make_run())]).decode()
+    text = exposition(lambda: [read_run(make_run(**{"step/wait_seconds": 0.01}))]).decode()
     known = set(re.findall(r"^(gemini_memory_\w+)", text, re.M))
     folder = files("gemini.stat").joinpath("grafana")
     dashboard = folder.joinpath("dashboard.json").read_text()
