@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import cache
 from operator import attrgetter
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._compile
@@ -21,6 +21,9 @@ from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = [
     # Documented in torch's own notes on extending it, under private names.
@@ -277,3 +280,14 @@ def group_timeout(group: Any) -> timedelta:
     backend = group._get_backend(group._device_types[0])
     timeout: timedelta = backend.options._timeout
     return timeout
+
+
+def default_store() -> "Store":
+    """The store of keys and values by which the processes of the default group have found each other.
+
+    A group gives out no store under a public name. If ``_get_default_store`` goes: a store of our own, for which rank 0
+    has to find a port.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store  # not every build of torch has it
+
+    return _get_default_store()
