@@ -2,7 +2,8 @@
 
 All train the same GPT2 on the same batches, one thread a rank, over Gloo. Each peer is compared with the base alone,
 so that memory is needed for two trainings at a time: the two take turns of some steps, and the ratio is the median over
-the rounds of (peer) / (base). A turn ends when nothing of its last step is under way.
+the rounds of (peer) / (base). A turn ends when nothing of its last step is under way. The time that processors worked
+for a step, all ranks together, says the same with less noise where other programs want them, too.
 
 Memory is what a rank took beyond its imports and a throw-away step. Peak: the most that one rank had resident
 (VmHWM), from building to the last step. Together: the most that all ranks had, with shared pages counted once (the sum
@@ -18,11 +19,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import peers
+import psutil
 import report
 from ranks_worker import KINDS
 
@@ -39,6 +41,8 @@ class Measured:
 
     seconds: list[float]
     """Of a step, a turn each; that of the slowest rank."""
+    cpu_seconds: list[float]
+    """Of a step, a turn each; of all ranks together."""
     losses: list[float]
     """Of each step, the mean over the ranks."""
     peak_bytes: int
@@ -102,13 +106,16 @@ class Ranks:
         self._imports = [_resident(process.pid, "VmRSS") for process in self._processes]
         self._imports_together = self._pss()
         self._losses: list[float] = []
+        self._cpu_seconds: list[float] = []
         self._received = 0.0
         self._model_data = [answer["model_data_bytes"] for answer in self._ask("build")]
         self._set_up_peak = self.peak_bytes()
 
     def turn(self, steps: int) -> float:
         """Train; the seconds of a step."""
+        before = self._cpu()
         answers = self._ask(str(steps))
+        self._cpu_seconds.append((self._cpu() - before) / steps)
         self._losses += [statistics.fmean(each) for each in zip(*(a["losses"] for a in answers), strict=True)]
         self._received = statistics.fmean(answer["received_bytes"] for answer in answers)
         seconds: float = max(answer["seconds"] for answer in answers)
@@ -123,9 +130,10 @@ class Ranks:
         """All that is known after the turns; trains some more steps to see the memory of all ranks together."""
         model_data = [each for each in self._model_data if each is not None]
         values = Measured(
-            seconds=seconds, losses=list(self._losses), peak_bytes=self.peak_bytes(),
-            set_up_peak_bytes=self._set_up_peak, received_bytes=round(self._received),
-            model_data_bytes=max(model_data, default=None), together_bytes=self._together_bytes(),
+            seconds=seconds, cpu_seconds=self._cpu_seconds[-len(seconds) :], losses=list(self._losses),
+            peak_bytes=self.peak_bytes(), set_up_peak_bytes=self._set_up_peak,
+            received_bytes=round(self._received), model_data_bytes=max(model_data, default=None),
+            together_bytes=self._together_bytes(),
         )  # fmt: skip
         return values
 
@@ -149,6 +157,9 @@ class Ranks:
 
     def _pss(self) -> int:
         return sum(_proportional(process.pid) for process in self._processes)
+
+    def _cpu(self) -> float:
+        return sum(sum(psutil.Process(process.pid).cpu_times()[:2]) for process in self._processes)
 
     def _ask(self, line: str) -> list[dict[str, Any]]:
         for process in self._processes:
@@ -223,7 +234,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, object]:
     kinds = [kind for kind in options.kinds if kind != options.base]
     print(f"{options.world} ranks, a batch of {options.batch_size} x {options.seq_len} each, one thread each")
-    print(f"{'':<30}{'ms a step':>10}{'ratio':>7}{'peak':>7}{'set-up':>7}{'together':>9}{'received':>9}  losses")
+    print(
+        f"{'':<30}{'ms a step':>10}{'ratio':>7}{'cpu ms':>8}{'ratio':>7}{'peak':>7}{'set-up':>7}{'together':>9}{'received':>9}  losses"
+    )
     rows: dict[str, list[dict[str, object]]] = {}
     errors: dict[str, str] = {}
     for kind in kinds or [options.base]:
@@ -235,10 +248,9 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             continue
         for name, row in pair.items():
             ratio = report.ratio({n: r.seconds for n, r in pair.items()}, name, options.base)
-            rows.setdefault(name, []).append(
-                {"beside": kind, "ratio": ratio, **{f: getattr(row, f) for f in row.__slots__}}
-            )
-            print(_line(name, ratio, row), flush=True)
+            cpu_ratio = report.ratio({n: r.cpu_seconds for n, r in pair.items()}, name, options.base)
+            rows.setdefault(name, []).append({"beside": kind, "ratio": ratio, "cpu_ratio": cpu_ratio, **asdict(row)})
+            print(_line(name, ratio, cpu_ratio, row), flush=True)
     return {"rows": rows, "errors": errors}
 
 
@@ -258,9 +270,10 @@ def compare(kinds: list[str], options: argparse.Namespace) -> dict[str, Measured
             ranks.close()
 
 
-def _line(name: str, ratio: float, row: Measured) -> str:
+def _line(name: str, ratio: float, cpu_ratio: float, row: Measured) -> str:
     mib = [each >> 20 for each in (row.peak_bytes, row.set_up_peak_bytes, row.together_bytes, row.received_bytes)]
     losses = " ".join(f"{loss:.4f}" for loss in row.losses[:WARM_UP] + row.losses[-1:])
     data = "" if row.model_data_bytes is None else f"  model data {row.model_data_bytes >> 20}"
-    milliseconds = 1e3 * statistics.median(row.seconds)
-    return f"{name:<30}{milliseconds:>10.0f}{ratio:>7.2f}{mib[0]:>7}{mib[1]:>7}{mib[2]:>9}{mib[3]:>9}  {losses}{data}"
+    times = (1e3 * statistics.median(row.seconds), ratio, 1e3 * statistics.median(row.cpu_seconds), cpu_ratio)
+    took = "{:>10.0f}{:>7.2f}{:>8.0f}{:>7.2f}".format(*times)
+    return f"{name:<30}{took}{mib[0]:>7}{mib[1]:>7}{mib[2]:>9}{mib[3]:>9}  {losses}{data}"
