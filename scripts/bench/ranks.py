@@ -234,9 +234,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, object]:
     kinds = [kind for kind in options.kinds if kind != options.base]
     print(f"{options.world} ranks, a batch of {options.batch_size} x {options.seq_len} each, one thread each")
-    print(
-        f"{'':<30}{'ms a step':>10}{'ratio':>7}{'cpu ms':>8}{'ratio':>7}{'peak':>7}{'set-up':>7}{'together':>9}{'received':>9}  losses"
-    )
+    columns = "".join(f"{name:>9}" for name in ("ratio", "cpu ms", "ratio", "peak", "set-up", "together", "received"))
+    print(f"{'':<30}{'ms a step':>9}{columns}  losses")
     rows: dict[str, list[dict[str, object]]] = {}
     errors: dict[str, str] = {}
     for kind in kinds or [options.base]:
@@ -271,9 +270,10 @@ def compare(kinds: list[str], options: argparse.Namespace) -> dict[str, Measured
 
 
 def _line(name: str, ratio: float, cpu_ratio: float, row: Measured) -> str:
-    mib = [each >> 20 for each in (row.peak_bytes, row.set_up_peak_bytes, row.together_bytes, row.received_bytes)]
+    times = (1e3 * statistics.median(row.seconds), ratio, 1e3 * statistics.median(row.cpu_seconds), cpu_ratio)
+    took = "{:>9.0f}{:>9.2f}{:>9.0f}{:>9.2f}".format(*times)
+    nbytes = (row.peak_bytes, row.set_up_peak_bytes, row.together_bytes, row.received_bytes)
+    mib = "".join(f"{each >> 20:>9}" for each in nbytes)
     losses = " ".join(f"{loss:.4f}" for loss in row.losses[:WARM_UP] + row.losses[-1:])
     data = "" if row.model_data_bytes is None else f"  model data {row.model_data_bytes >> 20}"
-    times = (1e3 * statistics.median(row.seconds), ratio, 1e3 * statistics.median(row.cpu_seconds), cpu_ratio)
-    took = "{:>10.0f}{:>7.2f}{:>8.0f}{:>7.2f}".format(*times)
-    return f"{name:<30}{took}{mib[0]:>7}{mib[1]:>7}{mib[2]:>9}{mib[3]:>9}  {losses}{data}"
+    return f"{name:<30}{took}{mib}  {losses}{data}"
