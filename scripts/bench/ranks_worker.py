@@ -171,14 +171,11 @@ def received_bytes() -> int:
     """How much the TCP connections of this process have received."""
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # not a socket, or closed by now
-            descriptor = os.dup(int(entry.name))
-            try:
-                with socket.socket(fileno=os.dup(descriptor)) as connection:
-                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("<Q", info, BYTES_RECEIVED_OFFSET)[0]
-            finally:
-                os.close(descriptor)
+        with suppress(OSError):  # closed by now, or a socket of another protocol
+            if entry.is_socket():
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                    state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("<Q", state, BYTES_RECEIVED_OFFSET)[0]
     return total
 
 
