@@ -219,9 +219,6 @@ class ChunkManager:
         chunk.pin()
         self.eviction.note_use(chunk, self.access_count)
 
-    def unpin(self, chunk: Chunk) -> None:
-        chunk.unpin()
-
     def evict(self, chunk: Chunk) -> None:
         """See `FullCopies.evict`."""
         self.full_copies.evict(chunk)

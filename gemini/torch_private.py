@@ -46,6 +46,13 @@ current_backward: Callable[[], int] = torch._C._current_graph_task_id
 """The backward that this thread runs, -1 outside of one. torch tells nowhere else of reentrant and failed backwards.
 If it goes: count in an ``autograd.Function`` before the loss, which users would have to call."""
 
+current_node: Callable[[], Any] = torch._C._current_autograd_node
+"""The node that this thread runs in a backward; None outside of one, and at its end.
+If it goes: have the hooks before nodes keep the numbers of their nodes.
+
+A backward runs that node next that was made last of those that are ready (`number_of`).
+"""
+
 at_end_of_backward: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
 """Have something called at the end of the backward that runs. FSDP2 uses it, too; public hooks belong to nodes.
 If it goes: hooks on the leaves that come last, which the graph would have to be searched for."""

@@ -87,6 +87,27 @@ def test_a_call_comes_at_the_end_of_backward() -> None:
     assert order == ["last gradient", "end"]
 
 
+def test_a_backward_runs_the_node_made_last_of_those_that_are_ready() -> None:
+    assert private.current_node() is None
+    x, run = torch.ones(2, requires_grad=True), []
+    branches = [x * factor for factor in range(5)]
+    total = torch.stack([branch.sin() for branch in (*branches[::2], *branches[1::2])]).sum()
+    made = {branch.grad_fn for branch in branches}
+    for node in made:
+        assert node is not None
+        node.register_prehook(lambda _: run.append(private.current_node()))
+    total.backward()
+    assert set(run) == made
+    assert [private.number_of(node) for node in run] == sorted(map(private.number_of, made), reverse=True)
+
+
+def test_a_gradient_that_is_put_into_a_parameter_has_the_highest_number_of_all() -> None:
+    x, numbers = torch.ones(2, requires_grad=True), []
+    x.register_post_accumulate_grad_hook(lambda _: numbers.append(private.number_of(private.current_node())))
+    (x * 2).sum().backward()
+    assert numbers == [LARGEST]
+
+
 def test_the_engine_says_which_nodes_will_run() -> None:
     x, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     inside, outside = x * 2, other * 2
