@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from gemini.boosting.boost import boost_model
-from gemini.config import GeminiConfig
+from gemini.colossal.boosted import give_names
+from gemini.colossal.plugin import Plugin
+from gemini.config import PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.sizes import parse_bytes
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 _MEBI = 1 << 20
 
 
-class GeminiPlugin:
+class GeminiPlugin(Plugin):
     """Trains a model in chunks on device, host and disk. ``GeminiPlugin()`` finds everything out by itself.
 
     Parameters
@@ -199,6 +201,12 @@ class GeminiPlugin:
             verbose=verbose,
         )
 
+    def supported_precisions(self) -> list[str]:
+        return list(PRECISIONS)
+
+    def support_no_sync(self) -> bool:
+        return not self.config.update_in_backward
+
     def configure(
         self, model: nn.Module, optimizer: Optimizer | None, criterion: Any, dataloader: Any, lr_scheduler: Any
     ) -> tuple[Any, Any, Any, Any, Any]:
@@ -211,6 +219,7 @@ class GeminiPlugin:
         with unchanged_on_failure(optimizer):
             managed = accepted(optimizer) if optimizer is not None else None
             boosted = boost_model(model, managed, self.config)
+        give_names(boosted)
         # A scheduler made for a torch optimizer goes on as it is: both optimizers have the same group objects.
         if self.config.verbose:
             logger.info("boosted\n%s", boosted.memory_summary())
