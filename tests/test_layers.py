@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sizes", "cores", "launch", "process_wide", "torch_private", "colossal"),
-    ("accelerator", "cluster", "logging", "utils"),
+    ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
     ("planning", "units", "nn"),
     ("config",),
@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Packages that know nothing of the rest: besides themselves they may import only these.
 ISOLATED: Mapping[str, frozenset[str]] = {
     "colossal": frozenset(),
-    **{name: frozenset({"colossal"}) for name in ("accelerator", "cluster", "logging", "utils")},
+    **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
     "chunk": frozenset({"errors", "process_wide", "torch_private"}),
     "lazy": frozenset({"errors", "torch_private"}),
     "telemetry": frozenset({"sizes", "process_wide"}),

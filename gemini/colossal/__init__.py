@@ -12,5 +12,6 @@ Nothing here knows the rest of the package, and of the rest only what users call
     timer          Timer, MultiTimer
     schedules      learning rate schedules
     plugin         the base of plugins, and ColossalAI's other plugins, which say what to use instead
+    parallel       settings of tensor and pipeline parallelism, which raise
     boosted        what ColossalAI's wrappers of a model and an optimizer have
 """

@@ -1,5 +1,6 @@
 """What ColossalAI's wrappers of model and optimizer have. Here nothing is wrapped: boost returns the user's own."""
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,8 +51,7 @@ class OptimizerNames:
 def give_names(model: nn.Module) -> None:
     """Give a boosted model ``unwrap()`` and ``module``, except where it has something of its own by that name."""
     cls = type(model)  # boost made it for this model alone
-    members = {"unwrap": _unwrap, "module": property(_Inner(cls).of)}
-    for name, member in members.items():
+    for name, member in (("unwrap", _unwrap), ("module", _Inner(cls))):
         if not hasattr(model, name):
             setattr(cls, name, member)
 
@@ -62,7 +62,7 @@ def _unwrap(model: nn.Module, unwrap_peft: bool = True) -> nn.Module:
 
 
 class _Inner:
-    """Makes what ``model.module`` is: the model once more, but without a ``module``.
+    """``module`` of a boosted model: the model once more, but without a ``module``.
 
     Scripts of many libraries unwrap ``while hasattr(model, "module")``, which would never end if that were the model.
     The second object has the attributes, parameters and hooks of the first, and keeps it alive.
@@ -79,7 +79,11 @@ class _Inner:
         }
         self._cls = type(cls.__name__, (cls,), members)
 
-    def of(self, model: nn.Module) -> nn.Module:
+    def __get__(self, model: nn.Module | None, owner: type[nn.Module]) -> Any:
+        if model is None:
+            return self
+        with suppress(AttributeError):
+            return nn.Module.__getattr__(model, "module")  # the user's, who put it there after boost
         inner: nn.Module = object.__new__(self._cls)
         object.__setattr__(inner, "__dict__", model.__dict__)
         object.__setattr__(inner, "_outer", model)

@@ -147,6 +147,12 @@ class GeminiPlugin(Plugin):
         _refuse_foreign(
             tp_size=(tp_size != 1, "split the model with torch.distributed.tensor before boosting it"),
             extra_dp_size=(extra_dp_size != 1, "there is one data-parallel dimension"),
+            use_fp8=(use_fp8, "use precision='bf16'"),
+            fp8_communication=(fp8_communication, "use precision='bf16'"),
+            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
+            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
+        )
+        _warn_without_effect(
             enable_all_optimization=(enable_all_optimization, "use torch.compile and attn_implementation='sdpa'"),
             enable_fused_normalization=(enable_fused_normalization, "use torch.compile on the blocks"),
             enable_flash_attention=(enable_flash_attention, "build the model with attn_implementation='sdpa'"),
@@ -155,10 +161,6 @@ class GeminiPlugin(Plugin):
                 "use shorter sequences or activation checkpointing",
             ),
             enable_jit_fused=(enable_jit_fused, "use torch.compile on the blocks"),
-            use_fp8=(use_fp8, "use precision='bf16'"),
-            fp8_communication=(fp8_communication, "use precision='bf16'"),
-            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
-            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
         )
         if update_in_backward and enable_gradient_accumulation:
             raise ValueError(
@@ -280,6 +282,15 @@ def _refuse_foreign(**asked: tuple[bool, str]) -> None:
     for name, (is_asked, alternative) in asked.items():
         if is_asked:
             raise NotImplementedError(f"{name} is not supported; {alternative}")
+
+
+def _warn_without_effect(**asked: tuple[bool, str]) -> None:
+    """ColossalAI's scripts pass these always, and without tensor parallelism it does not look at them either."""
+    for name, (is_asked, alternative) in asked.items():
+        if is_asked:
+            warnings.warn(
+                f"{name} has no effect, as in ColossalAI without tensor parallelism; {alternative}", stacklevel=3
+            )
 
 
 def _bytes(name: str, value: int | str | None) -> int | None:

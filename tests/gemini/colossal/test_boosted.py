@@ -181,6 +181,16 @@ def test_what_the_user_has_by_these_names_stays() -> None:
     assert not hasattr(Net(), "module")  # the classes of users are not touched
 
 
+def test_what_the_user_puts_there_later_stays_too() -> None:
+    model, _, _ = boosted()
+    model.module = 3
+    assert model.module == 3
+    del model.module
+    assert type(model.module).__name__ == "Net"
+    model.module = nn.Identity()
+    assert model.module is model.get_submodule("module")
+
+
 @pytest.mark.parametrize("adam", [CPUAdam, FusedAdam])
 def test_the_other_adams_are_hybrid_adam(adam: Any) -> None:
     assert adam is HybridAdam

@@ -1,5 +1,7 @@
 """What scripts ask a plugin, and what ColossalAI's other plugins say when they are made."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -84,6 +86,33 @@ def test_no_sync_is_supported_exactly_where_it_works(in_backward: bool) -> None:
     else:
         with plugin.no_sync():
             pass
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("enable_all_optimization", "enable_fused_normalization", "enable_flash_attention", "enable_jit_fused"),
+        "enable_sequence_parallelism",
+    ],
+)
+def test_what_colossalai_ignores_without_tensor_parallelism_is_ignored_with_a_warning(name: str) -> None:
+    with pytest.warns(UserWarning, match=f"^{name} has no effect, .*; (use|build)") as caught:
+        plugin = GeminiPlugin(**{name: True})
+    assert [warning.filename for warning in caught] == [__file__]
+    assert plugin.config == GeminiPlugin().config
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("gemini.shardformer", "ShardConfig"),
+        ("gemini.shardformer", "PipelineGradientCheckpointConfig"),
+        ("gemini.pipeline.schedule.v_schedule", "PipelineGraph"),
+    ],
+)
+def test_settings_of_other_plugins_can_be_imported_and_name_the_way_out(module: str, name: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"{name} is ColossalAI's .*parallelize_module"):
+        getattr(import_module(module), name)(num_ckpt_layers_per_stage=[1])
 
 
 def test_pipelines_are_refused_with_the_calls_to_make_instead() -> None:
