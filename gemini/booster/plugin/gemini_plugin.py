@@ -18,21 +18,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gemini.boosted import boosted
 from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
-from gemini.config import GeminiConfig
+from gemini.colossal.boosted import give_names
+from gemini.colossal.plugin import Plugin
+from gemini.config import PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.ranks import group_of, join
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
 
-from .dataloader import prepare_dataloader
+from ..dataloader import prepare_dataloader
 
 logger = logging.getLogger(__name__)
 
 _MEBI = 1 << 20
 
 
-class GeminiPlugin:
+class GeminiPlugin(Plugin):
     """Trains a model in chunks on device, host and disk. ``GeminiPlugin()`` finds everything out by itself.
 
     Parameters
@@ -163,6 +165,12 @@ class GeminiPlugin:
         _refuse_foreign(
             tp_size=(tp_size != 1, "split the model with torch.distributed.tensor before boosting it"),
             extra_dp_size=(extra_dp_size != 1, "there is one data-parallel dimension"),
+            use_fp8=(use_fp8, "use precision='bf16'"),
+            fp8_communication=(fp8_communication, "use precision='bf16'"),
+            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
+            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
+        )
+        _warn_without_effect(
             enable_all_optimization=(enable_all_optimization, "use torch.compile and attn_implementation='sdpa'"),
             enable_fused_normalization=(enable_fused_normalization, "use torch.compile on the blocks"),
             enable_flash_attention=(enable_flash_attention, "build the model with attn_implementation='sdpa'"),
@@ -171,10 +179,6 @@ class GeminiPlugin:
                 "use shorter sequences or activation checkpointing",
             ),
             enable_jit_fused=(enable_jit_fused, "use torch.compile on the blocks"),
-            use_fp8=(use_fp8, "use precision='bf16'"),
-            fp8_communication=(fp8_communication, "use precision='bf16'"),
-            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
-            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
         )
         if gradient_reduction not in ("sum", "mean"):
             raise ValueError(f"gradient_reduction must be 'sum' or 'mean', got {gradient_reduction!r}")
@@ -224,6 +228,12 @@ class GeminiPlugin:
             verbose=verbose,
         )
 
+    def supported_precisions(self) -> list[str]:
+        return list(PRECISIONS)
+
+    def support_no_sync(self) -> bool:
+        return not self.config.update_in_backward
+
     def configure(
         self, model: nn.Module, optimizer: Optimizer | None, criterion: Any, dataloader: Any, lr_scheduler: Any
     ) -> tuple[Any, Any, Any, Any, Any]:
@@ -231,11 +241,12 @@ class GeminiPlugin:
         with unchanged_on_failure(optimizer):
             managed = accepted(optimizer) if optimizer is not None else None
             config = replace(self.config, communicator=self.join_ranks())
-            boosted = boost_model(model, managed, config)
+            result = boost_model(model, managed, config)
+        give_names(result)
         # A scheduler made for a torch optimizer goes on as it is: both optimizers have the same group objects.
         if self.config.verbose:
-            logger.info("boosted\n%s", boosted.memory_summary())
-        return boosted, managed, criterion, dataloader, lr_scheduler
+            logger.info("boosted\n%s", result.memory_summary())
+        return result, managed, criterion, dataloader, lr_scheduler
 
     def join_ranks(self) -> Communicator:
         """The communicator of one boosted model: all ranks of the process group call this at once."""
@@ -309,12 +320,12 @@ class GeminiPlugin:
         ValueError
             Several ranks would each get all of an ``IterableDataset``.
         """
-        is_single = not torch.distributed.is_initialized()
+        is_single = not dist.is_initialized()
         return prepare_dataloader(
             dataset,
             batch_size,
-            rank=0 if is_single else torch.distributed.get_rank(),
-            world_size=1 if is_single else torch.distributed.get_world_size(),
+            rank=0 if is_single else dist.get_rank(self.process_group),
+            world_size=1 if is_single else dist.get_world_size(self.process_group),
             shuffle=shuffle,
             seed=seed,
             drop_last=drop_last,
@@ -329,6 +340,15 @@ def _refuse_foreign(**asked: tuple[bool, str]) -> None:
     for name, (is_asked, alternative) in asked.items():
         if is_asked:
             raise NotImplementedError(f"{name} is not supported; {alternative}")
+
+
+def _warn_without_effect(**asked: tuple[bool, str]) -> None:
+    """ColossalAI's scripts pass these always, and without tensor parallelism it does not look at them either."""
+    for name, (is_asked, alternative) in asked.items():
+        if is_asked:
+            warnings.warn(
+                f"{name} has no effect, as in ColossalAI without tensor parallelism; {alternative}", stacklevel=3
+            )
 
 
 def _bytes(name: str, value: int | str | None) -> int | None:
