@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gemini.booster.dataloader import prepare_dataloader
 from gemini.boosting.boost import boost_model
 from gemini.config import GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
-
-from .dataloader import prepare_dataloader
 
 logger = logging.getLogger(__name__)
 
