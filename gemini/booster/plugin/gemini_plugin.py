@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gemini.boosted import boosted
+from gemini.booster.dataloader import prepare_dataloader
 from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
 from gemini.colossal.boosted import give_names
@@ -26,8 +27,6 @@ from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, Stat
 from gemini.ranks import group_of, join
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
-
-from ..dataloader import prepare_dataloader
 
 logger = logging.getLogger(__name__)
 
