@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private"),
     ("chunk", "lazy", "telemetry"),
+    ("ranks",),
     ("planning", "units", "nn"),
     ("config",),
     ("memory",),

@@ -224,7 +224,7 @@ class Engine:
         for visit in self.visits.end_backward(task):
             self.leave_backward(visit)
         if not self.visits.is_in_backward:
-            self.manager.complete_gradients()
+            self.manager.together.complete_gradients()
         self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:
@@ -250,7 +250,7 @@ class Engine:
             return  # an optimizer that steps within backward
         if self.visits.is_in_backward:
             self.abort()
-            self.updates.abandon()
+            self.updates.abandon("a backward did not come to its end")
         elif self.visits.running:
             self.abort()
 
@@ -264,7 +264,7 @@ class Engine:
         """
         self.listener.failed(self, error)
         self.abort()
-        self.updates.abandon()
+        self.updates.abandon(f"{type(error).__name__}: {error}")
         torn = self.updates.schedule.torn_text
         self.explain(error, torn)
         if torn and hasattr(error, "add_note"):

@@ -11,11 +11,12 @@ from pathlib import Path
 from gemini.chunk import Tier
 from gemini.sizes import format_bytes
 from gemini.stat import estimate_outputs
-from gemini.stat.console import Exit, find, print_json, read
+from gemini.stat.console import Exit, find, print_json
+from gemini.stat.sight import Sight, read
 from gemini.stat.text import printable, size
 from gemini.telemetry.discovery import NoRun
 from gemini.telemetry.documents import read_chunks, read_oom, read_timeline
-from gemini.telemetry.layout import TIERS
+from gemini.telemetry.layout import TIERS, oom_file
 from gemini.telemetry.records import Description, OutOfMemoryDocument, TierUse, Timeline
 from gemini.telemetry.run_view import RunView
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Exit:
     path = find(options)
-    found = read(path, options)
+    found = _rank(path, read(path, options))
     oom, chunks = read_oom(path, found.rank), read_chunks(path, found.rank)
     timeline = _timeline(oom, path, found.rank)
     if oom is None and timeline is None:
@@ -78,6 +79,13 @@ def run(options: argparse.Namespace) -> Exit:
         _show(found, oom, chunks, timeline, holders)
         _show_changes(changes, unknown)
     return Exit.OK
+
+
+def _rank(path: Path, sight: Sight) -> RunView:
+    """Of several ranks the one whose memory ran out; the first, if that of several did."""
+    views = [sight.run] if sight.ranks is None else sight.ranks.views
+    ran_out = [view for view in views if read_oom(path, view.rank) is not None]
+    return min(ran_out, key=lambda view: oom_file(path, view.rank).stat().st_mtime, default=sight.run)
 
 
 def _as_json(change: Change) -> estimate_outputs.Change:

@@ -168,6 +168,10 @@ class DescribedChunk(Fields):
     homes: Annotated[dict[str, str], doc("Role to tier.")]
     home_bytes: Annotated[dict[str, Natural], doc("Role to bytes.")]
     group: str
+    extent: Annotated[
+        list[Natural] | None,
+        doc("First element that is at home with this rank, and the one after the last; null: all."),
+    ] = None
 
     @property
     def states(self) -> Sequence[str]:
