@@ -174,6 +174,11 @@ class DescribedChunk(Fields):
     ] = None
 
     @property
+    def kept_numel(self) -> int:
+        """Elements that are at home with this rank."""
+        return self.numel if self.extent is None or len(self.extent) != 2 else self.extent[1] - self.extent[0]
+
+    @property
     def states(self) -> Sequence[str]:
         """Roles that are states of the optimizer, by the optimizer's own words."""
         return [role for role in self.homes if role not in PLAIN_ROLES]
