@@ -10,7 +10,7 @@ from .accelerators import accelerator_in_use, driver_of, find_accelerator, memor
 from .away import QUIET, Keeper, reach
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
-from .communicator import ALONE, Communicator, SingleProcess
+from .communicator import ALONE, Communicator, SingleProcess, all_or_none
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .disk import DiskBackend
 from .disk_file import Requests
@@ -78,6 +78,7 @@ __all__ = [
     "Tier",
     "Transfer",
     "WithShadow",
+    "all_or_none",
     "accelerator_in_use",
     "driver_of",
     "close_in_background",

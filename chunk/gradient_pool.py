@@ -160,10 +160,13 @@ class GradientPool:
         assert buffer is not None
         self._in_update.append((gradient, buffer, use))
 
-    def release(self, gradient: Gradient) -> None:
-        """Take back at once the memory of a gradient that is not wanted any more."""
-        if isinstance(gradient, GradientBuffer) and gradient.is_borrowed and (buffer := gradient.give_up()) is not None:
-            self._end_loan(gradient, buffer, None)
+    def release(self, gradient: Gradient, use: Use | None = None) -> None:
+        """Take back the memory of a gradient that is not wanted any more, once ``use`` is over."""
+        if isinstance(gradient, GradientBuffer) and gradient.is_borrowed:
+            if use is not None:
+                self.retire(gradient, use)
+            elif (buffer := gradient.give_up()) is not None:
+                self._end_loan(gradient, buffer, None)
 
     def _end_loan(self, gradient: GradientBuffer, buffer: Buffer, use: Use | None) -> None:
         gradient.detach(buffer)

@@ -21,7 +21,7 @@ def read_slot(chunk: Chunk, position: int, name: str, communicator: Communicator
     if len(place.own) < place.numel:
         own, flat = flat, flat.new_empty(place.numel)
         flat[place.own.start : place.own.stop] = own
-        communicator.gather(Span(chunk.index, name, place.start), flat, place.parts)
+        communicator.gather(Span(chunk.index, name, place.start), flat, place.parts).wait()
     return flat.as_strided(place.shape, place.stride)
 
 

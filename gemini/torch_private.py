@@ -6,6 +6,7 @@ Each says what it is for, why no public name will do, and what to do should torc
 
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from operator import attrgetter
 from types import FrameType
@@ -44,6 +45,13 @@ __all__ = [
 current_backward: Callable[[], int] = torch._C._current_graph_task_id
 """The backward that this thread runs, -1 outside of one. torch tells nowhere else of reentrant and failed backwards.
 If it goes: count in an ``autograd.Function`` before the loss, which users would have to call."""
+
+current_node: Callable[[], Any] = torch._C._current_autograd_node
+"""The node that this thread runs in a backward; None outside of one, and at its end.
+If it goes: have the hooks before nodes keep the numbers of their nodes.
+
+A backward runs that node next that was made last of those that are ready (`number_of`).
+"""
 
 at_end_of_backward: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
 """Have something called at the end of the backward that runs. FSDP2 uses it, too; public hooks belong to nodes.
@@ -270,6 +278,15 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 
 
 # -- process groups
+
+
+def group_timeout(group: Any) -> timedelta:
+    """How long a process group waits for its ranks. torch takes it and does not tell it.
+
+    If it goes: an argument of our own beside the group."""
+    backend = group._get_backend(group._device_types[0])
+    timeout: timedelta = backend.options._timeout
+    return timeout
 
 
 def default_store() -> "Store":

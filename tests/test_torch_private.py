@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,27 @@ def test_a_call_comes_at_the_end_of_backward() -> None:
     y.register_hook(lambda _: private.at_end_of_backward(lambda: order.append("end")))
     y.sum().backward()
     assert order == ["last gradient", "end"]
+
+
+def test_a_backward_runs_the_node_made_last_of_those_that_are_ready() -> None:
+    assert private.current_node() is None
+    x, run = torch.ones(2, requires_grad=True), []
+    branches = [x * factor for factor in range(5)]
+    total = torch.stack([branch.sin() for branch in (*branches[::2], *branches[1::2])]).sum()
+    made = {branch.grad_fn for branch in branches}
+    for node in made:
+        assert node is not None
+        node.register_prehook(lambda _: run.append(private.current_node()))
+    total.backward()
+    assert set(run) == made
+    assert [private.number_of(node) for node in run] == sorted(map(private.number_of, made), reverse=True)
+
+
+def test_a_gradient_that_is_put_into_a_parameter_has_the_highest_number_of_all() -> None:
+    x, numbers = torch.ones(2, requires_grad=True), []
+    x.register_post_accumulate_grad_hook(lambda _: numbers.append(private.number_of(private.current_node())))
+    (x * 2).sum().backward()
+    assert numbers == [LARGEST]
 
 
 def test_the_engine_says_which_nodes_will_run() -> None:
@@ -461,6 +483,15 @@ def test_a_scheduler_is_content_with_an_optimizer_that_is_marked() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler.step()
+
+
+def test_the_timeout_of_a_process_group_is_the_one_it_was_made_with(tmp_path: Path) -> None:
+    seconds = timedelta(seconds=77)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, timeout=seconds)
+    try:
+        assert private.group_timeout(dist.group.WORLD) == seconds
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_store_of_a_process_group_takes_the_first_value_of_a_key(tmp_path: Path) -> None:

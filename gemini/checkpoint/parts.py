@@ -72,7 +72,7 @@ class _Loading:
 
     def _release(self) -> None:
         while self._pinned:
-            self._manager.unpin(self._pinned.pop())
+            self._pinned.pop().unpin()
 
 
 def _managed(module: nn.Module, manager: ChunkManager, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
 from ..packing.packing import Packing
 from ..planning.trace import Moment, Phase
-from ..torch_private import current_backward
+from ..torch_private import current_backward, current_node, number_of
 from ..units.units import Units, Visit
 from ..updates.updates import Updates
 from .device_room import DeviceRoom
@@ -55,7 +55,7 @@ class Engine:
         self.room = room
         self.sampling = sampling
         self.listener = listener
-        self.visits = Visits(manager)
+        self.visits = Visits()
         self.pins = Pins(manager, updates.gradients, room)
         self.discovery = Discovery()
         self.lock = threading.RLock()
@@ -219,12 +219,19 @@ class Engine:
         self.updates.backward_begins(task)
         return self.visits.join_backward(task, visit)
 
+    def leave_passed(self) -> None:
+        """This thread comes to a node of a backward: leave the visits all of whose nodes have run."""
+        node = current_node()
+        for visit in self.visits.passed(current_backward(), -1 if node is None else number_of(node)):
+            self.leave_backward(visit)
+
     def end_backward(self, task: int) -> None:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
-        for visit in self.visits.end_backward(task):
+        for visit in self.visits.of_backward(task):
             self.leave_backward(visit)
+        self.visits.end_backward(task)
         if not self.visits.is_in_backward:
-            self.manager.complete_gradients()
+            self.manager.together.complete_gradients()
         self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:
@@ -250,7 +257,7 @@ class Engine:
             return  # an optimizer that steps within backward
         if self.visits.is_in_backward:
             self.abort()
-            self.updates.abandon()
+            self.updates.abandon("a backward did not come to its end")
         elif self.visits.running:
             self.abort()
 
@@ -264,7 +271,7 @@ class Engine:
         """
         self.listener.failed(self, error)
         self.abort()
-        self.updates.abandon()
+        self.updates.abandon(f"{type(error).__name__}: {error}")
         torn = self.updates.schedule.torn_text
         self.explain(error, torn)
         if torn and hasattr(error, "add_note"):

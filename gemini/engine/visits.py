@@ -2,27 +2,19 @@
 
 import threading
 
-from ..chunk import ChunkManager
 from ..units.units import Unit, Visit
 
 
 class Visits:
-    """The visits that are open, and by which of forward and backward.
+    """The visits that are open, and by which of forward and backward."""
 
-    Parameters
-    ----------
-    manager
-        Has the chunks that visits pin.
-    """
-
-    def __init__(self, manager: ChunkManager) -> None:
+    def __init__(self) -> None:
         self.open: dict[Visit, None] = {}
         """Those whose chunks are pinned, outermost first."""
         self.running: list[Visit] = []
         """Those whose forward is under way, innermost last."""
-        self._manager = manager
-        self._of_backward: dict[int, list[Visit]] = {}
-        """Task of autograd -> those that it has come to."""
+        self._of_backward: dict[int, dict[Visit, int]] = {}
+        """Task of autograd -> those that it has come to and not left -> the thread that came to them; 0 if several."""
         self._thread = 0
         """The thread that runs the units in ``running``."""
 
@@ -49,7 +41,7 @@ class Visits:
         """Unpin what an open visit has pinned."""
         del self.open[visit]
         for chunk in visit.close():
-            self._manager.unpin(chunk)
+            chunk.unpin()
 
     def end_all(self) -> None:
         """Unpin all that visits have pinned, and forget what is under way."""
@@ -66,14 +58,32 @@ class Visits:
         return bool(self._of_backward)
 
     def join_backward(self, task: int, visit: Visit) -> bool:
-        """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
-        is_first = task not in self._of_backward
-        self._of_backward.setdefault(task, []).append(visit)
+        """Note that this thread, in the backward ``task``, comes to a visit; True if it is the first of that task."""
+        is_first, here = task not in self._of_backward, threading.get_ident()
+        visits = self._of_backward.setdefault(task, {})
+        visits[visit] = here if visits.get(visit, here) == here else 0
         return is_first
 
-    def end_backward(self, task: int) -> list[Visit]:
-        """The visits that belong to a backward, which is over."""
-        return self._of_backward.pop(task, [])
+    def passed(self, task: int, number: int) -> list[Visit]:
+        """The visits of a backward that has run all of their nodes when this thread comes to the node of this number.
+
+        They belong to it no longer. Of the nodes that are ready a thread of autograd runs the one that was made last.
+        """
+        visits, here = self._of_backward.get(task), threading.get_ident()
+        if not visits:
+            return []
+        passed = [v for v, at in visits.items() if at == here and v.begin is not None and v.begin.number > number]
+        for visit in passed:
+            del visits[visit]
+        return passed
+
+    def of_backward(self, task: int) -> list[Visit]:
+        """The visits that a backward has come to and not passed."""
+        return list(self._of_backward.get(task, ()))
+
+    def end_backward(self, task: int) -> None:
+        """A backward is over, and its visits have been left."""
+        self._of_backward.pop(task, None)
 
     def names(self) -> str:
         """The units that have chunks pinned, in words."""

@@ -131,6 +131,7 @@ class ForwardHooks:
         has_gradients = torch.is_grad_enabled()
         visit = Visit(unit) if has_gradients else Visit(unit, extra=unit.without_gradients)
         if is_in_backward:
+            self._engine.leave_passed()
             self._engine.updates.schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
         discovery = self._discovery
         if not self._brackets.are_coarse:

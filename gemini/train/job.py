@@ -12,7 +12,7 @@ from rich.text import Text
 
 from gemini.boosted import boosted
 from gemini.errors import OutOfMemory
-from gemini.launch import launch_from_torch
+from gemini.initialize import launch_from_torch
 from gemini.sizes import format_bytes
 from gemini.train.generate import generate
 from gemini.train.interrupt import Interrupt

@@ -1,15 +1,14 @@
-"""The autograd nodes that one call of a module made, and those by which backward enters and leaves the call.
+"""The autograd nodes that one call of a module made, and those by which backward enters the call.
 
 A thread numbers the nodes that it makes, so a call's own are those between two numbers. Where every one of them can be
-reached from its results, nothing of the call is hidden (in a list of auxiliary losses, say), and backward has
-finished the call when the last of them have run, those that are followed by none of the others::
+reached from its results, nothing of the call is hidden (in a list of auxiliary losses, say)::
 
-    inputs          the call's own nodes               results
-    MulBackward <-- ViewBackward* <-- AddmmBackward <-- ViewBackward      * the last ones
-    AccumulateGrad (weight) <-- TBackward* <-'
+    inputs          the call's own nodes              results
+    MulBackward <-- ViewBackward <-- AddmmBackward <-- ViewBackward
+    AccumulateGrad (weight) <-- TBackward <-'
 """
 
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +17,6 @@ from ..torch_private import base_of, number_of
 
 MOST_NODES = 64
 """Looking at a node costs a microsecond or two. Layers with parameters of their own have a handful."""
-_NO_NUMBER = (1 << 64) - 1
-"""The number of nodes that put gradients into parameters."""
 
 
 def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) -> set[Any]:
@@ -63,29 +60,17 @@ def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -
     return found
 
 
-def last_nodes(first: Collection[Any], inputs: Container[Any], own: range) -> list[Any]:
-    """The nodes by which backward leaves a call: when these have run, all of the call's nodes have.
+def is_contained(first: Collection[Any], own: range) -> bool:
+    """True if all nodes that a call made can be reached from the nodes by which backward can enter it.
 
-    Empty if they are not known: the call made too many nodes, some of them cannot be reached from ``first`` (or are
-    gone), or one leads to a node of neither an input nor a parameter.
+    False also where that is not known: the call made too many nodes, or is entered by those of others.
     """
     if not 0 < len(own) <= MOST_NODES or any(number_of(node) not in own for node in first):
-        return []
-    found, last, ahead = set(first), [], list(first)
+        return False
+    found, ahead = set(first), list(first)
     while ahead:
-        node = ahead.pop()
-        is_last = True
-        for following, _ in node.next_functions:
-            if following is None or following in inputs:
-                continue
-            number = number_of(following)
-            if number in own:
-                is_last = False
-                if following not in found:
-                    found.add(following)
-                    ahead.append(following)
-            elif number != _NO_NUMBER:
-                return []
-        if is_last:
-            last.append(node)
-    return last if len(found) == len(own) else []
+        for following, _ in ahead.pop().next_functions:
+            if following is not None and following not in found and number_of(following) in own:
+                found.add(following)
+                ahead.append(following)
+    return len(found) == len(own)

@@ -55,23 +55,6 @@ class Unit:
 
 
 @dataclass(slots=True, eq=False)
-class Countdown:
-    """A number of events that must all have come."""
-
-    total: int
-    missing: int = 0
-
-    def restart(self) -> None:
-        """Count from the beginning."""
-        self.missing = self.total
-
-    def tick(self) -> bool:
-        """Count one event; True if it was the last."""
-        self.missing -= 1
-        return self.missing == 0
-
-
-@dataclass(slots=True, eq=False)
 class Visit:
     """One call of a unit; backward sees the same object again."""
 
@@ -87,8 +70,6 @@ class Visit:
     """When its forward began; None if that is not known."""
     results: Results | None = None
     """The results of its operations, if they are watched for this visit alone."""
-    countdowns: list[Countdown] = field(default_factory=list)
-    """Counted in backward; each by itself says when the last node of the visit has run."""
 
     def open(self) -> None:
         """Its chunks are pinned next."""

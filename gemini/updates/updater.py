@@ -143,7 +143,7 @@ class Updater:
         if (refresh or chunk.is_lent) and chunk.update_reaches_full:
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
-                self._manager.unpin(chunk)
+                chunk.unpin()
             return chunk.full
         self._manager.evict(chunk)
         return None

@@ -1,8 +1,10 @@
 """Backward lets go of a unit's chunks when the unit's own nodes have run, also where other units read its inputs."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +12,12 @@ import torch
 from parity import Task, check_parity, run_managed, tightest
 from torch import Tensor, nn
 from torch.nn import functional
+
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.engine.visits import Visits
+from gemini.nn.optimizer import HybridAdam
+from gemini.units.results import Mark
 
 WIDTH = 32
 SMALL: dict[str, Any] = {"chunk_config_dict": {1: {"chunk_size": WIDTH * WIDTH}}, "max_prefetch": 0}
@@ -69,6 +77,40 @@ def test_what_a_device_needs_does_not_grow_with_the_readers_of_a_tensor(source: 
     many = Task(lambda: Readers(9, source), batches(), mean_square)
     capacity = tightest(few, "device", **SMALL, **options)
     check_parity(many, device_memory=capacity, **SMALL, **options)
+
+
+def test_backward_leaves_what_it_runs_in_part() -> None:
+    """The gradient of the data alone takes no more room than those of all parameters."""
+    task = Task(lambda: Readers(4, SOURCES["encoded"]), batches(), mean_square)
+    plain, x = task.build(), batches()[0].requires_grad_(True)
+    model = copy.deepcopy(plain)
+    capacity = tightest(task, "device", **SMALL)
+    plugin = GeminiPlugin(device_memory=capacity, precision="fp32", telemetry=False, **SMALL)
+    model, *_ = Booster(plugin=plugin).boost(model, HybridAdam(model.parameters()))
+    for _ in range(2):
+        (ours,) = torch.autograd.grad(mean_square(model, x), x)
+        (theirs,) = torch.autograd.grad(mean_square(plain, x), x)
+        assert torch.equal(ours, theirs)
+
+
+class Opened:
+    """A visit, as far as it is asked when its last node has run."""
+
+    def __init__(self, number: int) -> None:
+        self.begin = Mark(number, 0)
+
+
+def test_a_node_says_nothing_of_visits_that_another_thread_came_to() -> None:
+    visits, alone, shared, theirs = Visits(), Opened(5), Opened(5), Opened(5)
+    for visit in (alone, shared):
+        visits.join_backward(1, visit)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as elsewhere:
+        for visit in (shared, theirs):
+            elsewhere.submit(visits.join_backward, 1, visit).result()  # type: ignore[arg-type]
+        assert visits.passed(1, 5) == []
+        assert visits.passed(1, 4) == [alone]
+        assert elsewhere.submit(visits.passed, 1, 4).result() == [theirs]
+    assert visits.of_backward(1) == [shared]
 
 
 PENALTIES: list[Tensor] = []
