@@ -61,7 +61,8 @@ class Start(Fields):
     host: str
     world_size: Natural
     started: Annotated[float, doc("Seconds since the epoch.")]
-    restart: Annotated[Natural, doc("How often torchrun has started it anew.")]
+    restart: Annotated[Natural, doc("How often torchrun on this machine has started it anew.")]
+    attempt: Annotated[str, doc("The same for all ranks that were started together, after a restart another one.")] = ""
 
 
 class Step(Fields):
