@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SEVERAL_RANKS = False
+SEVERAL_RANKS = True
 """Whether models can be boosted in several ranks. The only line to change when they can."""
 
 # Small enough for seconds, long enough to learn.
