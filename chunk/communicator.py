@@ -87,6 +87,10 @@ class Communicator(Protocol):
     gradient_factor: float
     """What each owner multiplies its gradients with: 1 for their sum, one over the number of owners for their mean."""
 
+    @property
+    def rank(self) -> int:
+        """The place of this process among all that train the model, replicas included."""
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Send no gradients meanwhile: they are added up here, and sent by the first backward after it."""
 
@@ -160,6 +164,7 @@ class SingleProcess:
     """The only owner: nothing is ever gathered or sent."""
 
     owner = SOLE
+    rank = 0
     is_silent = False
     gradient_factor = 1.0
 
@@ -232,7 +237,7 @@ def all_or_none(communicator: Communicator, doing: str, word: Callable[[], str] 
     except BaseException as error:
         communicator.agree(doing, {"failure": f"{type(error).__name__}: {error}", "word": ""})
         raise
-    if communicator.owner.count == 1:
+    if communicator.owner.is_alone:
         return
     said = [dict(word) for word in communicator.agree(doing, {"failure": "", "word": word()}) if isinstance(word, dict)]
     for index, each in enumerate(said):

@@ -51,6 +51,7 @@ class Peer:
 
     def __init__(self, owner: Owner, shared: Shared) -> None:
         self.owner = owner
+        self.rank = owner.index
         self._shared = shared
         if len(shared.orders) < owner.count:
             shared.orders.append(Rounds(owner.count))
