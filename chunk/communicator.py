@@ -138,6 +138,9 @@ class Communicator(Protocol):
             If an owner does something else, is gone, or does not come in time.
         """
 
+    def take_wait_seconds(self) -> float | None:
+        """How long `agree` and `collect` have waited for other owners since this was asked last; None without any."""
+
     def copy_from_first(self, values: Tensor) -> None:
         """Have the values (dense, on any device) of the first owner in the memory of all. All of them call it."""
 
@@ -194,6 +197,9 @@ class SingleProcess:
 
     def agree(self, doing: str, word: Word = None) -> Sequence[Word]:
         return [word]
+
+    def take_wait_seconds(self) -> float | None:
+        return None
 
     def copy_from_first(self, values: Tensor) -> None:
         pass

@@ -98,6 +98,9 @@ class Peer:
     def agree(self, doing: str, word: Word = None) -> list[Word]:
         return [word]
 
+    def take_wait_seconds(self) -> float | None:
+        return None
+
     def copy_from_first(self, values: Tensor) -> None:
         raise NotImplementedError
 

@@ -55,7 +55,7 @@ class Peers:
         self.gradient_factor = gradient_factor
         self.is_silent = False
         self.wait_seconds = 0.0
-        """How long this rank has waited for others where all do something together."""
+        """How long this rank has waited for others where all do something together, since it was taken last."""
         self._mailbox = mailbox
         self._epoch = 0
         self._source: Callable[[], Source | None] = _nothing
@@ -181,6 +181,10 @@ class Peers:
             return self._votes.agree(doing, word, self._epoch)
         finally:
             self.wait_seconds += time.perf_counter() - begin
+
+    def take_wait_seconds(self) -> float:
+        waited, self.wait_seconds = self.wait_seconds, 0.0
+        return waited
 
     def copy_from_first(self, values: Tensor) -> None:
         flat = values.detach().to("cpu", copy=True).contiguous().view(-1) if self.rank == 0 else None
