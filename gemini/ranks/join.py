@@ -1,13 +1,15 @@
 """From the user's process group to the communicator of a model."""
 
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import cast
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..chunk.communicator import ALONE, Communicator
-from ..torch_private import group_timeout
-from .mailbox import Mailbox
+from ..torch_private import default_store, group_timeout
+from .mailbox import Mailbox, PointToPoint
 from .peers import Peers
 
 
@@ -55,8 +57,20 @@ def join(group: dist.ProcessGroup | None, gradient_reduction: str = "sum") -> Co
     if len(ranks) == 1:
         return ALONE
     timeout: timedelta = group_timeout(group)
-    own = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
-    assert isinstance(own, dist.ProcessGroup)
     names = tuple(f"rank {rank}" for rank in ranks)
     factor = 1.0 / len(ranks) if gradient_reduction == "mean" else 1.0
-    return Peers(Mailbox(own, ranks.index(dist.get_rank()), names, timeout), factor)
+    return Peers(Mailbox(_connected(ranks, timeout), ranks.index(dist.get_rank()), names, timeout), factor)
+
+
+def _connected(ranks: Sequence[int], timeout: timedelta) -> PointToPoint:
+    """A Gloo group of our own over these ranks.
+
+    Not by ``dist.new_group``, whose names depend on how many groups a process has, which need not be the same with all;
+    and what it makes ends with the user's ``dist.destroy_process_group()``, when other ranks may need ours still.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore  # not every build of torch has it
+
+    store, name = default_store(), f"gemini-memory/{'-'.join(map(str, ranks))}"
+    number = store.add(f"{name}/{dist.get_rank()}", 1)
+    own = PrefixStore(f"{name}/{number}", store)
+    return cast(PointToPoint, dist.ProcessGroupGloo(own, ranks.index(dist.get_rank()), len(ranks), timeout))
