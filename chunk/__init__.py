@@ -29,6 +29,7 @@ from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
+from .together import Together
 from .values import write_slot
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
@@ -77,6 +78,7 @@ __all__ = [
     "Staging",
     "TensorSpec",
     "Tier",
+    "Together",
     "Transfer",
     "WithShadow",
     "all_or_none",

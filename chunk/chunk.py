@@ -310,7 +310,7 @@ class Chunk:
         self.bindings.hide()
 
     def _move_to(self, state: ChunkState) -> None:
-        self.state = transition(self.index, self.state, state)
+        self.state = transition(self.layout.index, self.state, state)  # `index` is a call more
 
     # -- parameters
 

@@ -198,19 +198,7 @@ class ChunkManager:
         """
         self.access_count += 1
         if chunk.state is ChunkState.FETCHING:
-            if chunk in self._ahead and not chunk.has_arrived:
-                self.moves.count_late_prefetch()
-            begin = time.perf_counter()
-            try:
-                self.full_copies.arrive(chunk)
-                self._count_wait(chunk, begin)
-            except BaseException as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.eviction.evict_idle(keep)
-                self.device.trim()
-                self.fetch(chunk, keep)
-                self.full_copies.arrive(chunk)
+            self._arrive(chunk, keep)
         if chunk in self._ahead:
             self.moves.count_used()
             self._ahead.discard(chunk)
@@ -218,6 +206,21 @@ class ChunkManager:
             self.full_copies.take_assigned(chunk)
         chunk.pin()
         self.eviction.note_use(chunk, self.access_count)
+
+    def _arrive(self, chunk: Chunk, keep: Sequence[Chunk]) -> None:
+        if chunk in self._ahead and not chunk.has_arrived:
+            self.moves.count_late_prefetch()
+        begin = time.perf_counter()
+        try:
+            self.full_copies.arrive(chunk)
+            self._count_wait(chunk, begin)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+            self.eviction.evict_idle(keep)
+            self.device.trim()
+            self.fetch(chunk, keep)
+            self.full_copies.arrive(chunk)
 
     def evict(self, chunk: Chunk) -> None:
         """See `FullCopies.evict`."""

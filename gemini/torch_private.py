@@ -6,9 +6,10 @@ Each says what it is for, why no public name will do, and what to do should torc
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cache
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -66,17 +67,17 @@ next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 If it goes: see `number_of`."""
 
 
-def number_of(node: Any) -> int:
-    """The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
-
-    If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond.
-    """
-    return node._sequence_nr()  # type: ignore[no-any-return]
-
+number_of: Callable[[Any], int] = methodcaller("_sequence_nr")
+"""The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
+If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond."""
 
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """What a tensor is a view of, for autograd: after a change in place its node is on the way of the view's gradient.
 If it goes: units whose results are views count as not contained."""
+
+shown_in_profile: Callable[[str], AbstractContextManager[None]] = torch._C._profiler._RecordFunctionFast
+"""A part of what ``torch.profiler`` shows, by its name. ``record_function`` takes microseconds also when nobody looks.
+If it goes: ``torch.profiler.record_function``."""
 
 # -- what tensors and storages are, and who holds them
 
@@ -215,6 +216,9 @@ def is_composite(operator: Any) -> bool:
 never_compiled: Callable[..., Any] = torch._compile._disable_dynamo
 """A decorator: not to be compiled. ``torch.compiler.disable`` imports the compiler at once, which takes seconds.
 If it goes: ``torch.compiler.disable``."""
+
+is_traced: Callable[[], bool] = torch._C._is_tracing
+"""Whether ``torch.jit.trace`` runs, asked before each unit. If it goes: ``torch.jit.is_tracing``, which is slower."""
 
 COMPILED_CALL = "_compiled_call_impl"
 """Where ``module.compile()`` puts the compiled call of a module; its hooks are compiled with it.

@@ -151,6 +151,13 @@ def test_a_view_tells_its_base() -> None:
     assert private.base_of(x) is None
 
 
+def test_a_profile_shows_what_it_is_told_to_show() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with private.shown_in_profile("a part of ours"):
+            torch.ones(2).sum()
+    assert "a part of ours" in {event.name for event in profile.events()}
+
+
 # -- what tensors and storages are, and who holds them
 
 
@@ -401,6 +408,20 @@ def test_a_class_can_be_a_node_of_trees() -> None:
 
 
 # -- compiled modules
+
+
+def test_tracing_is_told() -> None:
+    told = []
+
+    def traced(x: Tensor) -> Tensor:
+        told.append(private.is_traced())
+        return x * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(traced, (torch.ones(2),), check_trace=False)
+    assert told == [True]
+    assert not private.is_traced()
 
 
 def test_the_compiler_leaves_out_what_is_never_compiled() -> None:

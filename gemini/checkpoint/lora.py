@@ -1,12 +1,14 @@
 """Saving the LoRA adapters of a model, in the layout of peft."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .names import entries
+from .ranks import write_once
 from .stage import Stage
 
 
@@ -31,17 +33,19 @@ def save_lora(model: nn.Module, checkpoint: str | Path, *, use_safetensors: bool
     CheckpointError
         If the files cannot be written.
     """
-    save_pretrained = getattr(model, "save_pretrained", None)
-    if save_pretrained is None or not hasattr(model, "peft_config"):
+    if getattr(model, "save_pretrained", None) is None or not hasattr(model, "peft_config"):
         raise TypeError(
             f"expected the model that booster.enable_lora returned, got a {type(model).__name__} without adapters: "
             "save it with booster.save_model"
         )
+    write_once(model, f"save_lora to {checkpoint}", partial(_save, model, Path(checkpoint).absolute(), use_safetensors))
+
+
+def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
     wanted = set(_adapter_names(model))
     state = {name: each.read() for each in entries(model) for name in each.names if name in wanted}
-    folder = Path(checkpoint).absolute()
     with Stage(folder, "adapter") as stage:
-        save_pretrained(str(stage.path), state_dict=state, safe_serialization=use_safetensors)
+        model.save_pretrained(str(stage.path), state_dict=state, safe_serialization=use_safetensors)
         files = [file for file in stage.path.rglob("*") if file.is_file()]
         files.sort(key=lambda file: file.suffix == ".json")  # a configuration comes when its weights are there
         names = [str(file.relative_to(stage.path)) for file in files]

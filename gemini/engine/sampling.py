@@ -25,16 +25,13 @@ class Sampling:
         self.timeline = Timeline(manager.ledger)
         self.batch: Batch | None = None
         """Of the cycle under way."""
+        self.is_on = False
+        """Each moment of the cycle under way is sampled."""
         self._manager = manager
         self._is_recording = False
         """Somebody wants a timeline of this step; cycles that are measured have one in any case."""
         self._returns_memory = False
         """malloc keeps nothing, because of a cycle that is (or was) measured."""
-
-    @property
-    def is_on(self) -> bool:
-        """True if each moment of the cycle under way is sampled."""
-        return self.profile.is_measuring or self._is_recording
 
     def end_moment(self) -> None:
         """A unit is about to enter, before its chunks move."""
@@ -55,11 +52,13 @@ class Sampling:
         if self.profile.is_measuring:
             self._sample()
             self.profile.end(self.meter.last_bytes)
+            self._switch()
 
     def begin_cycle(self, batch: Batch, is_same_kind: bool) -> None:
         """A cycle begins; ``is_same_kind`` as the one before, with or without gradients."""
         self.batch = batch
         self.profile.begin(batch)
+        self._switch()
         self._choose_malloc()
         if not is_same_kind:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
@@ -67,12 +66,16 @@ class Sampling:
     def record_step(self, is_wanted: bool) -> None:
         """Make a timeline of the next step, or not."""
         self._is_recording = is_wanted
+        self._switch()
 
     def take_timeline(self) -> list[Point]:
         """The moments of the step that ends here; empty for one that was not sampled."""
         if self.timeline.points:
             self._sample()
         return self.timeline.take(self.meter.last_bytes)
+
+    def _switch(self) -> None:
+        self.is_on = self.profile.is_measuring or self._is_recording
 
     def _sample(self) -> None:
         self.meter.sample(self._manager.gradient_pool.blocks_nbytes + self._manager.full_copies.nbytes)

@@ -2,17 +2,24 @@
 
 import threading
 
+from ..chunk import Chunk
+from ..planning.trace import Moment, Phase
 from ..units.units import Unit, Visit
+
+MOMENTS_KEPT = 4096
+"""A model has two for each of its units; where experts take turns, some more."""
 
 
 class Visits:
     """The visits that are open, and by which of forward and backward."""
 
     def __init__(self) -> None:
-        self.open: dict[Visit, None] = {}
-        """Those whose chunks are pinned, outermost first."""
+        self.open: dict[Visit, list[Chunk]] = {}
+        """Those whose chunks are pinned, outermost first -> what each has pinned: a visit may turn out to need more."""
         self.running: list[Visit] = []
         """Those whose forward is under way, innermost last."""
+        self._moments: dict[tuple[Unit, Phase, tuple[tuple[Chunk, ...], ...]], Moment] = {}
+        """Those of the last cycles: most come again in the next one."""
         self._of_backward: dict[int, dict[Visit, int]] = {}
         """Task of autograd -> those that it has come to and not left -> the thread that came to them; 0 if several."""
         self._thread = 0
@@ -27,20 +34,36 @@ class Visits:
         """The innermost call of a unit whose forward is under way."""
         return next((visit for visit in reversed(self.running) if visit.unit is unit), None)
 
+    def end_call(self, unit: Unit) -> Visit | None:
+        """The innermost call of a unit, whose forward is over; None if there is none."""
+        for at in reversed(range(len(self.running))):
+            if self.running[at].unit is unit:
+                return self.running.pop(at)
+        return None
+
     @property
     def innermost(self) -> Visit | None:
         """The call whose forward this thread is in, if any."""
         return self.running[-1] if self.running and self._thread == threading.get_ident() else None
 
+    def moment(self, unit: Unit, phase: Phase, chunks: tuple[Chunk, ...]) -> Moment:
+        """The moment at which a unit enters and these chunks are pinned beside those of the visits that are open."""
+        groups = (chunks, *[tuple(pinned) for pinned in self.open.values() if pinned])
+        moment = self._moments.get((unit, phase, groups))
+        if moment is None:
+            if len(self._moments) >= MOMENTS_KEPT:
+                self._moments.clear()
+            moment = Moment(unit.index, phase, frozenset(chunk.index for group in groups for chunk in group))
+            self._moments[unit, phase, groups] = moment
+        return moment
+
     def begin(self, visit: Visit) -> None:
         """Count a visit as open; its chunks are pinned next."""
-        visit.open()
-        self.open[visit] = None
+        self.open[visit] = []
 
     def end(self, visit: Visit) -> None:
-        """Unpin what an open visit has pinned."""
-        del self.open[visit]
-        for chunk in visit.close():
+        """Unpin what a visit has pinned, if it is open."""
+        for chunk in self.open.pop(visit, ()):
             chunk.unpin()
 
     def end_all(self) -> None:
@@ -87,4 +110,4 @@ class Visits:
 
     def names(self) -> str:
         """The units that have chunks pinned, in words."""
-        return ", ".join(visit.unit.name for visit in self.open if visit.pinned)
+        return ", ".join(visit.unit.name for visit, pinned in self.open.items() if pinned)

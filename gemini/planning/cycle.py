@@ -38,7 +38,7 @@ class Cycle:
     def is_complete(self) -> bool:
         """True if a whole cycle lies in the recording: a forward, and with gradients a backward."""
         moments = self._recorder.moments
-        return bool(moments) and (not self.with_gradients or any(m.phase is Phase.BACKWARD for m in moments))
+        return bool(moments) and (not self.with_gradients or any(m.phase is Phase.BACKWARD for m in reversed(moments)))
 
     def is_over(self, unit: int, with_gradients: bool) -> bool:
         """True if a call of this unit by itself (outside of the model's forward) begins another cycle."""

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 
 class Phase(Enum):
     """Which side of a step a moment belongs to."""
+
+    __hash__ = object.__hash__  # moments are looked up at each visit, and Enum's own is written in Python
 
     FORWARD = "forward"
     """Also a recomputation in backward: the unit's forward runs."""
     BACKWARD = "backward"
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(NamedTuple):
     """A unit enters."""
 
     unit: int

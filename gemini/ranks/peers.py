@@ -191,10 +191,10 @@ class Peers:
                 values.copy_(flat.view(values.shape))
 
     def finish(self, what: str, error: str = "") -> None:
-        self._errands.finish(what, error)
+        self._errands.finish(f"{what} (state {self._epoch})", error)
 
     def wait_until_finished(self, what: str) -> None:
-        self._errands.wait(what, lambda: self._service.answered)
+        self._errands.wait(f"{what} (state {self._epoch})", lambda: self._service.answered)
 
     # -- the end
 

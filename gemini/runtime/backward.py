@@ -17,7 +17,6 @@ through nodes, and a model that keeps a tensor with a graph would keep itself.
 import sys
 from collections.abc import Collection
 from functools import partial
-from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -67,14 +66,17 @@ class BackwardHooks:
             True if the unit has made another graph than when it was watched, part of which may be out of sight.
         """
         unit = visit.unit
-        kept = tuple(getattr(unit.module, name, None) for name in unit.graph_attributes)
         own = range(0) if visit.begin is None else range(visit.begin.number, next_number())
-        nodes = first_nodes(chain(tensors_in(output), tensors_in(kept), inputs), visit.input_nodes, own)
+        made = tensors_in(output)
+        if unit.graph_attributes:
+            made += tensors_in([getattr(unit.module, name, None) for name in unit.graph_attributes])
+        nodes, entries = first_nodes([*made, *inputs], visit.input_nodes, own)
         if results is not None and visit.begin is not None and visit.chunks and not _is_raising():
             leaked = unreachable(results.since(visit.begin), nodes, own)
             unit.was_watched(bool(leaked))
             nodes |= leaked
-        self._enter_before(visit, nodes)
+            entries |= leaked
+        self._enter_before(visit, entries)
         if not nodes:
             if output is not None and _makes_gradients(visit, inputs):
                 self._engine.pins.hold(visit.chunks)
@@ -98,7 +100,7 @@ class BackwardHooks:
             What it returned.
         """
         own = range(begin, next_number())
-        nodes = {node for node in first_nodes(tensors_in(result), (), own) if number_of(node) in own}
+        nodes = {node for node in first_nodes(tensors_in(result), (), own)[1] if number_of(node) in own}
         if nodes:
             visit = Visit(_OUTSIDE, extra=chunks, begin=Mark(begin, 0))
             self._enter_before(visit, nodes)
@@ -118,11 +120,10 @@ def _enter(reference: "ref[Engine]", visit: Visit, gradients: Any) -> None:
     engine.leave_passed()
     if engine.join_backward(task, visit):
         at_end_of_backward(partial(engine.end_backward, task))
-    if not visit.is_open:
-        if visit.unit is _OUTSIDE:
-            engine.enter_outside(visit)
-        else:
-            engine.enter(visit, Phase.BACKWARD)
+    if visit.unit is _OUTSIDE:
+        engine.enter_outside(visit)
+    else:
+        engine.enter(visit, Phase.BACKWARD)
     if torch.is_grad_enabled():  # create_graph=True
         engine.pins.hold(visit.chunks)
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ..torch_private import base_of, number_of
 
@@ -19,8 +20,12 @@ MOST_NODES = 64
 """Looking at a node costs a microsecond or two. Layers with parameters of their own have a handful."""
 
 
-def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) -> set[Any]:
-    """The nodes by which backward can enter a call.
+def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) -> tuple[set[Any], set[Any]]:
+    """The nodes of a call's results, and those by which backward can enter it.
+
+    If a view is changed in place later its node goes, and backward enters by the node of its base, if the call made
+    that. It may do so in any case where nothing lies between: a view's node reads no parameter, unless it is that of a
+    ``torch.autograd.Function``.
 
     Parameters
     ----------
@@ -31,18 +36,22 @@ def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) 
     own
         The numbers of the nodes that the call made.
     """
-    found = set()
+    found, entries = set(), set()
     for tensor in results:
-        node = tensor.grad_fn
+        node: Any = tensor.grad_fn
         if node is None:
             continue
+        base = base_of(tensor)
+        of_base = None if base is None else base.grad_fn
+        has_base = of_base is not None and number_of(of_base) in own
+        if has_base:
+            found.add(of_base)
+            entries.add(of_base)
         if node not in inputs:
             found.add(node)
-        base = base_of(tensor)
-        # If a view is changed in place later, its node goes, and backward enters by the node of its base.
-        if base is not None and base.grad_fn is not None and number_of(base.grad_fn) in own:
-            found.add(base.grad_fn)
-    return found
+            if not has_base or node.next_functions[0][0] is not of_base or isinstance(node, BackwardCFunction):
+                entries.add(node)
+    return found, entries
 
 
 def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -> set[Any]:
@@ -65,11 +74,14 @@ def is_contained(first: Collection[Any], own: range) -> bool:
 
     False also where that is not known: the call made too many nodes, or is entered by those of others.
     """
-    if not 0 < len(own) <= MOST_NODES or any(number_of(node) not in own for node in first):
+    if not 0 < len(own) <= MOST_NODES:
         return False
     found, ahead = set(first), list(first)
     while ahead:
-        for following, _ in ahead.pop().next_functions:
+        node = ahead.pop()
+        if number_of(node) not in own:
+            return False
+        for following, _ in node.next_functions:
             if following is not None and following not in found and number_of(following) in own:
                 found.add(following)
                 ahead.append(following)

@@ -1,7 +1,7 @@
 """Units: the modules whose forward brackets the uses of their parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
@@ -59,39 +59,31 @@ class Visit:
     """One call of a unit; backward sees the same object again."""
 
     unit: Unit
-    is_open: bool = False
     extra: tuple[Chunk, ...] = ()
     """Further chunks, which this call alone turned out to need."""
-    pinned: list[Chunk] = field(default_factory=list)
-    """Chunks that this visit has pinned; not ``chunks``, which may grow while the visit is open."""
-    input_nodes: tuple[object, ...] = ()
+    input_nodes: Collection[object] = ()
     """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
     begin: Mark | None = None
     """When its forward began; None if that is not known."""
     results: Results | None = None
     """The results of its operations, if they are watched for this visit alone."""
 
-    def open(self) -> None:
-        """Its chunks are pinned next."""
-        self.is_open = True
-
-    def close(self) -> list[Chunk]:
-        """Give back what it has pinned."""
-        self.is_open = False
-        pinned, self.pinned = self.pinned, []
-        return pinned
-
     def needs(self, chunks: Iterable[Chunk]) -> None:
         """This call turned out to need these chunks besides."""
         self.extra = (*self.extra, *chunks)
 
-    def begins(self, mark: Mark, input_nodes: tuple[object, ...] = (), results: Results | None = None) -> None:
+    def begins(self, mark: Mark, input_nodes: Collection[object] = (), results: Results | None = None) -> None:
         """Its forward makes a graph, from here on."""
         self.begin, self.input_nodes, self.results = mark, input_nodes, results
 
     def ends(self) -> None:
         """Its forward is over: forget what led to its inputs."""
         self.input_nodes, self.results = (), None
+
+    @property
+    def is_beyond(self) -> bool:
+        """True if it needs more than its unit's own chunks because it runs without gradients."""
+        return bool(self.extra) and self.extra is self.unit.without_gradients
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:

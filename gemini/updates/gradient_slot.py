@@ -34,6 +34,8 @@ class GradState(Enum):
     WITHDRAWN = auto()
     """None: an update has the gradient, and may be reading it."""
 
+    __hash__ = object.__hash__  # states are looked up for each gradient, and Enum's own is written in Python
+
 
 _TRANSITIONS: dict[GradState, frozenset[GradState]] = {
     GradState.ABSENT: frozenset({GradState.SHOWN, GradState.THEIRS, GradState.WITHDRAWN}),

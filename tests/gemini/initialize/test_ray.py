@@ -44,7 +44,6 @@ def test_a_worker_of_ray_trains_what_a_process_does(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.xfail(reason="boost refuses several ranks for now", strict=True)
 def test_two_workers_of_ray_train_what_one_does(tmp_path: Path) -> None:
     one, two = trained(tmp_path, 1, 2)
     assert one.keys() == two.keys()

@@ -171,6 +171,31 @@ class OfAFunction(nn.Module):
         return Shifted.apply(x, self.shift)  # type: ignore[no-any-return]
 
 
+class Turned(torch.autograd.Function):
+    """Returns a view of what it gets, and reads a parameter in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        return (gradient * scale).transpose(0, 1), None
+
+
+class ViewOfAFunction(nn.Module):
+    def __init__(self, is_last: bool) -> None:
+        super().__init__()
+        self.is_last = is_last
+        self.weight, self.scale = (nn.Parameter(torch.randn(WIDTH, WIDTH) / 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = Turned.apply(x @ self.weight, self.scale[0])
+        return turned if self.is_last else turned.transpose(0, 1)  # type: ignore[no-any-return]
+
+
 class View(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -202,6 +227,11 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Te
     "an output without a part in the loss": (TwoOutputs, lambda part, x: part(x)[0]),
     "a weight made of others": (MadeWeight, plainly),
     "a function of one's own": (OfAFunction, plainly),
+    "a view that a function of one's own returns": (
+        lambda: ViewOfAFunction(True),
+        lambda part, x: part(x).transpose(0, 1),
+    ),
+    "a view of what a function of one's own returns": (lambda: ViewOfAFunction(False), plainly),
     "a layer whose output is changed in place": (lambda: nn.Linear(WIDTH, WIDTH), changed_in_place),
     "a view that is changed in place": (View, changed_in_place),
     "an input changed in place": (InPlace, lambda part, x: part(x * 1.0)),

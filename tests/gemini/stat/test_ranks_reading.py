@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from ranked_runs import SLOW, close, open_ranks, own_seconds
-from stat_runs import open_run, stats
+from stat_runs import RUN_ID, open_run, stats
 
+from gemini.telemetry.job import Job
 from gemini.telemetry.layout import lock_file, records_file, start_file
 from gemini.telemetry.ranks import Ranks, numbers_text, read_ranks
 from gemini.telemetry.reader import read_run
@@ -149,6 +150,13 @@ def test_a_restart_and_a_smaller_run_hide_the_ranks_of_before(tmp_path: Path) ->
     found = read_ranks(tmp_path / "run")
     assert [(view.rank, view.step) for view in found.views] == [(0, 2), (1, 2)]
     assert (found.world_size, found.status) == (2, RunStatus.RUNNING)
+    close(writers)
+
+
+def test_a_restart_is_one_whatever_the_launchers_of_its_machines_count() -> None:
+    jobs = [Job(rank=r, world_size=2, restart=r, run_id=RUN_ID, attempt="20260101T000000Z-9") for r in range(2)]
+    writers = [TelemetryWriter(None, job, min_interval_seconds=0) for job in jobs]
+    assert [view.rank for view in read_ranks(folder(writers)).views] == [0, 1]
     close(writers)
 
 
