@@ -40,6 +40,8 @@ class Contribution:
     """Positions of the slots that have a gradient."""
     gradient: Tensor
     """Flat, on CPU, of the extent, which may be empty. What lies in other slots means nothing."""
+    anew: Set[int] = frozenset()
+    """Positions whose sums so far are forgotten first."""
 
 
 class Delivery(Protocol):
@@ -114,8 +116,10 @@ class Communicator(Protocol):
     def end_round(self) -> None:
         """The backward under way is over: all that it contributes has been sent."""
 
-    def collect(self, doing: str) -> None:
+    def collect(self, doing: str, has_changed: bool) -> bool:
         """Wait until all owners are here, and the gradients of all backwards so far have been summed everywhere.
+
+        Returns whether gradients have been changed with any owner since (``has_changed`` says so for this one).
 
         Raises
         ------
@@ -186,8 +190,8 @@ class SingleProcess:
     def end_round(self) -> None:
         pass
 
-    def collect(self, doing: str) -> None:
-        pass
+    def collect(self, doing: str, has_changed: bool) -> bool:
+        return has_changed
 
     def wait_for_sums(self, chunk: int) -> None:
         pass

@@ -14,7 +14,7 @@ from .building import ChunkBuilder
 from .chunk import Chunk
 from .communicator import ALONE, Communicator
 from .disk import DiskBackend
-from .edits import check_assigned, put
+from .edits import check_assigned, put, with_edits
 from .eviction import Eviction
 from .full_copies import FullCopies
 from .gradient import GradientBuffer
@@ -288,7 +288,8 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        return read_slot(chunk, position, name, self._communicator)
+        values = read_slot(chunk, position, name, self._communicator)
+        return with_edits(chunk, position, values) if name == MASTER and chunk.is_ahead else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
@@ -299,6 +300,7 @@ class ChunkManager:
         with self.together.changing(f"a change of {name} of {chunk.layout.slots[position].name}"):
             if name == MASTER:
                 if chunk.is_resident:
+                    self.full_copies.bring_home(chunk)
                     self.evict(chunk)
                 put(chunk, position, value)
             else:

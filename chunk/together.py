@@ -44,8 +44,10 @@ class Together:
         if not self.communicator.is_silent:
             self.communicator.end_round()
 
-    def collect_gradients(self, doing: str) -> None:
+    def collect_gradients(self, doing: str, has_changed: bool) -> bool:
         """Have the sums of all owners' gradients at home, when all are here.
+
+        Returns whether the user has changed gradients with any owner (``has_changed`` says so for this one).
 
         Raises
         ------
@@ -53,14 +55,15 @@ class Together:
             See `Communicator.collect`.
         """
         if self.communicator.owner.is_alone:
-            return
+            return has_changed
         if any(gradient.is_unsent for gradient in self._shared_gradients()):
             self.complete_gradients()
         self._arrive()
-        self.communicator.collect(doing)
+        has_changed = self.communicator.collect(doing, has_changed)
         for chunk in self._chunks:
-            if not chunk.is_whole:
+            if chunk.is_shared:
                 self._full_copies.bring_home(chunk)
+        return has_changed
 
     @contextmanager
     def changing(self, doing: str) -> Iterator[None]:

@@ -132,18 +132,19 @@ class Peers:
     def end_round(self) -> None:
         self._reduction.end_round()
 
-    def collect(self, doing: str) -> None:
+    def collect(self, doing: str, has_changed: bool) -> bool:
         reduction = self._reduction
-        own: Word = [reduction.rounds, reduction.generation, self._failure]
+        own: Word = [reduction.rounds, reduction.generation, self._failure, has_changed]
         words = [tuple(word) for word in self.agree(doing, own) if isinstance(word, list)]
-        generations = [generation for _, generation, _ in words]
-        failures = {index: failure for index, (_, _, failure) in enumerate(words) if failure}
+        generations = [generation for _, generation, _, _ in words]
+        failures = {index: failure for index, (_, _, failure, _) in enumerate(words) if failure}
         if failures or len(set(generations)) > 1:
             reduction.forget(max(generations) + 1)
             self._failure = ""
             raise RankError(self._why_in_vain(doing, failures, generations))
-        reduction.come_to(max(rounds for rounds, _, _ in words))
+        reduction.come_to(max(rounds for rounds, _, _, _ in words))
         reduction.wait_for_all()
+        return any(has_changed for _, _, _, has_changed in words)
 
     def _why_in_vain(self, doing: str, failures: dict[int, str], generations: list[int]) -> str:
         names = self._mailbox.names

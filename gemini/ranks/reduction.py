@@ -118,10 +118,8 @@ class Reduction:
         """See `Communicator.send`."""
         self.has_some = True
         gradient, extent = contribution.gradient, extents[self._mailbox.index % len(extents)]
-        shipment = self._shipping.send(
-            chunk, sorted(contribution.present), gradient, extents, self.generation, self.rounds
-        )
-        own = Contribution(contribution.present, gradient[extent.start : extent.stop])
+        shipment = self._shipping.send(chunk, contribution, extents, self.generation, self.rounds)
+        own = Contribution(contribution.present, gradient[extent.start : extent.stop], contribution.anew)
         shipment.goes(None, None)
         with self._changed:
             item = _Ours(self.generation, chunk, own, shipment)
@@ -221,7 +219,7 @@ class Reduction:
         gradient = torch.empty(part.numel, dtype=getattr(torch, part.dtype), device="cpu")
         if part.numel:
             self._mailbox.receive(item.sender, part.tag, gradient).wait()
-        self._add(part.generation, part.chunk, Contribution(frozenset(part.present), gradient))
+        self._add(part.generation, part.chunk, Contribution(frozenset(part.present), gradient, frozenset(part.anew)))
         if part.numel:
             self._mailbox.post(item.sender, Received(part.tag))
 
