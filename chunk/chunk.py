@@ -112,11 +112,6 @@ class Chunk:
         """True if there are other owners, also where none of this chunk is at home with them."""
         return self.plan.owner.count > 1
 
-    def part(self, name: str, start: int, stop: int) -> slice:
-        """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
-        first = self.extent.start
-        return self.specs[name].part(start - first, stop - first) if name in self.specs else slice(start, stop)
-
     @property
     def source(self) -> Buffer:
         """What a fetch reads."""
