@@ -69,11 +69,6 @@ class Chunk:
         return self.plan.full_is_home
 
     @property
-    def update_reaches_full(self) -> bool:
-        """True if an update can write through to the full copy."""
-        return self.plan.update_reaches_full
-
-    @property
     def is_trainable(self) -> bool:
         """True if an optimizer updates it."""
         return self.gradient is not None
