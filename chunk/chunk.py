@@ -69,11 +69,6 @@ class Chunk:
         return self.plan.full_is_home
 
     @property
-    def update_reaches_full(self) -> bool:
-        """True if an update can write through to the full copy."""
-        return self.plan.update_reaches_full
-
-    @property
     def is_trainable(self) -> bool:
         """True if an optimizer updates it."""
         return self.gradient is not None
@@ -107,10 +102,10 @@ class Chunk:
         """True if all of it is at home here, as without other owners."""
         return len(self.extent) == self.layout.numel
 
-    def part(self, name: str, start: int, stop: int) -> slice:
-        """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
-        first = self.extent.start
-        return self.specs[name].part(start - first, stop - first) if name in self.specs else slice(start, stop)
+    @property
+    def is_shared(self) -> bool:
+        """True if there are other owners, also where none of this chunk is at home with them."""
+        return self.plan.owner.count > 1
 
     @property
     def source(self) -> Buffer:
@@ -130,11 +125,23 @@ class Chunk:
         """True if code outside of the manager holds a part of the full copy. See [Note: Loans]."""
         return self.loan is not None and self.loan.is_alive()
 
+    @property
+    def is_ahead(self) -> bool:
+        """True if its full copy has what users have changed, and home has not: all owners bring that home together."""
+        if not self.is_shared or not self.is_valid:
+            return False
+        return self.bindings.is_edited or (self.loan is not None and self.loan.has_changed())
+
+    @property
+    def is_kept(self) -> bool:
+        """True if the full copy must stay: somebody holds it, or it has values that are nowhere else."""
+        return self.is_lent or self.is_ahead
+
     def lend(self) -> Loan:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
         assert self.is_valid
         if self.loan is None:
-            self.loan = Loan(self.views, remembers=self.is_split)
+            self.loan = Loan(self.views, remembers=self.is_split or self.is_shared)
         return self.loan
 
     def end_loan(self) -> None:
@@ -287,7 +294,7 @@ class Chunk:
 
     def evict(self) -> None:
         """READY -> HOME. Copies nothing: the full copy is clean, or the manager has kept what was changed in it."""
-        assert not self.is_lent
+        assert not self.is_kept
         self.loan = None
         self._move_to(ChunkState.HOME)
         self.bindings.hide()

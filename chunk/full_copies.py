@@ -4,8 +4,6 @@ Forward and backward change no parameter, but ``nn.Embedding(max_norm=...)`` ren
 initialise and assign parameters. `FullCopies.quiet` brings all of that home.
 """
 
-from functools import partial
-
 from torch import Tensor
 
 from .chunk import Chunk
@@ -68,7 +66,7 @@ class FullCopies:
         if chunk.is_whole:
             return own
         span = Span(chunk.index, MASTER, 0)
-        return Gathering(own, partial(self._communicator.gather, span, chunk.full, chunk.plan.extents))
+        return Gathering(own, self._communicator.gather(span, chunk.full, chunk.plan.extents))
 
     def arrive(self, chunk: Chunk) -> None:
         """Wait for the move of a chunk, if one is under way. If it failed, the chunk is at home."""
@@ -85,11 +83,13 @@ class FullCopies:
         self._upload(chunk, None, background=False).wait()
 
     def evict(self, chunk: Chunk) -> None:
-        """Free a full copy that nothing uses. Does nothing where it is the home itself, or lent."""
+        """Free a full copy that nothing uses. Does nothing where it is the home itself, or has to stay."""
         if chunk.full_is_home or chunk.is_lent:
             return
         self.arrive(chunk)
         self.quiet(chunk)  # the update may be writing through to the full copy
+        if chunk.is_ahead:
+            return
         chunk.evict()
         self._free(chunk)
         self.counts.count_eviction()
@@ -110,7 +110,14 @@ class FullCopies:
         """
         chunk.settle()
         self.take_assigned(chunk)
-        bring_edits_home(chunk)
+        if not chunk.is_shared:
+            bring_edits_home(chunk)
+
+    def bring_home(self, chunk: Chunk) -> None:
+        """As `quiet`; also where several owners keep the chunk, who all do so now: their homes change."""
+        self.quiet(chunk)
+        if chunk.is_shared:
+            bring_edits_home(chunk)
 
     def take_assigned(self, chunk: Chunk) -> None:
         """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does)."""

@@ -14,7 +14,7 @@ from .building import ChunkBuilder
 from .chunk import Chunk
 from .communicator import ALONE, Communicator
 from .disk import DiskBackend
-from .edits import check_assigned, put
+from .edits import check_assigned, put, with_edits
 from .eviction import Eviction
 from .full_copies import FullCopies
 from .gradient import GradientBuffer
@@ -26,11 +26,11 @@ from .move_counts import MoveCounts
 from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
-from .shared_gradient import SharedGradient
 from .shortage import refused
 from .state import ChunkState
 from .tier import Tier
 from .tier_memory import TierMemories
+from .together import Together
 from .values import last_value, read_slot, write_slot
 from .workers import close_in_background
 
@@ -85,6 +85,7 @@ class ChunkManager:
         memories = TierMemories(ledger, device, disk)
         self._builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
         self.chunks = self._builder.build(plans)
+        self.together = Together(communicator, self.chunks, self.full_copies, self.gradient_pool, device)
         self._places: dict[int, tuple[Chunk, int]] = {}
 
     @property
@@ -108,13 +109,6 @@ class ChunkManager:
         """Take back what a chunk has borrowed for its gradient, if it has, once an update is over."""
         if isinstance(chunk.gradient, GradientBuffer) and chunk.gradient.is_borrowed:
             self.gradient_pool.retire(chunk.gradient, use)
-
-    def complete_gradients(self) -> None:
-        """A backward has come to its end: gradients that several owners keep go to the owners of their extents."""
-        if self._communicator.owner.count > 1:
-            for chunk in self.chunks:
-                if isinstance(chunk.gradient, SharedGradient):
-                    chunk.gradient.complete()
 
     def find(self, parameter: Tensor) -> tuple[Chunk, int] | None:
         """The chunk and the position of a parameter in it, or None if it is not managed."""
@@ -236,6 +230,12 @@ class ChunkManager:
         """See `FullCopies.quiet`: to be called before homes are read, or an update begins."""
         self.full_copies.quiet(chunk)
 
+    def keep_edits(self, chunk: Chunk) -> None:
+        """Bring home what was changed in place in a full copy; all owners do so at the same place of the program."""
+        edited = ", ".join(chunk.layout.slots[position].name for position in chunk.bindings.edited())
+        with self.together.changing(f"an in-place change of {edited}"):
+            self.full_copies.bring_home(chunk)
+
     def check_assigned(self, parameter: Tensor, value: Tensor) -> None:
         """See whether a tensor can be the ``data`` of a parameter; raises ValueError if not."""
         check_assigned(*self._places[id(parameter)], value)
@@ -249,7 +249,8 @@ class ChunkManager:
         is_ours = any(chunk.has_memory(value) for chunk in self.chunks)
         loan = chunk.lend()
         loan.part_with(position)
-        self.full_copies.put(chunk, position, value)
+        with self.together.changing(f"an assignment to the data of {chunk.layout.slots[position].name}"):
+            self.full_copies.put(chunk, position, value)
         if not is_ours and value.dtype is chunk.full.dtype:
             loan.adopt(position, value)
 
@@ -287,7 +288,8 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        return read_slot(chunk, position, name, self._communicator)
+        values = read_slot(chunk, position, name, self._communicator)
+        return with_edits(chunk, position, values) if name == MASTER and chunk.is_ahead else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
@@ -295,12 +297,14 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         chunk.settle()
         self.full_copies.take_assigned(chunk)
-        if name == MASTER:
-            if chunk.is_resident:
-                self.evict(chunk)
-            put(chunk, position, value)
-        else:
-            write_slot(chunk, position, name, value)
+        with self.together.changing(f"a change of {name} of {chunk.layout.slots[position].name}"):
+            if name == MASTER:
+                if chunk.is_resident:
+                    self.full_copies.bring_home(chunk)
+                    self.evict(chunk)
+                put(chunk, position, value)
+            else:
+                write_slot(chunk, position, name, value)
 
     def settle(self) -> None:
         """Wait for every pending update."""

@@ -21,7 +21,7 @@ def read_slot(chunk: Chunk, position: int, name: str, communicator: Communicator
     if len(place.own) < place.numel:
         own, flat = flat, flat.new_empty(place.numel)
         flat[place.own.start : place.own.stop] = own
-        communicator.gather(Span(chunk.index, name, place.start), flat, place.parts)
+        communicator.gather(Span(chunk.index, name, place.start), flat, place.parts).wait()
     return flat.as_strided(place.shape, place.stride)
 
 
@@ -98,16 +98,6 @@ def last_value(chunk: Chunk, position: int) -> Tensor:
         )
     shaped = home.as_strided(slot.shape, slot.stride, home.storage_offset() + slot.offset)
     return shaped.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes: what the bits of an element can be compared as. As numbers, NaN differs from itself and -0.0 equals 0.0."""
-
-
-def differing(view: Tensor, home: Tensor) -> Tensor:
-    """Where a full copy has other bits than its home gives it (a mask in their shape)."""
-    as_bits = _BITS[view.element_size()]
-    return view.detach().view(as_bits) != home.to(view.dtype).view(as_bits)
 
 
 def flattened(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -8,11 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemini import accelerator as accelerator
+    from gemini import cluster as cluster
     from gemini import errors as errors
+    from gemini import logging as logging
+    from gemini import utils as utils
     from gemini.booster import Booster
     from gemini.booster.plugin import GeminiPlugin
     from gemini.checkpoint import named_tensors
-    from gemini.launch import launch_from_torch
+    from gemini.initialize import launch, launch_from_slurm, launch_from_torch
     from gemini.lazy import LazyInitContext
     from gemini.nn.optimizer import HybridAdam
 
@@ -24,6 +28,8 @@ __all__ = [
     "HybridAdam",
     "LazyInitContext",
     "__version__",
+    "launch",
+    "launch_from_slurm",
     "launch_from_torch",
     "named_tensors",
 ]
@@ -33,10 +39,12 @@ _HOMES = {
     "GeminiPlugin": "gemini.booster.plugin",
     "HybridAdam": "gemini.nn.optimizer",
     "LazyInitContext": "gemini.lazy",
-    "launch_from_torch": "gemini.launch",
+    "launch": "gemini.initialize",
+    "launch_from_slurm": "gemini.initialize",
+    "launch_from_torch": "gemini.initialize",
     "named_tensors": "gemini.checkpoint",
 }
-_SUBMODULES = frozenset({"errors"})
+_SUBMODULES = frozenset({"accelerator", "cluster", "errors", "logging", "utils"})
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,9 @@
     +-- CheckpointError      a file that cannot be read or does not match the model
     +-- LazyInitError        a lazy tensor was used in a way that cannot be replayed
     +-- OffloadError         the disk tier could not read or write
+    +-- LaunchError          the ranks did not meet
     +-- ForkError            a boosted model was used in a forked child, which has none of its threads
+    +-- RankError            another rank is gone, late, or does something else
     +-- TornStep             backward failed when update_in_backward had updated some of the parameters
 
 This file is the bottom of the import order: it imports nothing of ours, so ``chunk`` and ``lazy`` may use it.
@@ -42,6 +44,10 @@ class OffloadError(GeminiError, OSError):
     """Reading or writing the disk tier failed. Parameters and optimizer states are as they were before the call."""
 
 
+class LaunchError(GeminiError, RuntimeError):
+    """The ranks did not meet within the timeout. There is no process group."""
+
+
 class ForkError(GeminiError, RuntimeError):
     """A boosted model was used in a forked child of the process that boosted it. Nothing has been changed there."""
 
@@ -51,6 +57,10 @@ class TornStep(GeminiError, RuntimeError):
 
     The model refuses to go on until a checkpoint of model and optimizer has been loaded.
     """
+
+
+class RankError(GeminiError, RuntimeError):
+    """Another rank is gone, does not come in time, or does something else than this one. The message names it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

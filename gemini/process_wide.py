@@ -9,6 +9,8 @@ oneDNN's kernels           `bound_kernels`: in boost, unless the user has set  n
                            the variables
 stacks of new threads      `small_stacks`: while a thread of ours is started   at the end of the context
 torch's number of threads  `compute_on_this_thread`: on threads of ours        for the process, before it returns
+environment variables      `set_variables`: those that torchrun sets, when a   never: other libraries read them
+                           task of Slurm is launched
 signal handlers            `signals_to`: in ``gemini-stat top`` and training   at the end of the context
                            by command
 calls at exit and fork     `at_exit`, `before_fork`, `after_fork_in_child`:    never: they look for what is alive
@@ -193,6 +195,14 @@ def compute_on_this_thread(get_num_threads: Callable[[], int], set_num_threads: 
     restoring = threading.Thread(target=set_num_threads, args=(of_process,))
     restoring.start()
     restoring.join()
+
+
+# -- environment
+
+
+def set_variables(**variables: str | int) -> None:
+    """Set environment variables of this process."""
+    os.environ.update({name: str(value) for name, value in variables.items()})
 
 
 # -- signals, exit, fork

@@ -7,10 +7,11 @@ Each says what it is for, why no public name will do, and what to do should torc
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import cache
 from operator import attrgetter, methodcaller
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._compile
@@ -21,6 +22,9 @@ from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = [
     # Documented in torch's own notes on extending it, under private names.
@@ -272,3 +276,26 @@ If they go: hooks have to be registered after boost."""
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Tell schedulers that ``optimizer.step()`` ran; they warn if not. If ``_opt_called`` goes: they ask otherwise."""
     setattr(optimizer, "_opt_called", True)  # noqa: B010 - torch does not declare it
+
+
+# -- process groups
+
+
+def group_timeout(group: Any) -> timedelta:
+    """How long a process group waits for its ranks. torch takes it and does not tell it.
+
+    If it goes: an argument of our own beside the group."""
+    backend = group._get_backend(group._device_types[0])
+    timeout: timedelta = backend.options._timeout
+    return timeout
+
+
+def default_store() -> "Store":
+    """The store of keys and values by which the processes of the default group have found each other.
+
+    A group gives out no store under a public name. If ``_get_default_store`` goes: a store of our own, for which rank 0
+    has to find a port.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store  # not every build of torch has it
+
+    return _get_default_store()

@@ -4,12 +4,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from gemini.telemetry.job import Job
 from gemini.telemetry.layout import chunks_file, timeline_file
 from gemini.telemetry.records import ChunkMap, Process, Timeline
 from gemini.telemetry.run_folder import write_document
 from gemini.telemetry.writer import TelemetryWriter
 
 GIB = 1 << 30
+RUN_ID = "20260101T000000Z-7"
 UNITS = ["wte", *(f"h.{i}.{name}" for i in range(4) for name in ("attn", "mlp")), "ln_f"]
 MOMENTS = 2 * len(UNITS)
 
@@ -127,21 +129,30 @@ def chunks() -> dict[str, Any]:
 
 def make_run(steps: int = 12, status: str | None = "finished", folder: Path | None = None, **changes: float) -> Path:
     """A run with everything in it; ``status`` None leaves it open, and the caller must close what it gets."""
-    return _make(steps, folder, 0, changes, status)[0]
+    return _make(steps, folder, Job(), changes, status)[0]
 
 
-def open_run(steps: int = 12, folder: Path | None = None, rank: int = 0, **changes: float) -> TelemetryWriter:
-    return _make(steps, folder, rank, changes, None)[1]
+def open_run(
+    steps: int = 12, folder: Path | None = None, rank: int = 0, ranks: int = 1, restart: int = 0, **changes: float
+) -> TelemetryWriter:
+    return _make(steps, folder, job_of(rank, ranks, restart), changes, None)[1]
+
+
+def job_of(rank: int, ranks: int, restart: int = 0) -> Job:
+    """One rank of a made-up job."""
+    run_id = RUN_ID if ranks > 1 else None
+    return Job(rank=rank, world_size=ranks, restart=restart, run_id=run_id, attempt=str(restart))
 
 
 def _make(
-    steps: int, folder: Path | None, rank: int, changes: dict[str, float], status: str | None
+    steps: int, folder: Path | None, job: Job, changes: dict[str, float], status: str | None
 ) -> tuple[Path, TelemetryWriter]:
     probes = {
         "chunks": lambda: ChunkMap("8D4H1>1*34h16k"),
         "process": lambda: Process(45 * GIB, 60 * GIB, "cgroup v2"),
     }
-    writer = TelemetryWriter(folder, rank, {"model": "GPT", "steps": 2000}, probes=probes, min_interval_seconds=0)
+    rank = job.rank
+    writer = TelemetryWriter(folder, job, {"model": "GPT", "steps": 2000}, probes=probes, min_interval_seconds=0)
     for step in range(1, steps + 1):
         writer.record_step(stats(step, **changes))
     writer.record("timeline", Timeline(**timeline(2)))

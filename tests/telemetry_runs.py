@@ -15,7 +15,7 @@ STEP = {"step/count": 3, "step/seconds": 0.5, "device/used_bytes": 10, "device/p
 
 
 def open_writer(run_dir: Path | None = None, **facts: object) -> TelemetryWriter:
-    return TelemetryWriter(run_dir, 0, facts, min_interval_seconds=0)
+    return TelemetryWriter(run_dir, None, facts, min_interval_seconds=0)
 
 
 def folder_of(telemetry: TelemetryWriter) -> Path:

@@ -6,12 +6,14 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from gemini import torch_private as private
 
@@ -488,3 +490,21 @@ def test_a_scheduler_is_content_with_an_optimizer_that_is_marked() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scheduler.step()
+
+
+def test_the_timeout_of_a_process_group_is_the_one_it_was_made_with(tmp_path: Path) -> None:
+    seconds = timedelta(seconds=77)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, timeout=seconds)
+    try:
+        assert private.group_timeout(dist.group.WORLD) == seconds
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_store_of_a_process_group_takes_the_first_value_of_a_key(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert private.default_store().compare_set("key", "", "first") == b"first"
+        assert private.default_store().compare_set("key", "", "second") == b"first"
+    finally:
+        dist.destroy_process_group()

@@ -4,9 +4,9 @@ Each owner is a boosted model of its own that keeps an extent of every chunk. On
 round; a step of each follows. What one owner asks of the others is read where they have it.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import GRADIENT, Chunk, ChunkManager
-from gemini.chunk.communicator import Contribution, Span
+from gemini.chunk import Chunk, ChunkManager
+from gemini.chunk.communicator import Contribution, Delivered, Source, Span, Word
 from gemini.chunk.extent import Owner
-from gemini.chunk.values import read_part
+from gemini.chunk.served import Served
+from gemini.chunk.shared_gradient import SharedGradient
+from gemini.ranks.rounds import Rounds
 
 
 @dataclass
@@ -29,10 +31,10 @@ class Shared:
 
     models: "list[ref[nn.Module]]" = field(default_factory=list)
     """Weak, so that a model that is dropped goes at once."""
-    sent: defaultdict[int, list[list[tuple[Contribution, Sequence[range]]]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    """Chunk -> for each owner what it has sent, one a round."""
+    orders: list[Rounds[Contribution]] = field(default_factory=list)
+    """For each owner, the order in which it sums what has been sent."""
+    rounds: list[int] = field(default_factory=list)
+    """The backwards that each has run."""
     gathered_numel: int = 0
 
     def manager(self, index: int) -> ChunkManager:
@@ -44,61 +46,120 @@ class Shared:
 class Peer:
     """One owner's `Communicator`."""
 
+    is_silent = False
+    gradient_factor = 1.0
+
     def __init__(self, owner: Owner, shared: Shared) -> None:
         self.owner = owner
+        self.rank = owner.index
         self._shared = shared
+        if len(shared.orders) < owner.count:
+            shared.orders.append(Rounds(owner.count))
+            shared.rounds.append(0)
 
-    def gather(self, span: Span, whole: Tensor, parts: Sequence[range]) -> None:
-        for index, part in enumerate(parts):
-            if index != self.owner.index and part:
-                theirs = _read(self._shared.manager(index), span, part)
-                assert theirs.numel() == len(part)
-                whole[part.start : part.stop].copy_(theirs)
-                self._shared.gathered_numel += len(part)
+    def no_sync(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
 
-    def exchange(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> "Round":
-        sent = self._shared.sent[chunk]
-        while len(sent) < self.owner.count:
-            sent.append([])
-        gradient = None if contribution.gradient is None else contribution.gradient.clone()
-        sent[self.owner.index].append((Contribution(contribution.present, gradient), extents))
-        return Round(sent, len(sent[self.owner.index]) - 1, self.owner.index)
+    def serve(self, source: Source) -> None:
+        pass
 
-    def agree_max(self, value: Tensor) -> Tensor:
-        return value  # each owner has looked at the same sums
+    def gather(self, span: Span, whole: Tensor, parts: Sequence[range]) -> "Copies":
+        return Copies(self._shared, self.owner.index, span, whole, parts)
+
+    def send(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> Delivered:
+        own, shared = self.owner.index, self._shared
+        for index, extent in enumerate(extents):
+            sent = Contribution(contribution.present, contribution.gradient[extent.start : extent.stop].clone())
+            self._sum(index, chunk, shared.orders[index].arrived(chunk, own, shared.rounds[own], sent))
+        return Delivered()
+
+    def _sum(self, index: int, chunk: int, contributions: list[Contribution]) -> None:
+        gradient = self._shared.manager(index).chunks[chunk].gradient
+        assert isinstance(gradient, SharedGradient)
+        for contribution in contributions:
+            gradient.sum(contribution)
+
+    def end_round(self) -> None:
+        own, shared = self.owner.index, self._shared
+        shared.rounds[own] += 1
+        for index, order in enumerate(shared.orders):
+            for chunk, contribution in order.ended(own, shared.rounds[own]):
+                self._sum(index, chunk, [contribution])
+
+    def collect(self, doing: str) -> None:
+        assert len(set(self._shared.rounds)) == 1, "not every owner has run its backward yet"
+
+    def wait_for_sums(self, chunk: int) -> None:
+        pass
+
+    def forget_gradients(self, failure: str = "") -> None:
+        pass
+
+    def agree(self, doing: str, word: Word = None) -> list[Word]:
+        return [word]
+
+    def take_wait_seconds(self) -> float | None:
+        return None
+
+    def copy_from_first(self, values: Tensor) -> None:
+        raise NotImplementedError
+
+    def finish(self, what: str, error: str = "") -> None:
+        pass
+
+    def wait_until_finished(self, what: str) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def leave(self, close: Callable[[], None]) -> None:
+        close()
 
 
-@dataclass(frozen=True)
-class Round:
-    """One backward of each owner (an `Arriving`)."""
+@dataclass
+class Copies:
+    """Values that are copied when they are needed: by then all owners have come as far (a `Transfer`)."""
 
-    sent: list[list[tuple[Contribution, Sequence[range]]]]
-    number: int
+    shared: Shared
     owner: int
+    span: Span
+    whole: Tensor
+    parts: Sequence[range]
 
-    def wait(self) -> list[Contribution]:
-        found = []
-        for rounds in self.sent:
-            assert len(rounds) > self.number, "not every owner has run its backward yet"
-            contribution, extents = rounds[self.number]
-            extent, gradient = extents[self.owner], contribution.gradient
-            part = None if gradient is None else gradient[extent.start : extent.stop]
-            found.append(Contribution(contribution.present, part))
-        return found
+    def wait(self) -> None:
+        for index, part in enumerate(self.parts):
+            if index != self.owner and part:
+                theirs = _read(self.shared.manager(index), self.span, part)
+                assert theirs.numel() == len(part)
+                self.whole[part.start : part.stop].copy_(theirs)
+                self.shared.gathered_numel += len(part)
+
+    def done(self) -> bool:
+        return False
+
+    def rest(self, seconds: float) -> None:
+        pass
 
 
 def _read(manager: ChunkManager, span: Span, part: range) -> Tensor:
-    chunk = manager.chunks[span.chunk]
-    manager.quiet(chunk)
-    block = 1 if span.name == GRADIENT else chunk.specs[span.name].block_numel
-    index = span.start + part.start - chunk.extent.start // block
-    if span.name != GRADIENT:
-        return read_part(chunk, span.name, index, len(part))
-    assert chunk.gradient is not None and chunk.gradient.present and chunk.gradient.buffer is not None
-    manager.device.synchronize()
-    flat = torch.empty(len(part), dtype=chunk.gradient.buffer.dtype)
-    chunk.gradient.buffer.read(index, flat)
-    return flat
+    manager.full_copies.bring_home(manager.chunks[span.chunk])
+    span = Span(span.chunk, span.name, span.start + part.start)
+    gradient = manager.chunks[span.chunk].gradient
+    codec = manager.chunks[span.chunk].codecs.get(span.name)
+    dtype = codec.dtype if codec is not None else gradient.buffer.dtype  # type: ignore[union-attr]
+    return Served(manager.chunks, manager.device).read(span, len(part), dtype)
+
+
+class OfOwner(GeminiPlugin):
+    """A plugin whose model one of several owners keeps."""
+
+    def __init__(self, peer: Peer, **options: Any) -> None:
+        super().__init__(**options)
+        self._peer = peer
+
+    def join_ranks(self) -> Peer:
+        return self._peer
 
 
 Build = Callable[[], tuple[nn.Module, Any]]
@@ -116,10 +177,9 @@ class Owners:
         self._loss = loss
         for index in range(count):
             model, optimizer = build()
-            made = GeminiPlugin(telemetry=False, **plugin)
-            if count > 1:
-                made.config = replace(made.config, communicator=Peer(Owner(index, count), self.shared))
-            booster = Booster(plugin=made)
+            options = {"telemetry": False, **plugin}
+            peer = Peer(Owner(index, count), self.shared)
+            booster = Booster(plugin=GeminiPlugin(**options) if count == 1 else OfOwner(peer, **options))
             model, optimizer, *_ = booster.boost(model, optimizer)
             self.shared.models.append(ref(model))
             self.boosters.append(booster)

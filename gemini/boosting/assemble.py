@@ -50,7 +50,7 @@ def assemble(
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
-    scaling = Scaling(manager, config.communicator, scaler, config.max_norm)
+    scaling = Scaling(manager, scaler, config.max_norm)
     schedule: UpdateSchedule = AfterBackward()
     gradients = Gradients(manager) if scaler is None else ScaledGradients(manager)
     if config.update_in_backward and optimizer is not None:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..boosted import Boosted
 from ..checkpoint import serve_parts
-from ..chunk import ChunkManager
+from ..chunk import ChunkManager, all_or_none
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities, find_capacities
 from ..memory.tracker import NonModelMeter
@@ -19,6 +20,7 @@ from ..packing.packing import Packing, decide
 from ..process_wide import bound_kernels, return_freed_memory
 from ..telemetry.writer import TelemetryWriter
 from ..updates.update_queue import UpdateQueue, warm_up
+from .agreement import agree_capacities, check_alike
 from .alive import dismiss, enrol
 from .assemble import assemble
 from .build import build
@@ -27,7 +29,7 @@ from .fill import fill, given_state, take_over_states
 from .mixing import mix_in
 from .module import GeminiModule
 from .parts import guard_parts
-from .refusals import refuse_model, refuse_optimizer, refuse_split_master
+from .refusals import refuse_model, refuse_optimizer, refuse_sharing, refuse_split_master
 from .succession import bind_optimizer
 
 
@@ -48,21 +50,27 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     OutOfMemory, OffloadError, ValueError
         If it cannot work. Model and optimizer are as they were before then.
     """
-    _refuse(model, optimizer, config)
-    _warm_up(optimizer, config, {torch.device("cpu")}, {config.compute_dtype})
-    capacities = find_capacities(config)
+    communicator = config.communicator
+    with all_or_none(communicator, "booster.boost, which refuses some models"):
+        _refuse(model, optimizer, config)
+        _warm_up(optimizer, config, {torch.device("cpu")}, {config.compute_dtype})
+        capacities = find_capacities(config)
+    check_alike(model, communicator, config.sync_module_states)
+    capacities = agree_capacities(capacities, communicator)
     bound_kernels()
-    packing = _decide(model, optimizer, config, capacities)
-    manager, queue = build(packing, config, capacities)
+    with all_or_none(communicator, "booster.boost, which takes memory"):
+        packing = _decide(model, optimizer, config, capacities)
+        manager, queue = build(packing, config, capacities)
 
     meter = NonModelMeter(capacities.device)
     compute_dtypes = {plan.compute_dtype for plan in packing.plans if plan.is_trainable}
     _warm_up(optimizer, config, {capacities.device, torch.device("cpu")}, compute_dtypes)
     if manager.device.is_ram:
         return_freed_memory()  # else values of a moment stay on malloc's heap, between small objects that live on
-    fill(model, packing, manager, capacities.device)
+    fill(model, packing, manager, capacities.device, config.sync_module_states)
     if optimizer is not None:
         take_over_states(optimizer, manager)
+    manager.together.serve()
 
     state = assemble(model, optimizer, config, capacities, packing, manager, queue, meter)
     boosted = _install(model, optimizer, state, queue)
@@ -76,6 +84,8 @@ def _refuse(model: nn.Module, optimizer: ManagedOptimizer | None, config: Gemini
     refuse_model(model)
     if optimizer is not None:
         refuse_optimizer(model, optimizer)
+    if config.communicator.owner.count > 1:
+        refuse_sharing(model)
     if config.split_master:
         refuse_split_master(model, optimizer)
 
@@ -120,7 +130,11 @@ def _install(model: nn.Module, optimizer: ManagedOptimizer | None, state: Booste
 def _close(queue: UpdateQueue, manager: ChunkManager, telemetry: TelemetryWriter | None) -> None:
     """When the model is gone: end threads, give the disk file back, end the telemetry."""
     dismiss(manager)
-    queue.close()
-    manager.close()
     if telemetry is not None:
         telemetry.close()
+    manager.together.communicator.leave(partial(_free, queue, manager))
+
+
+def _free(queue: UpdateQueue, manager: ChunkManager) -> None:
+    queue.close()
+    manager.close()

@@ -15,14 +15,22 @@ from ..torch_private import own_buffers
 from .parameter_data import give_data
 
 
-def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torch.device) -> None:
-    """Put values into homes, one parameter at a time; then every parameter follows its chunk."""
+def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torch.device, are_copied: bool) -> None:
+    """Put values into homes, one parameter at a time; then every parameter follows its chunk.
+
+    Parameters
+    ----------
+    are_copied
+        With several ranks, have the values of the first one on all.
+    """
     places: dict[int, tuple[Chunk, int]] = {}
     for chunk in manager.chunks:
         for position, slot in enumerate(chunk.layout.slots):
             places[id(packing.parameters[slot.key])] = (chunk, position)
 
     def write(parameter: Tensor, value: Tensor) -> Tensor:
+        if are_copied:
+            manager.together.communicator.copy_from_first(value)
         place = places.get(id(parameter))
         if place is None:
             return value.to(device)
@@ -36,6 +44,11 @@ def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torc
             give_data(parameter, write(parameter, parameter.data))
     for parameter in packing.parameters:
         manager.bind(parameter, *places[id(parameter)])
+    if are_copied:
+        for module in model.modules():
+            for buffer in own_buffers(module).values():
+                if buffer is not None and not is_lazy(buffer):
+                    manager.together.communicator.copy_from_first(buffer)
     if device.type != "cpu":
         for module in model.modules():
             for name, buffer in own_buffers(module).items():

@@ -200,7 +200,8 @@ class Engine:
         """The optimizer has stepped, or skipped a step whose gradients overflowed; it adds its own facts."""
         now = time.perf_counter()
         seconds, self._step_end = now - self._step_end, now
-        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds))
+        waited = self.manager.together.communicator.take_wait_seconds()
+        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds, wait_seconds=waited))
         self.sampling.record_step(self.listener.step_ended(self, self.step))
 
     def rebuilt(self, packing: Packing) -> None:
@@ -228,7 +229,7 @@ class Engine:
             self.leave_backward(visit)
         self.visits.end_backward(task)
         if not self.visits.is_in_backward:
-            self.manager.complete_gradients()
+            self.manager.together.complete_gradients()
         self._update(self.updates.schedule.backward_ended(task))
 
     def leave_backward(self, visit: Visit) -> None:
@@ -254,7 +255,7 @@ class Engine:
             return  # an optimizer that steps within backward
         if self.visits.is_in_backward:
             self.abort()
-            self.updates.abandon()
+            self.updates.abandon("a backward did not come to its end")
         elif self.visits.running:
             self.abort()
 
@@ -268,7 +269,7 @@ class Engine:
         """
         self.listener.failed(self, error)
         self.abort()
-        self.updates.abandon()
+        self.updates.abandon(f"{type(error).__name__}: {error}")
         torn = self.updates.schedule.torn_text
         self.explain(error, torn)
         if torn and hasattr(error, "add_note"):

@@ -20,6 +20,8 @@ class StepFacts(NamedTuple):
     skipped_count: int
     loss_scale: float | None
     grad_norm: float | None
+    wait_seconds: float | None = None
+    """How long of ``seconds`` this rank waited for others; None if it waits for none or nobody measured it."""
 
 
 class Listener(Protocol):

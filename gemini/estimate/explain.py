@@ -11,18 +11,19 @@ from pathlib import Path
 from gemini.chunk import Tier
 from gemini.sizes import format_bytes
 from gemini.stat import estimate_outputs
-from gemini.stat.console import Exit, find, print_json, read
+from gemini.stat.console import Exit, find, print_json
+from gemini.stat.sight import Sight, read
 from gemini.stat.text import printable, size
 from gemini.telemetry.discovery import NoRun
 from gemini.telemetry.documents import read_chunks, read_oom, read_timeline
-from gemini.telemetry.layout import TIERS
+from gemini.telemetry.layout import TIERS, oom_file
 from gemini.telemetry.records import Description, OutOfMemoryDocument, TierUse, Timeline
 from gemini.telemetry.run_view import RunView
 
 from .changes import Case, Change, Check, estimated
 from .command import assignment
 from .demand import GUARD, Machine, as_argument
-from .recorded import config_of, limits_of, packs, state_slots
+from .recorded import config_of, limits_of, owners_of, packs, state_slots
 from .subject import NotFound, Subject, find_subject, recorded_subject
 
 HELP = "What there was when memory ran out (or, of a run that goes on, at its peak), and what would have helped."
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Exit:
     path = find(options)
-    found = read(path, options)
+    found = _rank(path, read(path, options))
     oom, chunks = read_oom(path, found.rank), read_chunks(path, found.rank)
     timeline = _timeline(oom, path, found.rank)
     if oom is None and timeline is None:
@@ -80,6 +81,13 @@ def run(options: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
+def _rank(path: Path, sight: Sight) -> RunView:
+    """Of several ranks the one whose memory ran out; the first, if that of several did."""
+    views = [sight.run] if sight.ranks is None else sight.ranks.views
+    ran_out = [view for view in views if read_oom(path, view.rank) is not None]
+    return min(ran_out, key=lambda view: oom_file(path, view.rank).stat().st_mtime, default=sight.run)
+
+
 def _as_json(change: Change) -> estimate_outputs.Change:
     return estimate_outputs.Change(
         text=change.text,
@@ -111,7 +119,7 @@ def _case(
         if options.model is not None:
             raise NoRun(str(error)) from error
         return None, str(error)
-    slots = next((state_slots(chunk) for chunk in chunks.chunks if chunk.states), [])
+    slots = state_slots(chunks.chunks)
     folder = chunks.config.get("offload_dir")
     case = Case(
         subject=subject,
@@ -143,6 +151,7 @@ def _machine(chunks: Description) -> Machine | None:
         device_bytes=None if chunks.unified else chunks.device_limit_bytes,
         ram_bytes=chunks.ram_bytes,
         disk_bytes=limits_of(chunks)[Tier.DISK],
+        ranks=owners_of(chunks),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..chunk import GRADIENT, Chunk, ChunkManager, MemoryMap, Tier
+from ..chunk.extent import SOLE
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..packing.packing import Packing, managed_parameters
@@ -97,6 +98,7 @@ def _described(chunk: Chunk, group: str) -> DescribedChunk:
         homes={name: home.tier.value for name, home in buffers.items()},
         home_bytes={name: home.nbytes for name, home in buffers.items()},
         group=group,
+        extent=None if chunk.plan.owner == SOLE else [chunk.extent.start, chunk.extent.stop],
     )
 
 
@@ -115,4 +117,5 @@ def _options(config: GeminiConfig) -> dict[str, Any]:
         "disk_memory": config.disk_memory,
         "offload_dir": None if config.offload_dir is None else str(config.offload_dir),
         "pin_memory": config.pin_memory,
+        "owners": config.communicator.owner.count,
     }

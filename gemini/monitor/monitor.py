@@ -25,6 +25,7 @@ from ..telemetry.layout import chunks_file, oom_file, timeline_file
 from ..telemetry.writer import TelemetryWriter
 from ..units.units import Unit
 from .decided import Decided
+from .job import this_job
 from .probes import chunk_map, probes, process_memory
 from .stats import Statistics, Stats, read
 
@@ -127,7 +128,7 @@ class Monitor:
         self._peaks: tuple[int, ...] = (0,) * len(Tier)
         folder = decided.config.telemetry if isinstance(decided.config.telemetry, Path) else None
         facts = decided.facts(packing)
-        self.writer = TelemetryWriter(folder, facts=facts, probes=probes(manager), last=self._last.stats)
+        self.writer = TelemetryWriter(folder, this_job(), facts, probes=probes(manager), last=self._last.stats)
         self._describe()
 
     def step_ended(self, engine: Engine, step: StepFacts) -> bool:

@@ -33,11 +33,7 @@ class Reading(NamedTuple):
     disk: tuple[int, float, int, float]
     """Bytes and seconds read, bytes and seconds written."""
     non_model_peak_bytes: int
-    step_count: int
-    step_seconds: float
-    skipped_count: int
-    loss_scale: float | None
-    grad_norm: float | None
+    step: StepFacts
     outlook: Outlook | None
 
 
@@ -63,7 +59,7 @@ def read(engine: Engine, step: StepFacts) -> Reading:
         tuple(uploads.seconds.values()),
         _NO_DISK if manager.disk is None else _DISK(manager.disk),
         engine.sampling.meter.peak_bytes,
-        *step,
+        step,
         engine.listener.outlook,
     )
 
@@ -117,13 +113,12 @@ class Statistics:
             stats[f"upload/{tier.value}_seconds"] = seconds
 
         stats["non_model/peak_bytes"] = reading.non_model_peak_bytes
-        stats["step/count"] = reading.step_count
-        stats["step/seconds"] = reading.step_seconds
-        stats["step/skipped_count"] = reading.skipped_count
-        if reading.loss_scale is not None:
-            stats["step/loss_scale"] = reading.loss_scale
-        if reading.grad_norm is not None:
-            stats["step/grad_norm"] = reading.grad_norm
+        step = reading.step
+        stats["step/count"] = step.number
+        stats["step/seconds"] = step.seconds
+        stats["step/skipped_count"] = step.skipped_count
+        at_times = ("loss_scale", step.loss_scale), ("grad_norm", step.grad_norm), ("wait_seconds", step.wait_seconds)
+        stats |= {f"step/{name}": value for name, value in at_times if value is not None}
         if reading.outlook is not None:
             for name, peaks in reading.outlook._asdict().items():
                 for tier, nbytes in zip(Tier, peaks.tiers, strict=True):

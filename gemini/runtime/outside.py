@@ -50,7 +50,7 @@ class Outside(Keeper):
                 self._remember_upper_halves(parameters)
                 begin = next_number()
                 result = run()
-                self._keep_upper_halves(chunks)
+                self._keep_edits(chunks)
                 if _is_memory_of(result, arguments, chunks):
                     return self._lent(run, parameters)
                 if torch.is_grad_enabled():
@@ -97,11 +97,12 @@ class Outside(Keeper):
                 with _undisturbed():
                     chunk.lend().view(position)
 
-    def _keep_upper_halves(self, chunks: tuple[Chunk, ...]) -> None:
+    def _keep_edits(self, chunks: tuple[Chunk, ...]) -> None:
+        """Bring home at once what cannot wait: halves of masters, and what several ranks change together."""
         for chunk in chunks:
-            if chunk.is_split and chunk.bindings.edited():
+            if (chunk.is_split or chunk.is_shared) and chunk.bindings.edited():
                 with _undisturbed():
-                    self._engine.manager.quiet(chunk)
+                    self._engine.manager.keep_edits(chunk)
 
     def _lent(self, run: Callable[[], Any], parameters: list[Tensor]) -> Any:
         """Run something with the parameters in the loans' memory; their chunks are pinned."""

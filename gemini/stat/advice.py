@@ -1,9 +1,10 @@
 """What to change, as arguments, and why. Pure: each rule looks at numbers and says at most one sentence."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from gemini.sizes import format_bytes
+from gemini.stat.over_ranks import OverRanks, highest_risk
 from gemini.stat.rates import RISK_HIGH, Rates, prediction
 from gemini.telemetry.records import Description, Timeline
 from gemini.telemetry.run_view import RunView
@@ -29,6 +30,37 @@ def advise(run: RunView, found: Rates, chunks: Description | None, timeline: Tim
     """What the numbers suggest; empty where all is well."""
     advices = [*_risks(run, found, timeline), *_surprises(run), *_stalls(run, found, chunks), *_rest(run, found)]
     return sorted(advices, key=lambda advice: not advice.is_urgent)
+
+
+def advise_ranks(advices: Sequence[Advice], over: OverRanks) -> list[Advice]:
+    """The same for several ranks: memory is short on one of them first, and the slowest one sets the pace.
+
+    Parameters
+    ----------
+    advices
+        For the rank that is shown in detail.
+    """
+    pairs = zip(over.ranks.views, over.rates, strict=True)
+    run, found = max(pairs, key=lambda pair: (highest_risk(pair[1]) or 0.0, -pair[0].rank))
+    urgent = [
+        replace(advice, text=f"rank {run.rank}: {advice.text}")
+        for advice in _risks(run, found, None)
+        if advice.is_urgent
+    ]
+    return [*urgent, *_straggler(over), *(advice for advice in advices if not advice.is_urgent)]
+
+
+def _straggler(over: OverRanks) -> Iterator[Advice]:
+    found, own = over.ranks.straggler, over.spreads.get("own_seconds")
+    if found is None or own is None or not over.straggler_text:
+        return
+    stalls, stall = over.spreads.get("stall_seconds"), over.values(lambda _, rates: rates.stall_seconds)[found.rank]
+    longer = (stall or 0.0) - (stalls.median if stalls is not None else 0.0)
+    if longer > (found.own_seconds - own.median) / 2:
+        why = "waits longer for its chunks: its host or disk is slower, or holds more"
+    else:
+        why = "computes longer: its device is slower, or its batches are larger"
+    yield Advice(is_urgent=False, text=f"the others wait for rank {found.rank}, which {why}", arguments=None)
 
 
 def _risks(run: RunView, found: Rates, timeline: Timeline | None) -> Iterator[Advice]:

@@ -4,8 +4,22 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gemini.stat.outputs import Advice, Brief, Link, ProcessMemory, Row, Snapshot, TierState
+from gemini.stat.outputs import (
+    Advice,
+    AllRanks,
+    Brief,
+    Link,
+    ProcessMemory,
+    RankState,
+    Row,
+    Snapshot,
+    Spread,
+    Straggler,
+    TierState,
+)
+from gemini.stat.over_ranks import MEASURES, OverRanks
 from gemini.stat.rates import risk
+from gemini.stat.sight import Sight
 from gemini.telemetry.layout import TIERS
 from gemini.telemetry.run_view import RunView
 from gemini.telemetry.statistics import (
@@ -24,35 +38,36 @@ if TYPE_CHECKING:
     from gemini.stat.screen import Shown
 
 
-def brief(run: RunView) -> Brief:
+def brief(sight: Sight) -> Brief:
     """A run as ``ls`` lists it."""
-    return Brief(**_brief(run))
+    return Brief(**_brief(sight))
 
 
-def _brief(run: RunView) -> dict[str, Any]:
-    identity = run.identity
+def _brief(sight: Sight) -> dict[str, Any]:
+    run, identity = sight.run, sight.run.identity
     return {
         "run_id": identity.run_id,
         "path": str(run.path),
         "name": identity.name,
-        "status": run.status.value,
-        "status_reason": run.reason or None,
+        "status": sight.status.value,
+        "status_reason": sight.reason or None,
         "pid": identity.pid,
         "host": identity.host or None,
         "started_at": identity.started,
         "updated_at": run.updated,
-        "step": run.step,
+        "step": sight.step,
         "step_seconds": run.stats.get("step/seconds"),
+        "world_size": identity.world_size,
     }
 
 
-def snapshot(run: RunView) -> Snapshot:
+def snapshot(sight: Sight) -> Snapshot:
     """A run as a snapshot shows it."""
+    run = sight.run
     stats, unified = run.stats, run.stats.get("memory/unified")
     return Snapshot(
-        **_brief(run),
+        **_brief(sight),
         rank=run.rank,
-        world_size=run.identity.world_size,
         tiers=_tiers(run),
         chunk=group_of("chunk", Chunks, stats),
         need=group_of("need", Needs, stats),
@@ -69,18 +84,43 @@ def snapshot(run: RunView) -> Snapshot:
         dropped_count=run.dropped_count,
         facts=dict(run.identity.facts),
         summary=dict(run.summary) or None,
+        all_ranks=None if sight.ranks is None else all_ranks(OverRanks.of(sight.ranks)),
+    )
+
+
+def all_ranks(over: OverRanks) -> AllRanks:
+    """Several ranks beside each other."""
+    found = over.ranks.straggler
+    columns = {measure.key: over.values(measure.of) for measure in MEASURES}
+    return AllRanks(
+        numbers={key: Spread(*value) for key, value in over.spreads.items()},
+        straggler=None if found is None else Straggler(*found),
+        ranks=[
+            RankState(
+                rank=view.rank,
+                host=view.identity.host or None,
+                pid=view.identity.pid,
+                status=view.status.value,
+                status_reason=view.reason or None,
+                tiers=_tiers(view),
+                oom_risk=risk(view),
+                numbers={key: column[view.rank] for key, column in columns.items()},
+            )
+            for view in over.ranks.views
+        ],
+        missing=over.ranks.missing,
     )
 
 
 def row(shown: "Shown") -> Row:
     """What ``dmon`` shows, flat enough for a line; rates are of the last steps, per step and per second."""
-    run, found = shown.run, shown.rates
+    run, found, over = shown.run, shown.rates, shown.over_ranks
     return Row(
         t=time.time(),
         run_id=run.identity.run_id,
         rank=run.rank,
-        status=run.status.value,
-        step=run.step,
+        status=shown.sight.status.value,
+        step=shown.sight.step,
         step_seconds=run.stats.get("step/seconds"),
         tiers=_tiers(run),
         rss_bytes=_int(run.process.get("rss_bytes")),
@@ -95,6 +135,7 @@ def row(shown: "Shown") -> Row:
             for link in found.links
         ],
         advice=[Advice(advice.is_urgent, advice.text, advice.arguments) for advice in shown.advices],
+        all_ranks=None if over is None else all_ranks(over),
     )
 
 

@@ -100,7 +100,9 @@ def _parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
     target = getattr(module, "TARGET_HELP", "run folder, run id or process id; nothing: the newest live run")
     parser.add_argument("target", metavar=getattr(module, "TARGET", "TARGET"), nargs="?", help=target)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("-r", "--rank", type=rank, metavar="N", help="of several ranks, the one to show, or 'worst'")
+    parser.add_argument(
+        "-r", "--rank", type=rank, metavar="N", help="of several ranks: one, 'worst', or 'all' beside each other (all)"
+    )
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal")
     parser.add_argument("--ascii", action="store_true", help="no block characters")
     parser.add_argument("-v", "--verbose", action="store_true", help="show where an internal error happened")

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemini.stat.text import printable
-from gemini.telemetry.discovery import NoRun, find_run
-from gemini.telemetry.reader import ranks_of, read_run
+from gemini.telemetry.discovery import find_run
 from gemini.telemetry.run_status import RunStatus
-from gemini.telemetry.run_view import RunView
 
 if TYPE_CHECKING:
     from msgspec import Struct
@@ -39,8 +37,8 @@ class Usage(Exception):
     """The command cannot be meant like that."""
 
 
-def of_run(run: RunView) -> Exit:
-    return Exit.BAD_RUN if run.status in (RunStatus.CRASHED, RunStatus.STALLED) else Exit.OK
+def of_run(status: RunStatus) -> Exit:
+    return Exit.BAD_RUN if status in (RunStatus.CRASHED, RunStatus.STALLED) else Exit.OK
 
 
 def find(options: argparse.Namespace) -> Path:
@@ -51,27 +49,11 @@ def find(options: argparse.Namespace) -> Path:
     return path
 
 
-def read(path: Path, options: argparse.Namespace) -> RunView:
-    """The rank that was asked for: a number, or the worst, which is the one that needs attention first."""
-    if options.rank == "worst":
-        return max((read_run(path, rank) for rank in ranks_of(path) or [0]), key=_badness)
-    rank = None if options.rank is None else int(options.rank)
-    run = read_run(path, rank)
-    if rank is not None and run.updated is None:
-        raise NoRun(f"{path} has no rank {rank}")
-    return run
-
-
-def _badness(run: RunView) -> tuple[bool, float, int]:
-    """Crashed before alive, the one that is behind before the others."""
-    return (run.status is RunStatus.CRASHED, -float(run.step or 0), -run.rank)
-
-
 def rank(text: str) -> str:
-    """For argparse: a number or ``worst``."""
-    if text == "worst" or (text.isascii() and text.isdecimal()):
+    """For argparse: a number, ``all`` or ``worst``."""
+    if text in ("all", "worst") or (text.isascii() and text.isdecimal()):
         return text
-    raise argparse.ArgumentTypeError(f"expected a number or 'worst', got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number, 'all' or 'worst', got {text!r}")
 
 
 def print_json(content: "Struct") -> None:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +14,46 @@ from gemini.telemetry.layout import TIERS
 from gemini.telemetry.records import PHASES, Timeline
 
 
-def as_jsonl(run: Path, rank: int) -> Iterator[str]:
-    """Every record as it was written."""
-    for record in history.records(run, rank):
-        yield json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+def as_jsonl(run: Path, ranks: Sequence[int]) -> Iterator[str]:
+    """Every record as it was written, rank after rank; each record names its own."""
+    for rank in ranks:
+        for record in history.records(run, rank):
+            yield json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def as_csv(run: Path, rank: int) -> Iterator[str]:
-    """A row a recorded step; the columns are the keys of ``model.memory_stats()``."""
+def as_csv(run: Path, ranks: Sequence[int]) -> Iterator[str]:
+    """A row a recorded step; the columns are time, rank, and the keys of ``model.memory_stats()``."""
     columns: list[str] | None = None
-    for when, stats in history.steps(run, rank):
-        if columns is None:
-            columns = ["t", *(_cell(name) for name in stats)]
-            yield _row(columns)
-        yield _row([when, *(stats.get(name, "") for name in columns[1:])])
+    for rank in ranks:
+        for when, stats in history.steps(run, rank):
+            if columns is None:
+                columns = list(stats)
+                yield _row(["t", "rank", *(_cell(name) for name in columns)])
+            yield _row([when, rank, *(stats.get(name, "") for name in columns)])
 
 
-def as_perfetto(run: Path, rank: int) -> Iterator[str]:
+def as_perfetto(run: Path, ranks: Sequence[int]) -> Iterator[str]:
     """Counters and slices in the Trace Event Format, which ui.perfetto.dev and chrome://tracing open.
 
     The format: "Trace Event Format", Google, counters are events of phase ``C``, complete slices of phase ``X``, times
     in microseconds.
     """
-    chunks = read_chunks(run, rank)
-    units = list(chunks.units) if chunks is not None else []
     yield '{"displayTimeUnit":"ms","traceEvents":[\n'
-    yield json.dumps({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
-    for record in history.records(run, rank):
-        when = number(record.get("t"))
-        if when is None:
-            continue
-        for event in _events(record, when * 1e6, rank, units):
-            yield ",\n" + json.dumps(event, allow_nan=False)
+    yield ",\n".join(_named(rank) for rank in ranks)
+    for rank in ranks:
+        chunks = read_chunks(run, rank)
+        units = list(chunks.units) if chunks is not None else []
+        for record in history.records(run, rank):
+            when = number(record.get("t"))
+            if when is None:
+                continue
+            for event in _events(record, when * 1e6, rank, units):
+                yield ",\n" + json.dumps(event, allow_nan=False)
     yield "\n]}\n"
+
+
+def _named(rank: int) -> str:
+    return json.dumps({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
 
 
 def _events(record: dict[str, Any], microseconds: float, rank: int, units: list[str]) -> Iterator[dict[str, Any]]:

@@ -6,29 +6,31 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from gemini.stat.sight import Sight
 from gemini.stat.snapshot import STATUS_STYLES
 from gemini.stat.text import UNKNOWN, duration, printable, seconds
-from gemini.telemetry.run_view import RunView
 
-_HEADINGS = ("status", "step", "time/step", "began", "pid", "run", "script")
+_HEADINGS = ("status", "step", "time/step", "began", "pid", "run", "ranks", "script")
 
 
-def render(runs: Sequence[RunView]) -> Table:
+def render(runs: Sequence[Sight]) -> Table:
     table = Table.grid(padding=(0, 2), pad_edge=False)
     for justify in ("left", "right", "right", "right", "right"):
         table.add_column(justify=justify, no_wrap=True)
     table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis")
     table.add_row(*(Text(word, style="dim") for word in _HEADINGS))
-    for run in runs:
-        identity = run.identity
+    for sight in runs:
+        run, identity, status = sight.run, sight.run.identity, sight.status
         table.add_row(
-            Text(run.status.name, style=STATUS_STYLES[run.status].split()[-1]),
-            UNKNOWN if run.step is None else f"{run.step:,}",
+            Text(status.name, style=STATUS_STYLES[status].split()[-1]),
+            UNKNOWN if sight.step is None else f"{sight.step:,}",
             seconds(run.stats.get("step/seconds")),
             UNKNOWN if identity.started is None else f"{duration(time.time() - identity.started).split()[0]} ago",
             UNKNOWN if identity.pid is None else str(identity.pid),
             Text(printable(identity.run_id, 40), style="cyan"),
+            str(identity.world_size),
             printable(identity.name, 40),
         )
     return table

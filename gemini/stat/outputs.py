@@ -43,6 +43,7 @@ class Brief(Output):
     updated_at: Annotated[float | None, doc("Time of the newest record.")]
     step: Natural | None
     step_seconds: Annotated[float | None, doc("Duration of the last step.")]
+    world_size: Natural
 
 
 class TierState(Output):
@@ -71,11 +72,57 @@ Risks = Annotated[
 ]
 
 
-class Snapshot(Brief):
-    """A run as plain ``gemini-stat`` shows it."""
+class RankState(Output):
+    """One of several ranks."""
 
     rank: Natural
-    world_size: Natural
+    host: str | None
+    pid: Natural | None
+    status: Status
+    status_reason: str | None
+    tiers: ByTier[TierState]
+    oom_risk: Risks
+    numbers: Annotated[dict[str, float | None], doc("By the keys of AllRanks.numbers.")]
+
+
+class Spread(Output):
+    """A number over ranks."""
+
+    min: float
+    median: float
+    max: float
+    min_rank: Natural
+    max_rank: Natural
+
+
+class Straggler(Output):
+    """The rank with the longest time of its own in a step: without what it waits for others."""
+
+    rank: Natural
+    own_seconds: float
+    ratio: Annotated[float, doc("To the median over ranks.")]
+
+
+class AllRanks(Output):
+    """All ranks of a run beside each other."""
+
+    numbers: Annotated[
+        dict[str, Spread],
+        doc(
+            "step, step_seconds, own_seconds, wait_seconds, stall_seconds, hit_ratio, model_data_bytes, rss_bytes, "
+            "{device,host,disk}_{used,peak}_bytes, non_model_peak_bytes, oom_risk; what is unknown is left out. "
+            "Seconds are a step's, of the last ones."
+        ),
+    ]
+    straggler: Straggler | None
+    ranks: list[RankState]
+    missing: Annotated[list[Natural], doc("They have not begun, or write on other machines.")]
+
+
+class Snapshot(Brief):
+    """A run as plain ``gemini-stat`` shows it; of several ranks in detail the lowest, if no other was asked for."""
+
+    rank: Natural
     tiers: ByTier[TierState]
     chunk: Chunks
     need: Needs
@@ -92,6 +139,7 @@ class Snapshot(Brief):
     dropped_count: Annotated[Natural, doc("Records that were lost.")]
     facts: dict[str, Any]
     summary: dict[str, Any] | None
+    all_ranks: Annotated[AllRanks | None, doc("null: one rank is shown by itself.")]
 
 
 class Listing(Output):
@@ -133,6 +181,7 @@ class Row(Output):
     stall_ratio: Annotated[float | None, doc("Share of a step that is waiting.")]
     links: list[Link]
     advice: list[Advice]
+    all_ranks: Annotated[AllRanks | None, doc("null: one rank is shown by itself.")]
 
 
 class OfRun(Output):
@@ -154,9 +203,16 @@ class Chunk(Output):
     parameters: list[str]
 
 
+class RankChunks(Output):
+    rank: Natural
+    map: str
+    chunks: list[Chunk]
+
+
 class ChunkTable(OfRun):
     map: str
     chunks: list[Chunk]
+    ranks: Annotated[list[RankChunks], doc("Of each of several ranks.")]
 
 
 class Moment(Output):
@@ -179,6 +235,16 @@ class Moments(Output):
     moments: list[Moment]
 
 
+class RankPeak(Output):
+    """Where a rank's step needs most."""
+
+    rank: Natural
+    step: Natural
+    peak_bytes: Natural
+    phase: Phase
+    unit: str | None
+
+
 class RunMoments(OfRun):
     """The same, with the run that it is of."""
 
@@ -187,6 +253,7 @@ class RunMoments(OfRun):
     moment_count: Natural
     peak_moment: Natural
     moments: list[Moment]
+    ranks: Annotated[list[RankPeak], doc("Of each of several ranks, the step recorded last.")]
 
 
 class Waited(Output):
@@ -203,6 +270,7 @@ class Check(Output):
     limit: float | None
     ok: bool
     text: str
+    rank: Annotated[Natural | None, doc("Of several ranks, the one that is nearest to the threshold.")] = None
 
 
 class Checks(Output):
@@ -227,9 +295,12 @@ class Findings(Output):
 class Export(OfRun):
     path: str
     bytes: Natural
+    ranks: Annotated[list[Natural], doc("Those that are in the file.")]
 
 
-class Report(Export):
+class Report(OfRun):
+    path: str
+    bytes: Natural
     charts: bool
 
 

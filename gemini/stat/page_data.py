@@ -18,7 +18,7 @@ MAX_POINTS = 512
 
 
 def snapshot(shown: Shown) -> dict[str, Any]:
-    return {"snapshot": as_json.snapshot(shown.run), "row": as_json.row(shown)}
+    return {"snapshot": as_json.snapshot(shown.sight), "row": as_json.row(shown)}
 
 
 def timeline(shown: Shown) -> Moments | None:

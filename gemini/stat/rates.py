@@ -54,7 +54,7 @@ class Rates:
 
 def rates(run: RunView, hardware: Mapping[str, float] | None = None) -> Rates:
     """Compare the newest step with the one before the window."""
-    now, before, ceilings = run.stats, run.before, hardware or {}
+    now, before, ceilings = run.stats, run.window.before, hardware or {}
     steps = int(now.get("step/count", 0) - before.get("step/count", 0)) if before else 0
 
     def delta(key: str) -> float | None:

@@ -23,9 +23,11 @@ from gemini.stat import page_data, web_files
 from gemini.stat.console import as_text
 from gemini.stat.follow import Follower
 from gemini.stat.screen import Shown
+from gemini.stat.sight import ALL, WORST
 from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import chunks_file
-from gemini.telemetry.reader import ranks_of, read_run
+from gemini.telemetry.ranks import read_ranks
+from gemini.telemetry.starts import ranks_of
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -124,8 +126,9 @@ class Handler(BaseHTTPRequestHandler):
             "api/v1/events": self._events,
         }
         try:
-            if "rank" in query and not (query["rank"].isdecimal() and len(query["rank"]) < 6):
-                self._error(HTTPStatus.BAD_REQUEST, "rank must be a number")
+            rank = query.get("rank", ALL)
+            if rank not in (ALL, WORST) and not (rank.isdecimal() and len(rank) < 6):
+                self._error(HTTPStatus.BAD_REQUEST, "rank must be a number, all or worst")
             elif name in routes:
                 routes[name](query)
             else:
@@ -149,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         except ImportError:
             self._error(HTTPStatus.NOT_IMPLEMENTED, "pip install 'gemini-memory[metrics]' for Prometheus metrics")
             return
-        runs = [read_run(self.server.path, rank) for rank in ranks_of(self.server.path)]
+        runs = read_ranks(self.server.path).views
         self._send(exposition(lambda: runs), CONTENT_TYPE)
 
     def _events(self, query: dict[str, str]) -> None:
@@ -174,16 +177,17 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.server.streams.release()
 
-    def _message(self, rank: str | None) -> bytes:
+    def _message(self, wanted: str | None) -> bytes:
         try:
-            shown = self.server.look(rank)
+            shown = self.server.look(wanted)
         except Unreadable as error:
             return json.dumps({"error": str(error)}).encode()
         content = page_data.snapshot(shown)
         content["row"] = {name: value for name, value in asdict(content["row"]).items() if name != "t"}  # no news
         content["ranks"] = ranks_of(self.server.path)
-        content["timeline_stamp"] = shown.timeline.step if shown.timeline is not None else None
-        content["chunk_stamp"] = _stamp(chunks_file(self.server.path, shown.run.rank))
+        rank = shown.run.rank
+        content["timeline_stamp"] = None if shown.timeline is None else f"{rank}/{shown.timeline.step}"
+        content["chunk_stamp"] = f"{rank}/{_stamp(chunks_file(self.server.path, rank))}"
         return as_text(content, separators=(",", ":")).encode()
 
     def _json(self, content: Any) -> None:

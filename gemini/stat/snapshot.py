@@ -9,7 +9,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from gemini.stat import rank_panels
+from gemini.stat.over_ranks import OverRanks
 from gemini.stat.rates import prediction
+from gemini.stat.sight import Sight
 from gemini.stat.text import UNKNOWN, count, duration, percent, printable, seconds, size
 from gemini.telemetry.layout import TIERS
 from gemini.telemetry.run_status import RunStatus
@@ -29,10 +32,13 @@ _MAX_FACTS = 12
 _UNIFIED = " device and host are one RAM: host counts both, device only the full copies"
 
 
-def render(run: RunView, console: Console, plain: bool) -> RenderableType:
-    """Everything that is known about ``run``; what is not is shown as ``-``. ``plain``: without block characters."""
-    parts: list[RenderableType] = [_title(run), _state(run)]
-    if run.stats:
+def render(sight: Sight, console: Console, plain: bool) -> RenderableType:
+    """Everything that is known about a run; what is not is shown as ``-``. ``plain``: without block characters."""
+    run = sight.run
+    parts: list[RenderableType] = [_title(sight), _state(sight)]
+    if sight.ranks is not None:
+        parts += _ranks(OverRanks.of(sight.ranks), console.width, plain)
+    elif run.stats:
         parts += [_heading("memory by tier", plain), _tiers(run, console.width, plain)]
         if run.stats.get("memory/unified"):
             parts.append(Text(_UNIFIED, style="dim"))
@@ -46,36 +52,46 @@ def render(run: RunView, console: Console, plain: bool) -> RenderableType:
     return Group(*parts)
 
 
-def _title(run: RunView) -> Text:
-    identity = run.identity
+def _ranks(over: OverRanks, width: int, plain: bool) -> Iterator[RenderableType]:
+    yield from rank_panels.notes(over, width)
+    yield _heading("memory by tier, over ranks", plain)
+    yield from rank_panels.tiers(over, width, plain)
+    yield _heading("over ranks", plain)
+    yield from rank_panels.numbers(over, width)
+    yield _heading("ranks", plain)
+    yield from rank_panels.ranks(over, width)
+
+
+def _title(sight: Sight) -> Text:
+    identity = sight.run.identity
     title = Text(" ", no_wrap=True, overflow="ellipsis")
     title.append(printable(identity.name, 40) or "run", style="bold")
     title.append(f"  {printable(identity.run_id, 60)}", style="cyan")
-    if identity.world_size > 1:
-        title.append(f"  rank {run.rank} of {identity.world_size}")
+    if sight.rank_text:
+        title.append(f"  {sight.rank_text}")
     return title
 
 
-def _state(run: RunView) -> Text:
-    identity = run.identity
+def _state(sight: Sight) -> Text:
+    run, identity, status = sight.run, sight.run.identity, sight.status
     state = Text(" ")
-    state.append(f" {run.status.name} ", style=STATUS_STYLES[run.status])
+    state.append(f" {status.name} ", style=STATUS_STYLES[status])
     items = []
-    if run.step is not None:
-        items.append(f"step {run.step:,}")
+    if sight.step is not None:
+        items.append(f"step {sight.step:,}")
     if "step/seconds" in run.stats:
         items.append(f"{seconds(run.stats['step/seconds'])}/step")
     if identity.started is not None:
-        until = time.time() if run.is_live else run.updated
-        items.append(f"{'up' if run.is_live else 'ran'} {duration((until or identity.started) - identity.started)}")
-    if not run.is_live and run.updated is not None:
+        until = time.time() if sight.is_live else run.updated
+        items.append(f"{'up' if sight.is_live else 'ran'} {duration((until or identity.started) - identity.started)}")
+    if not sight.is_live and run.updated is not None:
         items.append(f"{duration(time.time() - run.updated)} ago")
-    if identity.pid is not None:
+    if identity.pid is not None and sight.ranks is None:
         items.append(f"pid {identity.pid}")
     state.append("  " + "   ".join(items))
-    if run.reason:
-        bad = run.status in (RunStatus.CRASHED, RunStatus.STALLED)
-        state.append(f"\n {printable(run.reason)}", style="red" if bad else "dim")
+    if sight.reason:
+        bad = status in (RunStatus.CRASHED, RunStatus.STALLED)
+        state.append(f"\n {printable(sight.reason)}", style="red" if bad else "dim")
     return state
 
 

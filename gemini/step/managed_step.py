@@ -1,19 +1,19 @@
 """What a boosted optimizer does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..chunk import QUIET
+from ..chunk import QUIET, Chunk, all_or_none
 from ..engine import Engine, StepFacts
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing
 from ..updates.gradient_norm import find_gradients
 from ..updates.options import Options
-from ..updates.updater import Updater
+from ..updates.updater import Groups, Planned, Updater
 from ..updates.updates import Updates
 from .kept_states import KeptStates
 from .state_mapping import OptimizerStates
@@ -81,6 +81,9 @@ class ChunkedStep:
             self._engine.backward_failed(error)
             raise
 
+    def gradient_norm(self) -> float | None:
+        return self.scaling.grad_norm
+
     def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
         """Forget what is in the chunks (of these parameters, by id), or fill it with zeros."""
         if set_to_none:
@@ -102,12 +105,28 @@ class ChunkedStep:
         # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         self._updates.before_step(optimizer)
         self._unfreezing.admit_all(optimizer, self.kept)
-        groups = self._updater.groups(Options.of(optimizer))
-        chunks = self._updates.collect()
+        doing = f"optimizer.step() number {self._engine.step.number + 1}"
+        chunks = self._updates.collect(doing)
+        options = Options.of(optimizer)
+        with all_or_none(self.manager.together.communicator, f"the updates of {doing}", lambda: repr(options.copied())):
+            work = self._plan(optimizer, self._updater.groups(options), chunks)
+        if work is None:
+            return
+        updates, prepared = work
+        self._updates.start(updates)
+        optimizer.commit_parameters(prepared)
+        self.scaling.stepped()
+        self._updates.after_step()
+        self._prefetch()
+
+    def _plan(
+        self, optimizer: ManagedOptimizer, groups: Groups, chunks: Sequence[Chunk]
+    ) -> tuple[list[Planned], list[Any]] | None:
+        """The updates of chunks, in the order of their next use, and of other parameters; None if they are skipped."""
         plain = self._plain_parameters(optimizer)
         grad_scale = self.scaling.of_step(chunks, groups.of, [p for parameters in plain.values() for p in parameters])
         if grad_scale is None:
-            return
+            return None
         planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
         updates = [each for each in planned if not each.is_empty]
         order = self._engine.pacing.use_order()
@@ -117,11 +136,7 @@ class ChunkedStep:
             for index, parameters in plain.items()
             for step in optimizer.prepare_parameters(optimizer.param_groups[index], parameters, grad_scale)
         ]
-        self._updates.start(updates)
-        optimizer.commit_parameters(prepared)
-        self.scaling.stepped()
-        self._updates.after_step()
-        self._prefetch()
+        return updates, prepared
 
     def _prefetch(self) -> None:
         try:
@@ -178,14 +193,14 @@ class ChunkedStep:
     ) -> Tensor:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
-        self._updates.collect()
+        self._updates.collect("clip_grad_by_norm")
         return self.scaling.clip(parameters, max_norm, norm_type, error_if_nonfinite)
 
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
         bound = value * self.scaling.scale
-        for chunk, position in find_gradients(self._updates.collect(), _parameters(optimizer)):
+        for chunk, position in find_gradients(self._updates.collect("clip_grad_by_value"), _parameters(optimizer)):
             assert chunk.gradient is not None
             chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
         for parameters in self._plain_parameters(optimizer).values():

@@ -18,13 +18,13 @@ from typing import Any
 
 from gemini.process_wide import at_exit, small_stacks
 from gemini.telemetry.encoding import as_mapping
-from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file
+from gemini.telemetry.job import Job, run_name
+from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file, start_file
 from gemini.telemetry.outcome import outcome, program
 from gemini.telemetry.probes import Probes
 from gemini.telemetry.record_file import RecordFile
 from gemini.telemetry.records import End, EndStatus, Fields, Start, Step
 from gemini.telemetry.run_folder import make_run_folder, prune, write_document, write_run_file
-from gemini.telemetry.shared_id import shared_run_id
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ _live: dict[Path, Channel] = {}
 
 def open_channel(
     run_dir: Path | None,
-    rank: int,
+    job: Job,
     facts: dict[str, Any],
     probes: dict[str, Callable[[], Fields | None]],
     last: Callable[[], Stats | None] | None,
@@ -176,11 +176,10 @@ def open_channel(
     OSError
         If the folder cannot be made or written, or another process has the lock.
     """
-    started = time.time()
-    shared = shared_run_id()
-    run_id = shared or f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(started))}-{os.getpid()}"
+    started, rank = time.time(), job.rank
+    run_id = job.run_id or run_name(started, os.getpid())
     if is_listed:
-        run, run_id = make_run_folder(run_dir, run_id, is_shared=shared is not None)
+        run, run_id = make_run_folder(run_dir, run_id, job.rank if job.run_id else None)
     else:
         assert run_dir is not None
         run = run_dir
@@ -200,10 +199,12 @@ def open_channel(
             name=program(),
             pid=os.getpid(),
             host=socket.gethostname(),
-            world_size=int(os.environ.get("WORLD_SIZE") or 1),
+            world_size=job.world_size,
             started=started,
-            restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0),
+            restart=job.restart,
+            attempt=job.attempt,
         )
+        write_document(start_file(run, rank), {"v": VERSION, "t": started, "rank": rank, **as_mapping(start)})
         write_run_file(run, rank, {"v": VERSION, "rank": rank, **as_mapping(start), "facts": facts})
         channel = _live[path] = Channel(run, rank, start, probes, last, lock)
         if rank == 0 and is_listed:

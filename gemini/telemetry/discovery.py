@@ -6,8 +6,7 @@ from pathlib import Path
 
 from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder
-from gemini.telemetry.reader import read_run
-from gemini.telemetry.run_view import RunView
+from gemini.telemetry.ranks import Ranks, read_ranks
 
 _LISTING_TAIL_BYTES = 32 << 10  # some records are enough for one line of a list of many runs
 
@@ -16,12 +15,12 @@ class NoRun(Exception):
     """No run matches what was asked for."""
 
 
-def list_runs(folder: Path | None = None) -> list[RunView]:
+def list_runs(folder: Path | None = None) -> list[Ranks]:
     """Every readable run in the common folder (or in ``folder``), newest first."""
-    runs: dict[Path, RunView] = {}
+    runs: dict[Path, Ranks] = {}
     for path in _candidates(runs_folder() if folder is None else folder):
         try:
-            run = read_run(path, tail_bytes=_LISTING_TAIL_BYTES)
+            run = read_ranks(path, tail_bytes=_LISTING_TAIL_BYTES)
         except Unreadable:
             continue
         # A folder that several runs used one after another has a link for each; they all show its last run.
@@ -55,7 +54,7 @@ def find_run(target: str | None = None) -> tuple[Path, str]:
     if os.sep not in target and (by_id / RUN_FILE).exists():
         return by_id, ""
     runs = list_runs()
-    of_pid = [run for run in runs if str(run.identity.pid) == target]
+    of_pid = [run for run in runs if target in {str(view.identity.pid) for view in run.views}]
     matches = of_pid or [run for run in runs if run.identity.run_id.startswith(target)]
     if len(matches) > 1 and not of_pid:
         raise NoRun(f"{target} begins {len(matches)} run ids: give more of it")
@@ -64,7 +63,7 @@ def find_run(target: str | None = None) -> tuple[Path, str]:
     raise NoRun(f"{target} is no run folder, run id or process id of a run (looked in {runs_folder()})")
 
 
-def _newest(runs: list[RunView], folder: Path) -> tuple[Path, str]:
+def _newest(runs: list[Ranks], folder: Path) -> tuple[Path, str]:
     if not runs:
         raise NoRun(f"no runs in {folder}; train with GeminiPlugin(), or name a run folder")
     live = [run for run in runs if run.is_live]

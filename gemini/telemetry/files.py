@@ -38,8 +38,11 @@ def read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
         return stream.read()
 
 
-def read_tail(file: Path, tail_bytes: int) -> list[dict[str, Any]]:
-    """The records in the last ``tail_bytes``, oldest first. Torn or foreign lines are left out."""
+def read_tail(file: Path, tail_bytes: int, most_steps: int | None = None) -> list[dict[str, Any]]:
+    """The records in the last ``tail_bytes``, oldest first. Torn or foreign lines are left out.
+
+    ``most_steps``: of steps, which are most of the lines, only so many of the newest are looked at.
+    """
     try:
         data = read_regular(file, tail_bytes)
     except FileNotFoundError:
@@ -48,6 +51,10 @@ def read_tail(file: Path, tail_bytes: int) -> list[dict[str, Any]]:
         raise Unreadable(f"{file} cannot be read: {error}") from error
     lines = data.split(b"\n")
     complete = lines[:-1]  # what follows the last newline is being written right now, or was torn by a crash
+    if most_steps is not None:
+        steps = [index for index, line in enumerate(complete) if b'"type":"step"' in line]
+        skipped = set(steps[: max(0, len(steps) - most_steps)])
+        complete = [line for index, line in enumerate(complete) if index not in skipped]
     records = []
     for line in complete:
         try:

@@ -37,6 +37,11 @@ def older_records_file(run: Path, rank: int, generation: int = 1) -> Path:
     return run / f"rank{rank:05d}.{generation}.jsonl"
 
 
+def start_file(run: Path, rank: int) -> Path:
+    """Who writes the rank's records now: its start record, found also when that is far from the file's end."""
+    return run / f"rank{rank:05d}.start.json"
+
+
 def chunks_file(run: Path, rank: int) -> Path:
     """Chunks, their homes and parameters, and the units: what the numbers in records refer to."""
     return run / f"rank{rank:05d}.chunks.json"

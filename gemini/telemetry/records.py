@@ -61,7 +61,8 @@ class Start(Fields):
     host: str
     world_size: Natural
     started: Annotated[float, doc("Seconds since the epoch.")]
-    restart: Annotated[Natural, doc("How often torchrun has started it anew.")]
+    restart: Annotated[Natural, doc("How often torchrun on this machine has started it anew.")]
+    attempt: Annotated[str, doc("The same for all ranks that were started together, after a restart another one.")] = ""
 
 
 class Step(Fields):
@@ -168,6 +169,15 @@ class DescribedChunk(Fields):
     homes: Annotated[dict[str, str], doc("Role to tier.")]
     home_bytes: Annotated[dict[str, Natural], doc("Role to bytes.")]
     group: str
+    extent: Annotated[
+        list[Natural] | None,
+        doc("First element that is at home with this rank, and the one after the last; null: all."),
+    ] = None
+
+    @property
+    def kept_numel(self) -> int:
+        """Elements that are at home with this rank."""
+        return self.numel if self.extent is None or len(self.extent) != 2 else self.extent[1] - self.extent[0]
 
     @property
     def states(self) -> Sequence[str]:

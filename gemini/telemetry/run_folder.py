@@ -1,27 +1,30 @@
 """Making the folder of a run, and keeping the number of old ones bounded."""
 
+import json
 import os
 import re
+import socket
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from gemini.telemetry.encoding import encode
-from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder
+from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder, start_file
 from gemini.telemetry.liveness import is_locked
 
 _KEEP_RUNS = 100
-_RUN_ID = re.compile(r"\d{8}T\d{6}Z-\d+(-\d+)?")
+_RUN_ID = re.compile(r"\d{8}T\d{6}Z(-\d+){1,3}")
 _OUR_FILES = re.compile(
-    r"run\.json|rank\d+(\.\d+|\.old)?\.jsonl|rank\d+\.lock|rank\d+\.(chunks|oom|timeline)\.json|request-dump"
+    r"run\.json|rank\d+(\.\d+|\.old)?\.jsonl|rank\d+\.lock|rank\d+\.(start|chunks|oom|timeline)\.json|request-dump"
 )
 
 
-def make_run_folder(run_dir: Path | None, run_id: str, is_shared: bool = False) -> tuple[Path, str]:
+def make_run_folder(run_dir: Path | None, run_id: str, rank: int | None = None) -> tuple[Path, str]:
     """Make the folder; one that lies elsewhere gets a link among the others so that ``gemini-stat`` finds it.
 
-    ``is_shared``: other ranks make the same folder, under the same run id.
+    ``rank``: of a process whose fellows make the same folder under the same run id. When it begins another run, all of
+    them do, and come to the same next name.
     """
     runs = runs_folder()
     chosen = run_dir or os.environ.get(RUN_DIR_VARIABLE)
@@ -44,7 +47,7 @@ def make_run_folder(run_dir: Path | None, run_id: str, is_shared: bool = False) 
             (runs / candidate).symlink_to(run)
             return run, candidate
         except FileExistsError:
-            if is_shared:
+            if rank is not None and not _has_written(runs / candidate, candidate, rank):
                 return (runs / candidate) if run is None else run, candidate
             continue
         except OSError:
@@ -52,6 +55,15 @@ def make_run_folder(run_dir: Path | None, run_id: str, is_shared: bool = False) 
                 raise
             return run, candidate  # no link: `gemini-stat FOLDER` still works
     raise OSError(f"no free name for {run_id} in {runs}")
+
+
+def _has_written(run: Path, run_id: str, rank: int) -> bool:
+    """True if this very process has written that run before."""
+    try:
+        start = json.loads(start_file(run, rank).read_bytes())
+        return [start[key] for key in ("run_id", "pid", "host")] == [run_id, os.getpid(), socket.gethostname()]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def write_run_file(run: Path, rank: int, content: dict[str, Any]) -> None:

@@ -174,6 +174,9 @@ class Steps(Group):
     skipped_count: Annotated[Whole, counter("skipped_steps", "Steps skipped because a gradient overflowed.")]
     loss_scale: Annotated[Real, doc("Scale of the loss in fp16.")]
     grad_norm: Annotated[Real, doc("Norm of all gradients, where it was asked for.")]
+    wait_seconds: Annotated[
+        Real, gauge("last_step_rank_wait_seconds", "How much of the last step was waiting for other ranks.")
+    ]
 
 
 GROUPS: Mapping[str, type[Group]] = {

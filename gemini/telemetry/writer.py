@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini.telemetry.channel import Channel, Stats, open_channel
+from gemini.telemetry.job import Job, find_job
 from gemini.telemetry.outcome import outcome
 from gemini.telemetry.records import EndStatus, Fields
 
@@ -29,8 +30,9 @@ class TelemetryWriter:
     run_dir
         Folder of the run, made if need be. None: ``$GEMINI_MEMORY_RUN_DIR``, else a new folder below
         ``${XDG_STATE_HOME:-~/.local/state}/gemini-memory/runs``.
-    rank
-        Of this process; each rank has files of its own.
+    job
+        The processes that train together, and which of them this is: each rank has files of its own in one folder.
+        None: as the launcher says.
     facts
         What does not change: model, policy, chunk size, where the budgets come from. Anything that JSON can hold.
     probes
@@ -47,7 +49,7 @@ class TelemetryWriter:
     def __init__(
         self,
         run_dir: Path | None = None,
-        rank: int = 0,
+        job: Job | None = None,
         facts: Mapping[str, Any] | None = None,
         *,
         probes: Mapping[str, Callable[[], Fields | None]] | None = None,
@@ -60,7 +62,9 @@ class TelemetryWriter:
         self._last_put = float("-inf")
         self._channel: Channel | None = None
         try:
-            self._channel = open_channel(run_dir, rank, dict(facts or {}), dict(probes or {}), last, is_listed)
+            self._channel = open_channel(
+                run_dir, job or find_job(), dict(facts or {}), dict(probes or {}), last, is_listed
+            )
         except Exception as error:  # a broken home must not stop training
             logger.warning("telemetry is off: %s", error)
         else:

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Communicator
+from ..chunk import Chunk, ChunkManager
 from .gradient_norm import Found, clip_coefficient, find_gradients, first_nonfinite, in_model_order, total_norm
 from .scaler import LossScaler
 
@@ -18,8 +18,8 @@ class Scaling:
 
     Parameters
     ----------
-    manager, communicator
-        Has the gradients, and agrees among ranks whether one overflows.
+    manager
+        Has the gradients: those summed over all ranks, so that all come to the same factor.
     scaler
         The loss scale of fp16; None for dtypes that need none.
     max_norm
@@ -29,7 +29,6 @@ class Scaling:
     def __init__(
         self,
         manager: ChunkManager,
-        communicator: Communicator,
         scaler: LossScaler | None,
         max_norm: float,
     ) -> None:
@@ -38,7 +37,6 @@ class Scaling:
         self.grad_norm: float | None = None
         """The last norm computed, unscaled."""
         self._manager = manager
-        self._communicator = communicator
         self._is_scaled = False
         """The loss was multiplied by the loss scale, and so the gradients are."""
         self._clipping = 1.0
@@ -89,7 +87,7 @@ class Scaling:
             found = find_gradients(chunks, parameters)
             norm = total_norm(self._manager, [*in_model_order(found), *outside], 2.0) / scale
             self.grad_norm = float(norm)
-            if self.scaler is not None and bool(self._communicator.agree_max((~torch.isfinite(norm)).float())):
+            if self.scaler is not None and not torch.isfinite(norm):
                 self._skip(self.scaler, found)
                 return None
             if self._max_norm > 0:

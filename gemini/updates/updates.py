@@ -10,7 +10,8 @@ from collections.abc import Container, Sequence, Set
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Tier
+from ..chunk import Chunk, ChunkManager, Tier, all_or_none
+from ..errors import RankError
 from ..nn.optimizer.managed import ManagedOptimizer
 from .gradients import Gradients
 from .options import Options
@@ -110,11 +111,30 @@ class Updates:
         self.serve(optimizer)
         self.schedule.before_step(Options.of(optimizer))
 
-    def collect(self) -> list[Chunk]:
-        """Take over what the user has done to gradients. Returns the chunks that have some."""
+    def collect(self, doing: str) -> list[Chunk]:
+        """Take over what the user has done to gradients, and sum those of all ranks. Returns the chunks that have some.
+
+        Parameters
+        ----------
+        doing
+            What they are collected for, in words: all ranks must be doing the same.
+
+        Raises
+        ------
+        RankError
+            If they are not, or a backward has failed on one of them. The gradients are dropped then, on all.
+        """
         device = self._manager.device
         device.synchronize()
-        self.gradients.collect(self.schedule.updated_early)
+        together, early = self._manager.together, self.schedule.updated_early
+        try:
+            has_changed = together.collect_gradients(doing, self.gradients.have_changed)
+        except RankError:
+            self.drop()
+            raise
+        if has_changed:  # no rank reads gradients of others before it, and none reads old ones after it
+            with all_or_none(together.communicator, f"the changed gradients of {doing}"):
+                self.gradients.collect(early)
         chunks = [c for c in self._manager.chunks if c.gradient is not None and c.gradient.present]
         device.synchronize()  # what the user replaced, or other owners have sent, may be on its way
         for chunk in chunks:
@@ -126,6 +146,7 @@ class Updates:
         self._updater.start(planned)
         for each in planned:
             self.gradients.hand_over(each.chunk)
+        self._manager.together.communicator.advance()  # those who hold memory are to see what other owners update, too
         self._updater.wait_for_holders(planned)
 
     def after_step(self) -> None:
@@ -134,8 +155,8 @@ class Updates:
 
     # -- gradients that are not wanted
 
-    def drop(self, parameters: Set[int] | None = None) -> None:
-        """Forget gradients in chunks; those of all parameters, or of these (ids).
+    def drop(self, parameters: Set[int] | None = None, failure: str = "") -> None:
+        """Forget gradients in chunks; those of all parameters, or of these (ids). ``failure`` says why, if one did it.
 
         Raises
         ------
@@ -149,6 +170,7 @@ class Updates:
             device.synchronize()
         else:
             device.discard()
+            self._manager.together.communicator.forget_gradients(failure)
         for chunk in chunks:
             if chunk in kept:
                 assert parameters is not None
@@ -161,14 +183,15 @@ class Updates:
                 chunk.gradient.clear()
         self.scaling.forget()
 
-    def abandon(self) -> None:
-        """A backward has failed: its gradients are worth nothing."""
+    def abandon(self, failure: str) -> None:
+        """A backward has failed, for the reason given: its gradients are worth nothing."""
         if self.schedule.backward_failed():
-            self.drop()
+            self.drop(failure=failure)
 
     def zero(self, parameters: Set[int] | None = None) -> None:
         """Fill gradients with zeros; those of all parameters, or of these (ids)."""
-        self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
+        if self._manager.together.communicator.owner.count == 1:
+            self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
         self.gradients.zero(parameters)
 
 

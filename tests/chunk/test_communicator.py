@@ -1,6 +1,5 @@
 """The seam for several owners, where there is only one."""
 
-import torch
 from manager_rig import FROZEN, TRAINABLE, Rig
 
 from gemini.chunk import SingleProcess
@@ -10,8 +9,7 @@ from gemini.chunk.extent import Owner
 def test_a_process_alone_owns_everything_and_agrees_with_itself() -> None:
     alone = SingleProcess()
     assert alone.owner == Owner(index=0, count=1) and alone.owner.extents(1000) == (range(1000),)
-    tensor = torch.arange(4.0)
-    assert alone.agree_max(tensor) is tensor
+    assert alone.agree("a step", 7) == [7]
 
 
 def test_chunks_of_one_owner_are_whole_and_ask_nobody() -> None:
@@ -20,4 +18,4 @@ def test_chunks_of_one_owner_are_whole_and_ask_nobody() -> None:
         assert chunk.is_whole and chunk.own_full.numel() == chunk.full.numel()
         rig.use(chunk)
         assert all(place.own == range(place.numel) for place in (chunk.place(0, "master"), chunk.place(1, "master")))
-    rig.manager.complete_gradients()
+    rig.manager.together.complete_gradients()

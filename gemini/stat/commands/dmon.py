@@ -3,50 +3,70 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from gemini.stat import as_json
 from gemini.stat.console import Exit, Usage, find, of_run, print_json_line
 from gemini.stat.follow import Follower
+from gemini.stat.over_ranks import OverRanks, highest_risk, spread
+from gemini.stat.rates import Rates
 from gemini.stat.screen import Shown
 from gemini.stat.text import UNKNOWN, count, percent, seconds, size
 from gemini.telemetry.run_status import RunStatus
+from gemini.telemetry.run_view import RunView
 
 HELP = "Prints a row every few seconds until the run has ended."
 
-Column = tuple[str, int, Callable[[Shown], str]]
+Number = Callable[[RunView, Rates], float | None]
+Column = tuple[str, int, Callable[[float | None], str], Number]
 
 
-def _stat(key: str, show: Callable[[float | None], str] = size) -> Callable[[Shown], str]:
-    return lambda shown: show(shown.run.stats.get(key))
+def _stat(key: str) -> Number:
+    return lambda run, _: run.stats.get(key)
+
+
+def _fetched(found: Rates) -> float:
+    return sum(link.bytes_per_step or 0.0 for link in found.links if link.target == "device")
+
+
+def _speed(found: Rates, source: str, target: str) -> float | None:
+    links = (link for link in found.links if (link.source, link.target) == (source, target))
+    return next((link.bytes_per_second for link in links if link.bytes_per_second), None)
+
+
+def _per_second(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{size(value)}/s"
 
 
 GROUPS: dict[str, list[Column]] = {
     "t": [
-        ("device", 10, _stat("device/used_bytes")),
-        ("host", 10, _stat("host/used_bytes")),
-        ("disk", 10, _stat("disk/used_bytes")),
-        ("non-model", 10, _stat("non_model/peak_bytes")),
+        ("device", 10, size, _stat("device/used_bytes")),
+        ("host", 10, size, _stat("host/used_bytes")),
+        ("disk", 10, size, _stat("disk/used_bytes")),
+        ("non-model", 10, size, _stat("non_model/peak_bytes")),
     ],
-    "c": [("copies", 7, _stat("chunk/resident_count", count))],
+    "c": [("copies", 7, count, _stat("chunk/resident_count"))],
     "m": [
-        ("hit", 6, lambda shown: percent(shown.rates.hit_ratio, 0)),
-        ("waited", 9, lambda shown: seconds(shown.rates.stall_seconds)),
+        ("hit", 6, lambda value: percent(value, 0), lambda _, found: found.hit_ratio),
+        ("waited", 9, seconds, lambda _, found: found.stall_seconds),
     ],
     "b": [
-        ("fetched", 12, lambda shown: _link(shown, "device")),
-        ("from disk", 12, lambda shown: _speed(shown, "disk", "host")),
-        ("to disk", 12, lambda shown: _speed(shown, "host", "disk")),
+        ("fetched", 12, lambda value: f"{size(value)}/st", lambda _, found: _fetched(found)),
+        ("from disk", 12, _per_second, lambda _, found: _speed(found, "disk", "host")),
+        ("to disk", 12, _per_second, lambda _, found: _speed(found, "host", "disk")),
     ],
     "r": [
-        ("rss", 10, lambda shown: size(shown.run.process.get("rss_bytes"))),
-        ("risk", 6, lambda shown: percent(_worst(shown), 0)),
+        ("rss", 10, size, lambda run, _: run.process.get("rss_bytes")),
+        ("risk", 6, lambda value: percent(value, 0), lambda _, found: highest_risk(found)),
     ],
 }
-
-
-def _worst(shown: Shown) -> float | None:
-    return max((risk for risk in shown.rates.risk.values() if risk is not None), default=None)
+RANKED: list[Column] = [
+    ("own part", 9, seconds, lambda run, _: run.own_seconds),
+    ("for ranks", 9, seconds, lambda run, _: run.window.means.get("step/wait_seconds")),
+]
+"""What is shown of several ranks beside the columns chosen."""
+_STEP: Column = ("step", 8, count, _stat("step/count"))
+_STEP_SECONDS: Column = ("s/step", 9, seconds, _stat("step/seconds"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +86,7 @@ def run(options: argparse.Namespace) -> Exit:
         raise Usage(f"--select knows the letters {''.join(GROUPS)}, got {''.join(sorted(unknown))!r}")
     if options.interval <= 0 or (options.count is not None and options.count <= 0):
         raise Usage("--interval and --count must be positive")
-    columns = [column for letter in options.select for column in GROUPS[letter]]
+    chosen = [column for letter in options.select for column in GROUPS[letter]]
     follower = Follower(find(options), options)
     row = 0
     while True:
@@ -74,37 +94,47 @@ def run(options: argparse.Namespace) -> Exit:
         if options.json:
             print_json_line(as_json.row(shown))
         else:
+            over = shown.over_ranks
+            columns = [_STEP, _STEP_SECONDS, *(RANKED if over is not None else ()), *chosen]
             if row % 20 == 0 and (row == 0 or sys.stdout.isatty()):
-                print(_header(columns), flush=True)
-            print(_row(shown, columns), flush=True)
+                print(_header(columns, over is not None), flush=True)
+            rows = [_row(shown, columns)] if over is None else _rows(shown, over, columns)
+            print(*rows, sep="\n", flush=True)
         row += 1
-        if row == options.count or shown.run.status in (RunStatus.FINISHED, RunStatus.CRASHED):
-            return of_run(shown.run)
+        if row == options.count or shown.sight.status in (RunStatus.FINISHED, RunStatus.CRASHED):
+            return of_run(shown.sight.status)
         time.sleep(options.interval)
 
 
-def _header(columns: list[Column]) -> str:
-    return (
-        "#  " + f"{'time':>8}{'step':>9}{'s/step':>10}" + "".join(f"{name:>{width + 1}}" for name, width, _ in columns)
-    )
+def _header(columns: list[Column], is_ranked: bool) -> str:
+    of_ranks = "  over ranks" if is_ranked else ""
+    return f"#  {'time':>8}{of_ranks}" + "".join(f"{name:>{width + 1}}" for name, width, _, _ in columns)
 
 
 def _row(shown: Shown, columns: list[Column]) -> str:
-    run = shown.run
-    mark = {RunStatus.RUNNING: "R", RunStatus.FINISHED: "F", RunStatus.CRASHED: "X", RunStatus.STALLED: "S"}
-    step = UNKNOWN if run.step is None else f"{run.step:,}"
-    cells = "".join(f"{make(shown):>{width + 1}}" for _, width, make in columns)
-    each = seconds(run.stats.get("step/seconds"))
-    return f"{mark.get(run.status, '?')}  {time.strftime('%H:%M:%S')}{step:>9}{each:>10}{cells}"
+    cells = "".join(f"{show(of(shown.run, shown.rates)):>{width + 1}}" for _, width, show, of in columns)
+    return f"{_begin(shown)}{cells}"
 
 
-def _link(shown: Shown, target: str) -> str:
-    total = sum(link.bytes_per_step or 0.0 for link in shown.rates.links if link.target == target)
-    return f"{size(total)}/st"
+def _rows(shown: Shown, over: OverRanks, columns: list[Column]) -> Iterator[str]:
+    """The least, the middle and the most of each column; the last row also names the straggler."""
+    spreads = [spread(over.values(of)) for _, _, _, of in columns]
+    for name in ("min", "median", "max"):
+        cells = [
+            f"{UNKNOWN if found is None else show(getattr(found, name)):>{width + 1}}"
+            for (_, width, show, _), found in zip(columns, spreads, strict=True)
+        ]
+        straggler = over.ranks.straggler if name == "max" and over.straggler_text else None
+        yield f"{_begin(shown)}  {name:<10}{''.join(cells)}" + (f"  rank {straggler.rank}" if straggler else "")
 
 
-def _speed(shown: Shown, source: str, target: str) -> str:
-    for link in shown.rates.links:
-        if (link.source, link.target) == (source, target) and link.bytes_per_second:
-            return f"{size(link.bytes_per_second)}/s"
-    return UNKNOWN
+def _begin(shown: Shown) -> str:
+    return f"{_MARKS.get(shown.sight.status, '?')}  {time.strftime('%H:%M:%S')}"
+
+
+_MARKS: Mapping[RunStatus, str] = {
+    RunStatus.RUNNING: "R",
+    RunStatus.FINISHED: "F",
+    RunStatus.CRASHED: "X",
+    RunStatus.STALLED: "S",
+}

@@ -3,13 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gemini.stat import export_formats
-from gemini.stat.console import Exit, Usage, find, print_json, read
+from gemini.stat.console import Exit, Usage, find, print_json
 from gemini.stat.outputs import Export
-from gemini.telemetry.reader import ranks_of, read_run
+from gemini.stat.sight import read
 from gemini.telemetry.run_view import RunView
 
 HELP = "Writes a run for Prometheus, as records, as a table of steps, or as a trace for ui.perfetto.dev."
@@ -24,13 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Exit:
     path = find(options)
-    found = read(path, options)
+    sight = read(path, options)
+    run, views = sight.run, [sight.run] if sight.ranks is None else list(sight.ranks.views)
+    ranks = [view.rank for view in views]
     if options.textfile is not None and options.format != "prom":
         raise Usage("--textfile is for --format prom")
-    parts = _prom(path, found, options) if options.format == "prom" else _FORMATS[options.format](path, found.rank)
+    parts = _prom(views) if options.format == "prom" else _FORMATS[options.format](path, ranks)
     target = Path(options.output) if options.output else None
     if options.textfile is not None:
-        target = Path(options.textfile) / f"gemini_memory_{found.identity.run_id}.prom"
+        target = Path(options.textfile) / f"gemini_memory_{run.identity.run_id}.prom"
     if target is None:
         if options.json:
             raise Usage("--json tells where a file was written: give --output or --textfile")
@@ -39,7 +41,7 @@ def run(options: argparse.Namespace) -> Exit:
         return Exit.OK
     nbytes = _write(target, parts)
     if options.json:
-        print_json(Export(found.identity.run_id, found.rank, str(target), nbytes))
+        print_json(Export(run.identity.run_id, run.rank, str(target), nbytes, ranks))
     return Exit.OK
 
 
@@ -50,10 +52,9 @@ _FORMATS = {
 }
 
 
-def _prom(path: Path, found: RunView, options: argparse.Namespace) -> Iterator[str]:
+def _prom(runs: Sequence[RunView]) -> Iterator[str]:
     from gemini.stat.metrics import exposition
 
-    runs = [found] if options.rank is not None else [read_run(path, rank) for rank in ranks_of(path)]
     yield exposition(lambda: runs).decode()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from gemini.stat import as_json
 from gemini.stat.console import Exit, console, print_json, remark, show
 from gemini.stat.outputs import Listing
+from gemini.stat.sight import over
 from gemini.telemetry.discovery import list_runs
 from gemini.telemetry.layout import runs_folder
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Exit:
     folder = Path(options.target) if options.target else None
-    runs = list_runs(folder)
+    runs = [over(ranks) for ranks in list_runs(folder)]
     if options.json:
         print_json(Listing([as_json.brief(run) for run in runs]))
     elif runs:

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from gemini.stat.console import Exit, console, find, of_run, print_json, read, show
+from gemini.stat.console import Exit, console, find, of_run, print_json, show
+from gemini.stat.sight import read
 
 HELP = "Shows where a training run's memory is: live on a terminal, once otherwise."
 
@@ -28,4 +29,4 @@ def run(options: argparse.Namespace) -> Exit:
 
         out = console(options)
         show(out, snapshot.render(found, out, plain=options.ascii or out.options.ascii_only))
-    return of_run(found)
+    return of_run(found.status)

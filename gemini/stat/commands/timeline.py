@@ -3,16 +3,20 @@
 import argparse
 import csv
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from msgspec.structs import astuple, replace
+from msgspec.structs import asdict, astuple, replace
 
-from gemini.stat.console import Exit, Usage, console, find, is_ascii, print_json, read, show
-from gemini.stat.outputs import Moment, Moments, RunMoments
+from gemini.stat.console import Exit, Usage, console, find, is_ascii, print_json, show
+from gemini.stat.outputs import Moment, Moments, RankPeak, RunMoments
+from gemini.stat.over_ranks import spread
+from gemini.stat.sight import read
 from gemini.stat.text import printable, size
 from gemini.telemetry import history
 from gemini.telemetry.documents import read_chunks, read_timeline, valid
 from gemini.telemetry.files import Unreadable
+from gemini.telemetry.ranks import Ranks
 from gemini.telemetry.records import PHASES, Timeline
 
 HELP = "Model and non-model data by moment of one step; a moment is a unit's entry."
@@ -25,19 +29,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Exit:
     path = find(options)
-    found = read(path, options)
+    sight = read(path, options)
+    found = sight.run
     timeline = _timeline(path, found.rank, options.step)
-    chunks = read_chunks(path, found.rank)
-    names = list(chunks.units) if chunks is not None else []
+    names = _units(path, found.rank)
+    peaks = [] if sight.ranks is None else list(_peaks(path, sight.ranks))
     if options.json:
-        print_json(RunMoments(found.identity.run_id, found.rank, *astuple(moments_of(timeline, names))))
+        moments = asdict(moments_of(timeline, names))
+        print_json(RunMoments(run_id=found.identity.run_id, rank=found.rank, ranks=peaks, **moments))
     elif options.csv:
         writer = csv.writer(sys.stdout)
         writer.writerow(Moment.__struct_fields__)
         writer.writerows(astuple(replace(row, unit=_cell(row.unit))) for row in moments_of(timeline, names).moments)
     else:
-        _show(timeline, names, options)
+        _show(timeline, names, peaks, options)
     return Exit.OK
+
+
+def _units(path: Path, rank: int) -> list[str]:
+    chunks = read_chunks(path, rank)
+    return list(chunks.units) if chunks is not None else []
+
+
+def _peaks(path: Path, ranks: Ranks) -> Iterator[RankPeak]:
+    """Of each rank that has recorded a timeline."""
+    for view in ranks.views:
+        timeline = read_timeline(path, view.rank)
+        if timeline is not None:
+            moment = _row(timeline, timeline.peak, _units(path, view.rank))
+            total = timeline.total_bytes[timeline.peak]
+            yield RankPeak(view.rank, timeline.step, total, moment.phase, moment.unit)
 
 
 def moments_of(timeline: Timeline, names: list[str]) -> Moments:
@@ -90,7 +111,7 @@ def _cell(text: str | None) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
-def _show(timeline: Timeline, names: list[str], options: argparse.Namespace) -> None:
+def _show(timeline: Timeline, names: list[str], peaks: list[RankPeak], options: argparse.Namespace) -> None:
     from rich.console import Group
     from rich.text import Text
 
@@ -99,12 +120,14 @@ def _show(timeline: Timeline, names: list[str], options: argparse.Namespace) -> 
     out = console(options)
     plain = is_ascii(options)
     width = out.width
-    title = f"step {timeline.step:,} by moment   {'# model + non-model' if plain else '█ model ▒ non-model'}"
+    of_rank = f" of rank {peaks[0].rank}" if peaks else ""
+    title = f"step {timeline.step:,}{of_rank} by moment   {'# model + non-model' if plain else '█ model ▒ non-model'}"
     lines = [
         panels.heading(title, width, plain, f"{timeline.moment_count} moments"),
         *panels.timeline(timeline, names, None, width, 12, plain),
         Text(""),
         Text(f" {panels.describe_peak(timeline, names)}", style="bold"),
+        *(Text(f" {line}"[:width]) for line in _peak_lines(peaks)),
         Text(""),
         Text(f"   {'model':>11}{'non-model':>11}  moment", style="dim"),
     ]
@@ -117,3 +140,15 @@ def _show(timeline: Timeline, names: list[str], options: argparse.Namespace) -> 
         cells = f"{size(timeline.model_bytes[moment]):>11}{size(timeline.non_model_bytes[moment]):>11}"
         lines.append(Text(f" {mark} {cells}  {moment:>4} {phase} {printable(name, 60)}"[:width]))
     show(out, Group(*lines))
+
+
+def _peak_lines(peaks: list[RankPeak]) -> Iterator[str]:
+    """How the ranks' peaks differ, and where the highest one is."""
+    over = spread({peak.rank: float(peak.peak_bytes) for peak in peaks})
+    if over is None:
+        return
+    highest = next(peak for peak in peaks if peak.rank == over.max_rank)
+    spread_text = f"min {size(over.min)}, median {size(over.median)}, max {size(over.max)}"
+    yield f"peaks of {len(peaks)} ranks: {spread_text} on rank {over.max_rank}"
+    where = printable(highest.unit or "the end of the step", 48)
+    yield f"in {highest.phase} of {where} (--rank {over.max_rank} shows it)"

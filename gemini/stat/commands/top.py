@@ -3,17 +3,19 @@
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from gemini.process_wide import signals_to
 from gemini.stat import as_json
-from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, print_json, read, show
+from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, print_json, show
 from gemini.stat.follow import Follower
 from gemini.stat.keyboard import keyboard
 from gemini.stat.screen import Shown, View, screen
+from gemini.stat.sight import ALL, read
 from gemini.telemetry.files import Unreadable
-from gemini.telemetry.reader import ranks_of
+from gemini.telemetry.starts import ranks_of
 
 HELP = "The live screen: tiers, one step by moment, the chunk map, moves, waits, advice."
 
@@ -21,14 +23,14 @@ HELP = "The live screen: tiers, one step by moment, the chunk map, moves, waits,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", "--interval", type=float, default=1.0, metavar="S", help="seconds between looks (1)")
     parser.add_argument("-1", "--once", action="store_true", help="one screen, without keys")
-    parser.add_argument("--only", metavar="PARTS", help="tiers,timeline,chunks,moves,advice")
+    parser.add_argument("--only", metavar="PARTS", help="tiers,ranks,timeline,chunks,moves,advice")
 
 
 def run(options: argparse.Namespace) -> Exit:
     if options.json:
         found = read(find(options), options)
         print_json(as_json.snapshot(found))
-        return of_run(found)
+        return of_run(found.status)
     if options.interval <= 0:
         raise Usage(f"--interval must be positive, got {options.interval}")
     view = View(hidden=_hidden(getattr(options, "only", None)))
@@ -39,7 +41,7 @@ def run(options: argparse.Namespace) -> Exit:
         shown = follower.look()
         height = max(24, out.height) if sys.stdout.isatty() else 40
         show(out, screen(shown, view, out.width, height, plain_text, keys=False))
-        return of_run(shown.run)
+        return of_run(shown.sight.status)
     return _live(follower, view, out, plain_text, options.interval)
 
 
@@ -79,7 +81,7 @@ def _live(follower: Follower, view: View, out: object, plain: bool, interval: fl
             draw(live)
             key = keys.wait(interval)
             if key in ("q", "Q"):
-                return of_run(shown.run)
+                return of_run(shown.sight.status)
             if key is not None:
                 _press(key, view, follower, shown, plain)
             if not view.is_paused:
@@ -93,11 +95,15 @@ def _press(key: str, view: View, follower: Follower, shown: Shown, plain: bool) 
     if view.press(key):
         return
     if key == "r":
-        ranks = ranks_of(follower.path) or [0]
-        following = [rank for rank in ranks if rank > shown.run.rank] or ranks
-        follower.turn_to(following[0])
+        follower.turn_to(_next(ranks_of(follower.path), shown))
     elif key == "s":
         view.say(_save(shown, view, plain))
+
+
+def _next(ranks: Sequence[int], shown: Shown) -> str:
+    """After all ranks together each by itself, and then all again."""
+    now = -1 if shown.over_ranks is not None else shown.run.rank
+    return str(next((rank for rank in ranks if rank > now), ALL))
 
 
 def _save(shown: Shown, view: View, plain: bool) -> str:

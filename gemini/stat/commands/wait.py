@@ -4,12 +4,12 @@ import argparse
 import time
 
 from gemini.stat import as_json
-from gemini.stat.console import Exit, Usage, find, print_json, read, remark
+from gemini.stat.console import Exit, Usage, find, print_json, remark
 from gemini.stat.outputs import Waited
+from gemini.stat.sight import Sight, read
 from gemini.telemetry.discovery import NoRun
 from gemini.telemetry.files import Unreadable
 from gemini.telemetry.run_status import RunStatus
-from gemini.telemetry.run_view import RunView
 
 HELP = "Blocks until the run is there, steady, finished, or at a step. Exits 5 if it crashes, 3 if time is up."
 _POLL_SECONDS = 0.2
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> Exit:
                 raise  # nothing to wait for is a mistake, unless the run was named and time is bounded
         if found is not None and _is_there(found, options):
             return _answer(found, options, Exit.OK, "")
-        if found is not None and not found.is_live and found.status is not RunStatus.UNKNOWN:
+        if found is not None and found.status in (RunStatus.FINISHED, RunStatus.CRASHED):
             bad = found.status is RunStatus.CRASHED
             how = f"the run {found.status.value}" + (f": {found.reason}" if found.reason else "")
             return _answer(found, options, Exit.BAD_RUN if bad else Exit.NEGATIVE, how)
@@ -50,16 +50,16 @@ def run(options: argparse.Namespace) -> Exit:
         time.sleep(_POLL_SECONDS)
 
 
-def _is_there(found: RunView, options: argparse.Namespace) -> bool:
+def _is_there(found: Sight, options: argparse.Namespace) -> bool:
     step = found.step or 0
     if options.step is not None:
         return bool(step >= options.step)
     if options.state == "finished":
         return found.status is RunStatus.FINISHED
-    return found.updated is not None if options.state == "started" else bool(step >= 2)
+    return found.run.updated is not None if options.state == "started" else bool(step >= 2)
 
 
-def _answer(found: RunView | None, options: argparse.Namespace, code: Exit, text: str) -> Exit:
+def _answer(found: Sight | None, options: argparse.Namespace, code: Exit, text: str) -> Exit:
     if options.json:
         print_json(Waited(code is Exit.OK, text or None, None if found is None else as_json.brief(found)))
     elif text:

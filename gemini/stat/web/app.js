@@ -53,11 +53,79 @@
     return node;
   }
 
-  function showTiers(snapshot) {
+  const most = (values) => values.filter(known).reduce((a, b) => (known(a) && a > b ? a : b), null);
+  const riskMark = (risk) => make("span", percent(risk) + (risk >= 0.85 ? " !" : ""), risk >= 0.85 ? "risk" : "");
+
+  function showTiersOverRanks(all) {
     const rows = TIERS.map((tier) => {
-      const of = snapshot.tiers[tier], risk = snapshot.oom_risk[tier];
-      const mark = make("span", percent(risk) + (risk >= 0.85 ? " !" : ""), risk >= 0.85 ? "risk" : "");
-      return [tier, bar(tier, of), bytes(of.used_bytes), bytes(of.capacity_bytes), bytes(of.peak_bytes), mark];
+      const of = (name) => most(all.ranks.map((rank) => rank.tiers[tier][name]));
+      const used = all.numbers[`${tier}_used_bytes`] || {};
+      const fullest = { used_bytes: used.max, peak_bytes: of("peak_bytes"), capacity_bytes: of("capacity_bytes") };
+      return [tier, bar(tier, fullest), bytes(used.min), bytes(used.median), bytes(used.max),
+        bytes(fullest.capacity_bytes), bytes(fullest.peak_bytes), riskMark(most(all.ranks.map((rank) => rank.oom_risk[tier])))];
+    });
+    const node = table(["tier", "fullest", "min used", "median", "max", "capacity", "peak", "risk"], rows);
+    node.className = "over-ranks";
+    fill($("tiers"), node);
+  }
+
+  const COLUMNS = [
+    ["own part", "own_seconds", seconds], ["for ranks", "wait_seconds", seconds], ["for chunks", "stall_seconds", seconds],
+    ["device", "device_used_bytes", bytes], ["host", "host_used_bytes", bytes], ["disk", "disk_used_bytes", bytes],
+    ["non-model", "non_model_peak_bytes", bytes], ["process", "rss_bytes", bytes], ["risk", "oom_risk", percent],
+  ];
+
+  function stepBar(numbers, longest) {
+    const node = make("div", null, "bar"), waiting = make("i", null, "waiting"), own = make("b", null, "own");
+    const share = (value) => `${Math.max(0, Math.min(100, (100 * (value || 0)) / (longest || 1)))}%`;
+    waiting.style.width = share(numbers.step_seconds);
+    own.style.width = share(known(numbers.own_seconds) ? numbers.own_seconds : numbers.step_seconds);
+    node.append(waiting, own);
+    node.title = `${seconds(numbers.own_seconds)} of its own, ${seconds(numbers.wait_seconds)} waiting for other ranks`;
+    return node;
+  }
+
+  function showAllRanks(all) {
+    $("ranks-section").hidden = !all;
+    if (!all) return;
+    const slow = all.straggler && all.straggler.ratio >= 1.05 ? all.straggler : null;
+    $("straggler").textContent = slow ? `Straggler: rank ${slow.rank}, ${seconds(slow.own_seconds)} of its own a step, ` +
+      `${slow.ratio.toFixed(2)} times the median` : "";
+    const longest = (all.numbers.step_seconds || {}).max;
+    const hosts = new Set(all.ranks.map((rank) => rank.host)).size > 1;
+    const spreads = ["min", "median", "max"].map((name) => [name, "", count((all.numbers.step || {})[name]),
+      seconds((all.numbers.step_seconds || {})[name]), "",
+      ...COLUMNS.map(([, key, show]) => show((all.numbers[key] || {})[name])), ...(hosts ? [""] : [])]);
+    const rows = all.ranks.map((rank) => [rankButton(rank.rank), rank.status, count(rank.numbers.step),
+      seconds(rank.numbers.step_seconds), stepBar(rank.numbers, longest),
+      ...COLUMNS.map(([, key, show]) => show(rank.numbers[key])), ...(hosts ? [rank.host || "-"] : [])]);
+    const head = ["rank", "status", "step", "s/step", "own part, waiting for ranks", ...COLUMNS.map(([title]) => title), ...(hosts ? ["machine"] : [])];
+    const node = table(head, [...spreads, ...rows]);
+    [...node.tBodies[0].rows].forEach((row, index) => {
+      const rank = all.ranks[index - 3];
+      row.className = index < 3 ? "spread" : [rank.status, slow && rank.rank === slow.rank ? "slow" : ""].join(" ");
+    });
+    const box = make("div", null, all.ranks.length > 16 ? "scroll" : "");
+    box.append(node);
+    fill($("ranks"), box);
+    if (all.missing.length) {
+      $("ranks").append(make("p", `${all.missing.length} more have not begun, or write in the file system of another machine.`, "note"));
+    }
+  }
+
+  function rankButton(rank) {
+    if (embedded) return String(rank);
+    const node = make("button", String(rank));
+    node.title = `look at rank ${rank} by itself`;
+    node.addEventListener("click", () => choose(String(rank)));
+    return node;
+  }
+
+  function showTiers(snapshot) {
+    if (snapshot.all_ranks) { showTiersOverRanks(snapshot.all_ranks); return; }
+    const rows = TIERS.map((tier) => {
+      const of = snapshot.tiers[tier];
+      return [tier, bar(tier, of), bytes(of.used_bytes), bytes(of.capacity_bytes), bytes(of.peak_bytes), riskMark(snapshot.oom_risk[tier])];
     });
     const kinds = [
       `parameters ${bytes(snapshot.model_data.parameter_bytes)}`, `gradients ${bytes(snapshot.model_data.gradient_bytes)}`,
@@ -229,7 +297,12 @@
     const { snapshot, row } = content;
     $("status").textContent = snapshot.status.toUpperCase();
     $("status").className = `status ${snapshot.status}`;
-    $("title").textContent = `${snapshot.name} ${snapshot.run_id} · step ${count(snapshot.step)} · ${seconds(snapshot.step_seconds)}/step`;
+    const all = snapshot.all_ranks;
+    const which = all ? ` · ${all.ranks.length} of ${snapshot.world_size} ranks` : snapshot.world_size > 1
+      ? ` · rank ${snapshot.rank} of ${snapshot.world_size}` : "";
+    $("title").textContent = `${snapshot.name} ${snapshot.run_id} · step ${count(snapshot.step)} · ${seconds(snapshot.step_seconds)}/step${which}`;
+    document.querySelectorAll(".of-rank").forEach((node) => { node.textContent = all ? ` of rank ${snapshot.rank}` : ""; });
+    showAllRanks(all);
     document.title = `${snapshot.status} ${count(snapshot.step)} gemini-stat`;
     const messages = {
       crashed: `Crashed${snapshot.status_reason ? `: ${snapshot.status_reason}` : ""}`,
@@ -244,17 +317,18 @@
     showFacts(snapshot);
   }
 
-  function showRanks(ranks, rank) {
+  function showRanks(ranks, snapshot) {
     $("rank-label").hidden = ranks.length < 2;
-    if ($("rank").options.length !== ranks.length) {
-      fill($("rank"), ...ranks.map((r) => { const o = make("option", String(r)); o.value = String(r); return o; }));
+    const values = ["all", "worst", ...ranks.map(String)];
+    if ($("rank").options.length !== values.length) {
+      fill($("rank"), ...values.map((value) => { const o = make("option", value); o.value = value; return o; }));
     }
-    $("rank").value = String(rank);
+    $("rank").value = state.rank || (snapshot.all_ranks ? "all" : String(snapshot.rank));
   }
 
   if (embedded) {
     const content = JSON.parse(embedded.textContent);
-    showRanks([0], 0);
+    showRanks([], content.snapshot);
     showSnapshot(content);
     showTimeline(content.timeline);
     state.chunks = content.chunks;
@@ -279,7 +353,7 @@
     source.onmessage = async (event) => {
       const content = JSON.parse(event.data);
       if (content.error) { $("message").textContent = content.error; return; }
-      showRanks(content.ranks, content.snapshot.rank);
+      showRanks(content.ranks, content.snapshot);
       if (content.chunk_stamp !== state.chunkStamp) {
         state.chunkStamp = content.chunk_stamp;
         const found = await api(`api/v1/chunks${query()}`);
@@ -292,12 +366,13 @@
       }
     };
   }
-  $("rank").addEventListener("change", () => {
-    state.rank = $("rank").value;
+  function choose(rank) {
+    state.rank = rank;
     state.timelineStep = state.chunkStamp = null;
     listen();
     slow();
-  });
+  }
+  $("rank").addEventListener("change", () => choose($("rank").value));
   listen();
   slow();
   setInterval(slow, 15000);

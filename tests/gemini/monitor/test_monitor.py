@@ -15,6 +15,7 @@ import pytest
 import torch
 from loop import SMALL, WIDTH, batch, build
 from torch import Tensor, nn
+from two_owners import Owners
 
 from gemini.boosted import Boosted, boosted
 from gemini.booster import Booster
@@ -22,6 +23,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
 from gemini.memory.timeline import Point, as_record, pool
+from gemini.monitor.decided import Decided
 from gemini.monitor.probes import chunk_map
 from gemini.nn.optimizer import HybridAdam
 from gemini.telemetry import documents, reader
@@ -104,7 +106,8 @@ def test_what_is_measured_is_what_the_table_describes(tmp_path: Path) -> None:
     training.step(3)
     training.close()
     described = {line.key: line for line in table()}
-    at_times = {"step/loss_scale", "step/grad_norm"}  # of fp16, and where a norm was asked for
+    # Of fp16, where a norm was asked for, and of several ranks.
+    at_times = {"step/loss_scale", "step/grad_norm", "step/wait_seconds"}
     assert set(training.model.memory_stats()) == set(described) - at_times
     assert all(line.text for line in described.values())
 
@@ -324,3 +327,30 @@ def test_pooling_keeps_the_peak() -> None:
     record = as_record(points, 7, Tier.DEVICE)
     assert (record.moment_count, record.peak_moment) == (5000, 3333)
     assert len(encode(as_mapping(record))) <= 16 << 10
+
+
+def test_what_a_rank_waited_for_others_is_written_where_it_is_known(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.step()
+    assert "step/wait_seconds" not in training.model.memory_stats()
+    engine = training.state.engine
+    engine.step_ended(lambda step: step._replace(wait_seconds=0.25))
+    assert training.model.memory_stats()["step/wait_seconds"] == 0.25
+    last = [record for record in training.close() if record["type"] == "step"][-1]
+    assert last["stats"]["step/wait_seconds"] == 0.25
+
+
+def test_of_shared_chunks_the_part_that_is_at_home_is_written(tmp_path: Path) -> None:
+    def shared() -> tuple[nn.Module, HybridAdam]:
+        model = build()
+        return model, HybridAdam(model.parameters(), lr=1e-3)
+
+    owners = Owners(2, shared, lambda model, number: model(batch(number)).square().mean(), precision="fp32")
+    for model in owners.models:
+        state = boosted(model)
+        decided = Decided.of(model, state.config, state.capacities)
+        document = decided.document(state.manager, state.packing, [])
+        assert document.config["owners"] == 2
+        for chunk, described in zip(state.manager.chunks, document.chunks, strict=True):
+            assert described.extent == [chunk.extent.start, chunk.extent.stop]
+            assert described.home_bytes["master"] == 4 * len(chunk.extent)

@@ -210,7 +210,7 @@ def test_wrong_usage_exits_2() -> None:
 
 def test_an_internal_error_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     make_run()
-    monkeypatch.setattr("gemini.stat.console.read_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("gemini.stat.sight.read_ranks", lambda *_: 1 / 0)
     assert main([]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -252,7 +251,7 @@ def test_schemas_are_valid_and_printed(capsys: Capture) -> None:
 
 
 def test_four_ranks_are_one_run(tmp_path: Path, capsys: Capture) -> None:
-    writers = [open_run(10 + rank, tmp_path / "run", rank) for rank in range(4)]
+    writers = [open_run(10 + rank, tmp_path / "run", rank, 4) for rank in range(4)]
     run = str(tmp_path / "run")
     for rank in range(4):
         content = as_json(capsys, run, "--rank", str(rank))
@@ -268,36 +267,6 @@ def test_four_ranks_are_one_run(tmp_path: Path, capsys: Capture) -> None:
     for writer in writers:
         writer.close()
     assert len(as_json(capsys, "ls")["runs"]) == 1
-
-
-def test_ranks_that_one_torchrun_started_share_a_folder() -> None:
-    code = (
-        "from gemini.telemetry.writer import TelemetryWriter\nimport os\n"
-        "w = TelemetryWriter(rank=int(os.environ['RANK']))\nw.record_step({'step/count': 1})\n"
-        "print(w.run_dir)\nw.close()\n"
-    )
-    shared = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(4)
-    ]
-    folders = {child.communicate(timeout=60)[0] for child in children}
-    assert len(folders) == 1
-    (folder,) = folders
-    assert [records_file(Path(folder.strip()), rank).exists() for rank in range(4)] == [True] * 4
-
-
-def test_a_restarted_rank_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr("gemini.telemetry.channel.shared_run_id", lambda: "20260101T000000Z-7")
-    open_run(50, tmp_path / "run", **{"device/peak_bytes": 99 * GIB}).close("crashed")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    writer = open_run(3, tmp_path / "run")
-    content = as_json(capsys, str(tmp_path / "run"))
-    assert (content["step"], content["status"], content["run_id"]) == (3, "running", "20260101T000000Z-7")
-    assert content["tiers"]["device"]["peak_bytes"] == 23 * GIB
-    writer.close()
 
 
 def test_a_killed_run_is_shown_as_crashed_at_once(capsys: Capture) -> None:

@@ -47,7 +47,7 @@ def test_a_trace_for_perfetto(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_metrics_of_all_ranks_with_their_values(tmp_path: Path, capsys: Capture) -> None:
-    writers = [open_run(10, tmp_path / "run", rank) for rank in range(2)]
+    writers = [open_run(10, tmp_path / "run", rank, 2) for rank in range(2)]
     assert main(["export", str(tmp_path / "run"), "--format", "prom"]) == 0
     text = capsys.readouterr().out
     run_id = read_run(tmp_path / "run").identity.run_id
@@ -84,7 +84,7 @@ def test_promtool_finds_nothing_to_complain_about() -> None:
 
 
 def test_the_dashboard_and_the_rules_use_metrics_that_exist() -> None:
-    text = exposition(lambda: [read_run(make_run())]).decode()
+    text = exposition(lambda: [read_run(make_run(**{"step/wait_seconds": 0.01}))]).decode()
     known = set(re.findall(r"^(gemini_memory_\w+)", text, re.M))
     folder = files("gemini.stat").joinpath("grafana")
     dashboard = folder.joinpath("dashboard.json").read_text()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pexpect
 import pyte
 import pytest
-from stat_runs import PREDICTION, make_run, open_run, stats
+from ranked_runs import close, open_ranks
+from stat_runs import PREDICTION, RUN_ID, make_run, open_run, stats
 
 from gemini.stat.cli import main
 
@@ -179,3 +180,21 @@ def test_parts_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     assert "^forward" not in out
     assert main(["top", run, "--once", "--only", "tires"]) == 2
     assert "tires" in capsys.readouterr().err
+
+
+def test_the_live_screen_compares_ranks_and_goes_through_them() -> None:
+    columns, lines = 80, 24
+    writers = open_ranks(3)
+    terminal = Terminal(RUN_ID, "-d", "0.2", columns=columns, lines=lines)
+    shown = terminal.wait_for(lambda lines: "q quit" in lines[-1] and any("straggler rank 2" in line for line in lines))
+    assert any("over ranks" in line for line in shown)
+    assert any("* 2 " in line for line in shown)
+    assert len(shown) == lines and max(map(len, shown)) <= columns
+    for expected in ("rank 0 of 3", "rank 1 of 3", "rank 2 of 3", " 3 ranks"):
+        terminal.child.send("r")
+        terminal.wait_for(lambda lines, expected=expected: expected in lines[0])  # type: ignore[misc]
+    writers[1].close("crashed")
+    terminal.shows("rank 1 crashed; ranks 0, 2 running")
+    terminal.child.send("q")
+    assert terminal.close() == 5
+    close(writers)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranked_runs import close, numbers, open_ranks
 from stat_runs import MOMENTS, PREDICTION, chunks, make_run, open_run, stats
 
 from gemini.stat import web_files
@@ -217,6 +218,66 @@ def test_the_live_page_in_a_browser(browser: Any) -> None:
         assert browser.complaints == []
     finally:
         served.close()
+
+
+def test_the_page_compares_ranks_and_shows_the_one_that_is_chosen(browser: Any) -> None:
+    writers = open_ranks(3)
+    assert writers[0].run_dir is not None
+    served = Served(writers[0].run_dir)
+    try:
+        browser.goto(served.address)
+        browser.wait_for_selector("#ranks tr.slow", timeout=20000)
+        assert browser.inner_text("#straggler").startswith("Straggler: rank 2, 0.21 s of its own a step, 1.40 times")
+        rows = [row.inner_text().split()[0] for row in browser.query_selector_all("#ranks tbody tr")]
+        assert rows == ["min", "median", "max", "0", "1", "2"]
+        assert "3 of 3 ranks" in browser.inner_text("#title")
+        assert [node.inner_text() for node in browser.query_selector_all(".of-rank")] == [" of rank 0"] * 5
+        browser.click("#ranks button >> nth=1")
+        browser.wait_for_selector("#ranks-section", state="hidden", timeout=20000)
+        assert "rank 1 of 3" in browser.inner_text("#title")
+        browser.select_option("#rank", "worst")
+        browser.wait_for_selector("#title:has-text('rank 2 of 3')", timeout=20000)
+        browser.select_option("#rank", "all")
+        browser.wait_for_selector("#ranks tr.slow", timeout=20000)
+        writers[1].close("crashed")
+        browser.wait_for_selector("#ranks tr.crashed", timeout=20000)
+        assert browser.inner_text("#message") == "Crashed: rank 1 crashed; ranks 0, 2 running"
+        assert browser.complaints == []
+    finally:
+        served.close()
+        close(writers)
+
+
+def test_the_api_compares_ranks_and_takes_a_rank() -> None:
+    writers = open_ranks(3)
+    assert writers[0].run_dir is not None
+    served = Served(writers[0].run_dir)
+    try:
+        snapshot = served.json("/api/v1/snapshot")["snapshot"]
+        assert snapshot["all_ranks"]["straggler"]["rank"] == 2
+        assert [rank["tiers"]["host"]["used_bytes"] for rank in snapshot["all_ranks"]["ranks"]] == [
+            numbers(rank)["host/used_bytes"] for rank in range(3)
+        ]
+        assert served.json("/api/v1/snapshot?rank=1")["snapshot"]["all_ranks"] is None
+        assert served.json("/api/v1/snapshot?rank=worst")["snapshot"]["rank"] == 2
+        assert served.json("/api/v1/snapshot?rank=all")["snapshot"]["all_ranks"]["missing"] == []
+        assert b'gemini_memory_steps_total{rank="2"' in served.request("/metrics")[2]
+    finally:
+        served.close()
+        close(writers)
+
+
+def test_a_report_of_several_ranks_compares_them(browser: Any, tmp_path: Path) -> None:
+    writers = open_ranks(3)
+    close(writers)
+    target = tmp_path / "report.html"
+    assert main(["report", str(writers[0].run_dir), "-o", str(target)]) == 0
+    browser.context.set_offline(True)
+    browser.goto(target.as_uri())
+    browser.wait_for_selector("#ranks tr.slow", timeout=20000)
+    assert "1.40 times the median" in browser.inner_text("#straggler")
+    assert browser.query_selector_all("#ranks button") == []
+    assert browser.complaints == []
 
 
 def test_the_report_in_a_browser_without_a_network(browser: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from telemetry_runs import STEP, folder_of, living_child, open_writer, records_o
 
 from gemini.telemetry import channel, reader, record_file
 from gemini.telemetry.discovery import NoRun, find_run, list_runs
-from gemini.telemetry.layout import lock_file, older_records_file, records_file, runs_folder
+from gemini.telemetry.layout import lock_file, older_records_file, records_file, runs_folder, start_file
 from gemini.telemetry.reader import read_run
 from gemini.telemetry.run_status import RunStatus
 from gemini.telemetry.writer import TelemetryWriter
@@ -121,8 +121,8 @@ def test_a_run_of_another_host_is_judged_by_its_heartbeat() -> None:
     telemetry = open_writer()
     run = folder_of(telemetry)
     telemetry.close()
-    file = records_file(run, 0)
-    file.write_bytes(b'{"v":1,"type":"start","host":"elsewhere","pid":1,"t":1}\n')
+    start_file(run, 0).write_bytes(b'{"v":1,"host":"elsewhere","pid":1,"t":1}\n')
+    records_file(run, 0).unlink()
     assert read_run(run).status is RunStatus.RUNNING
     os.utime(lock_file(run, 0), (0, 0))
     view = read_run(run)

@@ -1,23 +1,30 @@
 """`GeminiPlugin`: ColossalAI's keywords, translated into a `GeminiConfig`."""
 
 import logging
-import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gemini.boosted import boosted
+from gemini.booster.dataloader import prepare_dataloader
 from gemini.boosting.boost import boost_model
-from gemini.config import GeminiConfig
+from gemini.chunk import Communicator
+from gemini.colossal.boosted import give_names
+from gemini.colossal.plugin import Plugin
+from gemini.config import PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.ranks import group_of, join
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
 
@@ -26,7 +33,7 @@ logger = logging.getLogger(__name__)
 _MEBI = 1 << 20
 
 
-class GeminiPlugin:
+class GeminiPlugin(Plugin):
     """Trains a model in chunks on device, host and disk. ``GeminiPlugin()`` finds everything out by itself.
 
     Parameters
@@ -79,6 +86,17 @@ class GeminiPlugin:
         memory that computes: 2 bytes a parameter less, no copies to make, a faster step. Same numbers. For `HybridAdam`
         with fp32 states in bf16; then parameters must not be changed in place between steps (an error says so, but not
         of changes through ``p.data``, which must be assigned to).
+    process_group
+        The ranks that train the model together: a group, or a ``DeviceMesh`` of one dimension, or of two (replicate,
+        shard); None for all of them. All build the same model, call `Booster.boost`, and take the same steps.
+    hybrid_shard_size
+        How many ranks, one after the other, share one model, each with a part of every chunk: those of one machine,
+        say. Others keep it once more, and only gradients travel between them. None: all share one. 1: each keeps all.
+    gradient_reduction
+        ``"sum"`` (default): several ranks give the bits of one process that accumulates all their batches. ``"mean"``
+        divides by the number of ranks, as DDP, FSDP and ColossalAI do.
+    sync_module_states
+        Start with the values of rank 0 on all ranks. Without it they must be alike, which is checked.
     telemetry
         True writes a run for ``gemini-stat``, a path says where, False writes nothing.
 
@@ -141,10 +159,20 @@ class GeminiPlugin:
         update_in_backward: bool = False,
         split_master: bool = False,
         telemetry: bool | str | Path = True,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        hybrid_shard_size: int | None = None,
+        gradient_reduction: str = "sum",
+        sync_module_states: bool = False,
     ) -> None:
         _refuse_foreign(
             tp_size=(tp_size != 1, "split the model with torch.distributed.tensor before boosting it"),
             extra_dp_size=(extra_dp_size != 1, "there is one data-parallel dimension"),
+            use_fp8=(use_fp8, "use precision='bf16'"),
+            fp8_communication=(fp8_communication, "use precision='bf16'"),
+            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
+            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
+        )
+        _warn_without_effect(
             enable_all_optimization=(enable_all_optimization, "use torch.compile and attn_implementation='sdpa'"),
             enable_fused_normalization=(enable_fused_normalization, "use torch.compile on the blocks"),
             enable_flash_attention=(enable_flash_attention, "build the model with attn_implementation='sdpa'"),
@@ -153,11 +181,14 @@ class GeminiPlugin:
                 "use shorter sequences or activation checkpointing",
             ),
             enable_jit_fused=(enable_jit_fused, "use torch.compile on the blocks"),
-            use_fp8=(use_fp8, "use precision='bf16'"),
-            fp8_communication=(fp8_communication, "use precision='bf16'"),
-            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
-            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
         )
+        if gradient_reduction not in ("sum", "mean"):
+            raise ValueError(f"gradient_reduction must be 'sum' or 'mean', got {gradient_reduction!r}")
+        if hybrid_shard_size is not None and hybrid_shard_size < 1:
+            raise ValueError(f"hybrid_shard_size must be 1 or more, got {hybrid_shard_size}")
+        self.process_group, of_mesh = group_of(process_group)
+        self.hybrid_shard_size = hybrid_shard_size if hybrid_shard_size is not None else of_mesh
+        self.gradient_reduction = gradient_reduction
         if update_in_backward and enable_gradient_accumulation:
             raise ValueError(
                 "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up "
@@ -195,33 +226,38 @@ class GeminiPlugin:
                 "growth_interval": growth_interval,
                 "hysteresis": hysteresis,
             },
+            sync_module_states=sync_module_states,
             telemetry=Path(telemetry) if isinstance(telemetry, str) else telemetry,
             verbose=verbose,
         )
+
+    def supported_precisions(self) -> list[str]:
+        return list(PRECISIONS)
+
+    def support_no_sync(self) -> bool:
+        return not self.config.update_in_backward
 
     def configure(
         self, model: nn.Module, optimizer: Optimizer | None, criterion: Any, dataloader: Any, lr_scheduler: Any
     ) -> tuple[Any, Any, Any, Any, Any]:
         """What `Booster.boost` calls, with each object in its place."""
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise NotImplementedError(
-                f"this version trains on one rank, got world size {torch.distributed.get_world_size()}; start one, "
-                "its device, host and disk are pooled"
-            )
         with unchanged_on_failure(optimizer):
             managed = accepted(optimizer) if optimizer is not None else None
-            boosted = boost_model(model, managed, self.config)
+            config = replace(self.config, communicator=self.join_ranks())
+            result = boost_model(model, managed, config)
+        give_names(result)
         # A scheduler made for a torch optimizer goes on as it is: both optimizers have the same group objects.
         if self.config.verbose:
-            logger.info("boosted\n%s", boosted.memory_summary())
-        return boosted, managed, criterion, dataloader, lr_scheduler
+            logger.info("boosted\n%s", result.memory_summary())
+        return result, managed, criterion, dataloader, lr_scheduler
+
+    def join_ranks(self) -> Communicator:
+        """The communicator of one boosted model: all ranks of the process group call this at once."""
+        return join(self.process_group, self.hybrid_shard_size, self.gradient_reduction)
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """See `Booster.backward`."""
-        step = getattr(optimizer, "_managed", None)
-        if not isinstance(step, ChunkedStep):
-            raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
-        step.backward(loss)
+        _step_of(optimizer).backward(loss)
 
     def no_sync(
         self, model: nn.Module | None = None, optimizer: Optimizer | None = None
@@ -232,7 +268,13 @@ class GeminiPlugin:
                 "no_sync is for accumulating gradients, and update_in_backward=True uses them up within each backward; "
                 "boost without it"
             )
-        return nullcontext()
+        if not dist.is_initialized() or dist.get_world_size(self.process_group) == 1:
+            return nullcontext()
+        if model is not None:
+            return boosted(model).manager.together.communicator.no_sync()
+        if optimizer is not None:
+            return _step_of(optimizer).manager.together.communicator.no_sync()
+        raise TypeError("with several ranks no_sync needs the model or the optimizer: booster.no_sync(model)")
 
     def prepare_dataloader(
         self,
@@ -243,34 +285,73 @@ class GeminiPlugin:
         drop_last: bool = False,
         pin_memory: bool = False,
         num_workers: int = 0,
+        distributed_sampler_cls: Callable[..., Sampler[Any]] | None = None,
         **kwargs: Any,
     ) -> DataLoader[Any]:
-        """A ``DataLoader`` whose order depends on ``seed`` alone, with differently seeded workers."""
-        generator = torch.Generator()
-        generator.manual_seed(seed)
-        return DataLoader(
+        """A ``DataLoader`` with this rank's batches, in an order that depends on ``seed`` and epoch alone.
+
+        One rank gets the batches of a plain ``DataLoader`` whose generator has this seed. Several ranks get the same
+        ones in turn: the first batches of all ranks are the first ones of a single rank. Each sample comes once in an
+        epoch; what is too little for a batch on each rank is divided evenly, with a few samples repeated.
+
+        Each iteration is another epoch; ``loader.sampler.set_epoch(epoch)`` names one. To resume in the middle of an
+        epoch use ``loader.state_dict()`` and ``load_state_dict()``, which work with another number of ranks too, or
+        ``loader.sampler.set_start_index(samples of this rank)``.
+
+        Parameters
+        ----------
+        batch_size
+            Samples that each rank gets at once.
+        drop_last
+            Leave out what is too little for a batch on each rank.
+        distributed_sampler_cls
+            Called as ``distributed_sampler_cls(dataset, num_replicas=, rank=, shuffle=, seed=, drop_last=)`` instead.
+        num_workers
+            Processes that load. Their random generators differ between workers and ranks.
+        kwargs
+            Further arguments of ``DataLoader``. A ``sampler`` or ``batch_sampler`` given here is used as it is.
+
+        Raises
+        ------
+        ValueError
+            Several ranks would each get all of an ``IterableDataset``.
+        """
+        is_single = not dist.is_initialized()
+        return prepare_dataloader(
             dataset,
-            batch_size=batch_size,
+            batch_size,
+            rank=0 if is_single else dist.get_rank(self.process_group),
+            world_size=1 if is_single else dist.get_world_size(self.process_group),
             shuffle=shuffle,
+            seed=seed,
             drop_last=drop_last,
             pin_memory=pin_memory,
             num_workers=num_workers,
-            generator=generator,
-            worker_init_fn=_seed_worker,
+            distributed_sampler_cls=distributed_sampler_cls,
             **kwargs,
         )
 
 
-def _seed_worker(worker: int) -> None:
-    seed = torch.initial_seed() % 2**32  # the loader's generator, plus the worker's number
-    random.seed(seed)
-    np.random.seed(seed)
+def _step_of(optimizer: Optimizer) -> ChunkedStep:
+    step = getattr(optimizer, "_managed", None)
+    if not isinstance(step, ChunkedStep):
+        raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
+    return step
 
 
 def _refuse_foreign(**asked: tuple[bool, str]) -> None:
     for name, (is_asked, alternative) in asked.items():
         if is_asked:
             raise NotImplementedError(f"{name} is not supported; {alternative}")
+
+
+def _warn_without_effect(**asked: tuple[bool, str]) -> None:
+    """ColossalAI's scripts pass these always, and without tensor parallelism it does not look at them either."""
+    for name, (is_asked, alternative) in asked.items():
+        if is_asked:
+            warnings.warn(
+                f"{name} has no effect, as in ColossalAI without tensor parallelism; {alternative}", stacklevel=3
+            )
 
 
 def _bytes(name: str, value: int | str | None) -> int | None:

@@ -1,0 +1,230 @@
+"""Gradients on their way to the owners of their extents, and their sums in the order of the ranks.
+
+::
+
+    our backward --send--> letter and tensor to each owner          a thread of ours takes the parts whose turn it is,
+    their backwards -----> letters, in any order --> `Rounds` ----> receives each, has it summed, and says so
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+
+from ..chunk.communicator import Contribution, Delivery, Source
+from ..errors import RankError
+from ..process_wide import small_stacks
+from .mailbox import Mailbox
+from .messages import Part, Received, RoundEnd
+from .rounds import Rounds
+from .shipping import Shipment, Shipping
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ours:
+    """A contribution of our own backward."""
+
+    generation: int
+    chunk: int
+    contribution: Contribution
+    shipment: Shipment
+
+
+@dataclass(frozen=True, slots=True)
+class _Theirs:
+    """One that another rank has announced."""
+
+    sender: int
+    part: Part
+
+
+class Reduction:
+    """Sends our gradients and sums those of all ranks.
+
+    Parameters
+    ----------
+    mailbox
+        Takes and brings letters and tensors.
+    on_sum
+        Called by the thread that sums when it has added something.
+    """
+
+    def __init__(self, mailbox: Mailbox, on_sum: Callable[[], None]) -> None:
+        self.generation = 0
+        """How often all gradients have been dropped."""
+        self.rounds = 0
+        """Of this generation: the backwards that we have run."""
+        self.has_some = False
+        """A backward of ours has contributed something in this generation."""
+        self._mailbox = mailbox
+        self._on_sum = on_sum
+        self._shipping = Shipping(mailbox)
+        self._source: Callable[[], Source | None] | None = None
+        self._summing = threading.Lock()
+        """Held while something is added, so that nothing is once it has been dropped."""
+        self._changed = threading.Condition()
+        self._order: Rounds[_Ours | _Theirs] = Rounds(len(mailbox.names))
+        self._early: list[tuple[int, Part | RoundEnd]] = []
+        """Letters of a generation that we have not come to."""
+        self._unsummed = 0
+        """What has been handed to the thread."""
+        self._error: BaseException | None = None
+        self._queue: SimpleQueue[_Ours | _Theirs | None] = SimpleQueue()
+        with small_stacks():
+            threading.Thread(target=self._work, name="gemini-memory-sums", daemon=True).start()
+
+    def serve(self, source: Callable[[], Source | None]) -> None:
+        """Have the sums added to this source, for as long as it is there."""
+        with self._changed:
+            self._source = source
+            self._begin(0)
+
+    # -- letters
+
+    def received(self, sender: int, letter: Part | RoundEnd | Received) -> None:
+        """Take in a letter."""
+        if isinstance(letter, Received):
+            self._shipping.received(sender, letter)
+            return
+        with self._changed:
+            if self._source is None or letter.generation > self.generation:
+                self._early.append((sender, letter))
+            else:
+                self._take(sender, letter)
+
+    def _take(self, sender: int, letter: Part | RoundEnd) -> None:
+        is_current = letter.generation == self.generation
+        if isinstance(letter, RoundEnd):
+            if is_current:
+                self._put(item for _, item in self._order.ended(sender, letter.rounds))
+        else:
+            item = _Theirs(sender, letter)  # what was dropped is received all the same: its sender waits for that
+            self._put(self._order.arrived(letter.chunk, sender, letter.round, item) if is_current else (item,))
+        self._changed.notify_all()
+
+    def _put(self, items: Iterable[_Ours | _Theirs]) -> None:
+        for item in items:
+            self._unsummed += 1
+            self._queue.put(item)
+
+    # -- our backward
+
+    def send(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> Delivery:
+        """See `Communicator.send`."""
+        self.has_some = True
+        gradient, extent = contribution.gradient, extents[self._mailbox.index % len(extents)]
+        shipment = self._shipping.send(chunk, contribution, extents, self.generation, self.rounds)
+        own = Contribution(contribution.present, gradient[extent.start : extent.stop], contribution.anew)
+        shipment.goes(None, None)
+        with self._changed:
+            item = _Ours(self.generation, chunk, own, shipment)
+            self._put(self._order.arrived(chunk, self._mailbox.index, self.rounds, item))
+        return shipment
+
+    def end_round(self) -> None:
+        """See `Communicator.end_round`."""
+        self.has_some = True
+        with self._changed:
+            self.rounds += 1
+            self._put(item for _, item in self._order.ended(self._mailbox.index, self.rounds))
+        self._mailbox.post_all(RoundEnd(self.generation, self.rounds))
+
+    # -- sums
+
+    def come_to(self, rounds: int) -> None:
+        """All ranks have run all their backwards, of which one has run this many: there is nothing else to sum."""
+        with self._changed:
+            self.rounds, self.has_some = rounds, self.has_some or rounds > 0
+            for rank in range(len(self._mailbox.names)):
+                self._put(item for _, item in self._order.ended(rank, rounds))
+
+    def are_summed(self, chunk: int, rounds: int) -> bool:
+        """True if these rounds have been summed here."""
+        with self._changed:
+            return self._order.is_summed(chunk, rounds) and not self._unsummed
+
+    def wait_for_sums(self, chunk: int, rounds: int) -> None:
+        """Wait until these rounds have been summed here.
+
+        Raises
+        ------
+        RankError
+            If another rank is gone, or does not come so far in time.
+        """
+        self._wait(lambda: self._order.is_summed(chunk, rounds) and not self._unsummed)
+
+    def wait_for_all(self) -> None:
+        """Wait until what was handed out has been summed here. Raises as `wait_for_sums`."""
+        self._wait(lambda: not self._unsummed)
+
+    def _wait(self, is_done: Callable[[], bool]) -> None:
+        seconds = self._mailbox.timeout.total_seconds()
+        with self._changed:
+            has_come = self._changed.wait_for(lambda: self._error is not None or is_done(), seconds)
+            if self._error is not None:
+                raise RankError(f"the gradients of the ranks could not be summed: {self._error}") from self._error
+        if not has_come:
+            raise RankError(
+                f"the gradients of the ranks were not complete within {seconds:g} s: one of them has not come to the "
+                "end of its backward"
+            )
+
+    def forget(self, generation: int) -> None:
+        """The gradients of all generations before this one have been dropped."""
+        with self._summing, self._changed:
+            self._begin(generation)
+            early, self._early = self._early, []
+            for sender, letter in early:
+                if letter.generation > generation:
+                    self._early.append((sender, letter))
+                else:
+                    self._take(sender, letter)
+
+    def _begin(self, generation: int) -> None:
+        self.generation, self.rounds, self.has_some, self._error = generation, 0, False, None
+        before, self._order = self._order, Rounds(len(self._mailbox.names))
+        self._put(before.held_back())  # to be received, and dropped
+
+    def close(self) -> None:
+        """End the thread."""
+        self._queue.put(None)
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                self._sum(item)
+            except Exception as error:
+                logger.debug("a gradient could not be summed: %s", error)
+                with self._changed:
+                    self._error = self._error or error
+            with self._changed:
+                self._unsummed -= 1
+                self._changed.notify_all()
+            self._on_sum()
+            del item
+
+    def _sum(self, item: _Ours | _Theirs) -> None:
+        if isinstance(item, _Ours):
+            try:
+                self._add(item.generation, item.chunk, item.contribution)
+            finally:
+                item.shipment.arrived(None)
+            return
+        part = item.part
+        gradient = torch.empty(part.numel, dtype=getattr(torch, part.dtype), device="cpu")
+        if part.numel:
+            self._mailbox.receive(item.sender, part.tag, gradient).wait()
+        self._add(part.generation, part.chunk, Contribution(frozenset(part.present), gradient, frozenset(part.anew)))
+        if part.numel:
+            self._mailbox.post(item.sender, Received(part.tag))
+
+    def _add(self, generation: int, chunk: int, contribution: Contribution) -> None:
+        with self._summing:
+            source = None if self._source is None else self._source()
+            if source is not None and generation == self.generation:
+                source.add(chunk, contribution)
