@@ -89,6 +89,10 @@ class Communicator(Protocol):
     gradient_factor: float
     """What each owner multiplies its gradients with: 1 for their sum, one over the number of owners for their mean."""
 
+    @property
+    def rank(self) -> int:
+        """The place of this process among all that train the model, replicas included."""
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Send no gradients meanwhile: they are added up here, and sent by the first backward after it."""
 
@@ -138,6 +142,9 @@ class Communicator(Protocol):
             If an owner does something else, is gone, or does not come in time.
         """
 
+    def take_wait_seconds(self) -> float | None:
+        """How long `agree` and `collect` have waited for other owners since this was asked last; None without any."""
+
     def copy_from_first(self, values: Tensor) -> None:
         """Have the values (dense, on any device) of the first owner in the memory of all. All of them call it."""
 
@@ -164,6 +171,7 @@ class SingleProcess:
     """The only owner: nothing is ever gathered or sent."""
 
     owner = SOLE
+    rank = 0
     is_silent = False
     gradient_factor = 1.0
 
@@ -193,6 +201,9 @@ class SingleProcess:
 
     def agree(self, doing: str, word: Word = None) -> Sequence[Word]:
         return [word]
+
+    def take_wait_seconds(self) -> float | None:
+        return None
 
     def copy_from_first(self, values: Tensor) -> None:
         pass
@@ -236,7 +247,7 @@ def all_or_none(communicator: Communicator, doing: str, word: Callable[[], str] 
     except BaseException as error:
         communicator.agree(doing, {"failure": f"{type(error).__name__}: {error}", "word": ""})
         raise
-    if communicator.owner.count == 1:
+    if communicator.owner.is_alone:
         return
     said = [dict(word) for word in communicator.agree(doing, {"failure": "", "word": word()}) if isinstance(word, dict)]
     for index, each in enumerate(said):

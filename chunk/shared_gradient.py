@@ -93,7 +93,7 @@ class SharedGradient:
 
     @property
     def _is_first(self) -> bool:
-        return self._communicator.owner.index == 0
+        return self._communicator.rank == 0
 
     @property
     def is_unsent(self) -> bool:

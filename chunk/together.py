@@ -37,7 +37,7 @@ class Together:
 
     def complete_gradients(self) -> None:
         """A backward has come to its end: gradients that several owners keep go to the owners of their extents."""
-        if self.communicator.owner.count == 1:
+        if self.communicator.owner.is_alone:
             return
         for gradient in self._shared_gradients():
             gradient.complete()
@@ -54,7 +54,7 @@ class Together:
         RankError
             See `Communicator.collect`.
         """
-        if self.communicator.owner.count == 1:
+        if self.communicator.owner.is_alone:
             return has_changed
         if any(gradient.is_unsent for gradient in self._shared_gradients()):
             self.complete_gradients()
@@ -68,7 +68,7 @@ class Together:
     @contextmanager
     def changing(self, doing: str) -> Iterator[None]:
         """Values at home are about to change, here and with all owners: wait until all are about to do so."""
-        if self._is_changing or self.communicator.owner.count == 1:
+        if self._is_changing or self.communicator.owner.is_alone:
             yield
             return
         self._arrive()

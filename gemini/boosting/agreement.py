@@ -19,7 +19,7 @@ _LISTED = 3
 
 def agree_capacities(capacities: Capacities, communicator: Communicator) -> Capacities:
     """The capacities of the rank that has least of each tier: all pack and place alike."""
-    if communicator.owner.count == 1:
+    if communicator.owner.is_alone:
         return capacities
     own = {tier.value: budget.bytes for tier, budget in capacities.budgets.items()}
     words = [dict(word) for word in communicator.agree("booster.boost", own) if isinstance(word, dict)]
@@ -48,7 +48,7 @@ def check_alike(model: nn.Module, communicator: Communicator, are_copied: bool) 
     RankError
         If they have not. Nothing has been changed.
     """
-    if communicator.owner.count == 1:
+    if communicator.owner.is_alone:
         return
     own = {name: _described(tensor, are_copied) for name, tensor in _tensors(model).items()}
     words = [

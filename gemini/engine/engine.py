@@ -199,7 +199,8 @@ class Engine:
         """The optimizer has stepped, or skipped a step whose gradients overflowed; it adds its own facts."""
         now = time.perf_counter()
         seconds, self._step_end = now - self._step_end, now
-        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds))
+        waited = self.manager.together.communicator.take_wait_seconds()
+        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds, wait_seconds=waited))
         self.sampling.record_step(self.listener.step_ended(self, self.step))
 
     def rebuilt(self, packing: Packing) -> None:

@@ -43,17 +43,19 @@ class Peers:
     Parameters
     ----------
     mailbox
-        Reaches the ranks that keep the model together.
+        Reaches all ranks that train the model.
+    shard_size
+        How many of them keep it together; the next as many keep it once more, and so on.
     gradient_factor
         What each multiplies its gradients with before they are summed.
     """
 
-    def __init__(self, mailbox: Mailbox, gradient_factor: float = 1.0) -> None:
-        self.owner = Owner(mailbox.index, len(mailbox.names))
+    def __init__(self, mailbox: Mailbox, shard_size: int, gradient_factor: float = 1.0) -> None:
+        self.owner = Owner(mailbox.index % shard_size, shard_size, len(mailbox.names) // shard_size)
         self.gradient_factor = gradient_factor
         self.is_silent = False
         self.wait_seconds = 0.0
-        """How long this rank has waited for others where all do something together."""
+        """How long this rank has waited for others where all do something together, since it was taken last."""
         self._mailbox = mailbox
         self._epoch = 0
         self._source: Callable[[], Source | None] = _nothing
@@ -62,11 +64,15 @@ class Peers:
         self._farewell = Farewell(mailbox, self._end)
         self._errands = Errands(mailbox, self._farewell)
         self._votes = Votes(mailbox, self._farewell)
-        self._fetches = Fetches(mailbox)
+        self._fetches = Fetches(mailbox, mailbox.index - self.owner.index)
         self._service = Service(mailbox)
         self._reduction = Reduction(mailbox, self._answer)
         mailbox.listen(self._received, self._farewell.is_over)
         self._farewell.begin()
+
+    @property
+    def rank(self) -> int:
+        return self._mailbox.index
 
     # -- letters
 
@@ -177,8 +183,12 @@ class Peers:
         finally:
             self.wait_seconds += time.perf_counter() - begin
 
+    def take_wait_seconds(self) -> float:
+        waited, self.wait_seconds = self.wait_seconds, 0.0
+        return waited
+
     def copy_from_first(self, values: Tensor) -> None:
-        flat = values.detach().to("cpu", copy=True).contiguous().view(-1) if self.owner.index == 0 else None
+        flat = values.detach().to("cpu", copy=True).contiguous().view(-1) if self.rank == 0 else None
         if flat is not None:
             works = [self._mailbox.send(to, self._mailbox.tag_to_send(), flat) for to in self._mailbox.others]
         else:
@@ -186,7 +196,7 @@ class Peers:
             works = [self._mailbox.receive(0, self._mailbox.tag_to_send(), flat)]
         for work in works:
             work.wait()
-        if self.owner.index:
+        if self.rank:
             with torch.no_grad():
                 values.copy_(flat.view(values.shape))
 

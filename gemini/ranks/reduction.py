@@ -117,7 +117,7 @@ class Reduction:
     def send(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> Delivery:
         """See `Communicator.send`."""
         self.has_some = True
-        gradient, extent = contribution.gradient, extents[self._mailbox.index]
+        gradient, extent = contribution.gradient, extents[self._mailbox.index % len(extents)]
         shipment = self._shipping.send(chunk, contribution, extents, self.generation, self.rounds)
         own = Contribution(contribution.present, gradient[extent.start : extent.stop], contribution.anew)
         shipment.goes(None, None)

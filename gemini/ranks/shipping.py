@@ -74,13 +74,13 @@ class Shipping:
     def send(
         self, chunk: int, contribution: Contribution, extents: Sequence[range], generation: int, rounds: int
     ) -> Shipment:
-        """Send each other rank its extent of a chunk's gradient (flat, on CPU)."""
+        """Send each other rank its extent of a chunk's gradient (flat, on CPU); replicas have the same extents."""
         mailbox, gradient = self._mailbox, contribution.gradient
         present, anew = sorted(contribution.present), sorted(contribution.anew)
         dtype = str(gradient.dtype).removeprefix("torch.")
         shipment = Shipment(mailbox.timeout.total_seconds())
         for to in mailbox.others:
-            extent, tag = extents[to], mailbox.tag_to_send()
+            extent, tag = extents[to % len(extents)], mailbox.tag_to_send()
             if extent:
                 with self._lock:
                     self._underway[to, tag] = shipment
