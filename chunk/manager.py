@@ -14,7 +14,7 @@ from .building import ChunkBuilder
 from .chunk import Chunk
 from .communicator import ALONE, Communicator
 from .disk import DiskBackend
-from .edits import check_assigned, put, with_edits
+from .edits import check_assigned, is_ahead, put, with_edits
 from .eviction import Eviction
 from .full_copies import FullCopies
 from .gradient import GradientBuffer
@@ -289,7 +289,7 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
         values = read_slot(chunk, position, name, self._communicator)
-        return with_edits(chunk, position, values) if name == MASTER and chunk.is_ahead else values
+        return with_edits(chunk, position, values) if name == MASTER and is_ahead(chunk) else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
