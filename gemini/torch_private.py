@@ -217,9 +217,6 @@ never_compiled: Callable[..., Any] = torch._compile._disable_dynamo
 """A decorator: not to be compiled. ``torch.compiler.disable`` imports the compiler at once, which takes seconds.
 If it goes: ``torch.compiler.disable``."""
 
-is_traced: Callable[[], bool] = torch._C._is_tracing
-"""Whether ``torch.jit.trace`` runs, asked before each unit. If it goes: ``torch.jit.is_tracing``, which is slower."""
-
 COMPILED_CALL = "_compiled_call_impl"
 """Where ``module.compile()`` puts the compiled call of a module; its hooks are compiled with it.
 If it goes: such modules are refused, and ``torch.compile(module)`` is not."""

@@ -410,20 +410,6 @@ def test_a_class_can_be_a_node_of_trees() -> None:
 # -- compiled modules
 
 
-def test_tracing_is_told() -> None:
-    told = []
-
-    def traced(x: Tensor) -> Tensor:
-        told.append(private.is_traced())
-        return x * 2
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.trace(traced, (torch.ones(2),), check_trace=False)
-    assert told == [True]
-    assert not private.is_traced()
-
-
 def test_the_compiler_leaves_out_what_is_never_compiled() -> None:
     seen = []
 

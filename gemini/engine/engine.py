@@ -80,7 +80,7 @@ class Engine:
         with self.lock:
             self.manager.device.take_over()
             chunks, unit = visit.chunks, visit.unit
-            actions = self.pacing.advance(self.visits.moment(unit, phase, chunks))
+            actions = self.pacing.cycle.advance(self.visits.moment(unit, phase, chunks))
             if self.sampling.is_on:
                 self.sampling.end_moment()
             missing = [chunk for chunk in chunks if not chunk.is_valid]
@@ -91,7 +91,8 @@ class Engine:
                     self.pacing.evict(actions.evict)
                 for chunk in missing:
                     if not chunk.is_resident:
-                        self.pins.fetch(chunk, chunks, overdraw=visit.is_beyond)
+                        is_beyond = bool(visit.extra) and visit.extra is unit.without_gradients
+                        self.pins.fetch(chunk, chunks, overdraw=is_beyond)
                 if actions.prefetch:
                     self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
                 for chunk in chunks:

@@ -5,11 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..chunk import Chunk, ChunkManager, Tier
 from ..errors import is_out_of_memory
 from ..planning.cycle import Cycle
-from ..planning.planner import Actions, Planner
+from ..planning.planner import Planner
 from ..planning.trace import Moment, Trace
 from ..units.units import Units
-
-_NOTHING = Actions()
 
 
 class Pacing:
@@ -30,10 +28,6 @@ class Pacing:
         self._depth = depth
         self._pool_growths = 0
         """How often the gradients' room had grown when the plans were made."""
-
-    def advance(self, moment: Moment) -> Actions:
-        """What the plan says for a moment; nothing where it does not know it."""
-        return self.cycle.advance(moment) or _NOTHING
 
     def evict(self, indices: Sequence[int]) -> None:
         """Free full copies that the plan has no use for soon."""

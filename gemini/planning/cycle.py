@@ -11,6 +11,7 @@ PLANS_KEPT = 8
 """Of each kind. Batches of a few kinds, experts in a few combinations: each keeps its own."""
 MOST_MOMENTS = 100_000
 """The moments after which a cycle ends: where the model itself is never called, nothing else ends it."""
+_NOTHING = Actions()
 
 
 class Cycle:
@@ -66,17 +67,17 @@ class Cycle:
                 yield from planner.trace.moments
         yield from self._moments
 
-    def advance(self, moment: Moment) -> Actions | None:
-        """Record a moment; its actions, if a plan knows it."""
+    def advance(self, moment: Moment) -> Actions:
+        """Record a moment. Returns what the plan says for it; nothing where it does not know it."""
         self._moments.append(moment)
         plan, position = self._plan, self._position
         if plan is None:
-            return None
+            return _NOTHING
         moments = plan.trace.moments
         if position >= len(moments) or moments[position] != moment:
             position = self._rejoin(plan, moment)
             if position < 0:
-                return None
+                return _NOTHING
             plan = self._plan or plan
         self._position = position + 1
         return plan.actions[position]
@@ -130,7 +131,7 @@ class Cycle:
         """What to do for the next training cycle before it begins."""
         planner = self.expected(with_gradients=True)
         if planner is None:
-            return Actions()
+            return _NOTHING
         if self.with_gradients and self._plan is not None:
             return self._plan.between
         return Actions(prefetch=planner.first)

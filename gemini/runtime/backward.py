@@ -83,7 +83,7 @@ class BackwardHooks:
             return False
         if results is not None:
             unit.contains_graph(is_contained(nodes, own))
-        elif unit.graph_is_contained and visit.moves and not is_contained(nodes, own):
+        elif unit.graph_is_contained and any(c.full_nbytes for c in visit.chunks) and not is_contained(nodes, own):
             unit.contains_graph(False)
             self._engine.pins.hold(visit.chunks)
             return True
