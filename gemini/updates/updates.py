@@ -85,6 +85,15 @@ class Updates:
         self.backward_begins(task)  # a parameter that the loss itself uses comes before any unit
         return self.schedule.gradient_arrived(chunk, position)
 
+    def contribute(self, parameters: Sequence[Tensor]) -> None:
+        """Have gradients that came before these parameters were followed be this rank's part of the sums.
+
+        What several backwards have added to them is one term then.
+        """
+        for slot in map(self.gradients.slot, parameters):
+            if slot.chunk.is_shared and (arrival := slot.take(leaves_theirs=False)) is not None:
+                slot.put(*arrival)
+
     def update(self, chunk: Chunk, refresh: bool) -> None:
         """Update a chunk that the schedule has named.
 

@@ -59,7 +59,11 @@ _TEXT: dict[str, Any] = {
     "intermediate_size": 32, "max_position_embeddings": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MODELS = [Gpt2, Llama, Mixtral]
-OF_MODELS = {**TIERS, "streamed": {**TIERS["streamed"], "device_memory": "64KiB"}}
+OF_MODELS = {
+    "resident": {},
+    "streamed": {**TIERS["streamed"], "device_memory": "64KiB"},
+    "disk": {**TIERS["disk"], "host_memory": "384KiB"},
+}
 
 
 class InBf16(Training):
@@ -168,7 +172,8 @@ def test_models_of_transformers_do_so(worlds, kind):
 
 
 def test_an_overflow_on_one_rank_skips_the_step_of_all(worlds):
-    assert [rank.seen for rank in check_exact(worlds(2), Overflowing, Where.ALONE)] == [[0, 1, 1]] * 2
+    ranks = check_exact(worlds(2), Overflowing, Where.ALONE, initial_scale=16)
+    assert [rank.seen for rank in ranks] == [[0, 1, 1]] * 2
 
 
 @pytest.mark.heavy
@@ -198,3 +203,45 @@ def boost_many() -> None:
         ended = second.train(), first.train()
         assert ended[0].losses == ended[1].losses
         assert all(torch.equal(ended[0].weights[name], ended[1].weights[name]) for name in ended[0].weights)
+
+
+class Adapted(Gpt2):
+    """LoRA by peft: most parameters are frozen."""
+
+    lazy = False
+
+    def build(self) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        adapted: nn.Module = get_peft_model(super().build(), LoraConfig(r=4, target_modules=["c_attn"]))  # type: ignore[arg-type]
+        return adapted
+
+    def make_optimizer(self, model: nn.Module) -> Any:
+        return HybridAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Generating(Llama):
+    """After each step every rank generates, to a length of its own, with activations checkpointed in training."""
+
+    def build(self) -> nn.Module:
+        model: Any = super().build()
+        model.gradient_checkpointing_enable({"use_reentrant": self.use_reentrant})
+        return model  # type: ignore[no-any-return]
+
+    use_reentrant = False
+
+    def end_step(self, step: int) -> None:
+        self.model.eval()
+        prompt = torch.ones(1, 2, dtype=torch.int64)
+        tokens = self.model.generate(prompt, max_new_tokens=1 + 3 * self.rank, do_sample=False)
+        self.ended.seen.append(tokens[0, :3].tolist())
+        self.model.train()
+
+
+class GeneratingReentrant(Generating):
+    use_reentrant = True
+
+
+@pytest.mark.parametrize("kind", [Adapted, Generating, GeneratingReentrant])
+def test_so_do_adapters_and_models_that_generate_and_recompute(worlds, kind):
+    check_exact(worlds(2), kind, **OF_MODELS["streamed"])

@@ -96,6 +96,20 @@ class Unfrozen(Training):
             self.optimizer.add_param_group({"params": list(self.model[0].parameters()), "lr": 1e-3})
 
 
+class UnfrozenByFlag(Training):
+    """A frozen layer is in the optimizer from the start."""
+
+    micro_batches = 2
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        model[0].requires_grad_(False)  # type: ignore[index]
+        return model
+
+    def begin_step(self, step: int) -> None:
+        self.model[0].requires_grad_(step > 0)
+
+
 class TiedLater(Training):
     def begin_step(self, step: int) -> None:
         if step == 1:
@@ -142,7 +156,17 @@ class WithBuffers(Training):
         return ended
 
 
-ALWAYS = [GradientsRead, GradientsReplaced, GradientsKept, Edited, Held, Unfrozen, TiedLater, UnlikeOnEachRank]
+ALWAYS = [
+    GradientsRead,
+    GradientsReplaced,
+    GradientsKept,
+    Edited,
+    Held,
+    Unfrozen,
+    UnfrozenByFlag,
+    TiedLater,
+    UnlikeOnEachRank,
+]
 
 
 @pytest.mark.parametrize("kind", ALWAYS)
