@@ -1,11 +1,13 @@
 """Models of DTensors under management train as they do in plain torch, bit for bit."""
 
+import math
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from rank_training import SMALL
+from safetensors.torch import load_file
 from tensor_parallel_training import CONFIG, TensorParallel, check_tensor_parallel, mesh_of, whole
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -15,8 +17,11 @@ from transformers import LlamaForCausalLM
 import gemini
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
+from gemini.errors import RankError
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
+from gemini.tensor_parallel import LocalPart, whole_norms
+from gemini.tensor_parallel.sharding import Sharding
 
 STREAMED = {"device_memory": "24KiB", **SMALL}
 DISK = {"host_memory": "300KiB", "offload_dir": "/tmp", **SMALL}
@@ -27,9 +32,22 @@ class OneRow(TensorParallel):
     micro_batches = 2
 
 
+class TwoRows(TensorParallel):
+    """Saves what it has in the end, and finds the same in the file."""
+
+    def end(self):
+        ended = super().end()
+        if self.is_managed:
+            file = f"{os.environ['XDG_STATE_HOME']}/model.safetensors"
+            self.booster.save_model(self.model, file)
+            same(dict(sorted(load_file(file).items())), dict(sorted(ended.weights.items())))
+            dist.barrier()
+        return ended
+
+
 @pytest.mark.parametrize("tiers", [pytest.param({}, marks=pytest.mark.heavy), STREAMED], ids=["resident", "streamed"])
 def test_two_rows_of_two_ranks_train_as_one_row_does_in_plain_torch(worlds, tiers):
-    check_tensor_parallel(worlds(4), TensorParallel, max_norm=0.05, **tiers)
+    check_tensor_parallel(worlds(4), TwoRows, max_norm=0.05, **tiers)
 
 
 @pytest.mark.parametrize("tiers", [{}, STREAMED, DISK], ids=["resident", "streamed", "disk"])
@@ -213,3 +231,22 @@ def refuse():
 
 def test_what_cannot_be_kept_is_refused_and_all_is_as_it_was(worlds):
     worlds(2).run(refuse)
+
+
+def norms():
+    """The rank that has them, and norms of parts put together."""
+    rank = dist.get_rank()
+    part = nn.Linear(4, 4, bias=False)
+    parallelize_module(part, mesh_of(1)["tp"], ColwiseParallel())
+    local, replicated = LocalPart.of(part.weight, Sharding.of(part.weight)), nn.Parameter(torch.ones(2))
+    here = [torch.tensor(3.0 + rank), torch.tensor(7.0)]
+    found = [[norm.item() for norm in whole_norms([local, replicated], here, order)] for order in (2.0, 1.0, math.inf)]
+    bad = [torch.tensor(math.inf if rank else 1.0), torch.tensor(7.0)]
+    with pytest.raises(RankError, match=r"rank 1 has gradients of 2 sharded parameters, rank 0 of 1"):
+        whole_norms([local, local if rank else replicated], here, 2.0)
+    return found, whole_norms([local, replicated], bad, 2.0)[0].item()
+
+
+def test_norms_of_parts_are_put_together_and_others_count_once(worlds):
+    expected = [[5.0, 7.0], [7.0, 7.0], [4.0, 7.0]], math.inf
+    assert worlds(2).run(norms) == [expected, expected]
