@@ -14,7 +14,7 @@ from .building import ChunkBuilder
 from .chunk import Chunk
 from .communicator import ALONE, Communicator
 from .disk import DiskBackend
-from .edits import check_assigned, put
+from .edits import check_assigned, is_ahead, put, with_edits
 from .eviction import Eviction
 from .full_copies import FullCopies
 from .gradient import GradientBuffer
@@ -85,7 +85,7 @@ class ChunkManager:
         memories = TierMemories(ledger, device, disk)
         self._builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
         self.chunks = self._builder.build(plans)
-        self.together = Together(communicator, self.chunks, self.full_copies, device)
+        self.together = Together(communicator, self.chunks, self.full_copies, self.gradient_pool, device)
         self._places: dict[int, tuple[Chunk, int]] = {}
 
     @property
@@ -288,7 +288,8 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        return read_slot(chunk, position, name, self._communicator)
+        values = read_slot(chunk, position, name, self._communicator)
+        return with_edits(chunk, position, values) if name == MASTER and is_ahead(chunk) else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
@@ -299,6 +300,7 @@ class ChunkManager:
         with self.together.changing(f"a change of {name} of {chunk.layout.slots[position].name}"):
             if name == MASTER:
                 if chunk.is_resident:
+                    self.full_copies.bring_home(chunk)
                     self.evict(chunk)
                 put(chunk, position, value)
             else:

@@ -31,7 +31,7 @@ from .local_parts import check_groups, local_parts
 from .mixing import mix_in
 from .module import GeminiModule
 from .parts import guard_parts
-from .refusals import refuse_model, refuse_optimizer, refuse_split_master
+from .refusals import refuse_model, refuse_optimizer, refuse_sharing, refuse_split_master
 from .succession import bind_optimizer
 
 
@@ -89,6 +89,8 @@ def _refuse(model: nn.Module, optimizer: ManagedOptimizer | None, config: Gemini
     refuse_model(model)
     if optimizer is not None:
         refuse_optimizer(model, optimizer)
+    if config.communicator.owner.count > 1:
+        refuse_sharing(model)
     if config.split_master:
         refuse_split_master(model, optimizer)
 

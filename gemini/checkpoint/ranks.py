@@ -39,7 +39,7 @@ def write_once(of: Any, doing: str, write: Callable[[], None]) -> None:
         write_by_first(of, doing, write, partial(_read, of))
         return
     communicator = together.communicator
-    if communicator.owner.index:
+    if communicator.rank:
         communicator.wait_until_finished(doing)
         return
     try:
@@ -86,4 +86,4 @@ def _together(of: Any) -> Together | None:
         optimizer = of if isinstance(of, Optimizer) else getattr(of, "optimizer", None)
         step = getattr(optimizer, "_managed", None)
         found = step.manager.together if isinstance(step, ChunkedStep) else None
-    return found if found is not None and found.communicator.owner.count > 1 else None
+    return None if found is None or found.communicator.owner.is_alone else found

@@ -107,6 +107,6 @@ class Pacing:
         chunks = [chunk for chunk in manager.chunks if not chunk.full_is_home]
         nbytes = {chunk.index: chunk.full_nbytes for chunk in chunks}
         # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
-        lost = [chunk.index for chunk in chunks if chunk.is_trainable and not chunk.update_reaches_full]
+        lost = [chunk.index for chunk in chunks if chunk.is_trainable and not chunk.plan.update_reaches_full]
         capacity = manager.ledger.free(Tier.DEVICE) + manager.full_copies.nbytes
         return Planner(trace, nbytes, capacity, self._depth, lost)

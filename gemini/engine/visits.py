@@ -92,10 +92,10 @@ class Visits:
 
         They belong to it no longer. Of the nodes that are ready a thread of autograd runs the one that was made last.
         """
-        visits, here = self._of_backward.get(task), threading.get_ident()
-        if not visits:
-            return []
-        passed = [v for v, at in visits.items() if at == here and v.begin is not None and v.begin.number > number]
+        visits, here, passed = self._of_backward.get(task, {}), threading.get_ident(), []
+        for visit, at in visits.items():
+            if at == here and visit.begin is not None and visit.begin.number > number:
+                passed.append(visit)
         for visit in passed:
             del visits[visit]
         return passed

@@ -86,6 +86,11 @@ class Visit:
         return bool(self.extra) and self.extra is self.unit.without_gradients
 
     @property
+    def moves(self) -> bool:
+        """True if some of its chunks are not always on DEVICE."""
+        return False in [chunk.full_is_home for chunk in self.chunks]
+
+    @property
     def chunks(self) -> tuple[Chunk, ...]:
         """Chunks that must be on DEVICE while it is open."""
         return (*self.unit.chunks, *self.extra) if self.extra else self.unit.chunks

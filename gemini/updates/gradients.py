@@ -79,7 +79,7 @@ class Gradients:
         if view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device):
             return None
         assert buffer is not None
-        if not chunk.is_whole:
+        if chunk.is_shared:
             return AbsentGradient.of(parameter, "it is summed over the processes that train the model together")
         where = buffer.tier.value if buffer.tensor is None else str(buffer.tensor.device)
         return AbsentGradient.of(parameter, f"it is kept on {where}, and the parameter is on {parameter.device}")
@@ -90,6 +90,12 @@ class Gradients:
         """Raise if a backward would add to a gradient that is used up."""
 
     # -- between backward and step
+
+    @property
+    def have_changed(self) -> bool:
+        """True if the user has put something into ``p.grad`` that is to be taken over."""
+        with QUIET():
+            return any(slot.is_replaced for slots in self._of_chunk.values() for slot in slots)
 
     def collect(self, consumed: Container[Chunk]) -> None:
         """Take over what the user has done to ``p.grad`` since.
