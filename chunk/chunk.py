@@ -125,18 +125,6 @@ class Chunk:
         """True if code outside of the manager holds a part of the full copy. See [Note: Loans]."""
         return self.loan is not None and self.loan.is_alive()
 
-    @property
-    def is_ahead(self) -> bool:
-        """True if its full copy has what users have changed, and home has not: all owners bring that home together."""
-        if not self.is_shared or not self.is_valid:
-            return False
-        return self.bindings.is_edited or (self.loan is not None and self.loan.has_changed())
-
-    @property
-    def is_kept(self) -> bool:
-        """True if the full copy must stay: somebody holds it, or it has values that are nowhere else."""
-        return self.is_lent or self.is_ahead
-
     def lend(self) -> Loan:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
         assert self.is_valid
@@ -294,7 +282,7 @@ class Chunk:
 
     def evict(self) -> None:
         """READY -> HOME. Copies nothing: the full copy is clean, or the manager has kept what was changed in it."""
-        assert not self.is_kept
+        assert not self.is_lent
         self.loan = None
         self._move_to(ChunkState.HOME)
         self.bindings.hide()

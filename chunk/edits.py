@@ -46,6 +46,18 @@ def bring_edits_home(chunk: Chunk) -> None:
         _write_differing(chunk, position, view, home, differing(view, home))
 
 
+def is_ahead(chunk: Chunk) -> bool:
+    """True if the full copy has what users have changed, and home has not: all owners bring that home together."""
+    if not chunk.is_shared or not chunk.is_valid:
+        return False
+    return chunk.bindings.is_edited or (chunk.loan is not None and chunk.loan.has_changed())
+
+
+def has_to_stay(chunk: Chunk) -> bool:
+    """True if somebody holds memory of the full copy, or it has values that are nowhere else."""
+    return chunk.is_lent or is_ahead(chunk)
+
+
 def with_edits(chunk: Chunk, position: int, masters: Tensor) -> Tensor:
     """What the masters of a parameter are to be, where its full copy is ahead of them."""
     view = chunk.views[position].detach().cpu()

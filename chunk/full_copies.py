@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, Gathering, Span
-from .edits import bring_edits_home, check_shape, put
+from .edits import bring_edits_home, check_shape, is_ahead, put
 from .ledger import Ledger
 from .memory import DeviceBackend, Transfer
 from .move_counts import MoveCounts
@@ -88,7 +88,7 @@ class FullCopies:
             return
         self.arrive(chunk)
         self.quiet(chunk)  # the update may be writing through to the full copy
-        if chunk.is_ahead:
+        if is_ahead(chunk):
             return
         chunk.evict()
         self._free(chunk)

@@ -12,9 +12,9 @@ from gemini.errors import is_out_of_memory
 from .away import Keeper
 from .building import ChunkBuilder
 from .chunk import Chunk
-from .communicator import ALONE, Communicator
+from .communicator import ALONE, Communicator, all_or_none
 from .disk import DiskBackend
-from .edits import check_assigned, put, with_edits
+from .edits import check_assigned, is_ahead, put, with_edits
 from .eviction import Eviction
 from .full_copies import FullCopies
 from .gradient import GradientBuffer
@@ -131,6 +131,12 @@ class ChunkManager:
         ValueError
             If code outside of the manager holds memory of such a chunk.
         """
+        if plans:
+            with self.together.changing(f"giving {len(plans)} chunks other homes"):
+                self._rebuild(plans, fill)
+            self._communicator.agree("the end of giving chunks other homes")  # gradients for them may come now
+
+    def _rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None) -> None:
         rebuilt = [self.chunks[plan.layout.index] for plan in plans]
         for old in rebuilt:
             if old.loan is not None and old.is_lent:
@@ -140,11 +146,13 @@ class ChunkManager:
                     "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
                 )
             self.full_copies.arrive(old)  # what can go wrong goes wrong now
-            self.quiet(old)
+            self.full_copies.bring_home(old)
         self.device.synchronize()  # no home is being written
         on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
         self.eviction.make_room_for(Tier.HOST, sum(on_host))
-        for old, new in zip(rebuilt, self._builder.rebuild(rebuilt, plans, fill), strict=True):
+        with all_or_none(self._communicator, "the room for these homes"):  # then nobody reads the old ones any more
+            built = self._builder.rebuild(rebuilt, plans, fill)
+        for old, new in zip(rebuilt, built, strict=True):
             if old.is_resident:
                 self.evict(old)
             self._builder.replace(old, new)
@@ -289,7 +297,7 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
         values = read_slot(chunk, position, name, self._communicator)
-        return with_edits(chunk, position, values) if name == MASTER and chunk.is_ahead else values
+        return with_edits(chunk, position, values) if name == MASTER and is_ahead(chunk) else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""

@@ -75,11 +75,24 @@ class SharedGradient:
         return ((self._summed | self._sent) - gone) | (self._bases.keys() - gone) | self._collected.present
 
     def add(self, position: int, gradient: Tensor) -> None:
-        """Put or add the gradient of the slot at ``position``, of the backward under way."""
+        """Put or add the gradient of the slot at ``position``, of the backward under way.
+
+        Raises
+        ------
+        RankError
+            If there is one of this backward already: one process adds each of the two to what is there, and it cannot
+            be told whether a third will come before those of the other owners.
+        """
+        if position in self._arrived and not self._communicator.is_silent:
+            raise RankError(
+                f"the gradient of {self.layout.slots[position].name} comes in several parts in one backward, as where "
+                "checkpoints with use_reentrant=True share a parameter. With several ranks it has to come at once: "
+                "checkpoint with use_reentrant=False"
+            )
         self._collected.add(position, gradient)
         self._arrived.add(position)
         if len(self._arrived) == len(self.layout.slots):
-            self.complete()
+            self._send()
 
     def begin_with(self, position: int, gradient: Tensor | None) -> None:
         """Have this in place of what there is of a slot, with all owners, and the backwards to come add to it.
@@ -101,8 +114,11 @@ class SharedGradient:
         return bool(self._collected.present) or (self._is_first and bool(self._bases))
 
     def complete(self) -> None:
-        """No gradient of the backward under way is missing: send what has been collected, unless that is to wait."""
+        """The backward under way is over: send what has been collected, unless that is to wait."""
         self._arrived.clear()
+        self._send()
+
+    def _send(self) -> None:
         if self._communicator.is_silent:
             return
         bases, self._bases = self._bases, {}

@@ -299,3 +299,10 @@ def default_store() -> "Store":
     from torch.distributed.distributed_c10d import _get_default_store  # not every build of torch has it
 
     return _get_default_store()
+
+
+# -- distributed tensors
+
+LOCAL_TENSOR = "_local_tensor"
+"""Attribute in which a `DTensor` keeps this rank's part; ``to_local()`` gives out another tensor over its memory.
+If it goes: a parameter's part is in memory beside its chunk for as long as somebody keeps the old parameter."""

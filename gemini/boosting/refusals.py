@@ -68,13 +68,21 @@ def refuse_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def refuse_sharing(model: nn.Module) -> None:
-    """Raise where one rank would change parameters in a way that the others do not see.
+    """Raise where one rank would change parameters, or have gradients, that the others do not see.
 
     Raises
     ------
     ValueError
         Nothing has been changed.
     """
+    managed = managed_parameters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in managed and not any(parameter is each for each in managed.values()):
+            raise ValueError(
+                f"the gradient of the parameter {name} ({parameter.dtype}) would not be summed over the ranks: only "
+                "those of float32, bfloat16 and float16 are. Convert its module before booster.boost (module.float()), "
+                "or freeze it (requires_grad_(False))"
+            )
     if renormalised := _renormalised(model):
         raise ValueError(
             f"max_norm in {', '.join(renormalised)} changes weights in each forward, on each rank those that its batch "

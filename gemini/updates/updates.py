@@ -85,6 +85,15 @@ class Updates:
         self.backward_begins(task)  # a parameter that the loss itself uses comes before any unit
         return self.schedule.gradient_arrived(chunk, position)
 
+    def contribute(self, parameters: Sequence[Tensor]) -> None:
+        """Have gradients that came before these parameters were followed be this rank's part of the sums.
+
+        What several backwards have added to them is one term then.
+        """
+        for slot in map(self.gradients.slot, parameters):
+            if slot.chunk.is_shared and (arrival := slot.take(leaves_theirs=False)) is not None:
+                slot.put(*arrival)
+
     def update(self, chunk: Chunk, refresh: bool) -> None:
         """Update a chunk that the schedule has named.
 
@@ -168,10 +177,16 @@ class Updates:
         kept = set() if parameters is None else {chunk for chunk in chunks if _others(chunk, parameters)}
         if kept:
             device.synchronize()
+            self._drop(kept, parameters)
         else:
             device.discard()
-            self._manager.together.communicator.forget_gradients(failure)
-        for chunk in chunks:
+            with self._manager.together.communicator.forgetting_gradients(failure):
+                self._drop(kept, parameters)
+        self.scaling.forget()
+
+    def _drop(self, kept: Set[Chunk], parameters: Set[int] | None) -> None:
+        """Forget all gradients; in the chunks that are kept only those of some parameters (ids)."""
+        for chunk in self._manager.chunks:
             if chunk in kept:
                 assert parameters is not None
                 self.gradients.drop(chunk, parameters)
@@ -181,7 +196,6 @@ class Updates:
                 if had_some:
                     self._manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
-        self.scaling.forget()
 
     def abandon(self, failure: str) -> None:
         """A backward has failed, for the reason given: its gradients are worth nothing."""
@@ -190,7 +204,7 @@ class Updates:
 
     def zero(self, parameters: Set[int] | None = None) -> None:
         """Fill gradients with zeros; those of all parameters, or of these (ids)."""
-        if self._manager.together.communicator.owner.count == 1:
+        if self._manager.together.communicator.owner.is_alone:
             self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
         self.gradients.zero(parameters)
 

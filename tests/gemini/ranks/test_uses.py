@@ -6,7 +6,9 @@ import pytest
 import torch
 from rank_training import TIERS, Training, Where, check_exact
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
 
 
@@ -94,6 +96,20 @@ class Unfrozen(Training):
             self.optimizer.add_param_group({"params": list(self.model[0].parameters()), "lr": 1e-3})
 
 
+class UnfrozenByFlag(Training):
+    """A frozen layer is in the optimizer from the start."""
+
+    micro_batches = 2
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        model[0].requires_grad_(False)  # type: ignore[index]
+        return model
+
+    def begin_step(self, step: int) -> None:
+        self.model[0].requires_grad_(step > 0)
+
+
 class TiedLater(Training):
     def begin_step(self, step: int) -> None:
         if step == 1:
@@ -140,7 +156,17 @@ class WithBuffers(Training):
         return ended
 
 
-ALWAYS = [GradientsRead, GradientsReplaced, GradientsKept, Edited, Held, Unfrozen, TiedLater, UnlikeOnEachRank]
+ALWAYS = [
+    GradientsRead,
+    GradientsReplaced,
+    GradientsKept,
+    Edited,
+    Held,
+    Unfrozen,
+    UnfrozenByFlag,
+    TiedLater,
+    UnlikeOnEachRank,
+]
 
 
 @pytest.mark.parametrize("kind", ALWAYS)
@@ -168,3 +194,89 @@ def boost(kind: type[Training]) -> None:
 def test_weights_that_each_rank_would_change_by_itself_are_refused(worlds):
     for outcome in worlds(2).outcomes(boost, Renormalising):
         assert outcome.error.startswith("ValueError: max_norm in 0 changes weights in each forward")
+
+
+class SeededByRank(Training):
+    def built(self) -> nn.Module:
+        torch.manual_seed(self.rank)
+        with LazyInitContext():
+            return self.build()
+
+
+class SeededByRankAndLoaded(SeededByRank):
+    def build(self) -> nn.Module:
+        model = super().build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.1)
+        return model
+
+
+def first_weight(kind: type[Training], **plugin: Any) -> Tensor:
+    training = kind(Where.RANKS, **plugin)
+    return next(training.model.parameters()).detach().clone()
+
+
+def copied_from_the_first() -> Tensor:
+    return first_weight(SeededByRank, sync_module_states=True)
+
+
+def test_lazy_models_of_different_seeds_are_refused(worlds):
+    for outcome in worlds(2).outcomes(first_weight, SeededByRank):
+        assert "rank 1 has another model than rank 0" in outcome.error
+        assert "the random state of LazyInitContext" in outcome.error
+    first, second = worlds(2).run(first_weight, SeededByRankAndLoaded)  # no random number is left in it
+    assert torch.equal(first, second)
+
+
+def test_they_start_as_the_first_one_if_the_user_wants_it(worlds):
+    first, second = worlds(2).run(copied_from_the_first)
+    torch.manual_seed(0)
+    assert torch.equal(first, second) and torch.equal(first, nn.Linear(Training.width, Training.width).weight)
+
+
+class WithFp64(Training):
+    def build(self) -> nn.Module:
+        return super().build().append(nn.Linear(8, 8).double())  # type: ignore[operator]
+
+
+class SharedInReentrantCheckpoints(Training):
+    use_reentrant = True
+
+    def build(self) -> nn.Module:
+        return Recomputed(self.width, self.use_reentrant)
+
+
+class SharedInCheckpoints(SharedInReentrantCheckpoints):
+    use_reentrant = False
+
+
+class Recomputed(nn.Module):
+    def __init__(self, width: int, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.shared = nn.Linear(width, width), nn.Linear(width, width)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(3):
+            x = checkpoint(self.layer, x, use_reentrant=self.use_reentrant)
+        return x
+
+    def layer(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.shared(x))
+
+
+def train(kind: type[Training]) -> None:
+    kind(Where.RANKS).train()
+
+
+def test_what_cannot_be_summed_in_the_order_of_ranks_is_refused(worlds):
+    for outcome in worlds(2).outcomes(boost, WithFp64):
+        assert (
+            outcome.error.startswith("ValueError: the gradient of the parameter 11.weight")
+            and "float()" in outcome.error
+        )
+    for outcome in worlds(2).outcomes(train, SharedInReentrantCheckpoints):
+        assert "RankError" in outcome.error and "use_reentrant=False" in outcome.error
+    check_exact(worlds(2), SharedInCheckpoints)
