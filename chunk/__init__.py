@@ -24,11 +24,12 @@ from .memory_map import MemoryMap
 from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
 from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
-from .shared_gradient import Gradient
+from .shared_gradient import Gradient, SharedGradient
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
+from .together import Together
 from .values import write_slot
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
@@ -70,12 +71,14 @@ __all__ = [
     "Plain",
     "RamBackend",
     "Requests",
+    "SharedGradient",
     "SingleProcess",
     "Slot",
     "SplitBf16",
     "Staging",
     "TensorSpec",
     "Tier",
+    "Together",
     "Transfer",
     "WithShadow",
     "all_or_none",

@@ -31,6 +31,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from gemini.torch_private import shown_in_profile
+
 from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .buffer import Buffer, MemoryBuffer
 from .conversion import SCRATCH_NUMEL, conversion_pieces
@@ -173,7 +175,7 @@ class AcceleratorBackend:
         if source.tensor is None or (after is not None and not after.done()):
             return Underway(self._workers.submit(self._fill_from_worker, full, source, after))
         self._wait_in_lane(after)
-        with torch.profiler.record_function("gemini::fetch"):
+        with shown_in_profile("gemini::fetch"):
             mark = self._put_upload(full, source.tensor)
         self.uploads.add(source.tier, full.nbytes, 0.0)
         return _OnLane(mark)

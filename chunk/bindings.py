@@ -9,7 +9,10 @@ from torch import Tensor
 
 from gemini.torch_private import version_of, without_torch_function
 
-from .away import QUIET, AwayParameter, Keeper, away_class, copied_class, is_linked, link, plain_class, was_reached
+from .away import QUIET, Keeper, away_class, copied_class, is_linked, link, plain_class, was_reached
+
+_set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
+"""Sets ``data`` past the property of a `CopiedParameter`, at each fetch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,8 @@ class Bindings:
         self._are_copies = are_copies
         """What pinned parameters show is another memory than home."""
         self._is_entrusted = False
+        self._are_away = False
+        """Their class tells the keeper what is done to them."""
         self._looked_at: list[int] | None = None
         """The versions of parameters that are away when ``data`` was ours in all of them; None: look at it again."""
         self._all: list[Binding] = []
@@ -83,7 +88,7 @@ class Bindings:
 
     def be_pinned(self) -> None:
         """The chunk is pinned: torch uses the parameters without asking their keeper."""
-        self._looked_at = None
+        self._looked_at, self._are_away = None, False
         for binding in self._all:
             binding.parameter.__class__ = binding.pinned
 
@@ -91,6 +96,7 @@ class Bindings:
         """Nothing has the chunk pinned any more."""
         for binding in self._all:
             binding.parameter.__class__ = binding.away
+        self._are_away = self._is_entrusted
 
     # -- data
 
@@ -107,7 +113,7 @@ class Bindings:
         if self.is_hidden:
             with QUIET():
                 for binding in self._all:
-                    binding.parameter.data = binding.view
+                    _set_data(binding.parameter, binding.view)
             self.is_hidden = False
 
     def point(self, position: int, memory: Tensor) -> None:
@@ -138,8 +144,7 @@ class Bindings:
                     if not binding.parameter.is_set_to(former):  # else an interrupt came between
                         found.append((position, binding.parameter.data))
                     binding.parameter.data = ours
-        are_away = self._is_entrusted and all(isinstance(b.parameter, AwayParameter) for b in self._all)
-        self._looked_at = versions if are_away else None
+        self._looked_at = versions if self._are_away else None
         return found
 
     # -- changes in place
@@ -156,6 +161,11 @@ class Bindings:
             return reached
         return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old] + reached
 
+    @property
+    def is_edited(self) -> bool:
+        """True if a parameter was changed in place since it was accepted."""
+        return self._versions_now() != self._versions
+
     def accept(self, position: int) -> None:
         """Mark home and parameter as equal."""
         with QUIET():
@@ -167,10 +177,14 @@ class Bindings:
         As after any in-place operation, and as after ``torch.optim``'s steps: of those graphs, the nodes that have
         saved the parameter raise, the others run.
         """
+        positions, before = list(positions), self._versions_now()
+        with QUIET():
+            torch.autograd.graph.increment_version([self._all[position].parameter for position in positions])
+        after = self._versions_now()
         for position in positions:
-            with QUIET():
-                torch.autograd.graph.increment_version(self._all[position].parameter)
-            self.accept(position)
+            self._versions[position] = after[position]
+        if self._looked_at == before:  # and nobody has touched ``data``
+            self._looked_at = after
 
     def _versions_now(self) -> list[int]:
         with QUIET():

@@ -103,7 +103,7 @@ class Ledger:
                     f"{mib(self.capacity(tier))} are free; set {bound}_memory to {enough} bytes ({mib(enough)}) or more"
                 )
             self._used[tier] += nbytes
-            for each in Tier:
+            for each in (tier, self._pool(tier)):
                 self._peak[each] = max(self._peak[each], self.used(each))
 
     def give(self, tier: Tier, nbytes: int) -> None:

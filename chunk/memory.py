@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gemini.process_wide import IO_STACK_BYTES
+from gemini.torch_private import shown_in_profile
 
 from .buffer import Buffer, MemoryBuffer
 from .host_memory import zeroed
@@ -73,6 +74,25 @@ class Underway:
 
     def rest(self, seconds: float) -> None:
         wait([self._future], seconds)
+
+
+class Postponed:
+    """A short move behind an update: the first that waits for it makes it. A worker would take longer to wake up."""
+
+    def __init__(self, work: Callable[[], None], after: Transfer) -> None:
+        self._work: Callable[[], None] | None = work
+        self._after = after
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work()
+            self._work = None
+
+    def done(self) -> bool:
+        return self._after.done()
+
+    def rest(self, seconds: float) -> None:
+        self._after.rest(seconds)
 
 
 class Move:
@@ -252,11 +272,13 @@ class RamBackend:
         pass
 
     def upload(self, full: Tensor, source: Buffer, after: "Transfer | None", background: bool) -> Transfer:
-        is_short = after is None and source.nbytes <= SHORT_BYTES
+        is_short, fill = source.nbytes <= SHORT_BYTES, partial(self._fill, full, source, after)
         if source.tensor is not None and (is_short or not background):
-            self._fill(full, source, after)
+            if background and after is not None and not after.done():
+                return Postponed(fill, after)
+            fill()
             return Arrived()
-        move = Move(partial(self._fill, full, source, after))
+        move = Move(fill)
         try:
             return Underway(self._workers.submit(move))
         except BaseException:
@@ -267,7 +289,7 @@ class RamBackend:
         if after is not None:
             after.wait()
         begin = time.perf_counter()
-        with torch.no_grad(), torch.profiler.record_function("gemini::fetch"):
+        with torch.no_grad(), shown_in_profile("gemini::fetch"):
             if source.tensor is not None:
                 full.copy_(source.tensor)
             else:

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -75,7 +76,7 @@ def close_in_background(work: Callable[[], object]) -> None:
     within `threading` while it holds its locks, or on the very thread that is to end. Joining there is a deadlock
     (seen: a collection in the start of another model's thread), and so are starting a thread and submitting a task. So
     one thread does all this work, in the order asked for, and the caller waits for two seconds at most. Putting into a
-    ``SimpleQueue`` is made for finalizers.
+    ``SimpleQueue`` is made for finalizers. What the work itself asks for comes right after it.
     """
     _closer.close(work)
 
@@ -85,6 +86,9 @@ class _Closer:
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Callable[[], object], threading.Event]] = SimpleQueue()
+        self._further: deque[Callable[[], object]] = deque()
+        """Asked for on the thread itself, which cannot wait for it."""
+        self._ident = 0
         self._pid = 0
         self._is_late = False
         self._lock = threading.Lock()
@@ -99,7 +103,9 @@ class _Closer:
                 self._pid = os.getpid()
 
     def close(self, work: Callable[[], object]) -> None:
-        if self._pid == os.getpid():
+        if self._pid == os.getpid() and threading.get_ident() == self._ident:
+            self._further.append(work)
+        elif self._pid == os.getpid():
             over = threading.Event()
             self._work.put((work, over))
             if not self._is_late:  # one collection may close many models
@@ -108,15 +114,22 @@ class _Closer:
             work()
 
     def _run(self) -> None:
+        self._ident = threading.get_ident()
         while True:
             work, over = self._work.get()
-            try:
-                work()
-            except Exception:
-                logger.exception("closing failed")
+            self._do(work)
+            while self._further:
+                self._do(self._further.popleft())
             self._is_late = self._is_late and not self._work.empty()
             over.set()
             del work, over  # not to hold what was closed until the next one
+
+    @staticmethod
+    def _do(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception:
+            logger.exception("closing failed")
 
 
 _closer = _Closer()

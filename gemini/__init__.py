@@ -8,7 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gemini import accelerator as accelerator
+    from gemini import cluster as cluster
     from gemini import errors as errors
+    from gemini import logging as logging
+    from gemini import utils as utils
     from gemini.booster import Booster
     from gemini.booster.plugin import GeminiPlugin
     from gemini.checkpoint import named_tensors
@@ -40,7 +44,7 @@ _HOMES = {
     "launch_from_torch": "gemini.initialize",
     "named_tensors": "gemini.checkpoint",
 }
-_SUBMODULES = frozenset({"errors"})
+_SUBMODULES = frozenset({"accelerator", "cluster", "errors", "logging", "utils"})
 
 
 def __getattr__(name: str) -> Any:

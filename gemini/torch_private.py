@@ -6,9 +6,10 @@ Each says what it is for, why no public name will do, and what to do should torc
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cache
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,13 @@ current_backward: Callable[[], int] = torch._C._current_graph_task_id
 """The backward that this thread runs, -1 outside of one. torch tells nowhere else of reentrant and failed backwards.
 If it goes: count in an ``autograd.Function`` before the loss, which users would have to call."""
 
+current_node: Callable[[], Any] = torch._C._current_autograd_node
+"""The node that this thread runs in a backward; None outside of one, and at its end.
+If it goes: have the hooks before nodes keep the numbers of their nodes.
+
+A backward runs that node next that was made last of those that are ready (`number_of`).
+"""
+
 at_end_of_backward: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
 """Have something called at the end of the backward that runs. FSDP2 uses it, too; public hooks belong to nodes.
 If it goes: hooks on the leaves that come last, which the graph would have to be searched for."""
@@ -59,17 +67,17 @@ next_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
 If it goes: see `number_of`."""
 
 
-def number_of(node: Any) -> int:
-    """The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
-
-    If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond.
-    """
-    return node._sequence_nr()  # type: ignore[no-any-return]
-
+number_of: Callable[[Any], int] = methodcaller("_sequence_nr")
+"""The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
+If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond."""
 
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """What a tensor is a view of, for autograd: after a change in place its node is on the way of the view's gradient.
 If it goes: units whose results are views count as not contained."""
+
+shown_in_profile: Callable[[str], AbstractContextManager[None]] = torch._C._profiler._RecordFunctionFast
+"""A part of what ``torch.profiler`` shows, by its name. ``record_function`` takes microseconds also when nobody looks.
+If it goes: ``torch.profiler.record_function``."""
 
 # -- what tensors and storages are, and who holds them
 
@@ -291,3 +299,10 @@ def default_store() -> "Store":
     from torch.distributed.distributed_c10d import _get_default_store  # not every build of torch has it
 
     return _get_default_store()
+
+
+# -- distributed tensors
+
+LOCAL_TENSOR = "_local_tensor"
+"""Attribute in which a `DTensor` keeps this rank's part; ``to_local()`` gives out another tensor over its memory.
+If it goes: a parameter's part is in memory beside its chunk for as long as somebody keeps the old parameter."""

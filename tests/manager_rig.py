@@ -90,7 +90,7 @@ class Rig:
     def use(self, chunk: Chunk) -> None:
         self.manager.fetch(chunk)
         self.manager.pin(chunk)
-        self.manager.unpin(chunk)
+        chunk.unpin()
 
     def has_values(self, chunk: Chunk) -> bool:
         pairs = zip(self.parameters[chunk.index], self.values[chunk.index], strict=True)

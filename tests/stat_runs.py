@@ -140,7 +140,8 @@ def open_run(
 
 def job_of(rank: int, ranks: int, restart: int = 0) -> Job:
     """One rank of a made-up job."""
-    return Job(rank=rank, world_size=ranks, restart=restart, run_id=RUN_ID if ranks > 1 else None)
+    run_id = RUN_ID if ranks > 1 else None
+    return Job(rank=rank, world_size=ranks, restart=restart, run_id=run_id, attempt=str(restart))
 
 
 def _make(

@@ -11,9 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private"),
+    ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private", "colossal"),
+    ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
-    ("ranks",),
+    ("ranks", "tensor_parallel"),
     ("planning", "units", "nn"),
     ("config",),
     ("memory",),
@@ -34,6 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # Packages that know nothing of the rest: besides themselves they may import only these.
 ISOLATED: Mapping[str, frozenset[str]] = {
+    "colossal": frozenset(),
+    **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
     "chunk": frozenset({"errors", "process_wide", "torch_private"}),
     "lazy": frozenset({"errors", "torch_private"}),
     "telemetry": frozenset({"sizes", "process_wide"}),

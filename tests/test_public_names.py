@@ -42,6 +42,27 @@ BOOSTER_METHODS = {
     "enable_lora": None,
 }
 
+COLOSSALAIS = {
+    "gemini.accelerator": "get_accelerator",
+    "gemini.booster": "Booster Plugin",
+    "gemini.booster.plugin": "GeminiPlugin HybridParallelPlugin LowLevelZeroPlugin MoeHybridParallelPlugin Plugin "
+    "TorchDDPPlugin TorchFSDPPlugin",
+    "gemini.booster.plugin.dp_plugin_base": "DPPluginBase",
+    "gemini.cluster": "DistCoordinator",
+    "gemini.cluster.dist_coordinator": "DistCoordinator",
+    "gemini.lazy": "LazyInitContext",
+    "gemini.logging": "DistributedLogger disable_existing_loggers get_dist_logger",
+    "gemini.nn": "CosineAnnealingWarmupLR HybridAdam LinearWarmupLR",
+    "gemini.nn.lr_scheduler": "CosineAnnealingLR CosineAnnealingWarmupLR ExponentialLR FlatAnnealingLR LambdaLR "
+    "FlatAnnealingWarmupLR LinearWarmupLR MultiStepLR MultiStepWarmupLR MultiplicativeLR OneCycleLR PolynomialLR "
+    "PolynomialWarmupLR StepLR",
+    "gemini.nn.optimizer": "CPUAdam FusedAdam HybridAdam",
+    "gemini.pipeline.schedule.v_schedule": "PipelineGraph",
+    "gemini.shardformer": "PipelineGradientCheckpointConfig ShardConfig",
+    "gemini.utils": "MultiTimer Timer conditional_context ensure_path_exists get_current_device set_seed",
+}
+"""Modules and names that ColossalAI's scripts import, with ``gemini`` for ``colossalai``."""
+
 ERRORS = ("GeminiError", "OutOfMemory", "StateError", "CheckpointError", "LazyInitError", "OffloadError")
 
 
@@ -70,6 +91,22 @@ def test_importing_gemini_loads_neither_torch_nor_any_part() -> None:
         "assert [name for name in sys.modules if name.startswith('gemini.')] == []\n"
         "assert issubclass(gemini.errors.OutOfMemory, gemini.errors.GeminiError)\n"
         "assert gemini.__version__\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
+
+
+@pytest.mark.parametrize("module", COLOSSALAIS)
+def test_what_colossalais_scripts_import_is_there_and_exported(module: str) -> None:
+    assert set(COLOSSALAIS[module].split()) <= set(importlib.import_module(module).__all__)
+
+
+def test_modules_that_colossalai_loads_with_itself_are_there_without_an_import() -> None:
+    code = (
+        "import gemini, sys\n"
+        "assert gemini.accelerator.get_accelerator().name\n"
+        "assert gemini.cluster.DistCoordinator().rank == 0\n"
+        "assert gemini.utils.get_current_device() and gemini.logging.get_dist_logger()\n"
+        "assert not any(name.startswith(('gemini.boosting', 'gemini.chunk')) for name in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
 

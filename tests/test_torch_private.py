@@ -87,6 +87,27 @@ def test_a_call_comes_at_the_end_of_backward() -> None:
     assert order == ["last gradient", "end"]
 
 
+def test_a_backward_runs_the_node_made_last_of_those_that_are_ready() -> None:
+    assert private.current_node() is None
+    x, run = torch.ones(2, requires_grad=True), []
+    branches = [x * factor for factor in range(5)]
+    total = torch.stack([branch.sin() for branch in (*branches[::2], *branches[1::2])]).sum()
+    made = {branch.grad_fn for branch in branches}
+    for node in made:
+        assert node is not None
+        node.register_prehook(lambda _: run.append(private.current_node()))
+    total.backward()
+    assert set(run) == made
+    assert [private.number_of(node) for node in run] == sorted(map(private.number_of, made), reverse=True)
+
+
+def test_a_gradient_that_is_put_into_a_parameter_has_the_highest_number_of_all() -> None:
+    x, numbers = torch.ones(2, requires_grad=True), []
+    x.register_post_accumulate_grad_hook(lambda _: numbers.append(private.number_of(private.current_node())))
+    (x * 2).sum().backward()
+    assert numbers == [LARGEST]
+
+
 def test_the_engine_says_which_nodes_will_run() -> None:
     x, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     inside, outside = x * 2, other * 2
@@ -128,6 +149,13 @@ def test_a_view_tells_its_base() -> None:
     x = torch.ones(4)
     assert private.base_of(x[1:]) is x
     assert private.base_of(x) is None
+
+
+def test_a_profile_shows_what_it_is_told_to_show() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with private.shown_in_profile("a part of ours"):
+            torch.ones(2).sum()
+    assert "a part of ours" in {event.name for event in profile.events()}
 
 
 # -- what tensors and storages are, and who holds them
@@ -478,5 +506,23 @@ def test_the_store_of_a_process_group_takes_the_first_value_of_a_key(tmp_path: P
     try:
         assert private.default_store().compare_set("key", "", "first") == b"first"
         assert private.default_store().compare_set("key", "", "second") == b"first"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_distributed_tensor_without_its_local_one_has_let_go_of_the_memory(tmp_path: Path) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        local = torch.ones(2)
+        uses = private.storage_uses(local.untyped_storage())
+        distributed = DTensor.from_local(local, init_device_mesh("cpu", (1,)), [Replicate()])
+        assert getattr(distributed, private.LOCAL_TENSOR).data_ptr() == local.data_ptr()
+        assert private.storage_uses(local.untyped_storage()) == uses + 1
+        delattr(distributed, private.LOCAL_TENSOR)
+        assert private.storage_uses(local.untyped_storage()) == uses
+        with pytest.raises(AttributeError):
+            distributed.to_local()
     finally:
         dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,10 @@ class Booster:
         size_per_shard: int = 1024,
         use_safetensors: bool = True,
         use_async: bool = False,
+        *,
+        gather_dtensor: bool = True,
     ) -> None:
-        """Write the model in the Hugging Face layout; see `gemini.checkpoint.save_model`."""
+        """Write the model in the Hugging Face layout; see `gemini.checkpoint.save_model`. Tensors are whole always."""
         from gemini import checkpoint as io
 
         io.save_model(
@@ -126,8 +128,18 @@ class Booster:
             use_async=use_async,
         )
 
-    def load_model(self, model: nn.Module, checkpoint: str, strict: bool = True) -> None:
-        """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`."""
+    def load_model(
+        self,
+        model: nn.Module,
+        checkpoint: str,
+        strict: bool = True,
+        low_cpu_mem_mode: bool = True,
+        num_threads: int = 1,
+    ) -> None:
+        """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`.
+
+        ``low_cpu_mem_mode`` and ``num_threads`` are accepted: one tensor at a time is in memory always.
+        """
         from gemini import checkpoint as io
 
         io.load_model(model, checkpoint, strict=strict)
@@ -139,14 +151,22 @@ class Booster:
         shard: bool = False,
         prefix: str | None = None,
         size_per_shard: int = 1024,
+        use_async: bool = False,
+        *,
+        gather_dtensor: bool = True,
     ) -> None:
-        """Write states, groups and loss scale; see `gemini.checkpoint.save_optimizer`."""
+        """Write states, groups and loss scale; see `gemini.checkpoint.save_optimizer`.
+
+        ``use_async`` and ``gather_dtensor`` are accepted: the file is complete when this returns, with whole tensors.
+        """
         from gemini import checkpoint as io
 
         io.save_optimizer(optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard)
 
-    def load_optimizer(self, optimizer: Optimizer, checkpoint: str) -> None:
-        """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`."""
+    def load_optimizer(
+        self, optimizer: Optimizer, checkpoint: str, low_cpu_mem_mode: bool = True, num_threads: int = 1
+    ) -> None:
+        """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`, and `load_model` for the rest."""
         from gemini import checkpoint as io
 
         io.load_optimizer(optimizer, checkpoint)
@@ -163,17 +183,50 @@ class Booster:
 
         io.load_lr_scheduler(lr_scheduler, checkpoint)
 
-    def enable_lora(self, model: nn.Module, pretrained_dir: str | None = None, lora_config: Any = None) -> nn.Module:
-        """Wrap a model (before `boost`) with LoRA adapters of ``peft``; frozen weights then have no states."""
+    def enable_lora(
+        self,
+        model: nn.Module,
+        pretrained_dir: str | None = None,
+        lora_config: Any = None,
+        bnb_quantization_config: Any = None,
+        quantize: bool = False,
+    ) -> nn.Module:
+        """Wrap a model (before `boost`) with LoRA adapters of ``peft``; frozen weights then have no states.
+
+        Raises
+        ------
+        ImportError
+            Without ``peft``.
+        NotImplementedError
+            If the frozen weights are to be quantized.
+        """
         try:
             from peft import PeftModel, get_peft_model
         except ImportError as error:
             raise ImportError("enable_lora needs the package peft: pip install peft") from error
+        if quantize or bnb_quantization_config is not None:
+            raise NotImplementedError(
+                "quantized weights are not supported: leave quantize and bnb_quantization_config off; frozen weights "
+                "can be on the host or on disk (GeminiPlugin(offload_dir=...)), where they take no memory of the device"
+            )
         if pretrained_dir is not None:
             return PeftModel.from_pretrained(model, pretrained_dir, is_trainable=True)  # type: ignore[no-any-return]
         if lora_config is None:
             raise ValueError("give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters")
         return get_peft_model(model, lora_config)  # type: ignore[no-any-return]
+
+    def save_lora_as_pretrained(self, model: nn.Module, checkpoint: str, use_safetensors: bool = False) -> None:
+        """Write the adapters of `enable_lora` alone; see `gemini.checkpoint.save_lora`."""
+        from gemini import checkpoint as io
+
+        io.save_lora(model, checkpoint, use_safetensors=use_safetensors)
+
+    def execute_pipeline(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """ColossalAI's, for pipelines. Raises NotImplementedError."""
+        raise NotImplementedError(
+            "there are no pipelines: call the model and booster.backward(loss, optimizer), which is what scripts of "
+            "ColossalAI do with GeminiPlugin"
+        )
 
 
 def _kinds(given: list[Any]) -> list[str | None]:

@@ -2,7 +2,7 @@
 
 How the files build on each other (imports go down only)::
 
-    model_io.py  optimizer_io.py  scheduler_io.py    what a user calls
+    model_io.py  optimizer_io.py  scheduler_io.py  lora.py    what a user calls
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
     optimizer_files.py                               the format of a saved optimizer
     parts.py                                         what a part of a boosted model gathers and loads
@@ -12,6 +12,7 @@ How the files build on each other (imports go down only)::
     stage.py  output.py  raw.py                      atomic files, one file, bytes
 """
 
+from .lora import save_lora
 from .match import load_named
 from .model_io import load_model, save_model
 from .names import full_state_dict, named_tensors
@@ -26,6 +27,7 @@ __all__ = [
     "load_named",
     "load_optimizer",
     "named_tensors",
+    "save_lora",
     "save_lr_scheduler",
     "save_model",
     "save_optimizer",

@@ -11,6 +11,7 @@ from gemini.errors import CheckpointError
 
 from ..torch_private import IncompatibleKeys
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
+from .ranks import checked_by_all, loaded_by_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +113,11 @@ def load_named(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
         name: Source.of(value) if isinstance(value, Tensor) and not is_extra_state(name) else value
         for name, value in state_dict.items()
     }
-    found = match(model, stored)
-    found.check(strict, f"the state dict for {type(model).__name__}")
-    found.load(model)
+    with checked_by_all(model, "load_state_dict"):
+        found = match(model, stored)
+        found.check(strict, f"the state dict for {type(model).__name__}")
+    with loaded_by_all(model, "load_state_dict"):
+        found.load(model)
     missing = list(found.missing)
     if not strict:  # one name of a tied tensor is enough, but torch counts the others as missing
         missing += [name for entry, _ in found.pairs for name in entry.names if name not in stored]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gemini.sizes import parse_bytes
 from .hugging_face import may_be_missing, resolve_names, save_configuration
 from .match import match
 from .names import Entry, entries, extra_states
+from .ranks import checked_by_all, loaded_by_all, write_once
 from .safetensors_stream import SafetensorsWriter, TensorRecord
 from .stage import Stage, remove
 from .torch_file import write_torch
@@ -80,9 +82,7 @@ def save_model(
         if shard:
             raise ValueError(f"shard=True writes several files: give a folder, not {str(path)!r}")
         name = f"{prefix}.{path.name}" if prefix else path.name
-        with Stage(path.absolute().parent, name) as stage:
-            _write(stage, name, entries(model), extra_states(model))
-            stage.commit([name])
+        write_once(model, f"save_model to {path}", partial(_save_file, model, path.absolute().parent, name))
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in one of {', '.join(FILE_SUFFIXES)}")
@@ -90,7 +90,8 @@ def save_model(
     limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
     if limit <= 0:
         raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
-    _save_folder(model, path.absolute(), name, limit if shard else None)
+    save = partial(_save_folder, model, path.absolute(), name, limit if shard else None)
+    write_once(model, f"save_model to {path}", save)
 
 
 def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True) -> None:
@@ -116,14 +117,23 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True)
         file could not be read to its end.
     """
     path = Path(checkpoint)
+    doing = f"load_model from {path}"
     with ExitStack() as files:
-        found = match(model, resolve_names(model, read_sources(path, files)))
-        found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
-        found.check(strict, str(path))
+        with checked_by_all(model, doing):
+            found = match(model, resolve_names(model, read_sources(path, files)))
+            found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
+            found.check(strict, str(path))
         try:
-            found.load(model)
+            with loaded_by_all(model, doing):
+                found.load(model)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
+
+
+def _save_file(model: nn.Module, folder: Path, name: str) -> None:
+    with Stage(folder, name) as stage:
+        _write(stage, name, entries(model), extra_states(model))
+        stage.commit([name])
 
 
 def _save_folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> None:

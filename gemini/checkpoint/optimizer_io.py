@@ -30,8 +30,10 @@ from .optimizer_files import (
     find_json,
     read_optimizer,
 )
+from .ranks import checked_by_all, loaded_by_all, write_once
 from .safetensors_stream import SafetensorsWriter, TensorRecord
 from .stage import Stage, remove
+from .tensor_parallel import refuse_parts
 from .torch_file import write_torch
 from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_json, shard_names
 
@@ -75,12 +77,15 @@ def save_optimizer(
         If the files cannot be written, or a group has an option that is not a plain value.
     TypeError
         If a folder is given for an optimizer that neither is a `HybridAdam` nor came back from `boost`.
+    ValueError
+        If parameters are DTensors.
     """
+    refuse_parts(optimizer, "save_optimizer")
     path = Path(checkpoint).absolute()
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if shard or path.suffix == ".safetensors":
             raise ValueError(f"an optimizer is saved to a folder, or to one .pt, .pth or .bin file; got {str(path)!r}")
-        _save_file(optimizer, path)
+        write_once(optimizer, f"save_optimizer to {path}", partial(_save_file, optimizer, path))
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in .pt, .pth or .bin")
@@ -92,7 +97,8 @@ def save_optimizer(
     limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
     if limit <= 0:
         raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
-    _save_folder(optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
+    save = partial(_save_folder, optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
+    write_once(optimizer, f"save_optimizer to {path}", save)
 
 
 def _save_file(optimizer: Optimizer, path: Path) -> None:
@@ -260,26 +266,46 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     ------
     CheckpointError
         If the checkpoint is not whole or does not fit.
+    ValueError
+        If parameters are DTensors.
     """
+    refuse_parts(optimizer, "load_optimizer")
     path = Path(checkpoint)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if path.is_dir():
         path = find_json(path)
+    doing = f"load_optimizer from {path}"
     with ExitStack() as files:
-        saved = read_optimizer(path, files)
-        name = rule_name(optimizer)
-        if None not in (name, saved.optimizer) and name != saved.optimizer:
-            raise CheckpointError(
-                f"{path} has the state of {saved.optimizer}, which {name} cannot go on with; the optimizer is as it was"
-            )
-        if isinstance(optimizer, ManagedOptimizer):
-            if optimizer.has_load_state_dict_pre_hooks:
-                saved = _prepared_by_hooks(optimizer, saved, path)
-            _load(optimizer, _in_our_order(optimizer, saved, path), path)
-            optimizer.after_load_state_dict()
-        else:
-            optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
+        with checked_by_all(optimizer, doing):
+            saved = _checked(optimizer, read_optimizer(path, files), path)
+        with loaded_by_all(optimizer, doing):
+            if isinstance(optimizer, ManagedOptimizer):
+                _load(optimizer, saved)
+                optimizer.after_load_state_dict()
+            else:
+                optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
+
+
+def _checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+    """What is to be loaded, in our order, as the hooks of users would have it."""
+    name = rule_name(optimizer)
+    if None not in (name, saved.optimizer) and name != saved.optimizer:
+        raise CheckpointError(
+            f"{path} has the state of {saved.optimizer}, which {name} cannot go on with; the optimizer is as it was"
+        )
+    if not isinstance(optimizer, ManagedOptimizer):
+        return saved
+    if optimizer.has_load_state_dict_pre_hooks:
+        saved = _prepared_by_hooks(optimizer, saved, path)
+    saved = _in_our_order(optimizer, saved, path)
+    try:
+        step = _managed(optimizer)
+        check_groups(optimizer, saved.param_groups, saved.states, step.kept.room(optimizer) if step is not None else {})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _check_states(optimizer, saved, path)
+    return saved
 
 
 def _prepared_by_hooks(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
@@ -293,13 +319,7 @@ def _prepared_by_hooks(optimizer: ManagedOptimizer, saved: SavedOptimizer, path:
         raise CheckpointError(f"{path}: a hook made something else than a state dict of it ({error!r})") from error
 
 
-def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> None:
-    try:
-        step = _managed(optimizer)
-        check_groups(optimizer, saved.param_groups, saved.states, step.kept.room(optimizer) if step is not None else {})
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    _check_states(optimizer, saved, path)
+def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer) -> None:
     for group, of in zip(optimizer.param_groups, saved.param_groups, strict=True):
         # Names are those of the file, which may be the model's where nobody has given the optimizer any.
         load_options(group, {key: value for key, value in of.items() if key != "param_names"})

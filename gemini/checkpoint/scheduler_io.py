@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gemini.errors import CheckpointError
 
+from .ranks import write_once
 from .stage import Stage
 from .torch_file import read_torch, write_torch
 
@@ -33,6 +35,10 @@ def save_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None
         raise CheckpointError(
             f"{path}: the state of {type(lr_scheduler).__name__} holds more than plain values and would not load again"
         ) from error
+    write_once(lr_scheduler, f"save_lr_scheduler to {path}", partial(_write, state, path))
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
     with Stage(path.parent, path.name) as stage:
         with stage.create(path.name) as out:
             write_torch(state, out)

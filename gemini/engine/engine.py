@@ -10,8 +10,8 @@ from ..chunk import Chunk, ChunkManager
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.non_model import Batch
 from ..packing.packing import Packing
-from ..planning.trace import Moment, Phase
-from ..torch_private import current_backward
+from ..planning.trace import Phase
+from ..torch_private import current_backward, current_node, number_of
 from ..units.units import Units, Visit
 from ..updates.updates import Updates
 from .device_room import DeviceRoom
@@ -55,7 +55,7 @@ class Engine:
         self.room = room
         self.sampling = sampling
         self.listener = listener
-        self.visits = Visits(manager)
+        self.visits = Visits()
         self.pins = Pins(manager, updates.gradients, room)
         self.discovery = Discovery()
         self.lock = threading.RLock()
@@ -75,56 +75,51 @@ class Engine:
         OutOfMemory, OffloadError
             If that is impossible; nothing of this visit stays pinned then.
         """
-        if not visit.is_open:
-            with self.lock:
-                self._enter(visit, phase)
-
-    def _enter(self, visit: Visit, phase: Phase) -> None:
-        self.manager.device.take_over()
-        chunks, unit = visit.chunks, visit.unit
-        in_use = frozenset(c.index for group in (chunks, *(v.pinned for v in self.visits.open)) for c in group)
-        actions = self.pacing.advance(Moment(unit.index, phase, in_use))
-        is_sampled = self.sampling.is_on
-        if is_sampled:
-            self.sampling.end_moment()
-        waits = any(not c.is_valid for c in chunks)
-        begin = time.perf_counter() if waits else 0.0
-        self.visits.begin(visit)
-        try:
-            if actions.evict:
-                self.pacing.evict(actions.evict)
-            for chunk in chunks:
-                if not chunk.is_resident:
-                    beyond = bool(unit.without_gradients) and visit.extra is unit.without_gradients
-                    self.pins.fetch(chunk, chunks, overdraw=beyond)
-            if actions.prefetch:
-                self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
-            for chunk in chunks:
-                self.pins.pin(chunk, chunks)
-                visit.pinned.append(chunk)
-            if waits:
-                self.stall_seconds += time.perf_counter() - begin
-            if is_sampled:
-                self.sampling.begin_moment(unit.index, phase)
-        except BaseException as error:
-            self.leave(visit)
-            if isinstance(error, OutOfMemory):
-                raise self._with_units(error, visit) from error.__cause__
-            raise
+        if visit in self.visits.open:
+            return
+        with self.lock:
+            self.manager.device.take_over()
+            chunks, unit = visit.chunks, visit.unit
+            actions = self.pacing.cycle.advance(self.visits.moment(unit, phase, chunks))
+            if self.sampling.is_on:
+                self.sampling.end_moment()
+            missing = [chunk for chunk in chunks if not chunk.is_valid]
+            begin = time.perf_counter() if missing else 0.0
+            self.visits.begin(visit)
+            try:
+                if actions.evict:
+                    self.pacing.evict(actions.evict)
+                for chunk in missing:
+                    if not chunk.is_resident:
+                        is_beyond = bool(visit.extra) and visit.extra is unit.without_gradients
+                        self.pins.fetch(chunk, chunks, overdraw=is_beyond)
+                if actions.prefetch:
+                    self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
+                for chunk in chunks:
+                    self.pins.pin(chunk, chunks)
+                    self.visits.open[visit].append(chunk)
+                if missing:
+                    self.stall_seconds += time.perf_counter() - begin
+                if self.sampling.is_on:
+                    self.sampling.begin_moment(unit.index, phase)
+            except BaseException as error:
+                self.leave(visit)
+                if isinstance(error, OutOfMemory):
+                    raise self._with_units(error, visit) from error.__cause__
+                raise
 
     def leave(self, visit: Visit) -> None:
         """Let the unit's chunks go. Idempotent: a recomputation and the end of backward may both say so."""
-        if visit.is_open:
-            with self.lock:
-                self.visits.end(visit)
+        with self.lock:
+            self.visits.end(visit)
 
     def add_to_open(self, visit: Visit, chunks: Sequence[Chunk]) -> None:
         """Bring chunks that an open (or new) visit turned out to need; it lists them already."""
-        if visit.is_open:
+        if visit in self.visits.open:
             for chunk in chunks:
                 self.pins.fetch(chunk)
                 self.pins.pin(chunk, visit.chunks)
-                visit.pinned.append(chunk)
+                self.visits.open[visit].append(chunk)
         else:
             self.enter(visit, Phase.FORWARD)
 
@@ -138,9 +133,11 @@ class Engine:
 
     def enter_outside(self, visit: Visit) -> None:
         """Backward comes to what code outside of any unit made: bring its chunks. No moment of the cycle."""
+        if visit in self.visits.open:
+            return
         self.visits.begin(visit)
         try:
-            visit.pinned.extend(self.pins.bring(visit.chunks))
+            self.visits.open[visit].extend(self.pins.bring(visit.chunks))
         except BaseException:
             self.leave(visit)
             raise
@@ -203,7 +200,8 @@ class Engine:
         """The optimizer has stepped, or skipped a step whose gradients overflowed; it adds its own facts."""
         now = time.perf_counter()
         seconds, self._step_end = now - self._step_end, now
-        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds))
+        waited = self.manager.together.communicator.take_wait_seconds()
+        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds, wait_seconds=waited))
         self.sampling.record_step(self.listener.step_ended(self, self.step))
 
     def rebuilt(self, packing: Packing) -> None:
@@ -219,10 +217,17 @@ class Engine:
         self.updates.backward_begins(task)
         return self.visits.join_backward(task, visit)
 
+    def leave_passed(self) -> None:
+        """This thread comes to a node of a backward: leave the visits all of whose nodes have run."""
+        node = current_node()
+        for visit in self.visits.passed(current_backward(), -1 if node is None else number_of(node)):
+            self.leave_backward(visit)
+
     def end_backward(self, task: int) -> None:
         """A backward (or the inner one of a reentrant checkpoint) is over: close what it left open."""
-        for visit in self.visits.end_backward(task):
+        for visit in self.visits.of_backward(task):
             self.leave_backward(visit)
+        self.visits.end_backward(task)
         if not self.visits.is_in_backward:
             self.manager.together.complete_gradients()
         self._update(self.updates.schedule.backward_ended(task))

@@ -57,7 +57,7 @@ class Pins:
     def let_go(self, chunks: Sequence[Chunk]) -> None:
         """Unpin what `bring` pinned."""
         for chunk in chunks:
-            self._manager.unpin(chunk)
+            chunk.unpin()
         self._manager.eviction.repay()
 
     def hold(self, chunks: Sequence[Chunk]) -> None:
@@ -71,5 +71,5 @@ class Pins:
     def release_held(self) -> None:
         """Unpin what was held: the step is over, and no graph from before it can be used any more."""
         for chunk in self.held:
-            self._manager.unpin(chunk)
+            chunk.unpin()
         self.held.clear()

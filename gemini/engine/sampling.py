@@ -25,16 +25,13 @@ class Sampling:
         self.timeline = Timeline(manager.ledger)
         self.batch: Batch | None = None
         """Of the cycle under way."""
+        self.is_on = False
+        """Each moment of the cycle under way is sampled."""
         self._manager = manager
         self._is_recording = False
         """Somebody wants a timeline of this step; cycles that are measured have one in any case."""
         self._returns_memory = False
         """malloc keeps nothing, because of a cycle that is (or was) measured."""
-
-    @property
-    def is_on(self) -> bool:
-        """True if each moment of the cycle under way is sampled."""
-        return self.profile.is_measuring or self._is_recording
 
     def end_moment(self) -> None:
         """A unit is about to enter, before its chunks move."""
@@ -55,11 +52,13 @@ class Sampling:
         if self.profile.is_measuring:
             self._sample()
             self.profile.end(self.meter.last_bytes)
+            self.is_on = self._is_recording
 
     def begin_cycle(self, batch: Batch, is_same_kind: bool) -> None:
         """A cycle begins; ``is_same_kind`` as the one before, with or without gradients."""
         self.batch = batch
         self.profile.begin(batch)
+        self.is_on = self.profile.is_measuring or self._is_recording
         self._choose_malloc()
         if not is_same_kind:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
@@ -67,6 +66,7 @@ class Sampling:
     def record_step(self, is_wanted: bool) -> None:
         """Make a timeline of the next step, or not."""
         self._is_recording = is_wanted
+        self.is_on = self.profile.is_measuring or self._is_recording
 
     def take_timeline(self) -> list[Point]:
         """The moments of the step that ends here; empty for one that was not sampled."""

@@ -2,27 +2,26 @@
 
 import threading
 
-from ..chunk import ChunkManager
+from ..chunk import Chunk
+from ..planning.trace import Moment, Phase
 from ..units.units import Unit, Visit
+
+MOMENTS_KEPT = 4096
+"""A model has two for each of its units; where experts take turns, some more."""
 
 
 class Visits:
-    """The visits that are open, and by which of forward and backward.
+    """The visits that are open, and by which of forward and backward."""
 
-    Parameters
-    ----------
-    manager
-        Has the chunks that visits pin.
-    """
-
-    def __init__(self, manager: ChunkManager) -> None:
-        self.open: dict[Visit, None] = {}
-        """Those whose chunks are pinned, outermost first."""
+    def __init__(self) -> None:
+        self.open: dict[Visit, list[Chunk]] = {}
+        """Those whose chunks are pinned, outermost first -> what each has pinned: a visit may turn out to need more."""
         self.running: list[Visit] = []
         """Those whose forward is under way, innermost last."""
-        self._manager = manager
-        self._of_backward: dict[int, list[Visit]] = {}
-        """Task of autograd -> those that it has come to."""
+        self._moments: dict[tuple[Unit, Phase, tuple[tuple[Chunk, ...], ...]], Moment] = {}
+        """Those of the last cycles: most come again in the next one."""
+        self._of_backward: dict[int, dict[Visit, int]] = {}
+        """Task of autograd -> those that it has come to and not left -> the thread that came to them; 0 if several."""
         self._thread = 0
         """The thread that runs the units in ``running``."""
 
@@ -35,21 +34,37 @@ class Visits:
         """The innermost call of a unit whose forward is under way."""
         return next((visit for visit in reversed(self.running) if visit.unit is unit), None)
 
+    def end_call(self, unit: Unit) -> Visit | None:
+        """The innermost call of a unit, whose forward is over; None if there is none."""
+        for at in reversed(range(len(self.running))):
+            if self.running[at].unit is unit:
+                return self.running.pop(at)
+        return None
+
     @property
     def innermost(self) -> Visit | None:
         """The call whose forward this thread is in, if any."""
         return self.running[-1] if self.running and self._thread == threading.get_ident() else None
 
+    def moment(self, unit: Unit, phase: Phase, chunks: tuple[Chunk, ...]) -> Moment:
+        """The moment at which a unit enters and these chunks are pinned beside those of the visits that are open."""
+        groups = (chunks, *[tuple(pinned) for pinned in self.open.values() if pinned])
+        moment = self._moments.get((unit, phase, groups))
+        if moment is None:
+            if len(self._moments) >= MOMENTS_KEPT:
+                self._moments.clear()
+            moment = Moment(unit.index, phase, frozenset(chunk.index for group in groups for chunk in group))
+            self._moments[unit, phase, groups] = moment
+        return moment
+
     def begin(self, visit: Visit) -> None:
         """Count a visit as open; its chunks are pinned next."""
-        visit.open()
-        self.open[visit] = None
+        self.open[visit] = []
 
     def end(self, visit: Visit) -> None:
-        """Unpin what an open visit has pinned."""
-        del self.open[visit]
-        for chunk in visit.close():
-            self._manager.unpin(chunk)
+        """Unpin what a visit has pinned, if it is open."""
+        for chunk in self.open.pop(visit, ()):
+            chunk.unpin()
 
     def end_all(self) -> None:
         """Unpin all that visits have pinned, and forget what is under way."""
@@ -66,15 +81,31 @@ class Visits:
         return bool(self._of_backward)
 
     def join_backward(self, task: int, visit: Visit) -> bool:
-        """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
-        is_first = task not in self._of_backward
-        self._of_backward.setdefault(task, []).append(visit)
+        """Note that this thread, in the backward ``task``, comes to a visit; True if it is the first of that task."""
+        is_first, here = task not in self._of_backward, threading.get_ident()
+        visits = self._of_backward.setdefault(task, {})
+        visits[visit] = here if visits.get(visit, here) == here else 0
         return is_first
 
-    def end_backward(self, task: int) -> list[Visit]:
-        """The visits that belong to a backward, which is over."""
-        return self._of_backward.pop(task, [])
+    def passed(self, task: int, number: int) -> list[Visit]:
+        """The visits of a backward that has run all of their nodes when this thread comes to the node of this number.
+
+        They belong to it no longer. Of the nodes that are ready a thread of autograd runs the one that was made last.
+        """
+        visits, here = self._of_backward.get(task, {}), threading.get_ident()
+        passed = [v for v, at in visits.items() if at == here and v.begin is not None and v.begin.number > number]
+        for visit in passed:
+            del visits[visit]
+        return passed
+
+    def of_backward(self, task: int) -> list[Visit]:
+        """The visits that a backward has come to and not passed."""
+        return list(self._of_backward.get(task, ()))
+
+    def end_backward(self, task: int) -> None:
+        """A backward is over, and its visits have been left."""
+        self._of_backward.pop(task, None)
 
     def names(self) -> str:
         """The units that have chunks pinned, in words."""
-        return ", ".join(visit.unit.name for visit in self.open if visit.pinned)
+        return ", ".join(visit.unit.name for visit, pinned in self.open.items() if pinned)

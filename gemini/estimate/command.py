@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from gemini.telemetry.discovery import NoRun
 from . import floor
 from .activations import Activations
 from .bench import read_speed
-from .demand import Demand, Machine, ModelData, arguments, demand, streamed_bytes, with_machine
-from .solve import solve_batch_size, solve_memory, solve_seq_len
+from .demand import Demand, Machine, ModelData, TierDemand, arguments, demand, streamed_bytes, with_machine
+from .solve import solve_batch_size, solve_memory, solve_ranks, solve_seq_len
 from .subject import NotFound, Subject, find_subject
 
 HELP = (
@@ -37,7 +38,9 @@ _MIB = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-b", "--batch-size", type=_positive, default=1, metavar="N", help="samples a step (1)")
+    parser.add_argument(
+        "-b", "--batch-size", type=_positive, default=1, metavar="N", help="samples a step, of each rank (1)"
+    )
     parser.add_argument("-s", "--seq-len", type=_positive, default=128, metavar="N", help="tokens a sample (128)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="as GeminiPlugin's (bf16)")
@@ -46,18 +49,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of torch.optim, such as: SGD momentum=0.9, or HybridAdam states=8bit (AdamW)",
     )  # fmt: skip
     parser.add_argument("--split-master", action="store_true", help="as GeminiPlugin's; HybridAdam or AdamW in bf16")
-    parser.add_argument("--gpu", metavar="SIZE", help="memory of the accelerator; nothing: train on the CPU")
-    parser.add_argument("--ram", metavar="SIZE", help="RAM for this training beside the libraries (what is free here)")
-    parser.add_argument("--disk", metavar="SIZE", help="room of the disk tier; nothing: no disk tier")
+    parser.add_argument("--gpu", metavar="SIZE", help="memory of a rank's accelerator; nothing: train on the CPU")
+    parser.add_argument(
+        "--ram", metavar="SIZE", help="a machine's RAM for this training beside the libraries (what is free here)"
+    )
+    parser.add_argument("--disk", metavar="SIZE", help="room of a machine's disk tier; nothing: no disk tier")
+    parser.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes that keep the model (1)")
+    parser.add_argument(
+        "--per-node", type=_positive, metavar="M", help="of them on a machine, whose RAM and disk they share (all)"
+    )
     parser.add_argument("--offload-dir", metavar="FOLDER", help="its folder, for the arguments that are printed")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the configuration")
-    parser.add_argument("--solve", choices=("batch-size", "seq-len", "host", "disk"), help="find the best that fits")
+    parser.add_argument(
+        "--solve", choices=("batch-size", "seq-len", "host", "disk", "ranks"), help="find the best that fits"
+    )
 
 
 def run(options: argparse.Namespace) -> Exit:
     if options.target is None:
         raise Usage("which model? gemini-stat estimate MODEL, such as gpt2 or ./config.json")
-    machine = _machine(options)
+    machine = _machine(options, options.ranks)
     slots = _slots(*options.optimizer)
     config = _config(options, slots)
     try:
@@ -90,11 +101,16 @@ def _solve(
         elif name == "seq-len":
             value = solve_seq_len(data, activations, machine, options.batch_size)
             options.seq_len = value or options.seq_len
+        elif name == "ranks":
+            non_model = activations.peak_bytes(options.batch_size, options.seq_len)
+            value = solve_ranks(data, non_model, partial(_machine, options)) or 0
+            machine = _machine(options, value) if value else machine
         else:
             non_model = activations.peak_bytes(options.batch_size, options.seq_len)
-            value = solve_memory(data, non_model, machine, name) or 0
+            of_rank = solve_memory(data, non_model, machine, name) or 0
+            value = of_rank * machine.neighbours
             if value:
-                machine = with_machine(machine, **{{"host": "ram_bytes", "disk": "disk_bytes"}[name]: value})
+                machine = with_machine(machine, **{{"host": "ram_bytes", "disk": "disk_bytes"}[name]: of_rank})
     except ValueError as error:
         raise Usage(f"--solve {name}: {error}") from error
     return Solved(name, value), machine
@@ -119,16 +135,11 @@ def _answer(
         optimizer=" ".join(options.optimizer),
         checkpointing=options.checkpointing,
         non_model_bytes=found.tiers[machine.memory.compute_tier].non_model_bytes,
-        tiers={
-            tier.value: TierNeed(
-                model_bytes=of_tier.model_bytes,
-                non_model_bytes=of_tier.non_model_bytes,
-                peak_bytes=of_tier.peak_bytes,
-                capacity_bytes=of_tier.capacity_bytes,
-                fits=of_tier.fits,
-            )
-            for tier, of_tier in found.tiers.items()
-        },
+        ranks=machine.ranks,
+        ranks_per_node=machine.neighbours,
+        nodes=machine.nodes,
+        tiers={tier.value: _need(of_tier) for tier, of_tier in found.tiers.items()},
+        node_tiers={tier.value: _need(of_tier.times(machine.neighbours)) for tier, of_tier in found.tiers.items()},
         device_and_host_are_one=machine.memory is MemoryMap.UNIFIED,
         terms=dict(found.terms),
         arguments=arguments(found, data.config, options.offload_dir) if found.fits else None,
@@ -140,10 +151,20 @@ def _answer(
     )
 
 
+def _need(demand: TierDemand) -> TierNeed:
+    return TierNeed(
+        model_bytes=demand.model_bytes,
+        non_model_bytes=demand.non_model_bytes,
+        peak_bytes=demand.peak_bytes,
+        capacity_bytes=demand.capacity_bytes,
+        fits=demand.fits,
+    )
+
+
 def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine: Machine) -> dict[str, float]:
     """The same packing once more, for the bytes that it moves."""
     limits = {tier: found.limits.get(f"{tier.value}_memory", 0) for tier in Tier}
-    packing = data.pack(limits, machine.memory)
+    packing = data.pack(limits, machine.memory, machine.ranks)
     read = written = 0
     for plan in packing.plans:
         for name, tier in plan.tiers.items():
@@ -156,7 +177,7 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
         # 2 forward and 4 backward a parameter and token, one more forward where activations are recomputed.
         flops=(8.0 if options.checkpointing else 6.0) * data.numel * tokens,
         # Of another optimizer's speed nothing is known; it reads and writes so much more or less than Adam.
-        adam_elements=round(data.numel * data.state_bytes / 12),
+        adam_elements=round(data.numel * data.state_bytes / 12 / machine.ranks),
         disk_read_bytes=read,
         disk_write_bytes=written,
         upload_bytes=streamed_bytes(packing, limits),
@@ -168,6 +189,8 @@ def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
     found = ["not counted: the interpreter and libraries, data loader workers, what the user's own code keeps"]
     if machine.memory is not MemoryMap.UNIFIED:
         found.append("activations were tracked on fake CPU tensors; CUDA kernels may need other temporaries")
+    if machine.ranks > 1:
+        found.append("not counted: the time of messages between ranks, and the memory that they take on their way")
     if not read_hardware():
         found.append("no step time: gemini-stat bench FOLDER measures this machine first")
     return found
@@ -176,25 +199,33 @@ def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
 def _show(options: argparse.Namespace, found: Demand, answer: Estimate) -> None:
     mode = "checkpointed" if options.checkpointing else "not checkpointed"
     print(f"{answer.model}: {count(answer.parameters)} parameters, {options.precision}, {answer.optimizer}")
-    print(f"batch {options.batch_size} x {options.seq_len} tokens, {mode}")
+    several = answer.ranks > 1
+    print(f"batch {options.batch_size} x {options.seq_len} tokens{' a rank' if several else ''}, {mode}")
+    if several:
+        machines = f"{answer.nodes} machine{'s' if answer.nodes > 1 else ''}"
+        print(f"{answer.ranks} ranks on {machines}, up to {answer.ranks_per_node} on each")
     if answer.solved is not None:
         value = answer.solved.value
-        shown = format_bytes(value or 0) if options.solve in ("host", "disk") else f"{value:,}"
+        shown = f"{value:,}"
+        if options.solve in ("host", "disk"):
+            shown = format_bytes(value or 0) + (" a machine" if several else "")
         print(f"solved: {options.solve} {shown if value else 'has no answer: it does not fit whatever it is'}")
-    print(f"\n{'':<8}{'model data':>12}{'non-model':>12}{'peak':>12}{'there is':>12}")
+    head = f"{'model data':>12}{'non-model':>12}{'peak':>12}{'there is':>12}"
+    print(f"\n{'each rank' if several else '':<13}{head}")
     for tier, of_tier in found.tiers.items():
-        if tier is Tier.DEVICE and answer.device_and_host_are_one:
-            continue
-        if not of_tier.peak_bytes and not of_tier.capacity_bytes:
-            continue
-        cells = (of_tier.model_bytes, of_tier.non_model_bytes, of_tier.peak_bytes, of_tier.capacity_bytes)
-        verdict = "fits" if of_tier.fits else "DOES NOT FIT"
-        print(f"{tier.value:<8}" + "".join(f"{format_bytes(cell):>12}" for cell in cells) + f"  {verdict}")
+        if tier is not Tier.DEVICE or not answer.device_and_host_are_one:
+            _show_tier(tier, of_tier)
+    if several:
+        print(f"{'a machine':<13}")
+        for tier, of_tier in found.tiers.items():
+            if tier is not Tier.DEVICE:  # each rank has an accelerator of its own
+                _show_tier(tier, of_tier.times(answer.ranks_per_node))
     terms = found.terms
     if "masters" in terms:
         parts = ("masters", "moments", "gradients", "staging", "padding_within_these", "load_peak_beyond_homes")
         names = {"moments": "optimizer states"}
-        print("\n" + ", ".join(f"{names.get(n, n.replace('_', ' '))} {format_bytes(terms[n])}" for n in parts))
+        listed = ", ".join(f"{names.get(n, n.replace('_', ' '))} {format_bytes(terms[n])}" for n in parts)
+        print(f"\n{'of each rank: ' if several else ''}{listed}")
         print(f"{terms['chunk_count']} chunks of up to {count(terms['chunk_numel'])} elements")
     if answer.step_seconds_floor_by:
         by = ", ".join(f"{name} {seconds(value)}" for name, value in answer.step_seconds_floor_by.items())
@@ -205,6 +236,14 @@ def _show(options: argparse.Namespace, found: Demand, answer: Estimate) -> None:
         print(f"\nDOES NOT FIT. {found.problem or 'activations alone leave too little room'}")
     for remark in answer.remarks:
         print(f"- {remark}")
+
+
+def _show_tier(tier: Tier, demand: TierDemand) -> None:
+    if not demand.peak_bytes and not demand.capacity_bytes:
+        return
+    cells = (demand.model_bytes, demand.non_model_bytes, demand.peak_bytes, demand.capacity_bytes)
+    verdict = "fits" if demand.fits else "DOES NOT FIT"
+    print(f"{tier.value:<13}" + "".join(f"{format_bytes(cell):>12}" for cell in cells) + f"  {verdict}")
 
 
 def _slots(name: str, *assignments: str) -> tuple[BufferSpec, ...]:
@@ -228,15 +267,22 @@ def _config(options: argparse.Namespace, slots: Sequence[BufferSpec]) -> GeminiC
         raise Usage(str(error)) from error
 
 
-def _machine(options: argparse.Namespace) -> Machine:
+def _machine(options: argparse.Namespace, ranks: int) -> Machine:
+    """What each of so many ranks has, by the options: those on one machine share its RAM and disk."""
     from gemini.memory.tracker import NON_MODEL_HOST_BYTES, host_budget
 
+    per_node = options.per_node or ranks
+    here = min(ranks, per_node)
+    if options.ram is None:
+        ram_bytes = host_budget(spare_bytes=NON_MODEL_HOST_BYTES, ranks=here).bytes
+    else:
+        ram_bytes = _bytes("--ram", options.ram) // here
     return Machine(
         device_bytes=None if options.gpu is None else _bytes("--gpu", options.gpu),
-        ram_bytes=(
-            host_budget(spare_bytes=NON_MODEL_HOST_BYTES).bytes if options.ram is None else _bytes("--ram", options.ram)
-        ),
-        disk_bytes=0 if options.disk is None else _bytes("--disk", options.disk),
+        ram_bytes=ram_bytes,
+        disk_bytes=0 if options.disk is None else _bytes("--disk", options.disk) // here,
+        ranks=ranks,
+        per_node=per_node,
     )
 
 

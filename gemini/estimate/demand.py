@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from gemini.chunk import GRADIENT, MASTER, SHADOW, BufferSpec, MemoryMap, Tier
+from gemini.chunk.communicator import SingleProcess
+from gemini.chunk.extent import Owner
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
@@ -33,6 +35,20 @@ class Machine:
     """RAM that this training may take, beyond what the interpreter and its libraries take already."""
     disk_bytes: int
     """0: no disk tier."""
+    ranks: int = 1
+    """That keep the model together, an extent of each chunk with each of them."""
+    per_node: int = 1
+    """Of them, those that share a machine: its RAM and disk are so many times the bytes above."""
+
+    @property
+    def neighbours(self) -> int:
+        """Ranks on the machine that has most of them."""
+        return min(self.ranks, self.per_node)
+
+    @property
+    def nodes(self) -> int:
+        """Machines that it takes."""
+        return -(-self.ranks // self.per_node)
 
     @property
     def memory(self) -> MemoryMap:
@@ -54,6 +70,14 @@ class TierDemand:
     @property
     def fits(self) -> bool:
         return self.peak_bytes <= self.capacity_bytes
+
+    def times(self, ranks: int) -> "TierDemand":
+        """What so many ranks need together; the one with the largest extents stands for each."""
+        return TierDemand(
+            model_bytes=ranks * self.model_bytes,
+            non_model_bytes=ranks * self.non_model_bytes,
+            capacity_bytes=ranks * self.capacity_bytes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +111,23 @@ class ModelData:
         self.state_bytes = 4 + sum(slot.dtype.itemsize / slot.block_numel for slot in slots)
         """Of a parameter, master included."""
 
-    def pack(self, limits: Mapping[Tier, int], memory: MemoryMap) -> Packing:
-        """The decision for these capacities.
+    def pack(self, limits: Mapping[Tier, int], memory: MemoryMap, ranks: int = 1) -> Packing:
+        """The decision for these capacities, of the first of so many ranks, whose extents are the largest.
 
         Raises
         ------
         OutOfMemory
             As `boost` would.
         """
-        return decide(self.model, self.groups, self.config, capacities(limits, memory), lambda group: self.slots)
+        config = self.config if ranks == 1 else replace(self.config, communicator=FirstOf(ranks))
+        return decide(self.model, self.groups, config, capacities(limits, memory), lambda group: self.slots)
+
+
+class FirstOf(SingleProcess):
+    """The communicator of a rank that is not there: packing asks it who owns what, and nothing else."""
+
+    def __init__(self, count: int) -> None:
+        self.owner = Owner(0, count)
 
 
 def capacities(limits: Mapping[Tier, int], memory: MemoryMap) -> Capacities:
@@ -115,13 +147,13 @@ def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
     }
     problem = None
     try:
-        packing = data.pack(limits, memory)
+        packing = data.pack(limits, memory, machine.ranks)
         model = model_bytes(packing, limits)
         terms = _terms(packing)
         problem = _too_narrow(packing, limits[memory.compute_tier])
     except OutOfMemory as error:
         problem = str(error)
-        everything = _everything(data)
+        everything = _everything(data, machine.ranks)
         model, terms = {Tier.DEVICE: 0, Tier.HOST: everything, Tier.DISK: 0}, {}
     totals = {Tier.DEVICE: machine.device_bytes or machine.ram_bytes, Tier.HOST: machine.ram_bytes}
     tiers = {
@@ -210,8 +242,11 @@ def _terms(packing: Packing) -> dict[str, int]:
     }
 
 
-def _everything(data: ModelData) -> int:
-    return round(data.numel * (data.state_bytes + data.config.compute_dtype.itemsize))
+def _everything(data: ModelData, ranks: int) -> int:
+    """Homes of masters, states and gradients; of several ranks each collects whole gradients beside them."""
+    itemsize = data.config.compute_dtype.itemsize
+    collected = itemsize if ranks > 1 else 0
+    return round(data.numel * ((data.state_bytes + itemsize) / ranks + collected))
 
 
 def arguments(found: Demand, config: GeminiConfig, offload_dir: str | None) -> str:

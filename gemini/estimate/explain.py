@@ -23,7 +23,7 @@ from gemini.telemetry.run_view import RunView
 from .changes import Case, Change, Check, estimated
 from .command import assignment
 from .demand import GUARD, Machine, as_argument
-from .recorded import config_of, limits_of, packs, state_slots
+from .recorded import config_of, limits_of, owners_of, packs, state_slots
 from .subject import NotFound, Subject, find_subject, recorded_subject
 
 HELP = "What there was when memory ran out (or, of a run that goes on, at its peak), and what would have helped."
@@ -119,7 +119,7 @@ def _case(
         if options.model is not None:
             raise NoRun(str(error)) from error
         return None, str(error)
-    slots = next((state_slots(chunk) for chunk in chunks.chunks if chunk.states), [])
+    slots = state_slots(chunks.chunks)
     folder = chunks.config.get("offload_dir")
     case = Case(
         subject=subject,
@@ -151,6 +151,7 @@ def _machine(chunks: Description) -> Machine | None:
         device_bytes=None if chunks.unified else chunks.device_limit_bytes,
         ram_bytes=chunks.ram_bytes,
         disk_bytes=limits_of(chunks)[Tier.DISK],
+        ranks=owners_of(chunks),
     )
 
 

@@ -1,21 +1,22 @@
 """A run's model data as its records have them: enough to ask the trainer's own packing again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from gemini.chunk import BufferSpec, MemoryMap, Tier
+from gemini.chunk import ALONE, BufferSpec, MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.packing.packing import decide
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
-from gemini.telemetry.records import DescribedChunk, Description
+from gemini.telemetry.records import DescribedChunk, DescribedParameter, Description
 
 from ..torch_private import own_modules, own_parameters
-from .demand import capacities, model_bytes
+from .demand import FirstOf, capacities, model_bytes
+from .solve import MOST_RANKS
 
 
 def packs(chunks: Description, limits: Mapping[Tier, int]) -> bool:
@@ -35,22 +36,31 @@ def packs(chunks: Description, limits: Mapping[Tier, int]) -> bool:
 def recorded_groups(chunks: Description, model: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's groups, with ``slots`` for what it keeps in the chunks of each."""
     parameters = dict(model.named_parameters())
-    groups: dict[int, dict[str, Any]] = {}
+    groups: dict[int, list[DescribedParameter]] = {}
     for item in chunks.parameters:
-        index = item.param_group
-        if index >= 0:
-            slots = state_slots(chunks.chunks[item.chunk])
-            groups.setdefault(index, {"params": [], "slots": slots})["params"].append(parameters[item.name])
-    return [groups[index] for index in sorted(groups)]
+        if item.param_group >= 0:
+            groups.setdefault(item.param_group, []).append(item)
+    return [
+        {
+            "params": [parameters[item.name] for item in groups[index]],
+            "slots": state_slots([chunks.chunks[item.chunk] for item in groups[index]]),
+        }
+        for index in sorted(groups)
+    ]
 
 
-def state_slots(chunk: DescribedChunk) -> list[BufferSpec]:
-    """Only the bytes per element are recorded, and split masters where there are some; packing looks at nothing else.
+def state_slots(chunks: Sequence[DescribedChunk]) -> list[BufferSpec]:
+    """What the optimizer keeps for the elements of these chunks.
 
-    Masters are split with Adam's second moment alone, the last of its states.
+    Only the bytes per element are recorded, and split masters where there are some; packing looks at nothing else.
+    Masters are split with Adam's second moment alone, the last of its states. A rank may have none of a chunk at home,
+    so the one counts that it has most of.
     """
+    chunk = max((each for each in chunks if each.states), key=lambda each: each.kept_numel, default=None)
+    if chunk is None:
+        return []
     dtypes = {1: torch.uint8, 2: torch.bfloat16}
-    sizes = {name: chunk.home_bytes.get(name, 0) // max(chunk.numel, 1) for name in chunk.states}
+    sizes = {name: chunk.home_bytes.get(name, 0) // max(chunk.kept_numel, 1) for name in chunk.states}
     slots = [BufferSpec(name, dtypes.get(nbytes, torch.float32)) for name, nbytes in sizes.items()]
     return [replace(slot, has_spare_sign=True) if slot.name == "exp_avg_sq" else slot for slot in slots]
 
@@ -87,7 +97,14 @@ def config_of(chunks: Description) -> GeminiConfig:
         update_in_backward=bool(recorded.get("update_in_backward")),
         split_master=bool(recorded.get("split_master")),
         chunk_numel=recorded.get("chunk_numel"),
+        communicator=FirstOf(owners) if (owners := owners_of(chunks)) > 1 else ALONE,
     )
+
+
+def owners_of(chunks: Description) -> int:
+    """How many ranks keep the chunks together."""
+    owners = chunks.config.get("owners")
+    return owners if isinstance(owners, int) and 1 <= owners <= MOST_RANKS else 1
 
 
 def memory_of(chunks: Description) -> MemoryMap:

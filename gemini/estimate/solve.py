@@ -7,6 +7,7 @@ from .demand import Demand, Machine, ModelData, demand, with_machine
 
 LARGEST_BATCH = 1 << 16
 LONGEST_SEQUENCE = 1 << 20
+MOST_RANKS = 1 << 12
 _MIB = 1 << 20
 _ROOM_STEPS = 12
 """Halvings by which the room for non-model data is found: to 1/4096 of the memory."""
@@ -104,6 +105,29 @@ def solve_seq_len(
             return None
 
     return largest(need, room(data, machine), LONGEST_SEQUENCE, step)
+
+
+def solve_ranks(data: ModelData, non_model_bytes: int, machine_of: Callable[[int], Machine]) -> int | None:
+    """The fewest ranks with which it fits; None if no number up to `MOST_RANKS` does.
+
+    Parameters
+    ----------
+    machine_of
+        From a number of ranks to what each of them has: those on one machine share its RAM and disk.
+    """
+
+    def fits(ranks: int) -> bool:
+        return demand(data, non_model_bytes, machine_of(ranks)).fits
+
+    low, high = 0, 1
+    while not fits(high):
+        low, high = high, high * 2
+        if high > MOST_RANKS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def solve_memory(data: ModelData, non_model_bytes: int, machine: Machine, tier: str) -> int | None:

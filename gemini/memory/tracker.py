@@ -59,9 +59,9 @@ def host_headroom(*, root: Path = ROOT) -> tuple[int, str]:
     return tightest.free, tightest.name
 
 
-def host_budget(fraction: float = 0.8, *, spare_bytes: int = 0, root: Path = ROOT) -> Budget:
+def host_budget(fraction: float = 0.8, *, spare_bytes: int = 0, ranks: int | None = None, root: Path = ROOT) -> Budget:
     """Room for model data in RAM: ``fraction`` of the smallest headroom of cgroup v2 and v1, RLIMIT_DATA, RLIMIT_AS and
-    MemAvailable. What the machine shares is divided by ``LOCAL_WORLD_SIZE``.
+    MemAvailable. What the machine shares is divided by ``ranks`` (None: by ``LOCAL_WORLD_SIZE``).
 
     The headroom is what is left *now*: the interpreter, the libraries and the user's data are already outside it.
 
@@ -69,7 +69,7 @@ def host_budget(fraction: float = 0.8, *, spare_bytes: int = 0, root: Path = ROO
     ``spare_bytes`` are left too, of each rank's part, though never more than three quarters of it.
     """
     _check_fraction(fraction)
-    ranks = _local_world_size()
+    ranks = ranks or _local_world_size()
     limits = [*_cgroup_headrooms(root), *_rlimit_headrooms(root), *_available_ram(root)]
     tightest = min(limits, key=lambda limit: limit.per_rank(ranks))
     return _budget(tightest, fraction, ranks, spare_bytes)

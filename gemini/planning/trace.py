@@ -1,19 +1,21 @@
 """What one step did: the moments of the clock. Pure: no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Phase(Enum):
     """Which side of a step a moment belongs to."""
+
+    __hash__ = object.__hash__  # moments are looked up at each visit, and Enum's own is written in Python
 
     FORWARD = "forward"
     """Also a recomputation in backward: the unit's forward runs."""
     BACKWARD = "backward"
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(NamedTuple):
     """A unit enters."""
 
     unit: int
@@ -31,18 +33,3 @@ class Trace:
     def first_uses(self) -> tuple[int, ...]:
         """Chunks in the order in which they are first needed."""
         return tuple(dict.fromkeys(c for moment in self.moments for c in sorted(moment.in_use)))
-
-
-@dataclass(slots=True)
-class TraceRecorder:
-    """Collects moments; every cycle is recorded, so that a step that left the plan can become the next plan."""
-
-    moments: list[Moment] = field(default_factory=list)
-
-    def add(self, moment: Moment) -> None:
-        self.moments.append(moment)
-
-    def take(self) -> Trace:
-        """The trace so far; recording starts anew."""
-        trace, self.moments = Trace(tuple(self.moments)), []
-        return trace

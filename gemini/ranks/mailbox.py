@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,16 @@ Handle = Callable[[int, AnyLetter], None]
 """Takes in a letter from a rank. It must not wait for another one, nor write any."""
 
 
+class PointToPoint(Protocol):
+    """A Gloo group, as far as it is used here."""
+
+    def send(self, tensors: list[Tensor], to: int, tag: int, /) -> dist.Work: ...
+
+    def recv(self, tensors: list[Tensor], sender: int, tag: int, /) -> dist.Work: ...
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int, /) -> dist.Work: ...
+
+
 class Mailbox:
     """Sends and receives for one rank.
 
@@ -53,7 +64,7 @@ class Mailbox:
         How long the others may take to do their part of a transfer.
     """
 
-    def __init__(self, group: dist.ProcessGroup, index: int, names: tuple[str, ...], timeout: timedelta) -> None:
+    def __init__(self, group: PointToPoint, index: int, names: tuple[str, ...], timeout: timedelta) -> None:
         self.index = index
         self.names = names
         self.timeout = timeout

@@ -1,12 +1,9 @@
-"""From autograd's nodes to the engine: backward enters a visit before its first node, and leaves after the last.
+"""From autograd's nodes to the engine: backward enters a visit before its first node, and leaves it after the last.
 
-A prehook on the autograd node of each output enters. What comes first of these leaves:
-
-- hooks after the last nodes that the unit made, where these are known (see `subgraph`);
-- hooks on the gradients of its inputs: nodes run in reverse order of creation, so when these gradients are complete
-  every node of the unit has run, and maybe much more, if others read the same tensor. Where an input is a leaf, needs
-  no gradient or was changed in place, they say nothing;
-- the end of the backward.
+A prehook on the autograd node of each output enters. Nothing has to be hooked for leaving: a thread numbers the nodes
+that it makes, and of those that are ready backward runs the one with the highest number. So when it comes to a node
+with a lower number than all of a visit's, these have run. What it has passed in this way it leaves when it comes to
+the next visit, or at its end.
 
 No ``autograd.Function``, no tensor subclass.
 
@@ -18,9 +15,8 @@ through nodes, and a model that keeps a tensor with a graph would keep itself.
 """
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
-from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -32,9 +28,9 @@ from ..engine import Engine
 from ..planning.trace import Phase
 from ..torch_private import at_end_of_backward, current_backward, next_number, number_of
 from ..units.observer import tensors_in
-from ..units.results import Results
-from ..units.subgraph import first_nodes, last_nodes, unreachable
-from ..units.units import Countdown, Unit, Visit
+from ..units.results import Mark, Results
+from ..units.subgraph import first_nodes, is_contained, unreachable
+from ..units.units import Unit, Visit
 
 _OUTSIDE = Unit(-1, "code outside of any unit", None, ())
 
@@ -70,29 +66,28 @@ class BackwardHooks:
             True if the unit has made another graph than when it was watched, part of which may be out of sight.
         """
         unit = visit.unit
-        kept = tuple(getattr(unit.module, name, None) for name in unit.graph_attributes)
         own = range(0) if visit.begin is None else range(visit.begin.number, next_number())
-        nodes = first_nodes(chain(tensors_in(output), tensors_in(kept), inputs), visit.input_nodes, own)
+        made = tensors_in(output)
+        if unit.graph_attributes:
+            made += tensors_in([getattr(unit.module, name, None) for name in unit.graph_attributes])
+        nodes, entries = first_nodes([*made, *inputs], visit.input_nodes, own)
         if results is not None and visit.begin is not None and visit.chunks and not _is_raising():
             leaked = unreachable(results.since(visit.begin), nodes, own)
             unit.was_watched(bool(leaked))
             nodes |= leaked
-        self._enter_before(visit, nodes)
+            entries |= leaked
+        self._enter_before(visit, entries)
         if not nodes:
             if output is not None and _makes_gradients(visit, inputs):
                 self._engine.pins.hold(visit.chunks)
             return False
-        last = last_nodes(nodes, visit.input_nodes, own)
-        self._leave_after(visit, [node.register_hook for node in last])
-        is_changed = results is None and unit.graph_is_contained and not last
-        if results is not None or is_changed:
-            unit.contains_graph(bool(last))
-        if is_changed:
+        if results is not None:
+            unit.contains_graph(is_contained(nodes, own))
+        elif unit.graph_is_contained and any(c.full_nbytes for c in visit.chunks) and not is_contained(nodes, own):
+            unit.contains_graph(False)
             self._engine.pins.hold(visit.chunks)
-        if all(t.grad_fn is not None and t.grad_fn in visit.input_nodes for t in inputs):
-            # Not register_multi_grad_hook: its closure holds the nodes that hold it, and such graphs are never freed.
-            self._leave_after(visit, [t.register_hook for t in {id(t): t for t in inputs}.values()])
-        return is_changed
+            return True
+        return False
 
     def bring(self, begin: int, result: Any, chunks: tuple[Chunk, ...]) -> None:
         """Have these chunks there when backward comes to what an operation outside of any unit made.
@@ -105,11 +100,10 @@ class BackwardHooks:
             What it returned.
         """
         own = range(begin, next_number())
-        nodes = {node for node in first_nodes(tensors_in(result), (), own) if number_of(node) in own}
+        nodes = {node for node in first_nodes(tensors_in(result), (), own)[1] if number_of(node) in own}
         if nodes:
-            visit = Visit(_OUTSIDE, extra=chunks)
+            visit = Visit(_OUTSIDE, extra=chunks, begin=Mark(begin, 0))
             self._enter_before(visit, nodes)
-            self._leave_after(visit, [node.register_hook for node in last_nodes(nodes, _NotIn(own), own)])
 
     def _enter_before(self, visit: Visit, nodes: Collection[Any]) -> None:
         """Have backward enter a visit before it runs the first of these."""
@@ -117,48 +111,21 @@ class BackwardHooks:
         for node in nodes:
             node.register_prehook(before)
 
-    def _leave_after(self, visit: Visit, hookings: "list[Callable[[Callable[..., None]], object]]") -> None:
-        """Have backward leave a visit when each of these has called its hook."""
-        if hookings:
-            countdown = Countdown(len(hookings))
-            visit.countdowns.append(countdown)
-            for hook_on in hookings:
-                hook_on(partial(_count, self._itself, visit, countdown))
-
 
 def _enter(reference: "ref[Engine]", visit: Visit, gradients: Any) -> None:
     engine = reference()
     if engine is None:
         return
     task = current_backward()
+    engine.leave_passed()
     if engine.join_backward(task, visit):
         at_end_of_backward(partial(engine.end_backward, task))
-    if not visit.is_open:
-        for countdown in visit.countdowns:
-            countdown.restart()
-        if visit.unit is _OUTSIDE:
-            engine.enter_outside(visit)
-        else:
-            engine.enter(visit, Phase.BACKWARD)
+    if visit.unit is _OUTSIDE:
+        engine.enter_outside(visit)
+    else:
+        engine.enter(visit, Phase.BACKWARD)
     if torch.is_grad_enabled():  # create_graph=True
         engine.pins.hold(visit.chunks)
-
-
-def _count(reference: "ref[Engine]", visit: Visit, countdown: Countdown, *gradients: Any) -> None:
-    engine = reference()
-    # What this backward does not come to is never counted: the visit then ends with the backward.
-    if engine is not None and countdown.tick():
-        engine.leave_backward(visit)
-
-
-class _NotIn:
-    """Every autograd node whose number is not in a range."""
-
-    def __init__(self, own: range) -> None:
-        self._own = own
-
-    def __contains__(self, node: Any) -> bool:
-        return number_of(node) not in self._own
 
 
 def _is_raising() -> bool:

@@ -16,8 +16,8 @@ from ..units.bracket import Bracket
 from ..units.coarse import coarsest
 from ..units.units import Unit, Units
 
-LARGEST_NUMEL = 1 << 20
-"""Elements that one visit may bring: their updates are waited for together, a millisecond of work."""
+LARGEST_NUMEL = 1 << 21
+"""Elements that one visit may bring: their updates are waited for together, two milliseconds of work."""
 
 
 class Brackets:
@@ -88,13 +88,13 @@ class Brackets:
             self.refine()
         if self._coarse or not self._within:
             return
-        numels = {chunk.index: chunk.layout.numel for chunk in chunks}
+        moving = set() if all_fit else {chunk for chunk in chunks if not chunk.full_is_home}
         within, chunks_of = {}, {}
         for unit, modules in self._within.items():
-            module = unit.module
-            if module is not None and not is_compiled(module) and (all_fit or all(c.full_is_home for c in unit.chunks)):
+            if moving.isdisjoint(unit.chunks) and (module := unit.module) is not None and not is_compiled(module):
                 within[unit.index] = modules - self._unfit
                 chunks_of[unit.index] = {chunk.index for chunk in unit.chunks}
+        numels = {chunk.index: chunk.layout.numel for chunk in chunks}
         for module, parts in coarsest(within, chunks_of, numels, LARGEST_NUMEL).items():
             self._coarse[module] = unit = self._units.joined(module, parts)
             for part in parts:

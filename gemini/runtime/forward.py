@@ -131,13 +131,14 @@ class ForwardHooks:
         has_gradients = torch.is_grad_enabled()
         visit = Visit(unit) if has_gradients else Visit(unit, extra=unit.without_gradients)
         if is_in_backward:
+            self._engine.leave_passed()
             self._engine.updates.schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
         discovery = self._discovery
         if not self._brackets.are_coarse:
             self._note_running(unit, module)
         self._visits.begin_call(visit)
         if has_gradients:
-            nodes = tuple(t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad)
+            nodes = [t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad]
             is_watched_alone = unit.leaks_graph is not False and bool(visit.chunks) and discovery.results is None
             watching = discovery.watch() if is_watched_alone else discovery.results
             mark = Mark(next_number(), 0) if watching is None else watching.mark()
@@ -161,10 +162,9 @@ class ForwardHooks:
             self._engine.begin_forward(grad)
 
     def _after_unit(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        visit = self._visits.call_of(unit)
+        visit = self._visits.end_call(unit)
         if visit is None:
             return  # another hook raised before ours ran
-        self._visits.running.remove(visit)
         if output is None:
             self._engine.listener.failed(self._engine, sys.exc_info()[1])  # while its visit is still open
         engine, discovery, has_gradients = self._engine, self._discovery, torch.is_grad_enabled()

@@ -26,7 +26,7 @@ class TierNeed(Output):
 
 
 class Solved(Output):
-    what: Literal["batch-size", "seq-len", "host", "disk"]
+    what: Literal["batch-size", "seq-len", "host", "disk", "ranks"]
     value: Annotated[Natural | None, doc("0 or null: nothing fits.")]
 
 
@@ -42,7 +42,11 @@ class Estimate(Output):
     optimizer: str
     checkpointing: bool
     non_model_bytes: Natural
-    tiers: ByTier[TierNeed]
+    ranks: Annotated[Natural, doc("That keep the model together.")]
+    ranks_per_node: Annotated[Natural, doc("On the machine that has most of them.")]
+    nodes: Annotated[Natural, doc("Machines.")]
+    tiers: Annotated[ByTier[TierNeed], doc("Of each rank.")]
+    node_tiers: Annotated[ByTier[TierNeed], doc("Of all ranks of a machine; of device what their accelerators have.")]
     device_and_host_are_one: bool
     terms: Annotated[dict[str, int], doc("Bytes of model data by kind.")]
     arguments: Annotated[str | None, doc("Of GeminiPlugin, ready to paste.")]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import MASTER, BufferSpec, Chunk, Marked
+from ..chunk import MASTER, BufferSpec, Chunk, Marked, Together
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
@@ -42,6 +42,11 @@ class KeptStates:
         self.shown = ShownStates()
 
     # -- questions
+
+    @property
+    def together(self) -> Together:
+        """What the ranks that keep the states do together."""
+        return self._manager.together
 
     def keeps(self, parameter: Any) -> bool:
         """True if the states of this parameter are in its chunk. Those of others, frozen ones too, are elsewhere."""

@@ -81,6 +81,9 @@ class ChunkedStep:
             self._engine.backward_failed(error)
             raise
 
+    def gradient_norm(self) -> float | None:
+        return self.scaling.grad_norm
+
     def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
         """Forget what is in the chunks (of these parameters, by id), or fill it with zeros."""
         if set_to_none:
@@ -111,7 +114,6 @@ class ChunkedStep:
             return
         updates, prepared = work
         self._updates.start(updates)
-        self.manager.together.communicator.advance()
         optimizer.commit_parameters(prepared)
         self.scaling.stepped()
         self._updates.after_step()

@@ -6,6 +6,7 @@ from weakref import ref
 
 from torch import Tensor
 
+from ..chunk import all_or_none
 from ..nn.optimizer.managed import ManagedOptimizer
 from .kept_states import KeptStates
 from .saved_groups import check_groups, load_options
@@ -83,7 +84,13 @@ class States:
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned. Checked first: nothing has changed if it does not fit."""
         saved_groups, states = state_dict["param_groups"], state_dict["state"]
-        check_groups(optimizer, saved_groups, states, self.kept.room(optimizer))
+        together = self.kept.together
+        with all_or_none(together.communicator, "the check of optimizer.load_state_dict"):
+            check_groups(optimizer, saved_groups, states, self.kept.room(optimizer))
+        with together.changing("optimizer.load_state_dict"):
+            self._load(optimizer, saved_groups, states)
+
+    def _load(self, optimizer: ManagedOptimizer, saved_groups: Any, states: Mapping[Any, Any]) -> None:
         numbers = [number for saved in saved_groups for number in saved["params"]]
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             load_options(group, saved)

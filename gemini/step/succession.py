@@ -21,6 +21,7 @@ class Superseded:
             "the other one"
         )
 
+    backward = gradient_norm = _refuse
     step = zero_grad = state_dict = load_state_dict = add_param_group = _refuse
     states = replace_states = clip_grad_by_norm = clip_grad_by_value = _refuse
 

@@ -202,6 +202,7 @@ def open_channel(
             world_size=job.world_size,
             started=started,
             restart=job.restart,
+            attempt=job.attempt,
         )
         write_document(start_file(run, rank), {"v": VERSION, "t": started, "rank": rank, **as_mapping(start)})
         write_run_file(run, rank, {"v": VERSION, "rank": rank, **as_mapping(start), "facts": facts})

@@ -14,9 +14,11 @@ class Job:
     rank: int = 0
     world_size: int = 1
     restart: int = 0
-    """How often the launcher has started them anew."""
+    """How often the launcher on this machine has started them anew; on another machine it may be another number."""
     run_id: str | None = None
     """What they call their run; None: each process has a run of its own."""
+    attempt: str = ""
+    """What they call this start of theirs, to tell it from one before a restart."""
 
 
 def find_job(environ: Mapping[str, str] = os.environ, proc: Path = Path("/proc")) -> Job:
@@ -26,24 +28,18 @@ def find_job(environ: Mapping[str, str] = os.environ, proc: Path = Path("/proc")
     after a restart. Those on another machine have another parent, so theirs is another name, on which a process group
     has to agree (see `gemini.monitor.job`). A step of Slurm has one number on all machines.
     """
-    if "TORCHELASTIC_RUN_ID" in environ or "RANK" in environ:
-        world_size = _whole(environ, "WORLD_SIZE", 1)
-        is_torchrun = "TORCHELASTIC_RUN_ID" in environ and world_size > 1
-        return Job(
-            rank=_whole(environ, "RANK"),
-            world_size=world_size,
-            restart=_whole(environ, "TORCHELASTIC_RESTART_COUNT"),
-            run_id=_name_of_parent(proc) if is_torchrun else None,
-        )
-    if "SLURM_STEP_ID" in environ:  # srun alone sets it; a batch script has a SLURM_PROCID, too, and is one process
-        world_size = _whole(environ, "SLURM_STEP_NUM_TASKS", 1)
-        return Job(
-            rank=_whole(environ, "SLURM_PROCID"),
-            world_size=world_size,
-            restart=_whole(environ, "SLURM_RESTART_COUNT"),
-            run_id=_name_of_step(environ) if world_size > 1 else None,
-        )
-    return Job()
+    is_torchrun = "TORCHELASTIC_RUN_ID" in environ
+    # srun alone sets this; a batch script has a SLURM_PROCID, too, and is one process.
+    tasks = _whole(environ, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_ID" in environ else 0
+    world_size = _whole(environ, "WORLD_SIZE", 1 if is_torchrun or "RANK" in environ else tasks or 1)
+    rank = _whole(environ, "RANK", _whole(environ, "SLURM_PROCID") if tasks else 0)
+    restart = _whole(environ, "TORCHELASTIC_RESTART_COUNT" if is_torchrun else "SLURM_RESTART_COUNT")
+    run_id = None
+    if world_size > 1 and is_torchrun:
+        run_id = _name_of_parent(proc)
+    elif world_size > 1 and world_size == tasks:
+        run_id = _name_of_step(environ)
+    return Job(rank=rank, world_size=world_size, restart=restart, run_id=run_id, attempt=str(restart))
 
 
 def run_name(began: float, *numbers: int) -> str:

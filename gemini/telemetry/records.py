@@ -61,7 +61,8 @@ class Start(Fields):
     host: str
     world_size: Natural
     started: Annotated[float, doc("Seconds since the epoch.")]
-    restart: Annotated[Natural, doc("How often torchrun has started it anew.")]
+    restart: Annotated[Natural, doc("How often torchrun on this machine has started it anew.")]
+    attempt: Annotated[str, doc("The same for all ranks that were started together, after a restart another one.")] = ""
 
 
 class Step(Fields):
@@ -172,6 +173,11 @@ class DescribedChunk(Fields):
         list[Natural] | None,
         doc("First element that is at home with this rank, and the one after the last; null: all."),
     ] = None
+
+    @property
+    def kept_numel(self) -> int:
+        """Elements that are at home with this rank."""
+        return self.numel if self.extent is None or len(self.extent) != 2 else self.extent[1] - self.extent[0]
 
     @property
     def states(self) -> Sequence[str]:

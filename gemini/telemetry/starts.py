@@ -44,4 +44,4 @@ def ranks_of(path: Path) -> list[int]:
 
 def run_of(start: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """What all records have in common that one process wrote; the first two, those of all ranks of a run."""
-    return start.get("run_id"), start.get("restart"), start.get("pid")
+    return start.get("run_id"), start.get("attempt"), start.get("pid")

@@ -108,24 +108,31 @@ def _parameters(value: Any) -> Iterator[nn.Parameter]:
             yield from _parameters(item)
 
 
-def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists, dicts, and in the attributes of dataclasses and objects of other classes.
 
-    ``depth`` bounds how far attributes are followed: an output may refer to half of a program.
+    Attributes are followed to a depth of four: an output may refer to half of a program.
     """
+    found: list[Tensor] = []
+    _collect(value, 4, found)
+    return found
+
+
+def _collect(value: Any, depth: int, found: list[Tensor]) -> None:
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple | set | deque):
-        for item in value:
-            yield from tensors_in(item, depth)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item, depth)
+        found.append(value)
+    elif isinstance(value, _COLLECTIONS):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, torch.Tensor):
+                found.append(item)
+            else:
+                _collect(item, depth, found)
     elif depth and not isinstance(value, _WITHOUT_TENSORS):
         for name in _attributes(value):
-            yield from tensors_in(getattr(value, name, None), depth - 1)
+            _collect(getattr(value, name, None), depth - 1, found)
 
 
+_COLLECTIONS = (list, tuple, set, deque, dict)
 _WITHOUT_TENSORS = (str, bytes, int, float, complex, type, nn.Module, FunctionType, MethodType, ModuleType, type(None))
 
 

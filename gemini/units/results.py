@@ -7,8 +7,7 @@ that is new or known to leak its graph.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -18,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..torch_private import current_function_mode, next_number
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """A point in time: results and nodes are made before or after it."""
 
     number: int

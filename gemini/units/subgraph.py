@@ -1,29 +1,31 @@
-"""The autograd nodes that one call of a module made, and those by which backward enters and leaves the call.
+"""The autograd nodes that one call of a module made, and those by which backward enters the call.
 
 A thread numbers the nodes that it makes, so a call's own are those between two numbers. Where every one of them can be
-reached from its results, nothing of the call is hidden (in a list of auxiliary losses, say), and backward has
-finished the call when the last of them have run, those that are followed by none of the others::
+reached from its results, nothing of the call is hidden (in a list of auxiliary losses, say)::
 
-    inputs          the call's own nodes               results
-    MulBackward <-- ViewBackward* <-- AddmmBackward <-- ViewBackward      * the last ones
-    AccumulateGrad (weight) <-- TBackward* <-'
+    inputs          the call's own nodes              results
+    MulBackward <-- ViewBackward <-- AddmmBackward <-- ViewBackward
+    AccumulateGrad (weight) <-- TBackward <-'
 """
 
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ..torch_private import base_of, number_of
 
 MOST_NODES = 64
 """Looking at a node costs a microsecond or two. Layers with parameters of their own have a handful."""
-_NO_NUMBER = (1 << 64) - 1
-"""The number of nodes that put gradients into parameters."""
 
 
-def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) -> set[Any]:
-    """The nodes by which backward can enter a call.
+def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) -> tuple[set[Any], set[Any]]:
+    """The nodes of a call's results, and those by which backward can enter it.
+
+    If a view is changed in place later its node goes, and backward enters by the node of its base, if the call made
+    that. It may do so in any case where nothing lies between: a view's node reads no parameter, unless it is that of a
+    ``torch.autograd.Function``.
 
     Parameters
     ----------
@@ -34,18 +36,22 @@ def first_nodes(results: Iterable[Tensor], inputs: Collection[Any], own: range) 
     own
         The numbers of the nodes that the call made.
     """
-    found = set()
+    found, entries = set(), set()
     for tensor in results:
-        node = tensor.grad_fn
+        node: Any = tensor.grad_fn
         if node is None:
             continue
+        base = base_of(tensor)
+        of_base = None if base is None else base.grad_fn
+        has_base = of_base is not None and number_of(of_base) in own
+        if has_base:
+            found.add(of_base)
+            entries.add(of_base)
         if node not in inputs:
             found.add(node)
-        base = base_of(tensor)
-        # If a view is changed in place later, its node goes, and backward enters by the node of its base.
-        if base is not None and base.grad_fn is not None and number_of(base.grad_fn) in own:
-            found.add(base.grad_fn)
-    return found
+            if not has_base or node.next_functions[0][0] is not of_base or isinstance(node, BackwardCFunction):
+                entries.add(node)
+    return found, entries
 
 
 def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -> set[Any]:
@@ -63,29 +69,20 @@ def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -
     return found
 
 
-def last_nodes(first: Collection[Any], inputs: Container[Any], own: range) -> list[Any]:
-    """The nodes by which backward leaves a call: when these have run, all of the call's nodes have.
+def is_contained(first: Collection[Any], own: range) -> bool:
+    """True if all nodes that a call made can be reached from the nodes by which backward can enter it.
 
-    Empty if they are not known: the call made too many nodes, some of them cannot be reached from ``first`` (or are
-    gone), or one leads to a node of neither an input nor a parameter.
+    False also where that is not known: the call made too many nodes, or is entered by those of others.
     """
-    if not 0 < len(own) <= MOST_NODES or any(number_of(node) not in own for node in first):
-        return []
-    found, last, ahead = set(first), [], list(first)
+    if not 0 < len(own) <= MOST_NODES:
+        return False
+    found, ahead = set(first), list(first)
     while ahead:
         node = ahead.pop()
-        is_last = True
+        if number_of(node) not in own:
+            return False
         for following, _ in node.next_functions:
-            if following is None or following in inputs:
-                continue
-            number = number_of(following)
-            if number in own:
-                is_last = False
-                if following not in found:
-                    found.add(following)
-                    ahead.append(following)
-            elif number != _NO_NUMBER:
-                return []
-        if is_last:
-            last.append(node)
-    return last if len(found) == len(own) else []
+            if following is not None and following not in found and number_of(following) in own:
+                found.add(following)
+                ahead.append(following)
+    return len(found) == len(own)

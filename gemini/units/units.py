@@ -1,7 +1,7 @@
 """Units: the modules whose forward brackets the uses of their parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
@@ -55,56 +55,24 @@ class Unit:
 
 
 @dataclass(slots=True, eq=False)
-class Countdown:
-    """A number of events that must all have come."""
-
-    total: int
-    missing: int = 0
-
-    def restart(self) -> None:
-        """Count from the beginning."""
-        self.missing = self.total
-
-    def tick(self) -> bool:
-        """Count one event; True if it was the last."""
-        self.missing -= 1
-        return self.missing == 0
-
-
-@dataclass(slots=True, eq=False)
 class Visit:
     """One call of a unit; backward sees the same object again."""
 
     unit: Unit
-    is_open: bool = False
     extra: tuple[Chunk, ...] = ()
     """Further chunks, which this call alone turned out to need."""
-    pinned: list[Chunk] = field(default_factory=list)
-    """Chunks that this visit has pinned; not ``chunks``, which may grow while the visit is open."""
-    input_nodes: tuple[object, ...] = ()
+    input_nodes: Collection[object] = ()
     """The autograd nodes of the inputs at entry, to tell what the unit made from what it passed on."""
     begin: Mark | None = None
     """When its forward began; None if that is not known."""
     results: Results | None = None
     """The results of its operations, if they are watched for this visit alone."""
-    countdowns: list[Countdown] = field(default_factory=list)
-    """Counted in backward; each by itself says when the last node of the visit has run."""
-
-    def open(self) -> None:
-        """Its chunks are pinned next."""
-        self.is_open = True
-
-    def close(self) -> list[Chunk]:
-        """Give back what it has pinned."""
-        self.is_open = False
-        pinned, self.pinned = self.pinned, []
-        return pinned
 
     def needs(self, chunks: Iterable[Chunk]) -> None:
         """This call turned out to need these chunks besides."""
         self.extra = (*self.extra, *chunks)
 
-    def begins(self, mark: Mark, input_nodes: tuple[object, ...] = (), results: Results | None = None) -> None:
+    def begins(self, mark: Mark, input_nodes: Collection[object] = (), results: Results | None = None) -> None:
         """Its forward makes a graph, from here on."""
         self.begin, self.input_nodes, self.results = mark, input_nodes, results
 

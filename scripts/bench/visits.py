@@ -35,18 +35,21 @@ class Contender:
         self.moves = 0.0
         self.enters = 0
         manager = boosted(self.model).manager
-        for name in ("fetch", "evict"):
-            setattr(manager, name, self._timed(getattr(manager, name)))
+        self._is_moving = False
+        for owner, name in ((manager, "fetch"), (manager, "evict"), (manager.full_copies, "arrive")):
+            setattr(owner, name, self._timed(getattr(owner, name)))
         engine = boosted(self.model).engine
         engine.enter = self._counted(engine.enter)  # type: ignore[method-assign]
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.thread_time()
+            if self._is_moving:
+                return call(*args, **kwargs)
+            self._is_moving, begin = True, time.thread_time()
             try:
                 return call(*args, **kwargs)
             finally:
-                self.moves += time.thread_time() - begin
+                self._is_moving, self.moves = False, self.moves + time.thread_time() - begin
 
         return timed
 

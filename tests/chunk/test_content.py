@@ -126,6 +126,6 @@ def test_another_form_of_parameters_is_one_more_codec(
         manager.fetch(chunk)
         manager.pin(chunk)
         assert torch.equal(parameter, expected)
-        manager.unpin(chunk)
+        chunk.unpin()
         manager.evict(chunk)
     manager.close()

@@ -17,7 +17,7 @@ def test_parameters_read_nan_while_away_and_their_values_while_pinned() -> None:
         rig.manager.fetch(chunk)
         rig.manager.pin(chunk)
         assert chunk.state is ChunkState.IN_USE and rig.has_values(chunk)
-        rig.manager.unpin(chunk)
+        chunk.unpin()
         assert chunk.state is ChunkState.READY and rig.has_values(chunk)
         rig.manager.evict(chunk)
         assert chunk.state is ChunkState.HOME and rig.is_poisoned(chunk)
@@ -48,12 +48,12 @@ def test_nested_pins_hold_until_the_last_one_goes() -> None:
     for _ in range(3):
         rig.manager.pin(chunk)
     for _ in range(2):
-        rig.manager.unpin(chunk)
+        chunk.unpin()
         assert chunk.state is ChunkState.IN_USE
         with pytest.raises(StateError):
             rig.manager.evict(chunk)
         assert rig.has_values(chunk)
-    rig.manager.unpin(chunk)
+    chunk.unpin()
     rig.manager.evict(chunk)
     assert chunk.pins == 0 and rig.ledger.used(Tier.DEVICE) == 0
 
@@ -66,7 +66,7 @@ def test_what_was_not_asked_for_first_raises() -> None:
     with pytest.raises(StateError, match="chunk 0: HOME -> HOME"):
         rig.manager.evict(chunk)
     with pytest.raises(AssertionError, match="chunk 0 is not pinned"):
-        rig.manager.unpin(chunk)
+        chunk.unpin()
     assert chunk.state is ChunkState.HOME and chunk.pins == 0 and rig.used_bytes_agree()
 
 

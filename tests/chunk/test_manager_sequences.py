@@ -54,7 +54,7 @@ class Calls(RuleBasedStateMachine):
     @rule(index=index)
     def unpin(self, index: int) -> None:
         if self.chunk(index).pins:
-            self.rig.manager.unpin(self.chunk(index))
+            self.chunk(index).unpin()
 
     @rule(index=index)
     def evict(self, index: int) -> None:

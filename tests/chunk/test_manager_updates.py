@@ -87,7 +87,7 @@ def test_a_chunk_in_use_stays_readable_and_shows_nan_once_it_is_let_go_while_its
     assert chunk.state is ChunkState.IN_USE_UPDATING and not rig.is_poisoned(chunk)
     with pytest.raises(OffloadError, match="write error"):
         rig.manager.pin(chunk)
-    rig.manager.unpin(chunk)
+    chunk.unpin()
     assert chunk.state is ChunkState.READY_UPDATING and rig.is_poisoned(chunk)
     update.error = None
     rig.manager.settle()

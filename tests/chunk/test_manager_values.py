@@ -135,5 +135,5 @@ def test_a_change_in_place_goes_home_after_the_update_before_it_was_repeated() -
     update.error = None
     rig.manager.quiet(chunk)
     assert float(rig.manager.read(parameter, MASTER)[3]) == 7.0
-    rig.manager.unpin(chunk)
+    chunk.unpin()
     rig.manager.close()

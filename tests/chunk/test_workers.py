@@ -45,6 +45,20 @@ def test_what_ends_has_ended_when_the_call_returns_in_the_order_asked_for() -> N
 
 
 @pytest.mark.timeout(60)
+def test_what_the_end_itself_asks_for_is_done_with_it_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "END_SECONDS", 30.0)
+    start_workers(1, "test-nested").shutdown()
+    done: list[str] = []
+
+    def end() -> None:
+        close_in_background(lambda: done.append("inner"))
+        done.append("outer")
+
+    close_in_background(end)
+    assert done == ["outer", "inner"]
+
+
+@pytest.mark.timeout(60)
 def test_a_thread_may_ask_for_its_own_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "END_SECONDS", 0.1)
     pool = start_workers(1, "test-own")

@@ -18,4 +18,6 @@ Importing this package imports neither numba nor Triton: the first update does.
 from .hybrid_adam import HybridAdam
 from .rules.elementwise import register_elementwise
 
-__all__ = ["HybridAdam", "register_elementwise"]
+CPUAdam = FusedAdam = HybridAdam  # ColossalAI's names for Adam on the CPU and on a GPU: here one class does both
+
+__all__ = ["CPUAdam", "FusedAdam", "HybridAdam", "register_elementwise"]

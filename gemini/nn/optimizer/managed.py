@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from gemini.colossal.boosted import OptimizerNames
 from gemini.lazy.session import is_recording
 
 from ...torch_private import OPTIMIZER_HOOKS, mark_stepped
@@ -29,6 +30,12 @@ class ManagedStep(Protocol):
     The optimizer's own parts stay at hand for parameters that are not in chunks:
     ``ManagedOptimizer.prepare_parameters``, ``commit_parameters`` and ``register_param_group``.
     """
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward on the loss, scaled where gradients are."""
+
+    def gradient_norm(self) -> float | None:
+        """The last norm of all gradients that was computed, unscaled; None before that."""
 
     def step(self, optimizer: "ManagedOptimizer") -> None:
         """Update every parameter that has a gradient. The closure, if any, has run."""
@@ -65,7 +72,7 @@ class ManagedStep(Protocol):
         """Arrange that the next step uses gradients clamped to ``[-value, value]``."""
 
 
-class ManagedOptimizer(Optimizer):
+class ManagedOptimizer(OptimizerNames, Optimizer):
     """A ``torch.optim.Optimizer`` whose parameters may be in the chunks of a boosted model.
 
     Subclasses say what their arithmetic is (``rule``), and how parameters outside of chunks take a step

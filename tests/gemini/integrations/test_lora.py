@@ -76,3 +76,68 @@ def test_saved_adapters_load_into_another_boosted_model(tmp_path: Path) -> None:
     again, *_ = booster.boost(again, optimizer)
     loaded = again.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("use_safetensors", [False, True])
+def test_adapters_alone_are_saved_as_peft_saves_them(tmp_path: Path, use_safetensors: bool) -> None:
+    model, _, weights = run(managed=True)
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, device_memory="256KiB", **SMALL))
+    booster.save_lora_as_pretrained(model, str(tmp_path / "ours"), use_safetensors)
+    weight_file = "adapter_model.safetensors" if use_safetensors else "adapter_model.bin"
+    assert {file.name for file in (tmp_path / "ours").iterdir()} == {"README.md", "adapter_config.json", weight_file}
+    again = adapted(booster, pretrained_dir=str(tmp_path / "ours"))
+    loaded = again.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items() if "lora_" in name)
+
+    model.save_pretrained(tmp_path / "pefts", safe_serialization=use_safetensors)
+    ours, pefts = (_load(tmp_path / name / weight_file) for name in ("ours", "pefts"))
+    assert ours.keys() == pefts.keys()
+    assert all(torch.equal(ours[name], pefts[name]) for name in pefts)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".bin":
+        return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def test_modules_trained_beside_adapters_and_a_second_adapter_are_saved(tmp_path: Path) -> None:
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, **SMALL))
+    config = peft.LoraConfig(r=2, fan_in_fan_out=True, target_modules=["c_attn"], modules_to_save=["lm_head"])
+    model: Any = adapted(booster, lora_config=config)
+    model.add_adapter("second", peft.LoraConfig(r=2, fan_in_fan_out=True, target_modules=["c_attn"]))
+    optimizer: Any = HybridAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer, *_ = booster.boost(model, optimizer)
+    train(booster, model, optimizer, managed=True)
+    booster.save_lora_as_pretrained(model, str(tmp_path / "ours"))
+    model.save_pretrained(tmp_path / "pefts", safe_serialization=False)
+    for name in ("adapter_model.bin", "second/adapter_model.bin"):
+        ours, pefts = _load(tmp_path / "ours" / name), _load(tmp_path / "pefts" / name)
+        assert ours.keys() == pefts.keys()
+        assert all(torch.equal(ours[each], pefts[each]) for each in pefts)
+    assert any("lm_head" in name for name in _load(tmp_path / "ours" / "adapter_model.bin"))
+    assert (tmp_path / "ours" / "second" / "adapter_config.json").exists()
+
+
+def test_a_save_that_fails_leaves_the_adapters_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, **SMALL))
+    model = adapted(booster)
+    booster.save_lora_as_pretrained(model, str(tmp_path))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(torch, "save", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_" in name).add_(1)
+    with pytest.raises(OSError, match="disk full"):
+        booster.save_lora_as_pretrained(model, str(tmp_path))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_model_without_adapters_and_quantized_weights_are_refused(tmp_path: Path) -> None:
+    booster = Booster(plugin=GeminiPlugin(telemetry=False))
+    with pytest.raises(TypeError, match=r"a Linear without adapters: save it with booster\.save_model"):
+        booster.save_lora_as_pretrained(torch.nn.Linear(2, 2), str(tmp_path))
+    for options in ({"quantize": True}, {"bnb_quantization_config": object()}):
+        with pytest.raises(NotImplementedError, match="leave quantize and bnb_quantization_config off"):
+            booster.enable_lora(torch.nn.Linear(2, 2), lora_config=peft.LoraConfig(r=2), **options)

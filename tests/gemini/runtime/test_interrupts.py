@@ -10,10 +10,10 @@ from loop import Trained, check_same
 from gemini.boosted import boosted
 
 TARGETS = {
-    "manager": ("fetch", "pin", "unpin"),
+    "manager": ("fetch", "pin"),
     "full copies": ("begin", "arrive", "evict"),
     "device": ("grow", "shrink"),
-    "chunk": ("begin_fetch", "finish_fetch", "evict", "_move_to"),
+    "chunk": ("begin_fetch", "finish_fetch", "evict", "_move_to", "unpin"),
     "bindings": ("hide", "expose"),
 }
 

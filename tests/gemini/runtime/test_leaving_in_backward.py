@@ -1,8 +1,10 @@
 """Backward lets go of a unit's chunks when the unit's own nodes have run, also where other units read its inputs."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +12,12 @@ import torch
 from parity import Task, check_parity, run_managed, tightest
 from torch import Tensor, nn
 from torch.nn import functional
+
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
+from gemini.engine.visits import Visits
+from gemini.nn.optimizer import HybridAdam
+from gemini.units.results import Mark
 
 WIDTH = 32
 SMALL: dict[str, Any] = {"chunk_config_dict": {1: {"chunk_size": WIDTH * WIDTH}}, "max_prefetch": 0}
@@ -71,6 +79,40 @@ def test_what_a_device_needs_does_not_grow_with_the_readers_of_a_tensor(source: 
     check_parity(many, device_memory=capacity, **SMALL, **options)
 
 
+def test_backward_leaves_what_it_runs_in_part() -> None:
+    """The gradient of the data alone takes no more room than those of all parameters."""
+    task = Task(lambda: Readers(4, SOURCES["encoded"]), batches(), mean_square)
+    plain, x = task.build(), batches()[0].requires_grad_(True)
+    model = copy.deepcopy(plain)
+    capacity = tightest(task, "device", **SMALL)
+    plugin = GeminiPlugin(device_memory=capacity, precision="fp32", telemetry=False, **SMALL)
+    model, *_ = Booster(plugin=plugin).boost(model, HybridAdam(model.parameters()))
+    for _ in range(2):
+        (ours,) = torch.autograd.grad(mean_square(model, x), x)
+        (theirs,) = torch.autograd.grad(mean_square(plain, x), x)
+        assert torch.equal(ours, theirs)
+
+
+class Opened:
+    """A visit, as far as it is asked when its last node has run."""
+
+    def __init__(self, number: int) -> None:
+        self.begin = Mark(number, 0)
+
+
+def test_a_node_says_nothing_of_visits_that_another_thread_came_to() -> None:
+    visits, alone, shared, theirs = Visits(), Opened(5), Opened(5), Opened(5)
+    for visit in (alone, shared):
+        visits.join_backward(1, visit)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as elsewhere:
+        for visit in (shared, theirs):
+            elsewhere.submit(visits.join_backward, 1, visit).result()  # type: ignore[arg-type]
+        assert visits.passed(1, 5) == []
+        assert visits.passed(1, 4) == [alone]
+        assert elsewhere.submit(visits.passed, 1, 4).result() == [theirs]
+    assert visits.of_backward(1) == [shared]
+
+
 PENALTIES: list[Tensor] = []
 
 
@@ -129,6 +171,31 @@ class OfAFunction(nn.Module):
         return Shifted.apply(x, self.shift)  # type: ignore[no-any-return]
 
 
+class Turned(torch.autograd.Function):
+    """Returns a view of what it gets, and reads a parameter in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        return (gradient * scale).transpose(0, 1), None
+
+
+class ViewOfAFunction(nn.Module):
+    def __init__(self, is_last: bool) -> None:
+        super().__init__()
+        self.is_last = is_last
+        self.weight, self.scale = (nn.Parameter(torch.randn(WIDTH, WIDTH) / 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = Turned.apply(x @ self.weight, self.scale[0])
+        return turned if self.is_last else turned.transpose(0, 1)  # type: ignore[no-any-return]
+
+
 class View(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -160,6 +227,11 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Te
     "an output without a part in the loss": (TwoOutputs, lambda part, x: part(x)[0]),
     "a weight made of others": (MadeWeight, plainly),
     "a function of one's own": (OfAFunction, plainly),
+    "a view that a function of one's own returns": (
+        lambda: ViewOfAFunction(True),
+        lambda part, x: part(x).transpose(0, 1),
+    ),
+    "a view of what a function of one's own returns": (lambda: ViewOfAFunction(False), plainly),
     "a layer whose output is changed in place": (lambda: nn.Linear(WIDTH, WIDTH), changed_in_place),
     "a view that is changed in place": (View, changed_in_place),
     "an input changed in place": (InPlace, lambda part, x: part(x * 1.0)),

@@ -25,19 +25,21 @@ SRUN = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_START_TIME": "1767225600",
 }
+STEP = "20260101T000000Z-4711-2"
 
 
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        ({}, Job()),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, Job(rank=3, world_size=4)),
-        ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, Job()),
-        (SRUN, Job(rank=11, world_size=16, run_id="20260101T000000Z-4711-2")),
-        ({**SRUN, "SLURM_RESTART_COUNT": "3", "SLURM_JOB_START_TIME": ""}, Job(rank=11, world_size=16, restart=3)),
-        ({**SRUN, "SLURM_JOB_START_TIME": ""}, Job(rank=11, world_size=16)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "4711"}, Job()),  # a batch script
-        ({"RANK": "-1", "WORLD_SIZE": "many", "TORCHELASTIC_RESTART_COUNT": "9" * 40}, Job()),
+        ({}, Job(attempt="0")),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, Job(rank=3, world_size=4, attempt="0")),
+        ({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, Job(attempt="0")),
+        (SRUN, Job(rank=11, world_size=16, run_id=STEP, attempt="0")),
+        ({**SRUN, "SLURM_RESTART_COUNT": "3"}, Job(rank=11, world_size=16, restart=3, run_id=STEP, attempt="3")),
+        ({**SRUN, "RANK": "11", "WORLD_SIZE": "16"}, Job(rank=11, world_size=16, run_id=STEP, attempt="0")),
+        ({**SRUN, "SLURM_JOB_START_TIME": ""}, Job(rank=11, world_size=16, attempt="0")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "4711"}, Job(attempt="0")),  # a batch script
+        ({"RANK": "-1", "WORLD_SIZE": "many", "TORCHELASTIC_RESTART_COUNT": "9" * 40}, Job(attempt="0")),
     ],
 )
 def test_the_launcher_says_who_trains(environ: Mapping[str, str], expected: Job, tmp_path: Path) -> None:
@@ -52,8 +54,8 @@ def test_ranks_of_one_torchrun_name_their_run_by_it(tmp_path: Path) -> None:
     (tmp_path / "stat").write_text("cpu 1\nbtime 1767225500\n")
     restarted = {**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "1", **SRUN}  # srun started torchrun
     run_id = f"20260101T000000Z-{os.getppid()}"
-    assert find_job(TORCHRUN, tmp_path) == Job(rank=5, world_size=8, run_id=run_id)
-    assert find_job(restarted, tmp_path) == Job(rank=5, world_size=8, restart=1, run_id=run_id)
+    assert find_job(TORCHRUN, tmp_path) == Job(rank=5, world_size=8, run_id=run_id, attempt="0")
+    assert find_job(restarted, tmp_path) == Job(rank=5, world_size=8, restart=1, run_id=run_id, attempt="1")
 
 
 CHILD = """
@@ -93,14 +95,14 @@ def test_ranks_of_a_process_group_agree_on_a_name_by_its_store() -> None:
         "if rank == 1: dist.barrier()\n"  # rank 0 has asked then, and has not waited for it
         "job = this_job()\n"
         "if rank == 0: dist.barrier()\n"
-        "print(job.rank, job.world_size, job.run_id, flush=True)\ndist.barrier()\n"
+        "print(job.rank, job.world_size, job.run_id, job.attempt, flush=True)\ndist.barrier()\n"
     )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     first, second = outputs_of(*(child(body, **address, RANK=str(rank)) for rank in range(2)))
     assert first.split()[:2] == ["0", "2"] and second.split()[:2] == ["1", "2"]
-    assert first.split()[2] == second.split()[2]
+    assert first.split()[2:] == second.split()[2:]
 
 
 @pytest.mark.parametrize("is_chosen", [False, True])

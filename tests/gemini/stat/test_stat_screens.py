@@ -182,8 +182,8 @@ def test_parts_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tires" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("columns", "lines"), [(120, 40), (80, 24)])
-def test_the_live_screen_compares_ranks_and_goes_through_them(columns: int, lines: int) -> None:
+def test_the_live_screen_compares_ranks_and_goes_through_them() -> None:
+    columns, lines = 80, 24
     writers = open_ranks(3)
     terminal = Terminal(RUN_ID, "-d", "0.2", columns=columns, lines=lines)
     shown = terminal.wait_for(lambda lines: "q quit" in lines[-1] and any("straggler rank 2" in line for line in lines))

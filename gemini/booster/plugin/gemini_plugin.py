@@ -19,7 +19,9 @@ from gemini.boosted import boosted
 from gemini.booster.dataloader import prepare_dataloader
 from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
-from gemini.config import GeminiConfig
+from gemini.colossal.boosted import give_names
+from gemini.colossal.plugin import Plugin
+from gemini.config import PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.ranks import group_of, join
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 _MEBI = 1 << 20
 
 
-class GeminiPlugin:
+class GeminiPlugin(Plugin):
     """Trains a model in chunks on device, host and disk. ``GeminiPlugin()`` finds everything out by itself.
 
     Parameters
@@ -45,7 +47,8 @@ class GeminiPlugin:
     max_prefetch
         How many chunks may be on their way ahead of use.
     shard_param_frac
-        Accepted: on one rank there is nothing to shard.
+        Accepted: masters and states are sharded always; full copies stay while there is room for them, as with 0, and
+        are gathered anew where there is not, as with 1.
     offload_optim_frac, offload_param_frac
         With ``"static"``: share of the bytes of homes (of full copies) kept off the device, exact to one chunk.
     warmup_non_model_data_ratio, steady_cuda_cap_ratio
@@ -85,8 +88,11 @@ class GeminiPlugin:
         with fp32 states in bf16; then parameters must not be changed in place between steps (an error says so, but not
         of changes through ``p.data``, which must be assigned to).
     process_group
-        The ranks that train the model together: a group, or a one-dimensional ``DeviceMesh``; None for all of them.
-        Each keeps a part of every chunk. All build the same model, call `Booster.boost`, and take the same steps.
+        The ranks that train the model together: a group, or a ``DeviceMesh`` of one dimension, or of two (replicate,
+        shard); None for all of them. All build the same model, call `Booster.boost`, and take the same steps.
+    hybrid_shard_size
+        How many ranks, one after the other, share one model, each with a part of every chunk: those of one machine,
+        say. Others keep it once more, and only gradients travel between them. None: all share one. 1: each keeps all.
     gradient_reduction
         ``"sum"`` (default): several ranks give the bits of one process that accumulates all their batches. ``"mean"``
         divides by the number of ranks, as DDP, FSDP and ColossalAI do.
@@ -162,6 +168,12 @@ class GeminiPlugin:
         _refuse_foreign(
             tp_size=(tp_size != 1, "split the model with torch.distributed.tensor before boosting it"),
             extra_dp_size=(extra_dp_size != 1, "there is one data-parallel dimension"),
+            use_fp8=(use_fp8, "use precision='bf16'"),
+            fp8_communication=(fp8_communication, "use precision='bf16'"),
+            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
+            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
+        )
+        _warn_without_effect(
             enable_all_optimization=(enable_all_optimization, "use torch.compile and attn_implementation='sdpa'"),
             enable_fused_normalization=(enable_fused_normalization, "use torch.compile on the blocks"),
             enable_flash_attention=(enable_flash_attention, "build the model with attn_implementation='sdpa'"),
@@ -170,16 +182,13 @@ class GeminiPlugin:
                 "use shorter sequences or activation checkpointing",
             ),
             enable_jit_fused=(enable_jit_fused, "use torch.compile on the blocks"),
-            use_fp8=(use_fp8, "use precision='bf16'"),
-            fp8_communication=(fp8_communication, "use precision='bf16'"),
-            master_weights=(not master_weights, "masters are fp32 always: small updates would be rounded away"),
-            norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
         )
         if gradient_reduction not in ("sum", "mean"):
             raise ValueError(f"gradient_reduction must be 'sum' or 'mean', got {gradient_reduction!r}")
-        if hybrid_shard_size is not None:
-            raise NotImplementedError("hybrid_shard_size is to come; leave it at None, all ranks share one model then")
-        self.process_group = group_of(process_group)
+        if hybrid_shard_size is not None and hybrid_shard_size < 1:
+            raise ValueError(f"hybrid_shard_size must be 1 or more, got {hybrid_shard_size}")
+        self.process_group, of_mesh = group_of(process_group)
+        self.hybrid_shard_size = hybrid_shard_size if hybrid_shard_size is not None else of_mesh
         self.gradient_reduction = gradient_reduction
         if update_in_backward and enable_gradient_accumulation:
             raise ValueError(
@@ -223,6 +232,12 @@ class GeminiPlugin:
             verbose=verbose,
         )
 
+    def supported_precisions(self) -> list[str]:
+        return list(PRECISIONS)
+
+    def support_no_sync(self) -> bool:
+        return not self.config.update_in_backward
+
     def configure(
         self, model: nn.Module, optimizer: Optimizer | None, criterion: Any, dataloader: Any, lr_scheduler: Any
     ) -> tuple[Any, Any, Any, Any, Any]:
@@ -230,26 +245,20 @@ class GeminiPlugin:
         with unchanged_on_failure(optimizer):
             managed = accepted(optimizer) if optimizer is not None else None
             config = replace(self.config, communicator=self.join_ranks())
-            boosted = boost_model(model, managed, config)
+            result = boost_model(model, managed, config)
+        give_names(result)
         # A scheduler made for a torch optimizer goes on as it is: both optimizers have the same group objects.
         if self.config.verbose:
-            logger.info("boosted\n%s", boosted.memory_summary())
-        return boosted, managed, criterion, dataloader, lr_scheduler
+            logger.info("boosted\n%s", result.memory_summary())
+        return result, managed, criterion, dataloader, lr_scheduler
 
     def join_ranks(self) -> Communicator:
         """The communicator of one boosted model: all ranks of the process group call this at once."""
-        return join(self.process_group, self.gradient_reduction)
+        return join(self.process_group, self.hybrid_shard_size, self.gradient_reduction)
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """See `Booster.backward`."""
-        self._step_of(optimizer).backward(loss)
-
-    @staticmethod
-    def _step_of(optimizer: Optimizer) -> ChunkedStep:
-        step = getattr(optimizer, "_managed", None)
-        if not isinstance(step, ChunkedStep):
-            raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
-        return step
+        _step_of(optimizer).backward(loss)
 
     def no_sync(
         self, model: nn.Module | None = None, optimizer: Optimizer | None = None
@@ -265,7 +274,7 @@ class GeminiPlugin:
         if model is not None:
             return boosted(model).manager.together.communicator.no_sync()
         if optimizer is not None:
-            return self._step_of(optimizer).manager.together.communicator.no_sync()
+            return _step_of(optimizer).manager.together.communicator.no_sync()
         raise TypeError("with several ranks no_sync needs the model or the optimizer: booster.no_sync(model)")
 
     def prepare_dataloader(
@@ -324,10 +333,26 @@ class GeminiPlugin:
         )
 
 
+def _step_of(optimizer: Optimizer) -> ChunkedStep:
+    step = getattr(optimizer, "_managed", None)
+    if not isinstance(step, ChunkedStep):
+        raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
+    return step
+
+
 def _refuse_foreign(**asked: tuple[bool, str]) -> None:
     for name, (is_asked, alternative) in asked.items():
         if is_asked:
             raise NotImplementedError(f"{name} is not supported; {alternative}")
+
+
+def _warn_without_effect(**asked: tuple[bool, str]) -> None:
+    """ColossalAI's scripts pass these always, and without tensor parallelism it does not look at them either."""
+    for name, (is_asked, alternative) in asked.items():
+        if is_asked:
+            warnings.warn(
+                f"{name} has no effect, as in ColossalAI without tensor parallelism; {alternative}", stacklevel=3
+            )
 
 
 def _bytes(name: str, value: int | str | None) -> int | None:

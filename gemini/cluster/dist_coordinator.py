@@ -1,0 +1,5 @@
+"""`DistCoordinator`, where ColossalAI has it."""
+
+from ..colossal.coordinator import DistCoordinator
+
+__all__ = ["DistCoordinator"]

@@ -1,0 +1,1 @@
+"""The path of `PipelineGraph`, which ColossalAI's Llama example imports."""
