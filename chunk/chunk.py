@@ -69,11 +69,6 @@ class Chunk:
         return self.plan.full_is_home
 
     @property
-    def update_reaches_full(self) -> bool:
-        """True if an update can write through to the full copy."""
-        return self.plan.update_reaches_full
-
-    @property
     def is_trainable(self) -> bool:
         """True if an optimizer updates it."""
         return self.gradient is not None
@@ -111,11 +106,6 @@ class Chunk:
     def is_shared(self) -> bool:
         """True if there are other owners, also where none of this chunk is at home with them."""
         return self.plan.owner.count > 1
-
-    def part(self, name: str, start: int, stop: int) -> slice:
-        """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
-        first = self.extent.start
-        return self.specs[name].part(start - first, stop - first) if name in self.specs else slice(start, stop)
 
     @property
     def source(self) -> Buffer:

@@ -119,7 +119,7 @@ class GradientPool:
         OutOfMemory
             If no tier has room for more. The message says how much more would do.
         """
-        self.take_back()
+        self._take_back()
         nbytes = size_class(layout.numel * dtype.itemsize)
         while (block := self._find(tier, nbytes)) is None:
             if self._in_update:
@@ -179,8 +179,13 @@ class GradientPool:
         else:
             self._idle.append(_Idle(block, use))
 
-    def take_back(self) -> None:
-        """Take back what is no longer in use, at a time when nothing is borrowed for a while."""
+    def take_all_back(self) -> None:
+        """Take back what is in use, when it no longer is: nothing will be borrowed for a while."""
+        while self._in_update:
+            self._in_update[0][2].wait()
+            self._end_loan(*self._in_update.popleft())
+
+    def _take_back(self) -> None:
         while self._in_update and self._in_update[0][2].is_over:
             self._end_loan(*self._in_update.popleft())
 
@@ -193,4 +198,4 @@ class GradientPool:
                 if attempt == WAITS:
                     raise
                 logger.warning("an update within backward is tried again: %s", error)
-        self.take_back()
+        self._take_back()

@@ -85,7 +85,7 @@ class ChunkManager:
         memories = TierMemories(ledger, device, disk)
         self._builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
         self.chunks = self._builder.build(plans)
-        self.together = Together(communicator, self.chunks, self.full_copies, device)
+        self.together = Together(communicator, self.chunks, self.full_copies, self.gradient_pool, device)
         self._places: dict[int, tuple[Chunk, int]] = {}
 
     @property

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from .chunk import Chunk
 from .communicator import Communicator
 from .full_copies import FullCopies
+from .gradient_pool import GradientPool
 from .memory import DeviceBackend
 from .served import Served
 from .shared_gradient import SharedGradient
@@ -18,16 +19,22 @@ class Together:
     ----------
     communicator
         The other owners.
-    chunks, full_copies, device
+    chunks, full_copies, gradient_pool, device
         What is here.
     """
 
     def __init__(
-        self, communicator: Communicator, chunks: Sequence[Chunk], full_copies: FullCopies, device: DeviceBackend
+        self,
+        communicator: Communicator,
+        chunks: Sequence[Chunk],
+        full_copies: FullCopies,
+        gradient_pool: GradientPool,
+        device: DeviceBackend,
     ) -> None:
         self.communicator = communicator
         self._chunks = chunks
         self._full_copies = full_copies
+        self._gradient_pool = gradient_pool
         self._served = Served(chunks, device)
         self._is_changing = False
 
@@ -60,6 +67,7 @@ class Together:
             self.complete_gradients()
         self._arrive()
         has_changed = self.communicator.collect(doing, has_changed)
+        self._gradient_pool.take_all_back()  # ours are about to be where they go to, as all are here
         for chunk in self._chunks:
             if chunk.is_shared:
                 self._full_copies.bring_home(chunk)

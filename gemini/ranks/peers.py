@@ -16,7 +16,7 @@ from ..chunk.names import GRADIENT
 from ..chunk.workers import close_in_background
 from ..errors import RankError
 from .errands import Errands
-from .farewell import Farewell
+from .farewell import END_SECONDS, Farewell
 from .fetches import Fetches
 from .mailbox import Mailbox
 from .messages import (
@@ -212,8 +212,8 @@ class Peers:
         close_in_background(partial(self._farewell.leave, close))
 
     def _end(self) -> None:
-        self._service.close()
-        self._reduction.close()
+        self._service.close(END_SECONDS)
+        self._reduction.close(END_SECONDS)
 
 
 def _nothing() -> None:

@@ -75,8 +75,9 @@ class Reduction:
         """What has been handed to the thread."""
         self._error: BaseException | None = None
         self._queue: SimpleQueue[_Ours | _Theirs | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="gemini-memory-sums", daemon=True)
         with small_stacks():
-            threading.Thread(target=self._work, name="gemini-memory-sums", daemon=True).start()
+            self._thread.start()
 
     def serve(self, source: Callable[[], Source | None]) -> None:
         """Have the sums added to this source, for as long as it is there."""
@@ -190,9 +191,10 @@ class Reduction:
         before, self._order = self._order, Rounds(len(self._mailbox.names))
         self._put(before.held_back())  # to be received, and dropped
 
-    def close(self) -> None:
-        """End the thread."""
+    def close(self, seconds: float) -> None:
+        """End the thread. One that Gloo has when Python ends is a crash."""
         self._queue.put(None)
+        self._thread.join(seconds)
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:

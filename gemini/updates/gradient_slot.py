@@ -141,12 +141,13 @@ class GradientSlot:
             SHOWN or READ.
         """
         self.chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
-        if is_whole or not self.is_present:
-            self.buffer.part_with(self.position)
+        buffer, position = self.buffer, self.position
+        if is_whole or position not in buffer.present:
+            buffer.part_with(position)
         if is_whole:
-            self.buffer.write(self.position, gradient)
+            buffer.write(position, gradient)
         else:
-            self.buffer.add(self.position, gradient)
+            buffer.add(position, gradient)
         self._show(state)
 
     def make_way(self) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Container, Sequence, Set
 from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager
+from ..tensor_parallel import is_sharded
 from .absent_gradient import BOOST_WITHOUT, AbsentGradient
 from .gradient_slot import GradientSlot
 
@@ -72,6 +73,8 @@ class Gradients:
     def _stand_in(self, chunk: Chunk, position: int, parameter: Tensor) -> AbsentGradient | None:
         """What is shown in the place of a gradient; None where it can be shown itself."""
         assert chunk.gradient is not None
+        if is_sharded(parameter):
+            return AbsentGradient.of(parameter, "it is this rank's part of the gradient of a DTensor")
         view, buffer = chunk.gradient.view(position), chunk.gradient.buffer
         if view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device):
             return None
@@ -147,7 +150,7 @@ class Gradients:
         if slot is None:
             return
         self.reveal(slot.chunk)
-        is_elsewhere = self.may_be_copied and slot.stand_in is not None
+        is_elsewhere = self.may_be_copied and slot.stand_in is not None and not is_sharded(parameter)
         if is_elsewhere and slot.is_present and slot.content is slot.stand_in:
             if self._manager.eviction.headroom() >= slot.parameter.nbytes:
                 slot.copy_in_reach()

@@ -140,7 +140,7 @@ class Updater:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
         if chunk.full_is_home or not chunk.is_resident:
             return None
-        if (refresh or chunk.is_lent) and chunk.update_reaches_full:
+        if (refresh or chunk.is_lent) and chunk.plan.update_reaches_full:
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
                 chunk.unpin()

@@ -161,7 +161,6 @@ class Updates:
     def after_step(self) -> None:
         """Every parameter has taken the step."""
         self.schedule.after_step()
-        self._manager.gradient_pool.take_back()
 
     # -- gradients that are not wanted
 

@@ -47,7 +47,8 @@ class GeminiPlugin(Plugin):
     max_prefetch
         How many chunks may be on their way ahead of use.
     shard_param_frac
-        Accepted: on one rank there is nothing to shard.
+        Accepted: masters and states are sharded always; full copies stay while there is room for them, as with 0, and
+        are gathered anew where there is not, as with 1.
     offload_optim_frac, offload_param_frac
         With ``"static"``: share of the bytes of homes (of full copies) kept off the device, exact to one chunk.
     warmup_non_model_data_ratio, steady_cuda_cap_ratio
