@@ -1,7 +1,7 @@
 """Ranks as processes that end, crash or are killed, forked from one that has imported everything.
 
 A rank is there in a moment, is alone with what it breaks, and ends as a program does: threads are waited for, and calls
-at exit made. Taking the interpreter down as well touches all that was imported, which takes seconds: where asked for. ::
+at exit made. The interpreter is taken down where a test asks for it: that touches all that was imported. ::
 
     tests --program, number of ranks--> starter --fork--> ranks
           <--how each has ended-------          <--wait--

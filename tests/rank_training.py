@@ -1,7 +1,7 @@
 """The bar of the tests with several ranks: W ranks train as one process does that accumulates their micro-batches.
 
-The micro-batches of a step are numbered. Rank r of W takes r, W + r, 2 W + r and so on; one process takes all of them in
-order. Losses, weights and optimizer states are then equal, bit for bit.
+The micro-batches of a step are numbered. Rank r of W takes r, W + r, 2 W + r and so on; one process takes all of them
+in order. Losses, weights and optimizer states are then equal, bit for bit.
 """
 
 from dataclasses import dataclass, field

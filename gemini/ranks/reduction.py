@@ -24,6 +24,7 @@ from ..process_wide import small_stacks
 from .mailbox import Mailbox
 from .messages import Part, Pause, Received, RoundEnd
 from .patience import Patience
+from .pauses import Pauses
 from .rounds import FOREVER, Rounds
 from .shipping import Shipment, Shipping
 
@@ -48,6 +49,22 @@ class _Theirs:
     part: Part
 
 
+@dataclass(slots=True)
+class _Generation:
+    """Gradients between two times at which all are dropped."""
+
+    number: int
+    order: Rounds[_Ours | _Theirs]
+    rounds: int = 0
+    """Backwards that we have run."""
+    has_some: bool = False
+    """One of them has contributed something."""
+
+    def contribute(self, rounds: int) -> None:
+        """We have something of our own, beside this many rounds that are over."""
+        self.rounds, self.has_some = rounds, True
+
+
 class Reduction:
     """Sends our gradients and sums those of all ranks.
 
@@ -62,14 +79,6 @@ class Reduction:
     """
 
     def __init__(self, mailbox: Mailbox, patience: Patience, on_sum: Callable[[], None]) -> None:
-        self.generation = 0
-        """How often all gradients have been dropped."""
-        self.rounds = 0
-        """Of this generation: the backwards that we have run."""
-        self._has_some = False
-        """A backward of ours has contributed something in this generation."""
-        self._until: int | None = None
-        """The generation that all ranks have to go on with."""
         self._mailbox = mailbox
         self._patience = patience
         self._on_sum = on_sum
@@ -78,21 +87,26 @@ class Reduction:
         self._summing = threading.Lock()
         """Held while something is added, so that nothing is once it has been dropped."""
         self._changed = threading.Condition()
-        self._order: Rounds[_Ours | _Theirs] = Rounds(len(mailbox.names))
+        self._now = _Generation(0, Rounds(len(mailbox.names)))
         self._early: list[tuple[int, Part | RoundEnd]] = []
         """Letters of a generation that we have not come to."""
-        self._runs_none = False
-        """No backward of ours comes before all have come together, or ever."""
-        self._pausing: dict[int, int] = {}
-        """Ranks that run no backward before this vote, or ever."""
-        self._next_vote = 0
-        """Or a number below it: the votes before are over."""
+        self._pauses = Pauses(mailbox.index)
         self._unsummed = 0
         """What has been handed to the thread."""
         self._error: BaseException | None = None
         self._queue: SimpleQueue[_Ours | _Theirs | None] = SimpleQueue()
         with small_stacks():
             threading.Thread(target=self._work, name="gemini-memory-sums", daemon=True).start()
+
+    @property
+    def generation(self) -> int:
+        """How often all gradients have been dropped."""
+        return self._now.number
+
+    @property
+    def rounds(self) -> int:
+        """Of this generation: the backwards that we have run."""
+        return self._now.rounds
 
     def serve(self, source: Callable[[], Source | None]) -> None:
         """Have the sums added to this source, for as long as it is there."""
@@ -109,10 +123,10 @@ class Reduction:
             return
         with self._changed:
             if isinstance(letter, Pause):
-                self._pausing[sender] = letter.number
+                self._pauses.begin(sender, letter.number)
                 self._pass_over()
                 return
-            if self._source is None or (letter.generation > self.generation and not self._runs_none):
+            if self._source is None or (letter.generation > self.generation and not self._pauses.is_ours):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
@@ -121,10 +135,10 @@ class Reduction:
         is_current = letter.generation == self.generation
         if isinstance(letter, RoundEnd):
             if is_current:
-                self._put(item for _, item in self._order.ended(sender, letter.rounds))
+                self._put(item for _, item in self._now.order.ended(sender, letter.rounds))
         else:
             item = _Theirs(sender, letter)  # what was dropped is received all the same: its sender waits for that
-            self._put(self._order.arrived(letter.chunk, sender, letter.round, item) if is_current else (item,))
+            self._put(self._now.order.arrived(letter.chunk, sender, letter.round, item) if is_current else (item,))
         self._changed.notify_all()
 
     def _put(self, items: Iterable[_Ours | _Theirs]) -> None:
@@ -136,7 +150,7 @@ class Reduction:
 
     def send(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> Delivery:
         """See `Communicator.send`."""
-        self._has_some = True
+        self._now.contribute(self.rounds)
         gradient, extent = contribution.gradient, extents[self._mailbox.index]
         shipment = self._shipping.send(
             chunk, sorted(contribution.present), gradient, extents, self.generation, self.rounds
@@ -145,15 +159,14 @@ class Reduction:
         shipment.goes(self._mailbox.index, None)
         with self._changed:
             item = _Ours(self.generation, chunk, own, shipment)
-            self._put(self._order.arrived(chunk, self._mailbox.index, self.rounds, item))
+            self._put(self._now.order.arrived(chunk, self._mailbox.index, self.rounds, item))
         return shipment
 
     def end_round(self) -> None:
         """See `Communicator.end_round`."""
-        self._has_some = True
         with self._changed:
-            self.rounds += 1
-            self._put(item for _, item in self._order.ended(self._mailbox.index, self.rounds))
+            self._now.contribute(self.rounds + 1)
+            self._put(item for _, item in self._now.order.ended(self._mailbox.index, self.rounds))
         self._mailbox.post_all(RoundEnd(self.generation, self.rounds))
 
     def pause(self, number: int) -> None:
@@ -163,30 +176,25 @@ class Reduction:
         together, since they are not of one generation then.
         """
         with self._changed:
-            self._runs_none, self._next_vote = True, number
+            self._pauses.begin_own(number)
             self._take_early()
         self._mailbox.post_all(Pause(number))
 
     def gone(self, rank: int) -> None:
         """A rank (maybe this one) has ended, and runs no backward any more."""
         with self._changed:
-            self._pausing[rank] = FOREVER
-            self._runs_none |= rank == self._mailbox.index
+            self._pauses.begin(rank, FOREVER)
             self._take_early()
             self._pass_over()
 
     def _pass_over(self) -> None:
-        for rank, until in self._pausing.items():
-            if until >= self._next_vote:
-                self._put(item for _, item in self._order.ended(rank, FOREVER))
-
-    def _has_ended(self) -> bool:
-        return self._pausing.get(self._mailbox.index) == FOREVER
+        for rank in self._pauses.ranks():
+            self._put(item for _, item in self._now.order.ended(rank, FOREVER))
 
     def _take_early(self) -> None:
         early, self._early = self._early, []
         for sender, letter in early:
-            if self._source is None or (letter.generation > self.generation and not self._runs_none):
+            if self._source is None or (letter.generation > self.generation and not self._pauses.is_ours):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
@@ -196,15 +204,16 @@ class Reduction:
     def come_to(self, rounds: int) -> None:
         """All ranks have run all their backwards, of which one has run this many: there is nothing else to sum."""
         with self._changed:
-            self.rounds, self._has_some = rounds, self._has_some or rounds > 0
-            self._runs_none, self._next_vote = self._has_ended(), self._next_vote + 1
-            self._put(self._order.come_to(rounds))
+            if rounds:
+                self._now.contribute(rounds)
+            self._pauses.end()
+            self._put(self._now.order.come_to(rounds))
             self._pass_over()
 
     def are_summed(self, chunk: int, rounds: int) -> bool:
         """True if these rounds have been summed here."""
         with self._changed:
-            return self._order.is_summed(chunk, rounds) and not self._unsummed
+            return self._now.order.is_summed(chunk, rounds) and not self._unsummed
 
     def wait_for_sums(self, chunk: int, rounds: int) -> None:
         """Wait until these rounds have been summed here.
@@ -214,9 +223,8 @@ class Reduction:
         RankError
             If another rank is gone, or does not come so far in time.
         """
-        self._wait(
-            lambda: self._order.is_summed(chunk, rounds) and not self._unsummed, lambda: self._order.late(rounds)
-        )
+        order = self._now.order
+        self._wait(lambda: order.is_summed(chunk, rounds) and not self._unsummed, lambda: order.late(rounds))
 
     def wait_for_all(self) -> None:
         """Wait until what was handed out has been summed here. Raises as `wait_for_sums`."""
@@ -243,7 +251,8 @@ class Reduction:
 
     def forget_until(self, generation: int) -> None:
         """All gradients are to be dropped on all ranks, which then go on with this generation: see `forgetting`."""
-        self._until, self._next_vote = generation, self._next_vote + 1
+        with self._changed:
+            self._pauses.end(generation)
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
@@ -251,16 +260,14 @@ class Reduction:
         with self._summing:
             yield
             with self._changed:
-                if self._until is not None or self._has_some:
-                    self._begin(self.generation + 1 if self._until is None else self._until)
-                    self._until = None
+                if (agreed := self._pauses.take_generation()) is not None or self._now.has_some:
+                    self._begin(self.generation + 1 if agreed is None else agreed)
                     self._take_early()
                     self._pass_over()
 
     def _begin(self, generation: int) -> None:
-        self.generation, self.rounds, self._has_some, self._error = generation, 0, False, None
-        self._runs_none = self._has_ended()
-        before, self._order = self._order, Rounds(len(self._mailbox.names))
+        before, self._error = self._now.order, None
+        self._now = _Generation(generation, Rounds(len(self._mailbox.names)))
         self._put(before.held_back())  # to be received, and dropped
 
     def close(self) -> None:
