@@ -24,7 +24,7 @@ from .memory_map import MemoryMap
 from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
 from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
-from .shared_gradient import Gradient
+from .shared_gradient import Gradient, SharedGradient
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
@@ -71,6 +71,7 @@ __all__ = [
     "Plain",
     "RamBackend",
     "Requests",
+    "SharedGradient",
     "SingleProcess",
     "Slot",
     "SplitBf16",

@@ -161,6 +161,11 @@ class Bindings:
             return reached
         return [i for i, (new, old) in enumerate(zip(versions, self._versions, strict=True)) if new != old] + reached
 
+    @property
+    def is_edited(self) -> bool:
+        """True if a parameter was changed in place since it was accepted."""
+        return self._versions_now() != self._versions
+
     def accept(self, position: int) -> None:
         """Mark home and parameter as equal."""
         with QUIET():

@@ -110,7 +110,7 @@ class ChunkBuilder:
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
                 buffer.tensor.zero_()
-            if plan.owner.count == 1:
+            if plan.owner.is_alone:
                 return GradientBuffer(plan.layout, buffer, self.device)
             collected, give_back = self._borrowed(plan), self.gradient_pool.release
             return SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)

@@ -69,11 +69,6 @@ class Chunk:
         return self.plan.full_is_home
 
     @property
-    def update_reaches_full(self) -> bool:
-        """True if an update can write through to the full copy."""
-        return self.plan.update_reaches_full
-
-    @property
     def is_trainable(self) -> bool:
         """True if an optimizer updates it."""
         return self.gradient is not None
@@ -107,10 +102,10 @@ class Chunk:
         """True if all of it is at home here, as without other owners."""
         return len(self.extent) == self.layout.numel
 
-    def part(self, name: str, start: int, stop: int) -> slice:
-        """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
-        first = self.extent.start
-        return self.specs[name].part(start - first, stop - first) if name in self.specs else slice(start, stop)
+    @property
+    def is_shared(self) -> bool:
+        """True if there are other owners, also where none of this chunk is at home with them."""
+        return self.plan.owner.count > 1
 
     @property
     def source(self) -> Buffer:
@@ -134,7 +129,7 @@ class Chunk:
         """The loan of the full copy's memory; the chunk must be on DEVICE."""
         assert self.is_valid
         if self.loan is None:
-            self.loan = Loan(self.views, remembers=self.is_split)
+            self.loan = Loan(self.views, remembers=self.is_split or self.is_shared)
         return self.loan
 
     def end_loan(self) -> None:

@@ -40,6 +40,8 @@ class Contribution:
     """Positions of the slots that have a gradient."""
     gradient: Tensor
     """Flat, on CPU, of the extent, which may be empty. What lies in other slots means nothing."""
+    anew: Set[int] = frozenset()
+    """Positions whose sums so far are forgotten first."""
 
 
 class Delivery(Protocol):
@@ -87,6 +89,10 @@ class Communicator(Protocol):
     gradient_factor: float
     """What each owner multiplies its gradients with: 1 for their sum, one over the number of owners for their mean."""
 
+    @property
+    def rank(self) -> int:
+        """The place of this process among all that train the model, replicas included."""
+
     def no_sync(self) -> AbstractContextManager[None]:
         """Send no gradients meanwhile: they are added up here, and sent by the first backward after it."""
 
@@ -110,8 +116,10 @@ class Communicator(Protocol):
     def end_round(self) -> None:
         """The backward under way is over: all that it contributes has been sent."""
 
-    def collect(self, doing: str) -> None:
+    def collect(self, doing: str, has_changed: bool) -> bool:
         """Wait until all owners are here, and the gradients of all backwards so far have been summed everywhere.
+
+        Returns whether gradients have been changed with any owner since (``has_changed`` says so for this one).
 
         Raises
         ------
@@ -137,6 +145,9 @@ class Communicator(Protocol):
         RankError
             If an owner does something else, is gone, or does not come in time.
         """
+
+    def take_wait_seconds(self) -> float | None:
+        """How long `agree` and `collect` have waited for other owners since this was asked last; None without any."""
 
     def copy_from_first(self, values: Tensor) -> None:
         """Have the values (dense, on any device) of the first owner in the memory of all. All of them call it."""
@@ -164,6 +175,7 @@ class SingleProcess:
     """The only owner: nothing is ever gathered or sent."""
 
     owner = SOLE
+    rank = 0
     is_silent = False
     gradient_factor = 1.0
 
@@ -182,8 +194,8 @@ class SingleProcess:
     def end_round(self) -> None:
         pass
 
-    def collect(self, doing: str) -> None:
-        pass
+    def collect(self, doing: str, has_changed: bool) -> bool:
+        return has_changed
 
     def wait_for_sums(self, chunk: int) -> None:
         pass
@@ -193,6 +205,9 @@ class SingleProcess:
 
     def agree(self, doing: str, word: Word = None) -> Sequence[Word]:
         return [word]
+
+    def take_wait_seconds(self) -> float | None:
+        return None
 
     def copy_from_first(self, values: Tensor) -> None:
         pass
@@ -236,7 +251,7 @@ def all_or_none(communicator: Communicator, doing: str, word: Callable[[], str] 
     except BaseException as error:
         communicator.agree(doing, {"failure": f"{type(error).__name__}: {error}", "word": ""})
         raise
-    if communicator.owner.count == 1:
+    if communicator.owner.is_alone:
         return
     said = [dict(word) for word in communicator.agree(doing, {"failure": "", "word": word()}) if isinstance(word, dict)]
     for index, each in enumerate(said):

@@ -7,10 +7,11 @@ the parameter (its version counter tells), in memory that was lent ([Note: Loans
 import torch
 from torch import Tensor
 
+from .bits import differing
 from .chunk import Chunk
 from .loan import Loan
 from .names import MASTER
-from .values import differing, read_own, write_part, write_slot
+from .values import read_own, write_part, write_slot
 
 
 def bring_edits_home(chunk: Chunk) -> None:
@@ -43,6 +44,24 @@ def bring_edits_home(chunk: Chunk) -> None:
         view = _flat(chunk.views[position])[own.start : own.stop]
         home = read_own(chunk, position).to(view.device)
         _write_differing(chunk, position, view, home, differing(view, home))
+
+
+def is_ahead(chunk: Chunk) -> bool:
+    """True if the full copy has what users have changed, and home has not: all owners bring that home together."""
+    if not chunk.is_shared or not chunk.is_valid:
+        return False
+    return chunk.bindings.is_edited or (chunk.loan is not None and chunk.loan.has_changed())
+
+
+def has_to_stay(chunk: Chunk) -> bool:
+    """True if somebody holds memory of the full copy, or it has values that are nowhere else."""
+    return chunk.is_lent or is_ahead(chunk)
+
+
+def with_edits(chunk: Chunk, position: int, masters: Tensor) -> Tensor:
+    """What the masters of a parameter are to be, where its full copy is ahead of them."""
+    view = chunk.views[position].detach().cpu()
+    return torch.where(differing(view, masters), view.to(masters.dtype), masters)
 
 
 def _bring_upper_halves_home(chunk: Chunk, loan: Loan) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from gemini.errors import is_out_of_memory
 
 from .chunk import Chunk
+from .edits import has_to_stay
 from .full_copies import FullCopies
 from .ledger import Ledger
 from .shortage import no_room
@@ -49,7 +50,7 @@ class Eviction:
         while (missing := chunk.full_nbytes - self._ledger.free(Tier.DEVICE)) > 0:
             if not self._evict_one(keep):
                 resident = tuple(self._full_copies.resident)
-                lent = sum(c.full_nbytes for c in resident if c.is_idle and c.is_lent)
+                lent = sum(c.full_nbytes for c in resident if c.is_idle and has_to_stay(c))
                 if not (overdraw or lent >= missing) or self.headroom() < missing:
                     raise no_room(self._ledger, resident, chunk, keep)
                 self._ledger.overdraw(Tier.DEVICE, missing)
@@ -90,5 +91,5 @@ class Eviction:
         return [
             chunk
             for chunk in self._full_copies.resident
-            if (chunk.is_idle or chunk.state is ChunkState.FETCHING) and chunk not in keep and not chunk.is_lent
+            if (chunk.is_idle or chunk.state is ChunkState.FETCHING) and chunk not in keep and not has_to_stay(chunk)
         ]

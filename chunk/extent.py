@@ -27,6 +27,13 @@ class Owner:
 
     index: int = 0
     count: int = 1
+    replicas: int = 1
+    """How many times that is done: others keep the same extents, and all add to each other's gradients."""
+
+    @property
+    def is_alone(self) -> bool:
+        """True if no other process trains the model."""
+        return self.count == self.replicas == 1
 
     def extents(self, numel: int) -> tuple[range, ...]:
         """Cut a chunk of this length: an extent for each owner, in their order. The last ones may be empty."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, Gathering, Span
-from .edits import bring_edits_home, check_shape, put
+from .edits import bring_edits_home, check_shape, is_ahead, put
 from .ledger import Ledger
 from .memory import DeviceBackend, Transfer
 from .move_counts import MoveCounts
@@ -83,11 +83,13 @@ class FullCopies:
         self._upload(chunk, None, background=False).wait()
 
     def evict(self, chunk: Chunk) -> None:
-        """Free a full copy that nothing uses. Does nothing where it is the home itself, or lent."""
+        """Free a full copy that nothing uses. Does nothing where it is the home itself, or has to stay."""
         if chunk.full_is_home or chunk.is_lent:
             return
         self.arrive(chunk)
         self.quiet(chunk)  # the update may be writing through to the full copy
+        if is_ahead(chunk):
+            return
         chunk.evict()
         self._free(chunk)
         self.counts.count_eviction()
@@ -108,13 +110,13 @@ class FullCopies:
         """
         chunk.settle()
         self.take_assigned(chunk)
-        if chunk.is_whole:
+        if not chunk.is_shared:
             bring_edits_home(chunk)
 
     def bring_home(self, chunk: Chunk) -> None:
         """As `quiet`; also where several owners keep the chunk, who all do so now: their homes change."""
         self.quiet(chunk)
-        if not chunk.is_whole:
+        if chunk.is_shared:
             bring_edits_home(chunk)
 
     def take_assigned(self, chunk: Chunk) -> None:

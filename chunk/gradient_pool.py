@@ -2,7 +2,8 @@
 
 Blocks are kept for the next chunk of about their size, so that in training nothing is asked of the system. Several
 blocks and not one piece of memory: chunks come and go in about the order of the model, but not quite, and differ in
-size, so that one piece would have holes too small for any.
+size, so that one piece would have holes too small for any. In RAM the largest ones go back to the system all the same:
+an embedding's would lie idle from one backward to the next, through the moment that takes most memory.
 """
 
 import logging
@@ -26,6 +27,8 @@ from .tier_memory import TierMemory
 
 logger = logging.getLogger(__name__)
 
+KEPT_NBYTES = 32 << 20
+"""Larger blocks of RAM are not kept: so does malloc with what is freed."""
 WAITS = 3
 """How often an update that failed is waited for again: waiting has it tried again, and backward cannot be repeated."""
 
@@ -170,7 +173,17 @@ class GradientPool:
 
     def _end_loan(self, gradient: GradientBuffer, buffer: Buffer, use: Use | None) -> None:
         gradient.detach(buffer)
-        self._idle.append(_Idle(self._lent.pop(id(buffer)), use))
+        block = self._lent.pop(id(buffer))
+        if self._device.is_ram and block.nbytes > KEPT_NBYTES:
+            self._device.release(block)
+        else:
+            self._idle.append(_Idle(block, use))
+
+    def take_all_back(self) -> None:
+        """Take back what is in use, when it no longer is: nothing will be borrowed for a while."""
+        while self._in_update:
+            self._in_update[0][2].wait()
+            self._end_loan(*self._in_update.popleft())
 
     def _take_back(self) -> None:
         while self._in_update and self._in_update[0][2].is_over:

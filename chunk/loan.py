@@ -11,7 +11,9 @@ copy's own says nothing: graphs save views of it.) While a loan is alive
   changed goes home. Nothing else tells of a change: ``p.data.add_(1)`` has no version counter in common with ``p``.
 
 When it is dead they are compared once more. Where masters are in two halves the upper one *is* the full copy, so there
-is nothing to compare with: a copy of what was lent is kept beside it.
+is nothing to compare with: a copy of what was lent is kept beside it. So it is where several owners keep the chunk, of
+whom each has a part of home: they bring changes home together, at the next step. Until then the full copy stays, and
+who reads masters looks at it as well.
 
 Assigning to ``p.data`` makes the parameter lie in the memory of the value, in plain PyTorch. Here it keeps its place,
 and the memory changes hands instead: holders of what the parameter had until now are left a copy, and the value, if it
@@ -25,6 +27,8 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from gemini.torch_private import alias_of, storage_key, storage_uses, swap_memory
+
+from .bits import differing
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,10 @@ class Loan:
     def before(self, position: int) -> Tensor:
         """What was lent, as it was when home was last known to have the same values."""
         return self._before[position]
+
+    def has_changed(self) -> bool:
+        """True if what was lent is not as it was. Of loans that remember that."""
+        return any(bool(differing(self._views[at], self._before[at]).any()) for at in self._parts)
 
     def remember(self, position: int) -> None:
         """Home has the same values now, if this position has been lent."""

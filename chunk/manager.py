@@ -12,9 +12,9 @@ from gemini.errors import is_out_of_memory
 from .away import Keeper
 from .building import ChunkBuilder
 from .chunk import Chunk
-from .communicator import ALONE, Communicator
+from .communicator import ALONE, Communicator, all_or_none
 from .disk import DiskBackend
-from .edits import check_assigned, put
+from .edits import check_assigned, is_ahead, put, with_edits
 from .eviction import Eviction
 from .full_copies import FullCopies
 from .gradient import GradientBuffer
@@ -85,7 +85,7 @@ class ChunkManager:
         memories = TierMemories(ledger, device, disk)
         self._builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
         self.chunks = self._builder.build(plans)
-        self.together = Together(communicator, self.chunks, self.full_copies, device)
+        self.together = Together(communicator, self.chunks, self.full_copies, self.gradient_pool, device)
         self._places: dict[int, tuple[Chunk, int]] = {}
 
     @property
@@ -131,6 +131,12 @@ class ChunkManager:
         ValueError
             If code outside of the manager holds memory of such a chunk.
         """
+        if plans:
+            with self.together.changing(f"giving {len(plans)} chunks other homes"):
+                self._rebuild(plans, fill)
+            self._communicator.agree("the end of giving chunks other homes")  # gradients for them may come now
+
+    def _rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None) -> None:
         rebuilt = [self.chunks[plan.layout.index] for plan in plans]
         for old in rebuilt:
             if old.loan is not None and old.is_lent:
@@ -140,11 +146,13 @@ class ChunkManager:
                     "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
                 )
             self.full_copies.arrive(old)  # what can go wrong goes wrong now
-            self.quiet(old)
+            self.full_copies.bring_home(old)
         self.device.synchronize()  # no home is being written
         on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
         self.eviction.make_room_for(Tier.HOST, sum(on_host))
-        for old, new in zip(rebuilt, self._builder.rebuild(rebuilt, plans, fill), strict=True):
+        with all_or_none(self._communicator, "the room for these homes"):  # then nobody reads the old ones any more
+            built = self._builder.rebuild(rebuilt, plans, fill)
+        for old, new in zip(rebuilt, built, strict=True):
             if old.is_resident:
                 self.evict(old)
             self._builder.replace(old, new)
@@ -288,7 +296,8 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        return read_slot(chunk, position, name, self._communicator)
+        values = read_slot(chunk, position, name, self._communicator)
+        return with_edits(chunk, position, values) if name == MASTER and is_ahead(chunk) else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
@@ -299,6 +308,7 @@ class ChunkManager:
         with self.together.changing(f"a change of {name} of {chunk.layout.slots[position].name}"):
             if name == MASTER:
                 if chunk.is_resident:
+                    self.full_copies.bring_home(chunk)
                     self.evict(chunk)
                 put(chunk, position, value)
             else:

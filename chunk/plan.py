@@ -85,6 +85,11 @@ class ChunkPlan:
         is_apart = not self.full_is_home and not before.full_is_home
         return is_same and is_apart and all(self.tiers[s.name] is before.tiers[s.name] for s in self.codec.specs)
 
+    def part(self, name: str, start: int, stop: int) -> slice:
+        """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
+        first = self.extent.start
+        return self.specs[name].part(start - first, stop - first) if name in self.specs else slice(start, stop)
+
     def nbytes(self, name: str) -> int:
         """Bytes of a buffer."""
         return self.specs[name].nbytes(len(self.extent))

@@ -13,6 +13,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from gemini.errors import RankError
+
 from .buffer import Buffer
 from .communicator import Communicator, Contribution, Delivery, Span
 from .gradient import GradientBuffer, norm_of
@@ -62,40 +64,81 @@ class SharedGradient:
         """Positions of which we have sent something: there is one, or will be."""
         self._arrived: set[int] = set()
         """Positions of which the backward under way has brought a gradient."""
+        self._bases: dict[int, Tensor | None] = {}
+        """What slots begin with in place of their sums so far, until the next backward has been sent."""
         self._adding = Lock()
 
     @property
     def present(self) -> Set[int]:
         """Positions that have a gradient, ours or as far as others' have come: all once they have been collected."""
-        return self._summed | self._sent | self._collected.present
+        gone = {position for position, base in self._bases.items() if base is None}
+        return ((self._summed | self._sent) - gone) | (self._bases.keys() - gone) | self._collected.present
 
     def add(self, position: int, gradient: Tensor) -> None:
-        """Put or add the gradient of the slot at ``position``, of the backward under way."""
+        """Put or add the gradient of the slot at ``position``, of the backward under way.
+
+        Raises
+        ------
+        RankError
+            If there is one of this backward already: one process adds each of the two to what is there, and it cannot
+            be told whether a third will come before those of the other owners.
+        """
+        if position in self._arrived and not self._communicator.is_silent:
+            raise RankError(
+                f"the gradient of {self.layout.slots[position].name} comes in several parts in one backward, as where "
+                "checkpoints with use_reentrant=True share a parameter. With several ranks it has to come at once: "
+                "checkpoint with use_reentrant=False"
+            )
         self._collected.add(position, gradient)
         self._arrived.add(position)
         if len(self._arrived) == len(self.layout.slots):
-            self.complete()
+            self._send()
+
+    def begin_with(self, position: int, gradient: Tensor | None) -> None:
+        """Have this in place of what there is of a slot, with all owners, and the backwards to come add to it.
+
+        It is the same with all of them, between the same backwards. So the first one contributes it.
+        """
+        self._collected.forget(position)
+        self._bases[position] = gradient
+        if gradient is not None and self._is_first:
+            self._collected.add(position, gradient)
+
+    @property
+    def _is_first(self) -> bool:
+        return self._communicator.rank == 0
 
     @property
     def is_unsent(self) -> bool:
         """True if something of a backward, or of several, has not been sent."""
-        return bool(self._collected.present)
+        return bool(self._collected.present) or (self._is_first and bool(self._bases))
 
     def complete(self) -> None:
-        """No gradient of the backward under way is missing: send what has been collected, unless that is to wait."""
+        """The backward under way is over: send what has been collected, unless that is to wait."""
         self._arrived.clear()
-        present = frozenset(self._collected.present)
-        if present and not self._communicator.is_silent:
-            self._backend.synchronize()
-            assert self._collected.buffer is not None
-            gradient = self._on_cpu(self._collected.buffer)
-            if (factor := self._communicator.gradient_factor) != 1.0:
-                gradient.mul_(factor)
-            sent = Contribution(present, gradient)
-            delivery = self._communicator.send(self.layout.index, sent, self._plan.extents)
-            self._sent |= present
+        self._send()
+
+    def _send(self) -> None:
+        if self._communicator.is_silent:
+            return
+        bases, self._bases = self._bases, {}
+        present, anew = frozenset(self._collected.present), frozenset(bases if self._is_first else ())
+        if not present and not anew:
+            return
+        self._backend.synchronize()
+        buffer = self._collected.buffer
+        gradient = self._on_cpu(buffer) if buffer is not None and present else self._nothing()
+        if (factor := self._communicator.gradient_factor) != 1.0:
+            gradient.mul_(factor)
+        sent = Contribution(present, gradient, anew)
+        delivery = self._communicator.send(self.layout.index, sent, self._plan.extents)
+        self._sent |= present
+        if present:
             self._collected.clear()
             self._give_back(self._collected, delivery)
+
+    def _nothing(self) -> Tensor:
+        return torch.empty(self.layout.numel, dtype=self.buffer.dtype, device="cpu")
 
     @staticmethod
     def _on_cpu(buffer: Buffer) -> Tensor:
@@ -109,6 +152,7 @@ class SharedGradient:
         """Add what an owner has sent, to the extent that is at home here. By one thread, beside the training."""
         with self._adding:
             gradient = contribution.gradient
+            self._summed -= contribution.anew
             is_whole = len(contribution.present) == len(self.layout.slots)
             if is_whole and self.buffer.tensor is not None and self._are_alike():
                 self._backend.download(gradient, self.buffer.tensor, bool(self._summed))
@@ -140,6 +184,14 @@ class SharedGradient:
 
     def read(self, position: int) -> Tensor:
         """A copy of one gradient, in its parameter's shape, gathered from all owners."""
+        if (base := self._bases.get(position)) is not None:
+            place = self._plan.place(position)
+            return self._nothing()[: place.numel].as_strided(place.shape, place.stride).copy_(base)
+        if position in self._collected.present:
+            raise RankError(
+                f"the gradient of {self.layout.slots[position].name} is on this rank only, as within no_sync: it can "
+                "be read after the first backward that is not within it"
+            )
         self._communicator.wait_for_sums(self.layout.index)
         self._backend.synchronize()
         place = self._plan.place(position)
@@ -161,28 +213,25 @@ class SharedGradient:
         return norm_of(self.read(position), order)
 
     def write(self, position: int, gradient: Tensor) -> None:
-        """Replace one gradient, the sum over all owners. All of them do."""
-        self.forget(position)
+        """Replace one gradient, the sum over all owners. All of them do so together."""
+        self._bases.pop(position, None)
         place = self._plan.place(position)
         flat = torch.empty(place.numel, dtype=self.buffer.dtype, device=gradient.device)
         flat.as_strided(place.shape, place.stride).copy_(gradient)
         with self._adding:
+            self._summed.discard(position)
             self._put(position, flat[place.own.start : place.own.stop].cpu())
 
     def forget(self, position: int) -> None:
-        """Forget one gradient."""
-        if position in self._sent:
-            self._communicator.wait_for_sums(self.layout.index)
-        with self._adding:
-            self._summed.discard(position)
-        self._sent.discard(position)
-        self._collected.forget(position)
+        """Forget one gradient, with all owners."""
+        self.begin_with(position, None)
 
     def clear(self) -> None:
         """Forget all gradients; the communicator has been told."""
         with self._adding:
             self._summed = set()
         self._sent = set()
+        self._bases = {}
         self._arrived.clear()
         if self._collected.present:
             self._collected.clear()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from .chunk import Chunk
 from .communicator import Communicator
 from .full_copies import FullCopies
+from .gradient_pool import GradientPool
 from .memory import DeviceBackend
 from .served import Served
 from .shared_gradient import SharedGradient
@@ -18,16 +19,22 @@ class Together:
     ----------
     communicator
         The other owners.
-    chunks, full_copies, device
+    chunks, full_copies, gradient_pool, device
         What is here.
     """
 
     def __init__(
-        self, communicator: Communicator, chunks: Sequence[Chunk], full_copies: FullCopies, device: DeviceBackend
+        self,
+        communicator: Communicator,
+        chunks: Sequence[Chunk],
+        full_copies: FullCopies,
+        gradient_pool: GradientPool,
+        device: DeviceBackend,
     ) -> None:
         self.communicator = communicator
         self._chunks = chunks
         self._full_copies = full_copies
+        self._gradient_pool = gradient_pool
         self._served = Served(chunks, device)
         self._is_changing = False
 
@@ -37,35 +44,39 @@ class Together:
 
     def complete_gradients(self) -> None:
         """A backward has come to its end: gradients that several owners keep go to the owners of their extents."""
-        if self.communicator.owner.count == 1:
+        if self.communicator.owner.is_alone:
             return
         for gradient in self._shared_gradients():
             gradient.complete()
         if not self.communicator.is_silent:
             self.communicator.end_round()
 
-    def collect_gradients(self, doing: str) -> None:
+    def collect_gradients(self, doing: str, has_changed: bool) -> bool:
         """Have the sums of all owners' gradients at home, when all are here.
+
+        Returns whether the user has changed gradients with any owner (``has_changed`` says so for this one).
 
         Raises
         ------
         RankError
             See `Communicator.collect`.
         """
-        if self.communicator.owner.count == 1:
-            return
+        if self.communicator.owner.is_alone:
+            return has_changed
         if any(gradient.is_unsent for gradient in self._shared_gradients()):
             self.complete_gradients()
         self._arrive()
-        self.communicator.collect(doing)
+        has_changed = self.communicator.collect(doing, has_changed)
+        self._gradient_pool.take_all_back()  # ours are about to be where they go to, as all are here
         for chunk in self._chunks:
-            if not chunk.is_whole:
+            if chunk.is_shared:
                 self._full_copies.bring_home(chunk)
+        return has_changed
 
     @contextmanager
     def changing(self, doing: str) -> Iterator[None]:
         """Values at home are about to change, here and with all owners: wait until all are about to do so."""
-        if self._is_changing or self.communicator.owner.count == 1:
+        if self._is_changing or self.communicator.owner.is_alone:
             yield
             return
         self._arrive()

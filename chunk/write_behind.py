@@ -4,6 +4,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class _Write:
 
 
 class WriteBehind:
-    """Writes to disk homes on a worker thread, through all the blocks of a staging. For one thread to use.
+    """Writes to disk homes on a worker thread, through all the blocks of a staging. Callers take turns.
 
     A write that fails is kept, and tried again by the next `flush`: an error costs nothing but the time.
 
@@ -67,6 +68,8 @@ class WriteBehind:
         self._worker = None if staging is None else start_workers(1, "store", IO_STACK_BYTES)
         self._writes: deque[_Write] = deque()
         self._origin = Origin()
+        self._turn = RLock()
+        """Gradients of other ranks are summed by a thread of its own, beside backward."""
 
     def write(self, buffer: Buffer, start: int, source: Tensor) -> None:
         """Take ``source`` (flat; it may change afterwards) and write it to ``buffer`` from element ``start`` on.
@@ -79,17 +82,17 @@ class WriteBehind:
         if self._staging is None:
             buffer.write(start, source.cpu())
             return
-        numel = self._staging.block_numel
-        for begin, end, offset in pieces(start, start + source.numel(), numel):
-            while len(self._writes) >= self._staging.count:
-                self._finish_first()
-            block = self._staging.borrow()
-            piece = block.view(buffer.dtype)[offset : offset + end - begin]
-            piece.copy_(source[begin - start : end - start])
-            write = _Write(buffer, begin, piece, block)
-            self._writes.append(write)
-            assert self._worker is not None
-            write.start(self._worker)
+        with self._turn:
+            for begin, end, offset in pieces(start, start + source.numel(), self._staging.block_numel):
+                while len(self._writes) >= self._staging.count:
+                    self._finish_first()
+                block = self._staging.borrow()
+                piece = block.view(buffer.dtype)[offset : offset + end - begin]
+                piece.copy_(source[begin - start : end - start])
+                write = _Write(buffer, begin, piece, block)
+                self._writes.append(write)
+                assert self._worker is not None
+                write.start(self._worker)
 
     def _finish_first(self) -> None:
         self._writes[0].finish()
@@ -107,21 +110,24 @@ class WriteBehind:
         OffloadError
             If a write failed. The next call tries it again.
         """
-        if self._writes:
-            self._origin.refuse_elsewhere()
-        for write in self._writes:
-            assert self._worker is not None
-            write.start_again(self._worker)
-        while self._writes:
-            self._finish_first()
+        if not self._writes:
+            return
+        self._origin.refuse_elsewhere()
+        with self._turn:
+            for write in self._writes:
+                assert self._worker is not None
+                write.start_again(self._worker)
+            while self._writes:
+                self._finish_first()
 
     def discard(self) -> None:
         """Wait for what is under way, and forget what failed."""
-        while self._writes:
-            write = self._writes.popleft()
-            assert write.future is not None
-            write.future.exception()
-            self._give_back(write)
+        with self._turn:
+            while self._writes:
+                write = self._writes.popleft()
+                assert write.future is not None
+                write.future.exception()
+                self._give_back(write)
 
     def close(self) -> None:
         """End the thread, once what is under way is over."""

@@ -116,21 +116,26 @@ def mean_over_ranks(value: Tensor, coordinator: DistCoordinator) -> float:
     return value.item() / coordinator.world_size
 
 
-def save(folder: Path, step: int, booster: Booster, model: Any, optimizer: Any, lr_scheduler: Any) -> None:
+def save(folder: Path, step: int, booster: Booster, model: Any, optimizer: Any, lr_scheduler: Any, loader: Any) -> None:
+    """All ranks come here: each has a part of the model."""
     booster.save_model(model, str(folder / "model"), shard=True)
     booster.save_optimizer(optimizer, str(folder / "optimizer"), shard=True)
     coordinator = DistCoordinator()
     if coordinator.is_master():
         booster.save_lr_scheduler(lr_scheduler, str(folder / "lr_scheduler"))
-        (folder / "running_states.json").write_text(json.dumps({"step": step}))
+        running = {"step": step, "loader": loader.state_dict()}
+        (folder / "running_states.json").write_text(json.dumps(running))
     coordinator.block_all()
 
 
-def load(folder: Path, booster: Booster, model: Any, optimizer: Any, lr_scheduler: Any) -> int:
+def load(folder: Path, booster: Booster, model: Any, optimizer: Any, lr_scheduler: Any, loader: Any) -> int:
+    """Any number of ranks may go on. Returns the step to begin with."""
     booster.load_model(model, str(folder / "model"))
     booster.load_optimizer(optimizer, str(folder / "optimizer"))
     booster.load_lr_scheduler(lr_scheduler, str(folder / "lr_scheduler"))
-    return int(json.loads((folder / "running_states.json").read_text())["step"])
+    running = json.loads((folder / "running_states.json").read_text())
+    loader.load_state_dict(running["loader"])
+    return int(running["step"])
 
 
 def train_step(
@@ -172,10 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     first = 0
     if options.load is not None:
-        first = load(options.load, booster, model, optimizer, lr_scheduler)
+        first = load(options.load, booster, model, optimizer, lr_scheduler, loader)
         coordinator.print_on_master(f"Going on from step {first}")
 
-    batches = islice(micro_batches(loader), first * options.accumulation_steps, None)
+    batches = micro_batches(loader)
     model.train()
     for step in tqdm(range(first, options.num_steps), desc="Step", disable=not coordinator.is_master()):
         of_step = islice(batches, options.accumulation_steps)
@@ -185,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         norm, rate = optimizer.get_grad_norm(), lr_scheduler.get_last_lr()[0]
         coordinator.print_on_master(f"Step {step} loss: {loss:.6f}, grad norm: {norm}, lr: {rate:.6f}")
     if options.save_dir is not None:
-        save(options.save_dir, options.num_steps, booster, model, optimizer, lr_scheduler)
+        save(options.save_dir, options.num_steps, booster, model, optimizer, lr_scheduler, loader)
 
     stats = model.memory_stats()
     peaks = ", ".join(f"{tier} {stats[f'{tier}/peak_bytes'] / 2**20:.1f} MiB" for tier in ("device", "host", "disk"))

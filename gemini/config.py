@@ -61,9 +61,9 @@ class GeminiConfig:
     """With several ranks, start with the values of the first one on all; else they must be alike."""
 
     def __post_init__(self) -> None:
-        if self.update_in_backward and self.communicator.owner.count > 1:
+        if self.update_in_backward and not self.communicator.owner.is_alone:
             raise ValueError(
-                f"update_in_backward=True is for one process, this is one of {self.communicator.owner.count}: "
+                "update_in_backward=True is for one process, this is one of several: "
                 "gradients are summed over them when backward is over"
             )
         if self.precision not in PRECISIONS:

@@ -217,9 +217,6 @@ never_compiled: Callable[..., Any] = torch._compile._disable_dynamo
 """A decorator: not to be compiled. ``torch.compiler.disable`` imports the compiler at once, which takes seconds.
 If it goes: ``torch.compiler.disable``."""
 
-is_traced: Callable[[], bool] = torch._C._is_tracing
-"""Whether ``torch.jit.trace`` runs, asked before each unit. If it goes: ``torch.jit.is_tracing``, which is slower."""
-
 COMPILED_CALL = "_compiled_call_impl"
 """Where ``module.compile()`` puts the compiled call of a module; its hooks are compiled with it.
 If it goes: such modules are refused, and ``torch.compile(module)`` is not."""
@@ -302,3 +299,10 @@ def default_store() -> "Store":
     from torch.distributed.distributed_c10d import _get_default_store  # not every build of torch has it
 
     return _get_default_store()
+
+
+# -- distributed tensors
+
+LOCAL_TENSOR = "_local_tensor"
+"""Attribute in which a `DTensor` keeps this rank's part; ``to_local()`` gives out another tensor over its memory.
+If it goes: a parameter's part is in memory beside its chunk for as long as somebody keeps the old parameter."""

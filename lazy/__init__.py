@@ -24,7 +24,7 @@ How the files build on each other (imports go down only)::
 """
 
 from .context import LazyInitContext
-from .materialize import materialize
+from .materialize import materialize, seeds
 from .tensor import is_lazy
 
-__all__ = ["LazyInitContext", "is_lazy", "materialize"]
+__all__ = ["LazyInitContext", "is_lazy", "materialize", "seeds"]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from gemini.errors import LazyInitError
 from gemini.torch_private import TENSOR_HOOKS, make_parameter, swap_content, use_count
 
+from .liveness import plan_replay
 from .replay import Replay, Resolve, undisturbed
+from .rng import fingerprint
 from .tape import Storage, Tape
 from .tensor import LazyTensor
 
@@ -108,6 +110,19 @@ def materialize(
         if replaced and isinstance(module, nn.Module):
             sharding.replace_everywhere(module, replaced)
     return module
+
+
+def seeds(module: nn.Module) -> list[str]:
+    """What the random numbers in a lazy module's values come from: the same with equal models of different processes.
+
+    Not what is drawn and then overwritten: a model that is read from a file needs no seed. Empty for a real module.
+    """
+    found = []
+    for tape, lazies in _lazies_by_tape(module):
+        plan = plan_replay(tape.records, [lazy._lazy.value for lazy in lazies])
+        points = [tape.records[index].seed for index in plan.roles] if plan.draws else []
+        found.append(fingerprint(point.state for point in points if point is not None and point.state is not None))
+    return found
 
 
 def _materialize_tape(

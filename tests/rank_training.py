@@ -42,6 +42,8 @@ class Ended:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     seen: list[Any] = field(default_factory=list)
     """What else a test has noted; the same with all ranks."""
+    stats: dict[str, int | float] = field(default_factory=dict)
+    """``model.memory_stats()``, of managed training; not compared."""
 
 
 class Training:
@@ -51,6 +53,8 @@ class Training:
     ----------
     where
         Who trains.
+    lazy, steps, micro_batches
+        In place of those of the class.
     plugin
         Options of `GeminiPlugin`.
     """
@@ -62,8 +66,18 @@ class Training:
     precision = "fp32"
     width = 32
 
-    def __init__(self, where: Where, **plugin: Any) -> None:
+    def __init__(
+        self,
+        where: Where,
+        lazy: bool | None = None,
+        steps: int | None = None,
+        micro_batches: int | None = None,
+        **plugin: Any,
+    ) -> None:
         self.where = where
+        self.lazy = self.lazy if lazy is None else lazy
+        self.steps = self.steps if steps is None else steps
+        self.micro_batches = self.micro_batches if micro_batches is None else micro_batches
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if where is Where.RANKS else (0, 1)
         self.ended = Ended()
         model: Any = self.built()
@@ -162,6 +176,7 @@ class Training:
         ended.states = {n: states[numbers[id(p)]] for n, p in named.items() if numbers.get(id(p)) in states}
         ended.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         if self.is_managed:
+            ended.stats = self.model.memory_stats()
             check_at_rest(self.model)
             ended.weights = masters(self.model)
         else:

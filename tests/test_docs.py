@@ -185,7 +185,7 @@ def test_the_checks_fire() -> None:
     ]
     codes = ["Engine.enter", "Engine.gone", "Chunk.state", "GoneClass", "Chunk", "float32", "nn.Parameter", "Tensor"]
     assert unknown_names(iter(codes)) == ["Engine.gone", "GoneClass"]
-    assert invented_calls("```python\nself.pacing.advance(x)\nself.pacing.gone(x)\n```") == ["self.pacing.gone("]
+    assert invented_calls("```python\nself.pacing.evict(x)\nself.pacing.gone(x)\n```") == ["self.pacing.gone("]
     assert "planning" in unordered_layers("## Layers\n| `gemini/planning/` | a |\n| `gemini/engine/` | b |\n")
     assert rows_without_test("## Where do I change\n| what | where |\n| a | [b](../tests/x.py) |\n| c | d |\n") == [
         "| c | d |"

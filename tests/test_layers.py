@@ -14,7 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private", "colossal"),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
-    ("ranks",),
+    ("ranks", "tensor_parallel"),
     ("planning", "units", "nn"),
     ("config",),
     ("memory",),

@@ -410,20 +410,6 @@ def test_a_class_can_be_a_node_of_trees() -> None:
 # -- compiled modules
 
 
-def test_tracing_is_told() -> None:
-    told = []
-
-    def traced(x: Tensor) -> Tensor:
-        told.append(private.is_traced())
-        return x * 2
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.trace(traced, (torch.ones(2),), check_trace=False)
-    assert told == [True]
-    assert not private.is_traced()
-
-
 def test_the_compiler_leaves_out_what_is_never_compiled() -> None:
     seen = []
 
@@ -520,5 +506,23 @@ def test_the_store_of_a_process_group_takes_the_first_value_of_a_key(tmp_path: P
     try:
         assert private.default_store().compare_set("key", "", "first") == b"first"
         assert private.default_store().compare_set("key", "", "second") == b"first"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_distributed_tensor_without_its_local_one_has_let_go_of_the_memory(tmp_path: Path) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        local = torch.ones(2)
+        uses = private.storage_uses(local.untyped_storage())
+        distributed = DTensor.from_local(local, init_device_mesh("cpu", (1,)), [Replicate()])
+        assert getattr(distributed, private.LOCAL_TENSOR).data_ptr() == local.data_ptr()
+        assert private.storage_uses(local.untyped_storage()) == uses + 1
+        delattr(distributed, private.LOCAL_TENSOR)
+        assert private.storage_uses(local.untyped_storage()) == uses
+        with pytest.raises(AttributeError):
+            distributed.to_local()
     finally:
         dist.destroy_process_group()

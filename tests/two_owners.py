@@ -51,6 +51,7 @@ class Peer:
 
     def __init__(self, owner: Owner, shared: Shared) -> None:
         self.owner = owner
+        self.rank = owner.index
         self._shared = shared
         if len(shared.orders) < owner.count:
             shared.orders.append(Rounds(owner.count))
@@ -96,6 +97,9 @@ class Peer:
 
     def agree(self, doing: str, word: Word = None) -> list[Word]:
         return [word]
+
+    def take_wait_seconds(self) -> float | None:
+        return None
 
     def copy_from_first(self, values: Tensor) -> None:
         raise NotImplementedError

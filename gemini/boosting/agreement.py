@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..chunk import Communicator, Tier
 from ..errors import RankError
-from ..lazy import is_lazy
+from ..lazy import is_lazy, seeds
 from ..memory.capacity import Capacities
 from ..memory.tracker import Budget
 from ..torch_private import own_buffers
@@ -19,7 +19,7 @@ _LISTED = 3
 
 def agree_capacities(capacities: Capacities, communicator: Communicator) -> Capacities:
     """The capacities of the rank that has least of each tier: all pack and place alike."""
-    if communicator.owner.count == 1:
+    if communicator.owner.is_alone:
         return capacities
     own = {tier.value: budget.bytes for tier, budget in capacities.budgets.items()}
     words = [dict(word) for word in communicator.agree("booster.boost", own) if isinstance(word, dict)]
@@ -48,9 +48,11 @@ def check_alike(model: nn.Module, communicator: Communicator, are_copied: bool) 
     RankError
         If they have not. Nothing has been changed.
     """
-    if communicator.owner.count == 1:
+    if communicator.owner.is_alone:
         return
-    own = {name: _described(tensor, are_copied) for name, tensor in _tensors(model).items()}
+    own: dict[str, list[str | int]] = {n: _described(tensor, are_copied) for n, tensor in _tensors(model).items()}
+    if not are_copied:
+        own["the random state of LazyInitContext"] = [*seeds(model)]
     words = [
         dict(word) for word in communicator.agree("booster.boost of the same model", own) if isinstance(word, dict)
     ]

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -26,10 +27,11 @@ from .assemble import assemble
 from .build import build
 from .dtypes import warn_of_other_dtypes
 from .fill import fill, given_state, take_over_states
+from .local_parts import check_groups, local_parts
 from .mixing import mix_in
 from .module import GeminiModule
 from .parts import guard_parts
-from .refusals import refuse_model, refuse_optimizer, refuse_split_master
+from .refusals import refuse_model, refuse_optimizer, refuse_sharing, refuse_split_master
 from .succession import bind_optimizer
 
 
@@ -51,16 +53,19 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         If it cannot work. Model and optimizer are as they were before then.
     """
     communicator = config.communicator
-    with all_or_none(communicator, "booster.boost, which refuses some models"):
-        _refuse(model, optimizer, config)
-        _warm_up(optimizer, config, {torch.device("cpu")}, {config.compute_dtype})
-        capacities = find_capacities(config)
-    check_alike(model, communicator, config.sync_module_states)
-    capacities = agree_capacities(capacities, communicator)
-    bound_kernels()
-    with all_or_none(communicator, "booster.boost, which takes memory"):
-        packing = _decide(model, optimizer, config, capacities)
-        manager, queue = build(packing, config, capacities)
+    with ExitStack() as until_built:
+        with all_or_none(communicator, "booster.boost, which refuses some models"):
+            until_built.enter_context(local_parts(model, optimizer))
+            _refuse(model, optimizer, config)
+            _warm_up(optimizer, config, {torch.device("cpu")}, {config.compute_dtype})
+            capacities = find_capacities(config)
+        check_groups(model, communicator)
+        check_alike(model, communicator, config.sync_module_states)
+        capacities = agree_capacities(capacities, communicator)
+        bound_kernels()
+        with all_or_none(communicator, "booster.boost, which takes memory"):
+            packing = _decide(model, optimizer, config, capacities)
+            manager, queue = build(packing, config, capacities)
 
     meter = NonModelMeter(capacities.device)
     compute_dtypes = {plan.compute_dtype for plan in packing.plans if plan.is_trainable}
@@ -84,6 +89,8 @@ def _refuse(model: nn.Module, optimizer: ManagedOptimizer | None, config: Gemini
     refuse_model(model)
     if optimizer is not None:
         refuse_optimizer(model, optimizer)
+    if config.communicator.owner.count > 1:
+        refuse_sharing(model)
     if config.split_master:
         refuse_split_master(model, optimizer)
 

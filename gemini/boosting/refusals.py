@@ -67,6 +67,30 @@ def refuse_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
+def refuse_sharing(model: nn.Module) -> None:
+    """Raise where one rank would change parameters, or have gradients, that the others do not see.
+
+    Raises
+    ------
+    ValueError
+        Nothing has been changed.
+    """
+    managed = managed_parameters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in managed and not any(parameter is each for each in managed.values()):
+            raise ValueError(
+                f"the gradient of the parameter {name} ({parameter.dtype}) would not be summed over the ranks: only "
+                "those of float32, bfloat16 and float16 are. Convert its module before booster.boost (module.float()), "
+                "or freeze it (requires_grad_(False))"
+            )
+    if renormalised := _renormalised(model):
+        raise ValueError(
+            f"max_norm in {', '.join(renormalised)} changes weights in each forward, on each rank those that its batch "
+            "uses, and with several ranks all need the same weights; build it with max_norm=None, and renormalise on "
+            "all ranks between steps: with torch.no_grad(): weight.renorm_(2, 0, max_norm)"
+        )
+
+
 def refuse_split_master(model: nn.Module, optimizer: ManagedOptimizer | None) -> None:
     """Raise where masters cannot be in two halves, or would be changed in place."""
     if optimizer is not None:
@@ -77,16 +101,20 @@ def refuse_split_master(model: nn.Module, optimizer: ManagedOptimizer | None) ->
                 f"split_master=True needs HybridAdam with states='fp32', in whose second moment there is a bit to "
                 f"spare; {optimizer.rule.name} here keeps {kept}"
             )
-    renormalised = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None and m.weight.requires_grad
-    ]
-    if renormalised:
+    if renormalised := [name for name in _renormalised(model) if model.get_submodule(name).weight.requires_grad]:
         raise ValueError(
             f"split_master=True cannot go with max_norm in {', '.join(renormalised)}: it changes weights in place; "
             "boost without split_master"
         )
+
+
+def _renormalised(model: nn.Module) -> list[str]:
+    """The names of embeddings that change their weights in forward."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    ]
 
 
 def _refuse_mode() -> None:

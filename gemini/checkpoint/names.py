@@ -16,6 +16,7 @@ from gemini.lazy import is_lazy
 from gemini.updates.values import Values
 
 from ..torch_private import metadata_of, own_parameters
+from .tensor_parallel import cut, gathered, whole_numel, whole_shape
 
 EXTRA_STATE = "_extra_state"
 _wants_objects: ContextVar[bool] = ContextVar("gemini_memory_wants_objects", default=False)
@@ -39,7 +40,7 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+        return whole_shape(self.tensor)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,17 +53,17 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        return self.tensor.numel()
+        return whole_numel(self.tensor)
 
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """A copy of the value, on CPU."""
+        """A copy of the value, on CPU. Of a sharded tensor all ranks of its group read at once."""
         if self.values is None:
             return self.tensor.detach().to("cpu", copy=True)
-        return self.values.read(self.tensor, MASTER)
+        return gathered(self.name, self.tensor, self.values.read(self.tensor, MASTER))
 
     def write(self, value: Tensor) -> None:
         """Replace the value; ``value`` has its shape and any dtype."""
@@ -70,7 +71,7 @@ class Entry:
             with torch.no_grad():
                 self.tensor.copy_(value)
         else:
-            self.values.write(self.tensor, MASTER, value)
+            self.values.write(self.tensor, MASTER, cut(self.tensor, value))
 
 
 def entries(model: nn.Module) -> tuple[Entry, ...]:

@@ -33,6 +33,7 @@ from .optimizer_files import (
 from .ranks import checked_by_all, loaded_by_all, write_once
 from .safetensors_stream import SafetensorsWriter, TensorRecord
 from .stage import Stage, remove
+from .tensor_parallel import refuse_parts
 from .torch_file import write_torch
 from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_json, shard_names
 
@@ -76,7 +77,10 @@ def save_optimizer(
         If the files cannot be written, or a group has an option that is not a plain value.
     TypeError
         If a folder is given for an optimizer that neither is a `HybridAdam` nor came back from `boost`.
+    ValueError
+        If parameters are DTensors.
     """
+    refuse_parts(optimizer, "save_optimizer")
     path = Path(checkpoint).absolute()
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if shard or path.suffix == ".safetensors":
@@ -262,7 +266,10 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     ------
     CheckpointError
         If the checkpoint is not whole or does not fit.
+    ValueError
+        If parameters are DTensors.
     """
+    refuse_parts(optimizer, "load_optimizer")
     path = Path(checkpoint)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")

@@ -16,6 +16,7 @@ from ..torch_private import own_parameters
 from ..units.attached import Attached
 from ..updates.values import Values
 from .names import are_objects_wanted
+from .tensor_parallel import cut, gathered, whole_shape
 
 
 def serve_parts(model: nn.Module, values: Values) -> None:
@@ -33,7 +34,7 @@ def _gather(values: Values, module: nn.Module, state_dict: Any, prefix: str, met
         return
     for name, parameter in _managed(module, values.manager, state_dict, prefix).items():
         if state_dict[prefix + name] is not parameter:  # with keep_vars it is to be the parameter itself
-            state_dict[prefix + name] = values.read(parameter, MASTER)
+            state_dict[prefix + name] = gathered(prefix + name, parameter, values.read(parameter, MASTER))
 
 
 class _Loading:
@@ -51,7 +52,8 @@ class _Loading:
         metadata["assign_to_params_buffers"] = False  # the parameter stays the one that the chunk knows
         for name, parameter in _managed(module, self._manager, state_dict, prefix).items():
             value = state_dict[prefix + name]
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.shape == whole_shape(parameter):
+                state_dict[prefix + name] = value = cut(parameter, value)  # torch has made a copy of the dict
                 self._values.write(parameter, MASTER, value)
         for parameter in own_parameters(module).values():
             place = None if parameter is None else self._manager.find(parameter)

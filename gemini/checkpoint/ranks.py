@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,13 +12,15 @@ from gemini.chunk import Together, all_or_none
 
 from ..boosted import Boosted
 from ..step.managed_step import ChunkedStep
+from .names import entries
+from .tensor_parallel import write_by_first
 
 
 def write_once(of: Any, doing: str, write: Callable[[], None]) -> None:
     """Have the first rank write files, and the others wait until it has.
 
     The first one may also write alone (``if rank == 0:``): it needs of the others what they have at home, and that
-    they serve in any case.
+    they serve in any case. Ranks that share parameters as DTensors have to call this all: see `tensor_parallel`.
 
     Parameters
     ----------
@@ -33,14 +36,14 @@ def write_once(of: Any, doing: str, write: Callable[[], None]) -> None:
     """
     together = _together(of)
     if together is None:
-        write()
+        write_by_first(of, doing, write, partial(_read, of))
         return
     communicator = together.communicator
-    if communicator.owner.index:
+    if communicator.rank:
         communicator.wait_until_finished(doing)
         return
     try:
-        write()
+        write_by_first(of, doing, write, partial(_read, of))
     except BaseException as error:
         communicator.finish(doing, f"{type(error).__name__}: {error}")
         raise
@@ -69,6 +72,10 @@ def loaded_by_all(of: Any, doing: str) -> Iterator[None]:
         yield
 
 
+def _read(of: nn.Module, name: str) -> None:
+    next(entry for entry in entries(of) if entry.name == name).read()
+
+
 def _together(of: Any) -> Together | None:
     """Where several ranks keep the model together."""
     found = None
@@ -79,4 +86,4 @@ def _together(of: Any) -> Together | None:
         optimizer = of if isinstance(of, Optimizer) else getattr(of, "optimizer", None)
         step = getattr(optimizer, "_managed", None)
         found = step.manager.together if isinstance(step, ChunkedStep) else None
-    return found if found is not None and found.communicator.owner.count > 1 else None
+    return None if found is None or found.communicator.owner.is_alone else found

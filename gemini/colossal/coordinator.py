@@ -25,12 +25,12 @@ class DistCoordinator:
     @property
     def rank(self) -> int:
         """The number of this process among all."""
-        return _rank(None)
+        return rank_of(None)
 
     @property
     def world_size(self) -> int:
         """How many processes there are."""
-        return _size(None)
+        return size_of(None)
 
     @property
     def local_rank(self) -> int:
@@ -53,7 +53,7 @@ class DistCoordinator:
 
     def is_master(self, process_group: ProcessGroup | None = None) -> bool:
         """Whether this is rank 0."""
-        return _rank(process_group) == 0
+        return rank_of(process_group) == 0
 
     def is_node_master(self) -> bool:
         """Whether this is the first process of its machine. Raises as `local_rank` does."""
@@ -61,7 +61,7 @@ class DistCoordinator:
 
     def is_last_process(self, process_group: ProcessGroup | None = None) -> bool:
         """Whether this is the highest rank."""
-        return _rank(process_group) == _size(process_group) - 1
+        return rank_of(process_group) == size_of(process_group) - 1
 
     def print_on_master(self, msg: object, process_group: ProcessGroup | None = None) -> None:
         """Print on rank 0 alone."""
@@ -84,10 +84,10 @@ class DistCoordinator:
         ValueError
             If the group has no such rank.
         """
-        size = _size(process_group)
+        size = size_of(process_group)
         if not 0 <= executor_rank < size:
             raise ValueError(f"executor_rank must be one of the ranks 0 to {size - 1}, got {executor_rank}")
-        is_first = _rank(process_group) == executor_rank
+        is_first = rank_of(process_group) == executor_rank
         if not is_first:
             self.block_all(process_group)
         try:
@@ -121,11 +121,11 @@ class DistCoordinator:
             dist.destroy_process_group(process_group)
 
 
-def _rank(group: ProcessGroup | None) -> int:
-    """-1 for a process that is not in the group."""
+def rank_of(group: ProcessGroup | None) -> int:
+    """The number of this process in a group (None: among all), -1 if it is not in it; 0 without a process group."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def _size(group: ProcessGroup | None) -> int:
+def size_of(group: ProcessGroup | None) -> int:
     """-1 for a process that is not in the group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1

@@ -3,13 +3,16 @@
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed import ProcessGroup
 
-from .coordinator import DistCoordinator
+from .coordinator import size_of
 
 
 class Plugin:
     """What scripts ask a plugin: how ranks are divided, and what it takes care of."""
 
+    process_group: ProcessGroup | None = None
+    """The ranks that train one model; None: all."""
     tp_size: int = 1
     """Ranks that share one tensor."""
     pp_size: int = 1
@@ -20,7 +23,7 @@ class Plugin:
     @property
     def dp_size(self) -> int:
         """Ranks that train on different data."""
-        return DistCoordinator().world_size
+        return size_of(self.process_group)
 
     @property
     def zero_size(self) -> int:

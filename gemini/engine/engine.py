@@ -80,24 +80,25 @@ class Engine:
         with self.lock:
             self.manager.device.take_over()
             chunks, unit = visit.chunks, visit.unit
-            actions = self.pacing.advance(self.visits.moment(unit, phase, chunks))
+            actions = self.pacing.cycle.advance(self.visits.moment(unit, phase, chunks))
             if self.sampling.is_on:
                 self.sampling.end_moment()
-            waits = False in [chunk.is_valid for chunk in chunks]
-            begin = time.perf_counter() if waits else 0.0
+            missing = [chunk for chunk in chunks if not chunk.is_valid]
+            begin = time.perf_counter() if missing else 0.0
             self.visits.begin(visit)
             try:
                 if actions.evict:
                     self.pacing.evict(actions.evict)
-                for chunk in chunks:
+                for chunk in missing:
                     if not chunk.is_resident:
-                        self.pins.fetch(chunk, chunks, overdraw=visit.is_beyond)
+                        is_beyond = bool(visit.extra) and visit.extra is unit.without_gradients
+                        self.pins.fetch(chunk, chunks, overdraw=is_beyond)
                 if actions.prefetch:
                     self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
                 for chunk in chunks:
                     self.pins.pin(chunk, chunks)
                     self.visits.open[visit].append(chunk)
-                if waits:
+                if missing:
                     self.stall_seconds += time.perf_counter() - begin
                 if self.sampling.is_on:
                     self.sampling.begin_moment(unit.index, phase)
@@ -199,7 +200,8 @@ class Engine:
         """The optimizer has stepped, or skipped a step whose gradients overflowed; it adds its own facts."""
         now = time.perf_counter()
         seconds, self._step_end = now - self._step_end, now
-        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds))
+        waited = self.manager.together.communicator.take_wait_seconds()
+        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds, wait_seconds=waited))
         self.sampling.record_step(self.listener.step_ended(self, self.step))
 
     def rebuilt(self, packing: Packing) -> None:

@@ -5,11 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..chunk import Chunk, ChunkManager, Tier
 from ..errors import is_out_of_memory
 from ..planning.cycle import Cycle
-from ..planning.planner import Actions, Planner
+from ..planning.planner import Planner
 from ..planning.trace import Moment, Trace
 from ..units.units import Units
-
-_NOTHING = Actions()
 
 
 class Pacing:
@@ -30,10 +28,6 @@ class Pacing:
         self._depth = depth
         self._pool_growths = 0
         """How often the gradients' room had grown when the plans were made."""
-
-    def advance(self, moment: Moment) -> Actions:
-        """What the plan says for a moment; nothing where it does not know it."""
-        return self.cycle.advance(moment) or _NOTHING
 
     def evict(self, indices: Sequence[int]) -> None:
         """Free full copies that the plan has no use for soon."""
@@ -107,6 +101,6 @@ class Pacing:
         chunks = [chunk for chunk in manager.chunks if not chunk.full_is_home]
         nbytes = {chunk.index: chunk.full_nbytes for chunk in chunks}
         # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
-        lost = [chunk.index for chunk in chunks if chunk.is_trainable and not chunk.update_reaches_full]
+        lost = [chunk.index for chunk in chunks if chunk.is_trainable and not chunk.plan.update_reaches_full]
         capacity = manager.ledger.free(Tier.DEVICE) + manager.full_copies.nbytes
         return Planner(trace, nbytes, capacity, self._depth, lost)

@@ -52,13 +52,13 @@ class Sampling:
         if self.profile.is_measuring:
             self._sample()
             self.profile.end(self.meter.last_bytes)
-            self._switch()
+            self.is_on = self._is_recording
 
     def begin_cycle(self, batch: Batch, is_same_kind: bool) -> None:
         """A cycle begins; ``is_same_kind`` as the one before, with or without gradients."""
         self.batch = batch
         self.profile.begin(batch)
-        self._switch()
+        self.is_on = self.profile.is_measuring or self._is_recording
         self._choose_malloc()
         if not is_same_kind:
             self.timeline.points.clear()  # an evaluation in between is no part of the step
@@ -66,16 +66,13 @@ class Sampling:
     def record_step(self, is_wanted: bool) -> None:
         """Make a timeline of the next step, or not."""
         self._is_recording = is_wanted
-        self._switch()
+        self.is_on = self.profile.is_measuring or self._is_recording
 
     def take_timeline(self) -> list[Point]:
         """The moments of the step that ends here; empty for one that was not sampled."""
         if self.timeline.points:
             self._sample()
         return self.timeline.take(self.meter.last_bytes)
-
-    def _switch(self) -> None:
-        self.is_on = self.profile.is_measuring or self._is_recording
 
     def _sample(self) -> None:
         self.meter.sample(self._manager.gradient_pool.blocks_nbytes + self._manager.full_copies.nbytes)

@@ -92,9 +92,7 @@ class Visits:
 
         They belong to it no longer. Of the nodes that are ready a thread of autograd runs the one that was made last.
         """
-        visits, here = self._of_backward.get(task), threading.get_ident()
-        if not visits:
-            return []
+        visits, here = self._of_backward.get(task, {}), threading.get_ident()
         passed = [v for v, at in visits.items() if at == here and v.begin is not None and v.begin.number > number]
         for visit in passed:
             del visits[visit]

@@ -58,18 +58,18 @@ class Group:
         The largest extent counts, so that all owners decide alike. Beside its home, each collects the whole gradient of
         a backward in borrowed memory.
         """
-        extent, is_alone = len(self.owner.extents(numel)[0]), self.owner.count == 1
+        extent, is_alone = len(self.owner.extents(numel)[0]), self.owner.is_alone
         low, full = extent * self.compute_dtype.itemsize, extent * 4
         full_nbytes = numel * self.compute_dtype.itemsize
         if not self.is_trainable:
-            return ChunkNeed(buffers={MASTER: low}, full_nbytes=full_nbytes, full_can_be_home=is_alone)
+            return ChunkNeed(buffers={MASTER: low}, full_nbytes=full_nbytes, full_can_be_home=self.owner.count == 1)
         buffers = {MASTER: full, **{spec.name: spec.nbytes(extent) for spec in self.states}}
         return ChunkNeed(
             buffers=buffers if borrow else {**buffers, GRADIENT: low},
             full_nbytes=full_nbytes,
             shadow_nbytes=low if low < full else 0,
             borrows_gradient=borrow or not is_alone,
-            full_can_be_home=is_alone and (low == full or self.splits_master),
+            full_can_be_home=self.owner.count == 1 and (low == full or self.splits_master),
         )
 
     def codec(self, is_full: bool, has_shadow: bool) -> MasterCodec:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 
 from .planner import Actions, Plan, Planner
-from .trace import Moment, Phase, Trace, TraceRecorder
+from .trace import Moment, Phase, Trace
 
 MakePlanner = Callable[[Trace], Planner]
 
@@ -11,6 +11,7 @@ PLANS_KEPT = 8
 """Of each kind. Batches of a few kinds, experts in a few combinations: each keeps its own."""
 MOST_MOMENTS = 100_000
 """The moments after which a cycle ends: where the model itself is never called, nothing else ends it."""
+_NOTHING = Actions()
 
 
 class Cycle:
@@ -25,7 +26,8 @@ class Cycle:
     def __init__(self) -> None:
         self.with_gradients = False
         self._planners: dict[bool, list[Planner]] = {True: [], False: []}
-        self._recorder = TraceRecorder()
+        self._moments: list[Moment] = []
+        """Those of the cycle under way: if it leaves the plan they become the next one."""
         self._followers: dict[tuple[Planner | None, Planner], Planner] = {}
         """What came after two plans in a row, when they last did: kinds of cycles that take turns are foreseen."""
         self._last: dict[bool, tuple[Planner | None, Planner] | None] = {True: None, False: None}
@@ -37,15 +39,15 @@ class Cycle:
     @property
     def is_complete(self) -> bool:
         """True if a whole cycle lies in the recording: a forward, and with gradients a backward."""
-        moments = self._recorder.moments
-        return bool(moments) and (not self.with_gradients or any(m.phase is Phase.BACKWARD for m in reversed(moments)))
+        moments = reversed(self._moments)
+        return bool(self._moments) and (not self.with_gradients or any(m.phase is Phase.BACKWARD for m in moments))
 
     def is_over(self, unit: int, with_gradients: bool) -> bool:
         """True if a call of this unit by itself (outside of the model's forward) begins another cycle."""
-        moments = self._recorder.moments
-        if not moments or with_gradients != self.with_gradients:
+        moments = self._moments
+        if not moments or with_gradients != self.with_gradients or len(moments) > MOST_MOMENTS:
             return True
-        return moments[0].unit == unit or moments[-1].phase is Phase.BACKWARD or len(moments) > MOST_MOMENTS
+        return moments[0].unit == unit or moments[-1].phase is Phase.BACKWARD
 
     def expected(self, with_gradients: bool) -> Planner | None:
         """The plan that the next cycle of this kind will begin with."""
@@ -63,26 +65,26 @@ class Cycle:
         for planners in self._planners.values():
             for planner in planners:
                 yield from planner.trace.moments
-        yield from self._recorder.moments
+        yield from self._moments
 
-    def advance(self, moment: Moment) -> Actions | None:
-        """Record a moment; its actions, if a plan knows it."""
-        self._recorder.add(moment)
+    def advance(self, moment: Moment) -> Actions:
+        """Record a moment. Returns what the plan says for it; nothing where it does not know it."""
+        self._moments.append(moment)
         plan, position = self._plan, self._position
         if plan is None:
-            return None
+            return _NOTHING
         moments = plan.trace.moments
         if position >= len(moments) or moments[position] != moment:
             position = self._rejoin(plan, moment)
             if position < 0:
-                return None
+                return _NOTHING
             plan = self._plan or plan
         self._position = position + 1
         return plan.actions[position]
 
     def _rejoin(self, plan: Plan, moment: Moment) -> int:
         """Find where to go on, in another plan or farther on in this one; -1 if nowhere."""
-        done = tuple(self._recorder.moments)
+        done = tuple(self._moments)
         for planner in self._planners[self.with_gradients]:
             if planner.trace.moments[: len(done)] == done:
                 self._plan = planner.plan(self._resident)
@@ -95,7 +97,7 @@ class Cycle:
     def restart(self, with_gradients: bool, make_planner: MakePlanner, resident: Collection[int]) -> None:
         """The next cycle begins: plan anew if what was recorded is no plan yet, and plan from what is there."""
         is_complete = self.is_complete
-        trace = self._recorder.take()
+        trace, self._moments = Trace(tuple(self._moments)), []
         planners = self._planners[self.with_gradients]
         if is_complete:
             known = next((planner for planner in planners if planner.trace == trace), None)
@@ -129,7 +131,7 @@ class Cycle:
         """What to do for the next training cycle before it begins."""
         planner = self.expected(with_gradients=True)
         if planner is None:
-            return Actions()
+            return _NOTHING
         if self.with_gradients and self._plan is not None:
             return self._plan.between
         return Actions(prefetch=planner.first)

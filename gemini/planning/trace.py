@@ -1,6 +1,6 @@
 """What one step did: the moments of the clock. Pure: no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -33,18 +33,3 @@ class Trace:
     def first_uses(self) -> tuple[int, ...]:
         """Chunks in the order in which they are first needed."""
         return tuple(dict.fromkeys(c for moment in self.moments for c in sorted(moment.in_use)))
-
-
-@dataclass(slots=True)
-class TraceRecorder:
-    """Collects moments; every cycle is recorded, so that a step that left the plan can become the next plan."""
-
-    moments: list[Moment] = field(default_factory=list)
-
-    def add(self, moment: Moment) -> None:
-        self.moments.append(moment)
-
-    def take(self) -> Trace:
-        """The trace so far; recording starts anew."""
-        trace, self.moments = Trace(tuple(self.moments)), []
-        return trace

@@ -15,8 +15,8 @@ _LOOK_SECONDS = 1.0
 """How often the thread that says goodbye looks whether it is needed any more."""
 _SECONDS_AFTER_AN_ERROR = 10.0
 """How long a rank that has failed serves the others: they find out at the next thing that all do together."""
-_END_SECONDS = 5.0
-"""How long the thread that takes in letters may take to end; the last ones are under way."""
+END_SECONDS = 5.0
+"""How long a thread may take to end; the last letters and tensors are under way."""
 
 
 class Farewell:
@@ -82,7 +82,7 @@ class Farewell:
         for index in self._mailbox.others:  # the other's thread may wait for one more letter
             with suppress(RankError):
                 self._mailbox.post(index, Ping())
-        self._mailbox.join(_END_SECONDS)
+        self._mailbox.join(END_SECONDS)
         self._end()
         with self._changed:
             close, self._close = self._close, None

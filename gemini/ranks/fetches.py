@@ -22,10 +22,13 @@ class Fetches:
     ----------
     mailbox
         Takes them.
+    first
+        The place among all ranks of the first one that keeps this replica.
     """
 
-    def __init__(self, mailbox: Mailbox) -> None:
+    def __init__(self, mailbox: Mailbox, first: int) -> None:
         self._mailbox = mailbox
+        self._first = first
         self._changed = threading.Condition()
         self._failures: dict[int, str] = {}
 
@@ -40,7 +43,7 @@ class Fetches:
     ) -> "Fetch":
         """Ask each owner for its part of ``whole``."""
         answers = []
-        for index, part in enumerate(parts):
+        for index, part in enumerate(parts, self._first):
             if index == self._mailbox.index or not part:
                 continue
             into = whole[part.start : part.stop]

@@ -13,37 +13,52 @@ from .mailbox import Mailbox, PointToPoint
 from .peers import Peers
 
 
-def group_of(given: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
-    """The process group that a user has given, maybe as a mesh.
+def group_of(given: dist.ProcessGroup | DeviceMesh | None) -> tuple[dist.ProcessGroup | None, int | None]:
+    """The process group that a user has given, maybe as a mesh, and how many ranks of it keep the model together.
+
+    Returns
+    -------
+    tuple
+        None for the default group; None where all of it keep the model together.
 
     Raises
     ------
     ValueError
-        If a mesh has several dimensions.
+        If a mesh has more than two dimensions.
     TypeError
         If it is something else.
     """
     if isinstance(given, DeviceMesh):
-        if given.ndim != 1:
-            raise ValueError(
-                f"process_group must be a mesh of one dimension, got one of {given.ndim} "
-                f"({', '.join(given.mesh_dim_names or ())}): slice the data-parallel one out of it, mesh['dp']"
-            )
-        return given.get_group()
+        if given.ndim == 1:
+            return given.get_group(), None
+        if given.ndim == 2:
+            ranks = given.mesh.flatten().tolist()
+            if ranks == list(range(dist.get_world_size())):
+                return None, given.size(1)
+            return dist.new_group(ranks, use_local_synchronization=True), given.size(1)
+        raise ValueError(
+            f"process_group must be a mesh of one dimension, or of two (replicate, shard), got one of {given.ndim} "
+            f"({', '.join(given.mesh_dim_names or ())}): slice the data-parallel ones out of it, mesh['dp']"
+        )
     if given is None or isinstance(given, dist.ProcessGroup):
-        return given
+        return given, None
     raise TypeError(f"process_group must be a ProcessGroup or a DeviceMesh, got {type(given).__name__}")
 
 
-def join(group: dist.ProcessGroup | None, gradient_reduction: str = "sum") -> Communicator:
+def join(group: dist.ProcessGroup | None, shard_size: int | None, gradient_reduction: str = "sum") -> Communicator:
     """The communicator over the ranks of a group (None: of the default one). All of them call this at once.
 
     A Gloo group of its own is made over them, whatever the given one runs on: tensors then travel between the CPUs.
 
+    Parameters
+    ----------
+    shard_size
+        How many ranks, one after the other, keep the model together; None for all.
+
     Raises
     ------
     ValueError
-        If this process is not one of them.
+        If this process is not one of them, or they cannot be divided like this.
     """
     if not dist.is_initialized():
         return ALONE
@@ -56,10 +71,13 @@ def join(group: dist.ProcessGroup | None, gradient_reduction: str = "sum") -> Co
         )
     if len(ranks) == 1:
         return ALONE
+    shard_size = len(ranks) if shard_size is None else shard_size
+    if len(ranks) % shard_size:
+        raise ValueError(f"{len(ranks)} ranks cannot be divided into shards of hybrid_shard_size={shard_size}")
+    names, factor = tuple(f"rank {rank}" for rank in ranks), 1.0 / len(ranks) if gradient_reduction == "mean" else 1.0
     timeout: timedelta = group_timeout(group)
-    names = tuple(f"rank {rank}" for rank in ranks)
-    factor = 1.0 / len(ranks) if gradient_reduction == "mean" else 1.0
-    return Peers(Mailbox(_connected(ranks, timeout), ranks.index(dist.get_rank()), names, timeout), factor)
+    mailbox = Mailbox(_connected(ranks, timeout), ranks.index(dist.get_rank()), names, timeout)
+    return Peers(mailbox, shard_size, factor)
 
 
 def _connected(ranks: Sequence[int], timeout: timedelta) -> PointToPoint:

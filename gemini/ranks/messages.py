@@ -43,6 +43,8 @@ class Part(Letter, frozen=True, tag="part"):
     chunk: int
     present: list[int]
     """Positions of the slots that have a gradient."""
+    anew: list[int]
+    """Positions whose sums so far are forgotten first."""
     numel: int
     """0 where nothing comes by the tag."""
     dtype: str

@@ -16,7 +16,7 @@ from ..chunk.names import GRADIENT
 from ..chunk.workers import close_in_background
 from ..errors import RankError
 from .errands import Errands
-from .farewell import Farewell
+from .farewell import END_SECONDS, Farewell
 from .fetches import Fetches
 from .mailbox import Mailbox
 from .messages import (
@@ -45,17 +45,19 @@ class Peers:
     Parameters
     ----------
     mailbox
-        Reaches the ranks that keep the model together.
+        Reaches all ranks that train the model.
+    shard_size
+        How many of them keep it together; the next as many keep it once more, and so on.
     gradient_factor
         What each multiplies its gradients with before they are summed.
     """
 
-    def __init__(self, mailbox: Mailbox, gradient_factor: float = 1.0) -> None:
-        self.owner = Owner(mailbox.index, len(mailbox.names))
+    def __init__(self, mailbox: Mailbox, shard_size: int, gradient_factor: float = 1.0) -> None:
+        self.owner = Owner(mailbox.index % shard_size, shard_size, len(mailbox.names) // shard_size)
         self.gradient_factor = gradient_factor
         self.is_silent = False
         self.wait_seconds = 0.0
-        """How long this rank has waited for others where all do something together."""
+        """How long this rank has waited for others where all do something together, since it was taken last."""
         self._mailbox = mailbox
         self._epoch = 0
         self._source: Callable[[], Source | None] = _nothing
@@ -65,11 +67,15 @@ class Peers:
         patience = Patience(mailbox, self._farewell)
         self._errands = Errands(mailbox, patience)
         self._votes = Votes(mailbox, patience)
-        self._fetches = Fetches(mailbox)
+        self._fetches = Fetches(mailbox, mailbox.index - self.owner.index)
         self._service = Service(mailbox)
         self._reduction = Reduction(mailbox, patience, self._answer)
         mailbox.listen(self._received, self._farewell.is_over)
         self._farewell.begin()
+
+    @property
+    def rank(self) -> int:
+        return self._mailbox.index
 
     # -- letters
 
@@ -130,23 +136,24 @@ class Peers:
     def end_round(self) -> None:
         self._reduction.end_round()
 
-    def collect(self, doing: str) -> None:
+    def collect(self, doing: str, has_changed: bool) -> bool:
         reduction = self._reduction
-        own: Word = [reduction.rounds, reduction.generation, self._failure]
+        own: Word = [reduction.rounds, reduction.generation, self._failure, has_changed]
         reduction.pause(self._votes.number)
         try:
             words = [tuple(word) for word in self.agree(doing, own) if isinstance(word, list)]
         except RankError:
             reduction.forget_until(reduction.generation + 1)  # as the others do, whether they had some or not
             raise
-        generations = [generation for _, generation, _ in words]
-        failures = {index: failure for index, (_, _, failure) in enumerate(words) if failure}
+        generations = [generation for _, generation, _, _ in words]
+        failures = {index: failure for index, (_, _, failure, _) in enumerate(words) if failure}
         if failures or len(set(generations)) > 1:
             reduction.forget_until(max(generations) + 1)
             self._failure = ""
             raise RankError(self._why_in_vain(doing, failures, generations))
-        reduction.come_to(max(rounds for rounds, _, _ in words))
+        reduction.come_to(max(rounds for rounds, _, _, _ in words))
         reduction.wait_for_all()
+        return any(has_changed for _, _, _, has_changed in words)
 
     def _why_in_vain(self, doing: str, failures: dict[int, str], generations: list[int]) -> str:
         names = self._mailbox.names
@@ -184,8 +191,12 @@ class Peers:
         finally:
             self.wait_seconds += time.perf_counter() - begin
 
+    def take_wait_seconds(self) -> float:
+        waited, self.wait_seconds = self.wait_seconds, 0.0
+        return waited
+
     def copy_from_first(self, values: Tensor) -> None:
-        flat = values.detach().to("cpu", copy=True).contiguous().view(-1) if self.owner.index == 0 else None
+        flat = values.detach().to("cpu", copy=True).contiguous().view(-1) if self.rank == 0 else None
         if flat is not None:
             works = [self._mailbox.send(to, self._mailbox.tag_to_send(), flat) for to in self._mailbox.others]
         else:
@@ -193,7 +204,7 @@ class Peers:
             works = [self._mailbox.receive(0, self._mailbox.tag_to_send(), flat)]
         for work in works:
             work.wait()
-        if self.owner.index:
+        if self.rank:
             with torch.no_grad():
                 values.copy_(flat.view(values.shape))
 
@@ -213,8 +224,8 @@ class Peers:
         self._reduction.gone(self._mailbox.index)
 
     def _end(self) -> None:
-        self._service.close()
-        self._reduction.close()
+        self._service.close(END_SECONDS)
+        self._reduction.close(END_SECONDS)
 
 
 def _nothing() -> None:

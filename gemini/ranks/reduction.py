@@ -95,8 +95,9 @@ class Reduction:
         """What has been handed to the thread."""
         self._error: BaseException | None = None
         self._queue: SimpleQueue[_Ours | _Theirs | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="gemini-memory-sums", daemon=True)
         with small_stacks():
-            threading.Thread(target=self._work, name="gemini-memory-sums", daemon=True).start()
+            self._thread.start()
 
     @property
     def generation(self) -> int:
@@ -151,11 +152,9 @@ class Reduction:
     def send(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> Delivery:
         """See `Communicator.send`."""
         self._now.contribute(self.rounds)
-        gradient, extent = contribution.gradient, extents[self._mailbox.index]
-        shipment = self._shipping.send(
-            chunk, sorted(contribution.present), gradient, extents, self.generation, self.rounds
-        )
-        own = Contribution(contribution.present, gradient[extent.start : extent.stop])
+        gradient, extent = contribution.gradient, extents[self._mailbox.index % len(extents)]
+        shipment = self._shipping.send(chunk, contribution, extents, self.generation, self.rounds)
+        own = Contribution(contribution.present, gradient[extent.start : extent.stop], contribution.anew)
         shipment.goes(self._mailbox.index, None)
         with self._changed:
             item = _Ours(self.generation, chunk, own, shipment)
@@ -270,9 +269,10 @@ class Reduction:
         self._now = _Generation(generation, Rounds(len(self._mailbox.names)))
         self._put(before.held_back())  # to be received, and dropped
 
-    def close(self) -> None:
-        """End the thread."""
+    def close(self, seconds: float) -> None:
+        """End the thread. One that Gloo has when Python ends is a crash."""
         self._queue.put(None)
+        self._thread.join(seconds)
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -299,7 +299,7 @@ class Reduction:
         gradient = torch.empty(part.numel, dtype=getattr(torch, part.dtype), device="cpu")
         if part.numel:
             self._mailbox.receive(item.sender, part.tag, gradient).wait()
-        self._add(part.generation, part.chunk, Contribution(frozenset(part.present), gradient))
+        self._add(part.generation, part.chunk, Contribution(frozenset(part.present), gradient, frozenset(part.anew)))
         if part.numel:
             self._mailbox.post(item.sender, Received(part.tag))
 

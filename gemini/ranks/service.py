@@ -34,9 +34,13 @@ class Service:
         self._lock = threading.Lock()
         self._parked: list[tuple[int, Request]] = []
         self._queue: SimpleQueue[tuple[int, Request, Source, str] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"gemini-memory-answers-{number}", daemon=True)
+            for number in range(WORKERS)
+        ]
         with small_stacks():
-            for number in range(WORKERS):
-                threading.Thread(target=self._work, name=f"gemini-memory-answers-{number}", daemon=True).start()
+            for thread in self._threads:
+                thread.start()
 
     def received(self, sender: int, request: Request) -> None:
         """Take in a request."""
@@ -62,10 +66,12 @@ class Service:
             if verdict is not None:
                 self._queue.put((*item, source, verdict))
 
-    def close(self) -> None:
-        """End the threads."""
-        for _ in range(WORKERS):
+    def close(self, seconds: float) -> None:
+        """End the threads. One that Gloo has when Python ends is a crash."""
+        for _ in self._threads:
             self._queue.put(None)
+        for thread in self._threads:
+            thread.join(seconds)
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:

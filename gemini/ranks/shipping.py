@@ -3,8 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from torch import Tensor
-
+from ..chunk.communicator import Contribution
 from .mailbox import Mailbox, Sending
 from .messages import Part, Received
 from .patience import Patience
@@ -78,18 +77,20 @@ class Shipping:
         """By receiver and tag."""
 
     def send(
-        self, chunk: int, present: list[int], gradient: Tensor, extents: Sequence[range], generation: int, rounds: int
+        self, chunk: int, contribution: Contribution, extents: Sequence[range], generation: int, rounds: int
     ) -> Shipment:
-        """Send each other rank its extent of a chunk's gradient (flat, on CPU)."""
-        mailbox, dtype = self._mailbox, str(gradient.dtype).removeprefix("torch.")
+        """Send each other rank its extent of a chunk's gradient (flat, on CPU); replicas have the same extents."""
+        mailbox, gradient = self._mailbox, contribution.gradient
+        present, anew = sorted(contribution.present), sorted(contribution.anew)
+        dtype = str(gradient.dtype).removeprefix("torch.")
         shipment = Shipment(mailbox.index, mailbox.others, self._patience)
         for to in mailbox.others:
-            extent, tag = extents[to], mailbox.tag_to_send()
+            extent, tag = extents[to % len(extents)], mailbox.tag_to_send()
             if extent:
                 with self._lock:
                     self._underway[to, tag] = shipment
                 shipment.goes(to, mailbox.send(to, tag, gradient[extent.start : extent.stop]))
-            mailbox.post(to, Part(generation, rounds, chunk, present, len(extent), dtype, tag))
+            mailbox.post(to, Part(generation, rounds, chunk, present, anew, len(extent), dtype, tag))
         return shipment
 
     def received(self, sender: int, letter: Received) -> None:

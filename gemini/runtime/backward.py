@@ -81,13 +81,13 @@ class BackwardHooks:
             if output is not None and _makes_gradients(visit, inputs):
                 self._engine.pins.hold(visit.chunks)
             return False
-        was_contained = unit.graph_is_contained
-        if results is not None or was_contained:
+        if results is not None:
             unit.contains_graph(is_contained(nodes, own))
-        is_changed = results is None and was_contained and not unit.graph_is_contained
-        if is_changed:
+        elif unit.graph_is_contained and any(c.full_nbytes for c in visit.chunks) and not is_contained(nodes, own):
+            unit.contains_graph(False)
             self._engine.pins.hold(visit.chunks)
-        return is_changed
+            return True
+        return False
 
     def bring(self, begin: int, result: Any, chunks: tuple[Chunk, ...]) -> None:
         """Have these chunks there when backward comes to what an operation outside of any unit made.

@@ -16,8 +16,8 @@ from ..units.bracket import Bracket
 from ..units.coarse import coarsest
 from ..units.units import Unit, Units
 
-LARGEST_NUMEL = 1 << 20
-"""Elements that one visit may bring: their updates are waited for together, a millisecond of work."""
+LARGEST_NUMEL = 1 << 21
+"""Elements that one visit may bring: their updates are waited for together, two milliseconds of work."""
 
 
 class Brackets:

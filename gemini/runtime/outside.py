@@ -100,7 +100,7 @@ class Outside(Keeper):
     def _keep_edits(self, chunks: tuple[Chunk, ...]) -> None:
         """Bring home at once what cannot wait: halves of masters, and what several ranks change together."""
         for chunk in chunks:
-            if (chunk.is_split or not chunk.is_whole) and chunk.bindings.edited():
+            if (chunk.is_split or chunk.is_shared) and chunk.bindings.edited():
                 with _undisturbed():
                     self._engine.manager.keep_edits(chunk)
 

@@ -114,7 +114,6 @@ class ChunkedStep:
             return
         updates, prepared = work
         self._updates.start(updates)
-        self.manager.together.communicator.advance()
         optimizer.commit_parameters(prepared)
         self.scaling.stepped()
         self._updates.after_step()

@@ -19,11 +19,14 @@ def read_state(values: Values, rule: Rule, parameter: Tensor, name: str) -> Tens
 def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor | None:
     """The memory of a state itself, in the parameter's shape, when no update is writing it any more.
 
-    None where it is not on the parameter's device, or has the values in another form than state dicts.
+    None where it is not on the parameter's device, is kept with other ranks, or has the values in another form than
+    state dicts.
     """
     place = manager.find(parameter)
     assert place is not None
     chunk, position = place
+    if chunk.is_shared:
+        return None  # other ranks have parts of it, or read ours
     codec = codec_of(manager, rule, parameter, name)
     kept = codec.specs[0].name
     home = chunk.homes[kept].tensor
@@ -33,8 +36,6 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
         return None
     chunk.settle()
     at = chunk.place(position, kept)
-    if len(at.own) < at.numel:
-        return None
     with torch.no_grad():
         return home.as_strided(at.shape, at.stride, home.storage_offset() + at.index)
 

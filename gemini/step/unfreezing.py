@@ -47,13 +47,20 @@ class Unfreezing:
         self._engine = engine
         self._config = config
 
+    @property
+    def _is_shared(self) -> bool:
+        return self._manager.together.communicator.owner.count > 1
+
     def admit_all(self, optimizer: ManagedOptimizer, kept: KeptStates) -> None:
         """Admit parameters that were frozen when the model was boosted, are in a group, and have got a gradient."""
         follows, find = self._engine.updates.gradients.follows, self._manager.find
         for index, group in enumerate(optimizer.param_groups):
-            unfrozen = [p for p in group["params"] if find(p) is not None and not follows(p) and p.grad is not None]
+            strangers = [p for p in group["params"] if find(p) is not None and not follows(p)]
+            # Several ranks admit the same parameters, whatever their batches use.
+            unfrozen = [p for p in strangers if p.grad is not None or (self._is_shared and p.requires_grad)]
             if unfrozen:
                 self.admit(optimizer, index, unfrozen, kept)
+                self._engine.updates.contribute(unfrozen)
 
     def admit(self, optimizer: ManagedOptimizer, index: int, parameters: Iterable[Tensor], kept: KeptStates) -> None:
         """Update these parameters of the optimizer's group ``index`` from now on, with the states that they have."""

@@ -14,6 +14,7 @@ from gemini.telemetry.starts import ranks_of
 
 TAIL_BYTES = 256 << 10
 """Of each rank's file: what a process at rest says of itself every half a minute lies in there."""
+_MOST_REASONS = 3
 MOST_STEPS = 48
 """Of each rank: those of ten seconds. There may be many ranks, and they are looked at every second."""
 
@@ -87,16 +88,23 @@ class Ranks:
         bad = sorted((view for view in self.views if view.status is status), key=lambda view: view.seen or 0.0)
         parts = []
         if status is RunStatus.CRASHED:
-            # The others fail because of the first one, and some time later.
+            # The others fail because of the first one, and later; which it was within a heartbeat, nobody can tell.
             first = [view for view in bad if (view.seen or 0.0) - (bad[0].seen or 0.0) <= HEARTBEAT_SECONDS]
             last = [view for view in bad if view not in first]
-            parts += [_told("crashed", first), f"then {ranks_text(last)}" if last else ""]
-        elif bad[0].reason:
+            reasons = list(dict.fromkeys(view.reason for view in first))[:_MOST_REASONS]
+            parts += [_told("crashed", [view for view in first if view.reason == reason]) for reason in reasons]
+            parts.append(f"then {ranks_text(last)}" if last else "")
+        elif status is RunStatus.RUNNING:
+            elsewhere = [view for view in bad if view.reason]
+            parts.append(f"{ranks_text(elsewhere)} judged by heartbeat" if elsewhere else "")
+        elif status is not RunStatus.FINISHED:
             parts.append(_told(status.value, bad))
-        others = [view for view in self.views if view.status is not status]
-        if status is not RunStatus.RUNNING or any(view.status is RunStatus.UNKNOWN for view in others):
-            for other, views in groupby(sorted(others, key=_by_status), key=_by_status):
+        others = sorted((view for view in self.views if view.status is not status), key=_by_status)
+        for other, views in groupby(others, key=_by_status):
+            if status is not RunStatus.RUNNING:
                 parts.append(f"{ranks_text(list(views))} {other}")
+            elif other == RunStatus.UNKNOWN.value:
+                parts.append(_told(other, list(views)))
         return "; ".join(part for part in parts if part)
 
     @property

@@ -1,6 +1,7 @@
 """Entry of the command: options in, an exit code out, one readable line for what went wrong."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -8,8 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from gemini.errors import GeminiError
+from gemini.initialize import launch_from_torch
 from gemini.train.job import run
 from gemini.train.options import Options, parse
+from gemini.train.ranks import Ranks
 from gemini.train.report import Report
 
 INTERRUPTED = 130
@@ -21,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code."""
     options = parse(arguments)
     try:
-        code, content = run(options, Report(sys.stderr if options.json else sys.stdout))
+        launch_from_torch({})
+        is_first = Ranks.here().is_first
+        with open(os.devnull, "w") as nowhere:
+            output = sys.stderr if options.json else sys.stdout
+            code, content = run(options, Report(output if is_first else nowhere))
     except KeyboardInterrupt:
         return _fail(options, INTERRUPTED, "interrupted; no checkpoint was written")
     except Exception as error:
@@ -29,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # A ValueError says that what was asked for makes no sense; the rest, that it could not be done here.
         return _fail(options, 2 if isinstance(error, ValueError | NotImplementedError) else 1, _message(error))
-    if options.json:
+    if options.json and is_first:
         print(json.dumps(content, indent=2))
     return code
 

@@ -68,15 +68,16 @@ def _train_and_report(
     report.heading("result")
     if session.losses:
         report.facts(_outcome(session, stats, seconds, speed))
-    checkpoint = options.checkpoint_folder
-    with report.working("writing the checkpoint"):
-        session.save(checkpoint)
-    report.facts([("checkpoint", f"{checkpoint} (transformers' GPT2LMHeadModel loads it)")])
+    checkpoint, is_first = options.checkpoint_folder, session.ranks.is_first
+    if is_first:  # the others serve it meanwhile, and stay until it has all
+        with report.working("writing the checkpoint"):
+            session.save(checkpoint)
+        report.facts([("checkpoint", f"{checkpoint} (transformers' GPT2LMHeadModel loads it)")])
     sample = None
-    if interrupt.signal is None and options.sample_length:
+    if is_first and interrupt.signal is None and options.sample_length:
         sample = _sample(session, report)
     run_folder = _end_telemetry(session, stats)
-    if interrupt.signal is None and run_folder is not None:
+    if is_first and interrupt.signal is None and run_folder is not None:
         report.heading("gemini-stat")
         _show_dashboard(run_folder, options)
     if interrupt.signal is not None:
@@ -94,14 +95,18 @@ def _train(
     report.heading("training")
     if session.step >= options.steps:
         report.line(f"{options.resume} has taken {session.step} steps already; --steps asks for more", "yellow")
-    tokens_per_step = options.batch_size * options.seq_len
+    ranks, stops = session.ranks, False
+    tokens_per_step = options.batch_size * options.seq_len * ranks.count
     begin = time.monotonic()
     with interrupt, Progress(report, session.step, options.steps, tokens_per_step) as progress:
-        while session.step < options.steps and interrupt.signal is None:
-            batch = corpus.batch(options.seed, session.step, options.batch_size, options.seq_len)
+        while session.step < options.steps and not stops:
+            number = session.step * ranks.count + ranks.rank
+            batch = corpus.batch(options.seed, number, options.batch_size, options.seq_len)
             progress.update(session.train_step(*batch))
             if on_step is not None:
                 on_step(session)
+            # A signal may come to the ranks in different steps; they end after the same one.
+            stops = ranks.mean(float(interrupt.signal is not None), session.device) > 0
         boosted(session.model).manager.settle()  # the last updates are part of the work
         end = time.monotonic()
         return end - begin, progress.tokens_per_second(end)

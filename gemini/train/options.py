@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add(model, "--hidden", _positive, "N", "width; a multiple of the heads")
     add(model, "--heads", _positive, "N", "attention heads")
     add(model, "--seq-len", _positive, "N", "bytes a sequence")
-    add(model, "--batch-size", _positive, "N", "sequences a step")
+    add(model, "--batch-size", _positive, "N", "sequences a step, on each rank")
     add(model, "--steps", _positive, "N", "steps in all")
     add(model, "--lr", _rate, "X", "highest learning rate; warms up, then falls along a cosine")
     add(model, "--seed", _natural, "N", "of the weights and of the order of the data")

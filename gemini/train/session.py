@@ -23,6 +23,7 @@ from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
 from gemini.train.model import GPT2LMHeadModel
 from gemini.train.options import STATE_FILE, Options, read_state
+from gemini.train.ranks import Ranks
 
 _STATE_BYTES = 12  # master, exp_avg and exp_avg_sq, fp32 each
 _COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -42,7 +43,8 @@ class Session:
     step: int = 0
     """Steps taken, those of the run that was resumed included."""
     losses: list[float] = field(default_factory=list)
-    """One a step, as ``step``."""
+    """One a step, as ``step``: the mean over ranks."""
+    ranks: Ranks = field(default_factory=Ranks.here)
 
     @property
     def device(self) -> torch.device:
@@ -78,13 +80,13 @@ class Session:
         return sources
 
     def train_step(self, tokens: torch.Tensor, targets: torch.Tensor) -> float:
-        """Forward, backward and an optimizer step; the loss."""
+        """Forward, backward and an optimizer step on this rank's batch; the mean of the ranks' losses."""
         loss = self.model(tokens.to(self.device), targets.to(self.device))
         self.booster.backward(loss, self.optimizer)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        value = float(loss.detach())
+        value = self.ranks.mean(float(loss.detach()), self.device)
         self.step += 1
         self.losses.append(value)
         return value
@@ -151,6 +153,7 @@ def build(options: Options, offload_dir: Path) -> Session:
         host_memory=host_memory,
         disk_memory=options.disk_memory,
         offload_dir=offload_dir,
+        gradient_reduction="mean",
     )
     booster = Booster(plugin=plugin)
     model, optimizer, _, _, schedule = booster.boost(model, optimizer, lr_scheduler=schedule)

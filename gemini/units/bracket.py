@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..torch_private import COMPILED_CALL, is_traced, never_compiled
+from ..torch_private import COMPILED_CALL, never_compiled
 from .attached import Attached
 
 Before = Callable[[nn.Module, Any, Any], Any]
@@ -63,7 +63,7 @@ def refuse_compilation() -> None:
     """
     if torch.compiler.is_compiling():
         _raise_uncompiled()
-    if is_traced():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace was called on a boosted model, or a part of one, whose parameters move between calls: "
             "trace a plain model that has loaded model.state_dict()"

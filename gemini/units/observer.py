@@ -122,20 +122,17 @@ def _collect(value: Any, depth: int, found: list[Tensor]) -> None:
     if isinstance(value, torch.Tensor):
         found.append(value)
     elif isinstance(value, _COLLECTIONS):
-        for item in value:
+        for item in value.values() if isinstance(value, dict) else value:
             if isinstance(item, torch.Tensor):
                 found.append(item)
             else:
                 _collect(item, depth, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _collect(item, depth, found)
     elif depth and not isinstance(value, _WITHOUT_TENSORS):
         for name in _attributes(value):
             _collect(getattr(value, name, None), depth - 1, found)
 
 
-_COLLECTIONS = (list, tuple, set, deque)
+_COLLECTIONS = (list, tuple, set, deque, dict)
 _WITHOUT_TENSORS = (str, bytes, int, float, complex, type, nn.Module, FunctionType, MethodType, ModuleType, type(None))
 
 

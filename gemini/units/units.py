@@ -81,11 +81,6 @@ class Visit:
         self.input_nodes, self.results = (), None
 
     @property
-    def is_beyond(self) -> bool:
-        """True if it needs more than its unit's own chunks because it runs without gradients."""
-        return bool(self.extra) and self.extra is self.unit.without_gradients
-
-    @property
     def chunks(self) -> tuple[Chunk, ...]:
         """Chunks that must be on DEVICE while it is open."""
         return (*self.unit.chunks, *self.extra) if self.extra else self.unit.chunks

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..chunk import Chunk, ChunkManager
+from ..tensor_parallel import whole_norms
 
 Found = tuple[Chunk, int]
 """A gradient that is there, by its chunk and its position in it."""
@@ -34,9 +35,11 @@ def total_norm(manager: ChunkManager, parameters: Iterable[Tensor], order: float
     """The norm of the gradients of these parameters together, fp32 on CPU.
 
     One norm a parameter, then the norm of the norms, in the order of the parameters: torch does the same, so the result
-    is bit-equal to ``torch.nn.utils.clip_grad_norm_``'s, which depends on their order, too.
+    is bit-equal to ``torch.nn.utils.clip_grad_norm_``'s, which depends on their order, too. Of tensors that are sharded
+    it is the norm of the whole.
     """
-    norms = [norm for parameter in parameters if (norm := _norm_of(manager, parameter, order)) is not None]
+    found = [(p, norm) for p in parameters if (norm := _norm_of(manager, p, order)) is not None]
+    norms = whole_norms([parameter for parameter, _ in found], [norm for _, norm in found], order)
     total: Tensor = (
         torch.linalg.vector_norm(torch.stack(norms), order)
         if norms

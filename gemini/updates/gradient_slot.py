@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..chunk import QUIET, Chunk, Gradient
+from ..chunk import QUIET, Chunk, Gradient, SharedGradient
 from ..errors import StateError
 from .absent_gradient import AbsentGradient
 
@@ -141,16 +141,20 @@ class GradientSlot:
             SHOWN or READ.
         """
         self.chunk.settle()  # the last step may still be reading the buffer (when gradients were not zeroed)
-        if is_whole or not self.is_present:
-            self.buffer.part_with(self.position)
+        buffer, position = self.buffer, self.position
+        if is_whole or position not in buffer.present:
+            buffer.part_with(position)
         if is_whole:
-            self.buffer.write(self.position, gradient)
+            buffer.write(position, gradient)
         else:
-            self.buffer.add(self.position, gradient)
+            buffer.add(position, gradient)
         self._show(state)
 
     def make_way(self) -> None:
         """Before autograd adds to ``p.grad``: a stand-in cannot be added to."""
+        if isinstance(self.buffer, SharedGradient):
+            self._make_way_for_all(self.buffer)
+            return
         if self._shown is None or self._shown is not self.stand_in:
             return
         gradient = self.content
@@ -160,6 +164,18 @@ class GradientSlot:
             self.forget()
         else:
             return  # the user's tensor: autograd adds to it, and `take` has the whole
+        self._end(GradState.ABSENT)
+
+    def _make_way_for_all(self, shared: SharedGradient) -> None:
+        """As `make_way` where several ranks add to what the user has put there."""
+        gradient, shown = self.content, self._shown
+        if gradient is None:
+            if shown is not None:
+                shared.forget(self.position)
+        else:
+            self._set(None)
+            if gradient is not shown:
+                shared.begin_with(self.position, gradient.detach())
         self._end(GradState.ABSENT)
 
     # -- between backward and step
@@ -197,7 +213,11 @@ class GradientSlot:
             (gradient if gradient.grad_fn is None else gradient.detach_()).zero_()
         elif self.is_present:
             view = self.chunk.bindings[self.position].view
-            self.buffer.write(self.position, torch.zeros((), dtype=view.dtype).expand(view.shape))
+            zeros = torch.zeros((), dtype=view.dtype).expand(view.shape)
+            if isinstance(self.buffer, SharedGradient):
+                self.buffer.begin_with(self.position, zeros)
+            else:
+                self.buffer.write(self.position, zeros)
 
     def copy_in_reach(self) -> None:
         """Put a copy into ``p.grad`` in place of the stand-in; it counts as the user's own tensor would."""

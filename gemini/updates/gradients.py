@@ -20,6 +20,7 @@ from collections.abc import Container, Sequence, Set
 from torch import Tensor
 
 from ..chunk import QUIET, Chunk, ChunkManager
+from ..tensor_parallel import is_sharded
 from .absent_gradient import BOOST_WITHOUT, AbsentGradient
 from .gradient_slot import GradientSlot
 
@@ -72,11 +73,13 @@ class Gradients:
     def _stand_in(self, chunk: Chunk, position: int, parameter: Tensor) -> AbsentGradient | None:
         """What is shown in the place of a gradient; None where it can be shown itself."""
         assert chunk.gradient is not None
+        if is_sharded(parameter):
+            return AbsentGradient.of(parameter, "it is this rank's part of the gradient of a DTensor")
         view, buffer = chunk.gradient.view(position), chunk.gradient.buffer
         if view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device):
             return None
         assert buffer is not None
-        if not chunk.is_whole:
+        if chunk.is_shared:
             return AbsentGradient.of(parameter, "it is summed over the processes that train the model together")
         where = buffer.tier.value if buffer.tensor is None else str(buffer.tensor.device)
         return AbsentGradient.of(parameter, f"it is kept on {where}, and the parameter is on {parameter.device}")
@@ -87,6 +90,12 @@ class Gradients:
         """Raise if a backward would add to a gradient that is used up."""
 
     # -- between backward and step
+
+    @property
+    def have_changed(self) -> bool:
+        """True if the user has put something into ``p.grad`` that is to be taken over."""
+        with QUIET():
+            return any(slot.is_replaced for slots in self._of_chunk.values() for slot in slots)
 
     def collect(self, consumed: Container[Chunk]) -> None:
         """Take over what the user has done to ``p.grad`` since.
@@ -142,7 +151,7 @@ class Gradients:
         if slot is None:
             return
         self.reveal(slot.chunk)
-        is_elsewhere = self.may_be_copied and slot.stand_in is not None
+        is_elsewhere = self.may_be_copied and slot.stand_in is not None and not is_sharded(parameter)
         if is_elsewhere and slot.is_present and slot.content is slot.stand_in:
             if self._manager.eviction.headroom() >= slot.parameter.nbytes:
                 slot.copy_in_reach()

@@ -113,7 +113,7 @@ class Block:
 
     def at_home(self, name: str) -> slice:
         """Where a buffer has the elements of this block."""
-        return self.update.chunk.part(name, self.start, self.stop)
+        return self.update.chunk.plan.part(name, self.start, self.stop)
 
     def within(self, name: str, start: int, stop: int) -> slice:
         """What there is for these elements in a tensor that begins with a block of those that share a value."""

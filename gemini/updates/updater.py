@@ -140,7 +140,7 @@ class Updater:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
         if chunk.full_is_home or not chunk.is_resident:
             return None
-        if (refresh or chunk.is_lent) and chunk.update_reaches_full:
+        if (refresh or chunk.is_lent) and chunk.plan.update_reaches_full:
             if chunk.state is ChunkState.FETCHING:
                 self._manager.pin(chunk)
                 chunk.unpin()
@@ -168,9 +168,9 @@ class Updater:
             chunk = each.chunk
             if chunk.pins or chunk.is_lent or (chunk.is_split and chunk.loan is not None):
                 chunk.settle()
-                if chunk.loan is not None:
-                    chunk.loan.remember_all()
                 if each.update.out is None and chunk.is_resident and not chunk.full_is_home:
                     self._manager.full_copies.fill_again(chunk)  # the update could not write through to it
+                if chunk.loan is not None:
+                    chunk.loan.remember_all()
             elif chunk.gradient is not None and chunk.gradient.is_held:
                 chunk.settle()

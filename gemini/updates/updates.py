@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence, Set
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Tier
+from ..chunk import Chunk, ChunkManager, Tier, all_or_none
 from ..errors import RankError
 from ..nn.optimizer.managed import ManagedOptimizer
 from .gradients import Gradients
@@ -85,6 +85,15 @@ class Updates:
         self.backward_begins(task)  # a parameter that the loss itself uses comes before any unit
         return self.schedule.gradient_arrived(chunk, position)
 
+    def contribute(self, parameters: Sequence[Tensor]) -> None:
+        """Have gradients that came before these parameters were followed be this rank's part of the sums.
+
+        What several backwards have added to them is one term then.
+        """
+        for slot in map(self.gradients.slot, parameters):
+            if slot.chunk.is_shared and (arrival := slot.take(leaves_theirs=False)) is not None:
+                slot.put(*arrival)
+
     def update(self, chunk: Chunk, refresh: bool) -> None:
         """Update a chunk that the schedule has named.
 
@@ -126,12 +135,15 @@ class Updates:
         """
         device = self._manager.device
         device.synchronize()
-        self.gradients.collect(self.schedule.updated_early)
+        together, early = self._manager.together, self.schedule.updated_early
         try:
-            self._manager.together.collect_gradients(doing)
+            has_changed = together.collect_gradients(doing, self.gradients.have_changed)
         except RankError:
             self.drop()
             raise
+        if has_changed:  # no rank reads gradients of others before it, and none reads old ones after it
+            with all_or_none(together.communicator, f"the changed gradients of {doing}"):
+                self.gradients.collect(early)
         chunks = [c for c in self._manager.chunks if c.gradient is not None and c.gradient.present]
         device.synchronize()  # what the user replaced, or other owners have sent, may be on its way
         for chunk in chunks:
@@ -143,6 +155,7 @@ class Updates:
         self._updater.start(planned)
         for each in planned:
             self.gradients.hand_over(each.chunk)
+        self._manager.together.communicator.advance()  # those who hold memory are to see what other owners update, too
         self._updater.wait_for_holders(planned)
 
     def after_step(self) -> None:
@@ -191,7 +204,8 @@ class Updates:
 
     def zero(self, parameters: Set[int] | None = None) -> None:
         """Fill gradients with zeros; those of all parameters, or of these (ids)."""
-        self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
+        if self._manager.together.communicator.owner.count == 1:
+            self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
         self.gradients.zero(parameters)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-REST_SECONDS = 1.0
-"""Longer than any OpenMP runtime spins unless it was told to."""
+REST_SECONDS = 10.0
+"""Longer than any OpenMP runtime spins unless it was told to, also where other programs want the cores."""
 
 
 def timed(action: Callable[[], object]) -> Callable[[], float]:

@@ -1,11 +1,14 @@
 """The examples run as their README says, and learn something."""
 
+import json
 import os
 import re
 import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,11 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SEVERAL_RANKS = False
-"""Whether models can be boosted in several ranks. The only line to change when they can."""
-
 # Small enough for seconds, long enough to learn.
 GPT = ("gpt_gemini", "--train_step", "12", "--batch_size", "4", "--seq_len", "64")
 BERT = ("bert_finetune", "--num_epochs", "3", "--hidden_size", "64", "--learning_rate", "0.002")
 LLAMA = ("llama_pretrain", "--num_steps", "8", "--batch_size", "2", "--max_length", "64")
+LLAMA_FP32 = (*LLAMA, "--precision", "fp32")
 LEAST_FALL = {GPT: 0.5, BERT: 0.1, LLAMA: 0.5}
 
 in_its_own_process = pytest.mark.own_process(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -99,37 +100,59 @@ def test_where_llama_keeps_its_model_makes_no_difference(tmp_path: Path, capfd: 
     assert disk_peaks[0] == 0 < disk_peaks[1]
 
 
-@pytest.mark.skipif(not SEVERAL_RANKS, reason="models cannot be boosted in several ranks yet")
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("example", LEAST_FALL, ids=lambda example: example[0])
-def test_an_example_runs_in_two_ranks_and_its_loss_falls(example: tuple[str, ...]) -> None:
-    check_it_learns(example, torchrun(*example))
+@pytest.fixture
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> "TwoRanks":
+    return _two_ranks(tmp_path_factory.getbasetemp() / "checkpoint of two ranks")
 
 
-@pytest.mark.skipif(not SEVERAL_RANKS, reason="models cannot be boosted in several ranks yet")
-@pytest.mark.timeout(240)
-def test_llama_in_two_ranks_has_the_losses_of_one_that_accumulates(capfd: pytest.CaptureFixture[str]) -> None:
-    one = torchrun(*LLAMA, "--precision", "fp32", "--accumulation_steps", "2", ranks=1)
-    assert losses(torchrun(*LLAMA, "--precision", "fp32")) == losses(one)
+@cache  # not a fixture of the module: in a process of their own, tests are set up one by one
+def _two_ranks(checkpoint: Path) -> "TwoRanks":
+    return TwoRanks(checkpoint)
 
 
-def torchrun(script: str, *arguments: str, ranks: int = 2) -> str:
-    """What the ranks of a script write together."""
+class TwoRanks:
+    """What two ranks write that torchrun starts, for all tests at once."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        saved = (*LLAMA_FP32, "--num_steps", "5", "--save_dir", str(checkpoint))
+        runs = (*LEAST_FALL, LLAMA_FP32, saved)
+        self.checkpoint = checkpoint
+        self.written = dict(zip(runs, torchrun(runs), strict=True))
+
+
+def torchrun(runs: Sequence[tuple[str, ...]]) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--master-addr", "127.0.0.1", "--master-port", str(port)),
-            str(EXAMPLES / f"{script}.py"),
-            *arguments,
+            *(str(Path(__file__).with_name("child_examples.py")), json.dumps(runs)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stdout
-    return done.stdout
+    return re.split(r"== run \d+\n", done.stdout)[1:]
+
+
+@in_its_own_process
+@pytest.mark.parametrize("example", LEAST_FALL, ids=lambda example: example[0])
+def test_an_example_runs_in_two_ranks_and_its_loss_falls(example: tuple[str, ...], two_ranks: TwoRanks) -> None:
+    check_it_learns(example, two_ranks.written[example])
+
+
+@in_its_own_process
+def test_llama_in_two_ranks_is_llama_that_accumulates_and_either_goes_on_for_the_other(
+    two_ranks: TwoRanks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = (*LLAMA_FP32, "--accumulation_steps", "2")
+    straight = losses(run(capfd, *one))
+    assert losses(two_ranks.written[LLAMA_FP32]) == straight
+    then = run(capfd, *one, "--load", two_ranks.checkpoint)
+    assert "Going on from step 5" in then
+    assert losses(then) == straight[5:]

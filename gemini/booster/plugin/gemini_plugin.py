@@ -47,7 +47,8 @@ class GeminiPlugin(Plugin):
     max_prefetch
         How many chunks may be on their way ahead of use.
     shard_param_frac
-        Accepted: on one rank there is nothing to shard.
+        Accepted: masters and states are sharded always; full copies stay while there is room for them, as with 0, and
+        are gathered anew where there is not, as with 1.
     offload_optim_frac, offload_param_frac
         With ``"static"``: share of the bytes of homes (of full copies) kept off the device, exact to one chunk.
     warmup_non_model_data_ratio, steady_cuda_cap_ratio
@@ -87,8 +88,11 @@ class GeminiPlugin(Plugin):
         with fp32 states in bf16; then parameters must not be changed in place between steps (an error says so, but not
         of changes through ``p.data``, which must be assigned to).
     process_group
-        The ranks that train the model together: a group, or a one-dimensional ``DeviceMesh``; None for all of them.
-        Each keeps a part of every chunk. All build the same model, call `Booster.boost`, and take the same steps.
+        The ranks that train the model together: a group, or a ``DeviceMesh`` of one dimension, or of two (replicate,
+        shard); None for all of them. All build the same model, call `Booster.boost`, and take the same steps.
+    hybrid_shard_size
+        How many ranks, one after the other, share one model, each with a part of every chunk: those of one machine,
+        say. Others keep it once more, and only gradients travel between them. None: all share one. 1: each keeps all.
     gradient_reduction
         ``"sum"`` (default): several ranks give the bits of one process that accumulates all their batches. ``"mean"``
         divides by the number of ranks, as DDP, FSDP and ColossalAI do.
@@ -181,9 +185,10 @@ class GeminiPlugin(Plugin):
         )
         if gradient_reduction not in ("sum", "mean"):
             raise ValueError(f"gradient_reduction must be 'sum' or 'mean', got {gradient_reduction!r}")
-        if hybrid_shard_size is not None:
-            raise NotImplementedError("hybrid_shard_size is to come; leave it at None, all ranks share one model then")
-        self.process_group = group_of(process_group)
+        if hybrid_shard_size is not None and hybrid_shard_size < 1:
+            raise ValueError(f"hybrid_shard_size must be 1 or more, got {hybrid_shard_size}")
+        self.process_group, of_mesh = group_of(process_group)
+        self.hybrid_shard_size = hybrid_shard_size if hybrid_shard_size is not None else of_mesh
         self.gradient_reduction = gradient_reduction
         if update_in_backward and enable_gradient_accumulation:
             raise ValueError(
@@ -249,18 +254,11 @@ class GeminiPlugin(Plugin):
 
     def join_ranks(self) -> Communicator:
         """The communicator of one boosted model: all ranks of the process group call this at once."""
-        return join(self.process_group, self.gradient_reduction)
+        return join(self.process_group, self.hybrid_shard_size, self.gradient_reduction)
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """See `Booster.backward`."""
-        self._step_of(optimizer).backward(loss)
-
-    @staticmethod
-    def _step_of(optimizer: Optimizer) -> ChunkedStep:
-        step = getattr(optimizer, "_managed", None)
-        if not isinstance(step, ChunkedStep):
-            raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
-        return step
+        _step_of(optimizer).backward(loss)
 
     def no_sync(
         self, model: nn.Module | None = None, optimizer: Optimizer | None = None
@@ -276,7 +274,7 @@ class GeminiPlugin(Plugin):
         if model is not None:
             return boosted(model).manager.together.communicator.no_sync()
         if optimizer is not None:
-            return self._step_of(optimizer).manager.together.communicator.no_sync()
+            return _step_of(optimizer).manager.together.communicator.no_sync()
         raise TypeError("with several ranks no_sync needs the model or the optimizer: booster.no_sync(model)")
 
     def prepare_dataloader(
@@ -333,6 +331,13 @@ class GeminiPlugin(Plugin):
             distributed_sampler_cls=distributed_sampler_cls,
             **kwargs,
         )
+
+
+def _step_of(optimizer: Optimizer) -> ChunkedStep:
+    step = getattr(optimizer, "_managed", None)
+    if not isinstance(step, ChunkedStep):
+        raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
+    return step
 
 
 def _refuse_foreign(**asked: tuple[bool, str]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gemini.planning.planner import Actions, Plan, Planner
-from gemini.planning.trace import Moment, Phase, Trace, TraceRecorder
+from gemini.planning.trace import Moment, Phase, Trace
 
 
 def trace_of(moments: Sequence[Sequence[int]]) -> Trace:
@@ -224,11 +224,5 @@ def test_a_trace_of_thousands_of_moments_is_planned_soon(kind: str) -> None:
 # -- the trace
 
 
-def test_the_recorder_hands_over_what_it_saw_and_starts_anew() -> None:
-    recorder = TraceRecorder()
-    moments = trace_of([[3, 1], [2], [1]]).moments
-    for moment in moments:
-        recorder.add(moment)
-    trace = recorder.take()
-    assert trace.moments == moments and trace.first_uses() == (1, 3, 2)
-    assert recorder.take() == Trace(())
+def test_a_trace_says_in_which_order_chunks_are_first_used() -> None:
+    assert trace_of([[3, 1], [2], [1]]).first_uses() == (1, 3, 2)

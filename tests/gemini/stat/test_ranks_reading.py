@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +119,23 @@ def test_an_uncaught_exception_of_one_rank_is_told_with_its_text() -> None:
         assert read_ranks(run).reason == said
 
 
+def test_the_error_of_one_rank_is_told_beside_the_end_of_those_that_it_took_along() -> None:
+    body = "sys.stdin.readline()\nif sys.argv[1] == '1': raise ValueError('no such expert')\nsys.stdin.read()"
+    with rank_processes(3, body) as children:
+        run = folder_of(children)
+        assert children[1].stdin is not None
+        children[1].communicate("go on\n", timeout=30)
+        for child in (children[0], children[2]):
+            child.terminate()
+            child.wait(30)
+    now = time.time()
+    for rank in range(3):
+        os.utime(lock_file(run, rank), (now, now))
+    told = read_ranks(run).reason
+    assert "rank 1 crashed: ValueError: no such expert" in told
+    assert "ranks 0, 2 crashed: its process is gone and wrote no end" in told
+
+
 def test_the_straggler_is_the_rank_with_the_longest_time_of_its_own(writers: list[TelemetryWriter]) -> None:
     found = read_ranks(folder(writers)).straggler
     assert found is not None
@@ -176,10 +194,12 @@ def test_a_rank_of_another_machine_is_judged_by_its_own_heartbeat(writers: list[
     lines = records_file(run, 3).read_text().splitlines(keepends=True)
     records_file(run, 3).write_text("".join(line for line in lines if '"type":"end"' not in line))
     assert "on host elsewhere, judged by its heartbeat" in read_run(run, 3).reason
+    found = read_ranks(run)
+    assert (found.status, found.reason) == (RunStatus.RUNNING, "rank 3 judged by heartbeat")
     os.utime(lock_file(run, 3), (1, 1))
     found = read_ranks(run)
     assert found.status is RunStatus.RUNNING
-    assert found.reason == "rank 3 unknown"
+    assert found.reason.startswith("rank 3 unknown: on host elsewhere, whose last heartbeat is ")
     assert len(found.hosts) == 2
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from limited import limited, outcome
 
-from gemini.chunk import ChunkLayout, Ledger, MemoryMap, RamBackend, Slot, Tier
+from gemini.chunk import ChunkLayout, Ledger, MemoryMap, RamBackend, Slot, Tier, gradient_pool
 from gemini.chunk.eviction import Eviction
 from gemini.chunk.full_copies import FullCopies
 from gemini.chunk.gradient import GradientBuffer
@@ -108,6 +108,24 @@ def test_memory_is_lent_again_when_the_update_is_over_and_not_before() -> None:
     assert float(second.read(0).sum()) == 2.0 * 224 and float(third.read(0).sum()) == 3.0 * 224
     assert third.buffer is not None and third.buffer.tensor is not None
     assert float(third.buffer.tensor[224:].abs().sum()) == 0.0  # what no slot covers
+    backend.close()
+
+
+@pytest.mark.parametrize(("longest", "kept"), [(1024, 1024), (1023, 0)])
+def test_a_large_block_goes_back_to_the_system_when_it_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, longest: int, kept: int
+) -> None:
+    monkeypatch.setattr(gradient_pool, "KEPT_NBYTES", longest)
+    lender, backend = pool(1024)
+    chunk, use = gradient(lender, backend, 0), Use()
+    fill(chunk, 1.0)
+    lender.retire(chunk, use)
+    chunk.clear()
+    assert lender.blocks_nbytes == 1024  # the update still reads it
+    lender.take_all_back()
+    assert use.is_over and lender.blocks_nbytes == kept
+    fill(chunk, 2.0)
+    assert float(chunk.read(0).sum()) == 2.0 * 224 and lender.growths == 0
     backend.close()
 
 
