@@ -124,14 +124,18 @@ class Communicator(Protocol):
         Raises
         ------
         RankError
-            If an owner does something else or is gone, or its backward failed: the gradients are worth nothing then.
+            If an owner does something else or is gone, or its backward failed: the gradients are worth nothing then,
+            and each owner has to drop them.
         """
 
     def wait_for_sums(self, chunk: int) -> None:
         """Wait until the gradients of our own backwards so far have been summed here, with those of the others."""
 
-    def forget_gradients(self, failure: str = "") -> None:
-        """All gradients have been dropped. ``failure`` says why, if a backward failed."""
+    def forgetting_gradients(self, failure: str = "") -> AbstractContextManager[None]:
+        """A context in which the caller drops all gradients, and nothing is added to any.
+
+        ``failure`` says why, if a backward failed.
+        """
 
     def agree(self, doing: str, word: Word = None) -> Sequence[Word]:
         """Wait until all owners are about to do the same. Returns what each of them has to say, in their order.
@@ -196,8 +200,8 @@ class SingleProcess:
     def wait_for_sums(self, chunk: int) -> None:
         pass
 
-    def forget_gradients(self, failure: str = "") -> None:
-        pass
+    def forgetting_gradients(self, failure: str = "") -> AbstractContextManager[None]:
+        return nullcontext()
 
     def agree(self, doing: str, word: Word = None) -> Sequence[Word]:
         return [word]

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from gemini.errors import OutOfMemory
+from gemini.errors import OutOfMemory, RankError
 
 from .buffer import Buffer, MemoryBuffer
 from .eviction import Eviction
@@ -194,6 +194,8 @@ class GradientPool:
             try:
                 self._in_update[0][2].wait()
                 break
+            except RankError:
+                raise  # it has waited for other ranks as long as it may
             except Exception as error:
                 if attempt == WAITS:
                     raise

@@ -1,13 +1,12 @@
 """What the first rank does alone, and the others wait for: writing files."""
 
 import threading
-import time
 from collections.abc import Callable
 
 from ..errors import RankError
-from .farewell import Farewell
-from .mailbox import PING_SECONDS, Mailbox
+from .mailbox import Mailbox
 from .messages import Finished
+from .patience import Patience
 
 
 class Errands:
@@ -17,20 +16,21 @@ class Errands:
     ----------
     mailbox
         Brings the word.
-    farewell
-        Knows who has ended.
+    patience
+        Waits for it.
     """
 
-    def __init__(self, mailbox: Mailbox, farewell: Farewell) -> None:
+    def __init__(self, mailbox: Mailbox, patience: Patience) -> None:
         self._mailbox = mailbox
-        self._farewell = farewell
+        self._patience = patience
         self._changed = threading.Condition()
-        self._finished: dict[str, str] = {}
+        self._finished: dict[str, list[str]] = {}
+        """What has been done, and how often: each time with why not, or nothing."""
 
     def received(self, letter: Finished) -> None:
         """Take in a letter."""
         with self._changed:
-            self._finished[letter.what] = letter.error
+            self._finished.setdefault(letter.what, []).append(letter.error)
             self._changed.notify_all()
 
     def finish(self, what: str, error: str) -> None:
@@ -45,23 +45,17 @@ class Errands:
         RankError
             If it has failed, or is gone.
         """
-        name, seconds = self._mailbox.names[0], self._mailbox.timeout.total_seconds()
-        last_signs, deadline = signs_of_life(), time.monotonic() + seconds
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: what in self._finished, PING_SECONDS)
-                error = self._finished.pop(what, None)
-            if error is not None:
-                if error:
-                    raise RankError(f"{name} failed in {what}: {error}")
-                return
-            if (reason := self._farewell.reason(0)) is not None:
-                raise RankError(f"{name}, which does {what} for all ranks, has ended ({reason})")
-            self._mailbox.check([0])
-            if (signs := signs_of_life()) != last_signs:
-                last_signs, deadline = signs, time.monotonic() + seconds
-            if time.monotonic() > deadline:
-                raise RankError(
-                    f"{name}, which does {what} for all ranks, has not done so within {seconds:g} s: have it call the "
-                    "same"
-                )
+        name, seconds = self._mailbox.names[0], self._patience.seconds
+        self._patience.wait(
+            self._changed,
+            lambda: [] if self._finished.get(what) else [0],
+            lambda _: (
+                f"{name}, which does {what} for all ranks, has not done so within {seconds:g} s: have it call the same"
+            ),
+            lambda ended: f"{ended}, and was to do {what} for all ranks",
+            signs_of_life,
+        )
+        with self._changed:
+            error = self._finished[what].pop(0)
+        if error:
+            raise RankError(f"{name} failed in {what}: {error}")

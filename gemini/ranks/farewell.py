@@ -26,12 +26,15 @@ class Farewell:
     ----------
     mailbox
         Brings and takes goodbyes.
+    retire
+        Called when this rank is about to say goodbye.
     end
         Called when neither this rank nor any other needs anything.
     """
 
-    def __init__(self, mailbox: Mailbox, end: Callable[[], None]) -> None:
+    def __init__(self, mailbox: Mailbox, retire: Callable[[], None], end: Callable[[], None]) -> None:
         self._mailbox = mailbox
+        self._retire = retire
         self._end = end
         self._changed = threading.Condition()
         self._goodbyes: dict[int, str] = {}
@@ -101,6 +104,7 @@ class Farewell:
             if self._has_left:
                 return
             self._has_left = True
+        self._retire()
         for index in self._mailbox.others:
             try:
                 self._mailbox.post(index, Goodbye(reason))

@@ -65,6 +65,12 @@ class RoundEnd(Letter, frozen=True, tag="round"):
     """How many of this generation are."""
 
 
+class Pause(Letter, frozen=True, tag="pause"):
+    """I run no backward before we have all voted on this."""
+
+    number: int
+
+
 class Vote(Letter, frozen=True, tag="vote"):
     """I am about to do this, and wait until all are."""
 
@@ -98,7 +104,7 @@ class Goodbye(Letter, frozen=True, tag="goodbye"):
     reason: str
 
 
-AnyLetter = Request | Failure | Part | Received | RoundEnd | Vote | Withdrawal | Finished | Ping | Goodbye
+AnyLetter = Request | Failure | Part | Received | RoundEnd | Pause | Vote | Withdrawal | Finished | Ping | Goodbye
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(AnyLetter).decode

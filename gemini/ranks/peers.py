@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from weakref import ref
 
@@ -25,6 +25,7 @@ from .messages import (
     Finished,
     Goodbye,
     Part,
+    Pause,
     Ping,
     Received,
     Request,
@@ -32,6 +33,7 @@ from .messages import (
     Vote,
     Withdrawal,
 )
+from .patience import Patience
 from .reduction import Reduction
 from .service import Service
 from .votes import Votes
@@ -61,12 +63,13 @@ class Peers:
         self._source: Callable[[], Source | None] = _nothing
         self._failure = ""
         """Why a backward of ours has failed since the ranks last came together."""
-        self._farewell = Farewell(mailbox, self._end)
-        self._errands = Errands(mailbox, self._farewell)
-        self._votes = Votes(mailbox, self._farewell)
+        self._farewell = Farewell(mailbox, self._retire, self._end)
+        patience = Patience(mailbox, self._farewell)
+        self._errands = Errands(mailbox, patience)
+        self._votes = Votes(mailbox, patience)
         self._fetches = Fetches(mailbox, mailbox.index - self.owner.index)
         self._service = Service(mailbox)
-        self._reduction = Reduction(mailbox, self._answer)
+        self._reduction = Reduction(mailbox, patience, self._answer)
         mailbox.listen(self._received, self._farewell.is_over)
         self._farewell.begin()
 
@@ -83,7 +86,7 @@ class Peers:
                 self._answer()
             case Failure():
                 self._fetches.received(letter)
-            case Part() | Received() | RoundEnd():
+            case Part() | Received() | RoundEnd() | Pause():
                 self._reduction.received(sender, letter)
             case Vote() | Withdrawal():
                 self._votes.received(sender, letter)
@@ -91,6 +94,7 @@ class Peers:
                 self._errands.received(letter)
             case Goodbye():
                 self._farewell.received(sender, letter)
+                self._reduction.gone(sender)
                 self._votes.notice()
             case Ping():
                 pass
@@ -135,11 +139,16 @@ class Peers:
     def collect(self, doing: str, has_changed: bool) -> bool:
         reduction = self._reduction
         own: Word = [reduction.rounds, reduction.generation, self._failure, has_changed]
-        words = [tuple(word) for word in self.agree(doing, own) if isinstance(word, list)]
+        reduction.pause(self._votes.number)
+        try:
+            words = [tuple(word) for word in self.agree(doing, own) if isinstance(word, list)]
+        except RankError:
+            reduction.forget_until(reduction.generation + 1)  # as the others do, whether they had some or not
+            raise
         generations = [generation for _, generation, _, _ in words]
         failures = {index: failure for index, (_, _, failure, _) in enumerate(words) if failure}
         if failures or len(set(generations)) > 1:
-            reduction.forget(max(generations) + 1)
+            reduction.forget_until(max(generations) + 1)
             self._failure = ""
             raise RankError(self._why_in_vain(doing, failures, generations))
         reduction.come_to(max(rounds for rounds, _, _, _ in words))
@@ -151,7 +160,7 @@ class Peers:
         if failures:
             why = "; ".join(f"a backward failed on {names[index]}: {text}" for index, text in failures.items())
         else:
-            counts = ", ".join(f"{name} {count}" for name, count in zip(names, generations, strict=True))
+            counts = ", ".join(f"{name}: {count}" for name, count in zip(names, generations, strict=True))
             why = f"the ranks have dropped their gradients a different number of times ({counts})"
         return (
             f"{doing} has no gradients to work with: {why}. Nothing was changed, and the gradients of all ranks have "
@@ -161,10 +170,9 @@ class Peers:
     def wait_for_sums(self, chunk: int) -> None:
         self._reduction.wait_for_sums(chunk, self._reduction.rounds)
 
-    def forget_gradients(self, failure: str = "") -> None:
+    def forgetting_gradients(self, failure: str = "") -> AbstractContextManager[None]:
         self._failure = self._failure or failure
-        if self._reduction.has_some:
-            self._reduction.forget(self._reduction.generation + 1)
+        return self._reduction.forgetting()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -210,6 +218,10 @@ class Peers:
 
     def leave(self, close: Callable[[], None]) -> None:
         close_in_background(partial(self._farewell.leave, close))
+
+    def _retire(self) -> None:
+        """Our program is over, or our model is gone."""
+        self._reduction.gone(self._mailbox.index)
 
     def _end(self) -> None:
         self._service.close(END_SECONDS)

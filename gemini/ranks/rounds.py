@@ -8,6 +8,9 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+FOREVER = 1 << 60
+"""More than any number of rounds or votes."""
+
 
 class Rounds(Generic[Item]):
     """Holds contributions back until it is their turn.
@@ -46,6 +49,17 @@ class Rounds(Generic[Item]):
         self._ended[rank] = rounds
         return [(chunk, item) for chunk in self._next for item in self._advance(chunk)]
 
+    def come_to(self, rounds: int) -> list[Item]:
+        """All ranks go on from this round, and there is nothing else of those before. Returns what is to be summed."""
+        self._ended = [rounds] * self._ranks
+        found = [item for chunk in self._next for item in self._advance(chunk)]
+        self._next = dict.fromkeys(self._next, rounds * self._ranks)
+        return found
+
+    def late(self, rounds: int) -> list[int]:
+        """The ranks that have not ended so many rounds."""
+        return [rank for rank, ended in enumerate(self._ended) if ended < rounds]
+
     def held_back(self) -> list[Item]:
         """What has not been handed out."""
         return [item for turns in self._waiting.values() for items in turns.values() for item in items]
@@ -65,6 +79,6 @@ class Rounds(Generic[Item]):
             turn = self._next[chunk]
             if turn in waiting:
                 found += waiting.pop(turn)
-            elif self._ended[turn % self._ranks] <= turn // self._ranks:
+            elif not waiting or self._ended[turn % self._ranks] <= turn // self._ranks:
                 return found
             self._next[chunk] = turn + 1

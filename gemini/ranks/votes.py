@@ -10,16 +10,15 @@ Each rank sees what all have said and comes to the same conclusion. Where they d
 """
 
 import threading
-import time
 from collections.abc import Sequence
 
 import msgspec
 
 from ..chunk.communicator import Word
 from ..errors import RankError
-from .farewell import Farewell
-from .mailbox import PING_SECONDS, Mailbox
+from .mailbox import Mailbox
 from .messages import Vote, Withdrawal
+from .patience import Patience
 
 
 class Votes:
@@ -29,14 +28,14 @@ class Votes:
     ----------
     mailbox
         Brings them.
-    farewell
-        Knows who has ended.
+    patience
+        Waits for those of others.
     """
 
-    def __init__(self, mailbox: Mailbox, farewell: Farewell) -> None:
+    def __init__(self, mailbox: Mailbox, patience: Patience) -> None:
         self.number = 0
         self._mailbox = mailbox
-        self._farewell = farewell
+        self._patience = patience
         self._changed = threading.Condition()
         self._votes: dict[int, dict[int, Vote]] = {}
         """Number -> rank -> its vote."""
@@ -78,30 +77,23 @@ class Votes:
         return [msgspec.msgpack.decode(votes[index].word) for index in sorted(votes)]
 
     def _wait(self, number: int, doing: str) -> None:
-        deadline = time.monotonic() + self._mailbox.timeout.total_seconds()
-        while missing := self._missing(number):
-            for index in missing:
-                if (reason := self._farewell.reason(index)) is not None:
-                    raise RankError(
-                        f"{self._mailbox.names[index]} has ended ({reason}), and this rank is at {doing}, which all "
-                        "ranks do together. Have every rank do the same number of steps: give each the same number of "
-                        "batches (booster.plugin.prepare_dataloader does), or stop all at the shortest"
-                    )
-            if time.monotonic() > deadline:
-                names = ", ".join(self._mailbox.names[index] for index in missing)
-                raise RankError(
-                    f"{names} did not come to {doing} within {self._mailbox.timeout.total_seconds():g} s, the timeout "
-                    "of the process group. All ranks do this together: look for what only some ranks do, or give "
-                    "launch_from_torch a longer timeout"
-                )
-            with self._changed:
-                if self._missing(number) == missing:
-                    self._changed.wait(PING_SECONDS)
-            self._mailbox.check(missing)
+        seconds = self._patience.seconds
+        self._patience.wait(
+            self._changed,
+            lambda: self._missing(number),
+            lambda names: (
+                f"{names} did not come to {doing} within {seconds:g} s, the timeout of the process group. All ranks do "
+                "this together: look for what only some ranks do, or give launch_from_torch a longer timeout"
+            ),
+            lambda ended: (
+                f"{ended}, and this rank is at {doing}, which all ranks do together. Have every rank do the same "
+                "number of steps: give each the same number of batches (booster.plugin.prepare_dataloader does), or "
+                "stop all at the shortest"
+            ),
+        )
 
     def _missing(self, number: int) -> list[int]:
-        with self._changed:
-            there = {*self._votes.get(number, ()), *self._withdrawn.get(number, ())}
+        there = {*self._votes.get(number, ()), *self._withdrawn.get(number, ())}
         return [index for index in self._mailbox.others if index not in there]
 
     def _withdraw(self, number: int) -> None:

@@ -193,16 +193,25 @@ class ChunkedStep:
     ) -> Tensor:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
-        self._updates.collect("clip_grad_by_norm")
-        return self.scaling.clip(parameters, max_norm, norm_type, error_if_nonfinite)
+        doing = f"clip_grad_by_norm({max_norm}, norm_type={norm_type})"
+        self._updates.collect(doing)
+        norms: list[Tensor] = []
+        # No rank runs a backward, or forgets its gradients, until all have the norm of these.
+        with all_or_none(self.manager.together.communicator, f"the norm of {doing}", lambda: str(float(norms[0]))):
+            norms.append(self.scaling.norm(parameters, norm_type, error_if_nonfinite))
+        self.scaling.clip(norms[0], max_norm)
+        return norms[0]
 
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
         bound = value * self.scaling.scale
-        for chunk, position in find_gradients(self._updates.collect("clip_grad_by_value"), _parameters(optimizer)):
-            assert chunk.gradient is not None
-            chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
+        doing = f"clip_grad_by_value({value})"
+        found = find_gradients(self._updates.collect(doing), _parameters(optimizer))
+        with all_or_none(self.manager.together.communicator, f"the values of {doing}"):
+            for chunk, position in found:
+                assert chunk.gradient is not None
+                chunk.gradient.write(position, chunk.gradient.read(position).clamp_(-bound, bound))
         for parameters in self._plain_parameters(optimizer).values():
             torch.nn.utils.clip_grad_value_(parameters, bound)
 

@@ -131,12 +131,13 @@ class Gradients:
                 slot.zero()
 
     def drop(self, chunk: Chunk, parameters: Set[int] | None = None) -> None:
-        """Forget gradients of a chunk (of all its parameters, or of these, by id), and show them no more."""
+        """Show gradients of a chunk no more. Those of some parameters (ids) are forgotten; all, the caller forgets."""
         if parameters is None:
             self._withdrawn.discard(chunk)
         for slot in self._of_chunk.get(chunk, ()):
             if parameters is None or id(slot.parameter) in parameters:
                 slot.clear()
+            if parameters is not None and id(slot.parameter) in parameters:
                 slot.forget()
 
     def replace(self, parameter: Tensor, gradient: Tensor | None) -> None:

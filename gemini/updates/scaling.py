@@ -55,8 +55,8 @@ class Scaling:
         self._is_scaled = True
         return loss * self.scaler.scale
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float, order: float, error_if_nonfinite: bool) -> Tensor:
-        """Have the next step use clipped gradients. Returns the norm before.
+    def norm(self, parameters: Iterable[Tensor], order: float, error_if_nonfinite: bool) -> Tensor:
+        """The norm of the gradients of these parameters together, unscaled.
 
         Raises
         ------
@@ -68,9 +68,12 @@ class Scaling:
             raise RuntimeError(
                 f"the total norm of order {order} of the gradients is {float(norm)}, so they cannot be clipped"
             )
+        return norm
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Have the next step use gradients that are clipped to ``max_norm``, given their norm."""
         self.grad_norm = float(norm)
         self._clipping *= clip_coefficient(norm, max_norm)
-        return norm
 
     def of_step(self, chunks: Iterable[Chunk], parameters: Container[int], outside: Sequence[Tensor]) -> float | None:
         """What this step multiplies gradients with; None if it is to be skipped because one overflows.

@@ -177,10 +177,16 @@ class Updates:
         kept = set() if parameters is None else {chunk for chunk in chunks if _others(chunk, parameters)}
         if kept:
             device.synchronize()
+            self._drop(kept, parameters)
         else:
             device.discard()
-            self._manager.together.communicator.forget_gradients(failure)
-        for chunk in chunks:
+            with self._manager.together.communicator.forgetting_gradients(failure):
+                self._drop(kept, parameters)
+        self.scaling.forget()
+
+    def _drop(self, kept: Set[Chunk], parameters: Set[int] | None) -> None:
+        """Forget all gradients; in the chunks that are kept only those of some parameters (ids)."""
+        for chunk in self._manager.chunks:
             if chunk in kept:
                 assert parameters is not None
                 self.gradients.drop(chunk, parameters)
@@ -190,7 +196,6 @@ class Updates:
                 if had_some:
                     self._manager.gradient_pool.release(chunk.gradient)
                 chunk.gradient.clear()
-        self.scaling.forget()
 
     def abandon(self, failure: str) -> None:
         """A backward has failed, for the reason given: its gradients are worth nothing."""
@@ -199,7 +204,7 @@ class Updates:
 
     def zero(self, parameters: Set[int] | None = None) -> None:
         """Fill gradients with zeros; those of all parameters, or of these (ids)."""
-        if self._manager.together.communicator.owner.count == 1:
+        if self._manager.together.communicator.owner.is_alone:
             self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
         self.gradients.zero(parameters)
 
