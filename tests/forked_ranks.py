@@ -1,7 +1,7 @@
 """Ranks as processes that end, crash or are killed, forked from one that has imported everything.
 
 A rank is there in a moment, is alone with what it breaks, and ends as a program does: threads are waited for, and calls
-at exit made. Taking the interpreter down as well touches all that was imported, which takes seconds: if asked for. ::
+at exit made. The interpreter is taken down where a test asks for it: that touches all that was imported. ::
 
     tests --program, number of ranks--> starter --fork--> ranks
           <--how each has ended-------          <--wait--
@@ -40,7 +40,7 @@ class Ended:
     """How a rank has ended."""
 
     status: int | None
-    """Its exit code; a signal's number, negative; None if it did not end in time."""
+    """Its exit code; a signal's number, negative; None if it did not end in time, or was stopped when others ended."""
     seconds: float
     """How long that took."""
     value: Any
@@ -123,15 +123,18 @@ def _serve() -> None:
 
 def _wait(pids: list[int], begin: float, deadline: float) -> list[tuple[int | None, float]]:
     ended: dict[int, tuple[int | None, float]] = {}
+    stopped: set[int] = set()
     while len(ended) < len(pids):
-        is_late = time.monotonic() > deadline
+        is_late = time.monotonic() > deadline or len(ended) + len(stopped) == len(pids)
         for pid in pids:
             if pid in ended:
                 continue
             if is_late:
                 os.kill(pid, signal.SIGKILL)
-            found, status = os.waitpid(pid, 0 if is_late else os.WNOHANG)
-            if found:
+            found, status = os.waitpid(pid, 0 if is_late else os.WNOHANG | os.WUNTRACED)
+            if found and os.WIFSTOPPED(status):
+                stopped.add(pid)
+            elif found:
                 ended[pid] = (None if is_late else os.waitstatus_to_exitcode(status), time.monotonic() - begin)
         time.sleep(_LOOK_SECONDS)
     return [ended[pid] for pid in pids]

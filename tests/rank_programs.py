@@ -278,5 +278,12 @@ def run_operations(
     return {"errors": errors, "weights": weights, "losses": training.losses}
 
 
+def run_uncaught(rank: int, programs: Sequence[Sequence[str]]) -> None:
+    """The operations of this rank's program; an error ends it, as it ends a script."""
+    training = Training(rank, len(programs))
+    for operation in programs[rank]:
+        getattr(training, operation.split()[0])(**arguments(operation))
+
+
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -63,7 +63,7 @@ def check_groups(model: nn.Module, communicator: Communicator) -> None:
         Before anything has been changed.
     """
     group = next((p.sharding.group for p in model.parameters() if isinstance(p, LocalPart)), None)
-    if group is None or communicator.owner.count == 1:
+    if group is None or communicator.owner.is_alone:
         return
     words = communicator.agree("booster.boost of a model with DTensors", dist.get_rank())
     both = (set(words) & set(dist.get_process_group_ranks(group))) - {dist.get_rank()}

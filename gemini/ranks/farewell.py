@@ -82,7 +82,8 @@ class Farewell:
         for index in self._mailbox.others:  # the other's thread may wait for one more letter
             with suppress(RankError):
                 self._mailbox.post(index, Ping())
-        self._mailbox.join(END_SECONDS)
+        if not all(map(self._mailbox.is_lost, self._mailbox.others)):  # else nothing wakes it up
+            self._mailbox.join(END_SECONDS)
         self._end()
         with self._changed:
             close, self._close = self._close, None

@@ -6,6 +6,7 @@ Tensors go by tags of their own, straight from and to the memory that they are f
 
 import itertools
 import logging
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,8 @@ _LONG_LETTERS = 1
 _RECEIVERS_TAGS = range(2, 1 << 29)
 _SENDERS_TAGS = range(1 << 29, 1 << 30)
 """From one rank to another go tensors by tags that either has chosen."""
+_ORIGIN = re.compile(r"^\[[^]]*\] ")
+"""Where in Gloo's sources an error comes from."""
 _FOREVER = timedelta(days=3650)
 _UNDERWAY = 16
 """Letters to one rank that may be on their way. They are taken in at once, so that waiting for one is short."""
@@ -168,7 +171,7 @@ class Mailbox:
 
     def lost(self, index: int, error: BaseException) -> RankError:
         """Note that a rank is gone. Returns the error that says so."""
-        first_line = str(error).partition("\n")[0]
+        first_line = _ORIGIN.sub("", str(error).partition("\n")[0]).partition(". ")[0]
         self._lost.setdefault(index, first_line)
         is_late = "Timed out" in first_line or "timeout" in first_line
         what = f"does not answer within {self.timeout.total_seconds():g} s" if is_late else "is gone"

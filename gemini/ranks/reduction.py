@@ -9,43 +9,34 @@ A rank may have little memory for gradients on their way, so that its backward w
 for its turn is not taken. Therefore a rank that runs no backward for now says so: its turns are passed over.
 """
 
-import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
-
-import torch
 
 from ..chunk.communicator import Contribution, Delivery, Source
-from ..errors import RankError
-from ..process_wide import small_stacks
 from .mailbox import Mailbox
 from .messages import Part, Pause, Received, RoundEnd
 from .patience import Patience
+from .pauses import Pauses
 from .rounds import FOREVER, Rounds
-from .shipping import Shipment, Shipping
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ours:
-    """A contribution of our own backward."""
-
-    generation: int
-    chunk: int
-    contribution: Contribution
-    shipment: Shipment
+from .shipping import Shipping
+from .sums import Ours, Sums, Theirs
 
 
-@dataclass(frozen=True, slots=True)
-class _Theirs:
-    """One that another rank has announced."""
+@dataclass(slots=True)
+class _Generation:
+    """Gradients between two times at which all are dropped."""
 
-    sender: int
-    part: Part
+    number: int
+    order: Rounds[Ours | Theirs]
+    rounds: int = 0
+    """Backwards that we have run."""
+    has_some: bool = False
+    """One of them has contributed something."""
+
+    def contribute(self, rounds: int) -> None:
+        """We have something of our own, beside this many rounds that are over."""
+        self.rounds, self.has_some = rounds, True
 
 
 class Reduction:
@@ -62,43 +53,29 @@ class Reduction:
     """
 
     def __init__(self, mailbox: Mailbox, patience: Patience, on_sum: Callable[[], None]) -> None:
-        self.generation = 0
-        """How often all gradients have been dropped."""
-        self.rounds = 0
-        """Of this generation: the backwards that we have run."""
-        self._has_some = False
-        """A backward of ours has contributed something in this generation."""
-        self._until: int | None = None
-        """The generation that all ranks have to go on with."""
         self._mailbox = mailbox
         self._patience = patience
-        self._on_sum = on_sum
         self._shipping = Shipping(mailbox, patience)
-        self._source: Callable[[], Source | None] | None = None
-        self._summing = threading.Lock()
-        """Held while something is added, so that nothing is once it has been dropped."""
-        self._changed = threading.Condition()
-        self._order: Rounds[_Ours | _Theirs] = Rounds(len(mailbox.names))
+        self._sums = Sums(mailbox, on_sum)
+        self._now = _Generation(0, Rounds(len(mailbox.names)))
         self._early: list[tuple[int, Part | RoundEnd]] = []
         """Letters of a generation that we have not come to."""
-        self._runs_none = False
-        """No backward of ours comes before all have come together, or ever."""
-        self._pausing: dict[int, int] = {}
-        """Ranks that run no backward before this vote, or ever."""
-        self._next_vote = 0
-        """Or a number below it: the votes before are over."""
-        self._unsummed = 0
-        """What has been handed to the thread."""
-        self._error: BaseException | None = None
-        self._queue: SimpleQueue[_Ours | _Theirs | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="gemini-memory-sums", daemon=True)
-        with small_stacks():
-            self._thread.start()
+        self._pauses = Pauses(mailbox.index)
+
+    @property
+    def generation(self) -> int:
+        """How often all gradients have been dropped."""
+        return self._now.number
+
+    @property
+    def rounds(self) -> int:
+        """Of this generation: the backwards that we have run."""
+        return self._now.rounds
 
     def serve(self, source: Callable[[], Source | None]) -> None:
         """Have the sums added to this source, for as long as it is there."""
-        with self._changed:
-            self._source = source
+        with self._sums.changed:
+            self._sums.serve(source)
             self._begin(0)
 
     # -- letters
@@ -108,12 +85,12 @@ class Reduction:
         if isinstance(letter, Received):
             self._shipping.received(sender, letter)
             return
-        with self._changed:
+        with self._sums.changed:
             if isinstance(letter, Pause):
-                self._pausing[sender] = letter.number
+                self._pauses.begin(sender, letter.number)
                 self._pass_over()
                 return
-            if self._source is None or (letter.generation > self.generation and not self._runs_none):
+            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.is_ours):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
@@ -122,37 +99,31 @@ class Reduction:
         is_current = letter.generation == self.generation
         if isinstance(letter, RoundEnd):
             if is_current:
-                self._put(item for _, item in self._order.ended(sender, letter.rounds))
+                self._sums.put(item for _, item in self._now.order.ended(sender, letter.rounds))
         else:
-            item = _Theirs(sender, letter)  # what was dropped is received all the same: its sender waits for that
-            self._put(self._order.arrived(letter.chunk, sender, letter.round, item) if is_current else (item,))
-        self._changed.notify_all()
-
-    def _put(self, items: Iterable[_Ours | _Theirs]) -> None:
-        for item in items:
-            self._unsummed += 1
-            self._queue.put(item)
+            item = Theirs(sender, letter)  # what was dropped is received all the same: its sender waits for that
+            self._sums.put(self._now.order.arrived(letter.chunk, sender, letter.round, item) if is_current else (item,))
+        self._sums.changed.notify_all()
 
     # -- our backward
 
     def send(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> Delivery:
         """See `Communicator.send`."""
-        self._has_some = True
+        self._now.contribute(self.rounds)
         gradient, extent = contribution.gradient, extents[self._mailbox.index % len(extents)]
         shipment = self._shipping.send(chunk, contribution, extents, self.generation, self.rounds)
         own = Contribution(contribution.present, gradient[extent.start : extent.stop], contribution.anew)
         shipment.goes(self._mailbox.index, None)
-        with self._changed:
-            item = _Ours(self.generation, chunk, own, shipment)
-            self._put(self._order.arrived(chunk, self._mailbox.index, self.rounds, item))
+        with self._sums.changed:
+            item = Ours(self.generation, chunk, own, shipment)
+            self._sums.put(self._now.order.arrived(chunk, self._mailbox.index, self.rounds, item))
         return shipment
 
     def end_round(self) -> None:
         """See `Communicator.end_round`."""
-        self._has_some = True
-        with self._changed:
-            self.rounds += 1
-            self._put(item for _, item in self._order.ended(self._mailbox.index, self.rounds))
+        with self._sums.changed:
+            self._now.contribute(self.rounds + 1)
+            self._sums.put(item for _, item in self._now.order.ended(self._mailbox.index, self.rounds))
         self._mailbox.post_all(RoundEnd(self.generation, self.rounds))
 
     def pause(self, number: int) -> None:
@@ -161,31 +132,26 @@ class Reduction:
         Theirs of a generation that we have not come to are received from now on: they are dropped when all come
         together, since they are not of one generation then.
         """
-        with self._changed:
-            self._runs_none, self._next_vote = True, number
+        with self._sums.changed:
+            self._pauses.begin_own(number)
             self._take_early()
         self._mailbox.post_all(Pause(number))
 
     def gone(self, rank: int) -> None:
         """A rank (maybe this one) has ended, and runs no backward any more."""
-        with self._changed:
-            self._pausing[rank] = FOREVER
-            self._runs_none |= rank == self._mailbox.index
+        with self._sums.changed:
+            self._pauses.begin(rank, FOREVER)
             self._take_early()
             self._pass_over()
 
     def _pass_over(self) -> None:
-        for rank, until in self._pausing.items():
-            if until >= self._next_vote:
-                self._put(item for _, item in self._order.ended(rank, FOREVER))
-
-    def _has_ended(self) -> bool:
-        return self._pausing.get(self._mailbox.index) == FOREVER
+        for rank in self._pauses.ranks():
+            self._sums.put(item for _, item in self._now.order.ended(rank, FOREVER))
 
     def _take_early(self) -> None:
         early, self._early = self._early, []
         for sender, letter in early:
-            if self._source is None or (letter.generation > self.generation and not self._runs_none):
+            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.is_ours):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
@@ -194,16 +160,17 @@ class Reduction:
 
     def come_to(self, rounds: int) -> None:
         """All ranks have run all their backwards, of which one has run this many: there is nothing else to sum."""
-        with self._changed:
-            self.rounds, self._has_some = rounds, self._has_some or rounds > 0
-            self._runs_none, self._next_vote = self._has_ended(), self._next_vote + 1
-            self._put(self._order.come_to(rounds))
+        with self._sums.changed:
+            if rounds:
+                self._now.contribute(rounds)
+            self._pauses.end()
+            self._sums.put(self._now.order.come_to(rounds))
             self._pass_over()
 
     def are_summed(self, chunk: int, rounds: int) -> bool:
         """True if these rounds have been summed here."""
-        with self._changed:
-            return self._order.is_summed(chunk, rounds) and not self._unsummed
+        with self._sums.changed:
+            return self._now.order.is_summed(chunk, rounds) and self._sums.is_idle
 
     def wait_for_sums(self, chunk: int, rounds: int) -> None:
         """Wait until these rounds have been summed here.
@@ -213,91 +180,51 @@ class Reduction:
         RankError
             If another rank is gone, or does not come so far in time.
         """
-        self._wait(
-            lambda: self._order.is_summed(chunk, rounds) and not self._unsummed, lambda: self._order.late(rounds)
-        )
+        order = self._now.order
+        self._wait(lambda: order.is_summed(chunk, rounds) and self._sums.is_idle, lambda: order.late(rounds))
 
     def wait_for_all(self) -> None:
         """Wait until what was handed out has been summed here. Raises as `wait_for_sums`."""
-        self._wait(lambda: not self._unsummed, list)
+        self._wait(lambda: self._sums.is_idle, list)
 
     def _wait(self, is_done: Callable[[], bool], late: Callable[[], list[int]]) -> None:
         def missing() -> list[int]:
-            if self._error is not None or is_done():
+            if self._sums.has_failed or is_done():
                 return []
             return [rank for rank in late() if rank != self._mailbox.index] or self._mailbox.others
 
         self._patience.wait(
-            self._changed,
+            self._sums.changed,
             missing,
             lambda names: (
                 f"the gradients of {names} were not complete within {self._patience.seconds:g} s: look for a backward "
                 "that is slow, or that only some ranks run"
             ),
         )
-        with self._changed:
-            error = self._error
-        if error is not None:
-            raise RankError(f"the gradients of the ranks could not be summed: {error}") from error
+        self._sums.check()
 
     def forget_until(self, generation: int) -> None:
         """All gradients are to be dropped on all ranks, which then go on with this generation: see `forgetting`."""
-        self._until, self._next_vote = generation, self._next_vote + 1
+        with self._sums.changed:
+            self._pauses.end(generation)
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         """A context in which all gradients are dropped here; those of the next generation are summed after it."""
-        with self._summing:
+        with self._sums.pausing():
             yield
-            with self._changed:
-                if self._until is not None or self._has_some:
-                    self._begin(self.generation + 1 if self._until is None else self._until)
-                    self._until = None
+            with self._sums.changed:
+                if (agreed := self._pauses.take_generation()) is not None or self._now.has_some:
+                    self._begin(self.generation + 1 if agreed is None else agreed)
                     self._take_early()
                     self._pass_over()
 
     def _begin(self, generation: int) -> None:
-        self.generation, self.rounds, self._has_some, self._error = generation, 0, False, None
-        self._runs_none = self._has_ended()
-        before, self._order = self._order, Rounds(len(self._mailbox.names))
-        self._put(before.held_back())  # to be received, and dropped
+        before = self._now.order
+        self._sums.begin(generation)
+        self._now = _Generation(generation, Rounds(len(self._mailbox.names)))
+        self._sums.put(before.held_back())  # to be received, and dropped
 
     def close(self, seconds: float) -> None:
-        """End the thread. One that Gloo has when Python ends is a crash."""
-        self._queue.put(None)
-        self._thread.join(seconds)
-
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                self._sum(item)
-            except Exception as error:
-                logger.debug("a gradient could not be summed: %s", error)
-                with self._changed:
-                    self._error = self._error or error
-            with self._changed:
-                self._unsummed -= 1
-                self._changed.notify_all()
-            self._on_sum()
-            del item
-
-    def _sum(self, item: _Ours | _Theirs) -> None:
-        if isinstance(item, _Ours):
-            try:
-                self._add(item.generation, item.chunk, item.contribution)
-            finally:
-                item.shipment.arrived(self._mailbox.index)
-            return
-        part = item.part
-        gradient = torch.empty(part.numel, dtype=getattr(torch, part.dtype), device="cpu")
-        if part.numel:
-            self._mailbox.receive(item.sender, part.tag, gradient).wait()
-        self._add(part.generation, part.chunk, Contribution(frozenset(part.present), gradient, frozenset(part.anew)))
-        if part.numel:
-            self._mailbox.post(item.sender, Received(part.tag))
-
-    def _add(self, generation: int, chunk: int, contribution: Contribution) -> None:
-        with self._summing:
-            source = None if self._source is None else self._source()
-            if source is not None and generation == self.generation:
-                source.add(chunk, contribution)
+        """End the thread that sums."""
+        self._sums.close(seconds)

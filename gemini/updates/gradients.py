@@ -131,7 +131,7 @@ class Gradients:
                 slot.zero()
 
     def drop(self, chunk: Chunk, parameters: Set[int] | None = None) -> None:
-        """Show gradients of a chunk no more. Those of some parameters (ids) are forgotten; all, the caller forgets."""
+        """Show gradients of a chunk no more. Those of some parameters (ids) are forgotten; the caller forgets all."""
         if parameters is None:
             self._withdrawn.discard(chunk)
         for slot in self._of_chunk.get(chunk, ()):

@@ -1,5 +1,6 @@
 """Ranks whose programs differ: the numbers of one process that does the same, or an error on all, never a hang."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from forked_ranks import SECONDS, Ended, Starter
 from rank_oracle import expected, programs_of
-from rank_programs import Training, run_operations
+from rank_programs import Training, run_operations, run_uncaught
 from torch import Tensor
 
 pytestmark = pytest.mark.timeout(4 * SECONDS)
@@ -105,18 +106,28 @@ def test_after_an_error_that_all_are_told_training_goes_on_with_right_numbers(
         (([*STEP, "forward", "backward", *STEP], [*STEP, "interrupt"]), "ended with KeyboardInterrupt"),
         (([*STEP, *STEP], [*STEP, "leave"]), "rank 1 has ended"),
         (([*STEP, *STEP], [*STEP, "leave_at_once"]), "rank 1 is gone"),
-        (([*STEP, *STEP], [*STEP, "stop", *STEP]), "rank 1 does not answer within 5 s"),
+        (([*STEP, *STEP], [*STEP, "stop", *STEP]), "within 5 s"),
     ],
     ids=["early end", "error", "interrupt", "sys.exit", "os._exit", "SIGSTOP"],
 )
 def test_a_rank_that_is_not_there_any_more_is_named(
     programs: list[list[str]], told: str, starter: Starter, tmp_path: Path
 ) -> None:
-    seconds = 20.0 if "stop" in programs[1] else SECONDS  # it is still there, and is killed then
-    first, _ = starter.run(run_operations, tmp_path, programs=programs, seconds=seconds)
+    first, _ = starter.run(run_operations, tmp_path, programs=programs)
     assert first.status == 0, first.log
     ((_, text),) = first.value["errors"]
     assert told in text
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward", "step", "save"])
+def test_a_rank_that_is_killed_ends_the_others_with_an_error_that_names_it(
+    moment: str, starter: Starter, tmp_path: Path
+) -> None:
+    others = ["train", "save" if moment == "save" else "train steps=2"]
+    first, second = starter.run(run_uncaught, tmp_path, programs=[["train", f"kill_in_{moment}"], others])
+    assert first.status == -signal.SIGKILL
+    assert second.status == 1
+    assert "RankError: rank 0 is gone" in second.log and "Start again from the last checkpoint" in second.log
 
 
 @pytest.mark.parametrize("seed", range(DEFAULT_SEEDS))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from rank_training import SMALL
 from safetensors.torch import load_file
-from tensor_parallel_training import CONFIG, TensorParallel, check_tensor_parallel, mesh_of, whole
+from tensor_parallel_training import CONFIG, TensorParallel, check_tensor_parallel, local, mesh_of, whole
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
@@ -207,6 +207,25 @@ def test_lazy_models_materialise_the_part_of_each_rank(worlds):
     worlds(2).run(begin_lazily)
 
 
+def go_on():
+    model, _, _ = built()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(2, 6)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [{name: local(value).clone() for name, value in optimizer.state[p].items()} for p in model.parameters()]
+    values = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    _, model, optimizer = boost(model, optimizer)
+    same(model.state_dict(), values)
+    states = optimizer.state_dict()["state"]
+    for number, state in enumerate(before):
+        same({name: torch.as_tensor(states[number][name]).to(state[name]) for name in state}, state)
+
+
+def test_an_optimizer_that_has_stepped_goes_on_with_the_parts_of_its_states(worlds):
+    worlds(2).run(go_on)
+
+
 def refuse():
     def check(match, parallel=None, **options):
         model, optimizer, _ = built() if parallel is None else (parallel, HybridAdam(parallel.parameters()), None)
@@ -218,7 +237,8 @@ def refuse():
         assert [type(m) for m in model.modules()] == classes
         assert torch.isfinite(whole(given[0].detach())).all()
 
-    check(r"GeminiPlugin\(process_group=mesh\[\"dp\"\]\)", process_group=None)
+    for group in (None, mesh_of(1), mesh_of(2)):
+        check(r"GeminiPlugin\(process_group=mesh\[\"dp\"\]\)", process_group=group)
     for mesh, placements, match in (
         (mesh_of(1), [Replicate(), Shard(0)], "on a mesh of 2 dimensions; put it on the tensor-parallel one alone"),
         (mesh_of(1)["tp"], [Shard(0)], "that has a gradient already: call optimizer.zero_grad"),
