@@ -14,7 +14,7 @@ environment variables      `set_variables`: those that torchrun sets, when a   n
 signal handlers            `signals_to`: in ``gemini-stat top`` and training   at the end of the context
                            by command
 calls at exit and fork     `at_exit`, `before_fork`, `after_fork_in_child`:    never: they look for what is alive
-                           when their modules are imported
+                           when their modules are imported; in a launch
 =========================  ==================================================  =======================================
 
 Only `lazy` sets more: functions of torch that read weights, while a ``LazyInitContext`` is open (``interception.py``),

@@ -69,7 +69,8 @@ class Peer:
     def send(self, chunk: int, contribution: Contribution, extents: Sequence[range]) -> Delivered:
         own, shared = self.owner.index, self._shared
         for index, extent in enumerate(extents):
-            sent = Contribution(contribution.present, contribution.gradient[extent.start : extent.stop].clone())
+            part = contribution.gradient[extent.start : extent.stop].clone()
+            sent = Contribution(contribution.present, part, contribution.anew)
             self._sum(index, chunk, shared.orders[index].arrived(chunk, own, shared.rounds[own], sent))
         return Delivered()
 
@@ -80,14 +81,19 @@ class Peer:
             gradient.sum(contribution)
 
     def end_round(self) -> None:
-        own, shared = self.owner.index, self._shared
-        shared.rounds[own] += 1
-        for index, order in enumerate(shared.orders):
-            for chunk, contribution in order.ended(own, shared.rounds[own]):
+        self._come_to(self.owner.index, self._shared.rounds[self.owner.index] + 1)
+
+    def _come_to(self, owner: int, rounds: int) -> None:
+        self._shared.rounds[owner] = rounds
+        for index, order in enumerate(self._shared.orders):
+            for chunk, contribution in order.ended(owner, rounds):
                 self._sum(index, chunk, [contribution])
 
-    def collect(self, doing: str) -> None:
-        assert len(set(self._shared.rounds)) == 1, "not every owner has run its backward yet"
+    def collect(self, doing: str, has_changed: bool) -> bool:
+        rounds = max(self._shared.rounds)
+        for owner in range(self.owner.count):
+            self._come_to(owner, rounds)
+        return True
 
     def wait_for_sums(self, chunk: int) -> None:
         pass

@@ -89,7 +89,7 @@ def _refuse(model: nn.Module, optimizer: ManagedOptimizer | None, config: Gemini
     refuse_model(model)
     if optimizer is not None:
         refuse_optimizer(model, optimizer)
-    if config.communicator.owner.count > 1:
+    if not config.communicator.owner.is_alone:
         refuse_sharing(model)
     if config.split_master:
         refuse_split_master(model, optimizer)

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
@@ -17,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gemini.cores import usable_cores
 from gemini.errors import LaunchError
-from gemini.process_wide import set_variables
+from gemini.process_wide import at_exit, set_variables
 
 from .fresh_store import fresh_store
 from .slurm import SlurmTask, is_task
@@ -189,6 +190,7 @@ def launch(
         timeout=timeout,
         device_id=device if backend == usual != "gloo" else None,
     )
+    at_exit(_leave)
     if rank == 0:
         _hint_at_idle_cores(device)
         if verbose:
@@ -209,6 +211,15 @@ def _store(rank: int, world_size: int, host: str, port: int, timeout: timedelta)
             f"{str(error).splitlines()[0]}; look for the first error of the other ranks, and see that MASTER_ADDR and "
             "MASTER_PORT name a free port of the machine of rank 0 that all machines can reach"
         ) from error
+
+
+def _leave() -> None:
+    """End Gloo's threads before the interpreter ends. One exit in some dozens is an abort otherwise (torch 2.13).
+
+    A rank that has failed does not wait for operations under way, and NCCL's groups must be left by all ranks together.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo" and not hasattr(sys, "last_type"):
+        dist.destroy_process_group()
 
 
 def _take_accelerator(local_rank: int) -> torch.device | None:

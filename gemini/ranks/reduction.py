@@ -9,44 +9,18 @@ A rank may have little memory for gradients on their way, so that its backward w
 for its turn is not taken. Therefore a rank that runs no backward for now says so: its turns are passed over.
 """
 
-import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
-
-import torch
 
 from ..chunk.communicator import Contribution, Delivery, Source
-from ..errors import RankError
-from ..process_wide import small_stacks
 from .mailbox import Mailbox
 from .messages import Part, Pause, Received, RoundEnd
 from .patience import Patience
 from .pauses import Pauses
 from .rounds import FOREVER, Rounds
-from .shipping import Shipment, Shipping
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ours:
-    """A contribution of our own backward."""
-
-    generation: int
-    chunk: int
-    contribution: Contribution
-    shipment: Shipment
-
-
-@dataclass(frozen=True, slots=True)
-class _Theirs:
-    """One that another rank has announced."""
-
-    sender: int
-    part: Part
+from .shipping import Shipping
+from .sums import Ours, Sums, Theirs
 
 
 @dataclass(slots=True)
@@ -54,7 +28,7 @@ class _Generation:
     """Gradients between two times at which all are dropped."""
 
     number: int
-    order: Rounds[_Ours | _Theirs]
+    order: Rounds[Ours | Theirs]
     rounds: int = 0
     """Backwards that we have run."""
     has_some: bool = False
@@ -81,23 +55,12 @@ class Reduction:
     def __init__(self, mailbox: Mailbox, patience: Patience, on_sum: Callable[[], None]) -> None:
         self._mailbox = mailbox
         self._patience = patience
-        self._on_sum = on_sum
         self._shipping = Shipping(mailbox, patience)
-        self._source: Callable[[], Source | None] | None = None
-        self._summing = threading.Lock()
-        """Held while something is added, so that nothing is once it has been dropped."""
-        self._changed = threading.Condition()
+        self._sums = Sums(mailbox, on_sum)
         self._now = _Generation(0, Rounds(len(mailbox.names)))
         self._early: list[tuple[int, Part | RoundEnd]] = []
         """Letters of a generation that we have not come to."""
         self._pauses = Pauses(mailbox.index)
-        self._unsummed = 0
-        """What has been handed to the thread."""
-        self._error: BaseException | None = None
-        self._queue: SimpleQueue[_Ours | _Theirs | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="gemini-memory-sums", daemon=True)
-        with small_stacks():
-            self._thread.start()
 
     @property
     def generation(self) -> int:
@@ -111,8 +74,8 @@ class Reduction:
 
     def serve(self, source: Callable[[], Source | None]) -> None:
         """Have the sums added to this source, for as long as it is there."""
-        with self._changed:
-            self._source = source
+        with self._sums.changed:
+            self._sums.serve(source)
             self._begin(0)
 
     # -- letters
@@ -122,12 +85,12 @@ class Reduction:
         if isinstance(letter, Received):
             self._shipping.received(sender, letter)
             return
-        with self._changed:
+        with self._sums.changed:
             if isinstance(letter, Pause):
                 self._pauses.begin(sender, letter.number)
                 self._pass_over()
                 return
-            if self._source is None or (letter.generation > self.generation and not self._pauses.is_ours):
+            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.is_ours):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
@@ -136,16 +99,11 @@ class Reduction:
         is_current = letter.generation == self.generation
         if isinstance(letter, RoundEnd):
             if is_current:
-                self._put(item for _, item in self._now.order.ended(sender, letter.rounds))
+                self._sums.put(item for _, item in self._now.order.ended(sender, letter.rounds))
         else:
-            item = _Theirs(sender, letter)  # what was dropped is received all the same: its sender waits for that
-            self._put(self._now.order.arrived(letter.chunk, sender, letter.round, item) if is_current else (item,))
-        self._changed.notify_all()
-
-    def _put(self, items: Iterable[_Ours | _Theirs]) -> None:
-        for item in items:
-            self._unsummed += 1
-            self._queue.put(item)
+            item = Theirs(sender, letter)  # what was dropped is received all the same: its sender waits for that
+            self._sums.put(self._now.order.arrived(letter.chunk, sender, letter.round, item) if is_current else (item,))
+        self._sums.changed.notify_all()
 
     # -- our backward
 
@@ -156,16 +114,16 @@ class Reduction:
         shipment = self._shipping.send(chunk, contribution, extents, self.generation, self.rounds)
         own = Contribution(contribution.present, gradient[extent.start : extent.stop], contribution.anew)
         shipment.goes(self._mailbox.index, None)
-        with self._changed:
-            item = _Ours(self.generation, chunk, own, shipment)
-            self._put(self._now.order.arrived(chunk, self._mailbox.index, self.rounds, item))
+        with self._sums.changed:
+            item = Ours(self.generation, chunk, own, shipment)
+            self._sums.put(self._now.order.arrived(chunk, self._mailbox.index, self.rounds, item))
         return shipment
 
     def end_round(self) -> None:
         """See `Communicator.end_round`."""
-        with self._changed:
+        with self._sums.changed:
             self._now.contribute(self.rounds + 1)
-            self._put(item for _, item in self._now.order.ended(self._mailbox.index, self.rounds))
+            self._sums.put(item for _, item in self._now.order.ended(self._mailbox.index, self.rounds))
         self._mailbox.post_all(RoundEnd(self.generation, self.rounds))
 
     def pause(self, number: int) -> None:
@@ -174,26 +132,26 @@ class Reduction:
         Theirs of a generation that we have not come to are received from now on: they are dropped when all come
         together, since they are not of one generation then.
         """
-        with self._changed:
+        with self._sums.changed:
             self._pauses.begin_own(number)
             self._take_early()
         self._mailbox.post_all(Pause(number))
 
     def gone(self, rank: int) -> None:
         """A rank (maybe this one) has ended, and runs no backward any more."""
-        with self._changed:
+        with self._sums.changed:
             self._pauses.begin(rank, FOREVER)
             self._take_early()
             self._pass_over()
 
     def _pass_over(self) -> None:
         for rank in self._pauses.ranks():
-            self._put(item for _, item in self._now.order.ended(rank, FOREVER))
+            self._sums.put(item for _, item in self._now.order.ended(rank, FOREVER))
 
     def _take_early(self) -> None:
         early, self._early = self._early, []
         for sender, letter in early:
-            if self._source is None or (letter.generation > self.generation and not self._pauses.is_ours):
+            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.is_ours):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
@@ -202,17 +160,17 @@ class Reduction:
 
     def come_to(self, rounds: int) -> None:
         """All ranks have run all their backwards, of which one has run this many: there is nothing else to sum."""
-        with self._changed:
+        with self._sums.changed:
             if rounds:
                 self._now.contribute(rounds)
             self._pauses.end()
-            self._put(self._now.order.come_to(rounds))
+            self._sums.put(self._now.order.come_to(rounds))
             self._pass_over()
 
     def are_summed(self, chunk: int, rounds: int) -> bool:
         """True if these rounds have been summed here."""
-        with self._changed:
-            return self._now.order.is_summed(chunk, rounds) and not self._unsummed
+        with self._sums.changed:
+            return self._now.order.is_summed(chunk, rounds) and self._sums.is_idle
 
     def wait_for_sums(self, chunk: int, rounds: int) -> None:
         """Wait until these rounds have been summed here.
@@ -223,88 +181,50 @@ class Reduction:
             If another rank is gone, or does not come so far in time.
         """
         order = self._now.order
-        self._wait(lambda: order.is_summed(chunk, rounds) and not self._unsummed, lambda: order.late(rounds))
+        self._wait(lambda: order.is_summed(chunk, rounds) and self._sums.is_idle, lambda: order.late(rounds))
 
     def wait_for_all(self) -> None:
         """Wait until what was handed out has been summed here. Raises as `wait_for_sums`."""
-        self._wait(lambda: not self._unsummed, list)
+        self._wait(lambda: self._sums.is_idle, list)
 
     def _wait(self, is_done: Callable[[], bool], late: Callable[[], list[int]]) -> None:
         def missing() -> list[int]:
-            if self._error is not None or is_done():
+            if self._sums.has_failed or is_done():
                 return []
             return [rank for rank in late() if rank != self._mailbox.index] or self._mailbox.others
 
         self._patience.wait(
-            self._changed,
+            self._sums.changed,
             missing,
             lambda names: (
                 f"the gradients of {names} were not complete within {self._patience.seconds:g} s: look for a backward "
                 "that is slow, or that only some ranks run"
             ),
         )
-        with self._changed:
-            error = self._error
-        if error is not None:
-            raise RankError(f"the gradients of the ranks could not be summed: {error}") from error
+        self._sums.check()
 
     def forget_until(self, generation: int) -> None:
         """All gradients are to be dropped on all ranks, which then go on with this generation: see `forgetting`."""
-        with self._changed:
+        with self._sums.changed:
             self._pauses.end(generation)
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         """A context in which all gradients are dropped here; those of the next generation are summed after it."""
-        with self._summing:
+        with self._sums.pausing():
             yield
-            with self._changed:
+            with self._sums.changed:
                 if (agreed := self._pauses.take_generation()) is not None or self._now.has_some:
                     self._begin(self.generation + 1 if agreed is None else agreed)
                     self._take_early()
                     self._pass_over()
 
     def _begin(self, generation: int) -> None:
-        before, self._error = self._now.order, None
+        before = self._now.order
+        self._sums.begin(generation)
         self._now = _Generation(generation, Rounds(len(self._mailbox.names)))
-        self._put(before.held_back())  # to be received, and dropped
+        self._sums.put(before.held_back())  # to be received, and dropped
 
     def close(self, seconds: float) -> None:
-        """End the thread. One that Gloo has when Python ends is a crash."""
-        self._queue.put(None)
-        self._thread.join(seconds)
-
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                self._sum(item)
-            except Exception as error:
-                logger.debug("a gradient could not be summed: %s", error)
-                with self._changed:
-                    self._error = self._error or error
-            with self._changed:
-                self._unsummed -= 1
-                self._changed.notify_all()
-            self._on_sum()
-            del item
-
-    def _sum(self, item: _Ours | _Theirs) -> None:
-        if isinstance(item, _Ours):
-            try:
-                self._add(item.generation, item.chunk, item.contribution)
-            finally:
-                item.shipment.arrived(self._mailbox.index)
-            return
-        part = item.part
-        gradient = torch.empty(part.numel, dtype=getattr(torch, part.dtype), device="cpu")
-        if part.numel:
-            self._mailbox.receive(item.sender, part.tag, gradient).wait()
-        self._add(part.generation, part.chunk, Contribution(frozenset(part.present), gradient, frozenset(part.anew)))
-        if part.numel:
-            self._mailbox.post(item.sender, Received(part.tag))
-
-    def _add(self, generation: int, chunk: int, contribution: Contribution) -> None:
-        with self._summing:
-            source = None if self._source is None else self._source()
-            if source is not None and generation == self.generation:
-                source.add(chunk, contribution)
+        """End the thread that sums."""
+        self._sums.close(seconds)

@@ -49,7 +49,7 @@ class Unfreezing:
 
     @property
     def _is_shared(self) -> bool:
-        return self._manager.together.communicator.owner.count > 1
+        return not self._manager.together.communicator.owner.is_alone
 
     def admit_all(self, optimizer: ManagedOptimizer, kept: KeptStates) -> None:
         """Admit parameters that were frozen when the model was boosted, are in a group, and have got a gradient."""

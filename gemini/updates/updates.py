@@ -204,7 +204,7 @@ class Updates:
 
     def zero(self, parameters: Set[int] | None = None) -> None:
         """Fill gradients with zeros; those of all parameters, or of these (ids)."""
-        if self._manager.together.communicator.owner.count == 1:
+        if self._manager.together.communicator.owner.is_alone:
             self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
         self.gradients.zero(parameters)
 

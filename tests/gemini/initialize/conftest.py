@@ -1,6 +1,7 @@
 """Each test begins without a launcher's variables and without a process group, and leaves none."""
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -21,3 +22,10 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

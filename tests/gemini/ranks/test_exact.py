@@ -1,5 +1,6 @@
 """The number of ranks never changes numbers: losses, weights and states are those of one process, bit for bit."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -185,12 +186,17 @@ def test_four_ranks_train_as_one_process(worlds, case):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("tiers", OF_MODELS)
 @pytest.mark.parametrize("is_lazy", [True, False], ids=["lazy", "eager"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_model_everywhere(worlds, kind, is_lazy, tiers, size):
     check_exact(worlds(size), kind, lazy=is_lazy, steps=6, micro_batches=8, **OF_MODELS[tiers])
+
+
+@pytest.mark.heavy
+def test_eight_ranks_train_as_one_process(worlds):
+    check_exact(worlds(8), Gpt2, micro_batches=8, **OF_MODELS["streamed"])
 
 
 def test_models_are_dropped_and_boosted_again_two_at_a_time(worlds):
@@ -213,7 +219,10 @@ class Adapted(Gpt2):
     def build(self) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        adapted: nn.Module = get_peft_model(super().build(), LoraConfig(r=4, target_modules=["c_attn"]))  # type: ignore[arg-type]
+        config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that changes
+            adapted: nn.Module = get_peft_model(super().build(), config)  # type: ignore[arg-type]
         return adapted
 
     def make_optimizer(self, model: nn.Module) -> Any:
@@ -223,12 +232,14 @@ class Adapted(Gpt2):
 class Generating(Llama):
     """After each step every rank generates, to a length of its own, with activations checkpointed in training."""
 
+    use_reentrant = False
+
     def build(self) -> nn.Module:
         model: Any = super().build()
-        model.gradient_checkpointing_enable({"use_reentrant": self.use_reentrant})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its name changes
+            model.gradient_checkpointing_enable({"use_reentrant": self.use_reentrant})
         return model  # type: ignore[no-any-return]
-
-    use_reentrant = False
 
     def end_step(self, step: int) -> None:
         self.model.eval()
