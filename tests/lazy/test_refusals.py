@@ -185,4 +185,4 @@ def test_real_tensors_made_before_stay_real_and_are_copied_when_they_meet_lazy_o
 
 
 def test_the_public_names_are_these():
-    assert gemini.lazy.__all__ == ["LazyInitContext", "is_lazy", "materialize"]
+    assert gemini.lazy.__all__ == ["LazyInitContext", "is_lazy", "materialize", "seeds"]
