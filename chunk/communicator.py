@@ -1,8 +1,8 @@
 """The seam for several owners: what a chunk needs of the others that keep an extent of it.
 
 Data are one-sided: `gather` and `send` ask nothing of what the others do at that moment. What changes values at home is
-agreed upon first (`agree`), and counted (`advance`): whoever gathers gets the values after the changes that it has
-agreed to. Sums are made in the order of the owners, on the owner of the extent: their number never changes numbers.
+agreed upon first (`agree`), and counted (`advance`): an owner that gathers gets the values after the changes that it
+has agreed to. Sums are made in the order of the owners, on the owner of the extent: their number never changes numbers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set

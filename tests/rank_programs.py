@@ -162,18 +162,18 @@ class Training:
             self.forward()
 
     def fail_in_backward(self) -> None:
-        loss = Fails.apply(self.model(batch(1001)).square().mean())
+        loss = Fails.apply(self.compute(1001))
         with suppress(Injected):
             self.booster.backward(loss, self.optimizer)
 
     def fail_within_backward(self) -> None:
         """When some gradients have gone to their owners."""
         with raising(self.model.layers[0].register_full_backward_hook), suppress(Injected):
-            self.booster.backward(self.model(batch(1002)).square().mean(), self.optimizer)
+            self.booster.backward(self.compute(1002), self.optimizer)
 
     def fail_in_gradient_hook(self) -> None:
         with raising(self.model.layers[1].inner.weight.register_hook), suppress(Injected):
-            self.booster.backward(self.model(batch(1003)).square().mean(), self.optimizer)
+            self.booster.backward(self.compute(1003), self.optimizer)
 
     def fail_before_step(self) -> None:
         with raising(self.optimizer.register_step_pre_hook), suppress(Injected):

@@ -41,7 +41,7 @@ class _Warmup(_Schedule):
         return self.after_warmup(base, step - self.warmup_steps)
 
     def after_warmup(self, base: float, step: int) -> float:
-        """The learning rate so many steps after the warm-up."""
+        """The learning rate of a step, counted from the end of the warm-up."""
         raise NotImplementedError
 
 

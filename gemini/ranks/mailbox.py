@@ -148,7 +148,7 @@ class Mailbox:
                 else:
                     data = content[_HEAD : _HEAD + nbytes]
                 handle(sender, decode(data))
-        except RuntimeError as error:  # Gloo's; whoever waits for a letter finds its sender gone
+        except RuntimeError as error:  # Gloo's; who waits for a letter finds its sender gone
             logger.debug("no letters are taken in any more: %s", error)
 
     # -- tensors

@@ -57,6 +57,7 @@ class Patience:
             If a rank is gone, has ended, or does not come in time.
         """
         signs, deadline = signs_of_life(), time.monotonic() + self.seconds
+        next_look = time.monotonic() + PING_SECONDS
         while True:
             with changed:
                 if not (indices := missing()):
@@ -72,4 +73,6 @@ class Patience:
             with changed:
                 if missing() == indices:
                     changed.wait(PING_SECONDS)
-            self._mailbox.check(indices)
+            if time.monotonic() >= next_look:
+                self._mailbox.check(indices)
+                next_look = time.monotonic() + PING_SECONDS

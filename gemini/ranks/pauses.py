@@ -47,7 +47,11 @@ class Pauses:
             if until >= self._next_vote and (rank != self._own or until == FOREVER)
         ]
 
-    @property
-    def is_ours(self) -> bool:
-        """True if this rank pauses."""
-        return self._until.get(self._own, -1) >= self._next_vote
+    def dooms(self, rank: int) -> bool:
+        """True if what a rank sends of a later generation than ours is worth nothing.
+
+        So it is while we wait for a vote that the rank has not come to: it will turn out that we differ. What it sends
+        after that vote is of the generation that all go on with.
+        """
+        until = self._until.get(self._own, -1)
+        return until == FOREVER or until >= self._next_vote > self._until.get(rank, -1)

@@ -90,7 +90,7 @@ class Reduction:
                 self._pauses.begin(sender, letter.number)
                 self._pass_over()
                 return
-            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.is_ours):
+            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.dooms(sender)):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
@@ -151,7 +151,7 @@ class Reduction:
     def _take_early(self) -> None:
         early, self._early = self._early, []
         for sender, letter in early:
-            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.is_ours):
+            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.dooms(sender)):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)

@@ -57,7 +57,7 @@ class Rounds(Generic[Item]):
         return found
 
     def late(self, rounds: int) -> list[int]:
-        """The ranks that have not ended so many rounds."""
+        """The ranks that have not ended this many rounds."""
         return [rank for rank, ended in enumerate(self._ended) if ended < rounds]
 
     def held_back(self) -> list[Item]:
@@ -65,7 +65,7 @@ class Rounds(Generic[Item]):
         return [item for turns in self._waiting.values() for items in turns.values() for item in items]
 
     def have_ended(self, rounds: int) -> bool:
-        """True if every rank has ended so many rounds."""
+        """True if every rank has ended this many rounds."""
         return min(self._ended) >= rounds
 
     def is_summed(self, chunk: int, rounds: int) -> bool:

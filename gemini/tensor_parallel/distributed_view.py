@@ -1,4 +1,4 @@
-"""Modules whose parameters are parts, and which show them as `DTensor` to whoever asks for an attribute."""
+"""Modules whose parameters are parts, and whose attributes show them as `DTensor`."""
 
 from collections.abc import Callable, Iterable
 from inspect import getclosurevars

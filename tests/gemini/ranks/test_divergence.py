@@ -130,6 +130,24 @@ def test_a_rank_that_is_killed_ends_the_others_with_an_error_that_names_it(
     assert "RankError: rank 0 is gone" in second.log and "Start again from the last checkpoint" in second.log
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("programs", "statuses"),
+    [
+        ([["train"], ["train"]], [0, 0]),
+        ([["train", "kill_in_backward"], ["train steps=2"]], [-signal.SIGKILL, 1]),
+        ([["train", "raise_error"], ["train steps=2"]], [1, 1]),
+        ([["train", "destroy"], ["train", "state"]], [0, 0]),
+    ],
+    ids=["well", "killed", "error", "group destroyed"],
+)
+def test_no_thread_of_ours_crashes_the_end_of_the_interpreter(
+    programs: list[list[str]], statuses: list[int], starter: Starter, tmp_path: Path
+) -> None:
+    ranks = starter.run(run_uncaught, tmp_path, programs=programs, takes_down=True)
+    assert [rank.status for rank in ranks] == statuses, [rank.log for rank in ranks]
+
+
 @pytest.mark.parametrize("seed", range(DEFAULT_SEEDS))
 def test_random_programs_end_as_one_process_does_or_with_an_error(seed: int, starter: Starter, tmp_path: Path) -> None:
     programs = programs_of(seed)
