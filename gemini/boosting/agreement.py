@@ -2,19 +2,37 @@
 
 import ctypes
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ..chunk import Communicator, Tier
+from ..chunk.communicator import Word
+from ..config import GeminiConfig
 from ..errors import RankError
 from ..lazy import is_lazy, seeds
 from ..memory.capacity import Capacities
 from ..memory.tracker import Budget
+from ..nn.optimizer.managed import ManagedOptimizer
 from ..torch_private import own_buffers
 
 _LISTED = 3
 """Tensors named in an error."""
+_COMMON_OPTIONS = (
+    "precision",
+    "policy",
+    "chunk_numel",
+    "search_range",
+    "search_step",
+    "max_norm",
+    "split_master",
+    "force_outputs_fp32",
+    "warmup_non_model_ratio",
+    "scaler",
+    "sync_module_states",
+)
+"""What chunks, gradients and steps depend on. Sizes of memory may differ: see `agree_capacities`."""
 
 
 def agree_capacities(capacities: Capacities, communicator: Communicator) -> Capacities:
@@ -35,6 +53,56 @@ def agree_capacities(capacities: Capacities, communicator: Communicator) -> Capa
     return replace(capacities, budgets=budgets, device_limit_bytes=limits)
 
 
+def check_options(config: GeminiConfig) -> None:
+    """See whether all ranks were given the same options, as far as they must be.
+
+    Raises
+    ------
+    RankError
+        If they were not. Nothing has been changed.
+    """
+    communicator = config.communicator
+    if communicator.owner.is_alone:
+        return
+    own = {name: repr(getattr(config, name)) for name in _COMMON_OPTIONS}
+    own["hybrid_shard_size"] = repr(communicator.owner.count)
+    own["gradient_reduction"] = repr("sum" if communicator.gradient_factor == 1.0 else "mean")
+    words = _words_of_all(communicator, "booster.boost with the same options", own)
+    if (difference := _first_difference(words)) is not None:
+        index, names = difference
+        found = ", ".join(f"{name}={words[index][name]!s} (rank 0: {words[0][name]!s})" for name in names)
+        raise RankError(
+            f"rank {index} has other options of GeminiPlugin than rank 0: {found}. Give all ranks the same; only "
+            "sizes of memory, folders and max_prefetch may differ"
+        )
+
+
+def check_optimizers(model: nn.Module, optimizer: ManagedOptimizer | None, communicator: Communicator) -> None:
+    """See whether the optimizers of all ranks have the same parameters in the same groups, and keep the same states.
+
+    Raises
+    ------
+    RankError
+        If they have not. Nothing has been changed.
+    """
+    if communicator.owner.is_alone:
+        return
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    own: dict[str, Word] = {}
+    for index, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+        assert optimizer is not None
+        kept = [f"{spec.name}: {spec.dtype}" for spec in optimizer.rule.slots(group)]
+        own |= {names[id(parameter)]: [str(index), *kept] for parameter in group["params"] if id(parameter) in names}
+    words = _words_of_all(communicator, "booster.boost with the same optimizer", own)
+    if (difference := _first_difference(words)) is not None:
+        index, other = difference
+        raise RankError(
+            f"rank {index} has another optimizer than rank 0: {len(other)} parameters are in other groups, in "
+            f"none, or have other states ({', '.join(other[:_LISTED])}). Build the same optimizer with the "
+            "same groups on every rank; a parameter that one rank does not use stays in its group"
+        )
+
+
 def check_alike(model: nn.Module, communicator: Communicator, are_copied: bool) -> None:
     """See whether all ranks have the same model.
 
@@ -50,22 +118,30 @@ def check_alike(model: nn.Module, communicator: Communicator, are_copied: bool) 
     """
     if communicator.owner.is_alone:
         return
-    own: dict[str, list[str | int]] = {n: _described(tensor, are_copied) for n, tensor in _tensors(model).items()}
+    own: dict[str, Word] = {n: _described(tensor, are_copied) for n, tensor in _tensors(model).items()}
     if not are_copied:
         own["the random state of LazyInitContext"] = [*seeds(model)]
-    words = [
-        dict(word) for word in communicator.agree("booster.boost of the same model", own) if isinstance(word, dict)
-    ]
-    for index, word in enumerate(words):
-        if word == words[0]:
-            continue
-        names = [name for name in {**words[0], **word} if words[0].get(name) != word.get(name)]
+    words = _words_of_all(communicator, "booster.boost of the same model", own)
+    if (difference := _first_difference(words)) is not None:
+        index, names = difference
         raise RankError(
             f"rank {index} has another model than rank 0: {len(names)} of {len(words[0])} parameters and buffers "
             f"differ ({', '.join(names[:_LISTED])}). Build the same model on every rank, with the same seed "
             "(torch.manual_seed before it is built) or from the same file; or have the values of rank 0 on all with "
             "GeminiPlugin(sync_module_states=True)"
         )
+
+
+def _words_of_all(communicator: Communicator, doing: str, own: Mapping[str, Word]) -> list[dict[str, Word]]:
+    return [dict(word) for word in communicator.agree(doing, own) if isinstance(word, dict)]
+
+
+def _first_difference(words: Sequence[Mapping[str, Word]]) -> tuple[int, list[str]] | None:
+    """The first rank whose word differs from that of rank 0, and the names of what differs."""
+    for index, word in enumerate(words):
+        if word != words[0]:
+            return index, [name for name in {**words[0], **word} if words[0].get(name) != word.get(name)]
+    return None
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from ..packing.packing import Packing, decide
 from ..process_wide import bound_kernels, return_freed_memory
 from ..telemetry.writer import TelemetryWriter
 from ..updates.update_queue import UpdateQueue, warm_up
-from .agreement import agree_capacities, check_alike
+from .agreement import agree_capacities, check_alike, check_optimizers, check_options
 from .alive import dismiss, enrol
 from .assemble import assemble
 from .build import build
@@ -60,7 +60,9 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
             _warm_up(optimizer, config, {torch.device("cpu")}, {config.compute_dtype})
             capacities = find_capacities(config)
         check_groups(model, communicator)
+        check_options(config)
         check_alike(model, communicator, config.sync_module_states)
+        check_optimizers(model, optimizer, communicator)
         capacities = agree_capacities(capacities, communicator)
         bound_kernels()
         with all_or_none(communicator, "booster.boost, which takes memory"):

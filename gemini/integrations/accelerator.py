@@ -19,8 +19,10 @@ class ManagedAccelerator(Accelerator):
     """Moves data to the device, and leaves a boosted model and its optimizer where they are. Clips their gradients."""
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, **options: Any) -> nn.Module:
-        placement = False if is_boosted(model) else device_placement
-        return super().prepare_model(model, device_placement=placement, **options)  # type: ignore[no-any-return]
+        if not is_boosted(model):
+            return super().prepare_model(model, device_placement, **options)  # type: ignore[no-any-return]
+        # As for evaluation: not within DistributedDataParallel, since chunks sum the gradients of the ranks themselves.
+        return super().prepare_model(model, False, **{**options, "evaluation_mode": True})  # type: ignore[no-any-return]
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
         inner = unwrapped(optimizer)

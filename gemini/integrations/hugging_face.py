@@ -74,13 +74,15 @@ class GeminiTrainerMixin:
     Parameters
     ----------
     gemini_plugin
-        None: ``GeminiPlugin()``. It counts when the model is boosted; a model that has been boosted keeps its own.
+        None: ``GeminiPlugin(gradient_reduction="mean")``. It counts when the model is boosted; a model that has been
+        boosted keeps its own.
 
     Raises
     ------
     ValueError
         For arguments that management cannot keep: fp16 and bf16 of the trainer, ``torch_compile`` of the whole model,
-        DeepSpeed, FSDP, clipping beside ``update_in_backward``.
+        DeepSpeed, FSDP, clipping beside ``update_in_backward``, the sum of several ranks' gradients instead of their
+        mean.
     TypeError
         For an optimizer that cannot be managed, with the reason.
     """
@@ -106,8 +108,14 @@ class GeminiTrainerMixin:
             if current is not given:
                 self.optimizer = current
             return self.optimizer  # type: ignore[no-any-return]
-        plugin = self.gemini_plugin or GeminiPlugin()
+        plugin = self.gemini_plugin or GeminiPlugin(gradient_reduction="mean")
         _check(boosted(model).config if is_boosted(model) else plugin.config, self.args)  # type: ignore[attr-defined]
+        is_sum = (
+            boosted(model).manager.together.communicator.gradient_factor == 1.0
+            if is_boosted(model)
+            else (plugin.gradient_reduction == "sum")
+        )
+        _check_reduction(is_sum, self.args.world_size)  # type: ignore[attr-defined]
         made: Any = unwrapped(super().create_optimizer(*args, **kwargs))  # type: ignore[misc]
         if is_boosted(model):
             self.optimizer = give_optimizer(model, made)
@@ -151,3 +159,12 @@ def _check(config: GeminiConfig, arguments: TrainingArguments) -> None:
                 f"over {arguments.gradient_accumulation_steps}: leave gradient_accumulation_steps at 1, or boost "
                 "without it"
             )
+
+
+def _check_reduction(is_sum: bool, world_size: int) -> None:
+    """Raise if the ranks' gradients are summed: a trainer multiplies each loss so that their mean comes out right."""
+    if is_sum and world_size > 1:
+        raise ValueError(
+            "a Trainer on several ranks counts on the mean of their gradients, and the default of GeminiPlugin is "
+            'their sum: give gemini_plugin=GeminiPlugin(gradient_reduction="mean")'
+        )

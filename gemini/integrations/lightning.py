@@ -1,10 +1,12 @@
 """Lightning: a strategy that trains under management, and a callback that logs memory statistics."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
@@ -85,6 +87,11 @@ class GeminiStrategy(SingleDeviceStrategy):
 
     def _refuse(self, trainer: Trainer) -> None:
         config = self.plugin.config
+        if (ranks := dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ValueError(
+                f"GeminiStrategy trains in one process, and this is one of {ranks}: start one (python, not torchrun); "
+                "on several train with a loop of your own and booster.boost, or with GeminiTrainerMixin"
+            )
         if trainer.precision != "32-true" or type(self.precision_plugin) not in (Precision, ManagedPrecision):
             raise ValueError(
                 f"leave the trainer's precision at its default, got {type(self.precision_plugin).__name__} with "

@@ -114,6 +114,16 @@ def test_what_cannot_be_kept_is_refused(
         trainer(tmp_path, ours, **changes).fit(Module(), data())
 
 
+def test_one_of_several_ranks_is_refused_before_it_trains_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    module = Module()
+    with pytest.raises(ValueError, match="GeminiStrategy trains in one process, and this is one of 2"):
+        trainer(tmp_path, strategy()).fit(module, data())
+    assert not is_boosted(module.net)
+
+
 def test_several_optimizers_are_refused(tmp_path: Path) -> None:
     module = Module()
     module.automatic_optimization = False
