@@ -36,7 +36,7 @@ def numbers(rank: int) -> dict[str, float]:
 
 
 def open_ranks(count: int = 4, steps: int = 12, folder: Path | None = None, **changes: float) -> list[TelemetryWriter]:
-    """A run of so many ranks, all of this process."""
+    """A run of several ranks, all of this process."""
     return [open_run(steps, folder, rank, count, **{**numbers(rank), **changes}) for rank in range(count)]
 
 

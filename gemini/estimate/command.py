@@ -268,7 +268,7 @@ def _config(options: argparse.Namespace, slots: Sequence[BufferSpec]) -> GeminiC
 
 
 def _machine(options: argparse.Namespace, ranks: int) -> Machine:
-    """What each of so many ranks has, by the options: those on one machine share its RAM and disk."""
+    """What each of several ranks has, by the options: those on one machine share its RAM and disk."""
     from gemini.memory.tracker import NON_MODEL_HOST_BYTES, host_budget
 
     per_node = options.per_node or ranks

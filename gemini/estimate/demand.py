@@ -38,7 +38,7 @@ class Machine:
     ranks: int = 1
     """That keep the model together, an extent of each chunk with each of them."""
     per_node: int = 1
-    """Of them, those that share a machine: its RAM and disk are so many times the bytes above."""
+    """Of them, those that share a machine: its RAM and disk are this number times the bytes above."""
 
     @property
     def neighbours(self) -> int:
@@ -72,7 +72,7 @@ class TierDemand:
         return self.peak_bytes <= self.capacity_bytes
 
     def times(self, ranks: int) -> "TierDemand":
-        """What so many ranks need together; the one with the largest extents stands for each."""
+        """What a number of ranks need together; the one with the largest extents stands for each."""
         return TierDemand(
             model_bytes=ranks * self.model_bytes,
             non_model_bytes=ranks * self.non_model_bytes,
@@ -112,7 +112,7 @@ class ModelData:
         """Of a parameter, master included."""
 
     def pack(self, limits: Mapping[Tier, int], memory: MemoryMap, ranks: int = 1) -> Packing:
-        """The decision for these capacities, of the first of so many ranks, whose extents are the largest.
+        """The decision for these capacities, of the first of several ranks, whose extents are the largest.
 
         Raises
         ------

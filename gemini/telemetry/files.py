@@ -41,7 +41,7 @@ def read_regular(file: Path, tail_bytes: int | None = None) -> bytes:
 def read_tail(file: Path, tail_bytes: int, most_steps: int | None = None) -> list[dict[str, Any]]:
     """The records in the last ``tail_bytes``, oldest first. Torn or foreign lines are left out.
 
-    ``most_steps``: of steps, which are most of the lines, only so many of the newest are looked at.
+    ``most_steps``: of steps, which are most of the lines, only this number of the newest is looked at.
     """
     try:
         data = read_regular(file, tail_bytes)
