@@ -1,5 +1,7 @@
 """From the user's process group to the communicator of a model."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import cast
@@ -61,6 +63,7 @@ def join(group: dist.ProcessGroup | None, shard_size: int | None, gradient_reduc
         If this process is not one of them, or they cannot be divided like this.
     """
     if not dist.is_initialized():
+        _warn_of_ranks_that_have_not_joined()
         return ALONE
     group = dist.group.WORLD if group is None else group
     assert group is not None
@@ -78,6 +81,16 @@ def join(group: dist.ProcessGroup | None, shard_size: int | None, gradient_reduc
     timeout: timedelta = group_timeout(group)
     mailbox = Mailbox(_connected(ranks, timeout), ranks.index(dist.get_rank()), names, timeout)
     return Peers(mailbox, shard_size, factor)
+
+
+def _warn_of_ranks_that_have_not_joined() -> None:
+    """A launcher has started several, and without a process group each of them trains a model of its own."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+        warnings.warn(
+            f"this is one of {count} processes (WORLD_SIZE), and there is no process group: each trains a model of its "
+            "own. Call gemini.launch_from_torch() before booster.boost to train one together",
+            stacklevel=2,
+        )
 
 
 def _connected(ranks: Sequence[int], timeout: timedelta) -> PointToPoint:

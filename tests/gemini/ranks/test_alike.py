@@ -88,3 +88,10 @@ def test_other_parameters_in_the_optimizer_of_a_rank_are_refused_and_change_noth
 def test_a_rank_without_an_optimizer_is_refused(worlds):
     for told in worlds(2).run(refused_without_optimizer):
         assert "rank 1 has another optimizer than rank 0: 4 parameters are in other groups" in told
+
+
+def test_a_process_of_several_without_a_process_group_is_told_that_it_trains_for_itself(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = net()
+    with pytest.warns(UserWarning, match=r"one of 2 processes .* Call gemini.launch_from_torch\(\) before"):
+        Booster(plugin=GeminiPlugin(**SIZES)).boost(model, HybridAdam(model.parameters()))
