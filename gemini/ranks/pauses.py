@@ -39,6 +39,11 @@ class Pauses:
         generation, self._generation = self._generation, None
         return generation
 
+    @property
+    def is_own(self) -> bool:
+        """True if this rank pauses."""
+        return self._until.get(self._own, -1) >= self._next_vote
+
     def ranks(self) -> list[int]:
         """The other ranks that pause, and this one if it has ended."""
         return [

@@ -90,10 +90,22 @@ class Reduction:
                 self._pauses.begin(sender, letter.number)
                 self._pass_over()
                 return
-            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.dooms(sender)):
+            if self._is_early(sender, letter):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
+
+    def _is_early(self, sender: int, letter: Part | RoundEnd) -> bool:
+        """Whether a letter has to wait.
+
+        One of our generation waits for our first contribution, or for the vote: until then this rank may drop what it
+        has, as with a ``zero_grad`` before its backward, and no rank begins a new generation for that.
+        """
+        if not self._sums.has_source:
+            return True
+        if letter.generation == self.generation:
+            return not self._now.has_some and not self._pauses.is_own
+        return letter.generation > self.generation and not self._pauses.dooms(sender)
 
     def _take(self, sender: int, letter: Part | RoundEnd) -> None:
         is_current = letter.generation == self.generation
@@ -115,6 +127,7 @@ class Reduction:
         own = Contribution(contribution.present, gradient[extent.start : extent.stop], contribution.anew)
         shipment.goes(self._mailbox.index, None)
         with self._sums.changed:
+            self._take_early()
             item = Ours(self.generation, chunk, own, shipment)
             self._sums.put(self._now.order.arrived(chunk, self._mailbox.index, self.rounds, item))
         return shipment
@@ -123,6 +136,7 @@ class Reduction:
         """See `Communicator.end_round`."""
         with self._sums.changed:
             self._now.contribute(self.rounds + 1)
+            self._take_early()
             self._sums.put(item for _, item in self._now.order.ended(self._mailbox.index, self.rounds))
         self._mailbox.post_all(RoundEnd(self.generation, self.rounds))
 
@@ -145,16 +159,22 @@ class Reduction:
             self._pass_over()
 
     def _pass_over(self) -> None:
+        """Go on without the ranks that run no backward for now; of some we have yet to take what came before."""
+        waiting = {sender for sender, letter in self._early if letter.generation == self.generation}
         for rank in self._pauses.ranks():
+            if rank in waiting:
+                continue
             self._sums.put(item for _, item in self._now.order.ended(rank, FOREVER))
 
     def _take_early(self) -> None:
         early, self._early = self._early, []
         for sender, letter in early:
-            if not self._sums.has_source or (letter.generation > self.generation and not self._pauses.dooms(sender)):
+            if self._is_early(sender, letter):
                 self._early.append((sender, letter))
             else:
                 self._take(sender, letter)
+        if len(self._early) < len(early):
+            self._pass_over()
 
     # -- sums
 
