@@ -8,7 +8,7 @@ from world import Worlds
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[Worlds]:
-    """``worlds(size)``: ranks that stay for the tests to come, whoever runs next."""
+    """``worlds(size)``: ranks that stay for the tests to come."""
     worlds = Worlds()
     yield worlds
     worlds.close()
