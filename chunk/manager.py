@@ -27,6 +27,7 @@ from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
 from .shortage import refused
+from .snapshots import Snapshots
 from .state import ChunkState
 from .tier import Tier
 from .tier_memory import TierMemories
@@ -51,6 +52,8 @@ class ChunkManager:
         take of it.
     communicator
         The other owners, where the plans name several.
+    snapshot_limit
+        Bytes that copies for a snapshot may take; None: see `Snapshots`.
 
     Raises
     ------
@@ -67,16 +70,17 @@ class ChunkManager:
         gradient_room: Mapping[Tier, int] = MappingProxyType({}),
         headroom: Callable[[], int] = lambda: 0,
         communicator: Communicator = ALONE,
+        snapshot_limit: int | None = None,
     ) -> None:
         self.ledger = ledger
         self.device = device
         self.disk = disk
         self.full_copies = FullCopies(ledger, device, communicator)
-        self.eviction = Eviction(ledger, self.full_copies, headroom)
+        self.snapshots = Snapshots(self.full_copies, device, ledger, snapshot_limit)
+        self.eviction = Eviction(ledger, self.full_copies, headroom, self.snapshots)
         self.access_count = 0
         """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
         self.origin = Origin()
-        self._communicator = communicator
         self._ahead: set[Chunk] = set()
         """Chunks that were fetched ahead of use, and not used since."""
         self.gradient_pool = GradientPool(ledger, device, disk, self.eviction)
@@ -132,25 +136,22 @@ class ChunkManager:
             If code outside of the manager holds memory of such a chunk.
         """
         if plans:
+            self.snapshots.rest()
             with self.together.changing(f"giving {len(plans)} chunks other homes"):
                 self._rebuild(plans, fill)
-            self._communicator.agree("the end of giving chunks other homes")  # gradients for them may come now
+            self.together.communicator.agree("the end of giving chunks other homes")  # gradients for them may come now
 
     def _rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None) -> None:
         rebuilt = [self.chunks[plan.layout.index] for plan in plans]
         for old in rebuilt:
-            if old.loan is not None and old.is_lent:
-                names = ", ".join(old.layout.slots[position].name for position in old.loan.positions)
-                raise ValueError(
-                    f"memory of {names} is held outside of the model (by p.data, p.detach(), a NumPy array or a view): "
-                    "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
-                )
+            _refuse_lent(old)
             self.full_copies.arrive(old)  # what can go wrong goes wrong now
             self.full_copies.bring_home(old)
         self.device.synchronize()  # no home is being written
         on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
         self.eviction.make_room_for(Tier.HOST, sum(on_host))
-        with all_or_none(self._communicator, "the room for these homes"):  # then nobody reads the old ones any more
+        # Afterwards nobody reads the old ones any more.
+        with all_or_none(self.together.communicator, "the room for these homes"):
             built = self._builder.rebuild(rebuilt, plans, fill)
         for old, new in zip(rebuilt, built, strict=True):
             if old.is_resident:
@@ -296,7 +297,7 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        values = read_slot(chunk, position, name, self._communicator)
+        values = read_slot(chunk, position, name, self.together.communicator)
         return with_edits(chunk, position, values) if name == MASTER and is_ahead(chunk) else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
@@ -327,9 +328,19 @@ class ChunkManager:
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
+        self.snapshots.close()
         for chunk in self.chunks:
             chunk.bindings.release()
         self.full_copies.close()
         self.device.close()
         if self.disk is not None:
             close_in_background(self.disk.close)  # after the threads that use it
+
+
+def _refuse_lent(chunk: Chunk) -> None:
+    if chunk.loan is not None and chunk.is_lent:
+        names = ", ".join(chunk.layout.slots[position].name for position in chunk.loan.positions)
+        raise ValueError(
+            f"memory of {names} is held outside of the model (by p.data, p.detach(), a NumPy array or a view): "
+            "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
+        )
