@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gemini.errors import CheckpointError
+from gemini.sizes import parse_bytes
 
 from .match import Source
 from .names import is_extra_state
@@ -21,6 +22,7 @@ TORCH_NAME = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 INDEX_LIMIT_BYTES = 100_000_000
+_MEBI = 1 << 20
 
 T = TypeVar("T")
 
@@ -130,6 +132,20 @@ def into_shards(items: Sequence[T], sizes: Iterable[int], limit_bytes: int) -> l
         shards[-1].append(item)
         room -= size
     return shards
+
+
+def size_limit(size_per_shard: int | str) -> int:
+    """Bytes, from MiB as a number or a text such as ``"5GB"``.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive.
+    """
+    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
+    if limit <= 0:
+        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
+    return limit
 
 
 def shard_names(name: str, count: int) -> list[str]:

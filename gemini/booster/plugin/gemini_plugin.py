@@ -79,8 +79,8 @@ class GeminiPlugin(Plugin):
     offload_dir
         Folder of the disk tier; None: no disk tier.
     snapshot_memory
-        Bytes of ``host_memory`` for copies of what changes while it is saved with ``use_async=True``; None: half of what
-        is free when the save begins. What finds no room waits for the save.
+        Bytes of ``host_memory`` for copies of what changes while it is saved with ``use_async=True``; None: half of
+        what is free when the save begins. What finds no room waits for the save.
     disk_checksums
         Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
         names the chunk. Costs some CPU time.
