@@ -100,15 +100,30 @@ class Snapshot:
         is on its way home, and each is whole at home here.
     ledger, limit_bytes
         What counts the copies, and how many bytes they may take.
+    held_bytes
+        Of the limit, taken for what the reader holds itself.
+
+    Raises
+    ------
+    OutOfMemory
+        If HOST has no room for ``held_bytes``.
     """
 
-    def __init__(self, wanted: Mapping[Chunk, Mapping[int, Collection[str]]], ledger: Ledger, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        wanted: Mapping[Chunk, Mapping[int, Collection[str]]],
+        ledger: Ledger,
+        limit_bytes: int,
+        held_bytes: int = 0,
+    ) -> None:
+        ledger.take(Tier.HOST, held_bytes, "what is held until it is saved")
         self.copied_bytes = 0
         """What was copied aside so far."""
         self.nbytes = 0
         """What the copies take now."""
         self._ledger = ledger
-        self._limit_bytes = limit_bytes
+        self._limit_bytes = limit_bytes - held_bytes
+        self._held_bytes = held_bytes
         self._changed = Condition()
         self._origin = Origin()
         self._fault: BaseException | None = None
@@ -169,6 +184,8 @@ class Snapshot:
             chunk.homes.watch(None)
         with self._changed:
             self._is_over = True
+            self._ledger.give(Tier.HOST, self._held_bytes)
+            self._held_bytes = 0
             for values in self._values.values():
                 for value in values:
                     if value.copy is not None:

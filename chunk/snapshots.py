@@ -72,18 +72,20 @@ class Snapshots:
         """What copies may take of a snapshot that is made now."""
         return self._ledger.free(Tier.HOST) // 2 if self._limit_bytes is None else self._limit_bytes
 
-    def begin(self, wanted: Wanted, work: Callable[[], None]) -> None:
+    def begin(self, wanted: Wanted, work: Callable[[], None], held_bytes: int = 0) -> None:
         """Have ``work`` done, which finds these values as they are now (`of_reader`), and return.
 
         Parameters
         ----------
         wanted
             What the work reads, each once.
+        held_bytes
+            What the work holds in RAM besides; it counts as copies do.
 
         Raises
         ------
         OutOfMemory
-            If the system refuses a thread. The work has not begun then.
+            If HOST has no room, or the system refuses a thread. The work has not begun then.
         Exception
             What went wrong in the work before it, see `wait`; or with an update that is under way.
         """
@@ -91,7 +93,7 @@ class Snapshots:
         for chunk in wanted:
             self._full_copies.quiet(chunk)
         self._device.synchronize()
-        snapshot = Snapshot(wanted, self._ledger, self.limit_bytes)
+        snapshot = Snapshot(wanted, self._ledger, self.limit_bytes, held_bytes)
         self._current = snapshot
         thread = threading.Thread(target=self._run, args=(work, snapshot), name="gemini-memory-save", daemon=False)
         try:
@@ -120,7 +122,7 @@ class Snapshots:
 
     def rest(self) -> None:
         """Return when nothing is under way in this process, whatever went wrong."""
-        if self._origin.is_here:
+        if self._origin.is_here and self._reader != threading.get_ident():
             with self._changed:
                 self._changed.wait_for(lambda: self._current is None)
 
