@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor
 
-from gemini.errors import is_out_of_memory
+from gemini.errors import StateError, is_out_of_memory
 
 from .away import Keeper
 from .building import ChunkBuilder
@@ -76,7 +77,6 @@ class ChunkManager:
         self.access_count = 0
         """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
         self.origin = Origin()
-        self._communicator = communicator
         self._ahead: set[Chunk] = set()
         """Chunks that were fetched ahead of use, and not used since."""
         self.gradient_pool = GradientPool(ledger, device, disk, self.eviction)
@@ -87,6 +87,8 @@ class ChunkManager:
         self.chunks = self._builder.build(plans)
         self.together = Together(communicator, self.chunks, self.full_copies, self.gradient_pool, device)
         self._places: dict[int, tuple[Chunk, int]] = {}
+        self._parking: DiskBackend | None = None
+        """Where all homes are while the model is released."""
 
     @property
     def moves(self) -> MoveCounts:
@@ -131,12 +133,20 @@ class ChunkManager:
         ValueError
             If code outside of the manager holds memory of such a chunk.
         """
+        self.refuse_released("give parameters other homes")
+        self._rebuild_together(self._builder, plans, fill)
+
+    def _rebuild_together(
+        self, builder: ChunkBuilder, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None
+    ) -> None:
         if plans:
             with self.together.changing(f"giving {len(plans)} chunks other homes"):
-                self._rebuild(plans, fill)
-            self._communicator.agree("the end of giving chunks other homes")  # gradients for them may come now
+                self._rebuild(builder, plans, fill)
+            self.together.communicator.agree("the end of giving chunks other homes")  # gradients for them may come now
 
-    def _rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None) -> None:
+    def _rebuild(
+        self, builder: ChunkBuilder, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None
+    ) -> None:
         rebuilt = [self.chunks[plan.layout.index] for plan in plans]
         for old in rebuilt:
             if old.loan is not None and old.is_lent:
@@ -150,12 +160,63 @@ class ChunkManager:
         self.device.synchronize()  # no home is being written
         on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
         self.eviction.make_room_for(Tier.HOST, sum(on_host))
-        with all_or_none(self._communicator, "the room for these homes"):  # then nobody reads the old ones any more
-            built = self._builder.rebuild(rebuilt, plans, fill)
+        with all_or_none(self.together.communicator, "the room for these homes"):  # then nobody reads the old ones any more
+            built = builder.rebuild(rebuilt, plans, fill)
         for old, new in zip(rebuilt, built, strict=True):
             if old.is_resident:
                 self.evict(old)
-            self._builder.replace(old, new)
+            builder.replace(old, new)
+
+    # -- released
+
+    def release(self, plans: Sequence[ChunkPlan], parking: DiskBackend) -> None:
+        """Have all homes on disk, by these plans, and no memory on other tiers. Values can be read and replaced there.
+
+        Parameters
+        ----------
+        parking
+            The manager's own disk, if it has one.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError, ValueError
+            As `rebuild`; the chunks are as they were.
+        """
+        self._rebuild_together(self._builder_on(parking), plans)
+        self._parking = parking
+        self.eviction.evict_idle()
+        self.gradient_pool.let_go()
+        self.device.trim()
+
+    def resume(self, plans: Sequence[ChunkPlan]) -> None:
+        """Have homes again where these plans say. Raises as `rebuild`; the model is still released then."""
+        assert self._parking is not None
+        self._rebuild_together(self._builder_on(self._parking), plans)
+        if self._parking is not self.disk:
+            self._parking.close()
+        self._parking = None
+
+    def _builder_on(self, parking: DiskBackend) -> ChunkBuilder:
+        return replace(self._builder, memories=TierMemories(self.ledger, self.device, parking))
+
+    @property
+    def is_released(self) -> bool:
+        """True from `release` to `resume`."""
+        return self._parking is not None
+
+    def refuse_released(self, doing: str) -> None:
+        """Raise if the homes have no memory to work in.
+
+        Raises
+        ------
+        StateError
+            From `release` to `resume`.
+        """
+        if self._parking is not None:
+            raise StateError(
+                f"cannot {doing}: the model's memory has been released, and its values are on disk in "
+                f"{str(self._parking.folder)!r}; call booster.resume(model) first"
+            )
 
     # -- moving
 
@@ -174,6 +235,7 @@ class ChunkManager:
         if chunk.is_resident:
             return
         self.origin.refuse_elsewhere()
+        self.refuse_released("use parameters")
         self.full_copies.take_assigned(chunk)
         self.eviction.make_room(chunk, keep, overdraw)
         begin = time.perf_counter()
@@ -296,7 +358,7 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        values = read_slot(chunk, position, name, self._communicator)
+        values = read_slot(chunk, position, name, self.together.communicator)
         return with_edits(chunk, position, values) if name == MASTER and is_ahead(chunk) else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
@@ -331,5 +393,6 @@ class ChunkManager:
             chunk.bindings.release()
         self.full_copies.close()
         self.device.close()
-        if self.disk is not None:
-            close_in_background(self.disk.close)  # after the threads that use it
+        for disk in {self.disk, self._parking} - {None}:
+            assert disk is not None
+            close_in_background(disk.close)  # after the threads that use it

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -220,6 +221,18 @@ class Booster:
         from gemini import checkpoint as io
 
         io.save_lora(model, checkpoint, use_safetensors=use_safetensors)
+
+    def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
+        """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""
+        from gemini.boosting.release import release
+
+        release(model, folder)
+
+    def resume(self, model: nn.Module) -> None:
+        """Take memory for a released model again; see `gemini.boosting.release.resume`."""
+        from gemini.boosting.release import resume
+
+        resume(model)
 
     def execute_pipeline(self, *args: Any, **kwargs: Any) -> NoReturn:
         """ColossalAI's, for pipelines. Raises NotImplementedError."""

@@ -1,5 +1,6 @@
 """Training on a device with memory and streams of its own gives the numbers of plain PyTorch on the CPU."""
 
+import tempfile
 from typing import Any
 
 import pytest
@@ -132,6 +133,23 @@ def test_other_optimizers_give_the_numbers_that_they_have_without_management(
     device: SimulatedDevice, name: str, optimizer: str
 ) -> None:
     check_loop(Other(optimizer, dict(PLACEMENTS[name])), Other(optimizer, None, place="sim"))
+
+
+class Released(OnDevice):
+    """Its memory is given back after each step, and taken again."""
+
+    def step(self, number: int) -> float:
+        loss = super().step(number)
+        if self.is_managed:
+            with tempfile.TemporaryDirectory() as folder:
+                self.booster.release(self.model, folder)
+                assert self.model.memory_stats()["device/used_bytes"] == 0
+                self.booster.resume(self.model)
+        return loss
+
+
+def test_a_released_model_gives_the_numbers_of_the_cpu(device: SimulatedDevice, loop_placement: dict[str, Any]) -> None:
+    check_loop(Released(loop_placement), Released(None))
 
 
 def test_the_unmanaged_optimizer_gives_the_numbers_of_the_cpu(device: SimulatedDevice) -> None:

@@ -1,0 +1,48 @@
+"""Several ranks give the memory of their parts back between two steps, and take it again."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from rank_training import TIERS, Training, Where, check_exact
+from world import Worlds
+
+from gemini.boosted import boosted
+from gemini.chunk import Tier
+from gemini.errors import RankError
+
+
+class Released(Training):
+    """Released after each step; read while it is."""
+
+    def end_step(self, step: int) -> None:
+        if self.is_managed:
+            with tempfile.TemporaryDirectory() as folder:
+                self.booster.release(self.model, folder)
+                homes = [home for chunk in boosted(self.model).manager.chunks for home in chunk.homes.values()]
+                assert {home.tier for home in homes} == {Tier.DISK}
+                weight = self.model.state_dict()["0.weight"]
+                self.booster.resume(self.model)
+        else:
+            weight = self.model.state_dict()["0.weight"]
+        self.ended.seen.append(weight.tolist())
+
+
+@pytest.mark.parametrize("tiers", ["resident", "streamed"])
+def test_ranks_train_on_bit_for_bit(tiers: str, worlds: Worlds) -> None:
+    check_exact(worlds(2), Released, **TIERS[tiers])
+
+
+def test_a_missing_folder_on_one_rank_refuses_it_on_all_and_training_goes_on(worlds: Worlds, tmp_path: Path) -> None:
+    assert worlds(2).run(refused, str(tmp_path)) == ["ValueError", "RankError"]
+
+
+def refused(folder: str) -> str:
+    training = Training(Where.RANKS, **TIERS["resident"])
+    training.train()
+    try:
+        training.booster.release(training.model, folder if training.rank else None)
+    except (ValueError, RankError) as error:
+        training.train()
+        return type(error).__name__
+    return "released"
