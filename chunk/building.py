@@ -83,6 +83,17 @@ class ChunkBuilder:
             if all(home is not other for other in after):
                 self.memories.free(home)
 
+    def free_states(self, chunk: Chunk) -> None:
+        """Free what the optimizer has kept of a chunk, but for what its masters need. No update can follow."""
+        for spec in chunk.states if not chunk.plan.codec.computes else ():
+            self.memories.free(chunk.homes.pop(spec.name))
+
+    def free(self, chunk: Chunk) -> None:
+        """Free what a chunk has; it is unusable then."""
+        for home in _homes(chunk):
+            self.memories.free(home)
+        chunk.homes.clear()
+
     def _build_all(self, pairs: Sequence[tuple[ChunkPlan, Mapping[str, Buffer]]]) -> tuple[Chunk, ...]:
         """One chunk for each plan, with the homes that are there already."""
         homes = [

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -13,7 +12,7 @@ from gemini.errors import StateError, is_out_of_memory
 from .away import Keeper
 from .building import ChunkBuilder
 from .chunk import Chunk
-from .communicator import ALONE, Communicator, all_or_none
+from .communicator import ALONE, Communicator
 from .disk import DiskBackend
 from .edits import check_assigned, is_ahead, put, with_edits
 from .eviction import Eviction
@@ -27,6 +26,7 @@ from .move_counts import MoveCounts
 from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
+from .rehoming import Rehoming
 from .shortage import refused
 from .state import ChunkState
 from .tier import Tier
@@ -83,12 +83,11 @@ class ChunkManager:
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
         memories = TierMemories(ledger, device, disk)
-        self._builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
-        self.chunks = self._builder.build(plans)
+        builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
+        self.chunks = builder.build(plans)
         self.together = Together(communicator, self.chunks, self.full_copies, self.gradient_pool, device)
+        self.rehoming = Rehoming(builder, self.chunks, self.full_copies, self.eviction, self.together)
         self._places: dict[int, tuple[Chunk, int]] = {}
-        self._parking: DiskBackend | None = None
-        """Where all homes are while the model is released."""
 
     @property
     def moves(self) -> MoveCounts:
@@ -120,89 +119,12 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         return chunk.layout.slots[position]
 
+    # -- homes
+
     def rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None) -> None:
-        """Give chunks other homes, and what else these plans say, with the values that they have. All or nothing.
-
-        They must be at rest. ``fill`` puts into the other homes of a new chunk what is not to be zero. Masters that
-        keep their form and tier stay where they are.
-
-        Raises
-        ------
-        OutOfMemory, OffloadError
-            If a new home gets no room; the old ones go when all new ones are there.
-        ValueError
-            If code outside of the manager holds memory of such a chunk.
-        """
+        """See `Rehoming.rebuild`. Raises StateError while the model is released."""
         self.refuse_released("give parameters other homes")
-        self._rebuild_together(self._builder, plans, fill)
-
-    def _rebuild_together(
-        self, builder: ChunkBuilder, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None
-    ) -> None:
-        if plans:
-            with self.together.changing(f"giving {len(plans)} chunks other homes"):
-                self._rebuild(builder, plans, fill)
-            self.together.communicator.agree("the end of giving chunks other homes")  # gradients for them may come now
-
-    def _rebuild(
-        self, builder: ChunkBuilder, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None
-    ) -> None:
-        rebuilt = [self.chunks[plan.layout.index] for plan in plans]
-        for old in rebuilt:
-            if old.loan is not None and old.is_lent:
-                names = ", ".join(old.layout.slots[position].name for position in old.loan.positions)
-                raise ValueError(
-                    f"memory of {names} is held outside of the model (by p.data, p.detach(), a NumPy array or a view): "
-                    "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
-                )
-            self.full_copies.arrive(old)  # what can go wrong goes wrong now
-            self.full_copies.bring_home(old)
-        self.device.synchronize()  # no home is being written
-        on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
-        self.eviction.make_room_for(Tier.HOST, sum(on_host))
-        with all_or_none(self.together.communicator, "the room for these homes"):  # then nobody reads the old ones any more
-            built = builder.rebuild(rebuilt, plans, fill)
-        for old, new in zip(rebuilt, built, strict=True):
-            if old.is_resident:
-                self.evict(old)
-            builder.replace(old, new)
-
-    # -- released
-
-    def release(self, plans: Sequence[ChunkPlan], parking: DiskBackend) -> None:
-        """Have all homes on disk, by these plans, and no memory on other tiers. Values can be read and replaced there.
-
-        Parameters
-        ----------
-        parking
-            The manager's own disk, if it has one.
-
-        Raises
-        ------
-        OutOfMemory, OffloadError, ValueError
-            As `rebuild`; the chunks are as they were.
-        """
-        self._rebuild_together(self._builder_on(parking), plans)
-        self._parking = parking
-        self.eviction.evict_idle()
-        self.gradient_pool.let_go()
-        self.device.trim()
-
-    def resume(self, plans: Sequence[ChunkPlan]) -> None:
-        """Have homes again where these plans say. Raises as `rebuild`; the model is still released then."""
-        assert self._parking is not None
-        self._rebuild_together(self._builder_on(self._parking), plans)
-        if self._parking is not self.disk:
-            self._parking.close()
-        self._parking = None
-
-    def _builder_on(self, parking: DiskBackend) -> ChunkBuilder:
-        return replace(self._builder, memories=TierMemories(self.ledger, self.device, parking))
-
-    @property
-    def is_released(self) -> bool:
-        """True from `release` to `resume`."""
-        return self._parking is not None
+        self.rehoming.rebuild(plans, fill)
 
     def refuse_released(self, doing: str) -> None:
         """Raise if the homes have no memory to work in.
@@ -210,13 +132,18 @@ class ChunkManager:
         Raises
         ------
         StateError
-            From `release` to `resume`.
+            While the model is released.
         """
-        if self._parking is not None:
+        if (parking := self.rehoming.parking) is not None:
             raise StateError(
                 f"cannot {doing}: the model's memory has been released, and its values are on disk in "
-                f"{str(self._parking.folder)!r}; call booster.resume(model) first"
+                f"{str(parking.folder)!r}; call booster.resume(model) first"
             )
+
+    def let_go(self, room: Mapping[Chunk, Sequence[Tensor]]) -> None:
+        """Have parameters follow their chunks no longer: see `Rehoming.let_go`."""
+        self.rehoming.let_go(room)
+        self._places.clear()
 
     # -- moving
 
@@ -393,6 +320,6 @@ class ChunkManager:
             chunk.bindings.release()
         self.full_copies.close()
         self.device.close()
-        for disk in {self.disk, self._parking} - {None}:
-            assert disk is not None
-            close_in_background(disk.close)  # after the threads that use it
+        for disk in (self.disk, self.rehoming.parking):
+            if disk is not None:
+                close_in_background(disk.close)  # after the threads that use it

@@ -35,16 +35,17 @@ def release(model: nn.Module, folder: str | Path | None = None) -> None:
     """
     state = boosted(model)
     manager = state.manager
-    if manager.is_released:
+    if manager.rehoming.parking is not None:
         return
     with state.engine.lock:
         state.engine.recover()
         with all_or_none(manager.together.communicator, "booster.release"):
-            _refuse_gradients(state)
+            refuse_gradients(state)
             parking = manager.disk or _parking(state, folder)
         state.engine.pins.release_held()
+        plans = [_on_disk(chunk.plan) for chunk in manager.chunks if not _is_on_disk(chunk.plan)]
         try:
-            manager.release([_on_disk(chunk.plan) for chunk in manager.chunks if not _is_on_disk(chunk.plan)], parking)
+            manager.rehoming.release(plans, parking)
         except BaseException:
             if parking is not manager.disk:
                 parking.close()
@@ -66,10 +67,10 @@ def resume(model: nn.Module) -> None:
     """
     state = boosted(model)
     manager, packing = state.manager, state.packing
-    if not manager.is_released:
+    if manager.rehoming.parking is None:
         return
     with state.engine.lock:
-        manager.resume([plan for plan in packing.plans if not _is_on_disk(plan)])
+        manager.rehoming.resume([plan for plan in packing.plans if not _is_on_disk(plan)])
         state.engine.rebuilt(packing)
 
 
@@ -81,14 +82,15 @@ def _on_disk(plan: ChunkPlan) -> ChunkPlan:
     return replace(plan, tiers=dict.fromkeys(plan.tiers, Tier.DISK), full_is_home=False)
 
 
-def _refuse_gradients(state: Boosted) -> None:
+def refuse_gradients(state: Boosted) -> None:
+    """Raise ValueError if chunks have gradients that no step has taken."""
     chunks = [chunk for chunk in state.manager.chunks if chunk.gradient is not None and chunk.gradient.present]
     if chunks:
         count = sum(len(chunk.gradient.present) for chunk in chunks if chunk.gradient is not None)
         name = chunks[0].layout.slots[0].name
         raise ValueError(
-            f"{count} parameters have gradients (in the chunk with {name}, for one), which would be lost: release a "
-            "model after optimizer.step() and optimizer.zero_grad()"
+            f"{count} parameters have gradients (in the chunk with {name}, for one), which would be lost: do this "
+            "after optimizer.step() and optimizer.zero_grad()"
         )
 
 

@@ -115,7 +115,7 @@ def test_gradients_memory_held_outside_and_a_missing_folder_are_refused(tmp_path
     torch.manual_seed(3)
     loss = ours.loss(2)
     ours.backward(loss)
-    with pytest.raises(ValueError, match="have gradients .* which would be lost"):
+    with pytest.raises(ValueError, match=r"have gradients .* which would be lost"):
         ours.booster.release(ours.model, tmp_path)
     ours.optimizer.step()
     ours.optimizer.zero_grad()
@@ -143,7 +143,7 @@ def test_a_model_that_finds_no_room_stays_released_until_there_is_some(
     ledger.resize(Tier.HOST, 0)
     with pytest.raises(OutOfMemory):
         ours.booster.resume(ours.model)
-    with pytest.raises(StateError, match="call booster.resume"):
+    with pytest.raises(StateError, match=r"call booster\.resume"):
         ours.model(batch(0))
     ledger.resize(Tier.HOST, room)
     ours.booster.resume(ours.model)

@@ -12,6 +12,7 @@ from simulated import SimulatedDevice
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import gemini
 from gemini.memory import capacity
 from gemini.nn.optimizer import HybridAdam
 
@@ -150,6 +151,19 @@ class Released(OnDevice):
 
 def test_a_released_model_gives_the_numbers_of_the_cpu(device: SimulatedDevice, loop_placement: dict[str, Any]) -> None:
     check_loop(Released(loop_placement), Released(None))
+
+
+def test_a_model_that_is_made_a_plain_one_has_its_values(
+    device: SimulatedDevice, loop_placement: dict[str, Any]
+) -> None:
+    ours = OnDevice(loop_placement)
+    ours.step(0)
+    expected_values = {name: value.clone() for name, value in ours.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"use to_torch\(model, device='sim'\)"):
+        gemini.to_torch(ours.model)
+    plain = gemini.to_torch(ours.model, device="sim")
+    assert {parameter.device.type for parameter in plain.parameters()} == {"sim"}
+    assert all(torch.equal(value.cpu(), expected_values[name]) for name, value in plain.state_dict().items())
 
 
 def test_the_unmanaged_optimizer_gives_the_numbers_of_the_cpu(device: SimulatedDevice) -> None:

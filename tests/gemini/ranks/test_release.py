@@ -2,11 +2,14 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rank_training import TIERS, Training, Where, check_exact
 from world import Worlds
 
+import gemini
 from gemini.boosted import boosted
 from gemini.chunk import Tier
 from gemini.errors import RankError
@@ -46,3 +49,16 @@ def refused(folder: str) -> str:
         training.train()
         return type(error).__name__
     return "released"
+
+
+def made_plain(plugin: dict[str, Any]) -> bool:
+    training = Training(Where.RANKS, **plugin)
+    training.train()
+    expected = training.model.state_dict()
+    plain = gemini.to_torch(training.model)
+    return all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("tiers", ["resident", "streamed"])
+def test_each_rank_gets_the_whole_plain_model(tiers: str, worlds: Worlds) -> None:
+    assert worlds(2).run(made_plain, TIERS[tiers]) == [True, True]
