@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from .hugging_face import may_be_missing, resolve_names, save_configuration
 from .match import match
 from .names import Entry, entries, extra_states
 from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import TensorRecord
+from .safetensors_stream import OpenFiles, TensorRecord
 from .stage import Stage, remove
 from .weight_files import (
     FILE_SUFFIXES,
@@ -92,7 +91,7 @@ def save_model(
     write_once(model, f"save_model to {path}", save)
 
 
-def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True) -> None:
+def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
     """Fill a model from a Hugging Face folder, an index, a safetensors file or a file of ``torch.save``.
 
     One tensor at a time, into whatever the model keeps it as; an fp32 checkpoint fills fp32 masters exactly. Names of
@@ -107,29 +106,33 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True)
         A folder or a file.
     strict
         Whether missing and unexpected tensors are an error. Shapes have to fit in any case.
+    verify
+        Whether to compare tensors with the checksums in their files, where these have any, before the model is touched.
 
     Raises
     ------
     CheckpointError
         Naming the file and everything that is wrong with it. The model is as it was, unless the message says that a
-        file could not be read to its end.
+        file could not be read to its end, or changed, after it had been verified.
     """
     path = Path(checkpoint)
     doing = f"load_model from {path}"
-    with ExitStack() as files:
+    with OpenFiles() as files:
         with checked_by_all(model, doing):
-            load = checked_model(model, path, files, strict=strict)
+            load = checked_model(model, path, files, strict=strict, verify=verify)
         with loaded_by_all(model, doing):
             load()
 
 
-def checked_model(model: nn.Module, checkpoint: Path, files: ExitStack, *, strict: bool = True) -> Callable[[], None]:
+def checked_model(
+    model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool
+) -> Callable[[], None]:
     """Check all that `load_model` checks.
 
     Parameters
     ----------
     files
-        Takes what has to stay open until it is loaded.
+        Takes what has to stay open until it is loaded; it holds nothing else.
 
     Returns
     -------
@@ -139,6 +142,8 @@ def checked_model(model: nn.Module, checkpoint: Path, files: ExitStack, *, stric
     found = match(model, resolve_names(model, read_sources(checkpoint, files)))
     found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
     found.check(strict, str(checkpoint))
+    if verify:
+        files.verify()
 
     def load() -> None:
         try:
