@@ -1,7 +1,7 @@
 """Saving and loading a model's weights."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,13 +18,14 @@ from .match import match
 from .names import Entry, entries, extra_states
 from .ranks import checked_by_all, loaded_by_all, write_once
 from .safetensors_stream import SafetensorsWriter, TensorRecord
-from .stage import Stage, remove
+from .stage import Stage
 from .torch_file import write_torch
 from .weight_files import (
     FILE_SUFFIXES,
     INDEX_SUFFIX,
     SAFE_NAME,
     TORCH_NAME,
+    find_shards,
     into_shards,
     read_sources,
     read_weight_map,
@@ -141,22 +142,27 @@ def _save_folder(model: nn.Module, folder: Path, name: str, limit: int | None) -
     extra = extra_states(model)
     dtype = next((entry.dtype for entry in held if entry.dtype.is_floating_point), None)
     shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None else [held]
-    before = _weight_files(folder, name)
     with Stage(folder, f"{_prefix(name)}model") as stage:
         configuration = save_configuration(model, stage.path, dtype)
         if len(shards) <= 1:
             _write(stage, name, held, extra)
-            stage.commit([*configuration, name])
+            with stage.alone():
+                before = _weight_files(folder, name)
+                stage.commit([*configuration, name])
+                _discard(stage, before, name, [name])
         else:
-            _save_shards(stage, name, shards, extra, configuration)
-    index = name + INDEX_SUFFIX
-    now = {name} if len(shards) <= 1 else {index, *read_weight_map(folder / index).values()}
-    remove(folder / file for file in before if file not in now)
+            index = _write_shards(stage, name, shards, extra)
+            with stage.alone():
+                before = _weight_files(folder, name)
+                entry = name + INDEX_SUFFIX
+                stage.commit_indexed(shard_names(name, len(shards)), entry, index, configuration)
+                _discard(stage, before, entry, read_weight_map(folder / entry).values())
 
 
-def _save_shards(
-    stage: Stage, name: str, shards: Sequence[Sequence[Entry]], extra: Mapping[str, Any], configuration: Sequence[str]
-) -> None:
+def _write_shards(
+    stage: Stage, name: str, shards: Sequence[Sequence[Entry]], extra: Mapping[str, Any]
+) -> Callable[[Mapping[str, str]], str]:
+    """Write the files; the text of their index is made when it is known where they are."""
     files = shard_names(name, len(shards))
     homes: dict[str, str] = {}
     for file, part in zip(files, shards, strict=True):
@@ -175,23 +181,32 @@ def _save_shards(
         weight_map = {tensor: where[file] for tensor, file in sorted(homes.items())}
         return json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2) + "\n"
 
-    stage.commit(configuration)
-    stage.commit_indexed(files, name + INDEX_SUFFIX, index)
+    return index
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:
-    """Weight files of the checkpoint that is there; first those that a loader looks for."""
+    """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
     first: list[str] = []
-    named: list[str] = []
+    others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
         first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
         if (folder / (base + INDEX_SUFFIX)).is_file():
             try:
-                named += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
             except CheckpointError:
                 continue  # what cannot be read names nothing
-    return [*first, *named]
+        others += find_shards(folder, base)
+    return [*first, *dict.fromkeys(others)]
+
+
+def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
+    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
+    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
+    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+    kept = {entry, *now}
+    old = [file for file in before if file not in kept]
+    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
 
 
 def _prefix(name: str) -> str:

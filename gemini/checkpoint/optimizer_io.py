@@ -32,10 +32,10 @@ from .optimizer_files import (
 )
 from .ranks import checked_by_all, loaded_by_all, write_once
 from .safetensors_stream import SafetensorsWriter, TensorRecord
-from .stage import Stage, remove
+from .stage import Stage
 from .tensor_parallel import refuse_parts
 from .torch_file import write_torch
-from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_json, shard_names
+from .weight_files import FILE_SUFFIXES, checked_weight_map, find_shards, into_shards, read_json, shard_names
 
 _MEBI = 1 << 20
 
@@ -126,7 +126,6 @@ def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: 
     def text(where: Mapping[str, str]) -> str:
         return json.dumps({**content, "weight_map": {n: where[file] for n, file in homes.items()}}, indent=1) + "\n"
 
-    before = _files_of(folder / name)
     with Stage(folder, name) as stage:
         for file, part in zip(files, parts, strict=True):
             of_name = {each.record.name: each for each in part}
@@ -135,9 +134,11 @@ def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: 
                 writer.begin(out)
                 for record in writer.records:
                     writer.append(out, record, of_name[record.name].read())
-        stage.commit_indexed(files, name, text)
-    now = _files_of(folder / name)
-    remove(folder / file for file in before if file not in now)
+        with stage.alone():
+            before = [*_files_of(folder / name), *find_shards(folder, tensors)]
+            stage.commit_indexed(files, name, text)
+            now = _files_of(folder / name)
+            stage.discard([], [file for file in before if file not in now])
 
 
 @dataclass(frozen=True, slots=True)
