@@ -26,6 +26,7 @@ from gemini.errors import CheckpointError
 
 from . import committed
 from .contents import Bytes, Content, Inside, write_all
+from .folder import sync_folder
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
 from .model_io import checked_model, model_contents
@@ -35,7 +36,7 @@ from .random_states import Restored, random_states
 from .ranks import checked_by_all, loaded_by_all, place_of, together_of, told_by_all, write_once
 from .safetensors_stream import OpenFiles
 from .scheduler_io import checked_lr_scheduler
-from .stage import Stage, sync_folder
+from .stage import Stage
 from .torch_file import plain_bytes, read_torch
 from .weight_files import INDEX_SUFFIX, SAFE_NAME, size_limit
 

@@ -1,7 +1,7 @@
 """Saving and loading a model's weights."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from .match import match
 from .names import Entry, entries, extra_states
 from .ranks import checked_by_all, loaded_by_all, write_once
 from .safetensors_stream import OpenFiles, TensorRecord
-from .stage import Stage, remove
+from .stage import Stage
 from .weight_files import (
     FILE_SUFFIXES,
     INDEX_SUFFIX,
     SAFE_NAME,
     TORCH_NAME,
+    find_shards,
     into_shards,
     read_sources,
     read_weight_map,
@@ -179,18 +180,18 @@ def _save_file(model: nn.Module, folder: Path, name: str) -> None:
 
 def _save_folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> None:
     weights, configuration = _Weights.of(model, name, limit), _configuration(model)
-    before = _weight_files(folder, name)
-    names = [content.name for content in weights.files]
+    names, others = ([content.name for content in contents] for contents in (weights.files, configuration))
+    index = name + INDEX_SUFFIX
     with Stage(folder, f"{_prefix(name)}model") as stage:
         write_all(stage, [*configuration, *weights.files])
-        stage.commit(content.name for content in configuration)
-        if weights.is_sharded:
-            stage.commit_indexed(names, name + INDEX_SUFFIX, weights.index)
-        else:
-            stage.commit(names)
-    index = name + INDEX_SUFFIX
-    now = {index, *read_weight_map(folder / index).values()} if weights.is_sharded else {name}
-    remove(folder / file for file in before if file not in now)
+        with stage.alone():
+            before = _weight_files(folder, name)
+            if weights.is_sharded:
+                stage.commit_indexed(names, index, weights.index, others)
+                _discard(stage, before, index, read_weight_map(folder / index).values())
+            else:
+                stage.commit([*others, name])
+                _discard(stage, before, name, [name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,18 +266,28 @@ def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> 
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:
-    """Weight files of the checkpoint that is there; first those that a loader looks for."""
+    """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
     first: list[str] = []
-    named: list[str] = []
+    others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
         first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
         if (folder / (base + INDEX_SUFFIX)).is_file():
             try:
-                named += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
             except CheckpointError:
                 continue  # what cannot be read names nothing
-    return [*first, *named]
+        others += find_shards(folder, base)
+    return [*first, *dict.fromkeys(others)]
+
+
+def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
+    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
+    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
+    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+    kept = {entry, *now}
+    old = [file for file in before if file not in kept]
+    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
 
 
 def _prefix(name: str) -> str:

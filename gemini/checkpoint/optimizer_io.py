@@ -32,9 +32,17 @@ from .optimizer_files import (
 )
 from .ranks import checked_by_all, loaded_by_all, write_once
 from .safetensors_stream import OpenFiles, TensorRecord
-from .stage import Stage, remove
+from .stage import Stage
 from .tensor_parallel import refuse_parts
-from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_json, shard_names, size_limit
+from .weight_files import (
+    FILE_SUFFIXES,
+    checked_weight_map,
+    find_shards,
+    into_shards,
+    read_json,
+    shard_names,
+    size_limit,
+)
 
 # -- saving
 
@@ -115,12 +123,13 @@ def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
 def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> None:
     name = prefix + JSON_NAME
     states = _States.of(optimizer, prefix, limit, folder / name)
-    before = _files_of(folder / name)
     with Stage(folder, name) as stage:
         write_all(stage, states.files)
-        stage.commit_indexed([content.name for content in states.files], name, states.index)
-    now = _files_of(folder / name)
-    remove(folder / file for file in before if file not in now)
+        with stage.alone():
+            before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
+            stage.commit_indexed([content.name for content in states.files], name, states.index)
+            now = _files_of(folder / name)
+            stage.discard([], [file for file in before if file not in now])
 
 
 def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:

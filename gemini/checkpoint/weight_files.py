@@ -1,6 +1,7 @@
 """Where weights are in a checkpoint: single files, and folders in the Hugging Face layout."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -152,6 +153,13 @@ def shard_names(name: str, count: int) -> list[str]:
     """``model-00001-of-00003.safetensors`` and so on."""
     stem, dot, suffix = name.rpartition(".")
     return [f"{stem}-{i + 1:05d}-of-{count:05d}{dot}{suffix}" for i in range(count)]
+
+
+def find_shards(folder: Path, name: str) -> list[str]:
+    """Files in a folder that are named as shards of ``name`` are, whether an index names them or not."""
+    stem, dot, suffix = map(re.escape, name.rpartition("."))
+    pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}}(-[0-9a-f]{{8}})?|-[0-9a-f]{{8}}){dot}{suffix}")
+    return sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
 
 
 def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
