@@ -18,7 +18,7 @@ MOST_LINES_OF_A_CLASS = 300
 MOST_ATTRIBUTES_OF_A_CLASS = 14
 MOST_LINES_OF_THE_CORE = 9_000
 NOT_CORE = (
-    *("lazy", "checkpoint", "estimate", "integrations", "nn", "stat", "telemetry", "train"),
+    *("lazy", "checkpoint", "estimate", "integrations", "nn", "stat", "telemetry", "tensor_file", "train"),
     *("colossal", "accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
 )
 
