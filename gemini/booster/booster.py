@@ -135,6 +135,8 @@ class Booster:
         strict: bool = True,
         low_cpu_mem_mode: bool = True,
         num_threads: int = 1,
+        *,
+        verify: bool = True,
     ) -> None:
         """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`.
 
@@ -142,7 +144,7 @@ class Booster:
         """
         from gemini import checkpoint as io
 
-        io.load_model(model, checkpoint, strict=strict)
+        io.load_model(model, checkpoint, strict=strict, verify=verify)
 
     def save_optimizer(
         self,
@@ -164,12 +166,18 @@ class Booster:
         io.save_optimizer(optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard)
 
     def load_optimizer(
-        self, optimizer: Optimizer, checkpoint: str, low_cpu_mem_mode: bool = True, num_threads: int = 1
+        self,
+        optimizer: Optimizer,
+        checkpoint: str,
+        low_cpu_mem_mode: bool = True,
+        num_threads: int = 1,
+        *,
+        verify: bool = True,
     ) -> None:
         """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`, and `load_model` for the rest."""
         from gemini import checkpoint as io
 
-        io.load_optimizer(optimizer, checkpoint)
+        io.load_optimizer(optimizer, checkpoint, verify=verify)
 
     def save_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
         """Write a scheduler's state."""

@@ -9,7 +9,7 @@ How the files build on each other (imports go down only)::
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     safetensors_stream.py  torch_file.py             formats
-    stage.py  output.py  raw.py                      atomic files, one file, bytes
+    stage.py  output.py  raw.py  wording.py          atomic files, one file, bytes, names in messages
 """
 
 from .lora import save_lora

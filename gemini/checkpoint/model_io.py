@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from .hugging_face import may_be_missing, resolve_names, save_configuration
 from .match import match
 from .names import Entry, entries, extra_states
 from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import SafetensorsWriter, TensorRecord
+from .safetensors_stream import OpenFiles, SafetensorsWriter, TensorRecord
 from .stage import Stage, remove
 from .torch_file import write_torch
 from .weight_files import (
@@ -94,7 +93,7 @@ def save_model(
     write_once(model, f"save_model to {path}", save)
 
 
-def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True) -> None:
+def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
     """Fill a model from a Hugging Face folder, an index, a safetensors file or a file of ``torch.save``.
 
     One tensor at a time, into whatever the model keeps it as; an fp32 checkpoint fills fp32 masters exactly. Names of
@@ -109,20 +108,24 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True)
         A folder or a file.
     strict
         Whether missing and unexpected tensors are an error. Shapes have to fit in any case.
+    verify
+        Whether to compare tensors with the checksums in their files, where these have any, before the model is touched.
 
     Raises
     ------
     CheckpointError
         Naming the file and everything that is wrong with it. The model is as it was, unless the message says that a
-        file could not be read to its end.
+        file could not be read to its end, or changed, after it had been verified.
     """
     path = Path(checkpoint)
     doing = f"load_model from {path}"
-    with ExitStack() as files:
+    with OpenFiles() as files:
         with checked_by_all(model, doing):
             found = match(model, resolve_names(model, read_sources(path, files)))
             found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
             found.check(strict, str(path))
+            if verify:
+                files.verify()
         try:
             with loaded_by_all(model, doing):
                 found.load(model)
@@ -219,7 +222,4 @@ def _write_safetensors(stage: Stage, file: str, held: Sequence[Entry], extra: Ma
     records += [TensorRecord(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
     writer = SafetensorsWriter(records, _METADATA)
     with stage.create(file, writer.nbytes) as out:
-        writer.begin(out)
-        for record in writer.records:
-            # Not through a variable, which would hold one tensor while the next is read.
-            writer.append(out, record, reads[record.name]())
+        writer.write(out, lambda name: reads[name]())

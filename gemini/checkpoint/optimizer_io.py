@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from .optimizer_files import (
     read_optimizer,
 )
 from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import SafetensorsWriter, TensorRecord
+from .safetensors_stream import OpenFiles, SafetensorsWriter, TensorRecord
 from .stage import Stage, remove
 from .tensor_parallel import refuse_parts
 from .torch_file import write_torch
@@ -132,9 +131,7 @@ def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: 
             of_name = {each.record.name: each for each in part}
             writer = SafetensorsWriter([each.record for each in part], {"format": "pt"})
             with stage.create(file, writer.nbytes) as out:
-                writer.begin(out)
-                for record in writer.records:
-                    writer.append(out, record, of_name[record.name].read())
+                writer.write(out, partial(_read_of, of_name))
         stage.commit_indexed(files, name, text)
     now = _files_of(folder / name)
     remove(folder / file for file in before if file not in now)
@@ -201,6 +198,10 @@ def _records(rule: Rule, index: int, state: Mapping[str, Any], path: Path) -> It
             )
 
 
+def _read_of(tensors: Mapping[str, _Tensor], name: str) -> Tensor:
+    return tensors[name].read()
+
+
 def _key(record: TensorRecord) -> str:
     return record.name.partition(".")[2]
 
@@ -255,12 +256,21 @@ def _plain(value: Any, key: str, path: Path) -> Any:
 # -- loading
 
 
-def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
+def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool = True) -> None:
     """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
     anything changes. Parameters that had not been stepped when the checkpoint was written lose their states. Hooks
     around ``load_state_dict()`` are called; for a pre-hook the whole checkpoint is read into RAM.
+
+    Parameters
+    ----------
+    optimizer
+        Boosted or not.
+    checkpoint
+        A folder, its JSON, or a file.
+    verify
+        Whether to compare tensors with the checksums in their files, where these have any, before anything changes.
 
     Raises
     ------
@@ -276,9 +286,12 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     if path.is_dir():
         path = find_json(path)
     doing = f"load_optimizer from {path}"
-    with ExitStack() as files:
+    with OpenFiles() as files:
         with checked_by_all(optimizer, doing):
-            saved = _checked(optimizer, read_optimizer(path, files), path)
+            saved = read_optimizer(path, files)
+            if verify:
+                files.verify()
+            saved = _checked(optimizer, saved, path)
         with loaded_by_all(optimizer, doing):
             if isinstance(optimizer, ManagedOptimizer):
                 _load(optimizer, saved)
