@@ -57,7 +57,7 @@ def save_lora(model: nn.Module, checkpoint: str | Path, *, use_safetensors: bool
 def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
     held = {id(entry.tensor): entry for entry in entries(model)}
     objects = named_objects(model)
-    file, other = (_SAFE_NAME, _TORCH_NAME) if use_safetensors else (_TORCH_NAME, _SAFE_NAME)
+    file = _SAFE_NAME if use_safetensors else _TORCH_NAME
     with Stage(folder, "adapter") as stage:
         with warnings.catch_warnings():  # of what peft says of the weights it says the same below
             warnings.simplefilter("ignore")
