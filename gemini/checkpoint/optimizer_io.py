@@ -278,7 +278,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     doing = f"load_optimizer from {path}"
     with ExitStack() as files:
         with checked_by_all(optimizer, doing):
-            saved = _checked(optimizer, read_optimizer(path, files), path)
+            saved = checked_saved(optimizer, read_optimizer(path, files), path)
         with loaded_by_all(optimizer, doing):
             if isinstance(optimizer, ManagedOptimizer):
                 _load(optimizer, saved)
@@ -287,7 +287,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
                 optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
 
 
-def _checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """What is to be loaded, in our order, as the hooks of users would have it."""
     name = rule_name(optimizer)
     if None not in (name, saved.optimizer) and name != saved.optimizer:
