@@ -15,9 +15,11 @@ from types import TracebackType
 
 from gemini.errors import CheckpointError
 
+from .folder import sync_folder
+from .folder import sync_folder
 from .output import failure
 from .ranks import Crew
-from .stage import Stage, sync_folder
+from .stage import Stage
 
 _SEEN = ".seen"
 _PATIENCE_SECONDS = 20.0
