@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gemini.chunk import ALONE, Together, all_or_none
 from gemini.chunk.communicator import Word
+from gemini.chunk.extent import SOLE
 from gemini.errors import RankError
 
 from ..boosted import Boosted
@@ -94,6 +95,12 @@ class Crew:
     def is_first_replica(self) -> bool:
         """True if no rank before this one keeps the same extents."""
         return self.column is None or self.column.communicator.rank < self.column.communicator.owner.count
+
+    @property
+    def count(self) -> int:
+        """How many ranks these are."""
+        owner = SOLE if self.column is None else self.column.communicator.owner
+        return owner.count * owner.replicas * (1 if self.row is None else dist.get_world_size(self.row))
 
     def exchange(self, doing: str, do: Callable[[], Word]) -> list[Any]:
         """Do something on each rank, and tell all what it has come to.

@@ -16,8 +16,7 @@ from types import TracebackType
 from gemini.errors import CheckpointError
 
 from .folder import sync_folder
-from .folder import sync_folder
-from .output import failure
+from .output import Output, failure
 from .ranks import Crew
 from .stage import Stage
 
@@ -71,16 +70,22 @@ class SharedStage:
     ) -> None:
         self._files.close()
 
+    def create(self, name: str, nbytes: int = 0) -> Output:
+        """A new file that will be ``folder / name``; ``nbytes`` are reserved at once."""
+        return Output(self.path / name, self._folder / name, nbytes)
+
+    def write_text(self, name: str, text: str) -> None:
+        with self.create(name) as out:
+            out.write(text.encode())
+
     def become(self, final: Path) -> None:
-        """Give the folder its final name, where nothing or an empty folder is. On the first rank; on others nothing.
+        """Give the folder its final name, where nothing or an empty folder is.
 
         Raises
         ------
         CheckpointError
             If the system refuses.
         """
-        if not self._crew.is_first:
-            return
         try:
             sync_folder(self.path)
             os.rename(self.path, final)

@@ -1,7 +1,6 @@
 """Reading boxes: which parts of what is stored make them up, and when all of a piece has come."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -16,15 +15,28 @@ from .boxes import Box
 from .pieces import Piece
 
 
-@dataclass(slots=True)
 class _Arriving:
-    """A piece that is being read."""
+    """A piece that is being read; it is written when it is whole."""
 
-    piece: Piece
-    left: int
-    """Elements to come."""
-    flat: Tensor | None = None
-    """What has come."""
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self._left = piece.numel
+        """Elements to come."""
+        self._flat: Tensor | None = None
+        """What has come."""
+
+    def target(self, box: Box) -> Tensor:
+        """Where a box goes."""
+        if self._flat is None:
+            self._flat = torch.empty(self.piece.numel, dtype=self.piece.dtype, device="cpu")
+        return self.piece.view(self._flat, box)
+
+    def arrived(self, numel: int) -> None:
+        """Another part, of this many elements, is in its place."""
+        self._left -= numel
+        if not self._left and self._flat is not None:
+            flat, self._flat = self._flat, None
+            self.piece.write(flat)
 
 
 class Arrivals:
@@ -42,11 +54,11 @@ class Arrivals:
             If the stored parts do not cover it, each element once.
         """
         chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in piece.boxes]
-        arriving = _Arriving(piece, piece.numel)
+        arriving = _Arriving(piece)
         for box in piece.boxes:
             self._places[MetadataIndex(name, box.offsets)] = arriving, box
         items = create_read_items_for_chunk_list(name, stored, chunks)
-        if sum(prod(item.lengths) for item in items) != arriving.left or any(map(_overlap, *_pairs(items))):
+        if sum(prod(item.lengths) for item in items) != piece.numel or any(map(_overlap, *_pairs(items))):
             raise CheckpointError(f"the stored parts of {name} do not make up the tensor")
         return items
 
@@ -57,9 +69,7 @@ class Arrivals:
     def target(self, item: ReadItem) -> Tensor:
         """Where to put what is read for an item."""
         arriving, box = self._places[item.dest_index]
-        if arriving.flat is None:
-            arriving.flat = torch.empty(arriving.piece.numel, dtype=arriving.piece.dtype, device="cpu")
-        target = arriving.piece.view(arriving.flat, box)
+        target = arriving.target(box)
         for dim, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
             target = target.narrow(dim, offset, length)
         return target
@@ -67,10 +77,7 @@ class Arrivals:
     def arrived(self, item: ReadItem) -> None:
         """What was read for an item is in its place."""
         arriving, _ = self._places[item.dest_index]
-        arriving.left -= prod(item.lengths)
-        if not arriving.left and arriving.flat is not None:
-            flat, arriving.flat = arriving.flat, None
-            arriving.piece.write(flat)
+        arriving.arrived(prod(item.lengths))
 
 
 def read_object(name: str) -> ReadItem:

@@ -1,11 +1,11 @@
 """Saving and loading in the format of `torch.distributed.checkpoint`, by all ranks together."""
 
 import pickle
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from gemini.errors import CheckpointError
 
+from ..manifest import MANIFEST_NAME, FileRecord, Manifest
 from ..ranks import Crew, checked_by_all, loaded_by_all
 from ..shared_stage import SharedStage
 from .load_planner import LoadPlanner
@@ -54,8 +55,16 @@ def save(folder: str | Path, model: nn.Module, optimizer: Optimizer | None = Non
     doing = f"dcp.save to {folder}"
     with SharedStage(crew, folder.parent, folder.name, doing) as stage:
         crew.exchange(f"the start of {doing}", partial(_check_free, folder))
-        write_into(stage.path, folder, model, optimizer, doing)
-        crew.exchange(f"the end of {doing}", partial(stage.become, folder))
+        files = write_into(stage.path, folder, crew, model, optimizer, doing)
+
+        def commit() -> None:
+            if crew.is_first:
+                parts = {"model": ("",), **({} if optimizer is None else {"optimizer": ("",)})}
+                manifest = Manifest(id=secrets.token_hex(16), world_size=crew.count, parts=parts, files=files)
+                stage.write_text(MANIFEST_NAME, manifest.text())
+                stage.become(folder)
+
+        crew.exchange(f"the end of {doing}", commit)
 
 
 def load(
@@ -94,6 +103,8 @@ def load(
     reader, planner = Reader(folder), LoadPlanner(model, optimizer, folder, strict=strict)
 
     def check() -> LoadPlan:
+        if (folder / MANIFEST_NAME).exists():
+            Manifest.read(folder).check(folder, verify=verify, share=(crew.index, crew.count))
         metadata = reader.read_metadata()
         planner.set_up_planner({}, metadata, crew.is_first)
         reader.set_up_storage_reader(metadata, crew.is_first)
@@ -111,15 +122,25 @@ def load(
         raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
 
 
-def write_into(stage: Path, final: Path, model: nn.Module, optimizer: Optimizer | None, doing: str) -> dict[str, Any]:
+def write_into(
+    stage: Path, final: Path, crew: Crew, model: nn.Module, optimizer: Optimizer | None, doing: str
+) -> dict[str, FileRecord]:
     """Write into an empty folder that all ranks see. All of them call it.
+
+    Parameters
+    ----------
+    stage, final
+        The folder, and where it will end up.
+    crew
+        The ranks.
+    doing
+        What this is, in words.
 
     Returns
     -------
     dict
-        On the first rank, length and CRC-32 of each file; on the others nothing.
+        On the first rank, a record of each file; on the others nothing.
     """
-    crew = Crew.of(model)
     planner, writer = SavePlanner(model, optimizer, stores_ties=False), Writer(stage, final)
     planner.set_up_planner({}, None, crew.is_first)
     writer.set_up_storage_writer(crew.is_first)
@@ -130,7 +151,6 @@ def write_into(stage: Path, final: Path, model: nn.Module, optimizer: Optimizer 
     plans = [pickle.loads(each) for each in crew.exchange(f"the plan of {doing}", plan)]
     plans, metadata = planner.create_global_plan(plans)  # the same on all ranks: it follows from the plans
     plans = writer.prepare_global_plan(plans)
-    files: dict[str, Any] = {}
 
     def write() -> bytes:
         results = writer.write_data(planner.finish_plan(plans[crew.index]), planner).value()
@@ -140,10 +160,14 @@ def write_into(stage: Path, final: Path, model: nn.Module, optimizer: Optimizer 
     written = [pickle.loads(each) for each in crew.exchange(f"the files of {doing}", write)]
     if crew.is_first:
         writer.finish(metadata, _with_ties([results for results, _ in written], planner.ties(), metadata))
-        for _, each in written:
-            files |= each
-        files |= writer.files.written
-    return files
+        records = [files for _, files in written]
+        return _records([*records, writer.files.written])
+    return {}
+
+
+def _records(written: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, FileRecord]:
+    found = {name: each for files in written for name, each in files.items()}
+    return {name: FileRecord(nbytes, f"{crc:08x}") for name, (nbytes, crc) in found.items()}
 
 
 def _check_free(folder: Path) -> None:
