@@ -355,7 +355,7 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, ver
     saved = read_optimizer(path, files)
     if verify:
         files.verify()
-    saved = _checked(optimizer, saved, path)
+    saved = checked_saved(optimizer, saved, path)
 
     def load() -> None:
         if isinstance(optimizer, ManagedOptimizer):
@@ -367,7 +367,7 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, ver
     return load
 
 
-def _checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """What is to be loaded, in our order, as the hooks of users would have it."""
     name = rule_name(optimizer)
     if None not in (name, saved.optimizer) and name != saved.optimizer:
