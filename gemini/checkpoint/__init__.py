@@ -12,7 +12,7 @@ How the files build on each other (imports go down only)::
     stage.py  output.py  raw.py  wording.py          atomic files, one file, bytes, names in messages
 """
 
-from .lora import save_lora
+from .lora import save_lora, verify_adapters
 from .match import load_named
 from .model_io import load_model, save_model
 from .names import full_state_dict, named_tensors
@@ -32,4 +32,5 @@ __all__ = [
     "save_model",
     "save_optimizer",
     "serve_parts",
+    "verify_adapters",
 ]
