@@ -125,7 +125,6 @@ def _decide(
 
 def _install(model: nn.Module, optimizer: ManagedOptimizer | None, state: Boosted, queue: UpdateQueue) -> GeminiModule:
     """Make the model a `GeminiModule`, and the optimizer one that hands its work over."""
-    serve_parts(model, state.values)
     guard_parts(model, state.manager)
     mix_in(model)
     enrol(state.manager)
@@ -137,7 +136,11 @@ def _install(model: nn.Module, optimizer: ManagedOptimizer | None, state: Booste
             if kept.keeps(parameter) and (saved := optimizer.state.pop(parameter, None)) is not None:
                 kept.begin(parameter, given_state(saved))
         bind_optimizer(state, optimizer)
-    weakref.finalize(model, _close, queue, state.manager, state.telemetry)
+    end = weakref.finalize(model, _close, queue, state.manager, state.telemetry)
+    state.attached.callback(end)
+    state.attached.callback(state.hooks.remove)
+    for hook in serve_parts(model, state.values):
+        state.attached.callback(hook.remove)
     return model
 
 

@@ -27,6 +27,8 @@ from .weight_files import checked_weight_map, read_indexed, read_json
 
 JSON_NAME = "optimizer.json"
 TENSORS_NAME = "optimizer.safetensors"
+FILE_NAME = "optimizer.pt"
+"""Of ``torch.save``, in a checkpoint, for an optimizer that is not ours."""
 FORMAT = "gemini-memory optimizer"
 VERSION = 2
 _KNOWN_VERSIONS = (1, 2)
