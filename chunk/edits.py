@@ -69,6 +69,13 @@ def with_edits(chunk: Chunk, position: int, masters: Tensor) -> Tensor:
     return torch.where(differing(view, masters), view.to(masters.dtype), masters)
 
 
+def own_with_edits(chunk: Chunk, position: int, masters: Tensor) -> Tensor:
+    """The same for the part that is at home here (flat)."""
+    own = chunk.place(position, MASTER).own
+    view = _flat(chunk.views[position])[own.start : own.stop].cpu()
+    return torch.where(differing(view, masters), view.to(masters.dtype), masters)
+
+
 def _bring_upper_halves_home(chunk: Chunk, loan: Loan) -> None:
     chunk.end_loan()
     for position in loan.positions:

@@ -157,6 +157,8 @@ class Checkpointing:
         strict: bool = True,
         low_cpu_mem_mode: bool = True,
         num_threads: int = 1,
+        *,
+        verify: bool = True,
     ) -> None:
         """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`.
 
@@ -164,7 +166,7 @@ class Checkpointing:
         """
         from gemini import checkpoint as io
 
-        io.load_model(model, checkpoint, strict=strict)
+        io.load_model(model, checkpoint, strict=strict, verify=verify)
 
     def save_optimizer(
         self,
@@ -188,12 +190,18 @@ class Checkpointing:
         )
 
     def load_optimizer(
-        self, optimizer: Optimizer, checkpoint: str, low_cpu_mem_mode: bool = True, num_threads: int = 1
+        self,
+        optimizer: Optimizer,
+        checkpoint: str,
+        low_cpu_mem_mode: bool = True,
+        num_threads: int = 1,
+        *,
+        verify: bool = True,
     ) -> None:
         """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`, and `load_model` for the rest."""
         from gemini import checkpoint as io
 
-        io.load_optimizer(optimizer, checkpoint)
+        io.load_optimizer(optimizer, checkpoint, verify=verify)
 
     def save_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
         """Write a scheduler's state."""

@@ -27,6 +27,7 @@ from gemini.errors import CheckpointError
 from . import committed
 from .background import save_in_background
 from .contents import Bytes, Content, Inside, Saving, write_all
+from .folder import sync_folder
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
 from .model_io import checked_model, model_contents
@@ -34,8 +35,9 @@ from .optimizer_files import FILE_NAME, JSON_NAME
 from .optimizer_io import checked_optimizer, optimizer_contents
 from .random_states import Restored, random_states
 from .ranks import checked_by_all, loaded_by_all, place_of, together_of, told_by_all, wait_for_saves, write_once
+from .safetensors_stream import OpenFiles
 from .scheduler_io import checked_lr_scheduler
-from .stage import Stage, sync_folder
+from .stage import Stage
 from .torch_file import plain_bytes, read_torch
 from .weight_files import INDEX_SUFFIX, SAFE_NAME, size_limit
 
@@ -169,6 +171,7 @@ class _Stored:
 
     folder: Path
     manifest: Manifest
+    verify: bool
 
     @classmethod
     def at(cls, path: Path, verify: bool) -> "_Stored":
@@ -178,7 +181,7 @@ class _Stored:
             manifest.check(folder, verify=verify)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{committed.whole_one(folder)}") from error
-        return cls(folder, manifest)
+        return cls(folder, manifest, verify)
 
     def checked(
         self, parts: Sequence[Part], files: ExitStack, place: tuple[int, int], *, strict: bool, rng: bool
@@ -194,7 +197,7 @@ class _Stored:
             )
         # First those that look at what they get only when they load it: so far nothing has been changed.
         found = sorted((part for part in parts if part not in missing), key=lambda part: _LOADED.index(part.kind))
-        loads = [self._checked(part, files, place, strict) for part in found]
+        loads = [self._checked(part, files.enter_context(OpenFiles()), place, strict) for part in found]
         rank, _ = place
         if rng and f"{rank:05d}" in saved.get(_RNG, ()):
             file = self.folder / _rng_file(rank)
@@ -204,13 +207,12 @@ class _Stored:
     def extra(self) -> Any:
         return read_torch(self.folder / _EXTRA_FILE, mmap=False) if _EXTRA in self.manifest.parts else None
 
-    def _checked(self, part: Part, files: ExitStack, place: tuple[int, int], strict: bool) -> Callable[[], None]:
+    def _checked(self, part: Part, files: OpenFiles, place: tuple[int, int], strict: bool) -> Callable[[], None]:
         if part.kind == MODEL:
-            return checked_model(
-                part.value, self._file(part, SAFE_NAME, SAFE_NAME + INDEX_SUFFIX), files, strict=strict
-            )
+            weights = self._file(part, SAFE_NAME, SAFE_NAME + INDEX_SUFFIX)
+            return checked_model(part.value, weights, files, strict=strict, verify=self.verify)
         if part.kind == OPTIMIZER:
-            return checked_optimizer(part.value, self._file(part, JSON_NAME, FILE_NAME), files)
+            return checked_optimizer(part.value, self._file(part, JSON_NAME, FILE_NAME), files, verify=self.verify)
         if part.kind == LR_SCHEDULER:
             return checked_lr_scheduler(part.value, self._file(part, _SCHEDULER_FILE))
         return partial(_load_dataloader, part, self._dataloader(part, *place))

@@ -24,9 +24,9 @@ from pathlib import Path
 
 from gemini.errors import CheckpointError
 
+from .folder import sync_folder
 from .manifest import MANIFEST_NAME, Manifest
 from .output import failure
-from .stage import sync_folder
 
 logger = logging.getLogger(__name__)
 

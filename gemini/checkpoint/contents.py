@@ -63,10 +63,7 @@ class Tensors:
     def write(self, out: Output) -> None:
         """One tensor at a time."""
         reads = {each.record.name: each.read for each in self.tensors}
-        self._writer.begin(out)
-        for record in self._writer.records:
-            # Not through a variable, which would hold one tensor while the next is read.
-            self._writer.append(out, record, reads[record.name]())
+        self._writer.write(out, lambda name: reads[name]())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
 """Saving and loading a model's weights."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,14 @@ from .hugging_face import may_be_missing, resolve_names, save_configuration
 from .match import match
 from .names import Entry, entries, extra_states
 from .ranks import checked_by_all, loaded_by_all
-from .safetensors_stream import TensorRecord
-from .stage import Stage, remove
+from .safetensors_stream import OpenFiles, TensorRecord
+from .stage import Stage
 from .weight_files import (
     FILE_SUFFIXES,
     INDEX_SUFFIX,
     SAFE_NAME,
     TORCH_NAME,
+    find_shards,
     into_shards,
     read_sources,
     read_weight_map,
@@ -93,7 +93,7 @@ def save_model(
     save(model, f"save_model to {path}", listed, use_async)
 
 
-def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True) -> None:
+def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
     """Fill a model from a Hugging Face folder, an index, a safetensors file or a file of ``torch.save``.
 
     One tensor at a time, into whatever the model keeps it as; an fp32 checkpoint fills fp32 masters exactly. Names of
@@ -108,29 +108,33 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True)
         A folder or a file.
     strict
         Whether missing and unexpected tensors are an error. Shapes have to fit in any case.
+    verify
+        Whether to compare tensors with the checksums in their files, where these have any, before the model is touched.
 
     Raises
     ------
     CheckpointError
         Naming the file and everything that is wrong with it. The model is as it was, unless the message says that a
-        file could not be read to its end.
+        file could not be read to its end, or changed, after it had been verified.
     """
     path = Path(checkpoint)
     doing = f"load_model from {path}"
-    with ExitStack() as files:
+    with OpenFiles() as files:
         with checked_by_all(model, doing):
-            load = checked_model(model, path, files, strict=strict)
+            load = checked_model(model, path, files, strict=strict, verify=verify)
         with loaded_by_all(model, doing):
             load()
 
 
-def checked_model(model: nn.Module, checkpoint: Path, files: ExitStack, *, strict: bool = True) -> Callable[[], None]:
+def checked_model(
+    model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool
+) -> Callable[[], None]:
     """Check all that `load_model` checks.
 
     Parameters
     ----------
     files
-        Takes what has to stay open until it is loaded.
+        Takes what has to stay open until it is loaded; it holds nothing else.
 
     Returns
     -------
@@ -140,6 +144,8 @@ def checked_model(model: nn.Module, checkpoint: Path, files: ExitStack, *, stric
     found = match(model, resolve_names(model, read_sources(checkpoint, files)))
     found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
     found.check(strict, str(checkpoint))
+    if verify:
+        files.verify()
 
     def load() -> None:
         try:
@@ -180,18 +186,18 @@ def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Sav
     weights, configuration = _Weights.of(model, name, limit), _configuration(model)
 
     def write(contents: Sequence[Content]) -> None:
-        before = _weight_files(folder, name)
-        names = [content.name for content in weights.files]
+        names, others = ([content.name for content in each] for each in (weights.files, configuration))
+        index = name + INDEX_SUFFIX
         with Stage(folder, f"{_prefix(name)}model") as stage:
             write_all(stage, contents)
-            stage.commit(content.name for content in configuration)
-            if weights.is_sharded:
-                stage.commit_indexed(names, name + INDEX_SUFFIX, weights.index)
-            else:
-                stage.commit(names)
-        index = name + INDEX_SUFFIX
-        now = {index, *read_weight_map(folder / index).values()} if weights.is_sharded else {name}
-        remove(folder / file for file in before if file not in now)
+            with stage.alone():
+                before = _weight_files(folder, name)
+                if weights.is_sharded:
+                    stage.commit_indexed(names, index, weights.index, others)
+                    _discard(stage, before, index, read_weight_map(folder / index).values())
+                else:
+                    stage.commit([*others, name])
+                    _discard(stage, before, name, [name])
 
     return Saving([*configuration, *weights.files], write)
 
@@ -270,18 +276,28 @@ def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> 
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:
-    """Weight files of the checkpoint that is there; first those that a loader looks for."""
+    """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
     first: list[str] = []
-    named: list[str] = []
+    others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
         first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
         if (folder / (base + INDEX_SUFFIX)).is_file():
             try:
-                named += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
             except CheckpointError:
                 continue  # what cannot be read names nothing
-    return [*first, *named]
+        others += find_shards(folder, base)
+    return [*first, *dict.fromkeys(others)]
+
+
+def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
+    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
+    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
+    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+    kept = {entry, *now}
+    old = [file for file in before if file not in kept]
+    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
 
 
 def _prefix(name: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +33,18 @@ from .optimizer_files import (
     read_optimizer,
 )
 from .ranks import checked_by_all, loaded_by_all
-from .safetensors_stream import TensorRecord
-from .stage import Stage, remove
+from .safetensors_stream import OpenFiles, TensorRecord
+from .stage import Stage
 from .tensor_parallel import refuse_parts
-from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_json, shard_names, size_limit
+from .weight_files import (
+    FILE_SUFFIXES,
+    checked_weight_map,
+    find_shards,
+    into_shards,
+    read_json,
+    shard_names,
+    size_limit,
+)
 
 # -- saving
 
@@ -126,12 +133,13 @@ def _folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int |
     states = _States.of(optimizer, prefix, limit, folder / name)
 
     def write(contents: Sequence[Content]) -> None:
-        before = _files_of(folder / name)
         with Stage(folder, name) as stage:
             write_all(stage, contents)
-            stage.commit_indexed([content.name for content in contents], name, states.index)
-        now = _files_of(folder / name)
-        remove(folder / file for file in before if file not in now)
+            with stage.alone():
+                before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
+                stage.commit_indexed([content.name for content in contents], name, states.index)
+                now = _files_of(folder / name)
+                stage.discard([], [file for file in before if file not in now])
 
     return Saving(states.files, write)
 
@@ -294,12 +302,21 @@ def _plain(value: Any, key: str, path: Path) -> Any:
 # -- loading
 
 
-def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
+def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool = True) -> None:
     """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
     anything changes. Parameters that had not been stepped when the checkpoint was written lose their states. Hooks
     around ``load_state_dict()`` are called; for a pre-hook the whole checkpoint is read into RAM.
+
+    Parameters
+    ----------
+    optimizer
+        Boosted or not.
+    checkpoint
+        A folder, its JSON, or a file.
+    verify
+        Whether to compare tensors with the checksums in their files, where these have any, before anything changes.
 
     Raises
     ------
@@ -315,27 +332,30 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     if path.is_dir():
         path = find_json(path)
     doing = f"load_optimizer from {path}"
-    with ExitStack() as files:
+    with OpenFiles() as files:
         with checked_by_all(optimizer, doing):
-            load = checked_optimizer(optimizer, path, files)
+            load = checked_optimizer(optimizer, path, files, verify=verify)
         with loaded_by_all(optimizer, doing):
             load()
 
 
-def checked_optimizer(optimizer: Optimizer, path: Path, files: ExitStack) -> Callable[[], None]:
+def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, verify: bool) -> Callable[[], None]:
     """Check all that `load_optimizer` checks of a JSON or a file of ``torch.save``.
 
     Parameters
     ----------
     files
-        Takes what has to stay open until it is loaded.
+        Takes what has to stay open until it is loaded; it holds nothing else.
 
     Returns
     -------
     Callable
         Loads it.
     """
-    saved = _checked(optimizer, read_optimizer(path, files), path)
+    saved = read_optimizer(path, files)
+    if verify:
+        files.verify()
+    saved = checked_saved(optimizer, saved, path)
 
     def load() -> None:
         if isinstance(optimizer, ManagedOptimizer):
@@ -347,7 +367,7 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: ExitStack) -> Cal
     return load
 
 
-def _checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """What is to be loaded, in our order, as the hooks of users would have it."""
     name = rule_name(optimizer)
     if None not in (name, saved.optimizer) and name != saved.optimizer:

@@ -98,6 +98,7 @@ class ChunkedStep:
     def step(self, optimizer: ManagedOptimizer) -> None:
         self.manager.snapshots.raise_fault()
         self._engine.recover()
+        self.manager.refuse_released("step")
         with self._engine.lock:
             self._step(optimizer)
         self._engine.step_ended(self.facts)
