@@ -81,7 +81,7 @@ class GeminiPlugin(Plugin):
     offload_dir
         Folder of the disk tier; None: no disk tier.
     snapshot_memory
-        Bytes of ``host_memory`` for copies of what changes while ``use_async=True`` saves it; None: half of what is free.
+        Bytes of ``host_memory`` for copies of what changes in an asynchronous save; None: half of what is free.
     disk_checksums
         Compare what is read from disk with a CRC-32 of what was written: other bytes are an error. Costs some CPU time.
     update_in_backward
