@@ -31,7 +31,7 @@ from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
 from .together import Together
-from .values import write_slot
+from .values import read_part, write_part, write_slot
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
@@ -96,11 +96,13 @@ __all__ = [
     "pack",
     "pieces",
     "read_own_part",
+    "read_part",
     "search_chunk_numel",
     "start_workers",
     "tuned",
     "unmarked",
     "write_own_part",
+    "write_part",
     "write_slot",
     "reach",
 ]

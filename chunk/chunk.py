@@ -302,6 +302,16 @@ class Chunk:
         """Make ``parameter`` follow this chunk from now on."""
         self.bindings.add(parameter, self.views[position], is_pinned=self.pins > 0)
 
+    def extend(self, plan: ChunkPlan, added: Mapping[str, Buffer]) -> None:
+        """Have further homes, which this plan has beside the present ones."""
+        self.plan, self.codecs = plan, plan.codecs
+        self.homes.update(added)
+
+    def shorten(self, plan: ChunkPlan) -> list[Buffer]:
+        """Have the homes of this plan alone. Returns those that it has not."""
+        self.plan, self.codecs = plan, plan.codecs
+        return [self.homes.pop(name) for name in self.homes.keys() - plan.specs.keys()]
+
     def rehome(self, built: "Chunk") -> None:
         """Have the homes and the full copy of a chunk that was built for the same slots; the parameters follow.
 

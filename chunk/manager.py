@@ -132,6 +132,18 @@ class ChunkManager:
         self.snapshots.rest()
         self.rehoming.rebuild(plans, fill)
 
+    def extend(self, plans: Sequence[ChunkPlan]) -> None:
+        """Give chunks further homes, of zeros: see `Rehoming.extend`."""
+        self.refuse_released("give parameters further homes")
+        self.snapshots.rest()
+        self.rehoming.extend(plans)
+
+    def shorten(self, plans: Sequence[ChunkPlan]) -> None:
+        """Free homes of chunks: see `Rehoming.shorten`."""
+        self.refuse_released("free homes")
+        self.snapshots.rest()
+        self.rehoming.shorten(plans)
+
     def refuse_released(self, doing: str) -> None:
         """Raise if the homes have no memory to work in.
 
