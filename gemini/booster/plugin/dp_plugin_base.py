@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gemini.booster.dataloader import prepare_dataloader
 from gemini.colossal.plugin import Plugin
 
+__all__ = ["DPPluginBase"]
+
 
 class DPPluginBase(Plugin):
     """Gives each rank its batches."""
