@@ -5,6 +5,7 @@ Each says what it is for, why no public name will do, and what to do should torc
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -259,6 +260,13 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 def metadata_of(state_dict: Any) -> dict[str, Any] | None:
     """Versions of modules, on what ``state_dict()`` returns; None on a plain dict. If it goes: nothing to carry on."""
     return getattr(state_dict, "_metadata", None)
+
+
+def with_metadata(values: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """What ``state_dict()`` would return, with this beside the values. If it goes: `metadata_of`."""
+    state_dict = OrderedDict(values)
+    state_dict._metadata = metadata  # type: ignore[attr-defined]
+    return state_dict
 
 
 OPTIMIZER_HOOKS = (
