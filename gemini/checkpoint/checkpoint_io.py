@@ -2,18 +2,27 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .background import save_in_background
+from .contents import Content, Saving
 from .given_parts import Part
 from .prepared import Prepared, own_files
-from .ranks import checked_by_all, loaded_by_all, place_of, together_of, told_by_all, write_once
+from .ranks import checked_by_all, loaded_by_all, place_of, together_of, told_by_all, wait_for_saves, write_once
 from .stored import Stored
 from .weight_files import size_limit
 
 
 def save_checkpoint(
-    folder: str | Path, parts: Sequence[Part], *, extra: Any = None, keep: int | None = 3, size_per_shard: int | str
+    folder: str | Path,
+    parts: Sequence[Part],
+    *,
+    extra: Any = None,
+    keep: int | None = 3,
+    size_per_shard: int | str,
+    use_async: bool = False,
 ) -> Path:
     """Write everything as one checkpoint, and commit it.
 
@@ -25,7 +34,7 @@ def save_checkpoint(
     Returns
     -------
     Path
-        The folder of the checkpoint, absolute.
+        The folder of the checkpoint, absolute; where it is written in the background, the one that it will be in.
 
     See `gemini.booster.Booster.save` for the rest.
     """
@@ -35,14 +44,21 @@ def save_checkpoint(
     path = Path(folder).absolute()
     leader = _leaders(parts)[0]
     doing = f"booster.save to {path}"
+    wait_for_saves(*(part.value for part in parts))
     own = told_by_all(leader, doing, lambda: own_files(parts, place_of(leader)[0]))
     committed_as: list[str] = []
 
-    def write() -> None:
+    def listed() -> Saving:
         prepared = Prepared.of(parts, own, extra, limit)
-        committed_as.append(str(prepared.write(path, keep)))
 
-    write_once(leader, doing, write)
+        def write(contents: Sequence[Content]) -> None:
+            committed_as.append(str(replace(prepared, contents=contents).write(path, keep)))
+
+        return Saving(prepared.contents, write)
+
+    if use_async and save_in_background([part.value for part in parts], doing, listed):
+        return path
+    write_once(leader, doing, lambda: listed().run())
     (name, *_) = told_by_all(leader, f"the end of {doing}", lambda: {"path": "".join(committed_as)})
     return Path(str(name["path"]))
 
@@ -56,6 +72,7 @@ def load_checkpoint(
     """
     leaders = _leaders(parts)
     doing = f"booster.load from {path}"
+    wait_for_saves(*(part.value for part in parts))
     with ExitStack() as files:
         with checked_by_all(leaders[0], doing):
             stored = Stored.at(Path(path).absolute(), verify)

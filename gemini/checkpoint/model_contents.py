@@ -101,7 +101,9 @@ def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any], id:
             f"{file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
             "save with use_safetensors=False"
         )
-    tensors = [UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read) for entry in held]
+    tensors = [
+        UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read, entry.in_chunks) for entry in held
+    ]
     tensors += [
         UnreadTensor(TensorRecord(name, value.dtype, tuple(value.shape)), value.detach().cpu)
         for name, value in extra.items()

@@ -115,6 +115,11 @@ def _follow(group: dist.ProcessGroup, doing: str, read: Callable[[str], object])
         read(name)
 
 
+def is_divided(of: Any) -> bool:
+    """True if each rank of a tensor-parallel group has a part of what is saved."""
+    return _group(of) is not None
+
+
 def _group(of: Any) -> "dist.ProcessGroup | None":
     parameters: Mapping[int, Any]
     if isinstance(of, nn.Module):  # not of.parameters(), which waits for updates
