@@ -85,7 +85,7 @@ class Chunk:
 
     def place(self, position: int, name: str) -> Place:
         """Where the masters or a state of a parameter are."""
-        return self.plan.place(position, self.specs[name].block_numel)
+        return self.plan.place(position, self.codecs[name].block_numel)
 
     @property
     def specs(self) -> Mapping[str, BufferSpec]:
