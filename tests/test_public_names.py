@@ -19,6 +19,7 @@ EXPORTS = {
     "HybridAdam": "gemini.nn.optimizer",
     "named_tensors": "gemini.checkpoint",
     "Quantization": "gemini.quantization",
+    "to_torch": "gemini.boosting.plain",
 }
 
 PLUGIN_KEYWORDS_OF_COLOSSALAI = """

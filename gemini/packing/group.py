@@ -51,12 +51,13 @@ class Group:
         cls,
         config: GeminiConfig,
         index: int,
-        keeps_fp32: bool,
+        own: torch.dtype,
         states: tuple[BufferSpec, ...] = (),
+        keeps_fp32: bool = False,
         form: BlockFormat | None = None,
     ) -> "Group":
-        """The group of parameters in the optimizer's group ``index`` (-1: in none)."""
-        dtype = torch.float32 if keeps_fp32 else config.compute_dtype
+        """The group of parameters in their ``own`` dtype, in the optimizer's group ``index`` (-1: in none)."""
+        dtype = torch.float32 if keeps_fp32 else config.dtype_of(own)
         has_room = dtype is torch.bfloat16 and any(spec.has_spare_sign for spec in states)
         return cls(index, keeps_fp32, states, dtype, config.split_master and has_room, config.communicator.owner, form)
 
