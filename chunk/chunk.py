@@ -74,6 +74,11 @@ class Chunk:
         return self.gradient is not None
 
     @property
+    def rounds(self) -> bool:
+        """True if what is written to its masters does not come back as it was."""
+        return self.plan.codec.rounds
+
+    @property
     def is_split(self) -> bool:
         """True if its full copy is a part of its masters: the upper halves. See [Note: Split master]."""
         return self.full_is_home and self.plan.codec.dtype is not self.full.dtype

@@ -95,6 +95,9 @@ class Codec(Protocol):
 class MasterCodec(Codec, Protocol):
     """The codec of a chunk's masters."""
 
+    rounds: ClassVar[bool]
+    """Values do not come back as they were written."""
+
     @property
     def source(self) -> str | None:
         """The buffer that, rounded to the compute dtype, is the full copy; None: a fetch decodes the values."""
@@ -109,6 +112,7 @@ class Plain:
 
     spec: BufferSpec
     computes: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
 
     @property
     def specs(self) -> tuple[BufferSpec, ...]:
@@ -175,6 +179,7 @@ class SplitBf16:
     marks: str
     """The state whose signs belong to the masters."""
     computes: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.float32
     block_numel: ClassVar[int] = 1
     source: ClassVar[str] = MASTER

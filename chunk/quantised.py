@@ -26,6 +26,7 @@ class Quantised:
     dtype: torch.dtype
     """Of the values: the compute dtype. They are encoded from any dtype, without rounding to this one first."""
     computes: ClassVar[bool] = True
+    rounds: ClassVar[bool] = True
     source: ClassVar[None] = None
     block_numel: ClassVar[int] = 1
 

@@ -1,6 +1,7 @@
 """`Quantization`: what a user says about keeping frozen weights in fewer bits."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Quantization:
 
     @classmethod
     def of(cls, given: object) -> "Quantization | None":
-        """What the argument ``quantize`` of a function means: the name of a format, all of it, or nothing.
+        """What the argument ``quantize`` of a function means: the name of a format (True: NF4), all of it, or nothing.
 
         Raises
         ------
@@ -43,10 +44,35 @@ class Quantization:
         """
         if given is None or isinstance(given, Quantization):
             return given
+        if isinstance(given, bool):
+            return cls() if given else None
         if not isinstance(given, str):
             names = ", ".join(map(repr, FORMATS))
             raise TypeError(f"quantize must be {names}, a gemini.Quantization or None, got {given!r}")
         return cls(given)
+
+    @classmethod
+    def of_bitsandbytes(cls, config: Any) -> "Quantization | None":
+        """What a ``BitsAndBytesConfig`` of transformers means, or what accelerate has like it.
+
+        That scales are quantised, too, is left out: they are float32 here.
+
+        Raises
+        ------
+        ValueError
+            If it asks for a form that is not known here.
+        """
+        skip = tuple(getattr(config, "llm_int8_skip_modules", None) or getattr(config, "skip_modules", None) or ())
+        kind = getattr(config, "bnb_4bit_quant_type", None)
+        if getattr(config, "load_in_4bit", False) and kind == "nf4":
+            return cls("nf4", skip)
+        if getattr(config, "load_in_4bit", False) or getattr(config, "load_in_8bit", False):
+            asked = f"4 bits of the type {kind!r}" if getattr(config, "load_in_4bit", False) else "LLM.int8"
+            raise ValueError(
+                f"bnb_quantization_config asks for {asked}, and known are 4 bits of the type 'nf4': give "
+                "quantize='nf4', or quantize='int8' for 8 bits with a scale for each 64 elements"
+            )
+        return None
 
     @classmethod
     def for_model(cls, model: nn.Module, own: "Quantization | None") -> "Quantization | None":
