@@ -21,6 +21,7 @@ from gemini.colossal.boosted import give_names
 from gemini.config import KEEP, PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.quantization import Quantization
 from gemini.ranks import group_of, join
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
@@ -30,10 +31,6 @@ from .dp_plugin_base import DPPluginBase
 logger = logging.getLogger(__name__)
 
 _MEBI = 1 << 20
-_NO_ACCUMULATION = (
-    "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up within each "
-    "backward; choose one of them"
-)
 
 
 class GeminiPlugin(DPPluginBase):
@@ -95,6 +92,9 @@ class GeminiPlugin(DPPluginBase):
         memory that computes: 2 bytes a parameter less, no copies to make, a faster step. Same numbers. For `HybridAdam`
         with fp32 states in bf16; then parameters must not be changed in place between steps (an error says so, but not
         of changes through ``p.data``, which must be assigned to).
+    quantize
+        Keep frozen linear layers in fewer bits: ``"nf4"`` (0.5625 bytes a parameter), ``"int8"`` (1.0625), or a
+        `gemini.Quantization`, which also says which layers. `Booster.enable_lora` takes the same argument.
     process_group
         The ranks that train the model together: a group, or a ``DeviceMesh`` of one dimension, or of two (replicate,
         shard); None for all of them. All build the same model, call `Booster.boost`, and take the same steps.
@@ -168,6 +168,7 @@ class GeminiPlugin(DPPluginBase):
         snapshot_memory: int | str | None = None,
         update_in_backward: bool = False,
         split_master: bool = False,
+        quantize: str | Quantization | None = None,
         telemetry: bool | str | Path = True,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         hybrid_shard_size: int | None = None,
@@ -183,14 +184,11 @@ class GeminiPlugin(DPPluginBase):
             norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
         )
         _warn_without_effect(
-            enable_all_optimization=(enable_all_optimization, "use torch.compile and attn_implementation='sdpa'"),
-            enable_fused_normalization=(enable_fused_normalization, "use torch.compile on the blocks"),
-            enable_flash_attention=(enable_flash_attention, "build the model with attn_implementation='sdpa'"),
-            enable_sequence_parallelism=(
-                enable_sequence_parallelism,
-                "use shorter sequences or activation checkpointing",
-            ),
-            enable_jit_fused=(enable_jit_fused, "use torch.compile on the blocks"),
+            enable_all_optimization=enable_all_optimization,
+            enable_fused_normalization=enable_fused_normalization,
+            enable_flash_attention=enable_flash_attention,
+            enable_sequence_parallelism=enable_sequence_parallelism,
+            enable_jit_fused=enable_jit_fused,
         )
         if gradient_reduction not in ("sum", "mean"):
             raise ValueError(f"gradient_reduction must be 'sum' or 'mean', got {gradient_reduction!r}")
@@ -200,11 +198,10 @@ class GeminiPlugin(DPPluginBase):
         self.hybrid_shard_size = hybrid_shard_size if hybrid_shard_size is not None else of_mesh
         self.gradient_reduction = gradient_reduction
         if update_in_backward and enable_gradient_accumulation:
-            raise ValueError(_NO_ACCUMULATION)
-        search_range = None
-        if min_chunk_size_m is not None:
-            low = int(min_chunk_size_m * _MEBI)
-            search_range = (low, low + search_range_m * _MEBI)
+            raise ValueError(
+                "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up "
+                "within each backward; choose one of them"
+            )
         self.config = GeminiConfig(
             precision=precision,
             policy=_policy(placement_policy, offload_optim_frac, offload_param_frac),
@@ -215,13 +212,14 @@ class GeminiPlugin(DPPluginBase):
             disk_checksums=disk_checksums,
             snapshot_memory=_bytes("snapshot_memory", snapshot_memory),
             chunk_numel=_chunk_numel(chunk_config_dict),
-            search_range=search_range,
+            search_range=_search_range(min_chunk_size_m, search_range_m),
             search_step=hidden_dim,
             max_prefetch=max_prefetch,
             pin_memory=pin_memory,
             max_norm=max_norm,
             update_in_backward=update_in_backward,
             split_master=split_master,
+            quantization=Quantization.of(quantize),
             force_outputs_fp32=force_outputs_fp32,
             steady_device_ratio=steady_cuda_cap_ratio,
             warmup_non_model_ratio=warmup_non_model_data_ratio,
@@ -298,13 +296,30 @@ def _refuse_foreign(**asked: tuple[bool, str]) -> None:
             raise NotImplementedError(f"{name} is not supported; {alternative}")
 
 
-def _warn_without_effect(**asked: tuple[bool, str]) -> None:
+_INSTEAD = {
+    "enable_all_optimization": "torch.compile and attn_implementation='sdpa'",
+    "enable_fused_normalization": "torch.compile on the blocks",
+    "enable_flash_attention": "attn_implementation='sdpa' when the model is built",
+    "enable_sequence_parallelism": "shorter sequences or activation checkpointing",
+    "enable_jit_fused": "torch.compile on the blocks",
+}
+
+
+def _warn_without_effect(**asked: bool) -> None:
     """ColossalAI's scripts pass these always, and without tensor parallelism it does not look at them either."""
-    for name, (is_asked, alternative) in asked.items():
+    for name, is_asked in asked.items():
         if is_asked:
             warnings.warn(
-                f"{name} has no effect, as in ColossalAI without tensor parallelism; {alternative}", stacklevel=3
+                f"{name} has no effect, as in ColossalAI without tensor parallelism; use {_INSTEAD[name]}", stacklevel=3
             )
+
+
+def _search_range(min_chunk_size_m: float | None, search_range_m: int) -> tuple[int, int] | None:
+    """Chunk sizes to try, in elements."""
+    if min_chunk_size_m is None:
+        return None
+    low = int(min_chunk_size_m * _MEBI)
+    return low, low + search_range_m * _MEBI
 
 
 def _bytes(name: str, value: int | str | None) -> int | None:
