@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from gemini.errors import CheckpointError
 
 from ..manifest import MANIFEST_NAME, FileRecord, Manifest
-from ..ranks import Crew, checked_by_all, loaded_by_all
+from ..ranks import Crew, loaded_by_all
 from ..shared_stage import SharedStage
 from .load_planner import LoadPlanner
 from .save_planner import SavePlanner
@@ -102,7 +102,9 @@ def load(
     doing = f"dcp.load from {folder}"
     reader, planner = Reader(folder), LoadPlanner(model, optimizer, folder, strict=strict)
 
-    def check() -> LoadPlan:
+    plans: list[LoadPlan] = []
+
+    def check() -> None:
         if (folder / MANIFEST_NAME).exists():
             Manifest.read(folder).check(folder, verify=verify, share=(crew.index, crew.count))
         metadata = reader.read_metadata()
@@ -110,14 +112,16 @@ def load(
         reader.set_up_storage_reader(metadata, crew.is_first)
         reader.read_data(planner.first_plan(), planner)
         planner.check()
-        return planner.rest()
+        plans.append(planner.rest())
 
-    with checked_by_all(model, doing):
-        rest = check()
-    try:
+    def read() -> None:
         with loaded_by_all(model, doing):
-            reader.read_data(rest, planner)
+            reader.read_data(plans[0], planner)
             planner.finish()
+
+    crew.exchange(f"the check of {doing}", check)
+    try:
+        crew.exchange(f"the last look at {doing}", read)
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
 
