@@ -33,6 +33,11 @@ def bring_edits_home(chunk: Chunk) -> None:
                 "the upper half of its masters: assign to p.data instead (p.data = p.data.clone() takes what it shows "
                 "now), or boost without split_master"
             )
+    if chunk.full_is_home:
+        edited = chunk.bindings.edited()
+        chunk.homes.note_edits(edited)
+        for position in edited:
+            chunk.accept(position)
     if chunk.full_is_home or not chunk.is_valid:
         return
     positions = set(chunk.bindings.edited())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -135,6 +136,18 @@ class Booster(Checkpointing):
         if lora_config is None:
             raise ValueError("give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters")
         return get_peft_model(model, lora_config)  # type: ignore[no-any-return]
+
+    def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
+        """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""
+        from gemini.boosting.release import release
+
+        release(model, folder)
+
+    def resume(self, model: nn.Module) -> None:
+        """Take memory for a released model again; see `gemini.boosting.release.resume`."""
+        from gemini.boosting.release import resume
+
+        resume(model)
 
     def execute_pipeline(self, *args: Any, **kwargs: Any) -> NoReturn:
         """ColossalAI's, for pipelines. Raises NotImplementedError."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from gemini.chunk import ALONE, Together, all_or_none
+from gemini.chunk import ALONE, ChunkManager, Together, all_or_none
 from gemini.chunk.communicator import Word
 from gemini.chunk.extent import SOLE
 from gemini.errors import RankError
@@ -39,6 +39,7 @@ def write_once(of: Any, doing: str, write: Callable[[], None]) -> None:
     RankError
         On the others, if it fails on the first one, or that does not come to it within the timeout.
     """
+    wait_for_saves(of)
     together = together_of(of)
     if together is None:
         write_by_first(of, doing, write, partial(_read, of))
@@ -155,6 +156,7 @@ def _rank() -> int:
 @contextmanager
 def checked_by_all(of: Any, doing: str) -> Iterator[None]:
     """Look whether something can be loaded: if it cannot on one rank, nothing is loaded on any."""
+    wait_for_saves(of)
     together = together_of(of)
     if together is None:
         yield
@@ -176,6 +178,19 @@ def loaded_by_all(of: Any, doing: str) -> Iterator[None]:
 
 def _read(of: nn.Module, name: str) -> None:
     next(entry for entry in entries(of) if entry.name == name).read()
+
+
+def wait_for_saves(*objects: Any) -> None:
+    """Wait for saves of these models and optimizers in the background.
+
+    Raises
+    ------
+    CheckpointError
+        If one has failed, and nothing has raised that yet.
+    """
+    for manager in map(manager_of, objects):
+        if manager is not None:
+            manager.snapshots.wait()
 
 
 def told_by_all(of: Any, doing: str, tell: Callable[[], Mapping[str, Word]]) -> list[dict[str, Any]]:
@@ -206,12 +221,15 @@ def place_of(of: Any) -> tuple[int, int]:
 
 def together_of(of: Any) -> Together | None:
     """Where several ranks keep the model together."""
-    found = None
+    manager = manager_of(of)
+    return None if manager is None or manager.together.communicator.owner.is_alone else manager.together
+
+
+def manager_of(of: Any) -> ChunkManager | None:
+    """The chunks of a boosted model, or those that an optimizer or its scheduler is for."""
     if isinstance(of, nn.Module):
         boosted = of.__dict__.get("_gemini")
-        found = boosted.manager.together if isinstance(boosted, Boosted) else None
-    else:
-        optimizer = of if isinstance(of, Optimizer) else getattr(of, "optimizer", None)
-        step = getattr(optimizer, "_managed", None)
-        found = step.manager.together if isinstance(step, ChunkedStep) else None
-    return None if found is None or found.communicator.owner.is_alone else found
+        return boosted.manager if isinstance(boosted, Boosted) else None
+    optimizer = of if isinstance(of, Optimizer) else getattr(of, "optimizer", None)
+    step = getattr(optimizer, "_managed", None)
+    return step.manager if isinstance(step, ChunkedStep) else None

@@ -115,6 +115,11 @@ def _follow(group: dist.ProcessGroup, doing: str, read: Callable[[str], object])
         read(name)
 
 
+def is_divided(of: Any) -> bool:
+    """True if each rank of a tensor-parallel group has a part of what is saved."""
+    return row_of(of) is not None
+
+
 def row_of(of: Any) -> "dist.ProcessGroup | None":
     """The tensor-parallel group of a model, an optimizer or a scheduler."""
     parameters: Mapping[int, Any]

@@ -35,6 +35,7 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
     if chunk.codecs[kept].computes:
         return None
     chunk.settle()
+    chunk.announce_change(position)
     at = chunk.place(position, kept)
     with torch.no_grad():
         return home.as_strided(at.shape, at.stride, home.storage_offset() + at.index)

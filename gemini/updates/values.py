@@ -24,7 +24,11 @@ class Values:
         self._schedule.check_whole("read parameters or optimizer states")
 
     def read(self, parameter: Tensor, name: str) -> Tensor:
-        """See `ChunkManager.read`."""
+        """See `ChunkManager.read`; on the thread that reads a snapshot, the values of that."""
+        if (snapshot := self.manager.snapshots.of_reader) is not None:
+            place = self.manager.find(parameter)
+            assert place is not None
+            return snapshot.read(*place, name)
         self.check_readable()
         return self.manager.read(parameter, name)
 
