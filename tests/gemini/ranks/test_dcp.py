@@ -142,7 +142,10 @@ def second_half_in_parts(folder: str, dp: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((1, 2), (1, 2)), *(pytest.param(*each, marks=pytest.mark.heavy) for each in [((2, 4), (1, 2)), ((1, 2), (2, 4))])],
+    [
+        ((1, 2), (1, 2)),
+        *(pytest.param(*each, marks=pytest.mark.heavy) for each in [((2, 4), (1, 2)), ((1, 2), (2, 4))]),
+    ],
 )
 def test_tensor_parallel_models_go_on_with_another_number_of_rows(
     before: tuple[int, int], after: tuple[int, int], worlds: Worlds, tmp_path: Path
