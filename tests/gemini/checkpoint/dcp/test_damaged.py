@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints of `torch.distributed.checkpoint`: an error that names the file, and nothing changed."""
+"""Damaged checkpoints of `torch.distributed.checkpoint`: an error that names the file, and nothing has changed."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_files_outside_of_the_folder_are_not_read(folder: Path, target: tuple[An
         (lambda m: m.state_dict_metadata.pop("optim.state.0.weight.exp_avg"), "0.exp_avg is missing"),
         (
             lambda m: m.state_dict_metadata.pop("optim.param_groups.0.params"),
-            "no whole state of an optimizer: KeyError",
+            "no whole state of an optimizer",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What torch saves we load, and what we save torch loads: checkpoints of `torch.distributed.checkpoint`, one process."""
+"""What torch saves we load, and what we save torch loads: `torch.distributed.checkpoint` with one process."""
 
 import os
 import warnings
@@ -206,12 +206,12 @@ def test_another_checkpoint_is_not_written_over(saved: tuple[str, Training]) -> 
 def test_what_would_not_load_again_is_refused(tmp_path: Path) -> None:
     ours = Training()
     ours.model.notes = [object()]
-    with pytest.raises(CheckpointError, match="model._extra_state is a list that holds more than plain values"):
+    with pytest.raises(CheckpointError, match=r"model\._extra_state is a list that holds more than plain values"):
         dcp.save(tmp_path / "x", ours.model)
     assert not list(tmp_path.iterdir())
 
 
 def test_optimizers_of_torch_have_to_be_boosted_first(tmp_path: Path) -> None:
     plain = Training(is_managed=False)
-    with pytest.raises(TypeError, match="expected a HybridAdam, or what booster.boost returned, got AdamW"):
+    with pytest.raises(TypeError, match=r"expected a HybridAdam, or what booster\.boost returned, got AdamW"):
         dcp.save(tmp_path / "x", plain.model, plain.optimizer)
