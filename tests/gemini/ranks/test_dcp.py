@@ -75,13 +75,13 @@ def straight(kind: str, plugin: dict[str, Any]) -> Ended:
 def first_half(kind: str, folder: str, plugin: dict[str, Any]) -> None:
     training = KINDS[kind](Where.RANKS, steps=HALF, **plugin)
     training.train()
-    dcp.save(folder, training.model, training.optimizer)
-    assert Path(folder, ".metadata").exists(), "no rank returns before the checkpoint is there"
+    path = training.booster.save(folder, model=training.model, optimizer=training.optimizer, layout="dcp")
+    assert Path(path, ".metadata").exists(), "no rank returns before the checkpoint is there"
 
 
 def second_half(kind: str, folder: str, plugin: dict[str, Any]) -> Ended:
     training = KINDS[kind](Where.RANKS, **plugin)
-    dcp.load(folder, training.model, training.optimizer)
+    training.booster.load(folder, model=training.model, optimizer=training.optimizer)
     for step in range(HALF, STEPS):
         training.accumulate(step)
         training.update()
