@@ -71,7 +71,7 @@ def verify_adapters(folder: Path) -> None:
 def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
     held = {id(entry.tensor): entry for entry in entries(model)}
     objects = named_objects(model)
-    file = _SAFE_NAME if use_safetensors else _TORCH_NAME
+    file, other = (_SAFE_NAME, _TORCH_NAME) if use_safetensors else (_TORCH_NAME, _SAFE_NAME)
     with Stage(folder, "adapter") as stage:
         with warnings.catch_warnings():  # of what peft says of the weights it says the same below
             warnings.simplefilter("ignore")
