@@ -26,6 +26,7 @@ class Checkpointing:
         keep: int | None = 3,
         size_per_shard: int | str = "5GB",
         use_async: bool = False,
+        layout: str = "hf",
     ) -> Path:
         """Save all that a training run consists of as one checkpoint: all of it is there afterwards, or nothing.
 
@@ -48,6 +49,10 @@ class Checkpointing:
             Of files of tensors, at most: MiB as a number, or ``"5GB"``.
         use_async
             Return at once, and write what there is now while training goes on. See `wait_until_finished`.
+        layout
+            Of models and optimizers: ``"hf"`` is Hugging Face's, with whole tensors; ``"dcp"`` is that of
+            `torch.distributed.checkpoint`, for which each rank writes what it has at home and nothing is gathered. Not
+            written in the background. `load` finds out.
 
         Returns
         -------
@@ -64,7 +69,13 @@ class Checkpointing:
 
         parts = io.given_parts(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, dataloader=dataloader)
         return io.save_checkpoint(
-            folder, parts, extra=extra, keep=keep, size_per_shard=size_per_shard, use_async=use_async
+            folder,
+            parts,
+            extra=extra,
+            keep=keep,
+            size_per_shard=size_per_shard,
+            use_async=use_async,
+            layout=layout,
         )
 
     def wait_until_finished(self) -> None:
