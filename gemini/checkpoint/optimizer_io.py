@@ -357,7 +357,7 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, str
     id = files.id if strict else None
     if verify:
         files.verify()
-    saved = _checked(optimizer, saved, path)
+    saved = checked_saved(optimizer, saved, path)
 
     def assign() -> None:
         if isinstance(optimizer, ManagedOptimizer):
@@ -369,7 +369,7 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, str
     return Checked(optimizer, path, id, assign)
 
 
-def _checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """What is to be loaded, in our order, as the hooks of users would have it."""
     name = rule_name(optimizer)
     if None not in (name, saved.optimizer) and name != saved.optimizer:

@@ -54,6 +54,19 @@ def write_state(values: Values, rule: Rule, parameter: Tensor, name: str, value:
         values.write(parameter, buffer, shaped)
 
 
+def read_own_state(values: Values, rule: Rule, parameter: Tensor, name: str) -> Tensor:
+    """A copy on CPU of what is at home here (flat)."""
+    codec = codec_of(values.manager, rule, parameter, name)
+    return codec.decode({spec.name: values.read_own(parameter, spec.name) for spec in codec.specs})
+
+
+def write_own_state(values: Values, rule: Rule, parameter: Tensor, name: str, own: Tensor) -> None:
+    """Replace what is at home here (flat, on CPU)."""
+    codec = codec_of(values.manager, rule, parameter, name)
+    for buffer, kept in codec.encode(own.to(codec.dtype), {}).items():
+        values.write_own(parameter, buffer, kept)
+
+
 def codec_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Codec:
     """How a state of a parameter lies in the buffers of its chunk."""
     place = manager.find(parameter)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..chunk import ChunkManager
+from ..chunk import ChunkManager, read_own_part, write_own_part
 from .schedule import UpdateSchedule
 
 
@@ -35,4 +35,14 @@ class Values:
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """See `ChunkManager.write`."""
         self.manager.write(parameter, name, value)
+        self._schedule.replaced(parameter, name)
+
+    def read_own(self, parameter: Tensor, name: str) -> Tensor:
+        """See `read_own_part`."""
+        self.check_readable()
+        return read_own_part(self.manager, parameter, name)
+
+    def write_own(self, parameter: Tensor, name: str, values: Tensor) -> None:
+        """See `write_own_part`."""
+        write_own_part(self.manager, parameter, name, values)
         self._schedule.replaced(parameter, name)
