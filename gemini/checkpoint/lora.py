@@ -11,6 +11,9 @@ from .names import entries
 from .ranks import write_once
 from .stage import Stage
 
+_OTHER = {".bin": ".safetensors", ".safetensors": ".bin"}
+"""Weights in the other format belong to an older save; peft would prefer the safetensors file."""
+
 
 def save_lora(model: nn.Module, checkpoint: str | Path, *, use_safetensors: bool = False) -> None:
     """Write adapters and their configuration, fp32 where they train; ``PeftModel.from_pretrained`` reads them.
@@ -47,11 +50,14 @@ def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
     with Stage(folder, "adapter") as stage:
         model.save_pretrained(str(stage.path), state_dict=state, safe_serialization=use_safetensors)
         files = [file for file in stage.path.rglob("*") if file.is_file()]
-        files.sort(key=lambda file: file.suffix == ".json")  # a configuration comes when its weights are there
+        files.sort(key=lambda file: file.suffix in _OTHER)  # the weights last: a configuration seldom changes
         names = [str(file.relative_to(stage.path)) for file in files]
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)  # each adapter but the default one has a folder
-        stage.commit(names)
+        weights = [Path(name) for name in names if Path(name).suffix in _OTHER]
+        with stage.alone():
+            stage.commit(names, [str(path.with_suffix(_OTHER[path.suffix])) for path in weights])
+            stage.discard(())
 
 
 def _adapter_names(model: Any) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Saving and loading a model's weights."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -142,28 +142,28 @@ def _save_folder(model: nn.Module, folder: Path, name: str, limit: int | None) -
     extra = extra_states(model)
     dtype = next((entry.dtype for entry in held if entry.dtype.is_floating_point), None)
     shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None else [held]
+    files = shard_names(name, len(shards)) if len(shards) > 1 else []
+    entry = name + INDEX_SUFFIX if files else name
     with Stage(folder, f"{_prefix(name)}model") as stage:
         configuration = save_configuration(model, stage.path, dtype)
-        if len(shards) <= 1:
+        index = _write_shards(stage, files, shards, extra) if files else None
+        if index is None:
             _write(stage, name, held, extra)
-            with stage.alone():
-                before = _weight_files(folder, name)
-                stage.commit([*configuration, name])
-                _discard(stage, before, name, [name])
-        else:
-            index = _write_shards(stage, name, shards, extra)
-            with stage.alone():
-                before = _weight_files(folder, name)
-                entry = name + INDEX_SUFFIX
-                stage.commit_indexed(shard_names(name, len(shards)), entry, index, configuration)
-                _discard(stage, before, entry, read_weight_map(folder / entry).values())
+        with stage.alone():
+            before = _weight_files(folder, name)
+            shadowing = _preferred(entry)
+            if index is None:
+                stage.commit([*configuration, name], shadowing)
+            else:
+                stage.commit_indexed(files, entry, index, configuration, shadowing)
+            now = {entry, *(read_weight_map(folder / entry).values() if files else ())}
+            stage.discard(file for file in before if file not in now)
 
 
 def _write_shards(
-    stage: Stage, name: str, shards: Sequence[Sequence[Entry]], extra: Mapping[str, Any]
+    stage: Stage, files: Sequence[str], shards: Sequence[Sequence[Entry]], extra: Mapping[str, Any]
 ) -> Callable[[Mapping[str, str]], str]:
     """Write the files; the text of their index is made when it is known where they are."""
-    files = shard_names(name, len(shards))
     homes: dict[str, str] = {}
     for file, part in zip(files, shards, strict=True):
         _write(stage, file, part, extra if file == files[0] else {})
@@ -187,26 +187,27 @@ def _write_shards(
 def _weight_files(folder: Path, name: str) -> list[str]:
     """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
-    first: list[str] = []
+    first = [file for file in _entries(prefix) if (folder / file).is_file()]
     others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
-        first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
-        if (folder / (base + INDEX_SUFFIX)).is_file():
+        if base + INDEX_SUFFIX in first:
             try:
-                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += read_weight_map(folder / (base + INDEX_SUFFIX)).values()
             except CheckpointError:
-                continue  # what cannot be read names nothing
+                pass  # what cannot be read names nothing
         others += find_shards(folder, base)
     return [*first, *dict.fromkeys(others)]
 
 
-def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
-    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
-    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
-    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
-    kept = {entry, *now}
-    old = [file for file in before if file not in kept]
-    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
+def _entries(prefix: str) -> list[str]:
+    """The files that make a folder a checkpoint, in the order in which loaders look for them."""
+    return [prefix + base + end for base in (SAFE_NAME, TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+
+
+def _preferred(entry: str) -> list[str]:
+    """What loaders look for before they look for ``entry``."""
+    files = _entries(_prefix(entry.removesuffix(INDEX_SUFFIX)))
+    return files[: files.index(entry)]
 
 
 def _prefix(name: str) -> str:

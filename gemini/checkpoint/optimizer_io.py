@@ -138,7 +138,7 @@ def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: 
             before = [*_files_of(folder / name), *find_shards(folder, tensors)]
             stage.commit_indexed(files, name, text)
             now = _files_of(folder / name)
-            stage.discard([], [file for file in before if file not in now])
+            stage.discard(file for file in before if file not in now)
 
 
 @dataclass(frozen=True, slots=True)
