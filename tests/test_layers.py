@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private", "colossal"),
+    ("tensor_file",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
     ("ranks", "tensor_parallel"),
@@ -40,6 +41,7 @@ ISOLATED: Mapping[str, frozenset[str]] = {
     "chunk": frozenset({"errors", "process_wide", "torch_private"}),
     "lazy": frozenset({"errors", "torch_private"}),
     "telemetry": frozenset({"sizes", "process_wide"}),
+    "tensor_file": frozenset({"cores", "process_wide"}),
     "stat": frozenset({"telemetry", "sizes", "cores", "process_wide"}),
 }
 
@@ -53,6 +55,7 @@ WITHOUT_TORCH = (
     "sizes",
     "cores",
     "process_wide",
+    "tensor_file",
     "telemetry",
     "stat",
 )

@@ -2,16 +2,21 @@
 
 How the files build on each other (imports go down only)::
 
-    model_io.py  optimizer_io.py  scheduler_io.py  lora.py    what a user calls
+    checkpoint_io.py  given_parts.py  random_states.py        all of a training run, committed at once
+    model_io.py  optimizer_io.py  scheduler_io.py  lora.py    its parts, each by itself
+    committed.py  manifest.py                        the checkpoints of a folder; the files of one
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
+    contents.py                                      files that are to be written
     optimizer_files.py                               the format of a saved optimizer
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     safetensors_stream.py  torch_file.py             formats
-    stage.py  output.py  raw.py                      atomic files, one file, bytes
+    stage.py  output.py  raw.py  wording.py          atomic files, one file, bytes, names in messages
 """
 
+from .checkpoint_io import load_checkpoint, save_checkpoint
+from .given_parts import given_parts
 from .lora import save_lora
 from .match import load_named
 from .model_io import load_model, save_model
@@ -22,11 +27,14 @@ from .scheduler_io import load_lr_scheduler, save_lr_scheduler
 
 __all__ = [
     "full_state_dict",
+    "given_parts",
+    "load_checkpoint",
     "load_lr_scheduler",
     "load_model",
     "load_named",
     "load_optimizer",
     "named_tensors",
+    "save_checkpoint",
     "save_lora",
     "save_lr_scheduler",
     "save_model",

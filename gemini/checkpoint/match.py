@@ -12,6 +12,9 @@ from gemini.errors import CheckpointError
 from ..torch_private import IncompatibleKeys
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
 from .ranks import checked_by_all, loaded_by_all
+from .wording import listed
+
+_MISFITS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,13 @@ class Match:
         CheckpointError
             If a tensor does not fit; with ``strict``, also if names are missing or unexpected.
         """
-        faults = list(self.misfits)
+        faults = list(self.misfits[:_MISFITS_SHOWN])
+        if len(self.misfits) > _MISFITS_SHOWN:
+            faults.append(f"and {len(self.misfits) - _MISFITS_SHOWN} more that do not fit")
         if strict and self.missing:
-            faults.append(f"missing ({len(self.missing)}): {', '.join(self.missing)}")
+            faults.append(f"missing ({len(self.missing)}): {listed(self.missing)}")
         if strict and self.unexpected:
-            faults.append(f"unexpected ({len(self.unexpected)}): {', '.join(self.unexpected)}")
+            faults.append(f"unexpected ({len(self.unexpected)}): {listed(self.unexpected)}")
         if faults:
             raise CheckpointError(f"{what} does not fit the model, which is as it was:\n    " + "\n    ".join(faults))
 

@@ -12,7 +12,6 @@ the optimizer. Version 1 was the same without ``optimizer``, which was always Ad
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,14 @@ from torch import Tensor
 from gemini.errors import CheckpointError
 
 from .match import Source
+from .safetensors_stream import OpenFiles
 from .torch_file import read_torch
 from .weight_files import checked_weight_map, read_indexed, read_json
 
 JSON_NAME = "optimizer.json"
 TENSORS_NAME = "optimizer.safetensors"
+FILE_NAME = "optimizer.pt"
+"""Of ``torch.save``, in a checkpoint, for an optimizer that is not ours."""
 FORMAT = "gemini-memory optimizer"
 VERSION = 2
 _KNOWN_VERSIONS = (1, 2)
@@ -44,7 +46,7 @@ class SavedOptimizer:
     """The name of its rule; None where torch wrote it, which does not say."""
 
 
-def read_optimizer(checkpoint: Path, files: ExitStack) -> SavedOptimizer:
+def read_optimizer(checkpoint: Path, files: OpenFiles) -> SavedOptimizer:
     """Read a folder's JSON, or a file of ``torch.save``; ``files`` takes what has to stay open.
 
     Raises
@@ -55,7 +57,7 @@ def read_optimizer(checkpoint: Path, files: ExitStack) -> SavedOptimizer:
     return _read_folder(checkpoint, files) if checkpoint.suffix == ".json" else _read_file(checkpoint)
 
 
-def _read_folder(path: Path, files: ExitStack) -> SavedOptimizer:
+def _read_folder(path: Path, files: OpenFiles) -> SavedOptimizer:
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the state of an optimizer")

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -11,22 +10,25 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gemini.errors import CheckpointError
+from gemini.sizes import parse_bytes
 
 from .match import Source
 from .names import is_extra_state
-from .safetensors_stream import SafetensorsFile
+from .safetensors_stream import OpenFiles
 from .torch_file import read_torch
+from .wording import listed
 
 SAFE_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 INDEX_LIMIT_BYTES = 100_000_000
+_MEBI = 1 << 20
 
 T = TypeVar("T")
 
 
-def read_sources(checkpoint: Path, files: ExitStack) -> dict[str, Any]:
+def read_sources(checkpoint: Path, files: OpenFiles) -> dict[str, Any]:
     """Every stored tensor by name, unread, and extra states.
 
     Parameters
@@ -47,7 +49,7 @@ def read_sources(checkpoint: Path, files: ExitStack) -> dict[str, Any]:
     return read_indexed(path, read_weight_map(path), files)
 
 
-def read_indexed(index: Path, weight_map: Mapping[str, str], files: ExitStack) -> dict[str, Any]:
+def read_indexed(index: Path, weight_map: Mapping[str, str], files: OpenFiles) -> dict[str, Any]:
     """The tensors that an index names; every file of it is looked at.
 
     Raises
@@ -57,10 +59,10 @@ def read_indexed(index: Path, weight_map: Mapping[str, str], files: ExitStack) -
     """
     places = {name: index.parent / name for name in dict.fromkeys(weight_map.values())}
     if gone := [name for name, path in places.items() if not path.is_file()]:
-        raise CheckpointError(f"{index} names files that do not exist: {', '.join(gone)}")
+        raise CheckpointError(f"{index} names files that do not exist: {listed(gone)}")
     contents = {name: _open(path, files) for name, path in places.items()}
     if lost := [f"{name} (in {file})" for name, file in weight_map.items() if name not in contents[file]]:
-        raise CheckpointError(f"{index} names tensors that are not in their files: {', '.join(lost)}")
+        raise CheckpointError(f"{index} names tensors that are not in their files: {listed(lost)}")
     return {name: contents[file][name] for name, file in weight_map.items()}
 
 
@@ -133,6 +135,20 @@ def into_shards(items: Sequence[T], sizes: Iterable[int], limit_bytes: int) -> l
     return shards
 
 
+def size_limit(size_per_shard: int | str) -> int:
+    """Bytes, from MiB as a number or a text such as ``"5GB"``.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive.
+    """
+    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
+    if limit <= 0:
+        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
+    return limit
+
+
 def shard_names(name: str, count: int) -> list[str]:
     """``model-00001-of-00003.safetensors`` and so on."""
     stem, dot, suffix = name.rpartition(".")
@@ -146,17 +162,16 @@ def find_shards(folder: Path, name: str) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
 
 
-def _open(path: Path, files: ExitStack) -> dict[str, Any]:
+def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
     if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-        files.callback(file.close)
+        file = files.open(path)
         return {name: Source(r.shape, r.dtype, partial(file.read, name)) for name, r in file.records.items()}
     stored = read_torch(path)
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         raise CheckpointError(f"{path} does not hold a state dict (a dict from names to tensors)")
     if foreign := [n for n, v in stored.items() if not isinstance(v, Tensor) and not is_extra_state(n)]:
         raise CheckpointError(
-            f"{path} does not hold a state dict: {', '.join(foreign[:8])} are not tensors. Load the file yourself and "
+            f"{path} does not hold a state dict: {listed(foreign)} are not tensors. Load the file yourself and "
             "give the part that is one to model.load_state_dict"
         )
     return {name: value if is_extra_state(name) else Source.of(value) for name, value in stored.items()}

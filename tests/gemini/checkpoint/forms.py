@@ -1,5 +1,6 @@
 """Everything that can be saved, each over an older checkpoint, and which of the two is there afterwards."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,10 @@ class Subject:
         self.step = step
         self.states[step] = {part: state_of(self, part) for part in PARTS}
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "lr_scheduler": self.scheduler}
+
     @cached_property
     def other(self) -> "Subject":
         """Where checkpoints are loaded."""
@@ -105,6 +110,8 @@ class Form:
     save_older: Callable[[Subject, Path], None] | None = None
     """None: as `save`."""
     build: Callable[[int], nn.Module] = lambda seed: small(seed)
+    check_tidy: Callable[[Path, list[str]], None] = lambda folder, files: check_same_files(folder, files)
+    """Nothing is left of saves that did not end; it also gets the files of an undisturbed save."""
 
     def found(self, subject: Subject, folder: Path) -> int:
         """The step of the checkpoint, whole.
@@ -155,11 +162,23 @@ class Prepared:
         """A later save works, and nothing is left of those that did not end."""
         self.save()
         assert self.found() == NEW
-        assert listing(self.work) == self.files
+        self.form.check_tidy(self.work, self.files)
 
 
 def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def check_same_files(folder: Path, files: list[str]) -> None:
+    assert listing(folder) == files
+
+
+def check_numbered(folder: Path, keep: int) -> None:
+    """Whole checkpoints, no more than are to be kept, and the name of the last one."""
+    numbered = sorted(path for path in folder.iterdir() if path.name != "latest")
+    assert all(path.name.startswith("checkpoint-") and (path / "manifest.json").is_file() for path in numbered)
+    assert 1 <= len(numbered) <= keep
+    assert os.readlink(folder / "latest") == numbered[-1].name
 
 
 @contextmanager
@@ -186,6 +205,16 @@ def _model(
         lambda s, folder: load_model(s.model, folder / file),
         None if older is None else (lambda s, folder: save_model(s.model, folder / file, **older)),
         **more,
+    )
+
+
+def _committed(name: str, keep: int) -> Form:
+    return Form(
+        name,
+        PARTS,
+        lambda s, folder: s.booster.save(folder, **s.parts, keep=keep) and None,
+        lambda s, folder: s.booster.load(folder, **s.parts) and None,
+        check_tidy=lambda folder, _: check_numbered(folder, keep),
     )
 
 
@@ -223,6 +252,8 @@ FORMS = [
     _model("other shards", SHARDED, {"shard": True, "size_per_shard": "1KiB"}),
     _model("torch over sharded", TORCH, SHARDED),
     _model("sharded over torch", SHARDED, TORCH),
+    _committed("checkpoint", keep=3),
+    _committed("checkpoint that replaces one", keep=1),
     _optimizer("optimizer", {}),
     _optimizer("sharded optimizer", SHARDED),
     _optimizer("optimizer file", {}, file="optimizer.pt"),

@@ -165,7 +165,7 @@ class _Calls:
         buffered = io.BufferedWriter(_Raw(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o666)))
         if "b" in mode:
             return buffered
-        return io.TextIOWrapper(buffered, *args, **{"encoding": "utf-8", **options})
+        return io.TextIOWrapper(buffered, *args, **options)
 
     # -- which
 

@@ -68,7 +68,7 @@ def test_an_error_of_the_model_leaves_nothing(tmp_path, monkeypatch) -> None:
     def broken(*args) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gemini.checkpoint.safetensors_stream.SafetensorsWriter.append", broken)
+    monkeypatch.setattr("gemini.checkpoint.safetensors_stream.SafetensorsWriter.write", broken)
     with pytest.raises(KeyboardInterrupt):
         save_model(mixed(), tmp_path)
     assert list(tmp_path.iterdir()) == []
