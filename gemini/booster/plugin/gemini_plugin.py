@@ -21,7 +21,7 @@ from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
 from gemini.colossal.boosted import give_names
 from gemini.colossal.plugin import Plugin
-from gemini.config import PRECISIONS, GeminiConfig
+from gemini.config import KEEP, PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.ranks import group_of, join
@@ -31,6 +31,10 @@ from gemini.step.managed_step import ChunkedStep
 logger = logging.getLogger(__name__)
 
 _MEBI = 1 << 20
+_NO_ACCUMULATION = (
+    "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up within each "
+    "backward; choose one of them"
+)
 
 
 class GeminiPlugin(Plugin):
@@ -56,7 +60,9 @@ class GeminiPlugin(Plugin):
         that kept for activations.
     precision
         ``"bf16"``, ``"fp16"`` (with a dynamic loss scale) or ``"fp32"``: dtype of parameters in use and of gradients.
-        Masters and moments are fp32 always.
+        Masters and moments are fp32 always. ``"keep"``: each parameter in the dtype that the model gives it, and inputs
+        as they are, as plain PyTorch computes (without a loss scale): a frozen base in bf16 with adapters in fp32, as
+        peft makes them, say.
     pin_memory
         Page-lock homes in RAM (CUDA).
     search_range_m, hidden_dim, min_chunk_size_m
@@ -74,6 +80,9 @@ class GeminiPlugin(Plugin):
         Bytes of model data per tier, as a number or ``"24GiB"``; None finds out.
     offload_dir
         Folder of the disk tier; None: no disk tier.
+    snapshot_memory
+        Bytes of ``host_memory`` for copies of what changes while it is saved with ``use_async=True``; None: half of
+        what is free when the save begins. What finds no room waits for the save.
     disk_checksums
         Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
         names the chunk. Costs some CPU time.
@@ -157,6 +166,7 @@ class GeminiPlugin(Plugin):
         disk_memory: int | str | None = None,
         offload_dir: str | Path | None = None,
         disk_checksums: bool = False,
+        snapshot_memory: int | str | None = None,
         update_in_backward: bool = False,
         split_master: bool = False,
         telemetry: bool | str | Path = True,
@@ -191,10 +201,7 @@ class GeminiPlugin(Plugin):
         self.hybrid_shard_size = hybrid_shard_size if hybrid_shard_size is not None else of_mesh
         self.gradient_reduction = gradient_reduction
         if update_in_backward and enable_gradient_accumulation:
-            raise ValueError(
-                "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up "
-                "within each backward; choose one of them"
-            )
+            raise ValueError(_NO_ACCUMULATION)
         search_range = None
         if min_chunk_size_m is not None:
             low = int(min_chunk_size_m * _MEBI)
@@ -207,6 +214,7 @@ class GeminiPlugin(Plugin):
             disk_memory=_bytes("disk_memory", disk_memory),
             offload_dir=Path(offload_dir) if offload_dir is not None else None,
             disk_checksums=disk_checksums,
+            snapshot_memory=_bytes("snapshot_memory", snapshot_memory),
             chunk_numel=_chunk_numel(chunk_config_dict),
             search_range=search_range,
             search_step=hidden_dim,
@@ -233,7 +241,7 @@ class GeminiPlugin(Plugin):
         )
 
     def supported_precisions(self) -> list[str]:
-        return list(PRECISIONS)
+        return [*PRECISIONS, KEEP]
 
     def support_no_sync(self) -> bool:
         return not self.config.update_in_backward
