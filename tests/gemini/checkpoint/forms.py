@@ -28,7 +28,7 @@ from gemini.errors import CheckpointError
 
 SHARDED = {"shard": True, "size_per_shard": "3KiB"}
 TORCH = {"use_safetensors": False}
-OLD, NEW = 1, 3
+REFUSED, OLD, NEW = 0, 1, 3
 PARTS = ("model", "optimizer", "scheduler")
 
 
@@ -109,12 +109,14 @@ class Form:
     load: Callable[[Subject, Path], None]
     save_older: Callable[[Subject, Path], None] | None = None
     """None: as `save`."""
+    is_pair: bool = False
+    """Two saves, between which the files are of two states; that has to be refused."""
     build: Callable[[int], nn.Module] = lambda seed: small(seed)
     check_tidy: Callable[[Path, list[str]], None] = lambda folder, files: check_same_files(folder, files)
     """Nothing is left of saves that did not end; it also gets the files of an undisturbed save."""
 
     def found(self, subject: Subject, folder: Path) -> int:
-        """The step of the checkpoint, whole.
+        """The step of the checkpoint, whole, or `REFUSED`.
 
         Raises
         ------
@@ -123,7 +125,12 @@ class Form:
         AssertionError
             If it is of no step: a mix.
         """
-        self.load(subject.other, folder)
+        try:
+            self.load(subject.other, folder)
+        except CheckpointError as error:
+            if self.is_pair and "was saved in another state of training" in str(error):
+                return REFUSED
+            raise
         there = {part: state_of(subject.other, part) for part in self.parts}
         for step, state in subject.states.items():
             if all(is_same(there[part], state[part]) for part in self.parts):
@@ -227,6 +234,16 @@ def _optimizer(name: str, options: dict[str, Any], file: str = ".") -> Form:
     )
 
 
+def _save_pair(subject: Subject, folder: Path) -> None:
+    save_model(subject.model, folder)
+    save_optimizer(subject.optimizer, folder)
+
+
+def _load_pair(subject: Subject, folder: Path) -> None:
+    load_model(subject.model, folder)
+    load_optimizer(subject.optimizer, folder)
+
+
 def _lora(seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
@@ -254,6 +271,7 @@ FORMS = [
     _model("sharded over torch", SHARDED, TORCH),
     _committed("checkpoint", keep=3),
     _committed("checkpoint that replaces one", keep=1),
+    Form("pair", ("model", "optimizer"), _save_pair, _load_pair, is_pair=True),
     _optimizer("optimizer", {}),
     _optimizer("sharded optimizer", SHARDED),
     _optimizer("optimizer file", {}, file="optimizer.pt"),
@@ -273,5 +291,3 @@ FORMS = [
         build=_lora,
     ),
 ]
-
-__all__ = ["FORMS", "NEW", "OLD", "CheckpointError", "Form", "Prepared", "Subject", "is_same", "listing", "prepared"]
