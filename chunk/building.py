@@ -91,12 +91,12 @@ class ChunkBuilder:
                 for chunk, plan in zip(chunks, plans, strict=True)
             ]
         for chunk, plan, homes in zip(chunks, plans, added, strict=True):
-            chunk.extend(plan, homes)
+            chunk.replan(plan, homes)
 
     def shorten(self, chunks: Sequence[Chunk], plans: Sequence[ChunkPlan]) -> None:
         """Free the homes of chunks that these plans do not have."""
         for chunk, plan in zip(chunks, plans, strict=True):
-            for home in chunk.shorten(plan):
+            for home in chunk.replan(plan, {}):
                 self.memories.free(home)
 
     def free_states(self, chunk: Chunk) -> None:

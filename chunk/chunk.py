@@ -75,6 +75,11 @@ class Chunk:
         return self.gradient is not None
 
     @property
+    def rounds(self) -> bool:
+        """True if what is written to its masters does not come back as it was."""
+        return self.plan.codec.rounds
+
+    @property
     def is_split(self) -> bool:
         """True if its full copy is a part of its masters: the upper halves. See [Note: Split master]."""
         return self.full_is_home and self.plan.codec.dtype is not self.full.dtype
@@ -86,7 +91,7 @@ class Chunk:
 
     def place(self, position: int, name: str) -> Place:
         """Where the masters or a state of a parameter are."""
-        return self.plan.place(position, self.specs[name].block_numel)
+        return self.plan.place(position, self.codecs[name].block_numel)
 
     @property
     def specs(self) -> Mapping[str, BufferSpec]:
@@ -148,11 +153,6 @@ class Chunk:
         self.bindings.accept(position)
         if self.loan is not None:
             self.loan.remember(position)
-
-    def announce_change(self, position: int) -> None:
-        """Somebody may change the values of a parameter where they are at home. See `Homes`."""
-        slot = self.layout.slots[position]
-        self.homes.before_change(slot.offset, slot.stop)
 
     # -- states
 
@@ -302,14 +302,10 @@ class Chunk:
         """Make ``parameter`` follow this chunk from now on."""
         self.bindings.add(parameter, self.views[position], is_pinned=self.pins > 0)
 
-    def extend(self, plan: ChunkPlan, added: Mapping[str, Buffer]) -> None:
-        """Have further homes, which this plan has beside the present ones."""
+    def replan(self, plan: ChunkPlan, added: Mapping[str, Buffer]) -> list[Buffer]:
+        """Have the homes of this plan, which keeps the masters; ``added`` are new. Returns those that it has not."""
         self.plan, self.codecs = plan, plan.codecs
         self.homes.update(added)
-
-    def shorten(self, plan: ChunkPlan) -> list[Buffer]:
-        """Have the homes of this plan alone. Returns those that it has not."""
-        self.plan, self.codecs = plan, plan.codecs
         return [self.homes.pop(name) for name in self.homes.keys() - plan.specs.keys()]
 
     def rehome(self, built: "Chunk") -> None:

@@ -132,18 +132,6 @@ class ChunkManager:
         self.snapshots.rest()
         self.rehoming.rebuild(plans, fill)
 
-    def extend(self, plans: Sequence[ChunkPlan]) -> None:
-        """Give chunks further homes, of zeros: see `Rehoming.extend`."""
-        self.refuse_released("give parameters further homes")
-        self.snapshots.rest()
-        self.rehoming.extend(plans)
-
-    def shorten(self, plans: Sequence[ChunkPlan]) -> None:
-        """Free homes of chunks: see `Rehoming.shorten`."""
-        self.refuse_released("free homes")
-        self.snapshots.rest()
-        self.rehoming.shorten(plans)
-
     def refuse_released(self, doing: str) -> None:
         """Raise if the homes have no memory to work in.
 
@@ -262,6 +250,9 @@ class ChunkManager:
             return
         chunk, position = self._places[id(parameter)]
         value = value.detach()
+        if chunk.rounds:
+            self.full_copies.put(chunk, position, value)
+            return
         is_ours = any(chunk.has_memory(value) for chunk in self.chunks)
         loan = chunk.lend()
         loan.part_with(position)

@@ -31,7 +31,7 @@ class AverageRoom:
         OutOfMemory
             If a tier has no room; nothing has been changed then.
         """
-        manager = self._manager
+        manager = self._at_rest("begin an average")
         spec = BufferSpec(average.name)
         chunks = [chunk for chunk in manager.chunks if chunk.is_trainable]
         tiers = self._tiers(chunks, spec)
@@ -40,7 +40,7 @@ class AverageRoom:
             for c in chunks
         ]
         with manager.together.changing(f"the beginning of the average {average.name}"):
-            manager.extend(plans)
+            manager.rehoming.extend(plans)
             for chunk in chunks:
                 _fill(chunk, spec.name)
         self._updater.averages.add(average)
@@ -48,13 +48,19 @@ class AverageRoom:
 
     def free(self, average: Average) -> list[ChunkPlan]:
         """Free the buffers of an average. Returns the plans of now."""
-        manager = self._manager
+        manager = self._at_rest("end an average")
         chunks = [chunk for chunk in manager.chunks if average.name in chunk.specs]
         plans = [_without(chunk.plan, average.name) for chunk in chunks]
         with manager.together.changing(f"the end of the average {average.name}"):
             self._updater.averages.remove(average)
-            manager.shorten(plans)
+            manager.rehoming.shorten(plans)
         return plans
+
+    def _at_rest(self, doing: str) -> ChunkManager:
+        """The chunks, when nothing reads their homes."""
+        self._manager.refuse_released(doing)
+        self._manager.snapshots.rest()
+        return self._manager
 
     def _tiers(self, chunks: Sequence[Chunk], spec: BufferSpec) -> dict[Chunk, Tier]:
         """Beside the masters, which are read for it; from HOST to DISK where that has no room."""

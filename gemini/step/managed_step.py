@@ -18,6 +18,7 @@ from ..updates.updater import Groups, Planned, Updater
 from ..updates.updates import Updates
 from .average_room import AverageRoom
 from .kept_states import KeptStates
+from .state_id import OPTIMIZER, StateId
 from .state_mapping import OptimizerStates
 from .states import States
 from .succession import check_room
@@ -37,6 +38,8 @@ class ChunkedStep:
         Makes room for parameters that are added later.
     kept
         Has the states of parameters in chunks.
+    state_id
+        Names what is saved.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ChunkedStep:
         updates: Updates,
         unfreezing: Unfreezing,
         kept: KeptStates,
+        state_id: StateId,
     ) -> None:
         self.manager = engine.manager
         self._states = States(kept)
@@ -54,6 +58,7 @@ class ChunkedStep:
         self._updates = updates
         self.scaling = updates.scaling
         self._unfreezing = unfreezing
+        self.state_id = state_id
 
     @property
     def kept(self) -> KeptStates:
@@ -265,6 +270,7 @@ class ChunkedStep:
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         self._states.load_state_dict(optimizer, state_dict)
+        self.state_id.loaded(OPTIMIZER, None)
 
     # -- helpers
 
