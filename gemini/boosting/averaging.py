@@ -135,17 +135,12 @@ class RunningAverage:
         self._step.remove_average(self._average)
 
     def _swap(self) -> None:
-        with self._manager.together.changing(f"swapping the average {self.name}"), torch.no_grad():
+        with torch.no_grad():
             for parameter, average in self._average.plain.items():
                 value = parameter.detach().clone()
                 parameter.detach().copy_(average)
                 average.copy_(value)
-            for chunk in self._manager.chunks:
-                for binding in chunk.bindings if self.name in chunk.specs else ():
-                    mine = self._values.read(binding.parameter, MASTER)
-                    self._values.write(binding.parameter, MASTER, self._values.read(binding.parameter, self.name))
-                    self._values.write(binding.parameter, self.name, mine)
-        self._average.swap()
+            self._step.swap(self._average)
 
 
 class EMA(RunningAverage):

@@ -26,7 +26,15 @@ _SUFFIX = ".safetensors"
 
 
 def average_contents(model: nn.Module) -> list[Content]:
-    """The files of a boosted model's averages, unread."""
+    """The files of a boosted model's averages, unread.
+
+    Raises
+    ------
+    RuntimeError
+        While the model has the values of one.
+    """
+    if is_boosted(model):
+        boosted(model).step.averages.refuse_swapped("save a checkpoint of a training run")
     return [
         Tensors(
             average.name + _SUFFIX,
@@ -38,20 +46,21 @@ def average_contents(model: nn.Module) -> list[Content]:
 
 
 def checked_averages(
-    model: nn.Module, find: Callable[[str], Path], files: OpenFiles, *, verify: bool
+    model: nn.Module, find: Callable[[str], Path | None], files: OpenFiles, *, verify: bool
 ) -> list[Callable[[], None]]:
     """Check the files of a boosted model's averages; returns what loads them.
 
     Parameters
     ----------
     find
-        From the name of a file to its path; raises if the checkpoint has none.
+        From the name of a file to its path; None if it is not to be loaded.
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
     """
     loads: list[Callable[[], None]] = []
     for average in averages_of(model):
-        path = find(average.name + _SUFFIX)
+        if (path := find(average.name + _SUFFIX)) is None:
+            continue
         file = files.open(path)
         count = file.metadata.get(_COUNT_KEY, "")
         if not (count.isascii() and count.isdecimal()):

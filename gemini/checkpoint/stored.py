@@ -73,7 +73,8 @@ class Stored:
         else:
             found = [self._checked(part, files.enter_context(OpenFiles()), strict) for part in tensors]
             check_pairs(found)
-            averages = [self._checked_averages(p, files.enter_context(OpenFiles())) for p in tensors if p.kind == MODEL]
+            models = [part for part in tensors if part.kind == MODEL]
+            averages = [self._checked_averages(part, files.enter_context(OpenFiles()), strict) for part in models]
             loads += [*(each.load for each in found), *chain.from_iterable(averages)]
         rank, _ = place
         if rng and rank_name(rank) in self.manifest.parts.get(RNG, ()):
@@ -116,8 +117,11 @@ class Stored:
         states = self._file(part, JSON_NAME, FILE_NAME)
         return checked_optimizer(part.value, states, files, strict=strict, verify=self.verify)
 
-    def _checked_averages(self, part: Part, files: OpenFiles) -> list[Callable[[], None]]:
-        return checked_averages(part.value, partial(self._file, part), files, verify=self.verify)
+    def _checked_averages(self, part: Part, files: OpenFiles, strict: bool) -> list[Callable[[], None]]:
+        def find(name: str) -> Path | None:
+            return None if not strict and part.path(name) not in self.manifest.files else self._file(part, name)
+
+        return checked_averages(part.value, find, files, verify=self.verify)
 
     def _file(self, part: Part, *names: str) -> Path:
         """The file of a part, under the first of its names that the checkpoint has."""

@@ -56,6 +56,29 @@ class AverageRoom:
             manager.rehoming.shorten(plans)
         return plans
 
+    def swap(self, average: Average) -> None:
+        """Exchange the values of masters and average where they are at home; full copies are dropped, or follow.
+
+        Raises
+        ------
+        RuntimeError
+            While a forward runs.
+        """
+        full_copies, chunks = self._manager.full_copies, self._manager.chunks
+        if any(chunk.pins for chunk in chunks):
+            raise RuntimeError("an average cannot be swapped in or out while a forward or backward runs")
+        with self._manager.together.changing(f"swapping the average {average.name}"):
+            for chunk in (chunk for chunk in chunks if average.name in chunk.specs):
+                full_copies.bring_home(chunk)
+                if chunk.is_resident:
+                    full_copies.evict(chunk)
+                _swap(chunk, average.name)
+                if chunk.is_resident and not chunk.full_is_home:  # somebody holds its memory
+                    full_copies.fill_again(chunk)
+                if chunk.loan is not None:
+                    chunk.loan.remember_all()
+        average.swap()
+
     def _at_rest(self, doing: str) -> ChunkManager:
         """The chunks, when nothing reads their homes."""
         self._manager.refuse_released(doing)
@@ -90,6 +113,15 @@ def _fill(chunk: Chunk, name: str) -> None:
     for start in range(0, numel, PIECE_NUMEL):
         count = min(PIECE_NUMEL, numel - start)
         write_part(chunk, name, start, read_part(chunk, MASTER, start, count).float())
+
+
+def _swap(chunk: Chunk, name: str) -> None:
+    numel = len(chunk.extent)
+    for start in range(0, numel, PIECE_NUMEL):
+        count = min(PIECE_NUMEL, numel - start)
+        masters, averaged = (read_part(chunk, each, start, count) for each in (MASTER, name))
+        write_part(chunk, MASTER, start, averaged)
+        write_part(chunk, name, start, masters)
 
 
 def _without(plan: ChunkPlan, name: str) -> ChunkPlan:

@@ -87,6 +87,14 @@ class ChunkedStep:
         self._updates.schedule.check_whole("end an average")
         self._unfreezing.adopt(AverageRoom(self.manager, self._updater).free(average))
 
+    def swap(self, average: Average) -> None:
+        """Give the parameters the values of an average, and it theirs."""
+        self._engine.recover()
+        with self._engine.lock:
+            self._updates.schedule.check_whole("swap an average")
+            self._engine.pins.release_held()
+            AverageRoom(self.manager, self._updater).swap(average)
+
     @property
     def packing(self) -> Packing:
         """The plans of the chunks, as they are now."""

@@ -148,6 +148,7 @@ class Updater:
 
     def plan_averages(self, chunk: Chunk) -> Planned:
         """Have the averages of a chunk go on that no gradient has come to."""
+        self._manager.full_copies.arrive(chunk)
         runs = _without_gaps([], chunk.extent)
         return Planned(ChunkUpdate(chunk, tuple(runs), None, self.averages.of(chunk)), {}, not runs)
 
