@@ -8,6 +8,7 @@ import torch
 
 from .chunk import ALONE, Communicator
 from .planning.placement import AutoPlacementPolicy, PlacementPolicy
+from .quantization import Quantization
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEEP = "keep"
@@ -29,6 +30,8 @@ class GeminiConfig:
     """Bytes on DISK; None takes what is free in ``offload_dir``."""
     offload_dir: Path | None = None
     """Folder of the DISK tier; None: there is none."""
+    snapshot_memory: int | None = None
+    """Bytes of RAM that a save in the background may copy values to; None: half of what is free when it begins."""
     disk_checksums: bool = False
     """Compare what is read from DISK with the CRC-32 of what was written."""
     chunk_numel: int | None = None
@@ -47,6 +50,8 @@ class GeminiConfig:
     """Update each chunk as soon as backward needs it no more; the gradients are never all in memory at once."""
     split_master: bool = False
     """Keep masters as their bf16 full copy and the bits that this has no room for, where units can use that copy."""
+    quantization: Quantization | None = None
+    """How frozen linear layers are kept; None: in the compute dtype."""
     force_outputs_fp32: bool = False
     steady_device_ratio: float = 0.9
     """Share of the free device memory that a run may use (CUDA, when ``device_memory`` is None)."""
@@ -75,6 +80,8 @@ class GeminiConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.snapshot_memory is not None and self.snapshot_memory < 0:
+            raise ValueError(f"snapshot_memory must be 0 or more, got {self.snapshot_memory}")
         if self.max_prefetch < 0:
             raise ValueError(f"max_prefetch must be 0 or more, got {self.max_prefetch}")
         if not self.max_norm >= 0:  # also not a number
