@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private", "colossal"),
+    ("formats",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
     ("ranks", "tensor_parallel"),
@@ -39,8 +40,9 @@ ISOLATED: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
     "chunk": frozenset({"errors", "process_wide", "torch_private"}),
     "lazy": frozenset({"errors", "torch_private"}),
+    "formats": frozenset(),
     "telemetry": frozenset({"sizes", "process_wide"}),
-    "stat": frozenset({"telemetry", "sizes", "cores", "process_wide"}),
+    "stat": frozenset({"telemetry", "formats", "sizes", "cores", "process_wide"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
@@ -53,6 +55,7 @@ WITHOUT_TORCH = (
     "sizes",
     "cores",
     "process_wide",
+    "formats",
     "telemetry",
     "stat",
 )

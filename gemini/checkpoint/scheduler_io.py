@@ -1,5 +1,6 @@
 """Saving and loading a learning rate scheduler."""
 
+import copy
 import io
 import pickle
 from functools import partial
@@ -11,7 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gemini.errors import CheckpointError
 
+from ..formats import listed, shown
 from .ranks import write_once
+from .scheduler_state import state_faults
 from .stage import Stage
 from .torch_file import read_torch, write_torch
 
@@ -51,9 +54,29 @@ def load_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None
     Raises
     ------
     CheckpointError
-        If the file is not the state of a scheduler. The scheduler is as it was.
+        If the file is not the state of such a scheduler. The scheduler is as it was.
     """
-    state: Any = read_torch(Path(checkpoint), mmap=False)
-    if not isinstance(state, dict) or "last_epoch" not in state:
-        raise CheckpointError(f"{checkpoint} is not the state of a learning rate scheduler")
+    path = Path(checkpoint)
+    state: Any = read_torch(path, mmap=False)
+    if faults := list(state_faults(lr_scheduler, state)):
+        raise CheckpointError(
+            f"{path} is not the state of a {type(lr_scheduler).__name__}, which is as it was: "
+            + listed(faults, "; ", width=300)
+        )
+    _try(lr_scheduler, state, path)
     lr_scheduler.load_state_dict(state)
+
+
+def _try(lr_scheduler: Any, state: Any, path: Path) -> None:
+    """Load a state into a copy first: a scheduler has rules of its own, and may find a value in the middle."""
+    optimizer = getattr(lr_scheduler, "optimizer", None)
+    try:
+        scratch = copy.deepcopy(lr_scheduler, {id(optimizer): optimizer})
+    except Exception:  # a user's scheduler may have what cannot be copied
+        return
+    try:
+        scratch.load_state_dict(copy.deepcopy(state))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not taken by the {type(lr_scheduler).__name__}, which is as it was: {shown(repr(error))}"
+        ) from error
