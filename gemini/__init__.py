@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gemini import utils as utils
     from gemini.booster import Booster
     from gemini.booster.plugin import GeminiPlugin
+    from gemini.boosting.plain import to_torch
     from gemini.checkpoint import named_tensors
     from gemini.initialize import launch, launch_from_slurm, launch_from_torch
     from gemini.lazy import LazyInitContext
@@ -32,6 +33,7 @@ __all__ = [
     "launch_from_slurm",
     "launch_from_torch",
     "named_tensors",
+    "to_torch",
 ]
 
 _HOMES = {
@@ -43,6 +45,7 @@ _HOMES = {
     "launch_from_slurm": "gemini.initialize",
     "launch_from_torch": "gemini.initialize",
     "named_tensors": "gemini.checkpoint",
+    "to_torch": "gemini.boosting.plain",
 }
 _SUBMODULES = frozenset({"accelerator", "cluster", "errors", "logging", "utils"})
 

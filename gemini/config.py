@@ -10,6 +10,8 @@ from .chunk import ALONE, Communicator
 from .planning.placement import AutoPlacementPolicy, PlacementPolicy
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEEP = "keep"
+"""The precision with which each parameter computes in the dtype that the model gave it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +19,7 @@ class GeminiConfig:
     """The options of one boosted model."""
 
     precision: str = "bf16"
-    """``"bf16"``, ``"fp16"`` or ``"fp32"``: the dtype of full copies and gradients."""
+    """``"bf16"``, ``"fp16"`` or ``"fp32"``: the dtype of full copies and gradients; ``"keep"``: the parameter's own."""
     policy: PlacementPolicy = field(default_factory=AutoPlacementPolicy)
     device_memory: int | None = None
     """Bytes of model data on DEVICE; None finds out. On a box without an accelerator a number emulates one."""
@@ -66,8 +68,9 @@ class GeminiConfig:
                 "update_in_backward=True is for one process, this is one of several: "
                 "gradients are summed over them when backward is over"
             )
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {self.precision!r}")
+        if self.precision not in (*PRECISIONS, KEEP):
+            names = ", ".join(map(repr, (*PRECISIONS, KEEP)))
+            raise ValueError(f"precision must be one of {names}, got {self.precision!r}")
         for name in ("device_memory", "host_memory", "disk_memory", "chunk_numel", "search_step"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -102,5 +105,10 @@ class GeminiConfig:
             raise ValueError("disk_memory is given but there is no disk tier; set offload_dir to a folder as well")
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        return PRECISIONS[self.precision]
+    def compute_dtype(self) -> torch.dtype | None:
+        """Of parameters in use and of the model's inputs; None: each keeps its own."""
+        return PRECISIONS.get(self.precision)
+
+    def dtype_of(self, own: torch.dtype) -> torch.dtype:
+        """In which a parameter computes that the model keeps in its ``own`` dtype."""
+        return self.compute_dtype or own

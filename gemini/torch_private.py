@@ -134,6 +134,14 @@ def storage_key(storage: UntypedStorage) -> int:
     return storage._cdata  # type: ignore[no-any-return]
 
 
+def storage_offset_in_file(storage: UntypedStorage) -> int | None:
+    """Where in a file of ``torch.save`` the bytes of a storage begin that ``torch.load(map_location="meta")`` has made.
+
+    torch documents the attribute as an early feature. If it goes: map the file, and compare addresses.
+    """
+    return getattr(storage, "_checkpoint_offset", None)
+
+
 def storage_uses(storage: UntypedStorage) -> int:
     """How many references a storage has in C++: more than at first, and somebody holds the memory.
 

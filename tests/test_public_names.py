@@ -18,6 +18,7 @@ EXPORTS = {
     "LazyInitContext": "gemini.lazy",
     "HybridAdam": "gemini.nn.optimizer",
     "named_tensors": "gemini.checkpoint",
+    "to_torch": "gemini.boosting.plain",
 }
 
 PLUGIN_KEYWORDS_OF_COLOSSALAI = """

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .checkpointing import Checkpointing
 from .plugin import GeminiPlugin
 
 KINDS = ("model", "optimizer", "criterion", "dataloader", "lr_scheduler")
 
 
-class Booster:
+class Booster(Checkpointing):
     """Applies a plugin to a training loop, with ColossalAI's interface.
 
     Parameters
@@ -103,86 +105,6 @@ class Booster:
         """Gradients add up over several backwards (with or without this context); no exchange between ranks inside."""
         return self.plugin.no_sync(model, optimizer)
 
-    def save_model(
-        self,
-        model: nn.Module,
-        checkpoint: str,
-        shard: bool = False,
-        prefix: str | None = None,
-        size_per_shard: int = 1024,
-        use_safetensors: bool = True,
-        use_async: bool = False,
-        *,
-        gather_dtensor: bool = True,
-    ) -> None:
-        """Write the model in the Hugging Face layout; see `gemini.checkpoint.save_model`. Tensors are whole always."""
-        from gemini import checkpoint as io
-
-        io.save_model(
-            model,
-            checkpoint,
-            shard=shard,
-            prefix=prefix,
-            size_per_shard=size_per_shard,
-            use_safetensors=use_safetensors,
-            use_async=use_async,
-        )
-
-    def load_model(
-        self,
-        model: nn.Module,
-        checkpoint: str,
-        strict: bool = True,
-        low_cpu_mem_mode: bool = True,
-        num_threads: int = 1,
-    ) -> None:
-        """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`.
-
-        ``low_cpu_mem_mode`` and ``num_threads`` are accepted: one tensor at a time is in memory always.
-        """
-        from gemini import checkpoint as io
-
-        io.load_model(model, checkpoint, strict=strict)
-
-    def save_optimizer(
-        self,
-        optimizer: Optimizer,
-        checkpoint: str,
-        shard: bool = False,
-        prefix: str | None = None,
-        size_per_shard: int = 1024,
-        use_async: bool = False,
-        *,
-        gather_dtensor: bool = True,
-    ) -> None:
-        """Write states, groups and loss scale; see `gemini.checkpoint.save_optimizer`.
-
-        ``use_async`` and ``gather_dtensor`` are accepted: the file is complete when this returns, with whole tensors.
-        """
-        from gemini import checkpoint as io
-
-        io.save_optimizer(optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard)
-
-    def load_optimizer(
-        self, optimizer: Optimizer, checkpoint: str, low_cpu_mem_mode: bool = True, num_threads: int = 1
-    ) -> None:
-        """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`, and `load_model` for the rest."""
-        from gemini import checkpoint as io
-
-        io.load_optimizer(optimizer, checkpoint)
-
-    def save_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
-        """Write a scheduler's state."""
-        from gemini import checkpoint as io
-
-        io.save_lr_scheduler(lr_scheduler, checkpoint)
-
-    def load_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
-        """Read what `save_lr_scheduler` wrote."""
-        from gemini import checkpoint as io
-
-        io.load_lr_scheduler(lr_scheduler, checkpoint)
-
     def enable_lora(
         self,
         model: nn.Module,
@@ -215,11 +137,17 @@ class Booster:
             raise ValueError("give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters")
         return get_peft_model(model, lora_config)  # type: ignore[no-any-return]
 
-    def save_lora_as_pretrained(self, model: nn.Module, checkpoint: str, use_safetensors: bool = False) -> None:
-        """Write the adapters of `enable_lora` alone; see `gemini.checkpoint.save_lora`."""
-        from gemini import checkpoint as io
+    def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
+        """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""
+        from gemini.boosting.release import release
 
-        io.save_lora(model, checkpoint, use_safetensors=use_safetensors)
+        release(model, folder)
+
+    def resume(self, model: nn.Module) -> None:
+        """Take memory for a released model again; see `gemini.boosting.release.resume`."""
+        from gemini.boosting.release import resume
+
+        resume(model)
 
     def execute_pipeline(self, *args: Any, **kwargs: Any) -> NoReturn:
         """ColossalAI's, for pipelines. Raises NotImplementedError."""

@@ -1,5 +1,6 @@
 """The engine over chunks that are filled: its parts, the optimizer's step, and the hooks that call it."""
 
+import torch
 from torch import nn
 
 from ..boosted import Boosted
@@ -72,7 +73,7 @@ def assemble(
 
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)
-    inputs = config.compute_dtype if config.precision != "fp32" else None
+    inputs = None if config.compute_dtype is torch.float32 else config.compute_dtype
     hooks = ForwardHooks(model, engine, backward, cast_inputs=inputs, force_outputs_fp32=config.force_outputs_fp32)
     outside = Outside(engine, backward)
     return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics)

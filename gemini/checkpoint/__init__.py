@@ -2,9 +2,13 @@
 
 How the files build on each other (imports go down only)::
 
-    model_io.py  optimizer_io.py  scheduler_io.py  lora.py    what a user calls
+    checkpoint_io.py  given_parts.py  random_states.py        all of a training run, committed at once
+    model_io.py  optimizer_io.py  scheduler_io.py  lora.py    its parts, each by itself
+    committed.py  manifest.py                        the checkpoints of a folder; the files of one
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
-    optimizer_files.py                               the format of a saved optimizer
+    contents.py                                      files that are to be written
+    optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes
+    optimizer_files.py  optimizer_view.py            the format of a saved optimizer; what is asked of one
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
@@ -12,6 +16,8 @@ How the files build on each other (imports go down only)::
     stage.py  output.py  raw.py                      atomic files, one file, bytes
 """
 
+from .checkpoint_io import load_checkpoint, save_checkpoint
+from .given_parts import given_parts
 from .lora import save_lora
 from .match import load_named
 from .model_io import load_model, save_model
@@ -22,11 +28,14 @@ from .scheduler_io import load_lr_scheduler, save_lr_scheduler
 
 __all__ = [
     "full_state_dict",
+    "given_parts",
+    "load_checkpoint",
     "load_lr_scheduler",
     "load_model",
     "load_named",
     "load_optimizer",
     "named_tensors",
+    "save_checkpoint",
     "save_lora",
     "save_lr_scheduler",
     "save_model",

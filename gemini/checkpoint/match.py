@@ -17,8 +17,7 @@ from ..torch_private import IncompatibleKeys
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
 from .ranks import checked_by_all, loaded_by_all
 
-_NAMED = 20
-"""Names in a message; of a large model that does not fit there would be thousands."""
+_MISFITS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +56,11 @@ class Match:
         CheckpointError
             If a tensor does not fit; with ``strict``, also if names are missing or unexpected.
         """
-        faults = [listed(self.misfits, "\n    ", _NAMED, width=300)] if self.misfits else []
+        faults = [listed(self.misfits, "\n    ", _MISFITS_SHOWN, width=300)] if self.misfits else []
         if strict and self.missing:
-            faults.append(f"missing ({len(self.missing)}): {listed(self.missing, limit=_NAMED)}")
+            faults.append(f"missing ({len(self.missing)}): {listed(self.missing)}")
         if strict and self.unexpected:
-            faults.append(f"unexpected ({len(self.unexpected)}): {listed(self.unexpected, limit=_NAMED)}")
+            faults.append(f"unexpected ({len(self.unexpected)}): {listed(self.unexpected)}")
         if faults:
             raise CheckpointError(f"{what} does not fit the model, which is as it was:\n    " + "\n    ".join(faults))
 

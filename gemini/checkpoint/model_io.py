@@ -1,38 +1,38 @@
 """Saving and loading a model's weights."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
 from gemini.errors import CheckpointError
-from gemini.sizes import parse_bytes
 
+from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, write_all
 from .hugging_face import may_be_missing, resolve_names, save_configuration
 from .match import match
 from .names import Entry, entries, extra_states
 from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import SafetensorsWriter, TensorRecord
-from .stage import Stage, remove
-from .torch_file import write_torch
+from .safetensors_stream import OpenFiles, TensorRecord
+from .stage import Stage
 from .weight_files import (
     FILE_SUFFIXES,
     INDEX_SUFFIX,
     SAFE_NAME,
     TORCH_NAME,
+    find_shards,
     into_shards,
     read_sources,
     read_weight_map,
     shard_names,
+    size_limit,
 )
 
 _METADATA = {"format": "pt"}
-_MEBI = 1 << 20
 
 
 def save_model(
@@ -87,14 +87,12 @@ def save_model(
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in one of {', '.join(FILE_SUFFIXES)}")
     name = (f"{prefix}." if prefix else "") + (SAFE_NAME if use_safetensors else TORCH_NAME)
-    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
-    if limit <= 0:
-        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
+    limit = size_limit(size_per_shard)
     save = partial(_save_folder, model, path.absolute(), name, limit if shard else None)
     write_once(model, f"save_model to {path}", save)
 
 
-def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True) -> None:
+def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
     """Fill a model from a Hugging Face folder, an index, a safetensors file or a file of ``torch.save``.
 
     One tensor at a time, into whatever the model keeps it as; an fp32 checkpoint fills fp32 masters exactly. Names of
@@ -109,117 +107,188 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True)
         A folder or a file.
     strict
         Whether missing and unexpected tensors are an error. Shapes have to fit in any case.
+    verify
+        Whether to compare tensors with the checksums in their files, where these have any, before the model is touched.
 
     Raises
     ------
     CheckpointError
         Naming the file and everything that is wrong with it. The model is as it was, unless the message says that a
-        file could not be read to its end.
+        file could not be read to its end, or changed, after it had been verified.
     """
     path = Path(checkpoint)
     doing = f"load_model from {path}"
-    with ExitStack() as files:
+    with OpenFiles() as files:
         with checked_by_all(model, doing):
-            found = match(model, resolve_names(model, read_sources(path, files)))
-            found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
-            found.check(strict, str(path))
+            load = checked_model(model, path, files, strict=strict, verify=verify)
+        with loaded_by_all(model, doing):
+            load()
+
+
+def checked_model(
+    model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool
+) -> Callable[[], None]:
+    """Check all that `load_model` checks.
+
+    Parameters
+    ----------
+    files
+        Takes what has to stay open until it is loaded; it holds nothing else.
+
+    Returns
+    -------
+    Callable
+        Loads it.
+    """
+    found = match(model, resolve_names(model, read_sources(checkpoint, files)))
+    found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
+    found.check(strict, str(checkpoint))
+    if verify:
+        files.verify()
+
+    def load() -> None:
         try:
-            with loaded_by_all(model, doing):
-                found.load(model)
+            found.load(model)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
+
+    return load
+
+
+def model_contents(model: nn.Module, limit: int) -> list[Content]:
+    """The files of a model in the Hugging Face layout, unread.
+
+    Parameters
+    ----------
+    limit
+        Bytes of tensors in one file, at most, unless a single tensor is larger.
+    """
+    weights = _Weights.of(model, SAFE_NAME, limit)
+    contents = [*_configuration(model), *weights.files]
+    if weights.is_sharded:
+        names = [content.name for content in weights.files]
+        text = weights.index(dict(zip(names, names, strict=True)))
+        contents.append(Bytes(SAFE_NAME + INDEX_SUFFIX, text.encode()))
+    return contents
 
 
 def _save_file(model: nn.Module, folder: Path, name: str) -> None:
     with Stage(folder, name) as stage:
-        _write(stage, name, entries(model), extra_states(model))
+        write_all(stage, _Weights.of(model, name, None).files)
         stage.commit([name])
 
 
 def _save_folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> None:
-    held = entries(model)
-    extra = extra_states(model)
-    dtype = next((entry.dtype for entry in held if entry.dtype.is_floating_point), None)
-    shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None else [held]
-    before = _weight_files(folder, name)
-    with Stage(folder, f"{_prefix(name)}model") as stage:
-        configuration = save_configuration(model, stage.path, dtype)
-        if len(shards) <= 1:
-            _write(stage, name, held, extra)
-            stage.commit([*configuration, name])
-        else:
-            _save_shards(stage, name, shards, extra, configuration)
+    weights, configuration = _Weights.of(model, name, limit), _configuration(model)
+    names, others = ([content.name for content in contents] for contents in (weights.files, configuration))
     index = name + INDEX_SUFFIX
-    now = {name} if len(shards) <= 1 else {index, *read_weight_map(folder / index).values()}
-    remove(folder / file for file in before if file not in now)
+    with Stage(folder, f"{_prefix(name)}model") as stage:
+        write_all(stage, [*configuration, *weights.files])
+        with stage.alone():
+            before = _weight_files(folder, name)
+            if weights.is_sharded:
+                stage.commit_indexed(names, index, weights.index, others)
+                _discard(stage, before, index, read_weight_map(folder / index).values())
+            else:
+                stage.commit([*others, name])
+                _discard(stage, before, name, [name])
 
 
-def _save_shards(
-    stage: Stage, name: str, shards: Sequence[Sequence[Entry]], extra: Mapping[str, Any], configuration: Sequence[str]
-) -> None:
-    files = shard_names(name, len(shards))
-    homes: dict[str, str] = {}
-    for file, part in zip(files, shards, strict=True):
-        _write(stage, file, part, extra if file == files[0] else {})
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The weights of a model as files."""
+
+    files: tuple[Content, ...]
+    homes: Mapping[str, str]
+    """Name of a tensor -> its file."""
+    sizes: Mapping[str, int]
+    """What an index says of all of them."""
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, limit: int | None) -> "_Weights":
+        """One file, or several where the weights are larger than ``limit``."""
+        held, extra = entries(model), extra_states(model)
+        shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None and held else [held]
+        names = shard_names(name, len(shards)) if len(shards) > 1 else [name]
         # A tied tensor is in a safetensors file once, in a torch file under each of its names.
-        once = file.endswith(".safetensors")
-        homes.update({name: file for entry in part for name in (entry.names[:1] if once else entry.names)})
-    homes.update(dict.fromkeys(extra, files[0]))
-    held = [entry for part in shards for entry in part]
-    sizes = {
-        "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
-        "total_size": sum(entry.nbytes for entry in held),
-    }
+        once = name.endswith(".safetensors")
+        homes = {
+            tensor: file
+            for file, part in zip(names, shards, strict=True)
+            for entry in part
+            for tensor in (entry.names[:1] if once else entry.names)
+        }
+        homes.update(dict.fromkeys(extra, names[0]))
+        sizes = {
+            "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
+            "total_size": sum(entry.nbytes for entry in held),
+        }
+        content = _safetensors if once else _torch_file
+        files = [content(f, part, extra if f == names[0] else {}) for f, part in zip(names, shards, strict=True)]
+        return cls(tuple(files), homes, sizes)
 
-    def index(where: Mapping[str, str]) -> str:
-        weight_map = {tensor: where[file] for tensor, file in sorted(homes.items())}
-        return json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2) + "\n"
+    @property
+    def is_sharded(self) -> bool:
+        return len(self.files) > 1
 
-    stage.commit(configuration)
-    stage.commit_indexed(files, name + INDEX_SUFFIX, index)
+    def index(self, where: Mapping[str, str]) -> str:
+        """The text of the index, with the path at which each file is found."""
+        weight_map = {tensor: where[file] for tensor, file in sorted(self.homes.items())}
+        return json.dumps({"metadata": self.sizes, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _configuration(model: nn.Module) -> list[Content]:
+    dtype = next((entry.dtype for entry in entries(model) if entry.dtype.is_floating_point), None)
+    with TemporaryDirectory() as folder:  # transformers writes to folders alone
+        names = save_configuration(model, Path(folder), dtype)
+        return [Bytes(name, (Path(folder) / name).read_bytes()) for name in names]
+
+
+def _torch_file(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> Content:
+    def state_dict() -> dict[str, Any]:
+        return {**{name: value for entry in held for value in (entry.read(),) for name in entry.names}, **extra}
+
+    return TorchFile(file, state_dict)
+
+
+def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> Content:
+    if foreign := [name for name, value in extra.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(
+            f"{file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
+            "save with use_safetensors=False"
+        )
+    tensors = [UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read) for entry in held]
+    tensors += [
+        UnreadTensor(TensorRecord(name, value.dtype, tuple(value.shape)), value.detach().cpu)
+        for name, value in extra.items()
+    ]
+    return Tensors(file, tensors, _METADATA)
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:
-    """Weight files of the checkpoint that is there; first those that a loader looks for."""
+    """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
     first: list[str] = []
-    named: list[str] = []
+    others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
         first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
         if (folder / (base + INDEX_SUFFIX)).is_file():
             try:
-                named += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
             except CheckpointError:
                 continue  # what cannot be read names nothing
-    return [*first, *named]
+        others += find_shards(folder, base)
+    return [*first, *dict.fromkeys(others)]
+
+
+def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
+    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
+    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
+    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+    kept = {entry, *now}
+    old = [file for file in before if file not in kept]
+    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
 
 
 def _prefix(name: str) -> str:
     return name.removesuffix(SAFE_NAME).removesuffix(TORCH_NAME)
-
-
-def _write(stage: Stage, file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> None:
-    if file.endswith(".safetensors"):
-        _write_safetensors(stage, file, held, extra)
-        return
-    values = {name: value for entry in held for value in (entry.read(),) for name in entry.names}
-    with stage.create(file) as out:
-        write_torch({**values, **extra}, out)
-
-
-def _write_safetensors(stage: Stage, file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> None:
-    if foreign := [name for name, value in extra.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(
-            f"{stage.folder / file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
-            "save with use_safetensors=False"
-        )
-    reads: dict[str, Callable[[], Tensor]] = {entry.name: entry.read for entry in held}
-    reads.update({name: value.detach().cpu for name, value in extra.items()})
-    records = [TensorRecord(entry.name, entry.dtype, entry.shape) for entry in held]
-    records += [TensorRecord(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
-    writer = SafetensorsWriter(records, _METADATA)
-    with stage.create(file, writer.nbytes) as out:
-        writer.begin(out)
-        for record in writer.records:
-            # Not through a variable, which would hold one tensor while the next is read.
-            writer.append(out, record, reads[record.name]())

@@ -13,8 +13,8 @@ the optimizer. Version 1 was the same without ``optimizer``, which was always Ad
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ from gemini.nn.optimizer.rules.rule import whole_steps
 from ..formats import Damaged, listed, shown
 from ..formats.json_file import check_checksum
 from .match import Source
-from .torch_file import read_torch
+from .safetensors_stream import OpenFiles
+from .torch_file import read_torch, verify_torch
 from .weight_files import checked_weight_map, read_indexed, read_json, read_sources
 
 JSON_NAME = "optimizer.json"
 TENSORS_NAME = "optimizer.safetensors"
+FILE_NAME = "optimizer.pt"
+"""Of ``torch.save``, in a checkpoint, for an optimizer that is not ours."""
 FORMAT = "gemini-memory optimizer"
 VERSION = 2
 _KNOWN_VERSIONS = (1, 2)
@@ -53,7 +56,7 @@ class SavedOptimizer:
     """The name of its rule; None where torch wrote it, which does not say."""
 
 
-def read_optimizer(checkpoint: Path, files: ExitStack) -> SavedOptimizer:
+def read_optimizer(checkpoint: Path, files: OpenFiles) -> SavedOptimizer:
     """Read a folder's JSON, or a file of ``torch.save``; ``files`` takes what has to stay open.
 
     Raises
@@ -61,10 +64,10 @@ def read_optimizer(checkpoint: Path, files: ExitStack) -> SavedOptimizer:
     CheckpointError
         If it is not whole, or not the state of an optimizer.
     """
-    return _read_folder(checkpoint, files) if checkpoint.suffix == ".json" else _read_file(checkpoint)
+    return _read_folder(checkpoint, files) if checkpoint.suffix == ".json" else _read_file(checkpoint, files)
 
 
-def _read_folder(path: Path, files: ExitStack) -> SavedOptimizer:
+def _read_folder(path: Path, files: OpenFiles) -> SavedOptimizer:
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the state of an optimizer")
@@ -96,7 +99,7 @@ def _read_folder(path: Path, files: ExitStack) -> SavedOptimizer:
     return SavedOptimizer(groups, states, content["loss_scaler"], optimizer)
 
 
-def _sources(path: Path, weight_map: Any, files: ExitStack) -> dict[str, Source]:
+def _sources(path: Path, weight_map: Any, files: OpenFiles) -> dict[str, Source]:
     """The tensors that the JSON names. It names all that are in the files, as both have been written together."""
     homes = checked_weight_map(path, weight_map)
     first = path.with_name(path.name.removesuffix(JSON_NAME) + TENSORS_NAME)
@@ -105,8 +108,9 @@ def _sources(path: Path, weight_map: Any, files: ExitStack) -> dict[str, Source]
     return read_indexed(path, homes, files, names_all=True)
 
 
-def _read_file(path: Path) -> SavedOptimizer:
-    stored = read_torch(path, mmap=True)
+def _read_file(path: Path, files: OpenFiles) -> SavedOptimizer:
+    stored = read_torch(path, verify=False)
+    files.verify_later(partial(verify_torch, path))
     if not isinstance(stored, dict) or not isinstance(stored.get("state"), dict) or "param_groups" not in stored:
         raise CheckpointError(f"{path} does not hold the state dict of an optimizer")
     groups = _groups(path, stored["param_groups"])

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,22 +13,35 @@ from torch.optim import Optimizer
 from gemini.errors import CheckpointError
 from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.nn.optimizer.rules.rule import Rule, steps_of
-from gemini.sizes import parse_bytes
 from gemini.step.saved_groups import load_options
 
 from ..formats.json_file import CHECKSUM, checksum_of
+from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, write_all
 from .optimizer_check import checked, gathered, real
-from .optimizer_files import FORMAT, JSON_NAME, TENSORS_NAME, VERSION, SavedOptimizer, find_json, read_optimizer
+from .optimizer_files import (
+    FILE_NAME,
+    FORMAT,
+    JSON_NAME,
+    TENSORS_NAME,
+    VERSION,
+    SavedOptimizer,
+    find_json,
+    read_optimizer,
+)
 from .optimizer_view import loss_scaler, managed, names_of
 from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import SafetensorsWriter, TensorRecord
-from .stage import Stage, remove
+from .safetensors_stream import OpenFiles, TensorRecord
+from .stage import Stage
 from .tensor_parallel import refuse_parts
-from .torch_file import write_torch
-from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_json, shard_names
-
-_MEBI = 1 << 20
-
+from .weight_files import (
+    FILE_SUFFIXES,
+    checked_weight_map,
+    find_shards,
+    into_shards,
+    read_json,
+    shard_names,
+    size_limit,
+)
 
 # -- saving
 
@@ -85,71 +97,95 @@ def save_optimizer(
             "only a HybridAdam, or what booster.boost returned, is saved to a folder, got "
             f"{type(optimizer).__name__}; give a .pt file"
         )
-    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
-    if limit <= 0:
-        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
+    limit = size_limit(size_per_shard)
     save = partial(_save_folder, optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
     write_once(optimizer, f"save_optimizer to {path}", save)
 
 
 def _save_file(optimizer: Optimizer, path: Path) -> None:
+    with Stage(path.parent, path.name) as stage:
+        write_all(stage, [TorchFile(path.name, partial(_state_dict, optimizer))])
+        stage.commit([path.name])
+
+
+def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """Everything, in RAM; torch ignores what it does not know."""
     state = optimizer.state_dict()
     scaler = loss_scaler(optimizer)
     if scaler is not None:
         state["loss_scaler"] = scaler.state_dict()
     if isinstance(optimizer, ManagedOptimizer):
-        state["optimizer"] = optimizer.rule.name  # torch ignores both
-    with Stage(path.parent, path.name) as stage:
-        with stage.create(path.name) as out:
-            write_torch(state, out)
-        stage.commit([path.name])
+        state["optimizer"] = optimizer.rule.name
+    return state
 
 
 def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> None:
-    name, tensors = prefix + JSON_NAME, prefix + TENSORS_NAME
-    content, found = _content(optimizer, folder / name)
-    parts = (
-        into_shards(found, [each.record.nbytes for each in found], limit) if limit is not None and found else [found]
-    )
-    files = shard_names(tensors, len(parts)) if len(parts) > 1 else [tensors]
-    homes = {each.record.name: file for file, part in zip(files, parts, strict=True) for each in part}
-
-    def text(where: Mapping[str, str]) -> str:
-        whole = {**content, "weight_map": {name: where[file] for name, file in homes.items()}}
-        return json.dumps({**whole, CHECKSUM: checksum_of(whole)}, indent=1) + "\n"
-
-    before = _files_of(folder / name)
+    name = prefix + JSON_NAME
+    states = _States.of(optimizer, prefix, limit, folder / name)
     with Stage(folder, name) as stage:
-        for file, part in zip(files, parts, strict=True):
-            of_name = {each.record.name: each for each in part}
-            writer = SafetensorsWriter([each.record for each in part], {"format": "pt"})
-            with stage.create(file, writer.nbytes) as out:
-                writer.begin(out)
-                for record in writer.records:
-                    writer.append(out, record, of_name[record.name].read())
-        stage.commit_indexed(files, name, text)
-    now = _files_of(folder / name)
-    remove(folder / file for file in before if file not in now)
+        write_all(stage, states.files)
+        with stage.alone():
+            before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
+            stage.commit_indexed([content.name for content in states.files], name, states.index)
+            now = _files_of(folder / name)
+            stage.discard([], [file for file in before if file not in now])
+
+
+def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
+    """The files of an optimizer, unread: of one that is neither ours nor boosted, a single one of ``torch.save``.
+
+    Parameters
+    ----------
+    limit
+        Bytes of tensors in one file, at most, unless a single tensor is larger.
+    """
+    refuse_parts(optimizer, "booster.save")
+    if not isinstance(optimizer, ManagedOptimizer):
+        return [TorchFile(FILE_NAME, partial(_state_dict, optimizer))]
+    states = _States.of(optimizer, "", limit, Path(JSON_NAME))
+    names = [content.name for content in states.files]
+    text = states.index(dict(zip(names, names, strict=True)))
+    return [*states.files, Bytes(JSON_NAME, text.encode())]
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor that is to be written, unread."""
+class _States:
+    """The states of an optimizer as files."""
 
-    record: TensorRecord
-    read: Callable[[], Tensor]
+    files: tuple[Content, ...]
+    homes: Mapping[str, str]
+    """Name of a tensor -> its file."""
+    options: Mapping[str, Any]
+    """What the JSON says but for where the tensors are."""
+
+    @classmethod
+    def of(cls, optimizer: ManagedOptimizer, prefix: str, limit: int | None, path: Path) -> "_States":
+        """One file, or several where the states are larger than ``limit``; ``path`` is named in errors."""
+        options, found = _content(optimizer, path)
+        sizes = [each.record.nbytes for each in found]
+        parts = into_shards(found, sizes, limit) if limit is not None and found else [found]
+        names = shard_names(prefix + TENSORS_NAME, len(parts)) if len(parts) > 1 else [prefix + TENSORS_NAME]
+        homes = {each.record.name: file for file, part in zip(names, parts, strict=True) for each in part}
+        files = [Tensors(file, part, {"format": "pt"}) for file, part in zip(names, parts, strict=True)]
+        return cls(tuple(files), homes, options)
+
+    def index(self, where: Mapping[str, str]) -> str:
+        """The text of the JSON, with the path at which each file is found."""
+        weight_map = {name: where[file] for name, file in self.homes.items()}
+        whole = {**self.options, "weight_map": weight_map}
+        return json.dumps({**whole, CHECKSUM: checksum_of(whole)}, indent=1) + "\n"
 
 
-def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], list[_Tensor]]:
+def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], list[UnreadTensor]]:
     """What the JSON says but for where the tensors are, and the tensors."""
     rule, scaler = optimizer.rule, loss_scaler(optimizer)
     steps: dict[int, int] = {}
-    found: list[_Tensor] = []
+    found: list[UnreadTensor] = []
     if optimizer.has_state_dict_post_hooks:
         saved, states = _hooked(optimizer, path)
         for index, state in states.items():
             steps[index] = steps_of(rule, state)
-            found += [_Tensor(r, partial(_on_cpu, state, _key(r))) for r in _records(rule, index, state, path)]
+            found += [UnreadTensor(r, partial(_on_cpu, state, _key(r))) for r in _records(rule, index, state, path)]
     else:
         optimizer.before_state_dict()
         saved = [optimizer.saved_options(group) for group in optimizer.param_groups]
@@ -157,7 +193,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
             if _has_state(optimizer, parameter):
                 steps[index] = _step_of(optimizer, parameter)
                 records = _records(rule, index, _shown(optimizer, parameter), path)
-                found += [_Tensor(r, partial(_read, optimizer, parameter, _key(r))) for r in records]
+                found += [UnreadTensor(r, partial(_read, optimizer, parameter, _key(r))) for r in records]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -278,12 +314,21 @@ def _files_of(path: Path) -> Iterable[str]:
 # -- loading
 
 
-def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
+def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool = True) -> None:
     """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
     anything changes. Parameters that had not been stepped when the checkpoint was written lose their states. Hooks
     around ``load_state_dict()`` are called; for a pre-hook the whole checkpoint is read into RAM.
+
+    Parameters
+    ----------
+    optimizer
+        Boosted or not.
+    checkpoint
+        A folder, its JSON, or a file.
+    verify
+        Whether to compare tensors with the checksums in their files, where these have any, before anything changes.
 
     Raises
     ------
@@ -299,15 +344,39 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path) -> None:
     if path.is_dir():
         path = find_json(path)
     doing = f"load_optimizer from {path}"
-    with ExitStack() as files:
+    with OpenFiles() as files:
         with checked_by_all(optimizer, doing):
-            saved = checked(optimizer, read_optimizer(path, files), path)
+            load = checked_optimizer(optimizer, path, files, verify=verify)
         with loaded_by_all(optimizer, doing):
-            if isinstance(optimizer, ManagedOptimizer):
-                _load(optimizer, saved)
-                optimizer.after_load_state_dict()
-            else:
-                optimizer.load_state_dict({"state": gathered(saved.states), "param_groups": saved.param_groups})
+            load()
+
+
+def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, verify: bool) -> Callable[[], None]:
+    """Check all that `load_optimizer` checks of a JSON or a file of ``torch.save``.
+
+    Parameters
+    ----------
+    files
+        Takes what has to stay open until it is loaded; it holds nothing else.
+
+    Returns
+    -------
+    Callable
+        Loads it.
+    """
+    saved = read_optimizer(path, files)
+    if verify:
+        files.verify()
+    saved = checked(optimizer, saved, path)
+
+    def load() -> None:
+        if isinstance(optimizer, ManagedOptimizer):
+            _load(optimizer, saved)
+            optimizer.after_load_state_dict()
+        else:
+            optimizer.load_state_dict({"state": gathered(saved.states), "param_groups": saved.param_groups})
+
+    return load
 
 
 def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer) -> None:

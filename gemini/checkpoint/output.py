@@ -70,6 +70,17 @@ class Output:
             self.written += done
         return done
 
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of ``data`` from byte ``offset`` on. Not mixed with `write`."""
+        view, done = memoryview(data), 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
+        except OSError as error:
+            raise self._failure(error) from error
+        finally:
+            self.written += done
+
     def flush(self) -> None:
         """Nothing is held back."""
 

@@ -1,6 +1,6 @@
 """Saving and loading with several ranks: the first one writes for all, and all load together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gemini.chunk import Together, all_or_none
+from gemini.chunk.communicator import Word
 
 from ..boosted import Boosted
 from ..step.managed_step import ChunkedStep
@@ -34,7 +35,7 @@ def write_once(of: Any, doing: str, write: Callable[[], None]) -> None:
     RankError
         On the others, if it fails on the first one, or that does not come to it within the timeout.
     """
-    together = _together(of)
+    together = together_of(of)
     if together is None:
         write_by_first(of, doing, write, partial(_read, of))
         return
@@ -53,7 +54,7 @@ def write_once(of: Any, doing: str, write: Callable[[], None]) -> None:
 @contextmanager
 def checked_by_all(of: Any, doing: str) -> Iterator[None]:
     """Look whether something can be loaded: if it cannot on one rank, nothing is loaded on any."""
-    together = _together(of)
+    together = together_of(of)
     if together is None:
         yield
         return
@@ -64,7 +65,7 @@ def checked_by_all(of: Any, doing: str) -> Iterator[None]:
 @contextmanager
 def loaded_by_all(of: Any, doing: str) -> Iterator[None]:
     """Load what has been checked, each rank its part. If it fails on one, all are told."""
-    together = _together(of)
+    together = together_of(of)
     if together is None:
         yield
         return
@@ -76,7 +77,33 @@ def _read(of: nn.Module, name: str) -> None:
     next(entry for entry in entries(of) if entry.name == name).read()
 
 
-def _together(of: Any) -> Together | None:
+def told_by_all(of: Any, doing: str, tell: Callable[[], Mapping[str, Word]]) -> list[dict[str, Any]]:
+    """What each rank has to tell, in their order.
+
+    Raises
+    ------
+    RankError
+        If telling fails on another one.
+    """
+    together = together_of(of)
+    if together is None:
+        return [dict(tell())]
+    words: list[Mapping[str, Word]] = []
+    with all_or_none(together.communicator, doing):
+        words.append(tell())
+    return [dict(word) for word in together.communicator.agree(doing, words[0]) if isinstance(word, dict)]
+
+
+def place_of(of: Any) -> tuple[int, int]:
+    """The rank of this process among those that keep the model together, and their number."""
+    together = together_of(of)
+    if together is None:
+        return 0, 1
+    owner = together.communicator.owner
+    return together.communicator.rank, owner.count * owner.replicas
+
+
+def together_of(of: Any) -> Together | None:
     """Where several ranks keep the model together."""
     found = None
     if isinstance(of, nn.Module):

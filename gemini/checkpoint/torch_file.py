@@ -1,5 +1,7 @@
 """Files of ``torch.save``: written through an `Output`, read without running code in them."""
 
+import io
+import pickle
 import re
 from pathlib import Path
 from typing import IO, Any, cast
@@ -23,6 +25,24 @@ def write_torch(value: Any, out: Output) -> None:
         raise
 
 
+def plain_bytes(value: Any, what: str) -> bytes:
+    """A file of ``torch.save``, in memory, that `read_torch` reads.
+
+    Raises
+    ------
+    CheckpointError
+        If the value holds more than tensors, plain values and containers of them.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{what} holds more than plain values and would not load again") from error
+    return file.getvalue()
+
+
 def read_torch(path: Path, *, mmap: bool = True, verify: bool = True) -> Any:
     """``torch.load`` on CPU with ``weights_only``: tensors, numbers, strings and containers, never code.
 
@@ -31,8 +51,7 @@ def read_torch(path: Path, *, mmap: bool = True, verify: bool = True) -> Any:
     mmap
         Leave tensors in the file until they are used. Files in torch's format from before 1.6 are read whole.
     verify
-        Compare the checksums that the zip has of everything in it first, which torch does not. Files in the format from
-        before 1.6 have none.
+        Call `verify_torch` first. Its checksums of names and shapes are looked at in any case.
 
     Raises
     ------
@@ -41,14 +60,14 @@ def read_torch(path: Path, *, mmap: bool = True, verify: bool = True) -> Any:
     """
     try:
         zipped = is_zip(path)
-        if not zipped:
-            refuse_byte_arrays(path)
-        elif verify:
-            verify_zip(path)
-        else:
+        if zipped:
             check_zip(path)
+        else:
+            refuse_byte_arrays(path)
     except Damaged as error:
         raise CheckpointError(str(error)) from error
+    if verify:
+        verify_torch(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except OSError as error:
@@ -57,6 +76,21 @@ def read_torch(path: Path, *, mmap: bool = True, verify: bool = True) -> Any:
         raise CheckpointError(
             f"{path} is not a whole torch file of tensors and plain values: {_reason(error)}"
         ) from error
+
+
+def verify_torch(path: Path) -> None:
+    """Compare the checksums that a zip of ``torch.save`` has of all that is in it, which torch itself does not.
+
+    Raises
+    ------
+    CheckpointError
+        If one is another. Files in torch's format from before 1.6 have none.
+    """
+    try:
+        if is_zip(path):
+            verify_zip(path)
+    except Damaged as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Where weights are in a checkpoint: single files, and folders in the Hugging Face layout."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -9,22 +9,24 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gemini.errors import CheckpointError
+from gemini.sizes import parse_bytes
 
 from ..formats import Damaged, json_file, listed, shown
 from .match import Source
 from .names import is_extra_state
-from .safetensors_stream import SafetensorsFile
-from .torch_file import read_torch
+from .safetensors_stream import OpenFiles
+from .torch_file import read_torch, verify_torch
 
 SAFE_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_MEBI = 1 << 20
 
 T = TypeVar("T")
 
 
-def read_sources(checkpoint: Path, files: ExitStack) -> dict[str, Any]:
+def read_sources(checkpoint: Path, files: OpenFiles) -> dict[str, Any]:
     """Every stored tensor by name, unread, and extra states.
 
     Parameters
@@ -46,7 +48,7 @@ def read_sources(checkpoint: Path, files: ExitStack) -> dict[str, Any]:
 
 
 def read_indexed(
-    index: Path, weight_map: Mapping[str, str], files: ExitStack, *, names_all: bool = False
+    index: Path, weight_map: Mapping[str, str], files: OpenFiles, *, names_all: bool = False
 ) -> dict[str, Any]:
     """The tensors that an index names; every file of it is looked at.
 
@@ -153,20 +155,41 @@ def into_shards(items: Sequence[T], sizes: Iterable[int], limit_bytes: int) -> l
     return shards
 
 
+def size_limit(size_per_shard: int | str) -> int:
+    """Bytes, from MiB as a number or a text such as ``"5GB"``.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive.
+    """
+    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
+    if limit <= 0:
+        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
+    return limit
+
+
 def shard_names(name: str, count: int) -> list[str]:
     """``model-00001-of-00003.safetensors`` and so on."""
     stem, dot, suffix = name.rpartition(".")
     return [f"{stem}-{i + 1:05d}-of-{count:05d}{dot}{suffix}" for i in range(count)]
 
 
-def _open(path: Path, files: ExitStack) -> dict[str, Any]:
+def find_shards(folder: Path, name: str) -> list[str]:
+    """Files in a folder that are named as shards of ``name`` are, whether an index names them or not."""
+    stem, dot, suffix = map(re.escape, name.rpartition("."))
+    pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}}(-[0-9a-f]{{8}})?|-[0-9a-f]{{8}}){dot}{suffix}")
+    return sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
+
+
+def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     if path.suffix == ".safetensors":
-        file = SafetensorsFile(path)
-        files.callback(file.close)
+        file = files.open(path)
         return {name: Source(r.shape, r.dtype, partial(file.read, name)) for name, r in file.records.items()}
-    stored = read_torch(path)
+    stored = read_torch(path, verify=False)
+    files.verify_later(partial(verify_torch, path))
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         raise CheckpointError(f"{path} does not hold a state dict (a dict from names to tensors)")
     items = dict(dict.items(stored))  # an OrderedDict may come with attributes in the place of its methods

@@ -11,6 +11,7 @@ with other names, anything behind the end, and compression, which torch never wr
 
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
@@ -58,7 +59,7 @@ def is_zip(path: Path) -> bool:
 
 
 def check_zip(path: Path) -> None:
-    """Look at the directory of the archive alone.
+    """Look at the directory of the archive, and at the names and shapes in it, alone.
 
     Raises
     ------
@@ -129,6 +130,8 @@ def read_records(file: FileBytes) -> list[Record]:
     if pickled.nbytes > _PICKLE_BYTES + _PICKLE_BYTES_A_RECORD * len(records):
         raise _fault(file, f"its pickle has {pickled.nbytes} bytes, too many for {len(records)} records")
     text = file.read(pickled.start, pickled.nbytes, "its pickle")
+    if any(record.crc32 for record in records) and zlib.crc32(text) != pickled.crc32:
+        raise _fault(file, "the checksum of its pickle is another one")
     if any(name in text for name in _BYTE_ARRAYS):
         raise _fault(file, "its pickle makes byte arrays, which can be of any length")
     return records

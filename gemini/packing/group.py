@@ -42,9 +42,16 @@ class Group:
     """Who keeps which extent of its chunks."""
 
     @classmethod
-    def of(cls, config: GeminiConfig, index: int, keeps_fp32: bool, states: tuple[BufferSpec, ...] = ()) -> "Group":
-        """The group of parameters in the optimizer's group ``index`` (-1: in none)."""
-        dtype = torch.float32 if keeps_fp32 else config.compute_dtype
+    def of(
+        cls,
+        config: GeminiConfig,
+        index: int,
+        own: torch.dtype,
+        states: tuple[BufferSpec, ...] = (),
+        keeps_fp32: bool = False,
+    ) -> "Group":
+        """The group of parameters in their ``own`` dtype, in the optimizer's group ``index`` (-1: in none)."""
+        dtype = torch.float32 if keeps_fp32 else config.dtype_of(own)
         has_room = dtype is torch.bfloat16 and any(spec.has_spare_sign for spec in states)
         return cls(index, keeps_fp32, states, dtype, config.split_master and has_room, config.communicator.owner)
 

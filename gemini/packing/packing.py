@@ -1,6 +1,7 @@
 """From a model to a placed set of chunks: the decisions of `boost`, before anything is changed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -92,7 +93,7 @@ def decide(
         chunk_numel=config.chunk_numel,
         search_range=config.search_range,
         search_step=config.search_step,
-        compute_itemsize=config.compute_dtype.itemsize,
+        compute_itemsize=_most_common_itemsize(named.values(), groups),
         max_prefetch=config.max_prefetch,
         borrows_gradients=config.update_in_backward,
         staging_blocks=FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * buffers,
@@ -123,15 +124,23 @@ def _groups(
     with_statistics = {
         id(p)
         for m in model.modules()
-        if getattr(m, "running_mean", None) is not None
+        if getattr(m, "running_mean", None) is not None and config.compute_dtype is not None
         for p in m.parameters(recurse=False)
     }
     found = []
     for parameter in named.values():
         index = group_of.get(id(parameter), -1) if parameter.requires_grad else -1
         states = slots[index] if index >= 0 else ()
-        found.append(Group.of(config, index, id(parameter) in with_statistics, states))
+        found.append(Group.of(config, index, parameter.dtype, states, keeps_fp32=id(parameter) in with_statistics))
     return tuple(found)
+
+
+def _most_common_itemsize(parameters: Iterable[nn.Parameter], groups: Iterable[Group]) -> int:
+    """Bytes of an element of most full copies."""
+    numel = Counter({4: 0})
+    for parameter, group in zip(parameters, groups, strict=True):
+        numel[group.compute_dtype.itemsize] += parameter.numel()
+    return max(numel, key=numel.__getitem__)
 
 
 def _spec(name: str, parameter: nn.Parameter, group: Group) -> TensorSpec:

@@ -96,6 +96,7 @@ class ChunkedStep:
 
     def step(self, optimizer: ManagedOptimizer) -> None:
         self._engine.recover()
+        self.manager.refuse_released("step")
         with self._engine.lock:
             self._step(optimizer)
         self._engine.step_ended(self.facts)

@@ -123,7 +123,8 @@ class Unfreezing:
                     f"{slot.name} was packed without room for blocks of {multiple} elements, which these states need. "
                     f"{_WAY_OUT}"
                 )
-        groups = [Group.of(config, index, chunk.full.dtype is torch.float32, slots) for chunk in chunks]
+        dtypes = [chunk.full.dtype for chunk in chunks]
+        groups = [Group.of(config, index, dtype, slots, keeps_fp32=dtype is torch.float32) for dtype in dtypes]
         pairs = zip(layouts, groups, strict=True)
         needs = [group.need(layout.numel, config.update_in_backward) for layout, group in pairs]
         memory, on_disk = self._manager.ledger.memory, [chunk for chunk in chunks if chunk.tier is Tier.DISK]

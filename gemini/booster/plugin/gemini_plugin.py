@@ -21,7 +21,7 @@ from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
 from gemini.colossal.boosted import give_names
 from gemini.colossal.plugin import Plugin
-from gemini.config import PRECISIONS, GeminiConfig
+from gemini.config import KEEP, PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.ranks import group_of, join
@@ -56,7 +56,9 @@ class GeminiPlugin(Plugin):
         that kept for activations.
     precision
         ``"bf16"``, ``"fp16"`` (with a dynamic loss scale) or ``"fp32"``: dtype of parameters in use and of gradients.
-        Masters and moments are fp32 always.
+        Masters and moments are fp32 always. ``"keep"``: each parameter in the dtype that the model gives it, and inputs
+        as they are, as plain PyTorch computes (without a loss scale): a frozen base in bf16 with adapters in fp32, as
+        peft makes them, say.
     pin_memory
         Page-lock homes in RAM (CUDA).
     search_range_m, hidden_dim, min_chunk_size_m
@@ -233,7 +235,7 @@ class GeminiPlugin(Plugin):
         )
 
     def supported_precisions(self) -> list[str]:
-        return list(PRECISIONS)
+        return [*PRECISIONS, KEEP]
 
     def support_no_sync(self) -> bool:
         return not self.config.update_in_backward
