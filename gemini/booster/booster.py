@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .checkpointing import Checkpointing
+from .lora import add_adapters
 from .plugin import GeminiPlugin
 
 KINDS = ("model", "optimizer", "criterion", "dataloader", "lr_scheduler")
@@ -108,34 +109,40 @@ class Booster(Checkpointing):
     def enable_lora(
         self,
         model: nn.Module,
-        pretrained_dir: str | None = None,
+        pretrained_dir: Any = None,
         lora_config: Any = None,
         bnb_quantization_config: Any = None,
-        quantize: bool = False,
+        quantize: Any = False,
     ) -> nn.Module:
-        """Wrap a model (before `boost`) with LoRA adapters of ``peft``; frozen weights then have no states.
+        """Wrap a model (before `boost`) with adapters of ``peft``; frozen weights then have no gradients and states.
+
+        ``enable_lora(model, lora_config)``, or in ColossalAI's order ``enable_lora(model, pretrained_dir,
+        lora_config)``: arguments are recognised by their types. The model may be lazy.
+
+        Parameters
+        ----------
+        pretrained_dir
+            Folder with saved adapters, which train on; their checksums are verified, where they have some.
+        lora_config
+            ``peft.LoraConfig``, or the configuration of another method of peft, for new adapters.
 
         Raises
         ------
         ImportError
             Without ``peft``.
+        TypeError, ValueError
+            If the arguments name no adapters, or the model is boosted.
+        CheckpointError
+            If the saved adapters are damaged.
         NotImplementedError
             If the frozen weights are to be quantized.
         """
-        try:
-            from peft import PeftModel, get_peft_model
-        except ImportError as error:
-            raise ImportError("enable_lora needs the package peft: pip install peft") from error
         if quantize or bnb_quantization_config is not None:
             raise NotImplementedError(
                 "quantized weights are not supported: leave quantize and bnb_quantization_config off; frozen weights "
                 "can be on the host or on disk (GeminiPlugin(offload_dir=...)), where they take no memory of the device"
             )
-        if pretrained_dir is not None:
-            return PeftModel.from_pretrained(model, pretrained_dir, is_trainable=True)  # type: ignore[no-any-return]
-        if lora_config is None:
-            raise ValueError("give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters")
-        return get_peft_model(model, lora_config)  # type: ignore[no-any-return]
+        return add_adapters(model, {"pretrained_dir": pretrained_dir, "lora_config": lora_config})
 
     def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
         """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""

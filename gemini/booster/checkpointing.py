@@ -7,6 +7,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gemini.boosting.alive import managers
+
 
 class Checkpointing:
     """Saves and loads a training run, as a whole or in parts."""
@@ -22,6 +24,7 @@ class Checkpointing:
         extra: Any = None,
         keep: int | None = 3,
         size_per_shard: int | str = "5GB",
+        use_async: bool = False,
     ) -> Path:
         """Save all that a training run consists of as one checkpoint: all of it is there afterwards, or nothing.
 
@@ -42,11 +45,14 @@ class Checkpointing:
             How many checkpoints stay, this one included; the oldest ones go when it is on the disk. None: all.
         size_per_shard
             Of files of tensors, at most: MiB as a number, or ``"5GB"``.
+        use_async
+            Return at once, and write what there is now while training goes on. See `wait_until_finished`.
 
         Returns
         -------
         Path
-            The checkpoint. ``from_pretrained`` of transformers reads its model, as does `load_model`.
+            The checkpoint, whose model ``from_pretrained`` of transformers reads, as does `load_model`. Where it is
+            still being written it has no name yet: ``folder``, from which `load` takes the newest one.
 
         Raises
         ------
@@ -56,7 +62,22 @@ class Checkpointing:
         from gemini import checkpoint as io
 
         parts = io.given_parts(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, dataloader=dataloader)
-        return io.save_checkpoint(folder, parts, extra=extra, keep=keep, size_per_shard=size_per_shard)
+        return io.save_checkpoint(
+            folder, parts, extra=extra, keep=keep, size_per_shard=size_per_shard, use_async=use_async
+        )
+
+    def wait_until_finished(self) -> None:
+        """Return when everything that is being saved with ``use_async=True`` in this process is on the disk.
+
+        The next save or load of the same model waits as well, and so does the end of the process.
+
+        Raises
+        ------
+        CheckpointError
+            If one could not be written. The checkpoint that was there before is as it was.
+        """
+        for manager in managers():
+            manager.snapshots.wait()
 
     def load(
         self,
@@ -160,11 +181,13 @@ class Checkpointing:
     ) -> None:
         """Write states, groups and loss scale; see `gemini.checkpoint.save_optimizer`.
 
-        ``use_async`` and ``gather_dtensor`` are accepted: the file is complete when this returns, with whole tensors.
+        ``gather_dtensor`` is accepted: tensors are whole always.
         """
         from gemini import checkpoint as io
 
-        io.save_optimizer(optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard)
+        io.save_optimizer(
+            optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard, use_async=use_async
+        )
 
     def load_optimizer(
         self,

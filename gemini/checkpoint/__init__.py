@@ -18,7 +18,7 @@ How the files build on each other (imports go down only)::
 
 from .checkpoint_io import load_checkpoint, save_checkpoint
 from .given_parts import given_parts
-from .lora import save_lora
+from .lora import save_lora, verify_adapters
 from .match import load_named
 from .model_io import load_model, save_model
 from .names import full_state_dict, named_tensors
@@ -41,4 +41,5 @@ __all__ = [
     "save_model",
     "save_optimizer",
     "serve_parts",
+    "verify_adapters",
 ]

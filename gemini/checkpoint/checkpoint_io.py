@@ -17,7 +17,7 @@ lists the files (`contents`) and takes what is small and changes; what is left t
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from typing import Any
 from gemini.errors import CheckpointError
 
 from . import committed
-from .contents import Bytes, Content, Inside, write_all
+from .background import save_in_background
+from .contents import Bytes, Content, Inside, Saving, write_all
 from .folder import sync_folder
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
@@ -33,7 +34,7 @@ from .model_io import checked_model, model_contents
 from .optimizer_files import FILE_NAME, JSON_NAME
 from .optimizer_io import checked_optimizer, optimizer_contents
 from .random_states import Restored, random_states
-from .ranks import checked_by_all, loaded_by_all, place_of, together_of, told_by_all, write_once
+from .ranks import checked_by_all, loaded_by_all, place_of, together_of, told_by_all, wait_for_saves, write_once
 from .safetensors_stream import OpenFiles
 from .scheduler_io import checked_lr_scheduler
 from .stage import Stage
@@ -47,7 +48,13 @@ _LOADED = (DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER)
 
 
 def save_checkpoint(
-    folder: str | Path, parts: Sequence[Part], *, extra: Any = None, keep: int | None = 3, size_per_shard: int | str
+    folder: str | Path,
+    parts: Sequence[Part],
+    *,
+    extra: Any = None,
+    keep: int | None = 3,
+    size_per_shard: int | str,
+    use_async: bool = False,
 ) -> Path:
     """Write everything as one checkpoint, and commit it.
 
@@ -59,7 +66,7 @@ def save_checkpoint(
     Returns
     -------
     Path
-        The folder of the checkpoint, absolute.
+        The folder of the checkpoint, absolute; where it is written in the background, the one that it will be in.
 
     See `gemini.booster.Booster.save` for the rest.
     """
@@ -69,14 +76,21 @@ def save_checkpoint(
     path = Path(folder).absolute()
     leader = _leaders(parts)[0]
     doing = f"booster.save to {path}"
+    wait_for_saves(*(part.value for part in parts))
     own = told_by_all(leader, doing, lambda: _of_rank(parts, place_of(leader)[0]))
     committed_as: list[str] = []
 
-    def write() -> None:
+    def listed() -> Saving:
         prepared = Prepared.of(parts, own, extra, limit)
-        committed_as.append(str(prepared.write(path, keep)))
 
-    write_once(leader, doing, write)
+        def write(contents: Sequence[Content]) -> None:
+            committed_as.append(str(replace(prepared, contents=contents).write(path, keep)))
+
+        return Saving(prepared.contents, write)
+
+    if use_async and save_in_background([part.value for part in parts], doing, listed):
+        return path
+    write_once(leader, doing, lambda: listed().run())
     (name, *_) = told_by_all(leader, f"the end of {doing}", lambda: {"path": "".join(committed_as)})
     return Path(str(name["path"]))
 
@@ -90,6 +104,7 @@ def load_checkpoint(
     """
     leaders = _leaders(parts)
     doing = f"booster.load from {path}"
+    wait_for_saves(*(part.value for part in parts))
     with ExitStack() as files:
         with checked_by_all(leaders[0], doing):
             stored = _Stored.at(Path(path).absolute(), verify)

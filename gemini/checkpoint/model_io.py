@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from gemini.errors import CheckpointError
 
-from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, write_all
+from .background import save
+from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor, write_all
 from .hugging_face import may_be_missing, resolve_names, save_configuration
 from .match import match
 from .names import Entry, entries, extra_states
-from .ranks import checked_by_all, loaded_by_all, write_once
+from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import OpenFiles, TensorRecord
 from .stage import Stage
 from .weight_files import (
@@ -68,7 +69,7 @@ def save_model(
         False: ``torch.save`` files. These hold tied tensors under all of their names, safetensors files once. In a
         folder only; the suffix of a single file decides for it.
     use_async
-        Accepted; the file is complete when this returns.
+        Return at once and write while training goes on; see `gemini.checkpoint.background`.
 
     Raises
     ------
@@ -82,14 +83,14 @@ def save_model(
         if shard:
             raise ValueError(f"shard=True writes several files: give a folder, not {str(path)!r}")
         name = f"{prefix}.{path.name}" if prefix else path.name
-        write_once(model, f"save_model to {path}", partial(_save_file, model, path.absolute().parent, name))
+        save(model, f"save_model to {path}", partial(_file, model, path.absolute().parent, name), use_async)
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in one of {', '.join(FILE_SUFFIXES)}")
     name = (f"{prefix}." if prefix else "") + (SAFE_NAME if use_safetensors else TORCH_NAME)
     limit = size_limit(size_per_shard)
-    save = partial(_save_folder, model, path.absolute(), name, limit if shard else None)
-    write_once(model, f"save_model to {path}", save)
+    listed = partial(_folder, model, path.absolute(), name, limit if shard else None)
+    save(model, f"save_model to {path}", listed, use_async)
 
 
 def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
@@ -172,26 +173,33 @@ def model_contents(model: nn.Module, limit: int) -> list[Content]:
     return contents
 
 
-def _save_file(model: nn.Module, folder: Path, name: str) -> None:
-    with Stage(folder, name) as stage:
-        write_all(stage, _Weights.of(model, name, None).files)
-        stage.commit([name])
+def _file(model: nn.Module, folder: Path, name: str) -> Saving:
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(folder, name) as stage:
+            write_all(stage, contents)
+            stage.commit([name])
+
+    return Saving(_Weights.of(model, name, None).files, write)
 
 
-def _save_folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> None:
+def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Saving:
     weights, configuration = _Weights.of(model, name, limit), _configuration(model)
-    names, others = ([content.name for content in contents] for contents in (weights.files, configuration))
-    index = name + INDEX_SUFFIX
-    with Stage(folder, f"{_prefix(name)}model") as stage:
-        write_all(stage, [*configuration, *weights.files])
-        with stage.alone():
-            before = _weight_files(folder, name)
-            if weights.is_sharded:
-                stage.commit_indexed(names, index, weights.index, others)
-                _discard(stage, before, index, read_weight_map(folder / index).values())
-            else:
-                stage.commit([*others, name])
-                _discard(stage, before, name, [name])
+
+    def write(contents: Sequence[Content]) -> None:
+        names, others = ([content.name for content in each] for each in (weights.files, configuration))
+        index = name + INDEX_SUFFIX
+        with Stage(folder, f"{_prefix(name)}model") as stage:
+            write_all(stage, contents)
+            with stage.alone():
+                before = _weight_files(folder, name)
+                if weights.is_sharded:
+                    stage.commit_indexed(names, index, weights.index, others)
+                    _discard(stage, before, index, read_weight_map(folder / index).values())
+                else:
+                    stage.commit([*others, name])
+                    _discard(stage, before, name, [name])
+
+    return Saving([*configuration, *weights.files], write)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +265,9 @@ def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> 
             f"{file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
             "save with use_safetensors=False"
         )
-    tensors = [UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read) for entry in held]
+    tensors = [
+        UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read, entry.in_chunks) for entry in held
+    ]
     tensors += [
         UnreadTensor(TensorRecord(name, value.dtype, tuple(value.shape)), value.detach().cpu)
         for name, value in extra.items()

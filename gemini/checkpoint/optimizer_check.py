@@ -21,7 +21,7 @@ from .optimizer_files import SavedOptimizer
 from .optimizer_view import managed, names_of
 
 
-def checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """What is to be loaded: in the optimizer's order, and as the hooks of users would have it.
 
     Raises
@@ -44,14 +44,29 @@ def checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOpt
         check_groups(optimizer, known_rule(optimizer), saved.param_groups, saved.states, room)
         if saved.loss_scaler is not None:
             LossScaler.of_state(saved.loss_scaler)
-        if step is not None:
-            for parameter, state in _pairs(optimizer, saved):
-                step.kept.check_signs(parameter, state, read=real)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; the optimizer is as it was") from error
     if isinstance(optimizer, ManagedOptimizer):
         _check_frozen(optimizer, saved, path)
     return saved
+
+
+def check_signs(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> None:
+    """Look at the values of what would be kept without its signs, which is little or nothing.
+
+    Raises
+    ------
+    CheckpointError
+        If one is negative; the optimizer is as it was.
+    """
+    step = managed(optimizer)
+    if step is None:
+        return
+    try:
+        for parameter, state in _pairs(optimizer, saved):
+            step.kept.check_signs(parameter, state, read=real)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; the optimizer is as it was") from error
 
 
 def gathered(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

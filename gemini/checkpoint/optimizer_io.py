@@ -16,8 +16,10 @@ from gemini.nn.optimizer.rules.rule import Rule, steps_of
 from gemini.step.saved_groups import load_options
 
 from ..formats.json_file import CHECKSUM, checksum_of
-from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, write_all
-from .optimizer_check import checked, gathered, real
+from .background import save
+from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor, write_all
+from .names import InChunk
+from .optimizer_check import check_signs, checked_saved, gathered, real
 from .optimizer_files import (
     FILE_NAME,
     FORMAT,
@@ -29,7 +31,7 @@ from .optimizer_files import (
     read_optimizer,
 )
 from .optimizer_view import loss_scaler, managed, names_of
-from .ranks import checked_by_all, loaded_by_all, write_once
+from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import OpenFiles, TensorRecord
 from .stage import Stage
 from .tensor_parallel import refuse_parts
@@ -53,6 +55,7 @@ def save_optimizer(
     shard: bool = False,
     prefix: str | None = None,
     size_per_shard: int | str = 1024,
+    use_async: bool = False,
 ) -> None:
     """Write states, groups and loss scale.
 
@@ -73,6 +76,8 @@ def save_optimizer(
         Put before the names of the files, with a dot.
     size_per_shard
         MiB as a number, or ``"5GB"``.
+    use_async
+        Return at once and write while training goes on; see `gemini.checkpoint.background`.
 
     Raises
     ------
@@ -88,7 +93,7 @@ def save_optimizer(
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if shard or path.suffix == ".safetensors":
             raise ValueError(f"an optimizer is saved to a folder, or to one .pt, .pth or .bin file; got {str(path)!r}")
-        write_once(optimizer, f"save_optimizer to {path}", partial(_save_file, optimizer, path))
+        save(optimizer, f"save_optimizer to {path}", partial(_file, optimizer, path), use_async)
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in .pt, .pth or .bin")
@@ -98,14 +103,17 @@ def save_optimizer(
             f"{type(optimizer).__name__}; give a .pt file"
         )
     limit = size_limit(size_per_shard)
-    save = partial(_save_folder, optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
-    write_once(optimizer, f"save_optimizer to {path}", save)
+    listed = partial(_folder, optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
+    save(optimizer, f"save_optimizer to {path}", listed, use_async)
 
 
-def _save_file(optimizer: Optimizer, path: Path) -> None:
-    with Stage(path.parent, path.name) as stage:
-        write_all(stage, [TorchFile(path.name, partial(_state_dict, optimizer))])
-        stage.commit([path.name])
+def _file(optimizer: Optimizer, path: Path) -> Saving:
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(path.parent, path.name) as stage:
+            write_all(stage, contents)
+            stage.commit([path.name])
+
+    return Saving([TorchFile(path.name, partial(_state_dict, optimizer))], write)
 
 
 def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
@@ -119,16 +127,20 @@ def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
     return state
 
 
-def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> None:
+def _folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> Saving:
     name = prefix + JSON_NAME
     states = _States.of(optimizer, prefix, limit, folder / name)
-    with Stage(folder, name) as stage:
-        write_all(stage, states.files)
-        with stage.alone():
-            before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
-            stage.commit_indexed([content.name for content in states.files], name, states.index)
-            now = _files_of(folder / name)
-            stage.discard([], [file for file in before if file not in now])
+
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(folder, name) as stage:
+            write_all(stage, contents)
+            with stage.alone():
+                before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
+                stage.commit_indexed([content.name for content in contents], name, states.index)
+                now = _files_of(folder / name)
+                stage.discard([], [file for file in before if file not in now])
+
+    return Saving(states.files, write)
 
 
 def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
@@ -193,7 +205,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
             if _has_state(optimizer, parameter):
                 steps[index] = _step_of(optimizer, parameter)
                 records = _records(rule, index, _shown(optimizer, parameter), path)
-                found += [UnreadTensor(r, partial(_read, optimizer, parameter, _key(r))) for r in records]
+                found += [_unread(optimizer, parameter, record) for record in records]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -239,6 +251,13 @@ def _shown(optimizer: ManagedOptimizer, parameter: Tensor) -> Mapping[str, Any]:
         state: Mapping[str, Any] = optimizer.state[parameter]
         return state
     return optimizer.exported_state(parameter)
+
+
+def _unread(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord) -> UnreadTensor:
+    step, name = managed(optimizer), _key(record)
+    kept = step.kept.values_of(parameter, name) if step is not None and step.kept.keeps(parameter) else ()
+    in_chunks = tuple(InChunk(step.manager, parameter, each) for each in kept) if step is not None else ()
+    return UnreadTensor(record, partial(_read, optimizer, parameter, name), in_chunks)
 
 
 def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:
@@ -367,7 +386,8 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, ver
     saved = read_optimizer(path, files)
     if verify:
         files.verify()
-    saved = checked(optimizer, saved, path)
+    saved = checked_saved(optimizer, saved, path)
+    check_signs(optimizer, saved, path)
 
     def load() -> None:
         if isinstance(optimizer, ManagedOptimizer):

@@ -73,6 +73,7 @@ class ChunkedStep:
 
     def backward(self, loss: Tensor) -> None:
         """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
+        self.manager.snapshots.raise_fault()
         self._updates.before_backward()
         loss = self.scaling.scaled(loss)
         try:
@@ -95,6 +96,7 @@ class ChunkedStep:
     # -- ManagedStep
 
     def step(self, optimizer: ManagedOptimizer) -> None:
+        self.manager.snapshots.raise_fault()
         self._engine.recover()
         self.manager.refuse_released("step")
         with self._engine.lock:

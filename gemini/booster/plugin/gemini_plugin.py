@@ -31,6 +31,10 @@ from gemini.step.managed_step import ChunkedStep
 logger = logging.getLogger(__name__)
 
 _MEBI = 1 << 20
+_NO_ACCUMULATION = (
+    "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up within each "
+    "backward; choose one of them"
+)
 
 
 class GeminiPlugin(Plugin):
@@ -76,6 +80,9 @@ class GeminiPlugin(Plugin):
         Bytes of model data per tier, as a number or ``"24GiB"``; None finds out.
     offload_dir
         Folder of the disk tier; None: no disk tier.
+    snapshot_memory
+        Bytes of ``host_memory`` for copies of what changes while it is saved with ``use_async=True``; None: half of
+        what is free when the save begins. What finds no room waits for the save.
     disk_checksums
         Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
         names the chunk. Costs some CPU time.
@@ -159,6 +166,7 @@ class GeminiPlugin(Plugin):
         disk_memory: int | str | None = None,
         offload_dir: str | Path | None = None,
         disk_checksums: bool = False,
+        snapshot_memory: int | str | None = None,
         update_in_backward: bool = False,
         split_master: bool = False,
         telemetry: bool | str | Path = True,
@@ -193,10 +201,7 @@ class GeminiPlugin(Plugin):
         self.hybrid_shard_size = hybrid_shard_size if hybrid_shard_size is not None else of_mesh
         self.gradient_reduction = gradient_reduction
         if update_in_backward and enable_gradient_accumulation:
-            raise ValueError(
-                "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up "
-                "within each backward; choose one of them"
-            )
+            raise ValueError(_NO_ACCUMULATION)
         search_range = None
         if min_chunk_size_m is not None:
             low = int(min_chunk_size_m * _MEBI)
@@ -209,6 +214,7 @@ class GeminiPlugin(Plugin):
             disk_memory=_bytes("disk_memory", disk_memory),
             offload_dir=Path(offload_dir) if offload_dir is not None else None,
             disk_checksums=disk_checksums,
+            snapshot_memory=_bytes("snapshot_memory", snapshot_memory),
             chunk_numel=_chunk_numel(chunk_config_dict),
             search_range=search_range,
             search_step=hidden_dim,
