@@ -271,6 +271,13 @@ def metadata_of(state_dict: Any) -> dict[str, Any] | None:
     return getattr(state_dict, "_metadata", None)
 
 
+def with_metadata(values: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """What ``state_dict()`` would return, with this beside the values. If it goes: `metadata_of`."""
+    state_dict = OrderedDict(values)
+    state_dict._metadata = metadata  # type: ignore[attr-defined]
+    return state_dict
+
+
 OPTIMIZER_HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",

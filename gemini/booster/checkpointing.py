@@ -196,12 +196,13 @@ class Checkpointing:
         low_cpu_mem_mode: bool = True,
         num_threads: int = 1,
         *,
+        strict: bool = True,
         verify: bool = True,
     ) -> None:
         """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`, and `load_model` for the rest."""
         from gemini import checkpoint as io
 
-        io.load_optimizer(optimizer, checkpoint, verify=verify)
+        io.load_optimizer(optimizer, checkpoint, strict=strict, verify=verify)
 
     def save_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
         """Write a scheduler's state."""

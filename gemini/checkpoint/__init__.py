@@ -2,11 +2,13 @@
 
 How the files build on each other (imports go down only)::
 
-    checkpoint_io.py  given_parts.py  random_states.py        all of a training run, committed at once
+    checkpoint_io.py                                          all of a training run, committed at once
+    prepared.py  stored.py                           a checkpoint before it is written; one that is there
+    given_parts.py  random_states.py  run_files.py   its parts; their names
     model_io.py  optimizer_io.py  scheduler_io.py  lora.py    its parts, each by itself
-    committed.py  manifest.py                        the checkpoints of a folder; the files of one
+    committed.py  manifest.py  pairs.py              the checkpoints of a folder; the files of one; which go together
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
-    contents.py                                      files that are to be written
+    model_contents.py  contents.py                   files that are to be written
     optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes
     optimizer_files.py  optimizer_view.py            the format of a saved optimizer; what is asked of one
     parts.py                                         what a part of a boosted model gathers and loads

@@ -1,24 +1,22 @@
 """Saving and loading a model's weights."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gemini.errors import CheckpointError
 
 from .background import save
-from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor, write_all
-from .hugging_face import may_be_missing, resolve_names, save_configuration
+from .contents import Content, Saving, write_all
+from .hugging_face import may_be_missing, resolve_names
 from .match import match
-from .names import Entry, entries, extra_states
+from .model_contents import Weights, configuration_files
+from .pairs import Checked, check_pairs
 from .ranks import checked_by_all, loaded_by_all
-from .safetensors_stream import OpenFiles, TensorRecord
+from .safetensors_stream import OpenFiles
 from .stage import Stage
 from .weight_files import (
     FILE_SUFFIXES,
@@ -26,10 +24,8 @@ from .weight_files import (
     SAFE_NAME,
     TORCH_NAME,
     find_shards,
-    into_shards,
     read_sources,
     read_weight_map,
-    shard_names,
     size_limit,
 )
 
@@ -107,7 +103,8 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
     checkpoint
         A folder or a file.
     strict
-        Whether missing and unexpected tensors are an error. Shapes have to fit in any case.
+        Whether missing and unexpected tensors are an error, and a model that was saved in another state of training
+        than the optimizer that has just been loaded. Shapes have to fit in any case.
     verify
         Whether to compare tensors with the checksums in their files, where these have any, before the model is touched.
 
@@ -121,56 +118,34 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
     doing = f"load_model from {path}"
     with OpenFiles() as files:
         with checked_by_all(model, doing):
-            load = checked_model(model, path, files, strict=strict, verify=verify)
+            checked = checked_model(model, path, files, strict=strict, verify=verify)
+            check_pairs([checked])
         with loaded_by_all(model, doing):
-            load()
+            checked.load()
 
 
-def checked_model(
-    model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool
-) -> Callable[[], None]:
-    """Check all that `load_model` checks.
+def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool) -> Checked:
+    """Check all that `load_model` checks but for the optimizer that it is to go with.
 
     Parameters
     ----------
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
-
-    Returns
-    -------
-    Callable
-        Loads it.
     """
     found = match(model, resolve_names(model, read_sources(checkpoint, files)))
+    id = files.id if strict else None
     found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
     found.check(strict, str(checkpoint))
     if verify:
         files.verify()
 
-    def load() -> None:
+    def assign() -> None:
         try:
             found.load(model)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
 
-    return load
-
-
-def model_contents(model: nn.Module, limit: int) -> list[Content]:
-    """The files of a model in the Hugging Face layout, unread.
-
-    Parameters
-    ----------
-    limit
-        Bytes of tensors in one file, at most, unless a single tensor is larger.
-    """
-    weights = _Weights.of(model, SAFE_NAME, limit)
-    contents = [*_configuration(model), *weights.files]
-    if weights.is_sharded:
-        names = [content.name for content in weights.files]
-        text = weights.index(dict(zip(names, names, strict=True)))
-        contents.append(Bytes(SAFE_NAME + INDEX_SUFFIX, text.encode()))
-    return contents
+    return Checked(model, checkpoint, id, assign)
 
 
 def _file(model: nn.Module, folder: Path, name: str) -> Saving:
@@ -179,11 +154,11 @@ def _file(model: nn.Module, folder: Path, name: str) -> Saving:
             write_all(stage, contents)
             stage.commit([name])
 
-    return Saving(_Weights.of(model, name, None).files, write)
+    return Saving(Weights.of(model, name, None).files, write)
 
 
 def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Saving:
-    weights, configuration = _Weights.of(model, name, limit), _configuration(model)
+    weights, configuration = Weights.of(model, name, limit), configuration_files(model)
 
     def write(contents: Sequence[Content]) -> None:
         names, others = ([content.name for content in each] for each in (weights.files, configuration))
@@ -200,79 +175,6 @@ def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Sav
                     _discard(stage, before, name, [name])
 
     return Saving([*configuration, *weights.files], write)
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """The weights of a model as files."""
-
-    files: tuple[Content, ...]
-    homes: Mapping[str, str]
-    """Name of a tensor -> its file."""
-    sizes: Mapping[str, int]
-    """What an index says of all of them."""
-
-    @classmethod
-    def of(cls, model: nn.Module, name: str, limit: int | None) -> "_Weights":
-        """One file, or several where the weights are larger than ``limit``."""
-        held, extra = entries(model), extra_states(model)
-        shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None and held else [held]
-        names = shard_names(name, len(shards)) if len(shards) > 1 else [name]
-        # A tied tensor is in a safetensors file once, in a torch file under each of its names.
-        once = name.endswith(".safetensors")
-        homes = {
-            tensor: file
-            for file, part in zip(names, shards, strict=True)
-            for entry in part
-            for tensor in (entry.names[:1] if once else entry.names)
-        }
-        homes.update(dict.fromkeys(extra, names[0]))
-        sizes = {
-            "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
-            "total_size": sum(entry.nbytes for entry in held),
-        }
-        content = _safetensors if once else _torch_file
-        files = [content(f, part, extra if f == names[0] else {}) for f, part in zip(names, shards, strict=True)]
-        return cls(tuple(files), homes, sizes)
-
-    @property
-    def is_sharded(self) -> bool:
-        return len(self.files) > 1
-
-    def index(self, where: Mapping[str, str]) -> str:
-        """The text of the index, with the path at which each file is found."""
-        weight_map = {tensor: where[file] for tensor, file in sorted(self.homes.items())}
-        return json.dumps({"metadata": self.sizes, "weight_map": weight_map}, indent=2) + "\n"
-
-
-def _configuration(model: nn.Module) -> list[Content]:
-    dtype = next((entry.dtype for entry in entries(model) if entry.dtype.is_floating_point), None)
-    with TemporaryDirectory() as folder:  # transformers writes to folders alone
-        names = save_configuration(model, Path(folder), dtype)
-        return [Bytes(name, (Path(folder) / name).read_bytes()) for name in names]
-
-
-def _torch_file(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> Content:
-    def state_dict() -> dict[str, Any]:
-        return {**{name: value for entry in held for value in (entry.read(),) for name in entry.names}, **extra}
-
-    return TorchFile(file, state_dict)
-
-
-def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> Content:
-    if foreign := [name for name, value in extra.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(
-            f"{file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
-            "save with use_safetensors=False"
-        )
-    tensors = [
-        UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read, entry.in_chunks) for entry in held
-    ]
-    tensors += [
-        UnreadTensor(TensorRecord(name, value.dtype, tuple(value.shape)), value.detach().cpu)
-        for name, value in extra.items()
-    ]
-    return Tensors(file, tensors, _METADATA)
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:

@@ -4,8 +4,8 @@ A folder holds the tensors in safetensors files and everything else in one JSON,
 
     optimizer.json          {"format": "gemini-memory optimizer", "version": 2, "optimizer": "Adam", "param_groups":
                              [{"lr": ..., "params": [0, 1], "param_names": ["wte.weight", null]}], "steps": {"0": 3},
-                             "loss_scaler": {...}, "weight_map": {"0.exp_avg": "optimizer.safetensors", ...},
-                             "crc32": "0a1b2c3d"}                      of all the rest; may be left out
+                             "loss_scaler": {...}, "id": "5f0c...-7.0", "weight_map": {"0.exp_avg":
+                             "optimizer.safetensors", ...}, "crc32": "0a1b2c3d"}       of all the rest; may be left out
     optimizer.safetensors   "0.exp_avg", "0.exp_avg_sq" and, for an optimizer of its own on half parameters, "0.master"
 
 No pickle. The numbers are those of ``optimizer.state_dict()``: names of states and whether there are steps depend on
@@ -79,6 +79,7 @@ def _read_folder(path: Path, files: OpenFiles) -> SavedOptimizer:
         check_checksum(path, content)
     except Damaged as error:
         raise CheckpointError(str(error)) from error
+    files.says(path, content.get("id"))
     needed = ("param_groups", "steps", "loss_scaler", "weight_map", *(["optimizer"] if version > 1 else []))
     if lost := [name for name in needed if name not in content]:
         raise _fault(path, f"it lacks {', '.join(lost)}")
@@ -130,6 +131,7 @@ def _read_file(path: Path, files: OpenFiles) -> SavedOptimizer:
             for name, value in dict.items(state)
             if value is not None
         }
+    files.says(path, stored.get("id"))
     optimizer = stored.get("optimizer")
     return SavedOptimizer(groups, states, stored.get("loss_scaler"), optimizer if isinstance(optimizer, str) else None)
 

@@ -1,7 +1,7 @@
 """Saving and loading optimizer states. Masters of a boosted model are saved with the model."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +31,9 @@ from .optimizer_files import (
     read_optimizer,
 )
 from .optimizer_view import loss_scaler, managed, names_of
+from .pairs import Checked, check_pairs, id_metadata
 from .ranks import checked_by_all, loaded_by_all
-from .safetensors_stream import OpenFiles, TensorRecord
+from .safetensors_stream import ID_KEY, OpenFiles, TensorRecord
 from .stage import Stage
 from .tensor_parallel import refuse_parts
 from .weight_files import (
@@ -123,7 +124,7 @@ def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
     if scaler is not None:
         state["loss_scaler"] = scaler.state_dict()
     if isinstance(optimizer, ManagedOptimizer):
-        state["optimizer"] = optimizer.rule.name
+        state |= {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
     return state
 
 
@@ -178,7 +179,8 @@ class _States:
         parts = into_shards(found, sizes, limit) if limit is not None and found else [found]
         names = shard_names(prefix + TENSORS_NAME, len(parts)) if len(parts) > 1 else [prefix + TENSORS_NAME]
         homes = {each.record.name: file for file, part in zip(names, parts, strict=True) for each in part}
-        files = [Tensors(file, part, {"format": "pt"}) for file, part in zip(names, parts, strict=True)]
+        metadata = {"format": "pt", **id_metadata(optimizer)}
+        files = [Tensors(file, part, metadata) for file, part in zip(names, parts, strict=True)]
         return cls(tuple(files), homes, options)
 
     def index(self, where: Mapping[str, str]) -> str:
@@ -213,6 +215,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
         "param_groups": _groups(optimizer, saved, path),
         "steps": steps if rule.takes_step else {},
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
+        "id": id_metadata(optimizer).get(ID_KEY),
     }
     return content, found
 
@@ -333,7 +336,7 @@ def _files_of(path: Path) -> Iterable[str]:
 # -- loading
 
 
-def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool = True) -> None:
+def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
     """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
@@ -346,6 +349,8 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool
         Boosted or not.
     checkpoint
         A folder, its JSON, or a file.
+    strict
+        Whether it is an error if it was saved in another state of training than the model that has just been loaded.
     verify
         Whether to compare tensors with the checksums in their files, where these have any, before anything changes.
 
@@ -365,38 +370,35 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool
     doing = f"load_optimizer from {path}"
     with OpenFiles() as files:
         with checked_by_all(optimizer, doing):
-            load = checked_optimizer(optimizer, path, files, verify=verify)
+            found = checked_optimizer(optimizer, path, files, strict=strict, verify=verify)
+            check_pairs([found])
         with loaded_by_all(optimizer, doing):
-            load()
+            found.load()
 
 
-def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, verify: bool) -> Callable[[], None]:
-    """Check all that `load_optimizer` checks of a JSON or a file of ``torch.save``.
+def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, strict: bool, verify: bool) -> Checked:
+    """Check all that `load_optimizer` checks of one file, but for the model that it goes with.
 
     Parameters
     ----------
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
-
-    Returns
-    -------
-    Callable
-        Loads it.
     """
     saved = read_optimizer(path, files)
+    id = files.id if strict else None
     if verify:
         files.verify()
     saved = checked_saved(optimizer, saved, path)
     check_signs(optimizer, saved, path)
 
-    def load() -> None:
+    def assign() -> None:
         if isinstance(optimizer, ManagedOptimizer):
             _load(optimizer, saved)
             optimizer.after_load_state_dict()
         else:
             optimizer.load_state_dict({"state": gathered(saved.states), "param_groups": saved.param_groups})
 
-    return load
+    return Checked(optimizer, path, id, assign)
 
 
 def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer) -> None:

@@ -12,9 +12,10 @@ from gemini.errors import CheckpointError
 from gemini.sizes import parse_bytes
 
 from ..formats import Damaged, json_file, listed, shown
+from ..torch_private import metadata_of
 from .match import Source
 from .names import is_extra_state
-from .safetensors_stream import OpenFiles
+from .safetensors_stream import ID_KEY, OpenFiles
 from .torch_file import read_torch, verify_torch
 
 SAFE_NAME = "model.safetensors"
@@ -190,6 +191,7 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
         return {name: Source(r.shape, r.dtype, partial(file.read, name)) for name, r in file.records.items()}
     stored = read_torch(path, verify=False)
     files.verify_later(partial(verify_torch, path))
+    files.says(path, _id_of(stored))
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         raise CheckpointError(f"{path} does not hold a state dict (a dict from names to tensors)")
     items = dict(dict.items(stored))  # an OrderedDict may come with attributes in the place of its methods
@@ -199,3 +201,10 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
             "give the part that is one to model.load_state_dict"
         )
     return {name: value if is_extra_state(name) else Source.of(value) for name, value in items.items()}
+
+
+def _id_of(stored: Any) -> Any:
+    """What a state dict's metadata have in the place of an id; whatever was in the file."""
+    metadata = metadata_of(stored)
+    of_model = metadata.get("") if isinstance(metadata, dict) else None
+    return of_model.get(ID_KEY) if isinstance(of_model, dict) else None
