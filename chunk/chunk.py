@@ -75,6 +75,11 @@ class Chunk:
         return self.gradient is not None
 
     @property
+    def rounds(self) -> bool:
+        """True if what is written to its masters does not come back as it was."""
+        return self.plan.codec.rounds
+
+    @property
     def is_split(self) -> bool:
         """True if its full copy is a part of its masters: the upper halves. See [Note: Split master]."""
         return self.full_is_home and self.plan.codec.dtype is not self.full.dtype
@@ -86,7 +91,7 @@ class Chunk:
 
     def place(self, position: int, name: str) -> Place:
         """Where the masters or a state of a parameter are."""
-        return self.plan.place(position, self.specs[name].block_numel)
+        return self.plan.place(position, self.codecs[name].block_numel)
 
     @property
     def specs(self) -> Mapping[str, BufferSpec]:

@@ -11,6 +11,7 @@ from .bits import differing
 from .chunk import Chunk
 from .loan import Loan
 from .names import MASTER
+from .rounding import shown
 from .values import read_own, write_part, write_slot
 
 
@@ -133,5 +134,5 @@ def put(chunk: Chunk, position: int, value: Tensor) -> None:
     write_slot(chunk, position, MASTER, value)
     if chunk.is_resident and not chunk.full_is_home:
         with torch.no_grad():
-            chunk.views[position].copy_(value)
+            chunk.views[position].copy_(shown(chunk, position, value))
     chunk.accept(position)

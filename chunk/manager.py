@@ -250,6 +250,9 @@ class ChunkManager:
             return
         chunk, position = self._places[id(parameter)]
         value = value.detach()
+        if chunk.rounds:
+            self.full_copies.put(chunk, position, value)
+            return
         is_ours = any(chunk.has_memory(value) for chunk in self.chunks)
         loan = chunk.lend()
         loan.part_with(position)

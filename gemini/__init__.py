@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemini.initialize import launch, launch_from_slurm, launch_from_torch
     from gemini.lazy import LazyInitContext
     from gemini.nn.optimizer import HybridAdam
+    from gemini.quantization import Quantization
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "GeminiPlugin",
     "HybridAdam",
     "LazyInitContext",
+    "Quantization",
     "__version__",
     "launch",
     "launch_from_slurm",
@@ -40,6 +42,7 @@ _HOMES = {
     "Booster": "gemini.booster",
     "GeminiPlugin": "gemini.booster.plugin",
     "HybridAdam": "gemini.nn.optimizer",
+    "Quantization": "gemini.quantization",
     "LazyInitContext": "gemini.lazy",
     "launch": "gemini.initialize",
     "launch_from_slurm": "gemini.initialize",

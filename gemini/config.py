@@ -8,6 +8,7 @@ import torch
 
 from .chunk import ALONE, Communicator
 from .planning.placement import AutoPlacementPolicy, PlacementPolicy
+from .quantization import Quantization
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEEP = "keep"
@@ -49,6 +50,8 @@ class GeminiConfig:
     """Update each chunk as soon as backward needs it no more; the gradients are never all in memory at once."""
     split_master: bool = False
     """Keep masters as their bf16 full copy and the bits that this has no room for, where units can use that copy."""
+    quantization: Quantization | None = None
+    """How frozen linear layers are kept; None: in the compute dtype."""
     force_outputs_fp32: bool = False
     steady_device_ratio: float = 0.9
     """Share of the free device memory that a run may use (CUDA, when ``device_memory`` is None)."""

@@ -18,6 +18,7 @@ EXPORTS = {
     "LazyInitContext": "gemini.lazy",
     "HybridAdam": "gemini.nn.optimizer",
     "named_tensors": "gemini.checkpoint",
+    "Quantization": "gemini.quantization",
     "to_torch": "gemini.boosting.plain",
 }
 

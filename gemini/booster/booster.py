@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gemini.quantization import Quantization, declare
+
 from .checkpointing import Checkpointing
 from .lora import add_adapters
 from .plugin import GeminiPlugin
@@ -112,7 +114,7 @@ class Booster(Checkpointing):
         pretrained_dir: Any = None,
         lora_config: Any = None,
         bnb_quantization_config: Any = None,
-        quantize: Any = False,
+        quantize: "bool | str | Quantization | None" = None,
     ) -> nn.Module:
         """Wrap a model (before `boost`) with adapters of ``peft``; frozen weights then have no gradients and states.
 
@@ -125,24 +127,30 @@ class Booster(Checkpointing):
             Folder with saved adapters, which train on; their checksums are verified, where they have some.
         lora_config
             ``peft.LoraConfig``, or the configuration of another method of peft, for new adapters.
+        bnb_quantization_config
+            A ``BitsAndBytesConfig`` of transformers, taken for the format and the modules that it names. The package
+            bitsandbytes is not used.
+        quantize
+            Have `boost` keep the frozen linear layers in ``"nf4"`` (also ``True``) or ``"int8"``, or as a
+            `gemini.Quantization` says.
 
         Raises
         ------
         ImportError
             Without ``peft``.
         TypeError, ValueError
-            If the arguments name no adapters, or the model is boosted.
+            If the arguments name no adapters, the model is boosted, or the frozen layers are to be kept in a form that
+            is not known.
         CheckpointError
             If the saved adapters are damaged.
-        NotImplementedError
-            If the frozen weights are to be quantized.
         """
-        if quantize or bnb_quantization_config is not None:
-            raise NotImplementedError(
-                "quantized weights are not supported: leave quantize and bnb_quantization_config off; frozen weights "
-                "can be on the host or on disk (GeminiPlugin(offload_dir=...)), where they take no memory of the device"
-            )
-        return add_adapters(model, {"pretrained_dir": pretrained_dir, "lora_config": lora_config})
+        quantization = Quantization.of(quantize)
+        if quantization is None and bnb_quantization_config is not None:
+            quantization = Quantization.of_bitsandbytes(bnb_quantization_config)
+        adapted = add_adapters(model, {"pretrained_dir": pretrained_dir, "lora_config": lora_config})
+        if quantization is not None:
+            declare(adapted, quantization)
+        return adapted
 
     def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
         """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""

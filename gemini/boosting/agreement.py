@@ -28,6 +28,7 @@ _COMMON_OPTIONS = (
     "search_step",
     "max_norm",
     "split_master",
+    "quantization",
     "force_outputs_fp32",
     "warmup_non_model_ratio",
     "scaler",

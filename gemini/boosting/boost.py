@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.adam_rule import ADAM
 from ..packing.packing import MANAGED_DTYPES, Packing, decide
 from ..process_wide import bound_kernels, return_freed_memory
+from ..quantization import Quantization
 from ..telemetry.writer import TelemetryWriter
 from ..updates.update_queue import UpdateQueue, warm_up
 from .agreement import agree_capacities, check_alike, check_optimizers, check_options
@@ -52,6 +54,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     OutOfMemory, OffloadError, ValueError
         If it cannot work. Model and optimizer are as they were before then.
     """
+    config = replace(config, quantization=Quantization.for_model(model, config.quantization))
     communicator = config.communicator
     with ExitStack() as until_built:
         with all_or_none(communicator, "booster.boost, which refuses some models"):

@@ -107,9 +107,9 @@ class Outside(Keeper):
                     chunk.lend().view(position)
 
     def _keep_edits(self, chunks: tuple[Chunk, ...]) -> None:
-        """Bring home at once what cannot wait: halves of masters, and what several ranks change together."""
+        """Bring home at once what cannot wait: halves of masters, what ranks change together, what will be refused."""
         for chunk in chunks:
-            if (chunk.is_split or chunk.is_shared) and chunk.bindings.edited():
+            if (chunk.is_split or chunk.is_shared or chunk.rounds) and chunk.bindings.edited():
                 with _undisturbed():
                     self._engine.manager.keep_edits(chunk)
 

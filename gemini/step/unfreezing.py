@@ -96,6 +96,12 @@ class Unfreezing:
                     f"{_listed(chunk.states)}, and with the options of group {index} it keeps "
                     f"{_listed(slots)}. {_WAY_OUT}"
                 )
+            if chunk.rounds:
+                raise ValueError(
+                    f"{name} is kept in fewer bits (quantize=...) and cannot be trained. Train adapters beside it, or "
+                    "boost with quantize=gemini.Quantization(format, skip=(module, ...)), which leaves modules as they "
+                    "are, or without quantize"
+                )
             if chunk.pins:
                 raise ValueError(f"{name} is in use: unfreeze it between steps")
         frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]

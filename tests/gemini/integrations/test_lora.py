@@ -222,10 +222,7 @@ def test_a_save_that_fails_leaves_the_adapters_that_were_there(tmp_path: Path, m
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_model_without_adapters_and_quantized_weights_are_refused(tmp_path: Path) -> None:
+def test_a_model_without_adapters_is_refused(tmp_path: Path) -> None:
     booster = Booster(plugin=GeminiPlugin(telemetry=False))
     with pytest.raises(TypeError, match=r"a Linear without adapters: save it with booster\.save_model"):
         booster.save_lora_as_pretrained(torch.nn.Linear(2, 2), str(tmp_path))
-    for options in ({"quantize": True}, {"bnb_quantization_config": object()}):
-        with pytest.raises(NotImplementedError, match="leave quantize and bnb_quantization_config off"):
-            booster.enable_lora(torch.nn.Linear(2, 2), lora_config=peft.LoraConfig(r=2), **options)
