@@ -11,6 +11,8 @@ from torch import nn
 from ..boosted import is_boosted
 from ..checkpoint import verify_adapters
 from ..chunk import FORMATS
+from ..errors import CheckpointError
+from ..formats import shown
 from ..quantization import Quantization, declare
 
 _WANTED = "give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters"
@@ -57,16 +59,32 @@ class LoraRequest:
 
     def applied(self, model: nn.Module) -> nn.Module:
         """The model with the adapters."""
-        from peft import PeftModel, get_peft_model
+        from peft import get_peft_model
 
         if self.folder is None:
             adapted: nn.Module = get_peft_model(model, self.config)
         else:
-            verify_adapters(Path(self.folder))
-            adapted = PeftModel.from_pretrained(model, self.folder, is_trainable=True)
+            adapted = _read(model, Path(self.folder))
         if self.quantization is not None:
             declare(adapted, self.quantization)
         return adapted
+
+
+def _read(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapters of a folder, or of a name on the Hub."""
+    from peft import PeftModel
+
+    verify_adapters(folder)
+    try:
+        adapted: nn.Module = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except Exception as error:  # whatever peft makes of what it finds there
+        if not folder.is_dir():
+            raise
+        raise CheckpointError(
+            f"{folder} does not hold adapters for this model: {shown(repr(error), 500)}. The model may have parts "
+            "of them: build it anew"
+        ) from error
+    return adapted
 
 
 def add_adapters(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
