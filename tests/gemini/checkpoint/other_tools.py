@@ -98,7 +98,7 @@ def deepspeed_gathered(model: nn.Module, folder: Path) -> None:
 
 
 def deepspeed_converted(model: nn.Module, folder: Path, *, safe: bool) -> None:
-    """The output of ``zero_to_fp32.py`` (``convert_zero_checkpoint_to_state_dict``): shards as Hugging Face names them."""
+    """The output of ``zero_to_fp32.py``: shards named in Hugging Face's manner."""
     folder.mkdir()
     base, suffix = ("model", "safetensors") if safe else ("pytorch_model", "bin")
     shards = _shards(model.state_dict())
