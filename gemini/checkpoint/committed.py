@@ -130,9 +130,9 @@ def point_latest(path: Path) -> bool:
 
     The caller has the folder's lock.
     """
-    link, new = path.with_name(LATEST), path.with_name(f".{LATEST}.new")
+    link, new = path.with_name(LATEST), path.with_name(f".{LATEST}")
     try:
-        new.unlink(missing_ok=True)  # of a process that was killed
+        new.unlink(missing_ok=True)  # of a save that was killed
         try:
             new.symlink_to(path.name, target_is_directory=True)
         except OSError:  # a file system without links
