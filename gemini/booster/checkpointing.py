@@ -1,5 +1,6 @@
 """`Checkpointing`: the methods of `Booster` that save and load."""
 
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ class Checkpointing:
         optimizer: Any = None,
         lr_scheduler: Any = None,
         dataloader: Any = None,
+        extra: MutableMapping[str, Any] | None = None,
         strict: bool = True,
         verify: bool = True,
         rng: bool = True,
@@ -112,6 +114,8 @@ class Checkpointing:
             Of the checkpoints (the newest one is loaded), or one of them.
         model, optimizer, lr_scheduler, dataloader
             Built as those that were saved; dicts with the same names.
+        extra
+            A dict, updated with what was given to `save` as ``extra``, if that was a dict. It comes back in any case.
         strict
             Whether parts that the checkpoint does not have, and missing and unexpected tensors, are an error.
         verify
@@ -134,7 +138,10 @@ class Checkpointing:
         from gemini import checkpoint as io
 
         parts = io.given_parts(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, dataloader=dataloader)
-        return io.load_checkpoint(folder, parts, strict=strict, verify=verify, rng=rng)
+        found = io.load_checkpoint(folder, parts, strict=strict, verify=verify, rng=rng)
+        if extra is not None and isinstance(found, Mapping):
+            extra.update(found)
+        return found
 
     def save_model(
         self,

@@ -16,6 +16,7 @@ from world import World, Worlds
 from gemini.checkpoint import shared_stage
 from gemini.checkpoint.division import divided, writers_of
 from gemini.errors import CheckpointError, RankError
+from gemini.ranks import peers
 
 WAYS = ("hf", "dcp")
 
@@ -49,11 +50,13 @@ def test_a_single_writer_writes_files_in_order() -> None:
     assert divided("", [], [], [0, 1], None) == [(0, [])]
 
 
-def save_both_ways(folder: str) -> tuple[int, dict[str, bool]]:
-    """Returns the rank, and whether each way has the same values."""
+def save_both_ways(folder: str) -> None:
+    """Together, and by the first rank alone."""
+    peers._HELP_SECONDS = 30.0  # the machine may be busy
     training = trained()
-    training.booster.save_model(training.model, f"{folder}/all", shard=True)
-    training.booster.save_optimizer(training.optimizer, f"{folder}/all", shard=True)
+    training.booster.save_model(training.model, f"{folder}/all")
+    training.booster.save_optimizer(training.optimizer, f"{folder}/all")
+    peers._HELP_SECONDS = 1.0
     if dist.get_rank() == 0:
         training.booster.save_model(training.model, f"{folder}/one", shard=True)
         training.booster.save_optimizer(training.optimizer, f"{folder}/one", shard=True)
