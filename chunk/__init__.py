@@ -23,6 +23,7 @@ from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
 from .memory_map import MemoryMap
 from .names import ABSMAX, GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
+from .own_part import can_write_own_part, own_place, read_own_part, write_own_part
 from .plan import ChunkPlan
 from .quantised import Quantised
 from .search import ChunkSearch, search_chunk_numel
@@ -89,6 +90,7 @@ __all__ = [
     "WithShadow",
     "all_or_none",
     "accelerator_in_use",
+    "can_write_own_part",
     "driver_of",
     "close_in_background",
     "dequantise",
@@ -97,13 +99,16 @@ __all__ = [
     "joined",
     "marked",
     "memory_of",
+    "own_place",
     "pack",
     "pieces",
     "quantise",
+    "read_own_part",
     "search_chunk_numel",
     "start_workers",
     "tuned",
     "unmarked",
+    "write_own_part",
     "write_slot",
     "reach",
 ]

@@ -174,6 +174,11 @@ class Bindings:
         """True if a parameter was changed in place since it was accepted."""
         return self._versions_now() != self._versions
 
+    def is_ahead_of_accepted(self, position: int) -> bool:
+        """True if the parameter at this position was changed in place since it was accepted. For any thread."""
+        with QUIET():
+            return version_of(self._all[position].parameter) > self._versions[position]
+
     def accept(self, position: int) -> None:
         """Mark home and parameter as equal."""
         with QUIET():
@@ -186,6 +191,8 @@ class Bindings:
         saved the parameter raise, the others run.
         """
         positions, before = list(positions), self._versions_now()
+        for position in positions:
+            self._versions[position] = before[position] + 1  # first: for another thread this is no edit at any moment
         with QUIET():
             torch.autograd.graph.increment_version([self._all[position].parameter for position in positions])
         after = self._versions_now()

@@ -12,6 +12,7 @@ from .bindings import Bindings
 from .buffer import Buffer
 from .content import BufferSpec
 from .extent import Place
+from .homes import Homes
 from .loan import Loan
 from .memory import Transfer
 from .names import MASTER
@@ -33,7 +34,7 @@ class Chunk:
         self.plan = plan
         self.layout = layout = plan.layout
         self.codecs = plan.codecs
-        self.homes = homes
+        self.homes = Homes(homes)
         """Where each buffer of the plan is, but for the gradient's."""
         self.full = full
         with torch.no_grad():
@@ -152,6 +153,11 @@ class Chunk:
         self.bindings.accept(position)
         if self.loan is not None:
             self.loan.remember(position)
+
+    def announce_change(self, position: int) -> None:
+        """Somebody may change the values of a parameter where they are at home. See `Homes`."""
+        slot = self.layout.slots[position]
+        self.homes.before_change(slot.offset, slot.stop)
 
     # -- states
 

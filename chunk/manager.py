@@ -28,6 +28,7 @@ from .origin import Origin
 from .plan import ChunkPlan
 from .rehoming import Rehoming
 from .shortage import refused
+from .snapshots import Snapshots
 from .state import ChunkState
 from .tier import Tier
 from .tier_memory import TierMemories
@@ -52,6 +53,8 @@ class ChunkManager:
         take of it.
     communicator
         The other owners, where the plans name several.
+    snapshot_limit
+        Bytes that copies for a snapshot may take; None: see `Snapshots`.
 
     Raises
     ------
@@ -68,12 +71,14 @@ class ChunkManager:
         gradient_room: Mapping[Tier, int] = MappingProxyType({}),
         headroom: Callable[[], int] = lambda: 0,
         communicator: Communicator = ALONE,
+        snapshot_limit: int | None = None,
     ) -> None:
         self.ledger = ledger
         self.device = device
         self.disk = disk
         self.full_copies = FullCopies(ledger, device, communicator)
-        self.eviction = Eviction(ledger, self.full_copies, headroom)
+        self.snapshots = Snapshots(self.full_copies, device, ledger, snapshot_limit)
+        self.eviction = Eviction(ledger, self.full_copies, headroom, self.snapshots)
         self.access_count = 0
         """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
         self.origin = Origin()
@@ -124,6 +129,7 @@ class ChunkManager:
     def rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None) -> None:
         """See `Rehoming.rebuild`. Raises StateError while the model is released."""
         self.refuse_released("give parameters other homes")
+        self.snapshots.rest()
         self.rehoming.rebuild(plans, fill)
 
     def refuse_released(self, doing: str) -> None:
@@ -142,6 +148,7 @@ class ChunkManager:
 
     def let_go(self, room: Mapping[Chunk, Sequence[Tensor]]) -> None:
         """Have parameters follow their chunks no longer: see `Rehoming.let_go`."""
+        self.snapshots.rest()
         self.rehoming.let_go(room)
         self._places.clear()
 
@@ -319,6 +326,7 @@ class ChunkManager:
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
+        self.snapshots.close()
         for chunk in self.chunks:
             chunk.bindings.release()
         self.full_copies.close()

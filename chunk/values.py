@@ -32,6 +32,7 @@ def write_slot(chunk: Chunk, position: int, name: str, value: Tensor) -> None:
     """
     codec, place = chunk.codecs[name], chunk.place(position, name)
     if not codec.computes and len(place.own) == place.numel:
+        chunk.announce_change(position)
         for buffer, stored in codec.encode(value.detach(), {}).items():
             home = chunk.homes[buffer]
             with torch.no_grad():
@@ -68,7 +69,9 @@ def read_part(chunk: Chunk, name: str, index: int, numel: int) -> Tensor:
 
 def write_part(chunk: Chunk, name: str, index: int, values: Tensor) -> None:
     """Replace values at home here, from an index in their buffers on. They are as `Codec.encode` has them, on CPU."""
-    codec = chunk.codecs[name]
+    codec, block_numel = chunk.codecs[name], chunk.specs[name].block_numel
+    first = chunk.extent.start + index * block_numel
+    chunk.homes.before_change(first, first + values.numel() * block_numel)
     for part in values.split(_PIECE_NUMEL) if values.numel() else ():
         there = Stored(chunk.homes, chunk.specs, codec, index, part.numel())
         for buffer, stored in codec.encode(part, there).items():

@@ -30,6 +30,8 @@ class GeminiConfig:
     """Bytes on DISK; None takes what is free in ``offload_dir``."""
     offload_dir: Path | None = None
     """Folder of the DISK tier; None: there is none."""
+    snapshot_memory: int | None = None
+    """Bytes of RAM that a save in the background may copy values to; None: half of what is free when it begins."""
     disk_checksums: bool = False
     """Compare what is read from DISK with the CRC-32 of what was written."""
     chunk_numel: int | None = None
@@ -78,6 +80,8 @@ class GeminiConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.snapshot_memory is not None and self.snapshot_memory < 0:
+            raise ValueError(f"snapshot_memory must be 0 or more, got {self.snapshot_memory}")
         if self.max_prefetch < 0:
             raise ValueError(f"max_prefetch must be 0 or more, got {self.max_prefetch}")
         if not self.max_norm >= 0:  # also not a number

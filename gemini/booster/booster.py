@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from gemini.quantization import Quantization, declare
 
 from .checkpointing import Checkpointing
+from .lora import add_adapters
 from .plugin import GeminiPlugin
 
 KINDS = ("model", "optimizer", "criterion", "dataloader", "lr_scheduler")
@@ -110,17 +111,22 @@ class Booster(Checkpointing):
     def enable_lora(
         self,
         model: nn.Module,
-        pretrained_dir: str | None = None,
+        pretrained_dir: Any = None,
         lora_config: Any = None,
         bnb_quantization_config: Any = None,
         quantize: "bool | str | Quantization | None" = None,
     ) -> nn.Module:
-        """Wrap a model (before `boost`) with LoRA adapters of ``peft``; frozen weights then have no states.
+        """Wrap a model (before `boost`) with adapters of ``peft``; frozen weights then have no gradients and states.
+
+        ``enable_lora(model, lora_config)``, or in ColossalAI's order ``enable_lora(model, pretrained_dir,
+        lora_config)``: arguments are recognised by their types. The model may be lazy.
 
         Parameters
         ----------
-        pretrained_dir, lora_config
-            A folder with saved adapters, or a ``peft.LoraConfig`` for new ones.
+        pretrained_dir
+            Folder with saved adapters, which train on; their checksums are verified, where they have some.
+        lora_config
+            ``peft.LoraConfig``, or the configuration of another method of peft, for new adapters.
         bnb_quantization_config
             A ``BitsAndBytesConfig`` of transformers, taken for the format and the modules that it names. The package
             bitsandbytes is not used.
@@ -132,22 +138,16 @@ class Booster(Checkpointing):
         ------
         ImportError
             Without ``peft``.
-        ValueError
-            If the frozen layers are to be kept in a form that is not known.
+        TypeError, ValueError
+            If the arguments name no adapters, the model is boosted, or the frozen layers are to be kept in a form that
+            is not known.
+        CheckpointError
+            If the saved adapters are damaged.
         """
-        try:
-            from peft import PeftModel, get_peft_model
-        except ImportError as error:
-            raise ImportError("enable_lora needs the package peft: pip install peft") from error
         quantization = Quantization.of(quantize)
         if quantization is None and bnb_quantization_config is not None:
             quantization = Quantization.of_bitsandbytes(bnb_quantization_config)
-        if pretrained_dir is not None:
-            adapted: nn.Module = PeftModel.from_pretrained(model, pretrained_dir, is_trainable=True)
-        elif lora_config is not None:
-            adapted = get_peft_model(model, lora_config)
-        else:
-            raise ValueError("give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters")
+        adapted = add_adapters(model, {"pretrained_dir": pretrained_dir, "lora_config": lora_config})
         if quantization is not None:
             declare(adapted, quantization)
         return adapted

@@ -1,11 +1,14 @@
 """`Checkpointing`: the methods of `Booster` that save and load."""
 
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from gemini.boosting.alive import managers
 
 
 class Checkpointing:
@@ -22,6 +25,8 @@ class Checkpointing:
         extra: Any = None,
         keep: int | None = 3,
         size_per_shard: int | str = "5GB",
+        use_async: bool = False,
+        layout: str = "hf",
     ) -> Path:
         """Save all that a training run consists of as one checkpoint: all of it is there afterwards, or nothing.
 
@@ -42,11 +47,18 @@ class Checkpointing:
             How many checkpoints stay, this one included; the oldest ones go when it is on the disk. None: all.
         size_per_shard
             Of files of tensors, at most: MiB as a number, or ``"5GB"``.
+        use_async
+            Return at once, and write what there is now while training goes on. See `wait_until_finished`.
+        layout
+            Of models and optimizers: ``"hf"`` is Hugging Face's, with whole tensors; ``"dcp"`` is that of
+            `torch.distributed.checkpoint`, for which each rank writes what it has at home and nothing is gathered. Not
+            written in the background. `load` finds out.
 
         Returns
         -------
         Path
-            The checkpoint. ``from_pretrained`` of transformers reads its model, as does `load_model`.
+            The checkpoint, whose model ``from_pretrained`` of transformers reads, as does `load_model`. Where it is
+            still being written it has no name yet: ``folder``, from which `load` takes the newest one.
 
         Raises
         ------
@@ -56,7 +68,28 @@ class Checkpointing:
         from gemini import checkpoint as io
 
         parts = io.given_parts(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, dataloader=dataloader)
-        return io.save_checkpoint(folder, parts, extra=extra, keep=keep, size_per_shard=size_per_shard)
+        return io.save_checkpoint(
+            folder,
+            parts,
+            extra=extra,
+            keep=keep,
+            size_per_shard=size_per_shard,
+            use_async=use_async,
+            layout=layout,
+        )
+
+    def wait_until_finished(self) -> None:
+        """Return when everything that is being saved with ``use_async=True`` in this process is on the disk.
+
+        The next save or load of the same model waits as well, and so does the end of the process.
+
+        Raises
+        ------
+        CheckpointError
+            If one could not be written. The checkpoint that was there before is as it was.
+        """
+        for manager in managers():
+            manager.snapshots.wait()
 
     def load(
         self,
@@ -66,6 +99,7 @@ class Checkpointing:
         optimizer: Any = None,
         lr_scheduler: Any = None,
         dataloader: Any = None,
+        extra: MutableMapping[str, Any] | None = None,
         strict: bool = True,
         verify: bool = True,
         rng: bool = True,
@@ -80,6 +114,8 @@ class Checkpointing:
             Of the checkpoints (the newest one is loaded), or one of them.
         model, optimizer, lr_scheduler, dataloader
             Built as those that were saved; dicts with the same names.
+        extra
+            A dict, updated with what was given to `save` as ``extra``, if that was a dict. It comes back in any case.
         strict
             Whether parts that the checkpoint does not have, and missing and unexpected tensors, are an error.
         verify
@@ -102,7 +138,10 @@ class Checkpointing:
         from gemini import checkpoint as io
 
         parts = io.given_parts(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, dataloader=dataloader)
-        return io.load_checkpoint(folder, parts, strict=strict, verify=verify, rng=rng)
+        found = io.load_checkpoint(folder, parts, strict=strict, verify=verify, rng=rng)
+        if extra is not None and isinstance(found, Mapping):
+            extra.update(found)
+        return found
 
     def save_model(
         self,
@@ -160,11 +199,13 @@ class Checkpointing:
     ) -> None:
         """Write states, groups and loss scale; see `gemini.checkpoint.save_optimizer`.
 
-        ``use_async`` and ``gather_dtensor`` are accepted: the file is complete when this returns, with whole tensors.
+        ``gather_dtensor`` is accepted: tensors are whole always.
         """
         from gemini import checkpoint as io
 
-        io.save_optimizer(optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard)
+        io.save_optimizer(
+            optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard, use_async=use_async
+        )
 
     def load_optimizer(
         self,
@@ -173,12 +214,13 @@ class Checkpointing:
         low_cpu_mem_mode: bool = True,
         num_threads: int = 1,
         *,
+        strict: bool = True,
         verify: bool = True,
     ) -> None:
         """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`, and `load_model` for the rest."""
         from gemini import checkpoint as io
 
-        io.load_optimizer(optimizer, checkpoint, verify=verify)
+        io.load_optimizer(optimizer, checkpoint, strict=strict, verify=verify)
 
     def save_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
         """Write a scheduler's state."""

@@ -24,6 +24,7 @@ from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
+from ..step.state_id import StateId
 from ..step.unfreezing import Unfreezing
 from ..units.units import Units
 from ..updates.completion import Completion
@@ -37,6 +38,7 @@ from ..updates.update_queue import UpdateQueue
 from ..updates.updater import Updater
 from ..updates.updates import Updates
 from ..updates.values import Values
+from .agreement import agree_origin
 
 
 def assemble(
@@ -50,6 +52,7 @@ def assemble(
     meter: NonModelMeter,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
+    origin = agree_origin(manager.together.communicator)
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     scaling = Scaling(manager, scaler, config.max_norm)
     schedule: UpdateSchedule = AfterBackward()
@@ -69,7 +72,8 @@ def assemble(
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
     unfreezing = Unfreezing(engine, config, packing)
-    step = ChunkedStep(engine, updater, updates, unfreezing, kept)
+    state_id = StateId(origin, lambda: engine.step.number)
+    step = ChunkedStep(engine, updater, updates, unfreezing, kept, state_id)
 
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)

@@ -43,6 +43,7 @@ def release(model: nn.Module, folder: str | Path | None = None) -> None:
             refuse_gradients(state)
             parking = manager.disk or _parking(state, folder)
         state.engine.pins.release_held()
+        manager.snapshots.rest()
         plans = [_on_disk(chunk.plan) for chunk in manager.chunks if not _is_on_disk(chunk.plan)]
         try:
             manager.rehoming.release(plans, parking)
@@ -70,6 +71,7 @@ def resume(model: nn.Module) -> None:
     if manager.rehoming.parking is None:
         return
     with state.engine.lock:
+        manager.snapshots.rest()
         manager.rehoming.resume([plan for plan in packing.plans if not _is_on_disk(plan)])
         state.engine.rebuilt(packing)
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .names import InChunk
 from .output import Output
 from .safetensors_stream import SafetensorsWriter, TensorRecord
 from .stage import Stage
@@ -39,6 +40,8 @@ class UnreadTensor:
     record: TensorRecord
     read: Callable[[], Tensor]
     """Its value, on CPU."""
+    in_chunks: tuple[InChunk, ...] = ()
+    """What that is read from; empty if it is elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,18 @@ class Inside:
 
     def write(self, out: Output) -> None:
         self.content.write(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Files that are listed, and what writes them and puts them in their places."""
+
+    contents: Sequence[Content]
+    write: Callable[[Sequence[Content]], None]
+
+    def run(self) -> None:
+        """Write them now."""
+        self.write(self.contents)
 
 
 def write_all(stage: Stage, contents: Iterable[Content]) -> None:

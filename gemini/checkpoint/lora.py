@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .names import Entry, entries, named_objects
 from .ranks import write_once
-from .safetensors_stream import SafetensorsWriter, TensorRecord
+from .safetensors_stream import SafetensorsFile, SafetensorsWriter, TensorRecord
 from .stage import Stage
 from .torch_file import write_torch
 
@@ -54,6 +54,20 @@ def save_lora(model: nn.Module, checkpoint: str | Path, *, use_safetensors: bool
     write_once(model, f"save_lora to {checkpoint}", partial(_save, model, Path(checkpoint).absolute(), use_safetensors))
 
 
+def verify_adapters(folder: Path) -> None:
+    """Compare saved adapters with the checksums in their files, if they are there and have some.
+
+    Raises
+    ------
+    CheckpointError
+        If one disagrees, naming file and tensor.
+    """
+    path = folder / _SAFE_NAME
+    if path.is_file():
+        with SafetensorsFile(path) as file:
+            file.verify()
+
+
 def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
     held = {id(entry.tensor): entry for entry in entries(model)}
     objects = named_objects(model)
@@ -63,16 +77,18 @@ def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
             warnings.simplefilter("ignore")
             nothing = dict.fromkeys(objects, torch.empty(0, device="cpu"))
             model.save_pretrained(str(stage.path), state_dict=nothing, safe_serialization=use_safetensors)
-        for adapter in model.peft_config:
-            name = file if adapter == _DEFAULT else f"{adapter}/{file}"
-            (stage.path / name).unlink()
-            _write(stage, name, _of_adapter(model, adapter, objects), held)
+        places = {adapter: "" if adapter == _DEFAULT else f"{adapter}/" for adapter in model.peft_config}
+        for adapter, place in places.items():
+            (stage.path / place / file).unlink()
+            _write(stage, place + file, _of_adapter(model, adapter, objects), held)
         files = [path for path in stage.path.rglob("*") if path.is_file()]
-        files.sort(key=lambda path: path.suffix == ".json")  # a configuration comes when its weights are there
+        files.sort(key=lambda path: path.name == file)  # the weights last: a configuration seldom changes
         names = [str(path.relative_to(stage.path)) for path in files]
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
-        stage.commit(names)
+        with stage.alone():
+            stage.commit(names, shadowing=[place + other for place in places.values()])  # of an earlier save
+            stage.discard(())
 
 
 def _of_adapter(model: Any, adapter: str, objects: Mapping[str, Any]) -> dict[str, Tensor]:

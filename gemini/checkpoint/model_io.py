@@ -1,23 +1,23 @@
 """Saving and loading a model's weights."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gemini.errors import CheckpointError
 
-from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, write_all
-from .hugging_face import may_be_missing, resolve_names, save_configuration
+from .background import save
+from .bitsandbytes import as_laid_out, dequantised
+from .contents import Content, Saving, write_all
+from .hugging_face import may_be_missing, resolve_names
 from .match import match
-from .names import Entry, entries, extra_states
-from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import OpenFiles, TensorRecord
+from .model_contents import Weights, configuration_files
+from .pairs import Checked, check_pairs
+from .ranks import checked_by_all, loaded_by_all
+from .safetensors_stream import OpenFiles
 from .stage import Stage
 from .weight_files import (
     FILE_SUFFIXES,
@@ -25,10 +25,8 @@ from .weight_files import (
     SAFE_NAME,
     TORCH_NAME,
     find_shards,
-    into_shards,
     read_sources,
     read_weight_map,
-    shard_names,
     size_limit,
 )
 
@@ -68,7 +66,7 @@ def save_model(
         False: ``torch.save`` files. These hold tied tensors under all of their names, safetensors files once. In a
         folder only; the suffix of a single file decides for it.
     use_async
-        Accepted; the file is complete when this returns.
+        Return at once and write while training goes on; see `gemini.checkpoint.background`.
 
     Raises
     ------
@@ -82,14 +80,14 @@ def save_model(
         if shard:
             raise ValueError(f"shard=True writes several files: give a folder, not {str(path)!r}")
         name = f"{prefix}.{path.name}" if prefix else path.name
-        write_once(model, f"save_model to {path}", partial(_save_file, model, path.absolute().parent, name))
+        save(model, f"save_model to {path}", partial(_file, model, path.absolute().parent, name), use_async)
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in one of {', '.join(FILE_SUFFIXES)}")
     name = (f"{prefix}." if prefix else "") + (SAFE_NAME if use_safetensors else TORCH_NAME)
     limit = size_limit(size_per_shard)
-    save = partial(_save_folder, model, path.absolute(), name, limit if shard else None)
-    write_once(model, f"save_model to {path}", save)
+    listed = partial(_folder, model, path.absolute(), name, limit if shard else None)
+    save(model, f"save_model to {path}", listed, use_async)
 
 
 def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
@@ -106,7 +104,8 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
     checkpoint
         A folder or a file.
     strict
-        Whether missing and unexpected tensors are an error. Shapes have to fit in any case.
+        Whether missing and unexpected tensors are an error, and a model that was saved in another state of training
+        than the optimizer that has just been loaded. Shapes have to fit in any case.
     verify
         Whether to compare tensors with the checksums in their files, where these have any, before the model is touched.
 
@@ -120,174 +119,90 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
     doing = f"load_model from {path}"
     with OpenFiles() as files:
         with checked_by_all(model, doing):
-            load = checked_model(model, path, files, strict=strict, verify=verify)
+            checked = checked_model(model, path, files, strict=strict, verify=verify)
+            check_pairs([checked])
         with loaded_by_all(model, doing):
-            load()
+            checked.load()
 
 
-def checked_model(
-    model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool
-) -> Callable[[], None]:
-    """Check all that `load_model` checks.
+def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool) -> Checked:
+    """Check all that `load_model` checks but for the optimizer that it is to go with.
 
     Parameters
     ----------
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
-
-    Returns
-    -------
-    Callable
-        Loads it.
     """
-    found = match(model, resolve_names(model, read_sources(checkpoint, files)))
+    stored = resolve_names(model, dequantised(read_sources(checkpoint, files), str(checkpoint)))
+    found = match(model, as_laid_out(model, stored))
+    id = files.id if strict else None
     found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
     found.check(strict, str(checkpoint))
     if verify:
         files.verify()
 
-    def load() -> None:
+    def assign() -> None:
         try:
             found.load(model)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
 
-    return load
+    return Checked(model, checkpoint, id, assign)
 
 
-def model_contents(model: nn.Module, limit: int) -> list[Content]:
-    """The files of a model in the Hugging Face layout, unread.
+def _file(model: nn.Module, folder: Path, name: str) -> Saving:
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(folder, name) as stage:
+            write_all(stage, contents)
+            stage.commit([name])
 
-    Parameters
-    ----------
-    limit
-        Bytes of tensors in one file, at most, unless a single tensor is larger.
-    """
-    weights = _Weights.of(model, SAFE_NAME, limit)
-    contents = [*_configuration(model), *weights.files]
-    if weights.is_sharded:
-        names = [content.name for content in weights.files]
-        text = weights.index(dict(zip(names, names, strict=True)))
-        contents.append(Bytes(SAFE_NAME + INDEX_SUFFIX, text.encode()))
-    return contents
+    return Saving(Weights.of(model, name, None).files, write)
 
 
-def _save_file(model: nn.Module, folder: Path, name: str) -> None:
-    with Stage(folder, name) as stage:
-        write_all(stage, _Weights.of(model, name, None).files)
-        stage.commit([name])
+def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Saving:
+    weights, configuration = Weights.of(model, name, limit), configuration_files(model)
 
+    def write(contents: Sequence[Content]) -> None:
+        names, others = ([content.name for content in each] for each in (weights.files, configuration))
+        entry = name + INDEX_SUFFIX if weights.is_sharded else name
+        with Stage(folder, f"{_prefix(name)}model") as stage:
+            write_all(stage, contents)
+            with stage.alone():
+                before = _weight_files(folder, name)
+                if weights.is_sharded:
+                    stage.commit_indexed(names, entry, weights.index, others, _preferred(entry))
+                else:
+                    stage.commit([*others, name], _preferred(entry))
+                now = {entry, *(read_weight_map(folder / entry).values() if weights.is_sharded else ())}
+                stage.discard(file for file in before if file not in now)
 
-def _save_folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> None:
-    weights, configuration = _Weights.of(model, name, limit), _configuration(model)
-    names, others = ([content.name for content in contents] for contents in (weights.files, configuration))
-    index = name + INDEX_SUFFIX
-    with Stage(folder, f"{_prefix(name)}model") as stage:
-        write_all(stage, [*configuration, *weights.files])
-        with stage.alone():
-            before = _weight_files(folder, name)
-            if weights.is_sharded:
-                stage.commit_indexed(names, index, weights.index, others)
-                _discard(stage, before, index, read_weight_map(folder / index).values())
-            else:
-                stage.commit([*others, name])
-                _discard(stage, before, name, [name])
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """The weights of a model as files."""
-
-    files: tuple[Content, ...]
-    homes: Mapping[str, str]
-    """Name of a tensor -> its file."""
-    sizes: Mapping[str, int]
-    """What an index says of all of them."""
-
-    @classmethod
-    def of(cls, model: nn.Module, name: str, limit: int | None) -> "_Weights":
-        """One file, or several where the weights are larger than ``limit``."""
-        held, extra = entries(model), extra_states(model)
-        shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None and held else [held]
-        names = shard_names(name, len(shards)) if len(shards) > 1 else [name]
-        # A tied tensor is in a safetensors file once, in a torch file under each of its names.
-        once = name.endswith(".safetensors")
-        homes = {
-            tensor: file
-            for file, part in zip(names, shards, strict=True)
-            for entry in part
-            for tensor in (entry.names[:1] if once else entry.names)
-        }
-        homes.update(dict.fromkeys(extra, names[0]))
-        sizes = {
-            "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
-            "total_size": sum(entry.nbytes for entry in held),
-        }
-        content = _safetensors if once else _torch_file
-        files = [content(f, part, extra if f == names[0] else {}) for f, part in zip(names, shards, strict=True)]
-        return cls(tuple(files), homes, sizes)
-
-    @property
-    def is_sharded(self) -> bool:
-        return len(self.files) > 1
-
-    def index(self, where: Mapping[str, str]) -> str:
-        """The text of the index, with the path at which each file is found."""
-        weight_map = {tensor: where[file] for tensor, file in sorted(self.homes.items())}
-        return json.dumps({"metadata": self.sizes, "weight_map": weight_map}, indent=2) + "\n"
-
-
-def _configuration(model: nn.Module) -> list[Content]:
-    dtype = next((entry.dtype for entry in entries(model) if entry.dtype.is_floating_point), None)
-    with TemporaryDirectory() as folder:  # transformers writes to folders alone
-        names = save_configuration(model, Path(folder), dtype)
-        return [Bytes(name, (Path(folder) / name).read_bytes()) for name in names]
-
-
-def _torch_file(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> Content:
-    def state_dict() -> dict[str, Any]:
-        return {**{name: value for entry in held for value in (entry.read(),) for name in entry.names}, **extra}
-
-    return TorchFile(file, state_dict)
-
-
-def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> Content:
-    if foreign := [name for name, value in extra.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(
-            f"{file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
-            "save with use_safetensors=False"
-        )
-    tensors = [UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read) for entry in held]
-    tensors += [
-        UnreadTensor(TensorRecord(name, value.dtype, tuple(value.shape)), value.detach().cpu)
-        for name, value in extra.items()
-    ]
-    return Tensors(file, tensors, _METADATA)
+    return Saving([*configuration, *weights.files], write)
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:
     """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
-    first: list[str] = []
+    first = [file for file in _entries(prefix) if (folder / file).is_file()]
     others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
-        first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
-        if (folder / (base + INDEX_SUFFIX)).is_file():
+        if base + INDEX_SUFFIX in first:
             try:
-                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += read_weight_map(folder / (base + INDEX_SUFFIX)).values()
             except CheckpointError:
-                continue  # what cannot be read names nothing
+                pass  # what cannot be read names nothing
         others += find_shards(folder, base)
     return [*first, *dict.fromkeys(others)]
 
 
-def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
-    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
-    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
-    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
-    kept = {entry, *now}
-    old = [file for file in before if file not in kept]
-    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
+def _entries(prefix: str) -> list[str]:
+    """The files that make a folder a checkpoint, in the order in which loaders look for them."""
+    return [prefix + base + end for base in (SAFE_NAME, TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+
+
+def _preferred(entry: str) -> list[str]:
+    """What loaders look for before they look for ``entry``."""
+    files = _entries(_prefix(entry.removesuffix(INDEX_SUFFIX)))
+    return files[: files.index(entry)]
 
 
 def _prefix(name: str) -> str:

@@ -1,7 +1,7 @@
 """Saving and loading optimizer states. Masters of a boosted model are saved with the model."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from gemini.nn.optimizer.rules.rule import Rule, steps_of
 from gemini.step.managed_step import ChunkedStep
 from gemini.step.saved_groups import check_groups, load_options
 
-from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, write_all
+from .background import save
+from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor, write_all
 from .match import Source
+from .names import InChunk
 from .optimizer_files import (
     FILE_NAME,
     FORMAT,
@@ -30,8 +32,9 @@ from .optimizer_files import (
     find_json,
     read_optimizer,
 )
-from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import OpenFiles, TensorRecord
+from .pairs import Checked, check_pairs, id_metadata
+from .ranks import checked_by_all, loaded_by_all
+from .safetensors_stream import ID_KEY, OpenFiles, TensorRecord
 from .stage import Stage
 from .tensor_parallel import refuse_parts
 from .weight_files import (
@@ -54,6 +57,7 @@ def save_optimizer(
     shard: bool = False,
     prefix: str | None = None,
     size_per_shard: int | str = 1024,
+    use_async: bool = False,
 ) -> None:
     """Write states, groups and loss scale.
 
@@ -74,6 +78,8 @@ def save_optimizer(
         Put before the names of the files, with a dot.
     size_per_shard
         MiB as a number, or ``"5GB"``.
+    use_async
+        Return at once and write while training goes on; see `gemini.checkpoint.background`.
 
     Raises
     ------
@@ -89,7 +95,7 @@ def save_optimizer(
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if shard or path.suffix == ".safetensors":
             raise ValueError(f"an optimizer is saved to a folder, or to one .pt, .pth or .bin file; got {str(path)!r}")
-        write_once(optimizer, f"save_optimizer to {path}", partial(_save_file, optimizer, path))
+        save(optimizer, f"save_optimizer to {path}", partial(_file, optimizer, path), use_async)
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in .pt, .pth or .bin")
@@ -99,14 +105,17 @@ def save_optimizer(
             f"{type(optimizer).__name__}; give a .pt file"
         )
     limit = size_limit(size_per_shard)
-    save = partial(_save_folder, optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
-    write_once(optimizer, f"save_optimizer to {path}", save)
+    listed = partial(_folder, optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
+    save(optimizer, f"save_optimizer to {path}", listed, use_async)
 
 
-def _save_file(optimizer: Optimizer, path: Path) -> None:
-    with Stage(path.parent, path.name) as stage:
-        write_all(stage, [TorchFile(path.name, partial(_state_dict, optimizer))])
-        stage.commit([path.name])
+def _file(optimizer: Optimizer, path: Path) -> Saving:
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(path.parent, path.name) as stage:
+            write_all(stage, contents)
+            stage.commit([path.name])
+
+    return Saving([TorchFile(path.name, partial(_state_dict, optimizer))], write)
 
 
 def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
@@ -116,20 +125,24 @@ def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
     if scaler is not None:
         state["loss_scaler"] = scaler.state_dict()
     if isinstance(optimizer, ManagedOptimizer):
-        state["optimizer"] = optimizer.rule.name
+        state |= {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
     return state
 
 
-def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> None:
+def _folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> Saving:
     name = prefix + JSON_NAME
     states = _States.of(optimizer, prefix, limit, folder / name)
-    with Stage(folder, name) as stage:
-        write_all(stage, states.files)
-        with stage.alone():
-            before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
-            stage.commit_indexed([content.name for content in states.files], name, states.index)
-            now = _files_of(folder / name)
-            stage.discard([], [file for file in before if file not in now])
+
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(folder, name) as stage:
+            write_all(stage, contents)
+            with stage.alone():
+                before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
+                stage.commit_indexed([content.name for content in contents], name, states.index)
+                now = _files_of(folder / name)
+                stage.discard(file for file in before if file not in now)
+
+    return Saving(states.files, write)
 
 
 def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
@@ -167,7 +180,8 @@ class _States:
         parts = into_shards(found, sizes, limit) if limit is not None and found else [found]
         names = shard_names(prefix + TENSORS_NAME, len(parts)) if len(parts) > 1 else [prefix + TENSORS_NAME]
         homes = {each.record.name: file for file, part in zip(names, parts, strict=True) for each in part}
-        files = [Tensors(file, part, {"format": "pt"}) for file, part in zip(names, parts, strict=True)]
+        metadata = {"format": "pt", **id_metadata(optimizer)}
+        files = [Tensors(file, part, metadata) for file, part in zip(names, parts, strict=True)]
         return cls(tuple(files), homes, options)
 
     def index(self, where: Mapping[str, str]) -> str:
@@ -193,7 +207,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
             if _has_state(optimizer, parameter):
                 steps[index] = _step_of(optimizer, parameter)
                 records = _records(rule, index, _shown(optimizer, parameter), path)
-                found += [UnreadTensor(r, partial(_read, optimizer, parameter, _key(r))) for r in records]
+                found += [_unread(optimizer, parameter, record) for record in records]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -201,6 +215,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
         "param_groups": _groups(optimizer, saved, path),
         "steps": steps if rule.takes_step else {},
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
+        "id": id_metadata(optimizer).get(ID_KEY),
     }
     return content, found
 
@@ -239,6 +254,13 @@ def _shown(optimizer: ManagedOptimizer, parameter: Tensor) -> Mapping[str, Any]:
         state: Mapping[str, Any] = optimizer.state[parameter]
         return state
     return optimizer.exported_state(parameter)
+
+
+def _unread(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord) -> UnreadTensor:
+    step, name = _managed(optimizer), _key(record)
+    kept = step.kept.values_of(parameter, name) if step is not None and step.kept.keeps(parameter) else ()
+    in_chunks = tuple(InChunk(step.manager, parameter, each) for each in kept) if step is not None else ()
+    return UnreadTensor(record, partial(_read, optimizer, parameter, name), in_chunks)
 
 
 def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:
@@ -283,7 +305,7 @@ def _plain(value: Any, key: str, path: Path) -> Any:
 # -- loading
 
 
-def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool = True) -> None:
+def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
     """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
@@ -296,6 +318,8 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool
         Boosted or not.
     checkpoint
         A folder, its JSON, or a file.
+    strict
+        Whether it is an error if it was saved in another state of training than the model that has just been loaded.
     verify
         Whether to compare tensors with the checksums in their files, where these have any, before anything changes.
 
@@ -315,40 +339,37 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool
     doing = f"load_optimizer from {path}"
     with OpenFiles() as files:
         with checked_by_all(optimizer, doing):
-            load = checked_optimizer(optimizer, path, files, verify=verify)
+            found = checked_optimizer(optimizer, path, files, strict=strict, verify=verify)
+            check_pairs([found])
         with loaded_by_all(optimizer, doing):
-            load()
+            found.load()
 
 
-def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, verify: bool) -> Callable[[], None]:
-    """Check all that `load_optimizer` checks of a JSON or a file of ``torch.save``.
+def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, strict: bool, verify: bool) -> Checked:
+    """Check all that `load_optimizer` checks of one file, but for the model that it goes with.
 
     Parameters
     ----------
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
-
-    Returns
-    -------
-    Callable
-        Loads it.
     """
     saved = read_optimizer(path, files)
+    id = files.id if strict else None
     if verify:
         files.verify()
-    saved = _checked(optimizer, saved, path)
+    saved = checked_saved(optimizer, saved, path)
 
-    def load() -> None:
+    def assign() -> None:
         if isinstance(optimizer, ManagedOptimizer):
             _load(optimizer, saved)
             optimizer.after_load_state_dict()
         else:
             optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
 
-    return load
+    return Checked(optimizer, path, id, assign)
 
 
-def _checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """What is to be loaded, in our order, as the hooks of users would have it."""
     name = rule_name(optimizer)
     if None not in (name, saved.optimizer) and name != saved.optimizer:

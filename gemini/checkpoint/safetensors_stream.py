@@ -23,6 +23,9 @@ from .output import Output
 from .raw import DTYPE_NAMES, DTYPES, bytes_of
 from .wording import listed
 
+ID_KEY = "gemini_memory.id"
+"""In the metadata: which state of training the tensors are from, see `StateId`."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
@@ -188,6 +191,7 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._files: list[SafetensorsFile] = []
+        self._ids: dict[str, Path] = {}
 
     def __enter__(self) -> "OpenFiles":
         return self
@@ -200,7 +204,29 @@ class OpenFiles:
         """Open one more; see `SafetensorsFile`."""
         file = SafetensorsFile(path)
         self._files.append(file)
+        self.says(path, file.metadata.get(ID_KEY))
         return file
+
+    def says(self, path: Path, id: object) -> None:
+        """A file, of any format, has the id of the state that it was saved in, or something else for one."""
+        if isinstance(id, str):
+            self._ids.setdefault(id, path)
+
+    @property
+    def id(self) -> str | None:
+        """The id that the files have in common; None if they have none.
+
+        Raises
+        ------
+        CheckpointError
+            If they have different ones.
+        """
+        if len(self._ids) > 1:
+            first, second, *_ = self._ids.values()
+            raise CheckpointError(
+                f"{first} and {second} are not of the same save: one of them has been replaced. Load another checkpoint"
+            )
+        return next(iter(self._ids), None)
 
     def verify(self) -> None:
         """Compare all tensors of all files with their checksums; see `SafetensorsFile.verify`."""

@@ -12,9 +12,10 @@ from torch import Tensor
 from gemini.errors import CheckpointError
 from gemini.sizes import parse_bytes
 
+from ..torch_private import metadata_of
 from .match import Source
 from .names import is_extra_state
-from .safetensors_stream import OpenFiles
+from .safetensors_stream import ID_KEY, OpenFiles
 from .torch_file import read_torch
 from .wording import listed
 
@@ -167,6 +168,7 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
         file = files.open(path)
         return {name: Source(r.shape, r.dtype, partial(file.read, name)) for name, r in file.records.items()}
     stored = read_torch(path)
+    files.says(path, ((metadata_of(stored) or {}).get("") or {}).get(ID_KEY))
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         raise CheckpointError(f"{path} does not hold a state dict (a dict from names to tensors)")
     if foreign := [n for n, v in stored.items() if not isinstance(v, Tensor) and not is_extra_state(n)]:

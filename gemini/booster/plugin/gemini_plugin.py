@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gemini.boosted import boosted
-from gemini.booster.dataloader import prepare_dataloader
 from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
 from gemini.colossal.boosted import give_names
-from gemini.colossal.plugin import Plugin
 from gemini.config import KEEP, PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
@@ -29,12 +26,14 @@ from gemini.ranks import group_of, join
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
 
+from .dp_plugin_base import DPPluginBase
+
 logger = logging.getLogger(__name__)
 
 _MEBI = 1 << 20
 
 
-class GeminiPlugin(Plugin):
+class GeminiPlugin(DPPluginBase):
     """Trains a model in chunks on device, host and disk. ``GeminiPlugin()`` finds everything out by itself.
 
     Parameters
@@ -77,6 +76,9 @@ class GeminiPlugin(Plugin):
         Bytes of model data per tier, as a number or ``"24GiB"``; None finds out.
     offload_dir
         Folder of the disk tier; None: no disk tier.
+    snapshot_memory
+        Bytes of ``host_memory`` for copies of what changes while it is saved with ``use_async=True``; None: half of
+        what is free when the save begins. What finds no room waits for the save.
     disk_checksums
         Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
         names the chunk. Costs some CPU time.
@@ -163,6 +165,7 @@ class GeminiPlugin(Plugin):
         disk_memory: int | str | None = None,
         offload_dir: str | Path | None = None,
         disk_checksums: bool = False,
+        snapshot_memory: int | str | None = None,
         update_in_backward: bool = False,
         split_master: bool = False,
         quantize: str | Quantization | None = None,
@@ -207,6 +210,7 @@ class GeminiPlugin(Plugin):
             disk_memory=_bytes("disk_memory", disk_memory),
             offload_dir=Path(offload_dir) if offload_dir is not None else None,
             disk_checksums=disk_checksums,
+            snapshot_memory=_bytes("snapshot_memory", snapshot_memory),
             chunk_numel=_chunk_numel(chunk_config_dict),
             search_range=_search_range(min_chunk_size_m, search_range_m),
             search_step=hidden_dim,
@@ -277,61 +281,6 @@ class GeminiPlugin(Plugin):
         if optimizer is not None:
             return _step_of(optimizer).manager.together.communicator.no_sync()
         raise TypeError("with several ranks no_sync needs the model or the optimizer: booster.no_sync(model)")
-
-    def prepare_dataloader(
-        self,
-        dataset: Dataset[Any],
-        batch_size: int,
-        shuffle: bool = False,
-        seed: int = 1024,
-        drop_last: bool = False,
-        pin_memory: bool = False,
-        num_workers: int = 0,
-        distributed_sampler_cls: Callable[..., Sampler[Any]] | None = None,
-        **kwargs: Any,
-    ) -> DataLoader[Any]:
-        """A ``DataLoader`` with this rank's batches, in an order that depends on ``seed`` and epoch alone.
-
-        One rank gets the batches of a plain ``DataLoader`` whose generator has this seed. Several ranks get the same
-        ones in turn: the first batches of all ranks are the first ones of a single rank. Each sample comes once in an
-        epoch; what is too little for a batch on each rank is divided evenly, with a few samples repeated.
-
-        Each iteration is another epoch; ``loader.sampler.set_epoch(epoch)`` names one. To resume in the middle of an
-        epoch use ``loader.state_dict()`` and ``load_state_dict()``, which work with another number of ranks too, or
-        ``loader.sampler.set_start_index(samples of this rank)``.
-
-        Parameters
-        ----------
-        batch_size
-            Samples that each rank gets at once.
-        drop_last
-            Leave out what is too little for a batch on each rank.
-        distributed_sampler_cls
-            Called as ``distributed_sampler_cls(dataset, num_replicas=, rank=, shuffle=, seed=, drop_last=)`` instead.
-        num_workers
-            Processes that load. Their random generators differ between workers and ranks.
-        kwargs
-            Further arguments of ``DataLoader``. A ``sampler`` or ``batch_sampler`` given here is used as it is.
-
-        Raises
-        ------
-        ValueError
-            Several ranks would each get all of an ``IterableDataset``.
-        """
-        is_single = not dist.is_initialized()
-        return prepare_dataloader(
-            dataset,
-            batch_size,
-            rank=0 if is_single else dist.get_rank(self.process_group),
-            world_size=1 if is_single else dist.get_world_size(self.process_group),
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=drop_last,
-            pin_memory=pin_memory,
-            num_workers=num_workers,
-            distributed_sampler_cls=distributed_sampler_cls,
-            **kwargs,
-        )
 
 
 def _step_of(optimizer: Optimizer) -> ChunkedStep:
