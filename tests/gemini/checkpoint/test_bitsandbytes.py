@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes has quantised: their values load without it, and into the same codes where there are any."""
+"""Weights that bitsandbytes has quantised load without it, and into the same codes where there are any."""
 
 import json
 from pathlib import Path
