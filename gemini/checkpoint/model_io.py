@@ -165,11 +165,11 @@ def _folder(model: nn.Module, folder: Path, name: str, limit: int | None, writer
         entry = name + INDEX_SUFFIX if weights.is_sharded else name
         with stage.alone():
             before = _weight_files(folder, name)
+            now = {entry}
             if weights.is_sharded:
-                stage.commit_indexed(names, entry, weights.index, others, _preferred(entry))
+                now.update(stage.commit_indexed(names, entry, weights.index, others, _preferred(entry)))
             else:
                 stage.commit([*others, name], _preferred(entry))
-            now = {entry, *(read_weight_map(folder / entry).values() if weights.is_sharded else ())}
             stage.discard(file for file in before if file not in now)
 
     return Saving([*configuration, *weights.files], folder, f"{_prefix(name)}model", commit)
