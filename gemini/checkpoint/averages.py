@@ -25,8 +25,8 @@ _COUNT_KEY = "gemini_memory.n_averaged"
 _SUFFIX = ".safetensors"
 
 
-def average_contents(model: nn.Module) -> list[Content]:
-    """The files of a boosted model's averages, unread.
+def average_contents(model: nn.Module, rank: int) -> list[Content]:
+    """The files of a boosted model's averages, unread, for this rank to write.
 
     Raises
     ------
@@ -40,13 +40,14 @@ def average_contents(model: nn.Module) -> list[Content]:
             average.name + _SUFFIX,
             [_unread(entry, average) for entry in entries(model)],
             {"format": "pt", _COUNT_KEY: str(average.count)},
+            rank,
         )
         for average in averages_of(model)
     ]
 
 
 def checked_averages(
-    model: nn.Module, find: Callable[[str], Path | None], files: OpenFiles, *, verify: bool
+    model: nn.Module, find: Callable[[str], Path | None], files: OpenFiles
 ) -> list[Callable[[], None]]:
     """Check the files of a boosted model's averages; returns what loads them.
 
@@ -69,8 +70,6 @@ def checked_averages(
         found = match(model, stored)
         found.check(True, str(path))
         loads.append(partial(_load, average, found.pairs, int(count)))
-    if verify and loads:
-        files.verify()
     return loads
 
 
