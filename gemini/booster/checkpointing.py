@@ -1,5 +1,6 @@
 """`Checkpointing`: the methods of `Booster` that save and load."""
 
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Checkpointing:
         keep: int | None = 3,
         size_per_shard: int | str = "5GB",
         use_async: bool = False,
+        layout: str = "hf",
     ) -> Path:
         """Save all that a training run consists of as one checkpoint: all of it is there afterwards, or nothing.
 
@@ -47,6 +49,10 @@ class Checkpointing:
             Of files of tensors, at most: MiB as a number, or ``"5GB"``.
         use_async
             Return at once, and write what there is now while training goes on. See `wait_until_finished`.
+        layout
+            Of models and optimizers: ``"hf"`` is Hugging Face's, with whole tensors; ``"dcp"`` is that of
+            `torch.distributed.checkpoint`, for which each rank writes what it has at home and nothing is gathered. Not
+            written in the background. `load` finds out.
 
         Returns
         -------
@@ -63,7 +69,13 @@ class Checkpointing:
 
         parts = io.given_parts(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, dataloader=dataloader)
         return io.save_checkpoint(
-            folder, parts, extra=extra, keep=keep, size_per_shard=size_per_shard, use_async=use_async
+            folder,
+            parts,
+            extra=extra,
+            keep=keep,
+            size_per_shard=size_per_shard,
+            use_async=use_async,
+            layout=layout,
         )
 
     def wait_until_finished(self) -> None:
@@ -87,6 +99,7 @@ class Checkpointing:
         optimizer: Any = None,
         lr_scheduler: Any = None,
         dataloader: Any = None,
+        extra: MutableMapping[str, Any] | None = None,
         strict: bool = True,
         verify: bool = True,
         rng: bool = True,
@@ -101,6 +114,8 @@ class Checkpointing:
             Of the checkpoints (the newest one is loaded), or one of them.
         model, optimizer, lr_scheduler, dataloader
             Built as those that were saved; dicts with the same names.
+        extra
+            A dict, updated with what was given to `save` as ``extra``, if that was a dict. It comes back in any case.
         strict
             Whether parts that the checkpoint does not have, and missing and unexpected tensors, are an error.
         verify
@@ -123,7 +138,10 @@ class Checkpointing:
         from gemini import checkpoint as io
 
         parts = io.given_parts(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, dataloader=dataloader)
-        return io.load_checkpoint(folder, parts, strict=strict, verify=verify, rng=rng)
+        found = io.load_checkpoint(folder, parts, strict=strict, verify=verify, rng=rng)
+        if extra is not None and isinstance(found, Mapping):
+            extra.update(found)
+        return found
 
     def save_model(
         self,

@@ -18,6 +18,8 @@ How the files build on each other (imports go down only)::
 """
 
 from .checkpoint_io import load_checkpoint, save_checkpoint
+from .committed import find as find_checkpoint
+from .committed import numbered as committed_checkpoints
 from .given_parts import given_parts
 from .lora import save_lora, verify_adapters
 from .match import load_named
@@ -28,6 +30,8 @@ from .parts import serve_parts
 from .scheduler_io import load_lr_scheduler, save_lr_scheduler
 
 __all__ = [
+    "committed_checkpoints",
+    "find_checkpoint",
     "full_state_dict",
     "given_parts",
     "load_checkpoint",

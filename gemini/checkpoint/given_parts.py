@@ -1,7 +1,7 @@
 """What the user gives to be saved or loaded: one object of a kind, or a dict of several."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,25 @@ def given_parts(*, model: Any, optimizer: Any, lr_scheduler: Any, dataloader: An
     """
     given = {MODEL: model, OPTIMIZER: optimizer, LR_SCHEDULER: lr_scheduler, DATALOADER: dataloader}
     return [part for kind, value in given.items() for part in _parts(kind, value)]
+
+
+def pairs(parts: Sequence[Part]) -> list[tuple[str, nn.Module, Optimizer | None]]:
+    """Name, model, and the optimizer of the same name, if there is one, of each model.
+
+    Raises
+    ------
+    ValueError
+        If there is an optimizer whose model is not given.
+    """
+    optimizers = {part.name: part.value for part in parts if part.kind == OPTIMIZER}
+    found = [(part.name, part.value, optimizers.pop(part.name, None)) for part in parts if part.kind == MODEL]
+    if optimizers:
+        names = ", ".join(f"optimizer {name!r}" if name else "optimizer" for name in optimizers)
+        raise ValueError(
+            f"{names}: layout='dcp' stores states by the names of parameters; give the model as well, and under the "
+            "same name where there are several"
+        )
+    return found
 
 
 def _parts(kind: str, value: Any) -> Iterator[Part]:

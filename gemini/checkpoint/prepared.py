@@ -50,18 +50,22 @@ class Prepared:
             for name in self._folders():
                 (stage.path / name).mkdir()
             write_all(stage, self.contents)
-            self._seal(stage)
-            with stage.alone():
-                path = committed.commit(stage.path, folder)
-                if committed.point_latest(path) and keep is not None:
-                    committed.prune(folder, keep)
+            return self.commit(stage, keep, {})
+
+    def commit(self, stage: Stage, keep: int | None, others: Mapping[str, FileRecord]) -> Path:
+        """Commit a stage in which all files are; ``others`` are those that are not of `contents`."""
+        self._seal(stage, others)
+        with stage.alone():
+            path = committed.commit(stage.path, stage.folder)
+            if committed.point_latest(path) and keep is not None:
+                committed.prune(stage.folder, keep)
         return path
 
-    def _seal(self, stage: Stage) -> None:
+    def _seal(self, stage: Stage, others: Mapping[str, FileRecord]) -> None:
         """Write the manifest; from here on nothing changes."""
         files = {content.name: FileRecord.of(stage.path / content.name) for content in self.contents}
-        manifest = Manifest(id=self.id, world_size=self.world_size, parts=self.parts, files=files)
-        for name in self._folders():
+        manifest = Manifest(id=self.id, world_size=self.world_size, parts=self.parts, files={**files, **others})
+        for name in sorted({folder for file in manifest.files if (folder := file.rpartition("/")[0])}):
             sync_folder(stage.path / name)
         stage.write_text(MANIFEST_NAME, manifest.text())
         sync_folder(stage.path)

@@ -193,32 +193,6 @@ def wait_for_saves(*objects: Any) -> None:
             manager.snapshots.wait()
 
 
-def told_by_all(of: Any, doing: str, tell: Callable[[], Mapping[str, Word]]) -> list[dict[str, Any]]:
-    """What each rank has to tell, in their order.
-
-    Raises
-    ------
-    RankError
-        If telling fails on another one.
-    """
-    together = together_of(of)
-    if together is None:
-        return [dict(tell())]
-    words: list[Mapping[str, Word]] = []
-    with all_or_none(together.communicator, doing):
-        words.append(tell())
-    return [dict(word) for word in together.communicator.agree(doing, words[0]) if isinstance(word, dict)]
-
-
-def place_of(of: Any) -> tuple[int, int]:
-    """The rank of this process among those that keep the model together, and their number."""
-    together = together_of(of)
-    if together is None:
-        return 0, 1
-    owner = together.communicator.owner
-    return together.communicator.rank, owner.count * owner.replicas
-
-
 def together_of(of: Any) -> Together | None:
     """Where several ranks keep the model together."""
     manager = manager_of(of)

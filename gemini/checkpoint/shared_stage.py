@@ -52,6 +52,7 @@ class SharedStage:
         self._name = name
         self._doing = doing
         self._files = ExitStack()
+        self._stages: list[Stage] = []
         self.path = folder
         """The hidden folder, once it has been entered."""
 
@@ -69,6 +70,11 @@ class SharedStage:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._files.close()
+
+    @property
+    def stage(self) -> Stage:
+        """The stage, on the first rank."""
+        return self._stages[0]
 
     def create(self, name: str, nbytes: int = 0) -> Output:
         """A new file that will be ``folder / name``; ``nbytes`` are reserved at once."""
@@ -103,6 +109,7 @@ class SharedStage:
         if not self._crew.is_first:
             return []
         stage, token = files.enter_context(Stage(self._folder, self._name)), secrets.token_hex(8)
+        self._stages.append(stage)
         stage.write_text(_SEEN, token)
         return [str(stage.path), token]
 

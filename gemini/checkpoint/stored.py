@@ -10,7 +10,7 @@ from typing import Any
 from gemini.errors import CheckpointError
 
 from . import committed
-from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part
+from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part, pairs
 from .manifest import Manifest
 from .model_io import checked_model
 from .optimizer_files import FILE_NAME, JSON_NAME
@@ -33,11 +33,12 @@ class Stored:
     verify: bool
 
     @classmethod
-    def at(cls, path: Path, verify: bool) -> "Stored":
+    def at(cls, path: Path, verify: bool, place: tuple[int, int]) -> "Stored":
+        """The checkpoint that ``path`` names; the ranks, of which ``place`` is one, divide the checksums of files."""
         folder = committed.find(path)
         try:
             manifest = Manifest.read(folder)
-            manifest.check(folder, verify=verify)
+            manifest.check(folder, verify=verify, share=place)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{committed.whole_one(folder)}") from error
         return cls(folder, manifest, verify)
@@ -64,13 +65,13 @@ class Stored:
             for part in present
             if part.kind == LR_SCHEDULER
         ]
-        found = [
-            self._checked(part, files.enter_context(OpenFiles()), strict)
-            for part in present
-            if part.kind in (MODEL, OPTIMIZER)
-        ]
-        check_pairs(found)
-        loads += [each.load for each in found]
+        tensors = [part for part in present if part.kind in (MODEL, OPTIMIZER)]
+        if any(self._is_distributed(part) for part in tensors):
+            loads += self._checked_together(tensors, strict)
+        else:
+            found = [self._checked(part, files.enter_context(OpenFiles()), strict) for part in tensors]
+            check_pairs(found)
+            loads += [each.load for each in found]
         rank, _ = place
         if rng and rank_name(rank) in self.manifest.parts.get(RNG, ()):
             file = self.folder / rng_file(rank)
@@ -91,6 +92,19 @@ class Stored:
                 "strict=False what it does not have is left as it is"
             )
         return [part for part in parts if part not in missing]
+
+    def _is_distributed(self, part: Part) -> bool:
+        """True if it was saved with ``layout="dcp"``."""
+        return part.path(".metadata") in self.manifest.files
+
+    def _checked_together(self, parts: Sequence[Part], strict: bool) -> list[Callable[[], None]]:
+        """Models, each with the optimizer of the same name."""
+        from . import dcp  # takes a second to import
+
+        return [
+            dcp.checked(self.folder / name, model, optimizer, strict=strict, id=self.manifest.id)
+            for name, model, optimizer in pairs(parts)
+        ]
 
     def _checked(self, part: Part, files: OpenFiles, strict: bool) -> Checked:
         if part.kind == MODEL:

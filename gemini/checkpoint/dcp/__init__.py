@@ -12,7 +12,7 @@
 
 from .load_planner import LoadPlanner
 from .metadata import is_checkpoint
-from .save_load import load, save
+from .save_load import checked, load, save, write_into
 from .save_planner import SavePlanner
 
-__all__ = ["LoadPlanner", "SavePlanner", "is_checkpoint", "load", "save"]
+__all__ = ["LoadPlanner", "SavePlanner", "checked", "is_checkpoint", "load", "save", "write_into"]

@@ -143,6 +143,9 @@ class LoadPlanner(DefaultLoadPlanner):
         """Take in what is no tensor. No code in it is run."""
         name = read_item.dest_index.fqn
         self._objects[name] = loaded_object(name, value, self._folder)
+        if name in self.state_dict:  # the caller's
+            value.seek(0)
+            super().load_bytes(read_item, value)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """Where a part of a tensor goes."""

@@ -18,6 +18,7 @@ from gemini.step.saved_groups import load_options
 from ..match import Source
 from ..optimizer_files import SavedOptimizer
 from ..optimizer_io import checked_saved
+from ..tensor_parallel import whole_shape
 from .pieces import OURS, Contents, Piece, Seat
 from .reads import Arrivals, read_object
 from .stored import StoredOptimizer, form_of, is_ours
@@ -144,7 +145,12 @@ class OptimizerLoad:
         name = self._stored.state(parameter, key)
         if name not in self._values:
             form = form_of(self._metadata, name)
-            return None if form is None else Source(tuple(form.size), form.properties.dtype, partial(_unread, name))
+            if form is None:
+                return None
+            here, shape = self._parameters.get(parameter), tuple(form.size)
+            if here is not None and shape == whole_shape(here):  # of a part of a tensor, the shape of the part
+                shape = tuple(here.shape)
+            return Source(shape, form.properties.dtype, partial(torch.empty, 0))
         value = self._values[name]
         return float(value) if key == STEP else Source.of(value) if isinstance(value, Tensor) else value
 
@@ -167,16 +173,11 @@ class OptimizerLoad:
             if state is None:
                 kept.drop(parameter)
             else:
-                kept.begin(parameter, {key: _value(value) for key, value in state.items()})
+                kept.begin(parameter, {key: _value(value) for key, value in state.items()})  # looks at no values
         elif state is None:
             self._optimizer.state.pop(parameter, None)
         else:
             self._optimizer.restore_state(parameter, {key: _value(value) for key, value in state.items()})
-
-
-def _unread(name: str) -> Tensor:
-    """In the place of values that go where they belong: `KeptStates.begin` only looks whether there is something."""
-    return torch.empty(0)
 
 
 def _value(value: Any) -> Any:

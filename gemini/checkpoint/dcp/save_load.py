@@ -2,21 +2,21 @@
 
 import pickle
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 from gemini.errors import CheckpointError
 
 from ..manifest import MANIFEST_NAME, FileRecord, Manifest
-from ..ranks import Crew, checked_by_all, loaded_by_all
+from ..pairs import state_id_of, tell_loaded
+from ..ranks import Crew, loaded_by_all, wait_for_saves
 from ..shared_stage import SharedStage
 from .load_planner import LoadPlanner
 from .save_planner import SavePlanner
@@ -60,7 +60,9 @@ def save(folder: str | Path, model: nn.Module, optimizer: Optimizer | None = Non
         def commit() -> None:
             if crew.is_first:
                 parts = {"model": ("",), **({} if optimizer is None else {"optimizer": ("",)})}
-                manifest = Manifest(id=secrets.token_hex(16), world_size=crew.count, parts=parts, files=files)
+                state_id = state_id_of(model)
+                id = secrets.token_hex(16) if state_id is None else state_id.text
+                manifest = Manifest(id=id, world_size=crew.count, parts=parts, files=files)
                 stage.write_text(MANIFEST_NAME, manifest.text())
                 stage.become(folder)
 
@@ -100,26 +102,58 @@ def load(
     """
     folder, crew = Path(folder).absolute(), Crew.of(model)
     doing = f"dcp.load from {folder}"
-    reader, planner = Reader(folder), LoadPlanner(model, optimizer, folder, strict=strict)
+    wait_for_saves(model, optimizer)
+    loads: list[Callable[[], None]] = []
 
-    def check() -> LoadPlan:
+    def check() -> None:
+        id = None
         if (folder / MANIFEST_NAME).exists():
-            Manifest.read(folder).check(folder, verify=verify, share=(crew.index, crew.count))
-        metadata = reader.read_metadata()
-        planner.set_up_planner({}, metadata, crew.is_first)
-        reader.set_up_storage_reader(metadata, crew.is_first)
-        reader.read_data(planner.first_plan(), planner)
-        planner.check()
-        return planner.rest()
+            manifest = Manifest.read(folder)
+            manifest.check(folder, verify=verify, share=(crew.index, crew.count))
+            id = manifest.id
+        loads.append(checked(folder, model, optimizer, strict=strict, id=id))
 
-    with checked_by_all(model, doing):
-        rest = check()
-    try:
+    def load() -> None:
         with loaded_by_all(model, doing):
+            loads[0]()
+
+    crew.exchange(f"the check of {doing}", check)
+    crew.exchange(f"the last look at {doing}", load)
+
+
+def checked(
+    folder: Path, model: nn.Module, optimizer: Optimizer | None, *, strict: bool, id: str | None
+) -> Callable[[], None]:
+    """Check all that `load` checks, but for checksums.
+
+    Parameters
+    ----------
+    id
+        Of the state that was saved, if it is known.
+
+    Returns
+    -------
+    Callable
+        Loads it; all ranks are in a change that they have agreed upon.
+    """
+    reader, planner = Reader(folder), LoadPlanner(model, optimizer, folder, strict=strict)
+    metadata = reader.read_metadata()
+    planner.set_up_planner({}, metadata)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(planner.first_plan(), planner)
+    planner.check()
+    rest = planner.rest()
+
+    def load() -> None:
+        for each in (model, *(() if optimizer is None else (optimizer,))):
+            tell_loaded(each, id)
+        try:
             reader.read_data(rest, planner)
             planner.finish()
-    except (CheckpointError, OSError) as error:
-        raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
+
+    return load
 
 
 def write_into(

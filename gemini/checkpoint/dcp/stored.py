@@ -111,6 +111,8 @@ class StoredOptimizer:
             for index, names in enumerate(ours):
                 if key in names:
                     found.setdefault(index, {"params": list(names)}).setdefault(option, values[name])
+        if not found:
+            raise KeyError(f"{self.prefix}param_groups.0.params")
         return [found[index] for index in sorted(found)]
 
 

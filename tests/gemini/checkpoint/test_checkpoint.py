@@ -59,7 +59,9 @@ def test_what_is_given_as_extra_comes_back(tmp_path) -> None:
     extra = {"epoch": 3, "best": 0.25, "names": ["a", ("b",)], "tensor": torch.arange(3), "none": None}
     path = booster.save(tmp_path / "new" / "folder", model=model, extra=extra)
     assert path == tmp_path / "new" / "folder" / "checkpoint-000001"
-    found = booster.load(path, model=model)
+    into = {"epoch": 0, "mine": 1}
+    found = booster.load(path, model=model, extra=into)
+    assert into["mine"] == 1 and into["epoch"] == 3 and into.keys() == {"mine", *extra}
     assert torch.equal(found.pop("tensor"), extra.pop("tensor"))
     assert found == extra
     booster.save(tmp_path, model=model)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from rank_training import SMALL, TIERS, Ended, Training, Where, assert_same, flat
+from tensor_parallel_training import TensorParallel
 from torch import Tensor, nn
 from world import Worlds
 
@@ -74,13 +75,13 @@ def straight(kind: str, plugin: dict[str, Any]) -> Ended:
 def first_half(kind: str, folder: str, plugin: dict[str, Any]) -> None:
     training = KINDS[kind](Where.RANKS, steps=HALF, **plugin)
     training.train()
-    dcp.save(folder, training.model, training.optimizer)
-    assert Path(folder, ".metadata").exists(), "no rank returns before the checkpoint is there"
+    path = training.booster.save(folder, model=training.model, optimizer=training.optimizer, layout="dcp")
+    assert Path(path, ".metadata").exists(), "no rank returns before the checkpoint is there"
 
 
 def second_half(kind: str, folder: str, plugin: dict[str, Any]) -> Ended:
     training = KINDS[kind](Where.RANKS, **plugin)
-    dcp.load(folder, training.model, training.optimizer)
+    training.booster.load(folder, model=training.model, optimizer=training.optimizer)
     for step in range(HALF, STEPS):
         training.accumulate(step)
         training.update()
@@ -113,3 +114,44 @@ def test_another_number_of_ranks_goes_on(
     for ended in worlds(after).run(second_half, kind, folder, loading):
         assert_same(ended.weights, want.weights)
         assert_same(flat(ended.states), flat(want.states))
+
+
+def tensor_parallel(dp: int, steps: int) -> TensorParallel:
+    return type("Cut", (TensorParallel,), {"dp": dp, "steps": steps})(Where.RANKS, **SMALL)
+
+
+def first_half_in_parts(folder: str, dp: int) -> dict[str, Tensor]:
+    """Returns the weights of a run that goes on."""
+    training = tensor_parallel(dp, HALF)
+    training.train()
+    dcp.save(folder, training.model, training.optimizer)
+    for step in range(HALF, STEPS):
+        training.accumulate(step)
+        training.update()
+    return training.end().weights
+
+
+def second_half_in_parts(folder: str, dp: int) -> dict[str, Tensor]:
+    training = tensor_parallel(dp, STEPS)
+    dcp.load(folder, training.model, training.optimizer)
+    for step in range(HALF, STEPS):
+        training.accumulate(step)
+        training.update()
+    return training.end().weights
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, 2), (1, 2)),
+        *(pytest.param(*each, marks=pytest.mark.heavy) for each in [((2, 4), (1, 2)), ((1, 2), (2, 4))]),
+    ],
+)
+def test_tensor_parallel_models_go_on_with_another_number_of_rows(
+    before: tuple[int, int], after: tuple[int, int], worlds: Worlds, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "checkpoint")
+    (dp, size), (new_dp, new_size) = before, after
+    want = worlds(size).run(first_half_in_parts, folder, dp)
+    for weights in worlds(new_size).run(second_half_in_parts, folder, new_dp):
+        assert_same(weights, want[0])
