@@ -10,13 +10,16 @@ from gemini.errors import RankError
 
 from . import committed
 from .background import save_in_background
-from .contents import Content, Saving, write_all
+from .committed import STAGE_NAME
+from .contents import Saving, write_all
 from .given_parts import MODEL, OPTIMIZER, Part, pairs
 from .manifest import FileRecord
 from .prepared import Prepared, own_files
-from .ranks import Crew, loaded_by_all, together_of, wait_for_saves, write_once
+from .ranks import Crew, loaded_by_all, together_of, wait_for_saves
 from .shared_stage import SharedStage
+from .stage import Stage
 from .stored import Stored
+from .together_saved import write_together
 from .weight_files import size_limit
 
 HF, DCP = "hf", "dcp"
@@ -64,17 +67,17 @@ def save_checkpoint(
     own = crew.exchange(doing, lambda: own_files(parts, crew.index))
     committed_as: list[str] = []
 
-    def listed() -> Saving:
-        prepared = Prepared.of(parts, own, extra, limit)
+    def listed(writers: Sequence[int]) -> Saving:
+        prepared = Prepared.of(parts, own, extra, limit, writers)
 
-        def write(contents: Sequence[Content]) -> None:
-            committed_as.append(str(replace(prepared, contents=contents).write(path, keep)))
+        def commit(stage: Stage) -> None:
+            committed_as.append(str(prepared.commit(stage, keep, {})))
 
-        return Saving(prepared.contents, write)
+        return Saving(prepared.contents, path, STAGE_NAME, commit)
 
     if use_async and save_in_background([part.value for part in parts], doing, listed):
         return path
-    write_once(leader, doing, lambda: listed().run())
+    write_together(leader, doing, listed)
     (name, *_) = crew.exchange(f"the end of {doing}", lambda: "".join(committed_as))
     return Path(name)
 

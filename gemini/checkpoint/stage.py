@@ -30,7 +30,7 @@ from types import TracebackType
 from gemini.errors import CheckpointError
 
 from .folder import is_same_file, locked, make_folder, open_folder, sync_file, sync_folder, try_lock
-from .output import Output, failure
+from .output import Output, failure, make_parent
 
 _ABANDONED_SECONDS = 24 * 60 * 60
 """Where there are no locks: a hidden folder in which nothing has changed for this time has no writer any more."""
@@ -78,6 +78,8 @@ class Stage:
     def create(self, name: str, nbytes: int = 0) -> Output:
         """A new file that will be ``folder / name``; ``nbytes`` are reserved at once."""
         self._created.add(name)
+        if "/" in name:
+            make_parent(self.path / name, self.folder / name)
         return Output(self.path / name, self.folder / name, nbytes)
 
     def write_text(self, name: str, text: str) -> None:
