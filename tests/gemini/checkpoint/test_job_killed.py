@@ -1,4 +1,4 @@
-"""``python -m gemini.train`` killed at any call of a save: ``--resume`` finds the checkpoint before it or the new one."""
+"""``python -m gemini.train`` killed at any call of a save: ``--resume`` finds the last checkpoint or the new one."""
 
 import base64
 import json
