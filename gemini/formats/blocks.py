@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from .damage import Damaged
+from .damage import Damaged, Unreadable
 
 _BLOCK_BYTES = 1 << 20
 """Stays in a core's cache between the read and the checksum."""
@@ -33,7 +33,7 @@ class FileBytes:
             # A pipe would wait for its writer.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise Damaged(f"{path} cannot be read: {error.strerror}") from error
+            raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
             os.close(self._fd)
@@ -70,7 +70,7 @@ class FileBytes:
             try:
                 count = os.preadv(self._fd, [out[done:]], offset + done)
             except OSError as error:
-                raise Damaged(f"{self.path}: reading {what} failed: {error.strerror}") from error
+                raise Unreadable(f"{self.path}: reading {what} failed: {error.strerror}") from error
             if count == 0:
                 raise Damaged(f"{self.path} ends in the middle of {what}; it became shorter while it was read")
             done += count
