@@ -31,12 +31,12 @@ class FileBytes:
         self.path = path
         try:
             # A pipe would wait for its writer.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
-        found = os.fstat(self._fd)
+        found = os.fstat(self.fd)
         if not stat.S_ISREG(found.st_mode):
-            os.close(self._fd)
+            os.close(self.fd)
             raise Damaged(f"{path} is not a file")
         self.nbytes = found.st_size
 
@@ -44,7 +44,7 @@ class FileBytes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
     def read(self, offset: int, count: int, what: str) -> bytes:
         """Exactly these bytes; ``what`` names them in messages."""
@@ -68,7 +68,7 @@ class FileBytes:
         done = 0
         while done < len(out):
             try:
-                count = os.preadv(self._fd, [out[done:]], offset + done)
+                count = os.preadv(self.fd, [out[done:]], offset + done)
             except OSError as error:
                 raise Unreadable(f"{self.path}: reading {what} failed: {error.strerror}") from error
             if count == 0:

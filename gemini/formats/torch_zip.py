@@ -100,7 +100,7 @@ def verify_zip(path: Path, tell: Callable[[int], None] = lambda nbytes: None) ->
 
         def check(record: Record) -> None:
             if file.crc32(record.start, record.nbytes, shown(record.name), tell) != record.crc32:
-                raise Damaged(f"{path} is damaged: the checksum of its record {shown(record.name)} is another one")
+                raise Damaged(f"{path} has other bytes than were saved in its record {shown(record.name)}")
 
         for_each(records, check)
     return True
