@@ -1,6 +1,6 @@
 """Saving and loading a model's weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,8 @@ from torch import nn
 from gemini.errors import CheckpointError
 
 from .background import save
-from .contents import Content, Saving, write_all
+from .committed import newest
+from .contents import Saving
 from .hugging_face import may_be_missing, resolve_names
 from .match import match
 from .model_contents import Weights, configuration_files
@@ -23,6 +24,7 @@ from .weight_files import (
     INDEX_SUFFIX,
     SAFE_NAME,
     TORCH_NAME,
+    WEIGHT_NAMES,
     find_shards,
     read_sources,
     read_weight_map,
@@ -54,7 +56,8 @@ def save_model(
     checkpoint
         A name that ends in ``.safetensors``, or in ``.bin``, ``.pt`` or ``.pth`` (``torch.save`` of the state dict):
         one file. Anything else: a folder in the Hugging Face layout, which ``from_pretrained`` reads, with the
-        configuration of transformers' models. Other files in the folder stay.
+        configuration of transformers' models. Other files in the folder stay. Several ranks that save together write
+        a safetensors file each.
     shard
         Into a folder: cut the weights into files of ``size_per_shard``, with an index, if they are larger than that.
     prefix
@@ -101,7 +104,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
         Boosted or plain. Models of transformers also take checkpoints of their base model and the other way round, and
         tensors under the names that older versions gave them.
     checkpoint
-        A folder or a file.
+        A folder or a file; or a folder of checkpoints of `booster.save`, of which the newest is taken.
     strict
         Whether missing and unexpected tensors are an error, and a model that was saved in another state of training
         than the optimizer that has just been loaded. Shapes have to fit in any case.
@@ -114,7 +117,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
         Naming the file and everything that is wrong with it. The model is as it was, unless the message says that a
         file could not be read to its end, or changed, after it had been verified.
     """
-    path = Path(checkpoint)
+    path = newest(Path(checkpoint), *WEIGHT_NAMES)
     doing = f"load_model from {path}"
     with OpenFiles() as files:
         with checked_by_all(model, doing):
@@ -148,58 +151,52 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     return Checked(model, checkpoint, id, assign)
 
 
-def _file(model: nn.Module, folder: Path, name: str) -> Saving:
-    def write(contents: Sequence[Content]) -> None:
-        with Stage(folder, name) as stage:
-            write_all(stage, contents)
-            stage.commit([name])
-
-    return Saving(Weights.of(model, name, None).files, write)
+def _file(model: nn.Module, folder: Path, name: str, writers: Sequence[int]) -> Saving:
+    return Saving(Weights.of(model, name, None).files, folder, name, lambda stage: stage.commit([name]))
 
 
-def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Saving:
-    weights, configuration = Weights.of(model, name, limit), configuration_files(model)
+def _folder(model: nn.Module, folder: Path, name: str, limit: int | None, writers: Sequence[int]) -> Saving:
+    weights, configuration = Weights.of(model, name, limit, writers), configuration_files(model)
 
-    def write(contents: Sequence[Content]) -> None:
+    def commit(stage: Stage) -> None:
         names, others = ([content.name for content in each] for each in (weights.files, configuration))
-        index = name + INDEX_SUFFIX
-        with Stage(folder, f"{_prefix(name)}model") as stage:
-            write_all(stage, contents)
-            with stage.alone():
-                before = _weight_files(folder, name)
-                if weights.is_sharded:
-                    stage.commit_indexed(names, index, weights.index, others)
-                    _discard(stage, before, index, read_weight_map(folder / index).values())
-                else:
-                    stage.commit([*others, name])
-                    _discard(stage, before, name, [name])
+        entry = name + INDEX_SUFFIX if weights.is_sharded else name
+        with stage.alone():
+            before = _weight_files(folder, name)
+            if weights.is_sharded:
+                stage.commit_indexed(names, entry, weights.index, others, _preferred(entry))
+            else:
+                stage.commit([*others, name], _preferred(entry))
+            now = {entry, *(read_weight_map(folder / entry).values() if weights.is_sharded else ())}
+            stage.discard(file for file in before if file not in now)
 
-    return Saving([*configuration, *weights.files], write)
+    return Saving([*configuration, *weights.files], folder, f"{_prefix(name)}model", commit)
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:
     """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
-    first: list[str] = []
+    first = [file for file in _entries(prefix) if (folder / file).is_file()]
     others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
-        first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
-        if (folder / (base + INDEX_SUFFIX)).is_file():
+        if base + INDEX_SUFFIX in first:
             try:
-                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += read_weight_map(folder / (base + INDEX_SUFFIX)).values()
             except CheckpointError:
-                continue  # what cannot be read names nothing
+                pass  # what cannot be read names nothing
         others += find_shards(folder, base)
     return [*first, *dict.fromkeys(others)]
 
 
-def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
-    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
-    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
-    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
-    kept = {entry, *now}
-    old = [file for file in before if file not in kept]
-    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
+def _entries(prefix: str) -> list[str]:
+    """The files that make a folder a checkpoint, in the order in which loaders look for them."""
+    return [prefix + base + end for base in (SAFE_NAME, TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+
+
+def _preferred(entry: str) -> list[str]:
+    """What loaders look for before they look for ``entry``."""
+    files = _entries(_prefix(entry.removesuffix(INDEX_SUFFIX)))
+    return files[: files.index(entry)]
 
 
 def _prefix(name: str) -> str:
