@@ -25,7 +25,8 @@ LATEST = "latest"
 OPTIMIZER = "optimizer.json"
 _INDEX = ".index.json"
 _JSON = ("config.json", "generation_config.json", "adapter_config.json")
-_TORCH = (".bin", ".pt", ".pth", ".distcp")
+_TORCH = (".bin", ".pt", ".pth")
+_DISTRIBUTED = ".distcp"
 _BEFORE_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """How files of torch.save began before version 1.6."""
 
@@ -167,6 +168,9 @@ def _check(path: Path, tell: Tell) -> tuple[bool, str]:
         return _check_tensors(path)
     if path.suffix in _TORCH:
         return _check_torch(path, tell)
+    if path.suffix == _DISTRIBUTED:
+        with FileBytes(path):
+            return False, "values of torch.distributed.checkpoint"
     content = read_json(path)
     if path.name.endswith(OPTIMIZER):
         _check_named(path, content)
@@ -254,4 +258,4 @@ def _size(path: Path) -> int | None:
 
 
 def _is_known(name: str) -> bool:
-    return name in (MANIFEST_NAME, *_JSON) or name.endswith((".safetensors", *_TORCH, _INDEX, OPTIMIZER))
+    return name in (MANIFEST_NAME, *_JSON) or name.endswith((".safetensors", *_TORCH, _DISTRIBUTED, _INDEX, OPTIMIZER))
