@@ -35,7 +35,7 @@ _BYTE_ARRAYS = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n")
 
 _LIMIT_RECORDS = 500_000
 _PORTION_BYTES = 1 << 20
-_PICKLE_BYTES, _PICKLE_BYTES_A_RECORD = 8 << 20, 2 << 10
+_PICKLE_BYTES, _PICKLE_BYTES_A_RECORD = 16 << 20, 2 << 10
 """What the pickle of names and shapes may have, at least and with each record. torch's own have 0.1 to 0.3 KiB, and
 its unpickler turns each byte into up to 60 in memory."""
 
@@ -122,6 +122,11 @@ def _portions(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield portion
 
 
+def pickle_limit(records: int) -> int:
+    """Bytes that the pickle of an archive with this number of records may have."""
+    return _PICKLE_BYTES + _PICKLE_BYTES_A_RECORD * records
+
+
 def read_records(file: FileBytes) -> list[Record]:
     """All records, in the order of their places.
 
@@ -143,7 +148,7 @@ def read_records(file: FileBytes) -> list[Record]:
     if len(pickles) != 1:
         raise _fault(file, f"it has {len(pickles)} records that end in /data.pkl")
     (pickled,) = pickles
-    if pickled.nbytes > _PICKLE_BYTES + _PICKLE_BYTES_A_RECORD * len(records):
+    if pickled.nbytes > pickle_limit(len(records)):
         raise _fault(file, f"its pickle has {pickled.nbytes} bytes, too many for {len(records)} records")
     text = file.read(pickled.start, pickled.nbytes, "its pickle")
     if any(record.crc32 for record in records) and zlib.crc32(text) != pickled.crc32:

@@ -19,6 +19,7 @@ from gemini.checkpoint import (
     save_optimizer,
 )
 from gemini.errors import CheckpointError
+from gemini.formats import torch_zip
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.rules.option_ranges import group_faults
 
@@ -462,3 +463,18 @@ def test_a_pipe_does_not_stop_a_load(name: str, run: Small, tmp_path: Path) -> N
         run.booster.load_model(run.model, tmp_path / name)
     with pytest.raises(CheckpointError, match="is not a file"):
         load_lr_scheduler(scheduler("StepLR"), tmp_path / name)
+
+
+def test_what_would_be_too_long_to_load_is_refused_when_it_is_saved(
+    run: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_zip, "_PICKLE_BYTES", 30_000)
+    long = list(range(20_000))
+    each = scheduler("StepLR")
+    each.history = long
+    with pytest.raises(CheckpointError, match=r"takes \d+ bytes without its tensors.*Make tensors of long lists"):
+        save_lr_scheduler(each, tmp_path / "lr_scheduler.pt")
+    with pytest.raises(CheckpointError, match=r"extra\.pt would not load again: .* Make tensors of long lists"):
+        run.booster.save(tmp_path / "run", model=run.model, extra={"seen": long})
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    run.booster.save(tmp_path / "run", model=run.model, extra={"seen": torch.tensor(long)})
