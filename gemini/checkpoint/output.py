@@ -30,6 +30,7 @@ class Output:
     """
 
     def __init__(self, path: Path, final: Path, nbytes: int = 0) -> None:
+        self.path = path
         self.final = final
         self.written = 0
         self.fault: CheckpointError | None = None
