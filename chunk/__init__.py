@@ -25,6 +25,7 @@ from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
 from .plan import ChunkPlan
 from .search import ChunkSearch, search_chunk_numel
 from .shared_gradient import Gradient, SharedGradient
+from .slot_values import SlotValues, accept_replaced, open_to_replace, open_values
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
@@ -74,6 +75,7 @@ __all__ = [
     "SharedGradient",
     "SingleProcess",
     "Slot",
+    "SlotValues",
     "SplitBf16",
     "Staging",
     "TensorSpec",
@@ -98,4 +100,7 @@ __all__ = [
     "unmarked",
     "write_slot",
     "reach",
+    "accept_replaced",
+    "open_to_replace",
+    "open_values",
 ]

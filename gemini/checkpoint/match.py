@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from gemini.errors import CheckpointError
 
 from ..torch_private import IncompatibleKeys
+from .flat_values import FlatValues
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
 from .ranks import checked_by_all, loaded_by_all
+from .safetensors_stream import SafetensorsFile
 from .wording import listed
 
 _MISFITS_SHOWN = 20
@@ -24,10 +27,55 @@ class Source:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    file: SafetensorsFile | None = None
+    """Has it as ``name_in_file``; None: only `read` has it."""
+    name_in_file: str = ""
+
+    @classmethod
+    def in_file(cls, file: SafetensorsFile, name: str) -> "Source":
+        record = file.records[name]
+        return cls(record.shape, record.dtype, partial(file.read, name), file, name)
 
     @classmethod
     def of(cls, value: Tensor) -> "Source":
         return cls(tuple(value.shape), value.dtype, lambda: value)
+
+
+class Target(Protocol):
+    """Where values of one tensor go."""
+
+    def open_to_replace(self) -> FlatValues | None:
+        """The values where they are, all of which are going to be replaced; None where only `write` can do that."""
+
+    def replaced(self) -> None:
+        """Values have been replaced by means of `open_to_replace`."""
+
+    def write(self, value: Tensor) -> None:
+        """Replace all values at once."""
+
+
+def load_values(pairs: Iterable[tuple[Target, Source]]) -> None:
+    """Replace values: what files have is read in parts, where that is possible, all else one tensor at a time."""
+    of_file: dict[SafetensorsFile, dict[str, FlatValues]] = {}
+    others: list[tuple[Target, Source]] = []
+    opened: list[Target] = []
+    try:
+        for target, source in pairs:
+            values = None
+            if source.file is not None and source.name_in_file not in of_file.setdefault(source.file, {}):
+                values = target.open_to_replace()
+            if source.file is None or values is None:
+                others.append((target, source))
+            else:
+                opened.append(target)
+                of_file[source.file][source.name_in_file] = values
+        for file, targets in of_file.items():
+            file.load(targets)
+    finally:
+        for target in opened:
+            target.replaced()
+    for target, source in others:
+        target.write(source.read())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +109,8 @@ class Match:
             raise CheckpointError(f"{what} does not fit the model, which is as it was:\n    " + "\n    ".join(faults))
 
     def load(self, model: nn.Module) -> None:
-        """Copy everything into the model, one tensor at a time."""
-        for entry, source in self.pairs:
-            entry.write(source.read())
+        """Copy everything into the model: in parts where that is possible, else one tensor at a time."""
+        load_values(self.pairs)
         for name, value in self.extra.items():
             model.get_submodule(name.removesuffix(EXTRA_STATE).removesuffix(".")).set_extra_state(value)
 

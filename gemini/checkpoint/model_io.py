@@ -1,7 +1,7 @@
 """Saving and loading a model's weights."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from .hugging_face import may_be_missing, resolve_names, save_configuration
 from .match import match
 from .names import Entry, entries, extra_states
 from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import OpenFiles, SafetensorsWriter, TensorRecord
+from .safetensors_stream import OpenFiles, SafetensorsWriter, TensorRecord, TensorSource
 from .stage import Stage, remove
 from .torch_file import write_torch
 from .weight_files import (
@@ -216,10 +216,10 @@ def _write_safetensors(stage: Stage, file: str, held: Sequence[Entry], extra: Ma
             f"{stage.folder / file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
             "save with use_safetensors=False"
         )
-    reads: dict[str, Callable[[], Tensor]] = {entry.name: entry.read for entry in held}
-    reads.update({name: value.detach().cpu for name, value in extra.items()})
+    sources = {entry.name: TensorSource(entry.dtype, entry.open, entry.read) for entry in held}
+    sources.update({name: TensorSource.of(value) for name, value in extra.items()})
     records = [TensorRecord(entry.name, entry.dtype, entry.shape) for entry in held]
     records += [TensorRecord(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
     writer = SafetensorsWriter(records, _METADATA)
     with stage.create(file, writer.nbytes) as out:
-        writer.write(out, lambda name: reads[name]())
+        writer.write(out, sources)

@@ -1,7 +1,7 @@
 """Saving and loading optimizer states. Masters of a boosted model are saved with the model."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .optimizer_files import (
     read_optimizer,
 )
 from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import OpenFiles, SafetensorsWriter, TensorRecord
+from .safetensors_stream import OpenFiles, SafetensorsWriter, TensorRecord, TensorSource
 from .stage import Stage, remove
 from .tensor_parallel import refuse_parts
 from .torch_file import write_torch
@@ -131,7 +131,7 @@ def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: 
             of_name = {each.record.name: each for each in part}
             writer = SafetensorsWriter([each.record for each in part], {"format": "pt"})
             with stage.create(file, writer.nbytes) as out:
-                writer.write(out, partial(_read_of, of_name))
+                writer.write(out, {name: each.source for name, each in of_name.items()})
         stage.commit_indexed(files, name, text)
     now = _files_of(folder / name)
     remove(folder / file for file in before if file not in now)
@@ -142,7 +142,7 @@ class _Tensor:
     """A tensor that is to be written, unread."""
 
     record: TensorRecord
-    read: Callable[[], Tensor]
+    source: TensorSource
 
 
 def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], list[_Tensor]]:
@@ -154,7 +154,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
         saved, states = _hooked(optimizer, path)
         for index, state in states.items():
             steps[index] = steps_of(rule, state)
-            found += [_Tensor(r, partial(_on_cpu, state, _key(r))) for r in _records(rule, index, state, path)]
+            found += [_Tensor(r, TensorSource.of(state[_key(r)])) for r in _records(rule, index, state, path)]
     else:
         optimizer.before_state_dict()
         saved = [optimizer.saved_options(group) for group in optimizer.param_groups]
@@ -162,7 +162,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
             if _has_state(optimizer, parameter):
                 steps[index] = _step_of(optimizer, parameter)
                 records = _records(rule, index, _shown(optimizer, parameter), path)
-                found += [_Tensor(r, partial(_read, optimizer, parameter, _key(r))) for r in records]
+                found += [_Tensor(r, _source(optimizer, parameter, r)) for r in records]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -198,10 +198,6 @@ def _records(rule: Rule, index: int, state: Mapping[str, Any], path: Path) -> It
             )
 
 
-def _read_of(tensors: Mapping[str, _Tensor], name: str) -> Tensor:
-    return tensors[name].read()
-
-
 def _key(record: TensorRecord) -> str:
     return record.name.partition(".")[2]
 
@@ -214,17 +210,12 @@ def _shown(optimizer: ManagedOptimizer, parameter: Tensor) -> Mapping[str, Any]:
     return optimizer.exported_state(parameter)
 
 
-def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:
-    step = _managed(optimizer)
-    if step is not None and step.kept.keeps(parameter):
-        value: Tensor = step.kept.copy(parameter, name)
-        return value
-    return _on_cpu(optimizer.exported_state(parameter), name)
-
-
-def _on_cpu(state: Mapping[str, Any], name: str) -> Tensor:
-    value: Tensor = state[name]
-    return value.detach().cpu()
+def _source(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord) -> TensorSource:
+    step, name = _managed(optimizer), _key(record)
+    if step is None or not step.kept.keeps(parameter):
+        return TensorSource.of(optimizer.exported_state(parameter)[name])
+    kept = step.kept
+    return TensorSource(record.dtype, partial(kept.open_values, parameter, name), partial(kept.copy, parameter, name))
 
 
 def _groups(optimizer: ManagedOptimizer, saved: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:

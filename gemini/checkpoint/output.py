@@ -1,13 +1,18 @@
 """One file being written: every byte counted, forced to the disk at the end, faults in our words."""
 
+import ctypes
 import errno
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 from gemini.errors import CheckpointError
 from gemini.sizes import format_bytes
 
+_SYNC_FILE_RANGE_WRITE = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -35,6 +40,7 @@ class Output:
         self.fault: CheckpointError | None = None
         """The first fault, for callers whose library hides it."""
         self._nbytes = nbytes
+        self._lock = Lock()
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -71,15 +77,20 @@ class Output:
         return done
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of ``data`` from byte ``offset`` on. Not mixed with `write`."""
+        """Write all of ``data`` from byte ``offset`` on; any thread may. Not mixed with `write`."""
         view, done = memoryview(data), 0
         try:
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], offset + done)
         except OSError as error:
             raise self._failure(error) from error
-        finally:
+        with self._lock:
             self.written += done
+
+    def begin_writeback(self, offset: int, nbytes: int) -> None:
+        """Have the system begin to write these bytes to the disk, so that little is left for the sync at the end."""
+        if (sync_file_range := _sync_file_range()) is not None:
+            sync_file_range(self._fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)  # what fails here, fails in the sync
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -109,3 +120,14 @@ def _reserve(fd: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Linux's, which Python lacks; None elsewhere."""
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function

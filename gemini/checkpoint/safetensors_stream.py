@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -17,11 +18,21 @@ import torch
 from torch import Tensor
 
 from gemini.errors import CheckpointError
-from gemini.tensor_file import Malformed, Unsealed, damaged, read_header
+from gemini.process_wide import compute_on_this_thread
+from gemini.tensor_file import Malformed, Sums, Team, Unsealed, damaged, read_header
 
+from .blocks import BLOCK_BYTES, BlockMemory, Part, parts_of, runs_of
+from .flat_values import FlatValues, TensorValues
+from .moves import fill, read_run, write_run
 from .output import Output
 from .raw import DTYPE_NAMES, DTYPES, bytes_of
 from .wording import listed
+
+Tell = Callable[[int], None]
+
+
+def unseen(nbytes: int) -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,26 @@ class TensorRecord:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """Values that are to be written."""
+
+    dtype: torch.dtype
+    """Of the values; the file may have another, to which they are rounded."""
+    open: Callable[[], FlatValues | None]
+    """The values where they are, if any thread can read them there in parts."""
+    read: Callable[[], Tensor]
+    """A copy of them all, on CPU."""
+
+    @classmethod
+    def of(cls, value: Tensor) -> "TensorSource":
+        """What a tensor has now."""
+        return cls(value.dtype, lambda: None, value.detach().cpu)
+
+    def read_whole(self) -> Tensor:
+        return self.read().contiguous()
 
 
 class SafetensorsWriter:
@@ -67,31 +98,37 @@ class SafetensorsWriter:
         self.nbytes = self._header.file_nbytes
         """Of the whole file."""
 
-    def write(self, out: Output, read: Callable[[str], Tensor]) -> None:
+    def write(self, out: Output, sources: Mapping[str, TensorSource], tell: Tell = unseen) -> None:
         """Write everything.
 
         Parameters
         ----------
-        read
-            Gives the value of a name; asked once for each, in the order of `records`.
+        sources
+            The values, by name; opened or read on this thread, one after the other, in the order of `records`.
+        tell
+            Told how many bytes have been written so far.
         """
-        checksums = []
-        for record, begin in zip(self.records, self._header.begins, strict=True):
-            checksums.append(self._append(out, record, begin, read))
-        out.write_at(0, self._header.sealed(checksums))
+        sums = Sums(len(self.records))
+        with Team(BlockMemory, tell, _compute_alone) as team:
+            for run in runs_of(self._parts(sources, team)):
+                team.do(partial(write_run, out, run, sums))
+        out.write_at(0, self._header.sealed(sums.all()))
 
-    @staticmethod
-    def _append(out: Output, record: TensorRecord, begin: int, read: Callable[[str], Tensor]) -> int:
-        value = read(record.name)
-        if value.dtype != record.dtype or tuple(value.shape) != record.shape:
-            raise CheckpointError(
-                f"{record.name} changed while it was saved: from {record.dtype} {record.shape} to {value.dtype} "
-                f"{tuple(value.shape)}"
-            )
-        value = value.contiguous()
-        data = bytes_of(value)
-        out.write_at(begin, data)
-        return zlib.crc32(data)
+    def _parts(self, sources: Mapping[str, TensorSource], team: Team[BlockMemory]) -> Iterator[Part | None]:
+        for index, (record, begin) in enumerate(zip(self.records, self._header.begins, strict=True)):
+            source = sources[record.name]
+            values = source.open()
+            if values is None:
+                if record.nbytes > BLOCK_BYTES:  # not two of them at a time
+                    yield None
+                    team.settle()
+                values = TensorValues(source.read_whole())
+            if values.dtype != source.dtype or values.numel != prod(record.shape):
+                raise CheckpointError(
+                    f"{record.name} changed while it was saved: from {source.dtype} {record.shape} to {values.numel} "
+                    f"elements of {values.dtype}"
+                )
+            yield from parts_of(index, values, record.dtype, begin)
 
 
 class SafetensorsFile:
@@ -112,12 +149,14 @@ class SafetensorsFile:
         try:
             with self._faults("its header"):
                 self._header = read_header(self._fd)
-                self._verified = self._version()
+                self._opened = self._version()
         except BaseException:
             self.close()
             raise
         self.records = {name: TensorRecord(name, DTYPES[t.dtype], t.shape) for name, t in self._header.tensors.items()}
         self.metadata = self._header.metadata
+        self._index = {name: index for index, name in enumerate(self.records)}
+        self._is_verified = False
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -131,8 +170,13 @@ class SafetensorsFile:
             os.close(self._fd)
             self._fd = -1
 
-    def verify(self) -> None:
+    def verify(self, tell: Tell = unseen) -> None:
         """Compare all tensors with their checksums; without any, do nothing.
+
+        Parameters
+        ----------
+        tell
+            Told how many bytes have been read so far.
 
         Raises
         ------
@@ -140,13 +184,13 @@ class SafetensorsFile:
             If one disagrees.
         """
         with self._faults("its tensors"):
-            self._verified = self._version()
-            found = damaged(self._fd, self._header)
+            found = damaged(self._fd, self._header, tell)
         if found:
             raise CheckpointError(
                 f"{self.path} is damaged: {listed(found)} have other bytes than were saved. Load another "
                 "checkpoint; verify=False reads this one as it is"
             )
+        self._is_verified = True
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own.
@@ -156,18 +200,44 @@ class SafetensorsFile:
         CheckpointError
             If the file is not the one that was opened and verified any more.
         """
-        record, place = self.records[name], self._header.tensors[name]
+        record = self.records[name]
         value = torch.empty(record.shape, dtype=record.dtype, device="cpu")
         with self._faults(f"tensor {name!r}"):
-            out, done = bytes_of(value), 0
-            while done < len(out):
-                count = os.preadv(self._fd, [out[done:]], place.begin + done)
-                if not count:
-                    raise Malformed(f"it became shorter while tensor {name!r} was read")
-                done += count
-            if self._version() != self._verified:
-                raise CheckpointError(f"{self.path} was changed by another program while it was loaded")
+            fill(self._fd, bytes_of(value), self._header.tensors[name].begin)
+            self._check_unchanged({self._index[name]: zlib.crc32(bytes_of(value))})
         return value
+
+    def load(self, targets: Mapping[str, FlatValues], tell: Tell = unseen) -> None:
+        """Replace values by those of the tensors with these names.
+
+        Parameters
+        ----------
+        tell
+            Told how many bytes have been read so far.
+
+        Raises
+        ------
+        CheckpointError
+            As `read`; any values may have been replaced then.
+        """
+        sums = Sums(len(self.records))
+        with self._faults("its tensors"):
+            with Team(BlockMemory, tell, _compute_alone) as team:
+                for run in runs_of(self._parts(targets)):
+                    team.do(partial(read_run, self._fd, run, sums))
+            found = sums.all()
+            self._check_unchanged({self._index[name]: found[self._index[name]] for name in targets})
+
+    def _parts(self, targets: Mapping[str, FlatValues]) -> Iterator[Part]:
+        tensors = self._header.tensors
+        for name in sorted(targets, key=lambda name: tensors[name].begin):
+            yield from parts_of(self._index[name], targets[name], self.records[name].dtype, tensors[name].begin)
+
+    def _check_unchanged(self, found: Mapping[int, int]) -> None:
+        """Raise if the file is not as it was verified; ``found`` are the CRC-32s of tensors that were read."""
+        due = self._header.checksums if self._is_verified else None
+        if self._version() != self._opened or (due is not None and any(crc != due[i] for i, crc in found.items())):
+            raise CheckpointError(f"{self.path} was changed by another program while it was loaded")
 
     def _version(self) -> tuple[int, int]:
         status = os.fstat(self._fd)
@@ -206,3 +276,7 @@ class OpenFiles:
         """Compare all tensors of all files with their checksums; see `SafetensorsFile.verify`."""
         for file in self._files:
             file.verify()
+
+
+def _compute_alone() -> None:
+    compute_on_this_thread(torch.get_num_threads, torch.set_num_threads)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -141,7 +140,7 @@ def shard_names(name: str, count: int) -> list[str]:
 def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         file = files.open(path)
-        return {name: Source(r.shape, r.dtype, partial(file.read, name)) for name, r in file.records.items()}
+        return {name: Source.in_file(file, name) for name in file.records}
     stored = read_torch(path)
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         raise CheckpointError(f"{path} does not hold a state dict (a dict from names to tensors)")

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import MASTER, BufferSpec, Chunk, Marked, Together
+from ..chunk import MASTER, BufferSpec, Chunk, Marked, SlotValues, Together
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
 from ..updates.values import Values
-from .saved_states import codec_of, home_of, read_state, write_state
+from .saved_states import codec_of, home_of, open_state, read_state, write_state
 from .shown_states import ShownStates
 from .state_tensor import StateTensor
 
@@ -120,6 +120,12 @@ class KeptStates:
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         return read_state(self._values, self._rule, parameter, name)
+
+    def open_values(self, parameter: Tensor, name: Any) -> SlotValues | None:
+        """One entry of a state where it is, for reading in parts; None where only `copy` has it as state dicts do."""
+        if name == STEP or name in self._notes.get(id(parameter), {}):
+            return None
+        return open_state(self._values, self._rule, parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""

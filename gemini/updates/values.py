@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..chunk import ChunkManager
+from ..chunk import ChunkManager, SlotValues, accept_replaced, open_to_replace, open_values
 from .schedule import UpdateSchedule
 
 
@@ -27,6 +27,20 @@ class Values:
         """See `ChunkManager.read`."""
         self.check_readable()
         return self.manager.read(parameter, name)
+
+    def open(self, parameter: Tensor, name: str) -> SlotValues | None:
+        """See `open_values`."""
+        self.check_readable()
+        return open_values(self.manager, parameter, name)
+
+    def open_to_replace(self, parameter: Tensor, name: str) -> SlotValues | None:
+        """See `gemini.chunk.open_to_replace`; `replaced` has to be called afterwards."""
+        return open_to_replace(self.manager, parameter, name)
+
+    def replaced(self, parameter: Tensor, name: str) -> None:
+        """Values have been replaced by means of `open_to_replace`."""
+        accept_replaced(self.manager, parameter, name)
+        self._schedule.replaced(parameter, name)
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """See `ChunkManager.write`."""
