@@ -24,7 +24,7 @@ class SlotValues:
     numel
         How many there are.
     memory
-        The values themselves (flat), where RAM has them in this form; else None.
+        The values themselves (flat), where RAM has them in this form and nothing else follows from them; else None.
     """
 
     def __init__(self, chunk: Chunk, position: int, name: str) -> None:
@@ -35,21 +35,37 @@ class SlotValues:
         self.dtype = codec.dtype
         self.numel = place.numel
         home = chunk.homes[codec.specs[0].name]
-        self._is_on_disk = home.tier is Tier.DISK
-        is_plain = not codec.computes and home.dtype == codec.dtype and len(codec.specs) == 1
-        self.memory = home.tensor.narrow(0, place.index, self.numel) if is_plain and home.tensor is not None else None
+        is_plain = not codec.computes and home.dtype == codec.dtype
+        self._on_disk = home if is_plain and home.tier is Tier.DISK else None
+        self._in_ram: Tensor | None = None
+        if is_plain and home.tensor is not None:
+            self._in_ram = home.tensor.narrow(0, place.index, self.numel)
+        self.memory = self._in_ram if len(codec.specs) == 1 else None
 
-    def offset_in_page(self, start: int) -> int:
-        """Where in a page of RAM an element should be that is read or written: a disk then takes it without a copy."""
-        return (self._index + start) * self.dtype.itemsize % PAGE_BYTES if self._is_on_disk else 0
+    def page_offset(self, start: int) -> int:
+        """Where in a page the value at ``start`` should be that is written: the disk then takes it without a copy."""
+        return (self._index + start) * self.dtype.itemsize % PAGE_BYTES if self._on_disk is not None else 0
 
-    def read(self, start: int, out: Tensor) -> None:
-        """Copy values ``[start, start + out.numel())`` into ``out`` (flat, on CPU, of their dtype)."""
-        codec = self._chunk.codecs[self._name]
-        if codec.computes or len(codec.specs) != 1:
-            out.copy_(read_part(self._chunk, self._name, self._index + start, out.numel()))
-        else:
-            self._chunk.homes[codec.specs[0].name].read(self._index + start, out)
+    def read(self, start: int, numel: int, room: Tensor) -> Tensor:
+        """Values from ``start`` on (flat, on CPU, not to be changed).
+
+        Parameters
+        ----------
+        room
+            Bytes, from the beginning of a page on: for the values and two pages more. They may be read into that.
+        """
+        index = self._index + start
+        if self._in_ram is not None:
+            return self._in_ram.narrow(0, start, numel)
+        if self._on_disk is None:
+            return read_part(self._chunk, self._name, index, numel)
+        # Whole pages, which go around the page cache; what else is in them belongs to parameters nearby.
+        in_page = PAGE_BYTES // self.dtype.itemsize
+        first = index // in_page * in_page
+        last = min(-(-(index + numel) // in_page) * in_page, self._on_disk.numel)
+        pages = room[: (last - first) * self.dtype.itemsize].view(self.dtype)
+        self._on_disk.read(first, pages)
+        return pages.narrow(0, index - first, numel)
 
     def write(self, start: int, values: Tensor) -> None:
         """Replace values from ``start`` on (flat, on CPU, any dtype)."""

@@ -42,22 +42,35 @@ class Part:
         return self.begin + (self.stop - self.start) * self.dtype.itemsize
 
     @property
-    def memory(self) -> Tensor | None:
-        """The values themselves, if RAM has them as the file does."""
-        memory = self.values.memory
-        if memory is None or memory.dtype != self.dtype:
-            return None
-        return memory.narrow(0, self.start, self.stop - self.start)
+    def is_kept_so(self) -> bool:
+        """True if the values are kept as the file has them."""
+        return self.values.dtype == self.dtype
+
+    @property
+    def page_offset(self) -> int:
+        """Where in a page the part should be that is read from the file."""
+        return self.values.page_offset(self.start) if self.is_kept_so else 0
 
 
 Block = list[Part]
 """Parts that follow each other in the file."""
 
 
-def parts_of(index: int, values: FlatValues, dtype: torch.dtype, begin: int) -> Iterator[Part]:
-    """Cut one tensor where pages of its home end; an empty one has no parts."""
+def parts_to_write(index: int, values: FlatValues, dtype: torch.dtype, begin: int) -> Iterator[Part]:
+    """Cut one tensor where blocks of the file begin."""
+    step = BLOCK_BYTES // dtype.itemsize
+    return _parts(index, values, dtype, begin, begin % BLOCK_BYTES // dtype.itemsize, step)
+
+
+def parts_to_read(index: int, values: FlatValues, dtype: torch.dtype, begin: int) -> Iterator[Part]:
+    """Cut one tensor where pages of its home begin."""
     step = BLOCK_BYTES // max(dtype.itemsize, values.dtype.itemsize)
-    start, stop = 0, step - values.offset_in_page(0) // values.dtype.itemsize
+    return _parts(index, values, dtype, begin, values.page_offset(0) // values.dtype.itemsize, step)
+
+
+def _parts(index: int, values: FlatValues, dtype: torch.dtype, begin: int, offset: int, step: int) -> Iterator[Part]:
+    """Parts of ``step`` elements; the first one has ``offset`` less. An empty tensor has none."""
+    start, stop = 0, step - offset
     while start < values.numel:
         yield Part(index, values, start, min(stop, values.numel), dtype, begin + start * dtype.itemsize)
         start, stop = stop, stop + step
@@ -85,17 +98,16 @@ def runs_of(parts: Iterable[Part | None]) -> Iterator[list[Block]]:
 
 
 class BlockMemory:
-    """Room for one block, twice: in the file's form, and as the values are kept. Of whole pages."""
+    """Room for one block: in the file's form, and as the values are kept. Both begin with a page."""
 
     def __init__(self) -> None:
-        self._areas = [
-            torch.frombuffer(mmap.mmap(-1, BLOCK_BYTES + mmap.PAGESIZE), dtype=torch.uint8) for _ in range(2)
-        ]
+        self._filed = _pages(BLOCK_BYTES + mmap.PAGESIZE)
+        self.room = _pages(BLOCK_BYTES + 2 * mmap.PAGESIZE)
 
-    def filed(self, nbytes: int, offset_in_page: int = 0) -> Tensor:
-        """Bytes as the file has them."""
-        return self._areas[0].narrow(0, offset_in_page, nbytes)
+    def filed(self, nbytes: int, page_offset: int) -> Tensor:
+        """Bytes as the file has them, from this place in a page on."""
+        return self._filed.narrow(0, page_offset, nbytes)
 
-    def kept(self, numel: int, dtype: torch.dtype, offset_in_page: int = 0) -> Tensor:
-        """Values as they are kept."""
-        return self._areas[1].narrow(0, offset_in_page, numel * dtype.itemsize).view(dtype)
+
+def _pages(nbytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)

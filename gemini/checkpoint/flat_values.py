@@ -19,11 +19,17 @@ class FlatValues(Protocol):
     numel: int
     memory: Tensor | None
 
-    def offset_in_page(self, start: int) -> int:
-        """Where in a page of RAM it is best to have the element that is read or written."""
+    def page_offset(self, start: int) -> int:
+        """Where in a page it is best to have the value at ``start`` that is written."""
 
-    def read(self, start: int, out: Tensor) -> None:
-        """Copy values ``[start, start + out.numel())`` into ``out`` (flat, on CPU, of their dtype)."""
+    def read(self, start: int, numel: int, room: Tensor) -> Tensor:
+        """Values from ``start`` on (flat, on CPU, not to be changed).
+
+        Parameters
+        ----------
+        room
+            Bytes, from the beginning of a page on: for the values and two pages more. They may be read into that.
+        """
 
     def write(self, start: int, values: Tensor) -> None:
         """Replace values from ``start`` on (flat, on CPU, any dtype)."""
@@ -33,17 +39,16 @@ class TensorValues:
     """The values of a contiguous tensor on CPU (`FlatValues`)."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.memory: Tensor | None = tensor.detach().view(-1)
+        self._values = tensor.detach().view(-1)
+        self.memory: Tensor | None = self._values
         self.dtype = tensor.dtype
         self.numel = tensor.numel()
 
-    def offset_in_page(self, start: int) -> int:
+    def page_offset(self, start: int) -> int:
         return 0
 
-    def read(self, start: int, out: Tensor) -> None:
-        assert self.memory is not None
-        out.copy_(self.memory.narrow(0, start, out.numel()))
+    def read(self, start: int, numel: int, room: Tensor) -> Tensor:
+        return self._values.narrow(0, start, numel)
 
     def write(self, start: int, values: Tensor) -> None:
-        assert self.memory is not None
-        self.memory.narrow(0, start, values.numel()).copy_(values)
+        self._values.narrow(0, start, values.numel()).copy_(values)

@@ -1,5 +1,6 @@
 """Moves runs of blocks between a file and where the values are, and sums what the file has."""
 
+import mmap
 import os
 import zlib
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from gemini.tensor_file import Malformed, Sums
 
-from .blocks import Block, BlockMemory, Part
+from .blocks import BLOCK_BYTES, Block, BlockMemory, Part
 from .output import Output
 from .raw import bytes_of
 
@@ -15,19 +16,16 @@ from .raw import bytes_of
 def write_run(out: Output, run: list[Block], sums: Sums, memory: BlockMemory) -> int:
     """Write values, rounded to the file's dtype; returns how many bytes these are.
 
-    Straight from the memory of the values where that has them as the file does.
+    Each is copied once, into the block: from there it goes around the page cache, where the file system can do that.
     """
     for block in run:
         begin = block[0].begin
-        if len(block) == 1 and (own := block[0].memory) is not None:
-            data = bytes_of(own)
-        else:
-            filed = memory.filed(block[-1].end - begin, _offset(block))
-            for part in block:
-                _read_values(part, filed.narrow(0, part.begin - begin, part.end - part.begin).view(part.dtype), memory)
-            data = bytes_of(filed)
+        filed = memory.filed(block[-1].end - begin, begin % mmap.PAGESIZE)
+        data = bytes_of(filed)
         for part in block:
-            _sum(part, data[part.begin - begin : part.end - begin], sums)
+            place = slice(part.begin - begin, part.end - begin)
+            _gather(part, filed[place].view(part.dtype), memory.room)
+            sums.add(part.begin, part.index, zlib.crc32(data[place]), len(data[place]))
         out.write_at(begin, data)
     begin, end = run[0][0].begin, run[-1][-1].end
     out.begin_writeback(begin, end - begin)
@@ -46,17 +44,17 @@ def read_run(fd: int, run: list[Block], sums: Sums, memory: BlockMemory) -> int:
     """
     for block in run:
         begin = block[0].begin
-        if len(block) == 1 and (own := block[0].memory) is not None:
-            data = bytes_of(own)
-            fill(fd, data, begin)
-            _sum(block[0], data, sums)
+        if len(block) == 1 and (own := _own_memory(block[0])) is not None:
+            fill(fd, bytes_of(own), begin)
+            sums.add(begin, block[0].index, zlib.crc32(bytes_of(own)), own.nbytes)
             continue
-        filed = memory.filed(block[-1].end - begin, _offset(block))
+        filed = memory.filed(block[-1].end - begin, block[0].page_offset)
         data = bytes_of(filed)
         fill(fd, data, begin)
         for part in block:
-            _sum(part, data[part.begin - begin : part.end - begin], sums)
-            stored = filed.narrow(0, part.begin - begin, part.end - part.begin)
+            place = slice(part.begin - begin, part.end - begin)
+            sums.add(part.begin, part.index, zlib.crc32(data[place]), len(data[place]))
+            stored = filed[place]
             if stored.storage_offset() % part.dtype.itemsize:
                 stored = stored.clone()  # files of others may have tensors anywhere
             part.values.write(part.start, stored.view(part.dtype))
@@ -73,24 +71,13 @@ def fill(fd: int, out: memoryview, begin: int) -> None:
         done += count
 
 
-def _offset(block: Block) -> int:
-    """Where in a page a block begins: only large parts, which have a block to themselves, have a wish."""
-    part = block[0]
-    is_kept_so = len(block) == 1 and part.values.dtype == part.dtype
-    return part.values.offset_in_page(part.start) if is_kept_so else 0
+def _gather(part: Part, out: Tensor, room: Tensor) -> None:
+    step = BLOCK_BYTES // part.values.dtype.itemsize
+    for start in range(part.start, part.stop, step):
+        numel = min(step, part.stop - start)
+        out.narrow(0, start - part.start, numel).copy_(part.values.read(start, numel, room))
 
 
-def _read_values(part: Part, filed: Tensor, memory: BlockMemory) -> None:
-    numel = part.stop - part.start
-    if part.values.dtype == part.dtype:
-        part.values.read(part.start, filed)
-    elif (own := part.values.memory) is not None:
-        filed.copy_(own.narrow(0, part.start, numel))
-    else:
-        kept = memory.kept(numel, part.values.dtype, part.values.offset_in_page(part.start))
-        part.values.read(part.start, kept)
-        filed.copy_(kept)
-
-
-def _sum(part: Part, data: memoryview, sums: Sums) -> None:
-    sums.add(part.begin, part.index, zlib.crc32(data), len(data))
+def _own_memory(part: Part) -> Tensor | None:
+    memory = part.values.memory
+    return memory.narrow(0, part.start, part.stop - part.start) if memory is not None and part.is_kept_so else None

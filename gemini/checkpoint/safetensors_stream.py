@@ -21,7 +21,7 @@ from gemini.errors import CheckpointError
 from gemini.process_wide import compute_on_this_thread
 from gemini.tensor_file import Malformed, Sums, Team, Unsealed, damaged, read_header
 
-from .blocks import BLOCK_BYTES, BlockMemory, Part, parts_of, runs_of
+from .blocks import BLOCK_BYTES, BlockMemory, Part, parts_to_read, parts_to_write, runs_of
 from .flat_values import FlatValues, TensorValues
 from .moves import fill, read_run, write_run
 from .output import Output
@@ -112,7 +112,7 @@ class SafetensorsWriter:
         with Team(BlockMemory, tell, _compute_alone) as team:
             for run in runs_of(self._parts(sources, team)):
                 team.do(partial(write_run, out, run, sums))
-        out.write_at(0, self._header.sealed(sums.all()))
+        out.write_at(0, memoryview(bytearray(self._header.sealed(sums.all()))))
 
     def _parts(self, sources: Mapping[str, TensorSource], team: Team[BlockMemory]) -> Iterator[Part | None]:
         for index, (record, begin) in enumerate(zip(self.records, self._header.begins, strict=True)):
@@ -128,7 +128,7 @@ class SafetensorsWriter:
                     f"{record.name} changed while it was saved: from {source.dtype} {record.shape} to {values.numel} "
                     f"elements of {values.dtype}"
                 )
-            yield from parts_of(index, values, record.dtype, begin)
+            yield from parts_to_write(index, values, record.dtype, begin)
 
 
 class SafetensorsFile:
@@ -231,7 +231,7 @@ class SafetensorsFile:
     def _parts(self, targets: Mapping[str, FlatValues]) -> Iterator[Part]:
         tensors = self._header.tensors
         for name in sorted(targets, key=lambda name: tensors[name].begin):
-            yield from parts_of(self._index[name], targets[name], self.records[name].dtype, tensors[name].begin)
+            yield from parts_to_read(self._index[name], targets[name], self.records[name].dtype, tensors[name].begin)
 
     def _check_unchanged(self, found: Mapping[int, int]) -> None:
         """Raise if the file is not as it was verified; ``found`` are the CRC-32s of tensors that were read."""

@@ -1,7 +1,8 @@
-"""Threads that share the work on files with the calling thread."""
+"""Threads that share the work on files."""
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Condition, Thread
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -9,14 +10,14 @@ from typing import Generic, TypeVar
 from gemini.cores import usable_cores
 from gemini.process_wide import IO_STACK_BYTES, small_stacks
 
-MOST_HELPERS = 3
+MOST_THREADS = 4
 """More do not make one disk faster."""
 
 B = TypeVar("B")
 
 
 class Team(Generic[B]):
-    """Does tasks on some threads, and on the calling one while these are busy. A context manager; it ends with them.
+    """Does tasks on some threads; on the calling one only if the system refuses them all. A context manager.
 
     Each task has a buffer to itself while it runs. The first error ends the work: tasks that have not begun are
     dropped, and `do` or `settle` raises it.
@@ -28,9 +29,10 @@ class Team(Generic[B]):
     tell
         Told on the calling thread how many bytes have been done so far.
     begin
-        Called first on each other thread.
-    helpers
-        Threads beside the calling one; None: as many as the cores allow. Fewer if the system refuses them.
+        Called first on each thread; a RuntimeError of it is ignored.
+    count
+        Threads; None: one more than there are cores, as they wait for the disk as well. Fewer if the system refuses
+        them.
     """
 
     def __init__(
@@ -38,19 +40,18 @@ class Team(Generic[B]):
         make_buffer: Callable[[], B],
         tell: Callable[[int], None] = lambda nbytes: None,
         begin: Callable[[], None] = lambda: None,
-        helpers: int | None = None,
+        count: int | None = None,
     ) -> None:
         self._buffer = make_buffer()
         self._tell = tell
         self._begin = begin
         self._changed = Condition()
         self._tasks: deque[Callable[[B], int]] = deque()
-        self._running = 0
+        self._unfinished = 0
         self._done_bytes = 0
         self._fault: BaseException | None = None
         self._is_over = False
-        wanted = min(usable_cores() - 1, MOST_HELPERS) if helpers is None else helpers
-        self._threads = self._started(make_buffer, wanted)
+        self._threads = self._started(make_buffer, min(usable_cores() + 1, MOST_THREADS) if count is None else count)
 
     def __enter__(self) -> "Team[B]":
         return self
@@ -70,23 +71,23 @@ class Team(Generic[B]):
                 thread.join()
 
     def do(self, task: Callable[[B], int]) -> None:
-        """Have a task done, now or soon; it returns how many bytes it was.
+        """Have a task done soon; it returns how many bytes it was. Waits while as many wait as there are threads.
 
         Raises
         ------
         BaseException
             Of this task, or of an earlier one.
         """
-        with self._changed:
-            is_taken = len(self._tasks) < len(self._threads)
-            if is_taken:
+        if self._threads:
+            self._wait_until(lambda: len(self._tasks) < len(self._threads))
+            with self._changed:
                 self._tasks.append(task)
-                self._changed.notify()
-            else:
-                self._running += 1
-        if not is_taken:
+                self._unfinished += 1
+                self._changed.notify_all()
+        else:
+            self._unfinished += 1
             self._work(task, self._buffer)
-        self._report()
+            self._wait_until(lambda: True)
 
     def settle(self) -> None:
         """Return when all tasks are done.
@@ -96,13 +97,18 @@ class Team(Generic[B]):
         BaseException
             The first error.
         """
-        while (task := self._take()) is not None:
-            self._work(task, self._buffer)
-            self._report()
-        with self._changed:
-            while self._running:
-                self._changed.wait()
-        self._report()
+        self._wait_until(lambda: not self._unfinished)
+
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
+        while True:
+            with self._changed:
+                if not (is_over := is_so() or self._fault is not None):
+                    self._changed.wait()
+            if self._fault is not None:
+                raise self._fault
+            self._tell(self._done_bytes)
+            if is_over:
+                return
 
     def _started(self, make_buffer: Callable[[], B], count: int) -> list[Thread]:
         threads: list[Thread] = []
@@ -117,25 +123,17 @@ class Team(Generic[B]):
         return threads
 
     def _help(self, buffer: B) -> None:
-        self._begin()
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._tasks or self._is_over)
-            task = self._take()
-            if task is not None:
-                self._work(task, buffer)
-            elif self._is_over:
-                return
+        with suppress(RuntimeError):
+            self._begin()
+        while (task := self._next()) is not None:
+            self._work(task, buffer)
 
-    def _take(self) -> Callable[[B], int] | None:
+    def _next(self) -> Callable[[B], int] | None:
         with self._changed:
-            if not self._tasks:
-                return None
-            self._running += 1
-            return self._tasks.popleft()
+            self._changed.wait_for(lambda: self._tasks or self._is_over)
+            return self._tasks.popleft() if self._tasks else None
 
     def _work(self, task: Callable[[B], int], buffer: B) -> None:
-        """Do a task that has been counted as running."""
         nbytes = 0
         fault: BaseException | None = None
         try:
@@ -144,12 +142,7 @@ class Team(Generic[B]):
         except BaseException as error:
             fault = error
         with self._changed:
-            self._running -= 1
+            self._unfinished -= 1
             self._done_bytes += nbytes
             self._fault = self._fault or fault
             self._changed.notify_all()
-
-    def _report(self) -> None:
-        if self._fault is not None:
-            raise self._fault
-        self._tell(self._done_bytes)
