@@ -8,6 +8,7 @@ from gemini.process_wide import IO_STACK_BYTES
 from .accelerator import AcceleratorBackend
 from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
 from .away import QUIET, Keeper, reach
+from .block_format import FORMATS, BlockFormat, dequantise, quantise
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
@@ -21,8 +22,10 @@ from .ledger import Ledger
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
 from .memory_map import MemoryMap
-from .names import GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
+from .names import ABSMAX, GRADIENT, MASTER, MASTER_LOW, RESERVED, SHADOW
+from .own_part import can_write_own_part, own_place, read_own_part, write_own_part
 from .plan import ChunkPlan
+from .quantised import Quantised
 from .search import ChunkSearch, search_chunk_numel
 from .shared_gradient import Gradient, SharedGradient
 from .slot_values import SlotValues, accept_replaced, open_to_replace, open_values
@@ -36,8 +39,10 @@ from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
 __all__ = [
+    "ABSMAX",
     "ALONE",
     "FETCH_WORKERS",
+    "FORMATS",
     "GRADIENT",
     "IO_STACK_BYTES",
     "MASTER",
@@ -47,6 +52,7 @@ __all__ = [
     "SHADOW",
     "STORE_BLOCKS",
     "AcceleratorBackend",
+    "BlockFormat",
     "Buffer",
     "BufferSpec",
     "Caller",
@@ -70,6 +76,7 @@ __all__ = [
     "MemoryMap",
     "NoDevice",
     "Plain",
+    "Quantised",
     "RamBackend",
     "Requests",
     "SharedGradient",
@@ -85,19 +92,25 @@ __all__ = [
     "WithShadow",
     "all_or_none",
     "accelerator_in_use",
+    "can_write_own_part",
     "driver_of",
     "close_in_background",
+    "dequantise",
     "find_accelerator",
     "halves",
     "joined",
     "marked",
     "memory_of",
+    "own_place",
     "pack",
     "pieces",
+    "quantise",
+    "read_own_part",
     "search_chunk_numel",
     "start_workers",
     "tuned",
     "unmarked",
+    "write_own_part",
     "write_slot",
     "reach",
     "accept_replaced",

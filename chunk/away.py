@@ -158,6 +158,11 @@ def link(parameter: Tensor, keeper: Keeper, last_value: Callable[[], Tensor]) ->
     parameter.__dict__[_LINK] = _Link(keeper, last_value)
 
 
+def unlink(parameter: Tensor) -> None:
+    """Have nobody answer for a parameter, which is not away."""
+    parameter.__dict__.pop(_LINK, None)
+
+
 def is_linked(parameter: Tensor) -> bool:
     """True if somebody answers for a parameter."""
     return parameter.__dict__.get(_LINK) is not None

@@ -1,6 +1,6 @@
 """The parameters of one chunk: where their data point, of which class they are, and what was changed in them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemini.torch_private import version_of, without_torch_function
 
-from .away import QUIET, Keeper, away_class, copied_class, is_linked, link, plain_class, was_reached
+from .away import QUIET, Keeper, away_class, copied_class, is_linked, link, plain_class, unlink, was_reached
 
 _set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
 """Sets ``data`` past the property of a `CopiedParameter`, at each fetch."""
@@ -82,6 +82,14 @@ class Bindings:
 
     def release(self) -> None:
         """Let the parameters go: those that others keep know where their values are."""
+        self._all.clear()
+
+    def let_go(self, memory: Sequence[Tensor]) -> None:
+        """Make the parameters plain ones that lie in this memory, and forget them."""
+        for binding, data in zip(self._all, memory, strict=True):
+            unlink(binding.parameter)
+            binding.parameter.__class__ = plain_class(binding.pinned)
+            _set_data(binding.parameter, data)
         self._all.clear()
 
     # -- classes
@@ -166,6 +174,11 @@ class Bindings:
         """True if a parameter was changed in place since it was accepted."""
         return self._versions_now() != self._versions
 
+    def is_ahead_of_accepted(self, position: int) -> bool:
+        """True if the parameter at this position was changed in place since it was accepted. For any thread."""
+        with QUIET():
+            return version_of(self._all[position].parameter) > self._versions[position]
+
     def accept(self, position: int) -> None:
         """Mark home and parameter as equal."""
         with QUIET():
@@ -178,6 +191,8 @@ class Bindings:
         saved the parameter raise, the others run.
         """
         positions, before = list(positions), self._versions_now()
+        for position in positions:
+            self._versions[position] = before[position] + 1  # first: for another thread this is no edit at any moment
         with QUIET():
             torch.autograd.graph.increment_version([self._all[position].parameter for position in positions])
         after = self._versions_now()

@@ -22,6 +22,9 @@ from .tier import Tier
 from .tier_memory import TierMemories
 from .values import read_slot, write_slot
 
+_PIECE_NUMEL = 1 << 20
+"""Elements of a home that are carried to another tier at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkBuilder:
@@ -40,14 +43,14 @@ class ChunkBuilder:
     def rebuild(
         self, chunks: Sequence[Chunk], plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None
     ) -> tuple[Chunk, ...]:
-        """Other chunks with the same masters, or none and no memory taken.
+        """Other chunks with the same masters and states, or none and no memory taken.
 
         Masters that keep their form and tier stay in the homes that they have, which are both chunks' then.
 
         Parameters
         ----------
         fill
-            Puts into the other homes of a new chunk what is not to be zero.
+            Puts into the homes of a new chunk that the old one has not what is not to be zero.
         """
         with self.memories.all_or_nothing():
             kept = [
@@ -55,12 +58,21 @@ class ChunkBuilder:
                 for chunk, plan in zip(chunks, plans, strict=True)
             ]
             built = self._build_all(list(zip(plans, kept, strict=True)))
-            for old, new, there in zip(chunks, built, kept, strict=True):
-                for position in range(0 if there else len(new.layout.slots)):
-                    write_slot(new, position, MASTER, read_slot(old, position, MASTER, self.communicator))
+            for old, new in zip(chunks, built, strict=True):
+                self._carry(old, new)
                 if fill is not None:
                     fill(new)
         return built
+
+    def _carry(self, old: Chunk, new: Chunk) -> None:
+        """Put into a new chunk the values that the old one has."""
+        if new.plan.codec == old.plan.codec and new.extent == old.extent:
+            for name, home in new.homes.items():
+                if old.specs.get(name) == new.specs[name] and old.homes[name] is not home:
+                    _copy(old.homes[name], home)
+        else:
+            for position in range(len(new.layout.slots)):
+                write_slot(new, position, MASTER, read_slot(old, position, MASTER, self.communicator))
 
     def replace(self, chunk: Chunk, built: Chunk) -> None:
         """Give a chunk what was built in its place, and free the homes that it does not keep."""
@@ -70,6 +82,17 @@ class ChunkBuilder:
         for home in before:
             if all(home is not other for other in after):
                 self.memories.free(home)
+
+    def free_states(self, chunk: Chunk) -> None:
+        """Free what the optimizer has kept of a chunk, but for what its masters need. No update can follow."""
+        for spec in chunk.states if not chunk.plan.codec.computes else ():
+            self.memories.free(chunk.homes.pop(spec.name))
+
+    def free(self, chunk: Chunk) -> None:
+        """Free what a chunk has; it is unusable then."""
+        for home in _homes(chunk):
+            self.memories.free(home)
+        chunk.homes.clear()
 
     def _build_all(self, pairs: Sequence[tuple[ChunkPlan, Mapping[str, Buffer]]]) -> tuple[Chunk, ...]:
         """One chunk for each plan, with the homes that are there already."""
@@ -126,6 +149,13 @@ class ChunkBuilder:
         tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype
         what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
         return self.memories.allocate(tier, numel, dtype, what)
+
+
+def _copy(source: Buffer, target: Buffer) -> None:
+    for start in range(0, source.numel, _PIECE_NUMEL):
+        piece = torch.empty(min(_PIECE_NUMEL, source.numel - start), dtype=source.dtype, device="cpu")
+        source.read(start, piece)
+        target.write(start, piece)
 
 
 def _homes(chunk: Chunk) -> list[Buffer]:

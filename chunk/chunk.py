@@ -12,6 +12,7 @@ from .bindings import Bindings
 from .buffer import Buffer
 from .content import BufferSpec
 from .extent import Place
+from .homes import Homes
 from .loan import Loan
 from .memory import Transfer
 from .names import MASTER
@@ -33,7 +34,7 @@ class Chunk:
         self.plan = plan
         self.layout = layout = plan.layout
         self.codecs = plan.codecs
-        self.homes = homes
+        self.homes = Homes(homes)
         """Where each buffer of the plan is, but for the gradient's."""
         self.full = full
         with torch.no_grad():
@@ -74,6 +75,11 @@ class Chunk:
         return self.gradient is not None
 
     @property
+    def rounds(self) -> bool:
+        """True if what is written to its masters does not come back as it was."""
+        return self.plan.codec.rounds
+
+    @property
     def is_split(self) -> bool:
         """True if its full copy is a part of its masters: the upper halves. See [Note: Split master]."""
         return self.full_is_home and self.plan.codec.dtype is not self.full.dtype
@@ -85,7 +91,7 @@ class Chunk:
 
     def place(self, position: int, name: str) -> Place:
         """Where the masters or a state of a parameter are."""
-        return self.plan.place(position, self.specs[name].block_numel)
+        return self.plan.place(position, self.codecs[name].block_numel)
 
     @property
     def specs(self) -> Mapping[str, BufferSpec]:
@@ -147,6 +153,11 @@ class Chunk:
         self.bindings.accept(position)
         if self.loan is not None:
             self.loan.remember(position)
+
+    def announce_change(self, position: int) -> None:
+        """Somebody may change the values of a parameter where they are at home. See `Homes`."""
+        slot = self.layout.slots[position]
+        self.homes.before_change(slot.offset, slot.stop)
 
     # -- states
 

@@ -7,8 +7,8 @@
     buffers    master, master_low  exp_avg    exp_avg_sq (whose signs are the marks of split masters)
 
 A codec stands for one kind of values: the masters, or one state of the optimizer. It works on flat pieces of buffers,
-so a chunk's values can be read and written in parts wherever they lie. Another form of parameters (quantised ones, say)
-is one more codec.
+so a chunk's values can be read and written in parts wherever they lie. Another form of parameters is one more codec, as
+that of quantised ones is (`Quantised`).
 """
 
 from collections.abc import Mapping
@@ -70,14 +70,23 @@ class Codec(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the values."""
 
+    @property
+    def block_numel(self) -> int:
+        """Elements of the parameter that share one of the values: 1 for masters, whatever they are kept in."""
+
     def decode(self, stored: Pieces) -> Tensor:
-        """The values of what the buffers have. It may be what a buffer has itself, and is not to be changed."""
+        """The values of what the buffers have. It may be what a buffer has itself, and is not to be changed.
+
+        A buffer may hold more than was asked of it (where elements share what it has), so that there are more values.
+        """
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
         """What is to be written for ``values``, by buffer.
 
         Parameters
         ----------
+        values
+            Flat. Of any dtype where the codec computes.
         stored
             What the buffers have so far; not looked at if the codec does not compute.
         """
@@ -85,6 +94,9 @@ class Codec(Protocol):
 
 class MasterCodec(Codec, Protocol):
     """The codec of a chunk's masters."""
+
+    rounds: ClassVar[bool]
+    """Values do not come back as they were written."""
 
     @property
     def source(self) -> str | None:
@@ -100,6 +112,7 @@ class Plain:
 
     spec: BufferSpec
     computes: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
 
     @property
     def specs(self) -> tuple[BufferSpec, ...]:
@@ -108,6 +121,10 @@ class Plain:
     @property
     def dtype(self) -> torch.dtype:
         return self.spec.dtype
+
+    @property
+    def block_numel(self) -> int:
+        return self.spec.block_numel
 
     @property
     def source(self) -> str:
@@ -152,7 +169,7 @@ class Marked(Plain):
         return unmarked(stored[self.spec.name])
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
-        return {self.spec.name: marked(values, stored[self.spec.name].signbit())}
+        return {self.spec.name: marked(values.float(), stored[self.spec.name].signbit())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +179,9 @@ class SplitBf16:
     marks: str
     """The state whose signs belong to the masters."""
     computes: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.float32
+    block_numel: ClassVar[int] = 1
     source: ClassVar[str] = MASTER
     specs: ClassVar[tuple[BufferSpec, ...]] = (BufferSpec(MASTER, torch.bfloat16), BufferSpec(MASTER_LOW, torch.int16))
 
@@ -173,7 +192,7 @@ class SplitBf16:
         return joined(stored[MASTER], stored[MASTER_LOW], stored[self.marks])
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
-        high, low, marks = halves(values)
+        high, low, marks = halves(values.float())
         written = {MASTER: high, MASTER_LOW: low}
         if not torch.equal(marks, stored[self.marks].signbit()):
             written[self.marks] = marked(stored[self.marks], marks)

@@ -11,6 +11,7 @@ from .bits import differing
 from .chunk import Chunk
 from .loan import Loan
 from .names import MASTER
+from .rounding import shown
 from .values import read_own, write_part, write_slot
 
 
@@ -33,6 +34,11 @@ def bring_edits_home(chunk: Chunk) -> None:
                 "the upper half of its masters: assign to p.data instead (p.data = p.data.clone() takes what it shows "
                 "now), or boost without split_master"
             )
+    if chunk.full_is_home:
+        edited = chunk.bindings.edited()
+        chunk.homes.note_edits(edited)
+        for position in edited:
+            chunk.accept(position)
     if chunk.full_is_home or not chunk.is_valid:
         return
     positions = set(chunk.bindings.edited())
@@ -61,6 +67,13 @@ def has_to_stay(chunk: Chunk) -> bool:
 def with_edits(chunk: Chunk, position: int, masters: Tensor) -> Tensor:
     """What the masters of a parameter are to be, where its full copy is ahead of them."""
     view = chunk.views[position].detach().cpu()
+    return torch.where(differing(view, masters), view.to(masters.dtype), masters)
+
+
+def own_with_edits(chunk: Chunk, position: int, masters: Tensor) -> Tensor:
+    """The same for the part that is at home here (flat)."""
+    own = chunk.place(position, MASTER).own
+    view = _flat(chunk.views[position])[own.start : own.stop].cpu()
     return torch.where(differing(view, masters), view.to(masters.dtype), masters)
 
 
@@ -121,5 +134,5 @@ def put(chunk: Chunk, position: int, value: Tensor) -> None:
     write_slot(chunk, position, MASTER, value)
     if chunk.is_resident and not chunk.full_is_home:
         with torch.no_grad():
-            chunk.views[position].copy_(value)
+            chunk.views[position].copy_(shown(chunk, position, value))
     chunk.accept(position)

@@ -9,6 +9,7 @@ from .edits import has_to_stay
 from .full_copies import FullCopies
 from .ledger import Ledger
 from .shortage import no_room
+from .snapshots import Snapshots
 from .state import ChunkState
 from .tier import Tier
 
@@ -23,10 +24,15 @@ class Eviction:
     headroom
         Bytes that DEVICE has beyond its capacity, as far as the system can tell. What code outside of units holds may
         take of it.
+    snapshots
+        Their copies go when nothing else can.
     """
 
-    def __init__(self, ledger: Ledger, full_copies: FullCopies, headroom: Callable[[], int]) -> None:
+    def __init__(
+        self, ledger: Ledger, full_copies: FullCopies, headroom: Callable[[], int], snapshots: Snapshots
+    ) -> None:
         self.headroom = headroom
+        self._snapshots = snapshots
         self._ledger = ledger
         self._full_copies = full_copies
         self._last_used: dict[int, int] = {}
@@ -48,7 +54,7 @@ class Eviction:
             If it does not fit beside what is in use and what is to be kept.
         """
         while (missing := chunk.full_nbytes - self._ledger.free(Tier.DEVICE)) > 0:
-            if not self._evict_one(keep):
+            if not self._evict_one(keep) and not self._snapshots.give_room():
                 resident = tuple(self._full_copies.resident)
                 lent = sum(c.full_nbytes for c in resident if c.is_idle and has_to_stay(c))
                 if not (overdraw or lent >= missing) or self.headroom() < missing:
@@ -60,6 +66,8 @@ class Eviction:
         if self._ledger.memory.shares(tier, Tier.DEVICE):
             while self._ledger.free(tier) < nbytes and self._evict_one():
                 pass
+        if self._ledger.free(tier) < nbytes:
+            self._snapshots.give_room()
 
     def repay(self) -> None:
         """Give back what went beyond the capacity of DEVICE, as far as nobody holds it."""

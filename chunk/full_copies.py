@@ -13,6 +13,7 @@ from .ledger import Ledger
 from .memory import DeviceBackend, Transfer
 from .move_counts import MoveCounts
 from .names import MASTER
+from .rounding import changed, check_same, refusal
 from .state import ChunkState
 from .tier import Tier
 
@@ -105,19 +106,37 @@ class FullCopies:
         OffloadError
             If the update failed. It is tried again.
         ValueError
-            If something of another shape was assigned to a parameter, which then keeps its values; or if masters are in
-            two halves and a module has changed one in its forward: which elements differ cannot be told then.
+            If something of another shape was assigned to a parameter, which then keeps its values; if masters are in
+            two halves and a module has changed one in its forward: which elements differ cannot be told then; or if a
+            parameter was changed whose home would round it.
         """
         chunk.settle()
         self.take_assigned(chunk)
-        if not chunk.is_shared:
+        if chunk.rounds:
+            self.refuse_changes(chunk)
+        elif not chunk.is_shared:
             bring_edits_home(chunk)
 
     def bring_home(self, chunk: Chunk) -> None:
         """As `quiet`; also where several owners keep the chunk, who all do so now: their homes change."""
         self.quiet(chunk)
-        if chunk.is_shared:
+        if chunk.is_shared and not chunk.rounds:
             bring_edits_home(chunk)
+
+    def refuse_changes(self, chunk: Chunk) -> None:
+        """Undo what was changed in a full copy whose home would round it.
+
+        Raises
+        ------
+        ValueError
+            If something was; all is as before then.
+        """
+        if positions := changed(chunk):
+            self.fill_again(chunk)
+            for position in positions:
+                chunk.accept(position)
+            chunk.end_loan()
+            raise refusal(chunk, positions)
 
     def take_assigned(self, chunk: Chunk) -> None:
         """Bring home what the user assigned to ``p.data`` (`torch.nn.utils.vector_to_parameters` does)."""
@@ -127,6 +146,10 @@ class FullCopies:
     def put(self, chunk: Chunk, position: int, value: Tensor) -> None:
         """Have home and full copy hold what was assigned to ``p.data``."""
         check_shape(chunk, position, value)
+        if chunk.rounds:
+            self.refuse_changes(chunk)
+            check_same(chunk, position, value)
+            return
         chunk.settle()
         self.arrive(chunk)
         self._device.outlast(value)  # in plain PyTorch the parameter would keep it

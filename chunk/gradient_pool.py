@@ -185,6 +185,12 @@ class GradientPool:
             self._in_update[0][2].wait()
             self._end_loan(*self._in_update.popleft())
 
+    def let_go(self) -> None:
+        """Give the memory of blocks that nobody has borrowed back to the system. They are made again when needed."""
+        self.take_all_back()
+        while self._idle:
+            self._device.release(self._idle.pop().taken())
+
     def _take_back(self) -> None:
         while self._in_update and self._in_update[0][2].is_over:
             self._end_loan(*self._in_update.popleft())

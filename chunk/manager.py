@@ -7,12 +7,12 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from gemini.errors import is_out_of_memory
+from gemini.errors import StateError, is_out_of_memory
 
 from .away import Keeper
 from .building import ChunkBuilder
 from .chunk import Chunk
-from .communicator import ALONE, Communicator, all_or_none
+from .communicator import ALONE, Communicator
 from .disk import DiskBackend
 from .edits import check_assigned, is_ahead, put, with_edits
 from .eviction import Eviction
@@ -26,7 +26,9 @@ from .move_counts import MoveCounts
 from .names import MASTER
 from .origin import Origin
 from .plan import ChunkPlan
+from .rehoming import Rehoming
 from .shortage import refused
+from .snapshots import Snapshots
 from .state import ChunkState
 from .tier import Tier
 from .tier_memory import TierMemories
@@ -51,6 +53,8 @@ class ChunkManager:
         take of it.
     communicator
         The other owners, where the plans name several.
+    snapshot_limit
+        Bytes that copies for a snapshot may take; None: see `Snapshots`.
 
     Raises
     ------
@@ -67,25 +71,27 @@ class ChunkManager:
         gradient_room: Mapping[Tier, int] = MappingProxyType({}),
         headroom: Callable[[], int] = lambda: 0,
         communicator: Communicator = ALONE,
+        snapshot_limit: int | None = None,
     ) -> None:
         self.ledger = ledger
         self.device = device
         self.disk = disk
         self.full_copies = FullCopies(ledger, device, communicator)
-        self.eviction = Eviction(ledger, self.full_copies, headroom)
+        self.snapshots = Snapshots(self.full_copies, device, ledger, snapshot_limit)
+        self.eviction = Eviction(ledger, self.full_copies, headroom, self.snapshots)
         self.access_count = 0
         """Times a visit asked for a full copy: each was there, prefetched, or fetched on demand."""
         self.origin = Origin()
-        self._communicator = communicator
         self._ahead: set[Chunk] = set()
         """Chunks that were fetched ahead of use, and not used since."""
         self.gradient_pool = GradientPool(ledger, device, disk, self.eviction)
         for tier, nbytes in gradient_room.items():
             self.gradient_pool.reserve(tier, nbytes, "room for the gradients of a few chunks")
         memories = TierMemories(ledger, device, disk)
-        self._builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
-        self.chunks = self._builder.build(plans)
+        builder = ChunkBuilder(ledger, device, memories, self.gradient_pool, communicator)
+        self.chunks = builder.build(plans)
         self.together = Together(communicator, self.chunks, self.full_copies, self.gradient_pool, device)
+        self.rehoming = Rehoming(builder, self.chunks, self.full_copies, self.eviction, self.together)
         self._places: dict[int, tuple[Chunk, int]] = {}
 
     @property
@@ -118,44 +124,33 @@ class ChunkManager:
         chunk, position = self._places[id(parameter)]
         return chunk.layout.slots[position]
 
-    def rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None) -> None:
-        """Give chunks other homes, and what else these plans say, with the values that they have. All or nothing.
+    # -- homes
 
-        They must be at rest. ``fill`` puts into the other homes of a new chunk what is not to be zero. Masters that
-        keep their form and tier stay where they are.
+    def rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None) -> None:
+        """See `Rehoming.rebuild`. Raises StateError while the model is released."""
+        self.refuse_released("give parameters other homes")
+        self.snapshots.rest()
+        self.rehoming.rebuild(plans, fill)
+
+    def refuse_released(self, doing: str) -> None:
+        """Raise if the homes have no memory to work in.
 
         Raises
         ------
-        OutOfMemory, OffloadError
-            If a new home gets no room; the old ones go when all new ones are there.
-        ValueError
-            If code outside of the manager holds memory of such a chunk.
+        StateError
+            While the model is released.
         """
-        if plans:
-            with self.together.changing(f"giving {len(plans)} chunks other homes"):
-                self._rebuild(plans, fill)
-            self._communicator.agree("the end of giving chunks other homes")  # gradients for them may come now
+        if (parking := self.rehoming.parking) is not None:
+            raise StateError(
+                f"cannot {doing}: the model's memory has been released, and its values are on disk in "
+                f"{str(parking.folder)!r}; call booster.resume(model) first"
+            )
 
-    def _rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None) -> None:
-        rebuilt = [self.chunks[plan.layout.index] for plan in plans]
-        for old in rebuilt:
-            if old.loan is not None and old.is_lent:
-                names = ", ".join(old.layout.slots[position].name for position in old.loan.positions)
-                raise ValueError(
-                    f"memory of {names} is held outside of the model (by p.data, p.detach(), a NumPy array or a view): "
-                    "a copy would do no harm, but this cannot move. Drop it, or hold p.detach().clone()"
-                )
-            self.full_copies.arrive(old)  # what can go wrong goes wrong now
-            self.full_copies.bring_home(old)
-        self.device.synchronize()  # no home is being written
-        on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
-        self.eviction.make_room_for(Tier.HOST, sum(on_host))
-        with all_or_none(self._communicator, "the room for these homes"):  # then nobody reads the old ones any more
-            built = self._builder.rebuild(rebuilt, plans, fill)
-        for old, new in zip(rebuilt, built, strict=True):
-            if old.is_resident:
-                self.evict(old)
-            self._builder.replace(old, new)
+    def let_go(self, room: Mapping[Chunk, Sequence[Tensor]]) -> None:
+        """Have parameters follow their chunks no longer: see `Rehoming.let_go`."""
+        self.snapshots.rest()
+        self.rehoming.let_go(room)
+        self._places.clear()
 
     # -- moving
 
@@ -174,6 +169,7 @@ class ChunkManager:
         if chunk.is_resident:
             return
         self.origin.refuse_elsewhere()
+        self.refuse_released("use parameters")
         self.full_copies.take_assigned(chunk)
         self.eviction.make_room(chunk, keep, overdraw)
         begin = time.perf_counter()
@@ -254,6 +250,9 @@ class ChunkManager:
             return
         chunk, position = self._places[id(parameter)]
         value = value.detach()
+        if chunk.rounds:
+            self.full_copies.put(chunk, position, value)
+            return
         is_ours = any(chunk.has_memory(value) for chunk in self.chunks)
         loan = chunk.lend()
         loan.part_with(position)
@@ -296,7 +295,7 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         chunk, position = self._places[id(parameter)]
         self.quiet(chunk)
-        values = read_slot(chunk, position, name, self._communicator)
+        values = read_slot(chunk, position, name, self.together.communicator)
         return with_edits(chunk, position, values) if name == MASTER and is_ahead(chunk) else values
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
@@ -327,9 +326,11 @@ class ChunkManager:
 
     def close(self) -> None:
         """End worker threads and give the disk file back; the chunks are unusable afterwards. Also for finalizers."""
+        self.snapshots.close()
         for chunk in self.chunks:
             chunk.bindings.release()
         self.full_copies.close()
         self.device.close()
-        if self.disk is not None:
-            close_in_background(self.disk.close)  # after the threads that use it
+        for disk in (self.disk, self.rehoming.parking):
+            if disk is not None:
+                close_in_background(disk.close)  # after the threads that use it

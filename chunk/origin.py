@@ -11,6 +11,11 @@ class Origin:
     def __init__(self) -> None:
         self._pid = os.getpid()
 
+    @property
+    def is_here(self) -> bool:
+        """True in the process of its construction."""
+        return os.getpid() == self._pid
+
     def refuse_elsewhere(self) -> None:
         """Raise in any other process than the one that this was made in.
 
@@ -19,7 +24,7 @@ class Origin:
         ForkError
             In a forked child, where waiting for a thread of the parent never ends.
         """
-        if os.getpid() != self._pid:
+        if not self.is_here:
             raise ForkError(
                 f"a boosted model is used in process {os.getpid()}, a fork of process {self._pid} in which it was "
                 "boosted: the threads that move and update its chunks stayed there. Use it in the process that boosted "

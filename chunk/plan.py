@@ -54,7 +54,7 @@ class ChunkPlan:
             raise ValueError(
                 f"chunk {self.layout.index} has buffers {', '.join(self.specs)} and places for {', '.join(self.tiers)}"
             )
-        for spec in self.states if self.owner.count > 1 else ():
+        for spec in (*self.codec.specs, *self.states) if self.owner.count > 1 else ():
             if EXTENT_MULTIPLE % spec.block_numel:
                 raise ValueError(
                     f"{spec.name} has a value for each block of {spec.block_numel} elements, and several processes "

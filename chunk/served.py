@@ -36,7 +36,7 @@ class Served:
             return chunk.gradient.own(span.start, numel)
         if (update := chunk.update) is not None:
             update.wait()
-        index = span.start - chunk.extent.start // chunk.specs[span.name].block_numel
+        index = span.start - chunk.extent.start // chunk.codecs[span.name].block_numel
         home = chunk.source if span.name == MASTER and chunk.source.dtype is dtype else chunk.homes[span.name]
         if home.tensor is not None and not chunk.codecs[span.name].computes:
             return home.tensor.narrow(0, index, numel).to("cpu", dtype)

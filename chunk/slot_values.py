@@ -93,6 +93,8 @@ def open_to_replace(manager: ChunkManager, parameter: Tensor, name: str) -> Slot
     manager.full_copies.take_assigned(chunk)
     if chunk.is_shared or not _is_at_hand(chunk, position, name):
         return None
+    slot = chunk.layout.slots[position]
+    chunk.homes.before_change(slot.offset, slot.stop)
     if name == MASTER and chunk.is_resident:
         manager.full_copies.bring_home(chunk)
         manager.evict(chunk)

@@ -18,7 +18,7 @@ class Stored(Mapping[str, Tensor]):
     def __init__(self, homes: Homes, specs: Specs, codec: Codec, start: int, numel: int) -> None:
         self._homes = homes
         self._specs = specs
-        self._unit = codec.specs[0].block_numel
+        self._unit = codec.block_numel
         self._start, self._numel = start, numel
 
     def part(self, name: str) -> slice:
@@ -46,7 +46,8 @@ class Decoded:
 
     def __init__(self, homes: Homes, specs: Specs, codec: Codec) -> None:
         home = homes[codec.specs[0].name]
-        self.tier, self.numel, self.dtype = home.tier, home.numel, codec.dtype
+        self.tier, self.dtype = home.tier, codec.dtype
+        self.numel = home.numel * codec.specs[0].block_numel
         self._homes, self._specs, self._codec = homes, specs, codec
 
     @property
@@ -54,7 +55,8 @@ class Decoded:
         return sum(self._homes[spec.name].nbytes for spec in self._codec.specs)
 
     def read(self, start: int, out: Tensor) -> None:
-        out.copy_(self._codec.decode(Stored(self._homes, self._specs, self._codec, start, out.numel())))
+        stored = Stored(self._homes, self._specs, self._codec, start, out.numel())
+        out.copy_(self._codec.decode(stored)[: out.numel()])
 
     def write(self, start: int, source: Tensor) -> None:
         raise NotImplementedError

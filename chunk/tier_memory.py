@@ -74,6 +74,10 @@ class TierMemories:
             self._allocated.append(buffer)
         return buffer
 
+    def has(self, memory: TierMemory) -> bool:
+        """True if homes on the tier of ``memory`` are in it."""
+        return self._memories.get(memory.tier) is memory
+
     def free(self, buffer: Buffer) -> None:
         """See `TierMemory.free`."""
         self._memories[buffer.tier].free(buffer)

@@ -32,6 +32,7 @@ def write_slot(chunk: Chunk, position: int, name: str, value: Tensor) -> None:
     """
     codec, place = chunk.codecs[name], chunk.place(position, name)
     if not codec.computes and len(place.own) == place.numel:
+        chunk.announce_change(position)
         for buffer, stored in codec.encode(value.detach(), {}).items():
             home = chunk.homes[buffer]
             with torch.no_grad():
@@ -41,7 +42,8 @@ def write_slot(chunk: Chunk, position: int, name: str, value: Tensor) -> None:
                 else:
                     home.write(place.index, flattened(stored, place.shape, place.stride, home.dtype))
         return
-    flat = flattened(value, place.shape, place.stride, codec.dtype)
+    dtype = value.dtype if codec.computes else codec.dtype  # then it is cast piece by piece, and rounded once
+    flat = flattened(value, place.shape, place.stride, dtype)
     write_part(chunk, name, place.index, flat[place.own.start : place.own.stop])
 
 
@@ -60,13 +62,16 @@ def read_part(chunk: Chunk, name: str, index: int, numel: int) -> Tensor:
         return codec.decode(Stored(chunk.homes, chunk.specs, codec, index, numel))
     flat = torch.empty(numel, dtype=codec.dtype, device="cpu")
     for part in flat.split(_PIECE_NUMEL):
-        part.copy_(codec.decode(Stored(chunk.homes, chunk.specs, codec, index + part.storage_offset(), part.numel())))
+        stored = Stored(chunk.homes, chunk.specs, codec, index + part.storage_offset(), part.numel())
+        part.copy_(codec.decode(stored)[: part.numel()])
     return flat
 
 
 def write_part(chunk: Chunk, name: str, index: int, values: Tensor) -> None:
-    """Replace values at home here, from an index in their buffers on. ``values`` are flat, on CPU, of their dtype."""
-    codec = chunk.codecs[name]
+    """Replace values at home here, from an index in their buffers on. They are as `Codec.encode` has them, on CPU."""
+    codec, block_numel = chunk.codecs[name], chunk.specs[name].block_numel
+    first = chunk.extent.start + index * block_numel
+    chunk.homes.before_change(first, first + values.numel() * block_numel)
     for part in values.split(_PIECE_NUMEL) if values.numel() else ():
         there = Stored(chunk.homes, chunk.specs, codec, index, part.numel())
         for buffer, stored in codec.encode(part, there).items():
@@ -83,7 +88,7 @@ def last_value(chunk: Chunk, position: int) -> Tensor:
         If they were on disk.
     """
     chunk.settle()
-    slot, view, home = chunk.layout.slots[position], chunk.views[position], chunk.source.tensor
+    slot, view = chunk.layout.slots[position], chunk.views[position]
     if chunk.state is ChunkState.READY:
         return view.clone(memory_format=torch.preserve_format)
     if not chunk.is_whole:
@@ -91,12 +96,12 @@ def last_value(chunk: Chunk, position: int) -> Tensor:
             f"{slot.name} was in the chunks of a boosted model that is gone, and other processes had parts of it: keep "
             "the model for as long as its parameters are used, or keep p.detach().clone()"
         )
-    if home is None:
+    if any(chunk.homes[spec.name].tensor is None for spec in chunk.plan.codec.specs):
         raise RuntimeError(
             f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
             "the model for as long as its parameters are used, or keep p.detach().clone()"
         )
-    shaped = home.as_strided(slot.shape, slot.stride, home.storage_offset() + slot.offset)
+    shaped = read_own(chunk, position).as_strided(slot.shape, slot.stride)
     return shaped.to(view.device, view.dtype, copy=True, memory_format=torch.preserve_format)
 
 

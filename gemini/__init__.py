@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from gemini import utils as utils
     from gemini.booster import Booster
     from gemini.booster.plugin import GeminiPlugin
+    from gemini.boosting.plain import to_torch
     from gemini.checkpoint import named_tensors
     from gemini.initialize import launch, launch_from_slurm, launch_from_torch
     from gemini.lazy import LazyInitContext
     from gemini.nn.optimizer import HybridAdam
+    from gemini.quantization import Quantization
 
 __version__ = "0.1.0"
 
@@ -27,22 +29,26 @@ __all__ = [
     "GeminiPlugin",
     "HybridAdam",
     "LazyInitContext",
+    "Quantization",
     "__version__",
     "launch",
     "launch_from_slurm",
     "launch_from_torch",
     "named_tensors",
+    "to_torch",
 ]
 
 _HOMES = {
     "Booster": "gemini.booster",
     "GeminiPlugin": "gemini.booster.plugin",
     "HybridAdam": "gemini.nn.optimizer",
+    "Quantization": "gemini.quantization",
     "LazyInitContext": "gemini.lazy",
     "launch": "gemini.initialize",
     "launch_from_slurm": "gemini.initialize",
     "launch_from_torch": "gemini.initialize",
     "named_tensors": "gemini.checkpoint",
+    "to_torch": "gemini.boosting.plain",
 }
 _SUBMODULES = frozenset({"accelerator", "cluster", "errors", "logging", "utils"})
 

@@ -1,6 +1,7 @@
 """The manager's side of one boosted model, and how to get there from the model."""
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -33,6 +34,8 @@ class Boosted:
     outside: Outside
     step: ChunkedStep
     statistics: Statistics
+    attached: ExitStack = field(default_factory=ExitStack)
+    """Closed when the model is to be a plain one again: takes the hooks off it and ends the threads."""
     optimizer: ManagedOptimizer | None = None
     """The optimizer that updates the parameters; None for inference. Its states are here even if the user lets go."""
 

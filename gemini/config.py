@@ -8,8 +8,11 @@ import torch
 
 from .chunk import ALONE, Communicator
 from .planning.placement import AutoPlacementPolicy, PlacementPolicy
+from .quantization import Quantization
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEEP = "keep"
+"""The precision with which each parameter computes in the dtype that the model gave it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +20,7 @@ class GeminiConfig:
     """The options of one boosted model."""
 
     precision: str = "bf16"
-    """``"bf16"``, ``"fp16"`` or ``"fp32"``: the dtype of full copies and gradients."""
+    """``"bf16"``, ``"fp16"`` or ``"fp32"``: the dtype of full copies and gradients; ``"keep"``: the parameter's own."""
     policy: PlacementPolicy = field(default_factory=AutoPlacementPolicy)
     device_memory: int | None = None
     """Bytes of model data on DEVICE; None finds out. On a box without an accelerator a number emulates one."""
@@ -27,6 +30,8 @@ class GeminiConfig:
     """Bytes on DISK; None takes what is free in ``offload_dir``."""
     offload_dir: Path | None = None
     """Folder of the DISK tier; None: there is none."""
+    snapshot_memory: int | None = None
+    """Bytes of RAM that a save in the background may copy values to; None: half of what is free when it begins."""
     disk_checksums: bool = False
     """Compare what is read from DISK with the CRC-32 of what was written."""
     chunk_numel: int | None = None
@@ -45,6 +50,8 @@ class GeminiConfig:
     """Update each chunk as soon as backward needs it no more; the gradients are never all in memory at once."""
     split_master: bool = False
     """Keep masters as their bf16 full copy and the bits that this has no room for, where units can use that copy."""
+    quantization: Quantization | None = None
+    """How frozen linear layers are kept; None: in the compute dtype."""
     force_outputs_fp32: bool = False
     steady_device_ratio: float = 0.9
     """Share of the free device memory that a run may use (CUDA, when ``device_memory`` is None)."""
@@ -66,12 +73,15 @@ class GeminiConfig:
                 "update_in_backward=True is for one process, this is one of several: "
                 "gradients are summed over them when backward is over"
             )
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {self.precision!r}")
+        if self.precision not in (*PRECISIONS, KEEP):
+            names = ", ".join(map(repr, (*PRECISIONS, KEEP)))
+            raise ValueError(f"precision must be one of {names}, got {self.precision!r}")
         for name in ("device_memory", "host_memory", "disk_memory", "chunk_numel", "search_step"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.snapshot_memory is not None and self.snapshot_memory < 0:
+            raise ValueError(f"snapshot_memory must be 0 or more, got {self.snapshot_memory}")
         if self.max_prefetch < 0:
             raise ValueError(f"max_prefetch must be 0 or more, got {self.max_prefetch}")
         if not self.max_norm >= 0:  # also not a number
@@ -102,5 +112,10 @@ class GeminiConfig:
             raise ValueError("disk_memory is given but there is no disk tier; set offload_dir to a folder as well")
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        return PRECISIONS[self.precision]
+    def compute_dtype(self) -> torch.dtype | None:
+        """Of parameters in use and of the model's inputs; None: each keeps its own."""
+        return PRECISIONS.get(self.precision)
+
+    def dtype_of(self, own: torch.dtype) -> torch.dtype:
+        """In which a parameter computes that the model keeps in its ``own`` dtype."""
+        return self.compute_dtype or own

@@ -149,6 +149,18 @@ def bound_kernels() -> None:
 # -- threads
 
 
+_NICENESS = 15
+"""Of threads that give way: where all cores are busy each gets 3.5 % of one."""
+
+
+def give_way() -> None:
+    """Have the calling thread run behind all others of the process where the system can do that (Linux)."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    except (OSError, AttributeError):
+        pass  # it competes with the others
+
+
 def small_stacks(nbytes: int = IO_STACK_BYTES) -> AbstractContextManager[None]:
     """A context in which threads that are started have stacks of ``nbytes``; 0: of the default size.
 
@@ -227,6 +239,15 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 def at_exit(call: Callable[[], object]) -> None:
     """Have something called when the interpreter ends."""
     atexit.register(call)
+
+
+def before_threads_end(call: Callable[[], object]) -> None:
+    """Have something called when the main thread has ended, and pools of threads still take work."""
+    register: Callable[[Callable[[], object]], None] | None = getattr(threading, "_register_atexit", None)
+    if register is not None:  # CPython's own, by which concurrent.futures ends its pools; the last one is called first
+        register(call)
+    else:
+        atexit.register(call)
 
 
 def before_fork(call: Callable[[], object]) -> None:

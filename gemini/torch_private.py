@@ -4,8 +4,10 @@ Each says what it is for, why no public name will do, and what to do should torc
 ``tests/test_torch_private.py``, the first to run with another version of torch.
 """
 
+import pathlib
 import sys
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cache
@@ -132,6 +134,14 @@ def storage_key(storage: UntypedStorage) -> int:
     Its address is none: storages without memory share it. If ``_cdata`` goes: compare ``data_ptr`` and ``nbytes``.
     """
     return storage._cdata  # type: ignore[no-any-return]
+
+
+def storage_offset_in_file(storage: UntypedStorage) -> int | None:
+    """Where in a file of ``torch.save`` the bytes of a storage begin that ``torch.load(map_location="meta")`` has made.
+
+    torch documents the attribute as an early feature. If it goes: map the file, and compare addresses.
+    """
+    return getattr(storage, "_checkpoint_offset", None)
 
 
 def storage_uses(storage: UntypedStorage) -> int:
@@ -261,6 +271,13 @@ def metadata_of(state_dict: Any) -> dict[str, Any] | None:
     return getattr(state_dict, "_metadata", None)
 
 
+def with_metadata(values: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """What ``state_dict()`` would return, with this beside the values. If it goes: `metadata_of`."""
+    state_dict = OrderedDict(values)
+    state_dict._metadata = metadata  # type: ignore[attr-defined]
+    return state_dict
+
+
 OPTIMIZER_HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -306,3 +323,28 @@ def default_store() -> "Store":
 LOCAL_TENSOR = "_local_tensor"
 """Attribute in which a `DTensor` keeps this rank's part; ``to_local()`` gives out another tensor over its memory.
 If it goes: a parameter's part is in memory beside its chunk for as long as somebody keeps the old parameter."""
+
+
+# -- files of torch.distributed.checkpoint
+
+
+@cache
+def checkpoint_classes() -> Mapping[tuple[str, str], Any]:
+    """What a pickle of the metadata of a checkpoint may name, by module and name: only what holds values.
+
+    If one goes: read the checkpoints that name it with the torch that wrote them.
+    """
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    words = "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata"
+    names = [*words.split(), "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"]
+    places = [(module, kind) for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")]
+    return {
+        **{(metadata.__name__, name): getattr(metadata, name) for name in names},
+        (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("collections", "OrderedDict"): OrderedDict,
+        # The folder that it was written to. Pure: those of another system cannot be made here.
+        **{(module, f"{kind}Path"): getattr(pathlib, f"Pure{kind}Path") for module, kind in places},
+    }

@@ -10,7 +10,8 @@ How the files build on each other (imports go down only)::
 
     context.py       what a user enters
     interception.py  safe_open and torch.load, as long as a context is open
-    weight_files.py  tensors that are read from a file at replay
+    torch_files.py   tensors of torch's files that are read at replay
+    weight_files.py  tensors of safetensors files that are read at replay
     materialize.py   module -> targets -> replay -> the same objects, now real
     sharding.py      this rank's part of each parameter, as a DTensor
     record.py        one aten call -> meta result + one record

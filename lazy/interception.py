@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from . import torch_files
 from .session import active_tape
-from .weight_files import LazyFile, adopt, open_file
+from .weight_files import LazyFile, open_file
 
 _load = torch.load
 _lock = threading.Lock()
@@ -38,9 +39,7 @@ def load_lazily(f: Any, *args: Any, **kwargs: Any) -> Any:
     tape = active_tape()
     if tape is None:
         return _load(f, *args, **kwargs)
-    with tape.paused():
-        loaded = _load(f, *args, **kwargs)
-    return adopt(tape, loaded, f)
+    return torch_files.load(tape, _load, f, *args, **kwargs)
 
 
 @contextmanager

@@ -1,8 +1,11 @@
-"""Tensors that lie in a file and are read when the tape is replayed.
+"""Tensors that lie in a safetensors file and are read when the tape is replayed.
 
 ``safetensors.safe_open`` reads in Rust, below every hook that torch has, so inside a context its place is taken by
-:class:`LazyFile`, which hands out lazy tensors. ``torch.load`` is let through and its result taken over: with
-``mmap=True`` its tensors are windows on the file, which cost no memory before somebody reads them.
+:class:`LazyFile`, which hands out lazy tensors.
+
+No file is mapped. A map of a file counts in whole against a limit on memory (``ulimit -d``), since its pages may be
+written to, and a model's files may be larger than the limit; and the pages that have been read count as ours until it
+is closed, so that reading tensor by tensor would end with the whole file in memory.
 """
 
 from __future__ import annotations
@@ -16,10 +19,9 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemini.errors import LazyInitError
-from gemini.torch_private import storage_key
 
 from .record import from_source
 from .tape import Tape
@@ -52,6 +54,11 @@ class Stamp:
         status = os.stat(path)
         return Stamp(Path(path).absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
 
+    def is_of(self, descriptor: int) -> bool:
+        """Whether this was taken of the file that is open."""
+        status = os.fstat(descriptor)
+        return (self.inode, self.nbytes, self.changed_ns) == (status.st_ino, status.st_size, status.st_mtime_ns)
+
     def check(self) -> None:
         """Raise LazyInitError if the file has been written into."""
         try:
@@ -80,19 +87,6 @@ class FileTensor:
         return tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LoadedTensor:
-    """A copy of a storage that ``torch.load`` has made or mapped and that nothing else refers to."""
-
-    tensor: Tensor
-    stamp: Stamp | None
-
-    def __call__(self) -> Tensor:
-        if self.stamp is not None:
-            self.stamp.check()
-        return self.tensor.clone()
-
-
 class LazyFile:
     """What ``safetensors.safe_open`` returns inside a context: the same methods, with lazy tensors.
 
@@ -112,8 +106,9 @@ class LazyFile:
         self._tape = tape
         self._device = torch.device(device)
         self._stamp = Stamp.of(filename)
-        self._file = open_file(filename, framework="pt", device="cpu", **options)
-        self._reader = _unmapped(filename)
+        self._file = open_file(filename, framework="pt", device="cpu", **{**options, "backend": "pread"})
+        # Tensors are read when the caller has closed its file.
+        self._reader = open_file(filename, framework="pt", backend="pread")
 
     def __enter__(self) -> LazyFile:
         self._file.__enter__()
@@ -167,51 +162,3 @@ class LazySlice:
     def __getitem__(self, index: Any) -> Tensor:
         whole = self._file._lazy(self._name, self._header)
         return whole if index is Ellipsis else whole[index]
-
-
-def adopt(tape: Tape, loaded: Any, path: object) -> Any:
-    """Return what ``torch.load`` has returned with lazy tensors in its dicts, lists and tuples.
-
-    Tensors that share a storage go on sharing it. Other objects, modules too, keep their real tensors.
-    """
-    stamp = Stamp.of(path) if isinstance(path, str | os.PathLike) else None
-    return _adopt(tape, loaded, stamp, {})
-
-
-def _adopt(tape: Tape, node: Any, stamp: Stamp | None, wholes: dict[tuple[int, torch.dtype], Tensor]) -> Any:
-    if type(node) in (Tensor, nn.Parameter) and node.layout is torch.strided and not node.is_meta:
-        lazy = _view_of_storage(tape, node, stamp, wholes)
-        if type(node) is nn.Parameter:
-            return nn.Parameter(lazy, node.requires_grad)
-        return lazy.requires_grad_(node.requires_grad)
-    if isinstance(node, dict):
-        for key in node:
-            node[key] = _adopt(tape, node[key], stamp, wholes)
-    elif type(node) is list:
-        node[:] = [_adopt(tape, item, stamp, wholes) for item in node]
-    elif type(node) is tuple:
-        return tuple(_adopt(tape, item, stamp, wholes) for item in node)
-    return node
-
-
-def _view_of_storage(
-    tape: Tape, tensor: Tensor, stamp: Stamp | None, wholes: dict[tuple[int, torch.dtype], Tensor]
-) -> Tensor:
-    storage = tensor.untyped_storage()
-    key = storage_key(storage), tensor.dtype
-    whole = wholes.get(key)
-    if whole is None:
-        with tape.paused():
-            flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
-        meta = torch.empty(flat.shape, dtype=flat.dtype, device="meta")
-        whole = wholes[key] = from_source(tape, LoadedTensor(flat, stamp), meta, flat.device)
-    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def _unmapped(filename: str | os.PathLike[str]) -> Any:
-    """Open a file so that a tensor is read into memory of its own: a mapped file's pages count as ours until it is
-    closed, so that reading tensor by tensor would end with the whole file."""
-    try:
-        return open_file(filename, framework="pt", backend="pread")
-    except TypeError:  # safetensors before 0.8
-        return open_file(filename, framework="pt")

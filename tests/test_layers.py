@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("chunk", "lazy", "telemetry"),
     ("ranks", "tensor_parallel"),
     ("planning", "units", "nn"),
-    ("config",),
+    ("config", "quantization"),
     ("memory",),
     ("updates",),
     ("packing", "engine"),

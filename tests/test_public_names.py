@@ -18,6 +18,8 @@ EXPORTS = {
     "LazyInitContext": "gemini.lazy",
     "HybridAdam": "gemini.nn.optimizer",
     "named_tensors": "gemini.checkpoint",
+    "Quantization": "gemini.quantization",
+    "to_torch": "gemini.boosting.plain",
 }
 
 PLUGIN_KEYWORDS_OF_COLOSSALAI = """

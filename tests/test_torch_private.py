@@ -263,6 +263,17 @@ def test_a_storage_is_known_by_its_key() -> None:
     assert private.storage_key(x.untyped_storage()) != private.storage_key(y.untyped_storage())
 
 
+def test_torch_tells_where_in_a_file_a_storage_begins(tmp_path: Path) -> None:
+    torch.save({"x": torch.arange(3.0), "y": torch.arange(5.0)[1:]}, tmp_path / "file.pt")
+    for name, values in (("x", torch.arange(3.0)), ("y", torch.arange(5.0))):
+        storage = torch.load(tmp_path / "file.pt", map_location="meta")[name].untyped_storage()
+        offset = private.storage_offset_in_file(storage)
+        assert offset is not None
+        data = bytearray((tmp_path / "file.pt").read_bytes()[offset : offset + storage.nbytes()])
+        assert torch.equal(torch.frombuffer(data, dtype=torch.float32), values)
+    assert private.storage_offset_in_file(torch.ones(2).untyped_storage()) is None
+
+
 def test_tensors_and_graphs_count_as_uses_of_a_storage() -> None:
     x = torch.ones(2)
     storage = x.untyped_storage()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -9,12 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gemini.quantization import Quantization, declare
+
+from .checkpointing import Checkpointing
+from .lora import add_adapters
 from .plugin import GeminiPlugin
 
 KINDS = ("model", "optimizer", "criterion", "dataloader", "lr_scheduler")
 
 
-class Booster:
+class Booster(Checkpointing):
     """Applies a plugin to a training loop, with ColossalAI's interface.
 
     Parameters
@@ -103,131 +108,61 @@ class Booster:
         """Gradients add up over several backwards (with or without this context); no exchange between ranks inside."""
         return self.plugin.no_sync(model, optimizer)
 
-    def save_model(
-        self,
-        model: nn.Module,
-        checkpoint: str,
-        shard: bool = False,
-        prefix: str | None = None,
-        size_per_shard: int = 1024,
-        use_safetensors: bool = True,
-        use_async: bool = False,
-        *,
-        gather_dtensor: bool = True,
-    ) -> None:
-        """Write the model in the Hugging Face layout; see `gemini.checkpoint.save_model`. Tensors are whole always."""
-        from gemini import checkpoint as io
-
-        io.save_model(
-            model,
-            checkpoint,
-            shard=shard,
-            prefix=prefix,
-            size_per_shard=size_per_shard,
-            use_safetensors=use_safetensors,
-            use_async=use_async,
-        )
-
-    def load_model(
-        self,
-        model: nn.Module,
-        checkpoint: str,
-        strict: bool = True,
-        low_cpu_mem_mode: bool = True,
-        num_threads: int = 1,
-        *,
-        verify: bool = True,
-    ) -> None:
-        """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`.
-
-        ``low_cpu_mem_mode`` and ``num_threads`` are accepted: one tensor at a time is in memory always.
-        """
-        from gemini import checkpoint as io
-
-        io.load_model(model, checkpoint, strict=strict, verify=verify)
-
-    def save_optimizer(
-        self,
-        optimizer: Optimizer,
-        checkpoint: str,
-        shard: bool = False,
-        prefix: str | None = None,
-        size_per_shard: int = 1024,
-        use_async: bool = False,
-        *,
-        gather_dtensor: bool = True,
-    ) -> None:
-        """Write states, groups and loss scale; see `gemini.checkpoint.save_optimizer`.
-
-        ``use_async`` and ``gather_dtensor`` are accepted: the file is complete when this returns, with whole tensors.
-        """
-        from gemini import checkpoint as io
-
-        io.save_optimizer(optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard)
-
-    def load_optimizer(
-        self,
-        optimizer: Optimizer,
-        checkpoint: str,
-        low_cpu_mem_mode: bool = True,
-        num_threads: int = 1,
-        *,
-        verify: bool = True,
-    ) -> None:
-        """Read what `save_optimizer` wrote; see `gemini.checkpoint.load_optimizer`, and `load_model` for the rest."""
-        from gemini import checkpoint as io
-
-        io.load_optimizer(optimizer, checkpoint, verify=verify)
-
-    def save_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
-        """Write a scheduler's state."""
-        from gemini import checkpoint as io
-
-        io.save_lr_scheduler(lr_scheduler, checkpoint)
-
-    def load_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
-        """Read what `save_lr_scheduler` wrote."""
-        from gemini import checkpoint as io
-
-        io.load_lr_scheduler(lr_scheduler, checkpoint)
-
     def enable_lora(
         self,
         model: nn.Module,
-        pretrained_dir: str | None = None,
+        pretrained_dir: Any = None,
         lora_config: Any = None,
         bnb_quantization_config: Any = None,
-        quantize: bool = False,
+        quantize: "bool | str | Quantization | None" = None,
     ) -> nn.Module:
-        """Wrap a model (before `boost`) with LoRA adapters of ``peft``; frozen weights then have no states.
+        """Wrap a model (before `boost`) with adapters of ``peft``; frozen weights then have no gradients and states.
+
+        ``enable_lora(model, lora_config)``, or in ColossalAI's order ``enable_lora(model, pretrained_dir,
+        lora_config)``: arguments are recognised by their types. The model may be lazy.
+
+        Parameters
+        ----------
+        pretrained_dir
+            Folder with saved adapters, which train on; their checksums are verified, where they have some.
+        lora_config
+            ``peft.LoraConfig``, or the configuration of another method of peft, for new adapters.
+        bnb_quantization_config
+            A ``BitsAndBytesConfig`` of transformers, taken for the format and the modules that it names. The package
+            bitsandbytes is not used.
+        quantize
+            Have `boost` keep the frozen linear layers in ``"nf4"`` (also ``True``) or ``"int8"``, or as a
+            `gemini.Quantization` says.
 
         Raises
         ------
         ImportError
             Without ``peft``.
-        NotImplementedError
-            If the frozen weights are to be quantized.
+        TypeError, ValueError
+            If the arguments name no adapters, the model is boosted, or the frozen layers are to be kept in a form that
+            is not known.
+        CheckpointError
+            If the saved adapters are damaged.
         """
-        try:
-            from peft import PeftModel, get_peft_model
-        except ImportError as error:
-            raise ImportError("enable_lora needs the package peft: pip install peft") from error
-        if quantize or bnb_quantization_config is not None:
-            raise NotImplementedError(
-                "quantized weights are not supported: leave quantize and bnb_quantization_config off; frozen weights "
-                "can be on the host or on disk (GeminiPlugin(offload_dir=...)), where they take no memory of the device"
-            )
-        if pretrained_dir is not None:
-            return PeftModel.from_pretrained(model, pretrained_dir, is_trainable=True)  # type: ignore[no-any-return]
-        if lora_config is None:
-            raise ValueError("give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters")
-        return get_peft_model(model, lora_config)  # type: ignore[no-any-return]
+        quantization = Quantization.of(quantize)
+        if quantization is None and bnb_quantization_config is not None:
+            quantization = Quantization.of_bitsandbytes(bnb_quantization_config)
+        adapted = add_adapters(model, {"pretrained_dir": pretrained_dir, "lora_config": lora_config})
+        if quantization is not None:
+            declare(adapted, quantization)
+        return adapted
 
-    def save_lora_as_pretrained(self, model: nn.Module, checkpoint: str, use_safetensors: bool = False) -> None:
-        """Write the adapters of `enable_lora` alone; see `gemini.checkpoint.save_lora`."""
-        from gemini import checkpoint as io
+    def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
+        """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""
+        from gemini.boosting.release import release
 
-        io.save_lora(model, checkpoint, use_safetensors=use_safetensors)
+        release(model, folder)
+
+    def resume(self, model: nn.Module) -> None:
+        """Take memory for a released model again; see `gemini.boosting.release.resume`."""
+        from gemini.boosting.release import resume
+
+        resume(model)
 
     def execute_pipeline(self, *args: Any, **kwargs: Any) -> NoReturn:
         """ColossalAI's, for pipelines. Raises NotImplementedError."""

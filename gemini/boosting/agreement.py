@@ -1,6 +1,7 @@
 """What all ranks must have in common before they keep one model together."""
 
 import ctypes
+import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ _COMMON_OPTIONS = (
     "search_step",
     "max_norm",
     "split_master",
+    "quantization",
     "force_outputs_fp32",
     "warmup_non_model_ratio",
     "scaler",
@@ -51,6 +53,11 @@ def agree_capacities(capacities: Capacities, communicator: Communicator) -> Capa
     if limits is not None and budgets[Tier.DEVICE].bytes < capacities.budgets[Tier.DEVICE].bytes:
         limits = min(limits, budgets[Tier.DEVICE].bytes * limits // max(capacities.budgets[Tier.DEVICE].bytes, 1))
     return replace(capacities, budgets=budgets, device_limit_bytes=limits)
+
+
+def agree_origin(communicator: Communicator) -> str:
+    """A text, random and the same on all ranks, that the ids of this model's states begin with."""
+    return str(communicator.agree("booster.boost, which names the model's states", secrets.token_hex(8))[0])
 
 
 def check_options(config: GeminiConfig) -> None:

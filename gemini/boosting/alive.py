@@ -1,4 +1,4 @@
-"""The boosted models of this process that are alive: who has a parameter already, and what is settled before a fork.
+"""The boosted models of this process that are alive: who has a parameter, what is settled before a fork and an exit.
 
 Weakly, so that nothing here keeps a model alive.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..chunk import ChunkManager
-from ..process_wide import before_fork
+from ..process_wide import before_fork, before_threads_end
 
 _managers: "weakref.WeakSet[ChunkManager]" = weakref.WeakSet()
 
@@ -45,3 +45,12 @@ def _come_to_rest() -> None:
 
 
 before_fork(_come_to_rest)
+
+
+def _finish_saves() -> None:
+    """Let saves that are under way be finished before the interpreter ends."""
+    for manager in managers():
+        manager.snapshots.close()
+
+
+before_threads_end(_finish_saves)

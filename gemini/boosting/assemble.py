@@ -1,5 +1,6 @@
 """The engine over chunks that are filled: its parts, the optimizer's step, and the hooks that call it."""
 
+import torch
 from torch import nn
 
 from ..boosted import Boosted
@@ -23,6 +24,7 @@ from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
+from ..step.state_id import StateId
 from ..step.unfreezing import Unfreezing
 from ..units.units import Units
 from ..updates.completion import Completion
@@ -36,6 +38,7 @@ from ..updates.update_queue import UpdateQueue
 from ..updates.updater import Updater
 from ..updates.updates import Updates
 from ..updates.values import Values
+from .agreement import agree_origin
 
 
 def assemble(
@@ -49,6 +52,7 @@ def assemble(
     meter: NonModelMeter,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
+    origin = agree_origin(manager.together.communicator)
     scaler = LossScaler(**config.scaler) if config.precision == "fp16" else None
     scaling = Scaling(manager, scaler, config.max_norm)
     schedule: UpdateSchedule = AfterBackward()
@@ -68,11 +72,12 @@ def assemble(
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
     unfreezing = Unfreezing(engine, config, packing)
-    step = ChunkedStep(engine, updater, updates, unfreezing, kept)
+    state_id = StateId(origin, lambda: engine.step.number)
+    step = ChunkedStep(engine, updater, updates, unfreezing, kept, state_id)
 
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)
-    inputs = config.compute_dtype if config.precision != "fp32" else None
+    inputs = None if config.compute_dtype is torch.float32 else config.compute_dtype
     hooks = ForwardHooks(model, engine, backward, cast_inputs=inputs, force_outputs_fp32=config.force_outputs_fp32)
     outside = Outside(engine, backward)
     return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics)

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ from ..memory.capacity import Capacities, find_capacities
 from ..memory.tracker import NonModelMeter
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.adam_rule import ADAM
-from ..packing.packing import Packing, decide
+from ..packing.packing import MANAGED_DTYPES, Packing, decide
 from ..process_wide import bound_kernels, return_freed_memory
+from ..quantization import Quantization
 from ..telemetry.writer import TelemetryWriter
 from ..updates.update_queue import UpdateQueue, warm_up
 from .agreement import agree_capacities, check_alike, check_optimizers, check_options
@@ -52,12 +54,13 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     OutOfMemory, OffloadError, ValueError
         If it cannot work. Model and optimizer are as they were before then.
     """
+    config = replace(config, quantization=Quantization.for_model(model, config.quantization))
     communicator = config.communicator
     with ExitStack() as until_built:
         with all_or_none(communicator, "booster.boost, which refuses some models"):
             until_built.enter_context(local_parts(model, optimizer))
             _refuse(model, optimizer, config)
-            _warm_up(optimizer, config, {torch.device("cpu")}, {config.compute_dtype})
+            _warm_up(optimizer, config, {torch.device("cpu")}, _trained_dtypes(optimizer, config))
             capacities = find_capacities(config)
         check_groups(model, communicator)
         check_options(config)
@@ -97,6 +100,13 @@ def _refuse(model: nn.Module, optimizer: ManagedOptimizer | None, config: Gemini
         refuse_split_master(model, optimizer)
 
 
+def _trained_dtypes(optimizer: ManagedOptimizer | None, config: GeminiConfig) -> set[torch.dtype]:
+    """Of the gradients to come."""
+    groups = optimizer.param_groups if optimizer is not None else ()
+    own = {p.dtype for group in groups for p in group["params"] if p.requires_grad}
+    return {config.dtype_of(dtype) for dtype in own.intersection(MANAGED_DTYPES)}
+
+
 def _warm_up(
     optimizer: ManagedOptimizer | None, config: GeminiConfig, devices: set[torch.device], dtypes: set[torch.dtype]
 ) -> None:
@@ -118,7 +128,6 @@ def _decide(
 
 def _install(model: nn.Module, optimizer: ManagedOptimizer | None, state: Boosted, queue: UpdateQueue) -> GeminiModule:
     """Make the model a `GeminiModule`, and the optimizer one that hands its work over."""
-    serve_parts(model, state.values)
     guard_parts(model, state.manager)
     mix_in(model)
     enrol(state.manager)
@@ -130,7 +139,11 @@ def _install(model: nn.Module, optimizer: ManagedOptimizer | None, state: Booste
             if kept.keeps(parameter) and (saved := optimizer.state.pop(parameter, None)) is not None:
                 kept.begin(parameter, given_state(saved))
         bind_optimizer(state, optimizer)
-    weakref.finalize(model, _close, queue, state.manager, state.telemetry)
+    end = weakref.finalize(model, _close, queue, state.manager, state.telemetry)
+    state.attached.callback(end)
+    state.attached.callback(state.hooks.remove)
+    for hook in serve_parts(model, state.values):
+        state.attached.callback(hook.remove)
     return model
 
 

@@ -48,7 +48,9 @@ def build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tup
     else:
         device = AcceleratorBackend(driver_of(capacities.device), fetch_staging, config.pin_memory, store_staging)
     headroom, gradient_room = partial(device_headroom, capacities.device), packing.placement.gradient_room
-    manager = ChunkManager(packing.plans, ledger, device, disk, gradient_room, headroom, config.communicator)
+    manager = ChunkManager(
+        packing.plans, ledger, device, disk, gradient_room, headroom, config.communicator, config.snapshot_memory
+    )
     if packing.full_copies_limit_bytes is not None:
         limit = ledger.used(Tier.DEVICE) + packing.full_copies_limit_bytes
         ledger.resize(Tier.DEVICE, min(limit, capacities.nbytes[Tier.DEVICE]))

@@ -35,7 +35,7 @@ def warn_of_other_dtypes(packing: Packing, precision: str) -> None:
     warnings.warn(
         f"precision={precision!r} overrules the dtypes of some parameters: {described}. Here all parameters compute in "
         "one dtype, and their masters are float32. If that is meant, convert the model before boost (model.float()); "
-        "if not, choose the precision that the model is made for, and torch.autocast for parts that compute in another",
+        "if not, choose precision='keep', with which each parameter computes in its own",
         UserWarning,
         stacklevel=_CALLS_UP_TO_THE_USER,
     )

@@ -8,6 +8,15 @@ from torch import nn
 
 from .module import GeminiModule
 
+_set_class = object.__dict__["__class__"].__set__
+"""Past the property of a boosted model's class, and past modules that hand attributes on to what they wrap."""
+
+
+def take_out(model: nn.Module, original: type[nn.Module]) -> None:
+    """Make a boosted model a plain one again, of the class that it had before."""
+    _set_class(model, original)
+    del vars(model)["_gemini"]
+
 
 def mix_in(model: nn.Module) -> None:
     """Make ``model`` a `GeminiModule` in place, keeping the name of its class (it is written into checkpoints).

@@ -57,6 +57,13 @@ def guard_parts(model: nn.Module, manager: ChunkManager) -> None:
             module.__dict__[APPLY] = PartGuard(module, name, manager)
 
 
+def unguard_parts(model: nn.Module) -> None:
+    """Take the guards out again."""
+    for module in model.modules():
+        if is_part(module):
+            del module.__dict__[APPLY]
+
+
 def is_part(module: nn.Module) -> bool:
     """True for a module below a model that has been boosted."""
     return isinstance(vars(module).get(APPLY), PartGuard)

@@ -2,8 +2,13 @@
 
 How the files build on each other (imports go down only)::
 
-    model_io.py  optimizer_io.py  scheduler_io.py  lora.py    what a user calls
+    checkpoint_io.py                                          all of a training run, committed at once
+    prepared.py  stored.py                           a checkpoint before it is written; one that is there
+    given_parts.py  random_states.py  run_files.py   its parts; their names
+    model_io.py  optimizer_io.py  scheduler_io.py  lora.py    its parts, each by itself
+    committed.py  manifest.py  pairs.py              the checkpoints of a folder; the files of one; which go together
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
+    model_contents.py  contents.py                   files that are to be written
     optimizer_files.py                               the format of a saved optimizer
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
@@ -12,7 +17,11 @@ How the files build on each other (imports go down only)::
     stage.py  output.py  raw.py  wording.py          atomic files, one file, bytes, names in messages
 """
 
-from .lora import save_lora
+from .checkpoint_io import load_checkpoint, save_checkpoint
+from .committed import find as find_checkpoint
+from .committed import numbered as committed_checkpoints
+from .given_parts import given_parts
+from .lora import save_lora, verify_adapters
 from .match import load_named
 from .model_io import load_model, save_model
 from .names import full_state_dict, named_tensors
@@ -21,15 +30,21 @@ from .parts import serve_parts
 from .scheduler_io import load_lr_scheduler, save_lr_scheduler
 
 __all__ = [
+    "committed_checkpoints",
+    "find_checkpoint",
     "full_state_dict",
+    "given_parts",
+    "load_checkpoint",
     "load_lr_scheduler",
     "load_model",
     "load_named",
     "load_optimizer",
     "named_tensors",
+    "save_checkpoint",
     "save_lora",
     "save_lr_scheduler",
     "save_model",
     "save_optimizer",
     "serve_parts",
+    "verify_adapters",
 ]

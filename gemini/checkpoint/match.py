@@ -13,6 +13,7 @@ from gemini.errors import CheckpointError
 from ..torch_private import IncompatibleKeys
 from .flat_values import FlatValues
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
+from .pairs import tell_loaded
 from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import SafetensorsFile
 from .wording import listed
@@ -169,6 +170,7 @@ def load_named(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
         found = match(model, stored)
         found.check(strict, f"the state dict for {type(model).__name__}")
     with loaded_by_all(model, "load_state_dict"):
+        tell_loaded(model, None)
         found.load(model)
     missing = list(found.missing)
     if not strict:  # one name of a tied tensor is enough, but torch counts the others as missing

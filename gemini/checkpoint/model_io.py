@@ -1,37 +1,35 @@
 """Saving and loading a model's weights."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gemini.errors import CheckpointError
-from gemini.sizes import parse_bytes
 
-from .hugging_face import may_be_missing, resolve_names, save_configuration
+from .background import save
+from .contents import Content, Saving, write_all
+from .hugging_face import may_be_missing, resolve_names
 from .match import match
-from .names import Entry, entries, extra_states
-from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import OpenFiles, SafetensorsWriter, TensorRecord, TensorSource
-from .stage import Stage, remove
-from .torch_file import write_torch
+from .model_contents import Weights, configuration_files
+from .pairs import Checked, check_pairs
+from .ranks import checked_by_all, loaded_by_all
+from .safetensors_stream import OpenFiles
+from .stage import Stage
 from .weight_files import (
     FILE_SUFFIXES,
     INDEX_SUFFIX,
     SAFE_NAME,
     TORCH_NAME,
-    into_shards,
+    find_shards,
     read_sources,
     read_weight_map,
-    shard_names,
+    size_limit,
 )
 
 _METADATA = {"format": "pt"}
-_MEBI = 1 << 20
 
 
 def save_model(
@@ -67,7 +65,7 @@ def save_model(
         False: ``torch.save`` files. These hold tied tensors under all of their names, safetensors files once. In a
         folder only; the suffix of a single file decides for it.
     use_async
-        Accepted; the file is complete when this returns.
+        Return at once and write while training goes on; see `gemini.checkpoint.background`.
 
     Raises
     ------
@@ -81,16 +79,14 @@ def save_model(
         if shard:
             raise ValueError(f"shard=True writes several files: give a folder, not {str(path)!r}")
         name = f"{prefix}.{path.name}" if prefix else path.name
-        write_once(model, f"save_model to {path}", partial(_save_file, model, path.absolute().parent, name))
+        save(model, f"save_model to {path}", partial(_file, model, path.absolute().parent, name), use_async)
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in one of {', '.join(FILE_SUFFIXES)}")
     name = (f"{prefix}." if prefix else "") + (SAFE_NAME if use_safetensors else TORCH_NAME)
-    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
-    if limit <= 0:
-        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
-    save = partial(_save_folder, model, path.absolute(), name, limit if shard else None)
-    write_once(model, f"save_model to {path}", save)
+    limit = size_limit(size_per_shard)
+    listed = partial(_folder, model, path.absolute(), name, limit if shard else None)
+    save(model, f"save_model to {path}", listed, use_async)
 
 
 def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
@@ -107,7 +103,8 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
     checkpoint
         A folder or a file.
     strict
-        Whether missing and unexpected tensors are an error. Shapes have to fit in any case.
+        Whether missing and unexpected tensors are an error, and a model that was saved in another state of training
+        than the optimizer that has just been loaded. Shapes have to fit in any case.
     verify
         Whether to compare tensors with the checksums in their files, where these have any, before the model is touched.
 
@@ -121,105 +118,89 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
     doing = f"load_model from {path}"
     with OpenFiles() as files:
         with checked_by_all(model, doing):
-            found = match(model, resolve_names(model, read_sources(path, files)))
-            found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
-            found.check(strict, str(path))
-            if verify:
-                files.verify()
+            checked = checked_model(model, path, files, strict=strict, verify=verify)
+            check_pairs([checked])
+        with loaded_by_all(model, doing):
+            checked.load()
+
+
+def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool) -> Checked:
+    """Check all that `load_model` checks but for the optimizer that it is to go with.
+
+    Parameters
+    ----------
+    files
+        Takes what has to stay open until it is loaded; it holds nothing else.
+    """
+    found = match(model, resolve_names(model, read_sources(checkpoint, files)))
+    id = files.id if strict else None
+    found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
+    found.check(strict, str(checkpoint))
+    if verify:
+        files.verify()
+
+    def assign() -> None:
         try:
-            with loaded_by_all(model, doing):
-                found.load(model)
+            found.load(model)
         except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
 
-
-def _save_file(model: nn.Module, folder: Path, name: str) -> None:
-    with Stage(folder, name) as stage:
-        _write(stage, name, entries(model), extra_states(model))
-        stage.commit([name])
+    return Checked(model, checkpoint, id, assign)
 
 
-def _save_folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> None:
-    held = entries(model)
-    extra = extra_states(model)
-    dtype = next((entry.dtype for entry in held if entry.dtype.is_floating_point), None)
-    shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None else [held]
-    before = _weight_files(folder, name)
-    with Stage(folder, f"{_prefix(name)}model") as stage:
-        configuration = save_configuration(model, stage.path, dtype)
-        if len(shards) <= 1:
-            _write(stage, name, held, extra)
-            stage.commit([*configuration, name])
-        else:
-            _save_shards(stage, name, shards, extra, configuration)
-    index = name + INDEX_SUFFIX
-    now = {name} if len(shards) <= 1 else {index, *read_weight_map(folder / index).values()}
-    remove(folder / file for file in before if file not in now)
+def _file(model: nn.Module, folder: Path, name: str) -> Saving:
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(folder, name) as stage:
+            write_all(stage, contents)
+            stage.commit([name])
+
+    return Saving(Weights.of(model, name, None).files, write)
 
 
-def _save_shards(
-    stage: Stage, name: str, shards: Sequence[Sequence[Entry]], extra: Mapping[str, Any], configuration: Sequence[str]
-) -> None:
-    files = shard_names(name, len(shards))
-    homes: dict[str, str] = {}
-    for file, part in zip(files, shards, strict=True):
-        _write(stage, file, part, extra if file == files[0] else {})
-        # A tied tensor is in a safetensors file once, in a torch file under each of its names.
-        once = file.endswith(".safetensors")
-        homes.update({name: file for entry in part for name in (entry.names[:1] if once else entry.names)})
-    homes.update(dict.fromkeys(extra, files[0]))
-    held = [entry for part in shards for entry in part]
-    sizes = {
-        "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
-        "total_size": sum(entry.nbytes for entry in held),
-    }
+def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Saving:
+    weights, configuration = Weights.of(model, name, limit), configuration_files(model)
 
-    def index(where: Mapping[str, str]) -> str:
-        weight_map = {tensor: where[file] for tensor, file in sorted(homes.items())}
-        return json.dumps({"metadata": sizes, "weight_map": weight_map}, indent=2) + "\n"
+    def write(contents: Sequence[Content]) -> None:
+        names, others = ([content.name for content in each] for each in (weights.files, configuration))
+        index = name + INDEX_SUFFIX
+        with Stage(folder, f"{_prefix(name)}model") as stage:
+            write_all(stage, contents)
+            with stage.alone():
+                before = _weight_files(folder, name)
+                if weights.is_sharded:
+                    stage.commit_indexed(names, index, weights.index, others)
+                    _discard(stage, before, index, read_weight_map(folder / index).values())
+                else:
+                    stage.commit([*others, name])
+                    _discard(stage, before, name, [name])
 
-    stage.commit(configuration)
-    stage.commit_indexed(files, name + INDEX_SUFFIX, index)
+    return Saving([*configuration, *weights.files], write)
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:
-    """Weight files of the checkpoint that is there; first those that a loader looks for."""
+    """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
     first: list[str] = []
-    named: list[str] = []
+    others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
         first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
         if (folder / (base + INDEX_SUFFIX)).is_file():
             try:
-                named += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
             except CheckpointError:
                 continue  # what cannot be read names nothing
-    return [*first, *named]
+        others += find_shards(folder, base)
+    return [*first, *dict.fromkeys(others)]
+
+
+def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
+    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
+    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
+    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+    kept = {entry, *now}
+    old = [file for file in before if file not in kept]
+    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
 
 
 def _prefix(name: str) -> str:
     return name.removesuffix(SAFE_NAME).removesuffix(TORCH_NAME)
-
-
-def _write(stage: Stage, file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> None:
-    if file.endswith(".safetensors"):
-        _write_safetensors(stage, file, held, extra)
-        return
-    values = {name: value for entry in held for value in (entry.read(),) for name in entry.names}
-    with stage.create(file) as out:
-        write_torch({**values, **extra}, out)
-
-
-def _write_safetensors(stage: Stage, file: str, held: Sequence[Entry], extra: Mapping[str, Any]) -> None:
-    if foreign := [name for name, value in extra.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(
-            f"{stage.folder / file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
-            "save with use_safetensors=False"
-        )
-    sources = {entry.name: TensorSource(entry.dtype, entry.open, entry.read) for entry in held}
-    sources.update({name: TensorSource.of(value) for name, value in extra.items()})
-    records = [TensorRecord(entry.name, entry.dtype, entry.shape) for entry in held]
-    records += [TensorRecord(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
-    writer = SafetensorsWriter(records, _METADATA)
-    with stage.create(file, writer.nbytes) as out:
-        writer.write(out, sources)

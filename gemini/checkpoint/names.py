@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from gemini.boosted import boosted, is_boosted
-from gemini.chunk import MASTER
+from gemini.chunk import MASTER, ChunkManager
 from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
 from gemini.updates.values import Values
@@ -24,6 +24,14 @@ from .tensor_parallel import cut, gathered, whole_numel, whole_shape
 EXTRA_STATE = "_extra_state"
 _wants_objects: ContextVar[bool] = ContextVar("gemini_memory_wants_objects", default=False)
 """Tells our hooks, which the user's ``state_dict`` calls, who has called it; nothing can be handed through it."""
+
+
+class InChunk(NamedTuple):
+    """Values of one parameter in a chunk: its masters, or a state."""
+
+    manager: ChunkManager
+    parameter: Tensor
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,11 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def in_chunks(self) -> tuple[InChunk, ...]:
+        """What of chunks is read."""
+        return () if self.values is None else (InChunk(self.values.manager, self.tensor, MASTER),)
 
     def read(self) -> Tensor:
         """A copy of the value, on CPU. Of a sharded tensor all ranks of its group read at once."""

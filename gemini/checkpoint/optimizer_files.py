@@ -4,7 +4,8 @@ A folder holds the tensors in safetensors files and everything else in one JSON,
 
     optimizer.json          {"format": "gemini-memory optimizer", "version": 2, "optimizer": "Adam", "param_groups":
                              [{"lr": ..., "params": [0, 1], "param_names": ["wte.weight", null]}], "steps": {"0": 3},
-                             "loss_scaler": {...}, "weight_map": {"0.exp_avg": "optimizer.safetensors", ...}}
+                             "loss_scaler": {...}, "id": "5f0c...-7.0", "weight_map": {"0.exp_avg":
+                             "optimizer.safetensors", ...}}
     optimizer.safetensors   "0.exp_avg", "0.exp_avg_sq" and, for an optimizer of its own on half parameters, "0.master"
 
 No pickle. The numbers are those of ``optimizer.state_dict()``: names of states and whether there are steps depend on
@@ -27,6 +28,8 @@ from .weight_files import checked_weight_map, read_indexed, read_json
 
 JSON_NAME = "optimizer.json"
 TENSORS_NAME = "optimizer.safetensors"
+FILE_NAME = "optimizer.pt"
+"""Of ``torch.save``, in a checkpoint, for an optimizer that is not ours."""
 FORMAT = "gemini-memory optimizer"
 VERSION = 2
 _KNOWN_VERSIONS = (1, 2)
@@ -52,7 +55,7 @@ def read_optimizer(checkpoint: Path, files: OpenFiles) -> SavedOptimizer:
     CheckpointError
         If it is not whole, or not the state of an optimizer.
     """
-    return _read_folder(checkpoint, files) if checkpoint.suffix == ".json" else _read_file(checkpoint)
+    return _read_folder(checkpoint, files) if checkpoint.suffix == ".json" else _read_file(checkpoint, files)
 
 
 def _read_folder(path: Path, files: OpenFiles) -> SavedOptimizer:
@@ -62,6 +65,7 @@ def _read_folder(path: Path, files: OpenFiles) -> SavedOptimizer:
     if content.get("version") not in _KNOWN_VERSIONS:
         known = " and ".join(map(str, _KNOWN_VERSIONS))
         raise CheckpointError(f"{path} has version {content.get('version')!r}; this package reads version {known}")
+    files.says(path, content.get("id"))
     weight_map = checked_weight_map(path, content.get("weight_map"))
     sources = read_indexed(path, weight_map, files)
     try:
@@ -76,7 +80,7 @@ def _read_folder(path: Path, files: OpenFiles) -> SavedOptimizer:
         raise CheckpointError(f"{path} is not the state of an optimizer: {type(error).__name__} {error}") from error
 
 
-def _read_file(path: Path) -> SavedOptimizer:
+def _read_file(path: Path, files: OpenFiles) -> SavedOptimizer:
     stored = read_torch(path, mmap=True)
     try:
         states = {
@@ -88,6 +92,7 @@ def _read_file(path: Path) -> SavedOptimizer:
             for i, state in stored["state"].items()
         }
         groups = [{**group, "params": list(group["params"])} for group in stored["param_groups"]]
+        files.says(path, stored.get("id"))
         return SavedOptimizer(groups, states, stored.get("loss_scaler"), stored.get("optimizer"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not hold the state dict of an optimizer") from error

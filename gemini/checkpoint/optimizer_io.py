@@ -15,12 +15,15 @@ from gemini.errors import CheckpointError
 from gemini.nn.optimizer.acceptance import rule_name
 from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.nn.optimizer.rules.rule import Rule, steps_of
-from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
 from gemini.step.saved_groups import check_groups, load_options
 
+from .background import save
+from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor, write_all
 from .match import Source
+from .names import InChunk
 from .optimizer_files import (
+    FILE_NAME,
     FORMAT,
     JSON_NAME,
     TENSORS_NAME,
@@ -29,15 +32,20 @@ from .optimizer_files import (
     find_json,
     read_optimizer,
 )
-from .ranks import checked_by_all, loaded_by_all, write_once
-from .safetensors_stream import OpenFiles, SafetensorsWriter, TensorRecord, TensorSource
-from .stage import Stage, remove
+from .pairs import Checked, check_pairs, id_metadata
+from .ranks import checked_by_all, loaded_by_all
+from .safetensors_stream import ID_KEY, OpenFiles, TensorRecord
+from .stage import Stage
 from .tensor_parallel import refuse_parts
-from .torch_file import write_torch
-from .weight_files import FILE_SUFFIXES, checked_weight_map, into_shards, read_json, shard_names
-
-_MEBI = 1 << 20
-
+from .weight_files import (
+    FILE_SUFFIXES,
+    checked_weight_map,
+    find_shards,
+    into_shards,
+    read_json,
+    shard_names,
+    size_limit,
+)
 
 # -- saving
 
@@ -49,6 +57,7 @@ def save_optimizer(
     shard: bool = False,
     prefix: str | None = None,
     size_per_shard: int | str = 1024,
+    use_async: bool = False,
 ) -> None:
     """Write states, groups and loss scale.
 
@@ -69,6 +78,8 @@ def save_optimizer(
         Put before the names of the files, with a dot.
     size_per_shard
         MiB as a number, or ``"5GB"``.
+    use_async
+        Return at once and write while training goes on; see `gemini.checkpoint.background`.
 
     Raises
     ------
@@ -84,7 +95,7 @@ def save_optimizer(
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if shard or path.suffix == ".safetensors":
             raise ValueError(f"an optimizer is saved to a folder, or to one .pt, .pth or .bin file; got {str(path)!r}")
-        write_once(optimizer, f"save_optimizer to {path}", partial(_save_file, optimizer, path))
+        save(optimizer, f"save_optimizer to {path}", partial(_file, optimizer, path), use_async)
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in .pt, .pth or .bin")
@@ -93,68 +104,102 @@ def save_optimizer(
             "only a HybridAdam, or what booster.boost returned, is saved to a folder, got "
             f"{type(optimizer).__name__}; give a .pt file"
         )
-    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
-    if limit <= 0:
-        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
-    save = partial(_save_folder, optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
-    write_once(optimizer, f"save_optimizer to {path}", save)
+    limit = size_limit(size_per_shard)
+    listed = partial(_folder, optimizer, path, f"{prefix}." if prefix else "", limit if shard else None)
+    save(optimizer, f"save_optimizer to {path}", listed, use_async)
 
 
-def _save_file(optimizer: Optimizer, path: Path) -> None:
+def _file(optimizer: Optimizer, path: Path) -> Saving:
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(path.parent, path.name) as stage:
+            write_all(stage, contents)
+            stage.commit([path.name])
+
+    return Saving([TorchFile(path.name, partial(_state_dict, optimizer))], write)
+
+
+def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """Everything, in RAM; torch ignores what it does not know."""
     state = optimizer.state_dict()
     scaler = _loss_scaler(optimizer)
     if scaler is not None:
         state["loss_scaler"] = scaler.state_dict()
     if isinstance(optimizer, ManagedOptimizer):
-        state["optimizer"] = optimizer.rule.name  # torch ignores both
-    with Stage(path.parent, path.name) as stage:
-        with stage.create(path.name) as out:
-            write_torch(state, out)
-        stage.commit([path.name])
+        state |= {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
+    return state
 
 
-def _save_folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> None:
-    name, tensors = prefix + JSON_NAME, prefix + TENSORS_NAME
-    content, found = _content(optimizer, folder / name)
-    parts = (
-        into_shards(found, [each.record.nbytes for each in found], limit) if limit is not None and found else [found]
-    )
-    files = shard_names(tensors, len(parts)) if len(parts) > 1 else [tensors]
-    homes = {each.record.name: file for file, part in zip(files, parts, strict=True) for each in part}
+def _folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> Saving:
+    name = prefix + JSON_NAME
+    states = _States.of(optimizer, prefix, limit, folder / name)
 
-    def text(where: Mapping[str, str]) -> str:
-        return json.dumps({**content, "weight_map": {n: where[file] for n, file in homes.items()}}, indent=1) + "\n"
+    def write(contents: Sequence[Content]) -> None:
+        with Stage(folder, name) as stage:
+            write_all(stage, contents)
+            with stage.alone():
+                before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
+                stage.commit_indexed([content.name for content in contents], name, states.index)
+                now = _files_of(folder / name)
+                stage.discard([], [file for file in before if file not in now])
 
-    before = _files_of(folder / name)
-    with Stage(folder, name) as stage:
-        for file, part in zip(files, parts, strict=True):
-            of_name = {each.record.name: each for each in part}
-            writer = SafetensorsWriter([each.record for each in part], {"format": "pt"})
-            with stage.create(file, writer.nbytes) as out:
-                writer.write(out, {name: each.source for name, each in of_name.items()})
-        stage.commit_indexed(files, name, text)
-    now = _files_of(folder / name)
-    remove(folder / file for file in before if file not in now)
+    return Saving(states.files, write)
+
+
+def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
+    """The files of an optimizer, unread: of one that is neither ours nor boosted, a single one of ``torch.save``.
+
+    Parameters
+    ----------
+    limit
+        Bytes of tensors in one file, at most, unless a single tensor is larger.
+    """
+    refuse_parts(optimizer, "booster.save")
+    if not isinstance(optimizer, ManagedOptimizer):
+        return [TorchFile(FILE_NAME, partial(_state_dict, optimizer))]
+    states = _States.of(optimizer, "", limit, Path(JSON_NAME))
+    names = [content.name for content in states.files]
+    text = states.index(dict(zip(names, names, strict=True)))
+    return [*states.files, Bytes(JSON_NAME, text.encode())]
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor that is to be written, unread."""
+class _States:
+    """The states of an optimizer as files."""
 
-    record: TensorRecord
-    source: TensorSource
+    files: tuple[Content, ...]
+    homes: Mapping[str, str]
+    """Name of a tensor -> its file."""
+    options: Mapping[str, Any]
+    """What the JSON says but for where the tensors are."""
+
+    @classmethod
+    def of(cls, optimizer: ManagedOptimizer, prefix: str, limit: int | None, path: Path) -> "_States":
+        """One file, or several where the states are larger than ``limit``; ``path`` is named in errors."""
+        options, found = _content(optimizer, path)
+        sizes = [each.record.nbytes for each in found]
+        parts = into_shards(found, sizes, limit) if limit is not None and found else [found]
+        names = shard_names(prefix + TENSORS_NAME, len(parts)) if len(parts) > 1 else [prefix + TENSORS_NAME]
+        homes = {each.record.name: file for file, part in zip(names, parts, strict=True) for each in part}
+        metadata = {"format": "pt", **id_metadata(optimizer)}
+        files = [Tensors(file, part, metadata) for file, part in zip(names, parts, strict=True)]
+        return cls(tuple(files), homes, options)
+
+    def index(self, where: Mapping[str, str]) -> str:
+        """The text of the JSON, with the path at which each file is found."""
+        weight_map = {name: where[file] for name, file in self.homes.items()}
+        return json.dumps({**self.options, "weight_map": weight_map}, indent=1) + "\n"
 
 
-def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], list[_Tensor]]:
+def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], list[UnreadTensor]]:
     """What the JSON says but for where the tensors are, and the tensors."""
     rule, scaler = optimizer.rule, _loss_scaler(optimizer)
     steps: dict[int, int] = {}
-    found: list[_Tensor] = []
+    found: list[UnreadTensor] = []
     if optimizer.has_state_dict_post_hooks:
         saved, states = _hooked(optimizer, path)
         for index, state in states.items():
             steps[index] = steps_of(rule, state)
-            found += [_Tensor(r, TensorSource.of(state[_key(r)])) for r in _records(rule, index, state, path)]
+            found += [UnreadTensor(r, partial(_on_cpu, state, _key(r))) for r in _records(rule, index, state, path)]
     else:
         optimizer.before_state_dict()
         saved = [optimizer.saved_options(group) for group in optimizer.param_groups]
@@ -162,7 +207,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
             if _has_state(optimizer, parameter):
                 steps[index] = _step_of(optimizer, parameter)
                 records = _records(rule, index, _shown(optimizer, parameter), path)
-                found += [_Tensor(r, _source(optimizer, parameter, r)) for r in records]
+                found += [_unread(optimizer, parameter, record) for record in records]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -170,6 +215,7 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
         "param_groups": _groups(optimizer, saved, path),
         "steps": steps if rule.takes_step else {},
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
+        "id": id_metadata(optimizer).get(ID_KEY),
     }
     return content, found
 
@@ -210,12 +256,25 @@ def _shown(optimizer: ManagedOptimizer, parameter: Tensor) -> Mapping[str, Any]:
     return optimizer.exported_state(parameter)
 
 
-def _source(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord) -> TensorSource:
+def _unread(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord) -> UnreadTensor:
     step, name = _managed(optimizer), _key(record)
-    if step is None or not step.kept.keeps(parameter):
-        return TensorSource.of(optimizer.exported_state(parameter)[name])
-    kept = step.kept
-    return TensorSource(record.dtype, partial(kept.open_values, parameter, name), partial(kept.copy, parameter, name))
+    kept = step.kept.values_of(parameter, name) if step is not None and step.kept.keeps(parameter) else ()
+    in_chunks = tuple(InChunk(step.manager, parameter, each) for each in kept) if step is not None else ()
+    opened = partial(step.kept.open_values, parameter, name) if in_chunks and step is not None else lambda: None
+    return UnreadTensor(record, partial(_read, optimizer, parameter, name), opened, in_chunks)
+
+
+def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:
+    step = _managed(optimizer)
+    if step is not None and step.kept.keeps(parameter):
+        value: Tensor = step.kept.copy(parameter, name)
+        return value
+    return _on_cpu(optimizer.exported_state(parameter), name)
+
+
+def _on_cpu(state: Mapping[str, Any], name: str) -> Tensor:
+    value: Tensor = state[name]
+    return value.detach().cpu()
 
 
 def _groups(optimizer: ManagedOptimizer, saved: Sequence[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:
@@ -247,7 +306,7 @@ def _plain(value: Any, key: str, path: Path) -> Any:
 # -- loading
 
 
-def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool = True) -> None:
+def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
     """Read what `save_optimizer` wrote, or a state dict of the torch optimizer that was boosted from a file.
 
     Parameters are found by name where both sides know all names, otherwise by position. Everything is checked before
@@ -260,6 +319,8 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool
         Boosted or not.
     checkpoint
         A folder, its JSON, or a file.
+    strict
+        Whether it is an error if it was saved in another state of training than the model that has just been loaded.
     verify
         Whether to compare tensors with the checksums in their files, where these have any, before anything changes.
 
@@ -279,19 +340,37 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, verify: bool
     doing = f"load_optimizer from {path}"
     with OpenFiles() as files:
         with checked_by_all(optimizer, doing):
-            saved = read_optimizer(path, files)
-            if verify:
-                files.verify()
-            saved = _checked(optimizer, saved, path)
+            found = checked_optimizer(optimizer, path, files, strict=strict, verify=verify)
+            check_pairs([found])
         with loaded_by_all(optimizer, doing):
-            if isinstance(optimizer, ManagedOptimizer):
-                _load(optimizer, saved)
-                optimizer.after_load_state_dict()
-            else:
-                optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
+            found.load()
 
 
-def _checked(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
+def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, strict: bool, verify: bool) -> Checked:
+    """Check all that `load_optimizer` checks of one file, but for the model that it goes with.
+
+    Parameters
+    ----------
+    files
+        Takes what has to stay open until it is loaded; it holds nothing else.
+    """
+    saved = read_optimizer(path, files)
+    id = files.id if strict else None
+    if verify:
+        files.verify()
+    saved = checked_saved(optimizer, saved, path)
+
+    def assign() -> None:
+        if isinstance(optimizer, ManagedOptimizer):
+            _load(optimizer, saved)
+            optimizer.after_load_state_dict()
+        else:
+            optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
+
+    return Checked(optimizer, path, id, assign)
+
+
+def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
     """What is to be loaded, in our order, as the hooks of users would have it."""
     name = rule_name(optimizer)
     if None not in (name, saved.optimizer) and name != saved.optimizer:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gemini.chunk import MASTER, Chunk, ChunkManager
 
@@ -19,14 +20,18 @@ from .names import are_objects_wanted
 from .tensor_parallel import cut, gathered, whole_shape
 
 
-def serve_parts(model: nn.Module, values: Values) -> None:
-    """Have every part of ``model`` gather from and load into the chunks, as the whole does."""
+def serve_parts(model: nn.Module, values: Values) -> list[RemovableHandle]:
+    """Have every part of ``model`` gather from and load into the chunks, as the whole does, until its hooks go."""
+    hooks = []
     for module in model.modules():
         if any(values.manager.find(p) is not None for p in own_parameters(module).values() if p is not None):
-            module.register_state_dict_post_hook(Attached(partial(_gather, values)))
             loading = _Loading(values)
-            module.register_load_state_dict_pre_hook(Attached(loading.begin))
-            module.register_load_state_dict_post_hook(Attached(loading.end))
+            hooks += [
+                module.register_state_dict_post_hook(Attached(partial(_gather, values))),
+                module.register_load_state_dict_pre_hook(Attached(loading.begin)),
+                module.register_load_state_dict_post_hook(Attached(loading.end)),
+            ]
+    return hooks
 
 
 def _gather(values: Values, module: nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:

@@ -35,6 +35,14 @@ def unseen(nbytes: int) -> None:
     """Nobody is told."""
 
 
+def _nowhere(name: str) -> FlatValues | None:
+    return None
+
+
+ID_KEY = "gemini_memory.id"
+"""In the metadata: which state of training the tensors are from, see `StateId`."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
     """A tensor in a file."""
@@ -42,30 +50,12 @@ class TensorRecord:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    kept: torch.dtype | None = None
+    """Of the values that are to be written, where they are rounded to ``dtype``."""
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSource:
-    """Values that are to be written."""
-
-    dtype: torch.dtype
-    """Of the values; the file may have another, to which they are rounded."""
-    open: Callable[[], FlatValues | None]
-    """The values where they are, if any thread can read them there in parts."""
-    read: Callable[[], Tensor]
-    """A copy of them all, on CPU."""
-
-    @classmethod
-    def of(cls, value: Tensor) -> "TensorSource":
-        """What a tensor has now."""
-        return cls(value.dtype, lambda: None, value.detach().cpu)
-
-    def read_whole(self) -> Tensor:
-        return self.read().contiguous()
 
 
 class SafetensorsWriter:
@@ -98,37 +88,50 @@ class SafetensorsWriter:
         self.nbytes = self._header.file_nbytes
         """Of the whole file."""
 
-    def write(self, out: Output, sources: Mapping[str, TensorSource], tell: Tell = unseen) -> None:
+    def write(
+        self,
+        out: Output,
+        read: Callable[[str], Tensor],
+        open: Callable[[str], FlatValues | None] = _nowhere,
+        tell: Tell = unseen,
+    ) -> None:
         """Write everything.
 
         Parameters
         ----------
-        sources
-            The values, by name; opened or read on this thread, one after the other, in the order of `records`.
+        read
+            Gives the value of a name, on CPU; asked on this thread, in the order of `records`.
+        open
+            Asked before, for the values where they are; None if there is no such place.
         tell
             Told how many bytes have been written so far.
         """
         sums = Sums(len(self.records))
         with Team(BlockMemory, tell, _compute_alone) as team:
-            for run in runs_of(self._parts(sources, team)):
+            for run in runs_of(self._parts(read, open, team)):
                 team.do(partial(write_run, out, run, sums))
         out.write_at(0, memoryview(bytearray(self._header.sealed(sums.all()))))
 
-    def _parts(self, sources: Mapping[str, TensorSource], team: Team[BlockMemory]) -> Iterator[Part | None]:
+    def _parts(
+        self, read: Callable[[str], Tensor], open: Callable[[str], FlatValues | None], team: Team[BlockMemory]
+    ) -> Iterator[Part | None]:
         for index, (record, begin) in enumerate(zip(self.records, self._header.begins, strict=True)):
-            source = sources[record.name]
-            values = source.open()
+            values = open(record.name)
             if values is None:
                 if record.nbytes > BLOCK_BYTES:  # not two of them at a time
                     yield None
                     team.settle()
-                values = TensorValues(source.read_whole())
-            if values.dtype != source.dtype or values.numel != prod(record.shape):
-                raise CheckpointError(
-                    f"{record.name} changed while it was saved: from {source.dtype} {record.shape} to {values.numel} "
-                    f"elements of {values.dtype}"
-                )
+                values = self._whole(record, read(record.name))
             yield from parts_to_write(index, values, record.dtype, begin)
+
+    @staticmethod
+    def _whole(record: TensorRecord, value: Tensor) -> FlatValues:
+        if value.dtype != (record.kept or record.dtype) or tuple(value.shape) != record.shape:
+            raise CheckpointError(
+                f"{record.name} changed while it was saved: from {record.kept or record.dtype} {record.shape} to "
+                f"{value.dtype} {tuple(value.shape)}"
+            )
+        return TensorValues(value.contiguous())
 
 
 class SafetensorsFile:
@@ -258,6 +261,7 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._files: list[SafetensorsFile] = []
+        self._ids: dict[str, Path] = {}
 
     def __enter__(self) -> "OpenFiles":
         return self
@@ -270,7 +274,29 @@ class OpenFiles:
         """Open one more; see `SafetensorsFile`."""
         file = SafetensorsFile(path)
         self._files.append(file)
+        self.says(path, file.metadata.get(ID_KEY))
         return file
+
+    def says(self, path: Path, id: object) -> None:
+        """A file, of any format, has the id of the state that it was saved in, or something else for one."""
+        if isinstance(id, str):
+            self._ids.setdefault(id, path)
+
+    @property
+    def id(self) -> str | None:
+        """The id that the files have in common; None if they have none.
+
+        Raises
+        ------
+        CheckpointError
+            If they have different ones.
+        """
+        if len(self._ids) > 1:
+            first, second, *_ = self._ids.values()
+            raise CheckpointError(
+                f"{first} and {second} are not of the same save: one of them has been replaced. Load another checkpoint"
+            )
+        return next(iter(self._ids), None)
 
     def verify(self) -> None:
         """Compare all tensors of all files with their checksums; see `SafetensorsFile.verify`."""

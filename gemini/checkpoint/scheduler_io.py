@@ -1,19 +1,18 @@
 """Saving and loading a learning rate scheduler."""
 
-import io
-import pickle
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from gemini.errors import CheckpointError
 
+from .contents import Bytes, write_all
 from .ranks import write_once
 from .stage import Stage
-from .torch_file import read_torch, write_torch
+from .torch_file import plain_bytes, read_torch
 
 
 def save_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None:
@@ -25,23 +24,13 @@ def save_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None
         If the file cannot be written, or would not load again because it holds more than plain values.
     """
     path = Path(checkpoint).absolute()
-    state = lr_scheduler.state_dict()
-    try:
-        copy = io.BytesIO()
-        torch.save(state, copy)
-        copy.seek(0)
-        torch.load(copy, weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: the state of {type(lr_scheduler).__name__} holds more than plain values and would not load again"
-        ) from error
-    write_once(lr_scheduler, f"save_lr_scheduler to {path}", partial(_write, state, path))
+    data = plain_bytes(lr_scheduler.state_dict(), f"{path}: the state of {type(lr_scheduler).__name__}")
+    write_once(lr_scheduler, f"save_lr_scheduler to {path}", partial(_write, data, path))
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
+def _write(data: bytes, path: Path) -> None:
     with Stage(path.parent, path.name) as stage:
-        with stage.create(path.name) as out:
-            write_torch(state, out)
+        write_all(stage, [Bytes(path.name, data)])
         stage.commit([path.name])
 
 
@@ -53,7 +42,12 @@ def load_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None
     CheckpointError
         If the file is not the state of a scheduler. The scheduler is as it was.
     """
-    state: Any = read_torch(Path(checkpoint), mmap=False)
+    checked_lr_scheduler(lr_scheduler, Path(checkpoint))()
+
+
+def checked_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: Path) -> Callable[[], None]:
+    """Check all that `load_lr_scheduler` checks, and return what loads it."""
+    state: Any = read_torch(checkpoint, mmap=False)
     if not isinstance(state, dict) or "last_epoch" not in state:
         raise CheckpointError(f"{checkpoint} is not the state of a learning rate scheduler")
-    lr_scheduler.load_state_dict(state)
+    return partial(lr_scheduler.load_state_dict, state)

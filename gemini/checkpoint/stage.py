@@ -8,22 +8,32 @@ Sharded files over an old checkpoint whose shards have the same names::
 
     1. write   .x.saving-abc/model-00001-of-00002.safetensors ...      the old index still names the old files
     2. rename  an index that names the files in .x.saving-abc          <- the commit
-    3. link the files to their final names, rename the final index     the index is right at every moment
-    4. remove  .x.saving-abc, and what only the old index named
+    3. rename  hard links of the files to their final names
+    4. rename  the final index                                         the index is right at every moment
+    5. remove  .x.saving-abc, and what only the old index named
+
+Between two of these the folder is synced, because what was not synced may reach the disk in any order. Where there are
+no hard links the new files get names that are not taken instead (``model-00001-of-00002-1a2b3c4d.safetensors``).
 
 A process that is killed leaves its hidden folder; the next save to the same place removes it (a lock on the folder
 tells that nobody is writing there).
 """
 
-import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
+from gemini.errors import CheckpointError
+
+from .folder import locked, make_folder, open_folder, sync_file, sync_folder, try_lock
 from .output import Output, failure
+
+_ABANDONED_SECONDS = 24 * 60 * 60
+"""Where there are no locks: a hidden folder in which nothing has changed for this time has no writer any more."""
 
 
 class Stage:
@@ -40,45 +50,68 @@ class Stage:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self._marker = f".{name}.saving-"
+        self.path = folder / f"{self._marker}{secrets.token_hex(4)}"
+        self._fd = -1
         self._keep = False
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._remove_abandoned()
-            self.path = folder / f"{self._marker}{secrets.token_hex(4)}"
-            self.path.mkdir()  # not mkdtemp: others may have to read the checkpoint
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            _lock(self._fd)
-        except OSError as error:
-            raise failure(folder, error, "cannot be written to") from error
+        self._created: set[str] = set()
 
     def __enter__(self) -> "Stage":
+        try:
+            make_folder(self.folder)
+            self._make()
+            self._remove_abandoned()
+        except OSError as error:
+            self._close()
+            raise failure(self.folder, error, "cannot be written to") from error
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        os.close(self._fd)
-        if not self._keep:
-            shutil.rmtree(self.path, ignore_errors=True)
+        self._close()
 
     def create(self, name: str, nbytes: int = 0) -> Output:
         """A new file that will be ``folder / name``; ``nbytes`` are reserved at once."""
+        self._created.add(name)
         return Output(self.path / name, self.folder / name, nbytes)
 
     def write_text(self, name: str, text: str) -> None:
         with self.create(name) as out:
             out.write(text.encode())
 
-    def commit(self, names: Iterable[str]) -> None:
-        """Move finished files to their places, one after the other; the last one is the one that counts."""
-        try:
-            for name in names:
-                os.replace(self.path / name, self.folder / name)
-                sync_folder(self.folder)
-        except OSError as error:
-            raise failure(self.folder, error, "cannot be written to") from error
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes from committing to the folder: files of two saves would be mixed."""
+        return locked(self.folder)
 
-    def commit_indexed(self, names: Iterable[str], index: str, text: Callable[[Mapping[str, str]], str]) -> None:
+    def commit(self, names: Iterable[str]) -> None:
+        """Move finished files to their places, one after the other; the last one is the one that counts.
+
+        Raises
+        ------
+        CheckpointError
+            It says what is in place, and whether that is known to be on the disk.
+        """
+        *others, last = names
+        moved = self._move_all(others, last)
+        try:
+            self._move(last, last)
+        except OSError as error:
+            raise self._failure(error, moved, last) from error
+        try:
+            self._sync([last])
+        except OSError as error:
+            raise self._not_forced(error) from error
+
+    def commit_indexed(
+        self,
+        names: Iterable[str],
+        index: str,
+        text: Callable[[Mapping[str, str]], str],
+        configuration: Iterable[str] = (),
+    ) -> None:
         """Move files that an index names, and the index; all of them appear at once.
 
         Parameters
@@ -89,56 +122,209 @@ class Stage:
             Name of the index.
         text
             Makes the index's text from the path, relative to the folder, under which each file is found.
+        configuration
+            Files that the index does not name; they are moved before the others.
+
+        Raises
+        ------
+        CheckpointError
+            As `commit`. Once the checkpoint is in place and on the disk, what is left to do may fail without harm.
         """
         names = list(names)
-        where = {name: name for name in names}
-        self.write_text(index, text(where))
+        final = {name: name for name in names}
+        if any((self.folder / name).exists() for name in names) and not self._link(names):
+            final = self._renamed(names)
+            names = list(final.values())
+        self.write_text(index, text(final))
         if not any((self.folder / name).exists() for name in names):
-            self.commit([*names, index])
+            self.commit([*configuration, *names, index])
             return
+        moved = self._move_all(configuration, index)
         first = f"first.{index}"
         self.write_text(first, text({name: f"{self.path.name}/{name}" for name in names}))
-        self._keep = True  # from the next rename on, the files are needed where they are
+        self._commit_here(first, index, moved)
         try:
-            os.replace(self.path / first, self.folder / index)
-            sync_folder(self.folder)
+            for name in names:
+                self._move(f"link.{name}", name)
+            self._sync(names)
+            self._move(index, index)
+            self._sync([index])
+        except OSError:
+            return  # the checkpoint is whole where it is, named by its index
+        self._keep = False
+
+    def discard(self, first: Iterable[str], then: Iterable[str] = ()) -> None:
+        """Remove files of the old checkpoint.
+
+        Parameters
+        ----------
+        first
+            Files that loaders prefer to the new ones, so that these count only without them.
+        then
+            Files that nothing names any more; one that cannot be removed does no harm.
+
+        Raises
+        ------
+        CheckpointError
+            If one of the first cannot be removed.
+        """
+        removed = [name for name in first if (self.folder / name).exists()]
+        for name in removed:
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.folder / name} could not be removed: {error.strerror or error}. It belongs to the old "
+                    "checkpoint, which loaders still prefer to the new one beside it: remove it"
+                ) from error
+        if removed:
+            try:
+                sync_folder(self.folder)
+            except OSError as error:
+                raise self._not_forced(error) from error
+        for name in then:
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            except OSError:
+                continue
+        self._remove_abandoned()
+
+    # -- the parts of a commit
+
+    def _move_all(self, names: Iterable[str], last: str) -> list[str]:
+        """Move what has to be there before ``last``."""
+        moved: list[str] = []
+        names = list(names)
+        try:
+            for name in (*names, last):
+                if name not in self._created:  # by a library, which does not sync what it writes
+                    sync_file(self.path / name)
+            for name in names:
+                self._move(name, name)
+                moved.append(name)
+            self._sync(moved)
+        except OSError as error:
+            raise self._failure(error, moved, last) from error
+        return moved
+
+    def _commit_here(self, first: str, index: str, moved: list[str]) -> None:
+        """Let the index in the folder name the files where they are."""
+        try:
+            sync_folder(self.path)
+            self._keep = True  # from the next rename on, the files are needed where they are
+            self._move(first, index)
         except OSError as error:
             self._keep = False
-            raise failure(self.folder, error, "cannot be written to") from error
+            raise self._failure(error, moved, index) from error
+        try:
+            self._sync([index])
+        except OSError as error:
+            raise self._not_forced(error) from error
+
+    def _move(self, name: str, final: str) -> None:
+        try:
+            os.replace(self.path / name, self.folder / final)
+        except OSError:
+            if (self.path / name).exists() or not (self.folder / final).exists():
+                raise  # otherwise it was done, and only the answer was lost, as happens on network file systems
+
+    def _sync(self, names: Iterable[str]) -> None:
+        for folder in dict.fromkeys((self.folder / name).parent for name in names):
+            sync_folder(folder)
+
+    def _link(self, names: Iterable[str]) -> bool:
+        """Make a second name for each file, to be moved; False where there are no hard links."""
         try:
             for name in names:
                 os.link(self.path / name, self.path / f"link.{name}")
-                os.replace(self.path / f"link.{name}", self.folder / name)
         except OSError:
-            return  # a file system without hard links: the checkpoint stays where it is, named by its index
-        self.commit([index])
-        self._keep = False
+            return False
+        return True
+
+    def _renamed(self, names: Iterable[str]) -> dict[str, str]:
+        """Give the files names that are not taken."""
+        free = {name: _with_token(name) for name in names}
+        try:
+            for name, other in free.items():
+                os.rename(self.path / name, self.path / other)
+        except OSError as error:
+            raise failure(self.folder, error, "cannot be written to") from error
+        return free
+
+    def _failure(self, error: OSError, moved: list[str], last: str) -> CheckpointError:
+        if not moved:
+            return failure(self.folder, error, "cannot be written to")
+        return CheckpointError(
+            f"{self.folder} cannot be written to: {error.strerror or error}. {last} is as it was, "
+            f"{', '.join(moved)} are of the new checkpoint: save again"
+        )
+
+    def _not_forced(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} holds the new checkpoint, which loads, but it could not be forced to the disk: "
+            f"{error.strerror or error}. After a power loss the old one may be there again: save again"
+        )
+
+    # -- the hidden folder
+
+    def _make(self) -> None:
+        """Make and lock the folder; another process that took it for an abandoned one in between has removed it."""
+        while True:
+            self.path.mkdir()  # not mkdtemp: others may have to read the checkpoint
+            self._fd = open_folder(self.path)
+            if try_lock(self._fd) is not False and self.path.exists():
+                return
+            os.close(self._fd)
+            self._fd = -1
+            self.path = self.folder / f"{self._marker}{secrets.token_hex(4)}"
+
+    def _close(self) -> None:
+        try:
+            if not self._keep:
+                shutil.rmtree(self.path, ignore_errors=True)
+        finally:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
     def _remove_abandoned(self) -> None:
         """Remove what killed processes left, unless an index in the folder names it."""
-        for left in self.folder.glob(f"{self._marker}*"):
-            if left.is_dir() and not _is_named(left, self.folder) and not _is_locked(left):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """Remove files that a finished save has replaced; one that cannot be removed does no harm."""
-    for path in paths:
+        found = [left for left in self.folder.glob(f"{self._marker}*") if left.is_dir() and left != self.path]
+        if not found:
+            return
         try:
-            path.unlink()
+            sync_folder(self.folder)  # where an index that is not yet on the disk is to replace one that names them
         except OSError:
-            continue
-        if ".saving-" in path.parent.name:
-            shutil.rmtree(path.parent, ignore_errors=True)
+            return
+        for left in found:
+            if not _is_named(left, self.folder):
+                self._remove(left)
+
+    def _remove(self, left: Path) -> None:
+        """Remove a hidden folder that nobody writes into, under its lock."""
+        try:
+            fd = open_folder(left)
+        except OSError:
+            return
+        try:
+            is_free = try_lock(fd)
+            if is_free or (is_free is None and _last_change(self.path) - _last_change(left) > _ABANDONED_SECONDS):
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(fd)
 
 
-def sync_folder(folder: Path) -> None:
-    """Force renames in a folder to the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _with_token(name: str) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}-{secrets.token_hex(4)}{dot}{suffix}"
+
+
+def _last_change(folder: Path) -> float:
+    """By the clock of the file system, which may be another machine's."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except OSError:
+        return float("inf")  # somebody else removes it
 
 
 def _is_named(left: Path, folder: Path) -> bool:
@@ -146,24 +332,3 @@ def _is_named(left: Path, folder: Path) -> bool:
         return any(f'"{left.name}/' in index.read_text() for index in folder.glob("*.json"))
     except (OSError, UnicodeDecodeError):
         return True  # when in doubt, keep it
-
-
-def _lock(fd: int) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        pass  # a file system without locks
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False

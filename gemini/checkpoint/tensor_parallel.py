@@ -80,7 +80,7 @@ def write_by_first(of: Any, doing: str, write: Callable[[], None], read: Callabl
     RankError
         On the others, if it fails on the first one.
     """
-    group = _group(of)
+    group = row_of(of)
     if group is None:
         write()
     elif dist.get_rank(group):
@@ -115,7 +115,13 @@ def _follow(group: dist.ProcessGroup, doing: str, read: Callable[[str], object])
         read(name)
 
 
-def _group(of: Any) -> "dist.ProcessGroup | None":
+def is_divided(of: Any) -> bool:
+    """True if each rank of a tensor-parallel group has a part of what is saved."""
+    return row_of(of) is not None
+
+
+def row_of(of: Any) -> "dist.ProcessGroup | None":
+    """The tensor-parallel group of a model, an optimizer or a scheduler."""
     parameters: Mapping[int, Any]
     if isinstance(of, nn.Module):  # not of.parameters(), which waits for updates
         parameters = {id(p): p for module in of.modules() for p in own_parameters(module).values()}

@@ -1,5 +1,7 @@
 """Files of ``torch.save``: written through an `Output`, read without running code in them."""
 
+import io
+import pickle
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -20,6 +22,24 @@ def write_torch(value: Any, out: Output) -> None:
         if out.fault is not None:
             raise out.fault from None  # torch reports a wrong position in the file instead
         raise
+
+
+def plain_bytes(value: Any, what: str) -> bytes:
+    """A file of ``torch.save``, in memory, that `read_torch` reads.
+
+    Raises
+    ------
+    CheckpointError
+        If the value holds more than tensors, plain values and containers of them.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{what} holds more than plain values and would not load again") from error
+    return file.getvalue()
 
 
 def read_torch(path: Path, *, mmap: bool = True) -> Any:

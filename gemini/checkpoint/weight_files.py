@@ -1,6 +1,7 @@
 """Where weights are in a checkpoint: single files, and folders in the Hugging Face layout."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -8,10 +9,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gemini.errors import CheckpointError
+from gemini.sizes import parse_bytes
 
+from ..torch_private import metadata_of
 from .match import Source
 from .names import is_extra_state
-from .safetensors_stream import OpenFiles
+from .safetensors_stream import ID_KEY, OpenFiles
 from .torch_file import read_torch
 from .wording import listed
 
@@ -20,6 +23,7 @@ TORCH_NAME = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 INDEX_LIMIT_BYTES = 100_000_000
+_MEBI = 1 << 20
 
 T = TypeVar("T")
 
@@ -131,10 +135,31 @@ def into_shards(items: Sequence[T], sizes: Iterable[int], limit_bytes: int) -> l
     return shards
 
 
+def size_limit(size_per_shard: int | str) -> int:
+    """Bytes, from MiB as a number or a text such as ``"5GB"``.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive.
+    """
+    limit = size_per_shard * _MEBI if isinstance(size_per_shard, int) else parse_bytes(size_per_shard)
+    if limit <= 0:
+        raise ValueError(f"size_per_shard must be positive, got {size_per_shard!r}")
+    return limit
+
+
 def shard_names(name: str, count: int) -> list[str]:
     """``model-00001-of-00003.safetensors`` and so on."""
     stem, dot, suffix = name.rpartition(".")
     return [f"{stem}-{i + 1:05d}-of-{count:05d}{dot}{suffix}" for i in range(count)]
+
+
+def find_shards(folder: Path, name: str) -> list[str]:
+    """Files in a folder that are named as shards of ``name`` are, whether an index names them or not."""
+    stem, dot, suffix = map(re.escape, name.rpartition("."))
+    pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}}(-[0-9a-f]{{8}})?|-[0-9a-f]{{8}}){dot}{suffix}")
+    return sorted(path.name for path in folder.iterdir() if pattern.fullmatch(path.name))
 
 
 def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
@@ -142,6 +167,7 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
         file = files.open(path)
         return {name: Source.in_file(file, name) for name in file.records}
     stored = read_torch(path)
+    files.says(path, ((metadata_of(stored) or {}).get("") or {}).get(ID_KEY))
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         raise CheckpointError(f"{path} does not hold a state dict (a dict from names to tensors)")
     if foreign := [n for n, v in stored.items() if not isinstance(v, Tensor) and not is_extra_state(n)]:

@@ -60,9 +60,6 @@ class Plugin:
         return True
 
 
-DPPluginBase = Plugin
-
-
 class _Elsewhere(Plugin):
     """A plugin of ColossalAI that is not here. Scripts may import it and ask whether theirs is one."""
 

@@ -179,6 +179,7 @@ class Engine:
             Of the model's inputs. A heavier batch than any before is measured like the first one.
         """
         self.updates.schedule.check_whole("run a forward")
+        self.manager.refuse_released("run a forward")
         if self.pacing.cycle.is_complete:
             self.sampling.end_cycle()
         if not self.visits.open:

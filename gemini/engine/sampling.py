@@ -75,7 +75,9 @@ class Sampling:
         return self.timeline.take(self.meter.last_bytes)
 
     def _sample(self) -> None:
-        self.meter.sample(self._manager.gradient_pool.blocks_nbytes + self._manager.full_copies.nbytes)
+        manager = self._manager
+        grown = manager.gradient_pool.blocks_nbytes + manager.full_copies.nbytes + manager.snapshots.nbytes
+        self.meter.sample(grown)
 
     def _choose_malloc(self) -> None:
         """Have malloc keep nothing while non-model data in RAM are measured, and for as long as RAM is short."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
+
 from gemini.chunk import BufferSpec
 from gemini.config import GeminiConfig
 from gemini.sizes import format_bytes
@@ -76,7 +78,7 @@ def estimated(case: Case) -> Iterator[Change]:
     data = ModelData(case.subject, case.config, case.slots)
     if data.numel != case.numel:
         raise ValueError(f"{case.subject.name} has {data.numel} parameters, and the run's model had {case.numel}")
-    activations = Activations(case.subject, case.config.compute_dtype, case.checkpointing)
+    activations = Activations(case.subject, case.config.dtype_of(torch.float32), case.checkpointing)
     non_model = activations.peak_bytes(case.batch_size, case.seq_len)
     yield from _as_it_is(case, demand(data, non_model, case.machine))
     yield from _recomputed(case, data)
@@ -103,7 +105,7 @@ def _recomputed(case: Case, data: ModelData) -> Iterator[Change]:
     if case.checkpointing:
         return
     try:
-        activations = Activations(case.subject, case.config.compute_dtype, checkpointing=True)
+        activations = Activations(case.subject, case.config.dtype_of(torch.float32), checkpointing=True)
     except TypeError:  # it cannot be switched on from outside
         return
     found = demand(data, activations.peak_bytes(case.batch_size, case.seq_len), case.machine)

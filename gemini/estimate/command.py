@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> Exit:
     try:
         subject = find_subject(options.target, dict(assignment(text) for text in options.set))
         data = ModelData(subject, config, slots)
-        activations = Activations(subject, config.compute_dtype, options.checkpointing)
+        activations = Activations(subject, config.dtype_of(torch.float32), options.checkpointing)
     except NotFound as error:
         raise NoRun(str(error)) from error
     solved: Solved | None = None

@@ -244,7 +244,7 @@ def _terms(packing: Packing) -> dict[str, int]:
 
 def _everything(data: ModelData, ranks: int) -> int:
     """Homes of masters, states and gradients; of several ranks each collects whole gradients beside them."""
-    itemsize = data.config.compute_dtype.itemsize
+    itemsize = data.config.dtype_of(torch.float32).itemsize
     collected = itemsize if ranks > 1 else 0
     return round(data.numel * ((data.state_bytes + itemsize) / ranks + collected))
 

@@ -77,9 +77,16 @@ def skeleton(chunks: Description) -> nn.Module:
             module = child
         if item.keeps_fp32:
             module.running_mean = True  # type: ignore[assignment]
-        made = nn.Parameter(torch.empty(item.shape, device="meta"), requires_grad=item.trainable)
+        empty = torch.empty(item.shape, dtype=_dtype(chunks, item), device="meta")
+        made = nn.Parameter(empty, requires_grad=item.trainable)
         own_parameters(module)[leaf] = made
     return root
+
+
+def _dtype(chunks: Description, item: DescribedParameter) -> torch.dtype:
+    """What the parameter computes in, which is its own dtype if the precision is ``"keep"``."""
+    chunk = chunks.chunks[item.chunk]
+    return torch.bfloat16 if chunk.full_bytes == 2 * chunk.numel else torch.float32
 
 
 def config_of(chunks: Description) -> GeminiConfig:

@@ -9,16 +9,19 @@ from ..chunk import (
     GRADIENT,
     MASTER,
     SHADOW,
+    BlockFormat,
     BufferSpec,
     ChunkLayout,
     ChunkPlan,
     MasterCodec,
     MemoryMap,
     Plain,
+    Quantised,
     SplitBf16,
     WithShadow,
 )
 from ..chunk.extent import Owner
+from ..chunk.layout import ALIGN_NUMEL, align
 from ..config import GeminiConfig
 from ..planning.placement import ChunkNeed, Placement
 
@@ -40,17 +43,33 @@ class Group:
     """Its masters are in two halves where units can use the upper one. See [Note: Split master]."""
     owner: Owner
     """Who keeps which extent of its chunks."""
+    form: BlockFormat | None = None
+    """What frozen weights are rounded to; None: they keep the compute dtype."""
 
     @classmethod
-    def of(cls, config: GeminiConfig, index: int, keeps_fp32: bool, states: tuple[BufferSpec, ...] = ()) -> "Group":
-        """The group of parameters in the optimizer's group ``index`` (-1: in none)."""
-        dtype = torch.float32 if keeps_fp32 else config.compute_dtype
+    def of(
+        cls,
+        config: GeminiConfig,
+        index: int,
+        own: torch.dtype,
+        states: tuple[BufferSpec, ...] = (),
+        keeps_fp32: bool = False,
+        form: BlockFormat | None = None,
+    ) -> "Group":
+        """The group of parameters in their ``own`` dtype, in the optimizer's group ``index`` (-1: in none)."""
+        dtype = torch.float32 if keeps_fp32 else config.dtype_of(own)
         has_room = dtype is torch.bfloat16 and any(spec.has_spare_sign for spec in states)
-        return cls(index, keeps_fp32, states, dtype, config.split_master and has_room, config.communicator.owner)
+        return cls(index, keeps_fp32, states, dtype, config.split_master and has_room, config.communicator.owner, form)
 
     @property
     def is_trainable(self) -> bool:
         return self.param_group >= 0
+
+    @property
+    def align_numel(self) -> int:
+        """Parameters begin at multiples of it: so the elements that share a value do not depend on what is around."""
+        specs = (*self.codec(is_full=False, has_shadow=False).specs, *self.states)
+        return align(ALIGN_NUMEL, max(spec.block_numel for spec in specs))
 
     def need(self, numel: int, borrow: bool) -> ChunkNeed:
         """What a chunk of ``numel`` elements asks for; with ``borrow`` its gradient has no home.
@@ -62,7 +81,12 @@ class Group:
         low, full = extent * self.compute_dtype.itemsize, extent * 4
         full_nbytes = numel * self.compute_dtype.itemsize
         if not self.is_trainable:
-            return ChunkNeed(buffers={MASTER: low}, full_nbytes=full_nbytes, full_can_be_home=self.owner.count == 1)
+            codec = self.codec(is_full=False, has_shadow=False)
+            return ChunkNeed(
+                buffers={spec.name: spec.nbytes(extent) for spec in codec.specs},
+                full_nbytes=full_nbytes,
+                full_can_be_home=self.owner.count == 1 and codec.source is not None,
+            )
         buffers = {MASTER: full, **{spec.name: spec.nbytes(extent) for spec in self.states}}
         return ChunkNeed(
             buffers=buffers if borrow else {**buffers, GRADIENT: low},
@@ -78,6 +102,8 @@ class Group:
             return SplitBf16(next(spec.name for spec in self.states if spec.has_spare_sign))
         if has_shadow:
             return WithShadow(BufferSpec(MASTER), self.compute_dtype)
+        if self.form is not None:
+            return Quantised(self.form, self.compute_dtype)
         return Plain(BufferSpec(MASTER, torch.float32 if self.is_trainable else self.compute_dtype))
 
 

@@ -1,6 +1,7 @@
 """From a model to a placed set of chunks: the decisions of `boost`, before anything is changed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from torch import nn
 
 from ..chunk import FETCH_WORKERS, STORE_BLOCKS, BufferSpec, ChunkPlan, MemoryMap, TensorSpec, Tier
-from ..chunk.layout import ALIGN_NUMEL, align
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..nn.optimizer.rules.adam_rule import ADAM
@@ -17,6 +17,7 @@ from ..units.units import nested_parameters
 from ..updates.update_pipeline import BLOCK_SETS, buffer_count
 from .group import Group, plans
 from .problem import Problem, Use
+from .quantised import quantised_parameters
 from .remedy import out_of_memory
 from .solve import Shortfall, Solution, solve
 
@@ -92,7 +93,7 @@ def decide(
         chunk_numel=config.chunk_numel,
         search_range=config.search_range,
         search_step=config.search_step,
-        compute_itemsize=config.compute_dtype.itemsize,
+        compute_itemsize=_most_common_itemsize(named.values(), groups),
         max_prefetch=config.max_prefetch,
         borrows_gradients=config.update_in_backward,
         staging_blocks=FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * buffers,
@@ -123,23 +124,40 @@ def _groups(
     with_statistics = {
         id(p)
         for m in model.modules()
-        if getattr(m, "running_mean", None) is not None
+        if getattr(m, "running_mean", None) is not None and config.compute_dtype is not None
         for p in m.parameters(recurse=False)
     }
+    trained = {id(p): group_of[id(p)] for p in named.values() if p.requires_grad and id(p) in group_of}
+    form, quantised = None, frozenset[int]()
+    if config.quantization is not None:
+        form, quantised = config.quantization.form, quantised_parameters(model, config.quantization, trained)
     found = []
     for parameter in named.values():
-        index = group_of.get(id(parameter), -1) if parameter.requires_grad else -1
+        index = trained.get(id(parameter), -1)
         states = slots[index] if index >= 0 else ()
-        found.append(Group.of(config, index, id(parameter) in with_statistics, states))
+        found.append(
+            Group.of(
+                config,
+                index,
+                parameter.dtype,
+                states,
+                keeps_fp32=id(parameter) in with_statistics,
+                form=form if id(parameter) in quantised else None,
+            )
+        )
     return tuple(found)
 
 
+def _most_common_itemsize(parameters: Iterable[nn.Parameter], groups: Iterable[Group]) -> int:
+    """Bytes of an element of most full copies."""
+    numel = Counter({4: 0})
+    for parameter, group in zip(parameters, groups, strict=True):
+        numel[group.compute_dtype.itemsize] += parameter.numel()
+    return max(numel, key=numel.__getitem__)
+
+
 def _spec(name: str, parameter: nn.Parameter, group: Group) -> TensorSpec:
-    # States that a block of elements shares begin with a parameter, so that they do not depend on what is around.
-    multiple = max((slot.block_numel for slot in group.states), default=1)
-    return TensorSpec(
-        name, tuple(parameter.shape), _dense_stride(parameter), group, align_numel=align(ALIGN_NUMEL, multiple)
-    )
+    return TensorSpec(name, tuple(parameter.shape), _dense_stride(parameter), group, align_numel=group.align_numel)
 
 
 def _dense_stride(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..chunk.memory_map import MemoryMap
-from ..chunk.names import GRADIENT, MASTER, SHADOW
+from ..chunk.names import ABSMAX, GRADIENT, MASTER, SHADOW
 from ..chunk.tier import Tier
 
 DISK_PAGE_BYTES = 4096
@@ -51,7 +51,7 @@ class ChunkNeed:
     @property
     def ranks(self) -> dict[str, int]:
         """Its buffers by bytes moved per byte held, most first: the master, the gradient, the states in their order."""
-        names = dict.fromkeys((MASTER, GRADIENT, *self.buffers))
+        names = dict.fromkeys((MASTER, ABSMAX, GRADIENT, *self.buffers))
         return {name: rank for rank, name in enumerate(names) if name in self.buffers}
 
     def nbytes(self, name: str, tier: Tier) -> int:

@@ -64,6 +64,12 @@ class Brackets:
         """True if some modules stand for several units."""
         return bool(self._coarse)
 
+    def remove(self) -> None:
+        """Take all hooks off for good."""
+        for bracket in self._installed.values():
+            bracket.remove()
+        self._installed.clear()
+
     def refine(self) -> None:
         """Have each unit bracket its own parameters."""
         for unit in self._coarse.values():

@@ -63,7 +63,7 @@ class ForwardHooks:
         self._depth = 0
         """How many calls of the model are under way, one inside the other."""
         self._brackets = Brackets(engine.units, self._install)
-        bracket(model, self._before_model, self._after_model)
+        self._bracket = bracket(model, self._before_model, self._after_model)
 
     def _install(self, unit: Unit) -> Bracket:
         module = unit.module
@@ -71,6 +71,11 @@ class ForwardHooks:
             # The model's own are those of a unit, too, so that a new cycle begins before it enters.
             return Bracket()
         return bracket(module, partial(self._before_unit, unit), partial(self._after_unit, unit))
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self._bracket.remove()
+        self._brackets.remove()
 
     # -- the model
 

@@ -45,8 +45,10 @@ class Outside(Keeper):
                 is_in_unit = self._engine.add_to_innermost(chunks, parameters)
                 pinned = [] if is_in_unit else self._engine.pins.bring(chunks)
             if is_in_unit:
+                self._announce(parameters)
                 return run()
             try:
+                self._announce(parameters)
                 self._remember_upper_halves(parameters)
                 begin = next_number()
                 result = run()
@@ -65,6 +67,7 @@ class Outside(Keeper):
             with _undisturbed():
                 pinned = self._engine.pins.bring(chunks)
             try:
+                self._announce(parameters)
                 result = self._lent(run, parameters)
                 if is_address:
                     for chunk in chunks:
@@ -90,6 +93,12 @@ class Outside(Keeper):
     def replace_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
         self._gradients.replace(parameter, gradient)
 
+    def _announce(self, parameters: list[Tensor]) -> None:
+        """Before an operation that may change parameters: those that are their own home."""
+        for chunk, position in map(self._place, parameters):
+            if chunk.full_is_home:
+                chunk.announce_change(position)
+
     def _remember_upper_halves(self, parameters: list[Tensor]) -> None:
         """Before an operation that may change masters in two halves: what is changed is told by comparing."""
         for chunk, position in map(self._place, parameters):
@@ -98,9 +107,9 @@ class Outside(Keeper):
                     chunk.lend().view(position)
 
     def _keep_edits(self, chunks: tuple[Chunk, ...]) -> None:
-        """Bring home at once what cannot wait: halves of masters, and what several ranks change together."""
+        """Bring home at once what cannot wait: halves of masters, what ranks change together, what will be refused."""
         for chunk in chunks:
-            if (chunk.is_split or chunk.is_shared) and chunk.bindings.edited():
+            if (chunk.is_split or chunk.is_shared or chunk.rounds) and chunk.bindings.edited():
                 with _undisturbed():
                     self._engine.manager.keep_edits(chunk)
 

@@ -95,6 +95,12 @@ class KeptStates:
         assert place is not None
         return place[0]
 
+    def values_of(self, parameter: Tensor, name: Any) -> tuple[str, ...]:
+        """The values of its chunk that an entry of its state is read from; none for a note or a number of steps."""
+        if name == STEP or name in self._notes.get(id(parameter), ()):
+            return ()
+        return tuple(spec.name for spec in codec_of(self._manager, self._rule, parameter, name).specs)
+
     # -- reading
 
     def get(self, parameter: Tensor, name: Any) -> Any:

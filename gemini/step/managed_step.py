@@ -16,6 +16,7 @@ from ..updates.options import Options
 from ..updates.updater import Groups, Planned, Updater
 from ..updates.updates import Updates
 from .kept_states import KeptStates
+from .state_id import OPTIMIZER, StateId
 from .state_mapping import OptimizerStates
 from .states import States
 from .succession import check_room
@@ -35,6 +36,8 @@ class ChunkedStep:
         Makes room for parameters that are added later.
     kept
         Has the states of parameters in chunks.
+    state_id
+        Names what is saved.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class ChunkedStep:
         updates: Updates,
         unfreezing: Unfreezing,
         kept: KeptStates,
+        state_id: StateId,
     ) -> None:
         self.manager = engine.manager
         self._states = States(kept)
@@ -52,6 +56,7 @@ class ChunkedStep:
         self._updates = updates
         self.scaling = updates.scaling
         self._unfreezing = unfreezing
+        self.state_id = state_id
 
     @property
     def kept(self) -> KeptStates:
@@ -73,6 +78,7 @@ class ChunkedStep:
 
     def backward(self, loss: Tensor) -> None:
         """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
+        self.manager.snapshots.raise_fault()
         self._updates.before_backward()
         loss = self.scaling.scaled(loss)
         try:
@@ -95,7 +101,9 @@ class ChunkedStep:
     # -- ManagedStep
 
     def step(self, optimizer: ManagedOptimizer) -> None:
+        self.manager.snapshots.raise_fault()
         self._engine.recover()
+        self.manager.refuse_released("step")
         with self._engine.lock:
             self._step(optimizer)
         self._engine.step_ended(self.facts)
@@ -226,6 +234,7 @@ class ChunkedStep:
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         self._states.load_state_dict(optimizer, state_dict)
+        self.state_id.loaded(OPTIMIZER, None)
 
     # -- helpers
 

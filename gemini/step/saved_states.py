@@ -47,6 +47,7 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
     if chunk.codecs[kept].computes:
         return None
     chunk.settle()
+    chunk.announce_change(position)
     at = chunk.place(position, kept)
     with torch.no_grad():
         return home.as_strided(at.shape, at.stride, home.storage_offset() + at.index)
@@ -63,6 +64,19 @@ def write_state(values: Values, rule: Rule, parameter: Tensor, name: str, value:
     for buffer, kept in codec.encode(flat, {}).items():
         shaped = kept.as_strided(slot.shape, slot.stride) if kept.numel() == slot.numel else kept
         values.write(parameter, buffer, shaped)
+
+
+def read_own_state(values: Values, rule: Rule, parameter: Tensor, name: str) -> Tensor:
+    """A copy on CPU of what is at home here (flat)."""
+    codec = codec_of(values.manager, rule, parameter, name)
+    return codec.decode({spec.name: values.read_own(parameter, spec.name) for spec in codec.specs})
+
+
+def write_own_state(values: Values, rule: Rule, parameter: Tensor, name: str, own: Tensor) -> None:
+    """Replace what is at home here (flat, on CPU)."""
+    codec = codec_of(values.manager, rule, parameter, name)
+    for buffer, kept in codec.encode(own.to(codec.dtype), {}).items():
+        values.write_own(parameter, buffer, kept)
 
 
 def codec_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Codec:

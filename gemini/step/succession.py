@@ -1,6 +1,7 @@
 """Giving a model that has been boosted with one optimizer another one."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..chunk import BufferSpec, ChunkManager
@@ -12,13 +13,17 @@ _WAY_OUT = (
 )
 
 
+@dataclass(frozen=True, slots=True)
 class Superseded:
-    """The `ManagedStep` of an optimizer whose place another one has taken: refuses everything."""
+    """The `ManagedStep` of an optimizer that does not train its model any more: refuses everything."""
+
+    since: str = "has been given another one"
+    """What has happened to the model."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            "the model of this optimizer has been given another one since, and the states of this one are gone; use "
-            "the other one"
+            f"the model of this optimizer {self.since} since, and the states of this one are gone; use another "
+            "optimizer"
         )
 
     backward = gradient_norm = _refuse

@@ -96,6 +96,12 @@ class Unfreezing:
                     f"{_listed(chunk.states)}, and with the options of group {index} it keeps "
                     f"{_listed(slots)}. {_WAY_OUT}"
                 )
+            if chunk.rounds:
+                raise ValueError(
+                    f"{name} is kept in fewer bits (quantize=...) and cannot be trained. Train adapters beside it, or "
+                    "boost with quantize=gemini.Quantization(format, skip=(module, ...)), which leaves modules as they "
+                    "are, or without quantize"
+                )
             if chunk.pins:
                 raise ValueError(f"{name} is in use: unfreeze it between steps")
         frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]
@@ -123,7 +129,8 @@ class Unfreezing:
                     f"{slot.name} was packed without room for blocks of {multiple} elements, which these states need. "
                     f"{_WAY_OUT}"
                 )
-        groups = [Group.of(config, index, chunk.full.dtype is torch.float32, slots) for chunk in chunks]
+        dtypes = [chunk.full.dtype for chunk in chunks]
+        groups = [Group.of(config, index, dtype, slots, keeps_fp32=dtype is torch.float32) for dtype in dtypes]
         pairs = zip(layouts, groups, strict=True)
         needs = [group.need(layout.numel, config.update_in_backward) for layout, group in pairs]
         memory, on_disk = self._manager.ledger.memory, [chunk for chunk in chunks if chunk.tier is Tier.DISK]

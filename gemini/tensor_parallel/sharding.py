@@ -6,7 +6,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch import Size, Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from ..lazy.sharding import shard
 from ..torch_private import LOCAL_TENSOR
@@ -39,6 +39,15 @@ class Sharding:
     def group(self) -> dist.ProcessGroup:
         """The ranks that have parts of it."""
         return self.mesh.get_group()
+
+    def offsets(self) -> tuple[int, ...]:
+        """Where this rank's part begins in the whole tensor."""
+        found = [0] * len(self.shape)
+        for placement in self.placements:
+            if isinstance(placement, Shard):
+                numel = self.shape[placement.dim]
+                found[placement.dim] = min(self.mesh.get_local_rank() * -(-numel // self.mesh.size()), numel)
+        return tuple(found)
 
     def distribute(self, local: Tensor) -> DTensor:
         """The distributed tensor over this part."""

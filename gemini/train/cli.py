@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output = sys.stderr if options.json else sys.stdout
             code, content = run(options, Report(output if is_first else nowhere))
     except KeyboardInterrupt:
-        return _fail(options, INTERRUPTED, "interrupted; no checkpoint was written")
+        return _fail(options, INTERRUPTED, "interrupted before the last checkpoint was written")
     except Exception as error:
         if not _is_expected(error):
             raise

@@ -62,16 +62,16 @@ def _train_and_report(
     options = session.options
     _show_budget(session, report)
     interrupt = Interrupt(_acknowledge)
-    seconds, speed = _train(session, corpus, report, interrupt, on_step)
+    checkpoint, is_first = Path(session.ranks.of_first(str(options.checkpoint_folder))), session.ranks.is_first
+    seconds, speed = _train(session, corpus, report, interrupt, checkpoint, on_step)
     stats = session.stats()
     _check_peaks(stats)
     report.heading("result")
     if session.losses:
         report.facts(_outcome(session, stats, seconds, speed))
-    checkpoint, is_first = options.checkpoint_folder, session.ranks.is_first
-    if is_first:  # the others serve it meanwhile, and stay until it has all
-        with report.working("writing the checkpoint"):
-            session.save(checkpoint)
+    with report.working("writing the checkpoint"):
+        session.save(checkpoint)
+    if is_first:
         report.facts([("checkpoint", f"{checkpoint} (transformers' GPT2LMHeadModel loads it)")])
     sample = None
     if is_first and interrupt.signal is None and options.sample_length:
@@ -88,7 +88,7 @@ def _train_and_report(
 
 
 def _train(
-    session: Session, corpus: Corpus, report: Report, interrupt: Interrupt, on_step: OnStep | None
+    session: Session, corpus: Corpus, report: Report, interrupt: Interrupt, checkpoint: Path, on_step: OnStep | None
 ) -> tuple[float, float]:
     """Seconds that it took, tokens per second."""
     options = session.options
@@ -107,6 +107,8 @@ def _train(
                 on_step(session)
             # A signal may come to the ranks in different steps; they end after the same one.
             stops = ranks.mean(float(interrupt.signal is not None), session.device) > 0
+            if options.save_every and session.step % options.save_every == 0 and session.step < options.steps:
+                session.save(checkpoint)
         boosted(session.model).manager.settle()  # the last updates are part of the work
         end = time.monotonic()
         return end - begin, progress.tokens_per_second(end)

@@ -1,24 +1,23 @@
 """The command line of the job, checked, as one frozen value."""
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from gemini.errors import CheckpointError
 from gemini.sizes import parse_bytes
+from gemini.train import checkpoints
 from gemini.train.model import GPTConfig
-
-STATE_FILE = "training_state.json"
-"""What a checkpoint holds besides weights and optimizer states."""
 
 _EPILOG = """\
 examples:
   python -m gemini.train                                     a small GPT, about a minute
   python -m gemini.train --layers 12 --hidden 768 --heads 12 --host-memory 500MiB
   python -m gemini.train --resume DIR --steps 400            go on where DIR ended
+  python -m gemini.train --steps 10000 --save-every 500      lose 500 steps at most
 
 SIZE is bytes or text: 24GiB is binary, 24GB decimal. Ctrl-C finishes the step,
 writes the checkpoint and exits with 130; pressed twice it ends at once.
@@ -50,6 +49,10 @@ class Options:
     checkpoint: Path | None = None
     """None: a new folder below ``gemini_memory_runs``."""
     resume: Path | None = None
+    """A checkpoint, or a folder of them."""
+    save_every: int | None = None
+    """Steps; None: only at the end."""
+    keep: int = 3
     sample_length: int = 64
     json: bool = False
 
@@ -61,7 +64,9 @@ class Options:
     def checkpoint_folder(self) -> Path:
         if self.checkpoint is not None:
             return self.checkpoint
-        return self.resume or Path("gemini_memory_runs") / f"train-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        if self.resume is not None:
+            return checkpoints.folder_of(self.resume)
+        return Path("gemini_memory_runs") / f"train-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
 
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint and for ``--json``; paths as text."""
@@ -81,7 +86,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     try:
         options = Options(**{**_remembered(given), **given})
         _check(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         parser.error(str(error))
     return options
 
@@ -121,8 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     add(memory, "--offload-dir", Path, "DIR", "folder of the disk tier [a temporary one]")
     memory.add_argument("--placement-policy", choices=("auto", "static"), help="[auto]")
     output = parser.add_argument_group("output")
-    add(output, "--checkpoint", Path, "DIR", "write here [a new folder in gemini_memory_runs]")
-    add(output, "--resume", Path, "DIR", "go on from this checkpoint (and write there)")
+    add(output, "--checkpoint", Path, "DIR", "write checkpoints here [a new folder in gemini_memory_runs]")
+    add(output, "--resume", Path, "DIR", "go on from the newest checkpoint here, or this one (and write here)")
+    add(output, "--save-every", _positive, "N", "write one every N steps too")
+    add(output, "--keep", _positive, "N", "how many stay, the newest ones")
     add(output, "--sample-length", _natural, "N", "bytes of text to generate at the end")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     return parser
@@ -144,19 +151,9 @@ def _remembered(given: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The small file of a checkpoint; ``ValueError`` if the folder is no checkpoint of this job."""
-    path = folder / STATE_FILE
-    try:
-        content = json.loads(path.read_text())
-        if content["version"] != 1 or not set(SHAPE) <= set(content["options"]):
-            raise KeyError("version")
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint of this job: it has no {STATE_FILE}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or from another version: {error}") from None
-    checked: dict[str, Any] = content
-    return checked
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint keeps of the job that wrote it; see `checkpoints.read_state`."""
+    return checkpoints.read_state(checkpoint, SHAPE)
 
 
 def _check(options: Options) -> None:
@@ -168,7 +165,7 @@ def _check(options: Options) -> None:
     target = options.checkpoint_folder
     if target.exists() and not target.is_dir():
         raise ValueError(f"--checkpoint {target}: not a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / STATE_FILE).exists():
+    if target.is_dir() and any(target.iterdir()) and not checkpoints.holds_checkpoints(target):
         raise ValueError(f"--checkpoint {target}: holds other files; give an empty or a new folder")
 
 

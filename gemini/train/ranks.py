@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank and how many there are. The first one alone prints, saves and writes a sample."""
+    """This rank and how many there are. The first one alone prints and writes a sample."""
 
     rank: int = 0
     count: int = 1
@@ -21,6 +21,14 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def of_first(self, value: str) -> str:
+        """What the first rank has."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def mean(self, value: float, device: torch.device) -> float:
         """The mean of what the ranks have."""

@@ -1,10 +1,8 @@
 """What is trained: model, optimizer and schedule under management, how they are built, saved and read again."""
 
 import base64
-import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,13 +19,14 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import MemoryMap, find_accelerator
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
+from gemini.train import checkpoints
 from gemini.train.model import GPT2LMHeadModel
-from gemini.train.options import STATE_FILE, Options, read_state
+from gemini.train.options import Options, read_state
 from gemini.train.ranks import Ranks
 
 _STATE_BYTES = 12  # master, exp_avg and exp_avg_sq, fp32 each
 _COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_OPTIMIZER, _SCHEDULE = "optimizer", "lr_scheduler.pt"
+_ONE_FILE = "1000TB"  # from_pretrained finds it under one name, however large it is
 
 
 @dataclass
@@ -92,34 +91,25 @@ class Session:
         return value
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint. What was in ``folder`` stays whole until the new one is complete."""
-        draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            self.booster.save_model(self.model, str(draft))
-            self.booster.save_optimizer(self.optimizer, str(draft / _OPTIMIZER))
-            self.booster.save_lr_scheduler(self.schedule, str(draft / _SCHEDULE))
-            state = {
-                "version": 1,
-                "step": self.step,
-                "losses": self.losses,
-                "options": self.options.as_json(),
-                "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-            }
-            (draft / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
-            _replace(folder, draft)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        """Add a checkpoint to a folder. All ranks do it together."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "lr_scheduler": self.schedule}
+        extra = checkpoints.state(self.step, self.losses, self.options.as_json())
+        self.booster.save(folder, **parts, extra=extra, keep=self.options.keep, size_per_shard=_ONE_FILE)
+        if self.ranks.is_first:
+            checkpoints.show_newest(folder)
 
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, exactly where it ended."""
-        state = read_state(folder)
-        self.booster.load_model(self.model, str(folder))
-        self.booster.load_optimizer(self.optimizer, str(folder / _OPTIMIZER))
-        self.booster.load_lr_scheduler(self.schedule, str(folder / _SCHEDULE))
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint, or the newest one in a folder, exactly where it ended."""
+        state = read_state(checkpoint)
+        if checkpoints.is_old(checkpoint):
+            self.booster.load_model(self.model, str(checkpoint))
+            self.booster.load_optimizer(self.optimizer, str(checkpoint / checkpoints.OLD_OPTIMIZER))
+            self.booster.load_lr_scheduler(self.schedule, str(checkpoint / checkpoints.OLD_SCHEDULE))
+            torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch_rng"])), dtype=torch.uint8))
+        else:
+            parts = {"model": self.model, "optimizer": self.optimizer, "lr_scheduler": self.schedule}
+            state = self.booster.load(checkpoint, **parts)
         self.step, self.losses = int(state["step"]), [float(loss) for loss in state["losses"]]
-        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch_rng"])), dtype=torch.uint8))
 
 
 def model_data_bytes(options: Options) -> int:
@@ -182,20 +172,6 @@ def _cosine(steps: int) -> Callable[[int], float]:
         return 0.55 + 0.45 * math.cos(math.pi * progress)
 
     return factor
-
-
-def _replace(folder: Path, draft: Path) -> None:
-    """Put ``draft`` in the place of ``folder``. Between the two renames, the old one lies beside it."""
-    old = draft.with_suffix(".old")
-    if folder.exists():
-        os.rename(folder, old)
-    try:
-        os.rename(draft, folder)
-    except BaseException:
-        if old.exists():
-            os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

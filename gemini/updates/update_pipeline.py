@@ -124,6 +124,7 @@ class Block:
         """Update the elements that are not updated yet: a retry computes nothing twice."""
         if self.is_computed:
             return
+        self.update.chunk.homes.before_change(self.start, self.stop)
         tensors = {name: self.tensor(name, buffer) for name, buffer in self.buffers().items()}
         if self.update.out is not None:
             tensors[_REFRESHED] = self.update.out[self.start : self.stop]

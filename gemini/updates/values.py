@@ -2,7 +2,15 @@
 
 from torch import Tensor
 
-from ..chunk import ChunkManager, SlotValues, accept_replaced, open_to_replace, open_values
+from ..chunk import (
+    ChunkManager,
+    SlotValues,
+    accept_replaced,
+    open_to_replace,
+    open_values,
+    read_own_part,
+    write_own_part,
+)
 from .schedule import UpdateSchedule
 
 
@@ -24,12 +32,18 @@ class Values:
         self._schedule.check_whole("read parameters or optimizer states")
 
     def read(self, parameter: Tensor, name: str) -> Tensor:
-        """See `ChunkManager.read`."""
+        """See `ChunkManager.read`; on the thread that reads a snapshot, the values of that."""
+        if (snapshot := self.manager.snapshots.of_reader) is not None:
+            place = self.manager.find(parameter)
+            assert place is not None
+            return snapshot.read(*place, name)
         self.check_readable()
         return self.manager.read(parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> SlotValues | None:
-        """See `open_values`."""
+        """See `open_values`; None on the thread that reads a snapshot."""
+        if self.manager.snapshots.of_reader is not None:
+            return None
         self.check_readable()
         return open_values(self.manager, parameter, name)
 
@@ -45,4 +59,14 @@ class Values:
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """See `ChunkManager.write`."""
         self.manager.write(parameter, name, value)
+        self._schedule.replaced(parameter, name)
+
+    def read_own(self, parameter: Tensor, name: str) -> Tensor:
+        """See `read_own_part`."""
+        self.check_readable()
+        return read_own_part(self.manager, parameter, name)
+
+    def write_own(self, parameter: Tensor, name: str, values: Tensor) -> None:
+        """See `write_own_part`."""
+        write_own_part(self.manager, parameter, name, values)
         self._schedule.replaced(parameter, name)

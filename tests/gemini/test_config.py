@@ -31,7 +31,7 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be one of 'fp32', 'bf16', 'fp16', 'keep', got 'fp8'"),
         ({"device_memory": 0}, "device_memory must be positive, got 0"),
         ({"host_memory": -1}, "host_memory must be positive, got -1"),
         ({"disk_memory": 0, "offload_dir": Path("x")}, "disk_memory must be positive, got 0"),

@@ -203,6 +203,51 @@ def test_a_file_may_be_deleted_or_replaced_but_not_changed(weights):
     assert not torch.equal(materialize(late).layer.weight, expected)
 
 
+@pytest.fixture
+def torch_weights(tmp_path) -> Path:
+    torch.manual_seed(8)
+    path = tmp_path / "layer.bin"
+    torch.save(nn.Linear(512, 512).state_dict(), path)
+    return path
+
+
+def load_torch(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, mmap=True, map_location="cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of maps")
+def test_no_file_is_mapped_so_that_files_may_be_larger_than_a_limit_on_memory(weights, torch_weights):
+    with LazyInitContext():
+        models = [Loading(weights), Loading(torch_weights, load_torch)]
+    maps = Path("/proc/self/maps").read_text()
+    assert str(weights) not in maps and str(torch_weights) not in maps
+    for model, load in zip(models, (safetensors.torch.load_file, torch.load), strict=True):
+        path = weights if load is not torch.load else torch_weights
+        assert torch.equal(materialize(model).layer.weight, load(path)["weight"])
+
+
+def test_a_torch_file_may_be_deleted_but_not_changed_or_cut_off(torch_weights):
+    expected = torch.load(torch_weights)["weight"]
+    with LazyInitContext():
+        deleted, changed = Loading(torch_weights, load_torch), Loading(torch_weights, load_torch)
+    times = os.stat(torch_weights)
+    os.utime(torch_weights, ns=(1, 1))
+    with pytest.raises(LazyInitError, match=r"layer\.bin was changed after .* build the model again"):
+        materialize(changed)
+    os.utime(torch_weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    torch_weights.unlink()
+    assert torch.equal(materialize(deleted).layer.weight, expected)
+
+
+def test_a_torch_file_with_other_objects_is_read_as_without_a_context(tmp_path):
+    state = {"w": torch.randn(3), "sparse": torch.eye(3).to_sparse(), "meta": torch.ones(2, device="meta")}
+    torch.save(state, tmp_path / "state.pt")
+    with LazyInitContext():
+        found = torch.load(tmp_path / "state.pt", mmap=True, map_location="cpu")
+    assert is_lazy(found["w"]) and torch.equal(materialize(found["w"]), state["w"])
+    assert torch.equal(found["sparse"].to_dense(), torch.eye(3)) and found["meta"].is_meta
+
+
 def test_every_way_to_read_a_safetensors_file(weights, tmp_path):
     tensors = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(2, dtype=torch.int8), "c": torch.tensor(True)}
     path = tmp_path / "small.safetensors"
@@ -226,16 +271,16 @@ def test_every_way_to_read_a_safetensors_file(weights, tmp_path):
     assert all(torch.equal(found.all[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("mmap", [False, True])
-def test_torch_load_keeps_ties_and_types(tmp_path, mmap):
+@pytest.mark.parametrize("options", [{}, {"mmap": True}, {"mmap": True, "map_location": "cpu"}], ids=str)
+def test_torch_load_keeps_ties_and_types(tmp_path, options):
     base = torch.randn(4, 6)
     state = {"w": base, "row": base[1], "nested": [base.t(), (torch.tensor(3), "text")],
              "parameter": nn.Parameter(torch.ones(3), requires_grad=False)}  # fmt: skip
     torch.save(state, tmp_path / "state.pt")
     with LazyInitContext():
         lazy = nn.Module()
-        lazy.state = torch.load(tmp_path / "state.pt", mmap=mmap)
-        lazy.other = torch.load(tmp_path / "state.pt", mmap=mmap)["w"].mul_(2)
+        lazy.state = torch.load(tmp_path / "state.pt", **options)
+        lazy.other = torch.load(tmp_path / "state.pt", **options)["w"].mul_(2)
         lazy.state["w"].add_(1)
     doubled = base * 2
     base.add_(1)

@@ -1,5 +1,6 @@
 """Training on a device with memory and streams of its own gives the numbers of plain PyTorch on the CPU."""
 
+import tempfile
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from simulated import SimulatedDevice
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import gemini
 from gemini.memory import capacity
 from gemini.nn.optimizer import HybridAdam
 
@@ -132,6 +134,36 @@ def test_other_optimizers_give_the_numbers_that_they_have_without_management(
     device: SimulatedDevice, name: str, optimizer: str
 ) -> None:
     check_loop(Other(optimizer, dict(PLACEMENTS[name])), Other(optimizer, None, place="sim"))
+
+
+class Released(OnDevice):
+    """Its memory is given back after each step, and taken again."""
+
+    def step(self, number: int) -> float:
+        loss = super().step(number)
+        if self.is_managed:
+            with tempfile.TemporaryDirectory() as folder:
+                self.booster.release(self.model, folder)
+                assert self.model.memory_stats()["device/used_bytes"] == 0
+                self.booster.resume(self.model)
+        return loss
+
+
+def test_a_released_model_gives_the_numbers_of_the_cpu(device: SimulatedDevice, loop_placement: dict[str, Any]) -> None:
+    check_loop(Released(loop_placement), Released(None))
+
+
+def test_a_model_that_is_made_a_plain_one_has_its_values(
+    device: SimulatedDevice, loop_placement: dict[str, Any]
+) -> None:
+    ours = OnDevice(loop_placement)
+    ours.step(0)
+    expected_values = {name: value.clone() for name, value in ours.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"use to_torch\(model, device='sim'\)"):
+        gemini.to_torch(ours.model)
+    plain = gemini.to_torch(ours.model, device="sim")
+    assert {parameter.device.type for parameter in plain.parameters()} == {"sim"}
+    assert all(torch.equal(value.cpu(), expected_values[name]) for name, value in plain.state_dict().items())
 
 
 def test_the_unmanaged_optimizer_gives_the_numbers_of_the_cpu(device: SimulatedDevice) -> None:

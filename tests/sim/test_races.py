@@ -27,6 +27,7 @@ from gemini.chunk.conversion import conversion_pieces
 from gemini.chunk.eviction import Eviction
 from gemini.chunk.full_copies import FullCopies
 from gemini.chunk.gradient_pool import GradientPool
+from gemini.chunk.snapshots import Snapshots
 from gemini.nn.optimizer.rules import pieces
 
 pytestmark = pytest.mark.own_process()
@@ -135,9 +136,9 @@ def test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(
         device.seed(seed)
         backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)
         ledger = Ledger({Tier.DEVICE: 1024}, MemoryMap.EMULATED)
-        pool = GradientPool(
-            ledger, backend, None, Eviction(ledger, FullCopies(ledger, backend, SingleProcess()), lambda: 0)
-        )
+        full_copies = FullCopies(ledger, backend, SingleProcess())
+        eviction = Eviction(ledger, full_copies, lambda: 0, Snapshots(full_copies, backend, ledger))
+        pool = GradientPool(ledger, backend, None, eviction)
         pool.reserve(Tier.DEVICE, 1024, "room")
         borrow = partial(pool.borrow, layout, Tier.DEVICE, torch.float32)
         first, second = (GradientBuffer(layout, None, backend, borrow) for _ in range(2))

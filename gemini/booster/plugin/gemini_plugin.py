@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,27 +13,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gemini.boosted import boosted
-from gemini.booster.dataloader import prepare_dataloader
 from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
 from gemini.colossal.boosted import give_names
-from gemini.colossal.plugin import Plugin
-from gemini.config import PRECISIONS, GeminiConfig
+from gemini.config import KEEP, PRECISIONS, GeminiConfig
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.quantization import Quantization
 from gemini.ranks import group_of, join
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
+
+from .dp_plugin_base import DPPluginBase
 
 logger = logging.getLogger(__name__)
 
 _MEBI = 1 << 20
 
 
-class GeminiPlugin(Plugin):
+class GeminiPlugin(DPPluginBase):
     """Trains a model in chunks on device, host and disk. ``GeminiPlugin()`` finds everything out by itself.
 
     Parameters
@@ -56,7 +56,9 @@ class GeminiPlugin(Plugin):
         that kept for activations.
     precision
         ``"bf16"``, ``"fp16"`` (with a dynamic loss scale) or ``"fp32"``: dtype of parameters in use and of gradients.
-        Masters and moments are fp32 always.
+        Masters and moments are fp32 always. ``"keep"``: each parameter in the dtype that the model gives it, and inputs
+        as they are, as plain PyTorch computes (without a loss scale): a frozen base in bf16 with adapters in fp32, as
+        peft makes them, say.
     pin_memory
         Page-lock homes in RAM (CUDA).
     search_range_m, hidden_dim, min_chunk_size_m
@@ -74,6 +76,9 @@ class GeminiPlugin(Plugin):
         Bytes of model data per tier, as a number or ``"24GiB"``; None finds out.
     offload_dir
         Folder of the disk tier; None: no disk tier.
+    snapshot_memory
+        Bytes of ``host_memory`` for copies of what changes while it is saved with ``use_async=True``; None: half of
+        what is free when the save begins. What finds no room waits for the save.
     disk_checksums
         Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
         names the chunk. Costs some CPU time.
@@ -87,6 +92,9 @@ class GeminiPlugin(Plugin):
         memory that computes: 2 bytes a parameter less, no copies to make, a faster step. Same numbers. For `HybridAdam`
         with fp32 states in bf16; then parameters must not be changed in place between steps (an error says so, but not
         of changes through ``p.data``, which must be assigned to).
+    quantize
+        Keep frozen linear layers in fewer bits: ``"nf4"`` (0.5625 bytes a parameter), ``"int8"`` (1.0625), or a
+        `gemini.Quantization`, which also says which layers. `Booster.enable_lora` takes the same argument.
     process_group
         The ranks that train the model together: a group, or a ``DeviceMesh`` of one dimension, or of two (replicate,
         shard); None for all of them. All build the same model, call `Booster.boost`, and take the same steps.
@@ -157,8 +165,10 @@ class GeminiPlugin(Plugin):
         disk_memory: int | str | None = None,
         offload_dir: str | Path | None = None,
         disk_checksums: bool = False,
+        snapshot_memory: int | str | None = None,
         update_in_backward: bool = False,
         split_master: bool = False,
+        quantize: str | Quantization | None = None,
         telemetry: bool | str | Path = True,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         hybrid_shard_size: int | None = None,
@@ -174,14 +184,11 @@ class GeminiPlugin(Plugin):
             norm_type=(norm_type != 2.0, "use optimizer.clip_grad_by_norm(max_norm, norm_type) before the step"),
         )
         _warn_without_effect(
-            enable_all_optimization=(enable_all_optimization, "use torch.compile and attn_implementation='sdpa'"),
-            enable_fused_normalization=(enable_fused_normalization, "use torch.compile on the blocks"),
-            enable_flash_attention=(enable_flash_attention, "build the model with attn_implementation='sdpa'"),
-            enable_sequence_parallelism=(
-                enable_sequence_parallelism,
-                "use shorter sequences or activation checkpointing",
-            ),
-            enable_jit_fused=(enable_jit_fused, "use torch.compile on the blocks"),
+            enable_all_optimization=enable_all_optimization,
+            enable_fused_normalization=enable_fused_normalization,
+            enable_flash_attention=enable_flash_attention,
+            enable_sequence_parallelism=enable_sequence_parallelism,
+            enable_jit_fused=enable_jit_fused,
         )
         if gradient_reduction not in ("sum", "mean"):
             raise ValueError(f"gradient_reduction must be 'sum' or 'mean', got {gradient_reduction!r}")
@@ -195,10 +202,6 @@ class GeminiPlugin(Plugin):
                 "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up "
                 "within each backward; choose one of them"
             )
-        search_range = None
-        if min_chunk_size_m is not None:
-            low = int(min_chunk_size_m * _MEBI)
-            search_range = (low, low + search_range_m * _MEBI)
         self.config = GeminiConfig(
             precision=precision,
             policy=_policy(placement_policy, offload_optim_frac, offload_param_frac),
@@ -207,14 +210,16 @@ class GeminiPlugin(Plugin):
             disk_memory=_bytes("disk_memory", disk_memory),
             offload_dir=Path(offload_dir) if offload_dir is not None else None,
             disk_checksums=disk_checksums,
+            snapshot_memory=_bytes("snapshot_memory", snapshot_memory),
             chunk_numel=_chunk_numel(chunk_config_dict),
-            search_range=search_range,
+            search_range=_search_range(min_chunk_size_m, search_range_m),
             search_step=hidden_dim,
             max_prefetch=max_prefetch,
             pin_memory=pin_memory,
             max_norm=max_norm,
             update_in_backward=update_in_backward,
             split_master=split_master,
+            quantization=Quantization.of(quantize),
             force_outputs_fp32=force_outputs_fp32,
             steady_device_ratio=steady_cuda_cap_ratio,
             warmup_non_model_ratio=warmup_non_model_data_ratio,
@@ -233,7 +238,7 @@ class GeminiPlugin(Plugin):
         )
 
     def supported_precisions(self) -> list[str]:
-        return list(PRECISIONS)
+        return [*PRECISIONS, KEEP]
 
     def support_no_sync(self) -> bool:
         return not self.config.update_in_backward
@@ -277,61 +282,6 @@ class GeminiPlugin(Plugin):
             return _step_of(optimizer).manager.together.communicator.no_sync()
         raise TypeError("with several ranks no_sync needs the model or the optimizer: booster.no_sync(model)")
 
-    def prepare_dataloader(
-        self,
-        dataset: Dataset[Any],
-        batch_size: int,
-        shuffle: bool = False,
-        seed: int = 1024,
-        drop_last: bool = False,
-        pin_memory: bool = False,
-        num_workers: int = 0,
-        distributed_sampler_cls: Callable[..., Sampler[Any]] | None = None,
-        **kwargs: Any,
-    ) -> DataLoader[Any]:
-        """A ``DataLoader`` with this rank's batches, in an order that depends on ``seed`` and epoch alone.
-
-        One rank gets the batches of a plain ``DataLoader`` whose generator has this seed. Several ranks get the same
-        ones in turn: the first batches of all ranks are the first ones of a single rank. Each sample comes once in an
-        epoch; what is too little for a batch on each rank is divided evenly, with a few samples repeated.
-
-        Each iteration is another epoch; ``loader.sampler.set_epoch(epoch)`` names one. To resume in the middle of an
-        epoch use ``loader.state_dict()`` and ``load_state_dict()``, which work with another number of ranks too, or
-        ``loader.sampler.set_start_index(samples of this rank)``.
-
-        Parameters
-        ----------
-        batch_size
-            Samples that each rank gets at once.
-        drop_last
-            Leave out what is too little for a batch on each rank.
-        distributed_sampler_cls
-            Called as ``distributed_sampler_cls(dataset, num_replicas=, rank=, shuffle=, seed=, drop_last=)`` instead.
-        num_workers
-            Processes that load. Their random generators differ between workers and ranks.
-        kwargs
-            Further arguments of ``DataLoader``. A ``sampler`` or ``batch_sampler`` given here is used as it is.
-
-        Raises
-        ------
-        ValueError
-            Several ranks would each get all of an ``IterableDataset``.
-        """
-        is_single = not dist.is_initialized()
-        return prepare_dataloader(
-            dataset,
-            batch_size,
-            rank=0 if is_single else dist.get_rank(self.process_group),
-            world_size=1 if is_single else dist.get_world_size(self.process_group),
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=drop_last,
-            pin_memory=pin_memory,
-            num_workers=num_workers,
-            distributed_sampler_cls=distributed_sampler_cls,
-            **kwargs,
-        )
-
 
 def _step_of(optimizer: Optimizer) -> ChunkedStep:
     step = getattr(optimizer, "_managed", None)
@@ -346,13 +296,30 @@ def _refuse_foreign(**asked: tuple[bool, str]) -> None:
             raise NotImplementedError(f"{name} is not supported; {alternative}")
 
 
-def _warn_without_effect(**asked: tuple[bool, str]) -> None:
+_INSTEAD = {
+    "enable_all_optimization": "torch.compile and attn_implementation='sdpa'",
+    "enable_fused_normalization": "torch.compile on the blocks",
+    "enable_flash_attention": "attn_implementation='sdpa' when the model is built",
+    "enable_sequence_parallelism": "shorter sequences or activation checkpointing",
+    "enable_jit_fused": "torch.compile on the blocks",
+}
+
+
+def _warn_without_effect(**asked: bool) -> None:
     """ColossalAI's scripts pass these always, and without tensor parallelism it does not look at them either."""
-    for name, (is_asked, alternative) in asked.items():
+    for name, is_asked in asked.items():
         if is_asked:
             warnings.warn(
-                f"{name} has no effect, as in ColossalAI without tensor parallelism; {alternative}", stacklevel=3
+                f"{name} has no effect, as in ColossalAI without tensor parallelism; use {_INSTEAD[name]}", stacklevel=3
             )
+
+
+def _search_range(min_chunk_size_m: float | None, search_range_m: int) -> tuple[int, int] | None:
+    """Chunk sizes to try, in elements."""
+    if min_chunk_size_m is None:
+        return None
+    low = int(min_chunk_size_m * _MEBI)
+    return low, low + search_range_m * _MEBI
 
 
 def _bytes(name: str, value: int | str | None) -> int | None:

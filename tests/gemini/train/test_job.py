@@ -1,8 +1,10 @@
 """The main job: what it shows, what it writes, how it ends."""
 
+import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gemini.telemetry.reader import read_run
 from gemini.telemetry.run_status import RunStatus
 from gemini.train import job
+from gemini.train.checkpoints import OLD_STATE_FILE
 from gemini.train.cli import main
-from gemini.train.options import STATE_FILE, parse
+from gemini.train.options import parse
 from gemini.train.report import Report
 from gemini.train.session import Session, offload_folder
 
@@ -38,11 +42,13 @@ def interrupt_after(step: int, times: int = 1) -> Any:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != STATE_FILE
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All of the newest checkpoint; the files themselves say of which run they are."""
+    files = (folder / "latest").glob("*.safetensors")
+    return {f"{file.name}: {name}": value for file in files for name, value in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +130,9 @@ def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
     code, content = job.run(parse(["--resume", str(folder), "--host-memory", "1GiB"]), Report(sys.stderr))
     assert code == 0
     assert content["losses"] == whole[0]["losses"]
-    assert files_of(folder) == files_of(Path(whole[0]["checkpoint"]))
+    ours, theirs = tensors_of(folder), tensors_of(Path(whole[0]["checkpoint"]))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     # And what is finished has nothing more to do.
     code, content = job.run(parse(["--resume", str(folder)]), Report(sys.stderr))
     assert (code, content["step"]) == (0, STEPS)
@@ -142,6 +150,48 @@ def test_interrupted_twice_it_ends_at_once_and_the_old_checkpoint_stays(tmp_path
     assert signal.getsignal(signal.SIGINT) is handler  # whatever it was: jobs in the background ignore the signal
 
 
+def test_a_job_that_is_killed_goes_on_from_the_last_of_the_checkpoints_that_it_wrote_on_its_way(tmp_path: Path) -> None:
+    folder, reached = tmp_path / "checkpoint", []
+
+    def kill(session: Session) -> None:
+        reached.append(session.step)
+        if session.step == 6:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train("--checkpoint", folder, "--save-every", 1, "--keep", 2, on_step=kill)
+    kept = ["checkpoint-000004", "checkpoint-000005", "config.json", "latest", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == kept
+    options = parse(["--resume", str(folder), "--steps", "6"])
+    assert (options.checkpoint_folder, options.save_every) == (folder, None)
+    code, content = job.run(options, Report(sys.stderr))
+    assert (code, content["step"], content["losses"][5:] != []) == (0, 6, True)
+    older = parse(["--resume", str(folder / "checkpoint-000005"), "--steps", "5"])
+    assert older.checkpoint_folder == folder
+    assert job.run(older, Report(sys.stderr))[1]["step"] == 5
+
+
+def test_a_checkpoint_in_the_old_form_is_resumed_and_replaced(tmp_path: Path) -> None:
+    code, content = train("--checkpoint", tmp_path / "new", "--steps", 2)
+    new, old = tmp_path / "new" / "latest", tmp_path / "old"
+    (old / "optimizer").mkdir(parents=True)
+    for path in new.iterdir():
+        if path.name.startswith("optimizer"):
+            shutil.copy(path, old / "optimizer")
+        elif path.name in ("model.safetensors", "config.json", "lr_scheduler.pt"):
+            shutil.copy(path, old)
+    state = {"version": 1, "step": 2, "losses": content["losses"], "options": content["config"]}
+    state["torch_rng"] = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    (old / OLD_STATE_FILE).write_text(json.dumps(state))
+    code, resumed = job.run(parse(["--resume", str(old), "--steps", "4"]), Report(sys.stderr))
+    assert code == 0
+    assert resumed["losses"][:2] == content["losses"]
+    shown = {"config.json", "model.safetensors"}
+    assert set(os.listdir(old)) == {"checkpoint-000001", "latest", *shown}
+    assert all((old / name).is_symlink() for name in shown)
+    assert parse(["--resume", str(old)]).steps == 4
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoint"
     train("--checkpoint", folder, "--steps", 1)
@@ -150,7 +200,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gemini.booster.Booster.save_lr_scheduler", fail)
+    monkeypatch.setattr("gemini.checkpoint.manifest.Manifest.text", fail)
     with pytest.raises(OSError, match="No space left"):
         train("--checkpoint", folder, "--steps", 1)
     assert files_of(folder) == before

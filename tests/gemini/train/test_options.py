@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemini.train.options import STATE_FILE, Options, parse
+from gemini.train.checkpoints import OLD_STATE_FILE as STATE_FILE
+from gemini.train.options import Options, parse
 from gemini.train.text import Corpus
 
 

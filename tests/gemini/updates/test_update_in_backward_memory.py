@@ -12,6 +12,7 @@ from gemini.chunk.full_copies import FullCopies
 from gemini.chunk.gradient import GradientBuffer
 from gemini.chunk.gradient_pool import GradientPool
 from gemini.chunk.layout import size_class
+from gemini.chunk.snapshots import Snapshots
 from gemini.errors import OutOfMemory
 from gemini.planning.gradient_room import gradient_room
 
@@ -80,7 +81,9 @@ def layout(index: int, numel: int = 256) -> ChunkLayout:
 def pool(room: int, capacity: int = 1 << 20) -> tuple[GradientPool, RamBackend]:
     backend = RamBackend(None)
     ledger = Ledger({Tier.HOST: capacity}, MemoryMap.UNIFIED)
-    lender = GradientPool(ledger, backend, None, Eviction(ledger, FullCopies(ledger, backend), lambda: 0))
+    full_copies = FullCopies(ledger, backend)
+    eviction = Eviction(ledger, full_copies, lambda: 0, Snapshots(full_copies, backend, ledger))
+    lender = GradientPool(ledger, backend, None, eviction)
     lender.reserve(Tier.HOST, room, "room")
     return lender, backend
 

@@ -52,6 +52,7 @@ class EightBit:
     pack: Callable[[Tensor], tuple[Tensor, Tensor]]
     unpack: Callable[[Tensor, Tensor], Tensor]
     computes: ClassVar[bool] = True
+    block_numel: ClassVar[int] = 1
     dtype: ClassVar[torch.dtype] = torch.float32
 
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:

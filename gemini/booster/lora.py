@@ -1,0 +1,85 @@
+"""`Booster.enable_lora`: what its arguments mean, in our order and in ColossalAI's, and the model with adapters."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..boosted import is_boosted
+from ..checkpoint import verify_adapters
+
+_WANTED = "give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRequest:
+    """Adapters to add: new ones, or those in a folder."""
+
+    config: Any
+    """A ``peft.PeftConfig``; None if the adapters come from a folder."""
+    folder: str | os.PathLike[str] | None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "LoraRequest":
+        """What arguments mean, each recognised by its type.
+
+        Parameters
+        ----------
+        given
+            By the names of `Booster.enable_lora`'s parameters. They may be in another's place.
+
+        Raises
+        ------
+        TypeError
+            If one means nothing, or two mean the same.
+        ValueError
+            If they name no adapters.
+        """
+        found: dict[str, Any] = {}
+        for name, value in given.items():
+            if value is None or value is False:
+                continue
+            kind = _kind(name, value)
+            if kind in found:
+                raise TypeError(f"enable_lora got two of {kind}: {found[kind]!r} and {value!r}; {_WANTED}")
+            found[kind] = value
+        if not found.keys() & {"config", "folder"}:
+            raise ValueError(_WANTED)
+        return cls(found.get("config"), found.get("folder"))
+
+    def applied(self, model: nn.Module) -> nn.Module:
+        """The model with the adapters."""
+        from peft import PeftModel, get_peft_model
+
+        if self.folder is None:
+            return get_peft_model(model, self.config)  # type: ignore[no-any-return]
+        verify_adapters(Path(self.folder))
+        return PeftModel.from_pretrained(model, self.folder, is_trainable=True)  # type: ignore[no-any-return]
+
+
+def add_adapters(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
+    """See `Booster.enable_lora`."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError("enable_lora needs the package peft: pip install peft") from error
+    request = LoraRequest.of(given)
+    if any(is_boosted(module) for module in model.modules()):
+        raise ValueError(
+            "enable_lora comes before booster.boost, and this model is boosted: boost what enable_lora returns. To a "
+            "boosted model with adapters add others with model.add_adapter or model.load_adapter"
+        )
+    return request.applied(model)
+
+
+def _kind(name: str, value: Any) -> str:
+    from peft import PeftConfig
+
+    if isinstance(value, PeftConfig):
+        return "config"
+    if isinstance(value, str | os.PathLike) and name in ("pretrained_dir", "lora_config"):
+        return "folder"
+    raise TypeError(f"enable_lora got {name}={value!r} of type {type(value).__name__}; {_WANTED}")

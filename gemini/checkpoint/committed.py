@@ -1,0 +1,162 @@
+"""The checkpoints of one folder: which are committed, how another one is, and which are removed.
+
+::
+
+    folder/
+      latest -> checkpoint-000012        for other tools; `find` does not need it
+      checkpoint-000011/
+      checkpoint-000012/
+      .checkpoint.saving-1f2e3d4c/       a save under way, or one that was killed: see `stage`
+      .checkpoint-000010.removing-5a6b/  on its way out
+
+One rename commits: before it everything in the stage has been forced to the disk, and nothing old goes before it has
+been forced there, too. What has the name of a checkpoint is whole at any moment.
+"""
+
+import errno
+import logging
+import os
+import re
+import secrets
+import shutil
+from itertools import count
+from pathlib import Path
+
+from gemini.errors import CheckpointError
+
+from .folder import sync_folder
+from .manifest import MANIFEST_NAME, Manifest
+from .output import failure
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest"
+STAGE_NAME = "checkpoint"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
+_REMOVING = ".removing-"
+
+
+def numbered(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, from old to new."""
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that ``path`` names, or the newest one in it.
+
+    Parameters
+    ----------
+    path
+        A checkpoint, a folder of checkpoints, or ``latest`` in one, which means the same as the folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or the newest one is not whole; an older one is never taken in its place.
+    """
+    if (path / MANIFEST_NAME).is_file() and not path.is_symlink():
+        return path
+    folder = path.parent if path.name == LATEST else path
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder")
+    found = numbered(folder)
+    if _CHECKPOINT.fullmatch(folder.name) and not found:
+        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}{whole_one(folder)}")
+    if not found:
+        others = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "optimizer.json")
+        parts = [name for name in others if (folder / name).is_file()]
+        hint = f"; {', '.join(parts)} in it can be read with booster.load_model and load_optimizer" if parts else ""
+        raise CheckpointError(f"{folder} holds no checkpoint of booster.save{hint}")
+    if not (found[-1] / MANIFEST_NAME).is_file():
+        raise CheckpointError(
+            f"{found[-1]} is not a whole checkpoint: it has no {MANIFEST_NAME}{whole_one(found[-1])}. If booster.save "
+            "did not write it, give it another name"
+        )
+    return found[-1]
+
+
+def whole_one(damaged: Path) -> str:
+    """The newest checkpoint before a damaged one that is whole, as the end of a message."""
+    before = [path for path in numbered(damaged.parent) if path.name != damaged.name] if damaged.parent.is_dir() else []
+    for path in reversed([p for p in before if _number(p) < _number(damaged)]):
+        try:
+            Manifest.read(path).check(path)
+        except CheckpointError:
+            continue
+        return f"; {path} is whole: give it by its name to go on from there"
+    return ""
+
+
+def commit(stage: Path, folder: Path) -> Path:
+    """Give a finished stage, in ``folder``, the name of the next checkpoint. Everything in it has been synced.
+
+    Raises
+    ------
+    CheckpointError
+        If the system refuses. Older checkpoints are as they were.
+    """
+    try:
+        path = _rename(stage, folder)
+    except OSError as error:
+        raise failure(folder, error, "cannot be written to") from error
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is whole, but the disk did not confirm it ({error.strerror or error}): it may be gone after a "
+            "power failure. Older checkpoints are as they were"
+        ) from error
+    return path
+
+
+def point_latest(path: Path) -> bool:
+    """Have ``latest`` beside a checkpoint name it. Returns whether it is on the disk; loading works without it."""
+    link, new = path.with_name(LATEST), path.with_name(f".{LATEST}.{secrets.token_hex(4)}")
+    try:
+        try:
+            new.symlink_to(path.name, target_is_directory=True)
+        except OSError:  # a file system without links
+            new.write_text(path.name + "\n")
+        os.replace(new, link)
+        sync_folder(path.parent)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        logger.warning("%s is committed, but %s could not be made to name it: %s", path, link, error.strerror or error)
+        return False
+    return True
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ``keep``, and what is left of removals that were killed.
+
+    Folders without a manifest are not ours to remove. What cannot be removed does no harm.
+    """
+    ours = [path for path in numbered(folder) if (path / MANIFEST_NAME).is_file()]
+    for path in ours[:-keep]:
+        try:
+            os.rename(path, folder / f".{path.name}{_REMOVING}{secrets.token_hex(4)}")
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", path, error.strerror or error)
+    for left in folder.glob(f".*{_REMOVING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _rename(stage: Path, folder: Path) -> Path:
+    found = numbered(folder)
+    for number in count(_number(found[-1]) + 1 if found else 1):
+        path = folder / f"checkpoint-{number:06d}"
+        if os.path.lexists(path):  # another run's: a rename would replace an empty folder
+            continue
+        try:
+            os.rename(stage, path)
+            return path
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise AssertionError("there are numbers without end")
+
+
+def _number(path: Path) -> int:
+    match = _CHECKPOINT.fullmatch(path.name)
+    return int(match[1]) if match else 0

@@ -1,0 +1,85 @@
+"""Folders: made, locked and forced to the disk, on file systems that cannot do all of it too."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_UNSUPPORTED = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems answer that cannot sync a folder (CIFS, some of FUSE)."""
+_BUSY = (errno.EAGAIN, errno.EACCES)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents, and force their names to the disk."""
+    made = []
+    for path in (folder, *folder.parents):
+        if path.is_dir():
+            break
+        made.append(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, where its file system can do that."""
+    try:
+        fd = open_folder(folder)
+    except PermissionError:
+        return  # writable and not readable: it cannot be opened, hence not synced
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Force the bytes of a file that somebody else has written to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def open_folder(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def try_lock(fd: int) -> bool | None:
+    """Lock an open folder for this process without waiting; closing it unlocks it.
+
+    Returns
+    -------
+    bool or None
+        False if another holder has locked it, None if its file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in _BUSY else None
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, waiting for it; nothing where its file system has no locks."""
+    try:
+        fd = open_folder(folder)
+    except PermissionError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:
+            pass  # no locks here; loading compares the ids of files that belong together
+        yield
+    finally:
+        os.close(fd)

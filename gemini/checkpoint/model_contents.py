@@ -1,0 +1,112 @@
+"""The files that a model is saved to: weights as one file or several with an index, and transformers' configuration."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from gemini.errors import CheckpointError
+
+from ..torch_private import with_metadata
+from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor
+from .hugging_face import save_configuration
+from .names import Entry, entries, extra_states
+from .pairs import id_metadata
+from .safetensors_stream import TensorRecord
+from .weight_files import INDEX_SUFFIX, SAFE_NAME, into_shards, shard_names
+
+
+def model_contents(model: nn.Module, limit: int) -> list[Content]:
+    """The files of a model in the Hugging Face layout, unread.
+
+    Parameters
+    ----------
+    limit
+        Bytes of tensors in one file, at most, unless a single tensor is larger.
+    """
+    weights = Weights.of(model, SAFE_NAME, limit)
+    contents = [*configuration_files(model), *weights.files]
+    if weights.is_sharded:
+        names = [content.name for content in weights.files]
+        text = weights.index(dict(zip(names, names, strict=True)))
+        contents.append(Bytes(SAFE_NAME + INDEX_SUFFIX, text.encode()))
+    return contents
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of a model as files."""
+
+    files: tuple[Content, ...]
+    homes: Mapping[str, str]
+    """Name of a tensor -> its file."""
+    metadata: Mapping[str, int | str]
+    """What an index says of all of them."""
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, limit: int | None) -> "Weights":
+        """One file, or several where the weights are larger than ``limit``."""
+        held, extra = entries(model), extra_states(model)
+        shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None and held else [held]
+        names = shard_names(name, len(shards)) if len(shards) > 1 else [name]
+        # A tied tensor is in a safetensors file once, in a torch file under each of its names.
+        once = name.endswith(".safetensors")
+        homes = {
+            tensor: file
+            for file, part in zip(names, shards, strict=True)
+            for entry in part
+            for tensor in (entry.names[:1] if once else entry.names)
+        }
+        homes.update(dict.fromkeys(extra, names[0]))
+        sizes = {
+            "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
+            "total_size": sum(entry.nbytes for entry in held),
+        }
+        content, id = _safetensors if once else _torch_file, id_metadata(model)
+        files = [content(f, part, extra if f == names[0] else {}, id) for f, part in zip(names, shards, strict=True)]
+        return cls(tuple(files), homes, {**sizes, **id})
+
+    @property
+    def is_sharded(self) -> bool:
+        return len(self.files) > 1
+
+    def index(self, where: Mapping[str, str]) -> str:
+        """The text of the index, with the path at which each file is found."""
+        weight_map = {tensor: where[file] for tensor, file in sorted(self.homes.items())}
+        return json.dumps({"metadata": self.metadata, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def configuration_files(model: nn.Module) -> list[Content]:
+    dtype = next((entry.dtype for entry in entries(model) if entry.dtype.is_floating_point), None)
+    with TemporaryDirectory() as folder:  # transformers writes to folders alone
+        names = save_configuration(model, Path(folder), dtype)
+        return [Bytes(name, (Path(folder) / name).read_bytes()) for name in names]
+
+
+def _torch_file(file: str, held: Sequence[Entry], extra: Mapping[str, Any], id: Mapping[str, str]) -> Content:
+    def state_dict() -> dict[str, Any]:
+        values = {name: value for entry in held for value in (entry.read(),) for name in entry.names}
+        return with_metadata({**values, **extra}, {"": dict(id)})
+
+    return TorchFile(file, state_dict)
+
+
+def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any], id: Mapping[str, str]) -> Content:
+    if foreign := [name for name, value in extra.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(
+            f"{file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
+            "save with use_safetensors=False"
+        )
+    tensors = [
+        UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read, entry.open, entry.in_chunks)
+        for entry in held
+    ]
+    tensors += [
+        UnreadTensor(TensorRecord(name, value.dtype, tuple(value.shape)), value.detach().cpu)
+        for name, value in extra.items()
+    ]
+    return Tensors(file, tensors, {"format": "pt", **id})  # the format that transformers expects
