@@ -145,7 +145,8 @@ def _refuse_boosted(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, GeminiModule):
             raise ValueError(f"{name} has been boosted already and is part of this model; {keep_apart}")
-        if is_part(module):
+        # Without parameters it is no matter: models of transformers share one activation, say.
+        if is_part(module) and next(module.parameters(), None) is not None:
             what = f"{name} is" if name else "this is"
             raise ValueError(f"{what} part of a model that has been boosted already; {keep_apart}")
     for name, parameter in model.named_parameters():

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from gemini.errors import CheckpointError
 
-from .folder import sync_folder
+from .folder import sync_file, sync_folder
 from .manifest import MANIFEST_NAME, Manifest
 from .output import failure
 
@@ -112,16 +112,17 @@ def commit(stage: Path, folder: Path) -> Path:
 
 def point_latest(path: Path) -> bool:
     """Have ``latest`` beside a checkpoint name it. Returns whether it is on the disk; loading works without it."""
-    link, new = path.with_name(LATEST), path.with_name(f".{LATEST}.{secrets.token_hex(4)}")
+    link, new = path.with_name(LATEST), path.with_name(f".{LATEST}")
     try:
+        new.unlink(missing_ok=True)  # of a save that was killed
         try:
             new.symlink_to(path.name, target_is_directory=True)
         except OSError:  # a file system without links
             new.write_text(path.name + "\n")
+            sync_file(new)
         os.replace(new, link)
         sync_folder(path.parent)
     except OSError as error:
-        new.unlink(missing_ok=True)
         logger.warning("%s is committed, but %s could not be made to name it: %s", path, link, error.strerror or error)
         return False
     return True
@@ -138,7 +139,13 @@ def prune(folder: Path, keep: int) -> None:
             os.rename(path, folder / f".{path.name}{_REMOVING}{secrets.token_hex(4)}")
         except OSError as error:
             logger.warning("%s could not be removed: %s", path, error.strerror or error)
-    for left in folder.glob(f".*{_REMOVING}*"):
+    found = list(folder.glob(f".*{_REMOVING}*"))
+    try:
+        if found:
+            sync_folder(folder)
+    except OSError:
+        return  # on the disk they may still have the names of checkpoints
+    for left in found:
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 _UNSUPPORTED = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems answer that cannot sync a folder (CIFS, some of FUSE)."""
+_SMALL_BYTES = 1 << 20
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
 
@@ -46,6 +47,15 @@ def sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def is_same_file(new: Path, old: Path) -> bool:
+    """Whether two small files have the same bytes; False if there is no old one, or it cannot be read."""
+    try:
+        size = new.stat().st_size
+        return size == old.stat().st_size <= _SMALL_BYTES and new.read_bytes() == old.read_bytes()
+    except OSError:
+        return False
 
 
 def open_folder(folder: Path) -> int:

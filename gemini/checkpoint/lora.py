@@ -82,13 +82,13 @@ def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
             (stage.path / place / file).unlink()
             _write(stage, place + file, _of_adapter(model, adapter, objects), held)
         files = [path for path in stage.path.rglob("*") if path.is_file()]
-        files.sort(key=lambda path: path.suffix == ".json")  # a configuration comes when its weights are there
+        files.sort(key=lambda path: path.name == file)  # the weights last: a configuration seldom changes
         names = [str(path.relative_to(stage.path)) for path in files]
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
-        stage.commit(names)
-        for place in places.values():
-            (folder / place / other).unlink(missing_ok=True)  # of an earlier save; a loader could prefer it
+        with stage.alone():
+            stage.commit(names, shadowing=[place + other for place in places.values()])  # of an earlier save
+            stage.discard(())
 
 
 def _of_adapter(model: Any, adapter: str, objects: Mapping[str, Any]) -> dict[str, Tensor]:

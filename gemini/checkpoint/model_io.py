@@ -1,6 +1,6 @@
 """Saving and loading a model's weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -162,17 +162,17 @@ def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Sav
 
     def write(contents: Sequence[Content]) -> None:
         names, others = ([content.name for content in each] for each in (weights.files, configuration))
-        index = name + INDEX_SUFFIX
+        entry = name + INDEX_SUFFIX if weights.is_sharded else name
         with Stage(folder, f"{_prefix(name)}model") as stage:
             write_all(stage, contents)
             with stage.alone():
                 before = _weight_files(folder, name)
                 if weights.is_sharded:
-                    stage.commit_indexed(names, index, weights.index, others)
-                    _discard(stage, before, index, read_weight_map(folder / index).values())
+                    stage.commit_indexed(names, entry, weights.index, others, _preferred(entry))
                 else:
-                    stage.commit([*others, name])
-                    _discard(stage, before, name, [name])
+                    stage.commit([*others, name], _preferred(entry))
+                now = {entry, *(read_weight_map(folder / entry).values() if weights.is_sharded else ())}
+                stage.discard(file for file in before if file not in now)
 
     return Saving([*configuration, *weights.files], write)
 
@@ -180,26 +180,27 @@ def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Sav
 def _weight_files(folder: Path, name: str) -> list[str]:
     """Weight files that are there, of the checkpoint and of saves that were killed; in the order that loaders look."""
     prefix = _prefix(name)
-    first: list[str] = []
+    first = [file for file in _entries(prefix) if (folder / file).is_file()]
     others: list[str] = []
     for base in (prefix + SAFE_NAME, prefix + TORCH_NAME):
-        first += [file for file in (base, base + INDEX_SUFFIX) if (folder / file).is_file()]
-        if (folder / (base + INDEX_SUFFIX)).is_file():
+        if base + INDEX_SUFFIX in first:
             try:
-                others += dict.fromkeys(read_weight_map(folder / (base + INDEX_SUFFIX)).values())
+                others += read_weight_map(folder / (base + INDEX_SUFFIX)).values()
             except CheckpointError:
-                continue  # what cannot be read names nothing
+                pass  # what cannot be read names nothing
         others += find_shards(folder, base)
     return [*first, *dict.fromkeys(others)]
 
 
-def _discard(stage: Stage, before: Sequence[str], entry: str, now: Iterable[str]) -> None:
-    """Remove weight files that were there before; ``entry`` is what loaders have to find."""
-    prefix = _prefix(entry.removesuffix(INDEX_SUFFIX))
-    entries = [base + end for base in (prefix + SAFE_NAME, prefix + TORCH_NAME) for end in ("", INDEX_SUFFIX)]
-    kept = {entry, *now}
-    old = [file for file in before if file not in kept]
-    stage.discard([file for file in old if file in entries], [file for file in old if file not in entries])
+def _entries(prefix: str) -> list[str]:
+    """The files that make a folder a checkpoint, in the order in which loaders look for them."""
+    return [prefix + base + end for base in (SAFE_NAME, TORCH_NAME) for end in ("", INDEX_SUFFIX)]
+
+
+def _preferred(entry: str) -> list[str]:
+    """What loaders look for before they look for ``entry``."""
+    files = _entries(_prefix(entry.removesuffix(INDEX_SUFFIX)))
+    return files[: files.index(entry)]
 
 
 def _prefix(name: str) -> str:

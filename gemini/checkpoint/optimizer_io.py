@@ -140,7 +140,7 @@ def _folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int |
                 before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
                 stage.commit_indexed([content.name for content in contents], name, states.index)
                 now = _files_of(folder / name)
-                stage.discard([], [file for file in before if file not in now])
+                stage.discard(file for file in before if file not in now)
 
     return Saving(states.files, write)
 

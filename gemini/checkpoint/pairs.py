@@ -59,6 +59,8 @@ def check_pairs(found: Sequence[Checked]) -> None:
         if state_id is None or each.id is None:
             continue
         halves = [half for half in found if state_id_of(half.of) is state_id and _kind(half.of) != kind]
+        if not halves and each.id == state_id.text:
+            continue  # saved since the other one was loaded
         other = halves[0].id if halves else state_id.awaited(kind)
         if other is not None and other != each.id:
             named = str(halves[0].path) if halves else f"the {OPTIMIZER if kind == MODEL else MODEL} loaded before it"

@@ -29,7 +29,7 @@ from types import TracebackType
 
 from gemini.errors import CheckpointError
 
-from .folder import locked, make_folder, open_folder, sync_file, sync_folder, try_lock
+from .folder import is_same_file, locked, make_folder, open_folder, sync_file, sync_folder, try_lock
 from .output import Output, failure
 
 _ABANDONED_SECONDS = 24 * 60 * 60
@@ -72,6 +72,8 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._close()
+        if isinstance(error, OSError):  # of a library that has written files into the stage
+            raise failure(self.folder, error, "cannot be written to") from error
 
     def create(self, name: str, nbytes: int = 0) -> Output:
         """A new file that will be ``folder / name``; ``nbytes`` are reserved at once."""
@@ -86,8 +88,15 @@ class Stage:
         """Keep other processes from committing to the folder: files of two saves would be mixed."""
         return locked(self.folder)
 
-    def commit(self, names: Iterable[str]) -> None:
+    def commit(self, names: Iterable[str], shadowing: Iterable[str] = ()) -> None:
         """Move finished files to their places, one after the other; the last one is the one that counts.
+
+        Parameters
+        ----------
+        names
+            Of finished files. One that is in its place already, with the same bytes, stays.
+        shadowing
+            Files of the old checkpoint that loaders prefer to the new ones; they are removed at the end.
 
         Raises
         ------
@@ -100,10 +109,7 @@ class Stage:
             self._move(last, last)
         except OSError as error:
             raise self._failure(error, moved, last) from error
-        try:
-            self._sync([last])
-        except OSError as error:
-            raise self._not_forced(error) from error
+        self._finish(last, shadowing)
 
     def commit_indexed(
         self,
@@ -111,6 +117,7 @@ class Stage:
         index: str,
         text: Callable[[Mapping[str, str]], str],
         configuration: Iterable[str] = (),
+        shadowing: Iterable[str] = (),
     ) -> None:
         """Move files that an index names, and the index; all of them appear at once.
 
@@ -124,6 +131,8 @@ class Stage:
             Makes the index's text from the path, relative to the folder, under which each file is found.
         configuration
             Files that the index does not name; they are moved before the others.
+        shadowing
+            As for `commit`.
 
         Raises
         ------
@@ -137,12 +146,13 @@ class Stage:
             names = list(final.values())
         self.write_text(index, text(final))
         if not any((self.folder / name).exists() for name in names):
-            self.commit([*configuration, *names, index])
+            self.commit([*configuration, *names, index], shadowing)
             return
         moved = self._move_all(configuration, index)
         first = f"first.{index}"
         self.write_text(first, text({name: f"{self.path.name}/{name}" for name in names}))
         self._commit_here(first, index, moved)
+        self._finish(index, shadowing)
         try:
             for name in names:
                 self._move(f"link.{name}", name)
@@ -153,36 +163,9 @@ class Stage:
             return  # the checkpoint is whole where it is, named by its index
         self._keep = False
 
-    def discard(self, first: Iterable[str], then: Iterable[str] = ()) -> None:
-        """Remove files of the old checkpoint.
-
-        Parameters
-        ----------
-        first
-            Files that loaders prefer to the new ones, so that these count only without them.
-        then
-            Files that nothing names any more; one that cannot be removed does no harm.
-
-        Raises
-        ------
-        CheckpointError
-            If one of the first cannot be removed.
-        """
-        removed = [name for name in first if (self.folder / name).exists()]
-        for name in removed:
-            try:
-                (self.folder / name).unlink(missing_ok=True)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.folder / name} could not be removed: {error.strerror or error}. It belongs to the old "
-                    "checkpoint, which loaders still prefer to the new one beside it: remove it"
-                ) from error
-        if removed:
-            try:
-                sync_folder(self.folder)
-            except OSError as error:
-                raise self._not_forced(error) from error
-        for name in then:
+    def discard(self, names: Iterable[str]) -> None:
+        """Remove files that loaders do not find any more; one that cannot be removed does no harm."""
+        for name in names:
             try:
                 (self.folder / name).unlink(missing_ok=True)
             except OSError:
@@ -194,8 +177,8 @@ class Stage:
     def _move_all(self, names: Iterable[str], last: str) -> list[str]:
         """Move what has to be there before ``last``."""
         moved: list[str] = []
-        names = list(names)
         try:
+            names = [name for name in names if not is_same_file(self.path / name, self.folder / name)]
             for name in (*names, last):
                 if name not in self._created:  # by a library, which does not sync what it writes
                     sync_file(self.path / name)
@@ -211,15 +194,23 @@ class Stage:
         """Let the index in the folder name the files where they are."""
         try:
             sync_folder(self.path)
+            sync_folder(self.folder)
             self._keep = True  # from the next rename on, the files are needed where they are
             self._move(first, index)
         except OSError as error:
             self._keep = False
             raise self._failure(error, moved, index) from error
+
+    def _finish(self, last: str, shadowing: Iterable[str]) -> None:
+        """Force what has been moved to the disk, and remove what loaders prefer to it."""
+        old = [name for name in shadowing if (self.folder / name).exists()]
         try:
-            self._sync([index])
+            self._sync([last])
+            for name in old:
+                (self.folder / name).unlink()
+            self._sync(old)
         except OSError as error:
-            raise self._not_forced(error) from error
+            raise self._not_forced(error, [name for name in old if (self.folder / name).exists()]) from error
 
     def _move(self, name: str, final: str) -> None:
         try:
@@ -259,10 +250,16 @@ class Stage:
             f"{', '.join(moved)} are of the new checkpoint: save again"
         )
 
-    def _not_forced(self, error: OSError) -> CheckpointError:
+    def _not_forced(self, error: OSError, shadowing: list[str]) -> CheckpointError:
+        reason = error.strerror or error
+        if shadowing:
+            return CheckpointError(
+                f"{self.folder} holds the files of the new checkpoint, but loaders still find "
+                f"{', '.join(shadowing)} of the old one, which could not be removed: {reason}. Save again"
+            )
         return CheckpointError(
-            f"{self.folder} holds the new checkpoint, which loads, but it could not be forced to the disk: "
-            f"{error.strerror or error}. After a power loss the old one may be there again: save again"
+            f"{self.folder} holds the new checkpoint, which loads, but it could not be forced to the disk: {reason}. "
+            "After a power loss the old one may be there again: save again"
         )
 
     # -- the hidden folder

@@ -189,3 +189,17 @@ def test_a_model_that_is_gone_lays_no_claim_to_parameters() -> None:
     del model
     gc.collect()
     assert manager not in managers()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_models_may_share_modules_without_parameters(placement: str) -> None:
+    def run(where: Placement) -> dict[str, Tensor]:
+        act = nn.GELU()
+        players = [Player(nn.Sequential(nn.Linear(WIDTH, WIDTH), act, nn.Linear(WIDTH, 8)), where) for _ in range(2)]
+        for step in range(2):
+            for player in players:
+                player.backward(player.model(batch(step)).square().mean())
+                player.update()
+        return {f"{i}.{name}": value for i, player in enumerate(players) for name, value in player.weights().items()}
+
+    check_equal(run, PLACEMENTS[placement])

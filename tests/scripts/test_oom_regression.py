@@ -70,6 +70,18 @@ def test_a_model_that_is_boosted_in_more_than_its_chunks_is_a_failure() -> None:
     assert "FAIL  resident set's growth" in said
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["lora_on_disk", "pretrained_larger_than_limit"])
+def test_what_is_larger_than_the_memory_stays_on_disk(name: str) -> None:
+    assert "all as expected" in oom_regression("--only", name, "--small", expect=0)
+
+
+@pytest.mark.heavy
+def test_a_limit_under_which_nothing_can_be_read_is_a_failure() -> None:
+    said = oom_regression("--only", "pretrained_larger_than_limit", "--small", "--headroom-ratio", "0.01", expect=1)
+    assert "FAIL  7 shards" in said
+
+
 @pytest.mark.parametrize(("peak_bytes", "expect"), [(1 << 20, 1), (1 << 40, 0)])
 def test_a_peak_above_its_baseline_is_a_failure(peak_bytes: int, expect: int, tmp_path: Path) -> None:
     limits = {"peak resident set": {"peak_bytes": peak_bytes, "tolerance_bytes": 1 << 20}}

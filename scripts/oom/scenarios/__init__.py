@@ -2,11 +2,20 @@
 
 from outcome import Scenario
 
-from . import batch_too_large, budgets_held, lazy_boost_peak, plain_dies_gemini_trains
+from . import (
+    batch_too_large,
+    budgets_held,
+    lazy_boost_peak,
+    lora_on_disk,
+    plain_dies_gemini_trains,
+    pretrained_larger_than_limit,
+)
 
 ALL: tuple[Scenario, ...] = (
     plain_dies_gemini_trains.SCENARIO,
     budgets_held.SCENARIO,
     batch_too_large.SCENARIO,
     lazy_boost_peak.SCENARIO,
+    lora_on_disk.SCENARIO,
+    pretrained_larger_than_limit.SCENARIO,
 )

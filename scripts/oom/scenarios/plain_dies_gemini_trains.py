@@ -6,6 +6,7 @@ from typing import Any
 import child
 from child import Ended, run_child
 from outcome import Check, Failure, Report, Scenario, Settings
+from training import attempt, outcome, ran_out, trained
 
 from gemini.sizes import format_bytes
 
@@ -39,9 +40,9 @@ def run(settings: Settings) -> Report:
     return Report(
         name=SCENARIO.name,
         checks=(
-            Check("plain PyTorch without a cap", f"{len(wanted)} steps", _outcome(free), True),
-            Check(f"plain PyTorch {cap}", "out of memory", _outcome(plain), _ran_out(plain)),
-            Check(f"Gemini {cap}", f"{len(wanted)} steps", _outcome(gemini), _trained(gemini, len(wanted))),
+            Check("plain PyTorch without a cap", f"{len(wanted)} steps", outcome(free), True),
+            Check(f"plain PyTorch {cap}", "out of memory", outcome(plain), ran_out(plain)),
+            Check(f"Gemini {cap}", f"{len(wanted)} steps", outcome(gemini), trained(gemini, len(wanted))),
             Check(
                 "Gemini's losses",
                 f"plain's, {wanted[0]:.6f} -> {wanted[-1]:.6f}",
@@ -71,26 +72,6 @@ def _parameter_count(shape: dict[str, int]) -> int:
     return config.parameter_count()
 
 
-def _ran_out(ended: Ended) -> bool:
-    return ended.result is not None and bool(ended.result["out_of_memory"])
-
-
-def _trained(ended: Ended, steps: int) -> bool:
-    return ended.result is not None and not ended.result["error"] and len(ended.result["losses"]) == steps
-
-
-def _outcome(ended: Ended) -> str:
-    peak = f"{format_bytes(ended.data_growth_bytes)} at peak"
-    if ended.result is None:
-        last = ended.errors.strip().splitlines()[-1:] or [""]
-        return f"died with {ended.returncode}: {last[0][:120]}"
-    if _ran_out(ended):
-        return f"out of memory in step {len(ended.result['losses']) + 1}, {peak}"
-    if ended.result["error"]:
-        return str(ended.result["error"])[:200]
-    return f"{len(ended.result['losses'])} steps, {peak}"
-
-
 SCENARIO = Scenario(
     name="plain_dies_gemini_trains",
     summary="under one cap plain PyTorch runs out of memory, Gemini trains with plain's losses",
@@ -102,7 +83,7 @@ SCENARIO = Scenario(
 # -- the child
 
 
-def _train(asked: dict[str, Any], losses: list[float], folder: str) -> None:
+def _train(asked: dict[str, Any], losses: list[float], folder: str) -> dict[str, Any]:
     """Train and append each step's loss. With ``kind`` plain: torch and nothing else."""
     import torch
 
@@ -143,11 +124,10 @@ def _train(asked: dict[str, Any], losses: list[float], folder: str) -> None:
     if booster is not None:
         model.memory_stats()
         list(model.named_parameters())  # waits for the last updates: they, too, must fit
+    return {}
 
 
 def _child() -> None:
-    import torch
-
     asked = child.arguments()
     with tempfile.TemporaryDirectory(prefix="gemini-memory-oom-") as folder:
         tiny = {"layers": 1, "hidden": 64, "heads": 1, "seq_len": asked["seq_len"], "batch_size": 1, "steps": 2}
@@ -155,16 +135,8 @@ def _child() -> None:
         _train({**tiny, "kind": "plain"}, [], folder)
         _train({**tiny, "kind": "gemini", "host_bytes": 600_000}, [], folder)
         child.ready(asked["headroom_bytes"])
-        losses: list[float] = []
-        error, out_of_memory = "", False
-        try:
-            _train(asked, losses, folder)
-        except (torch.OutOfMemoryError, MemoryError) as caught:
-            error, out_of_memory = str(caught), True
-        except RuntimeError as caught:
-            error = str(caught)
-            out_of_memory = "can't allocate memory" in error or "bad_alloc" in error
-    child.finish({"losses": losses, "error": error[:1000], "out_of_memory": out_of_memory})
+        result = attempt(lambda losses: _train(asked, losses, folder))
+    child.finish(result)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,15 @@
-"""Whatever happens while a checkpoint is overwritten, the old one or the new one can be loaded."""
+"""Full disks, folders that cannot be made, and other processes; see ``test_faults.py`` for faults at every call."""
 
-import errno
-import json
-import os
 import resource
 import signal
-import stat
 
 import pytest
 import torch
-from checkpoint_cases import assert_same, boost, child, gpt2, mixed, train, values
+from checkpoint_cases import assert_same, boost, gpt2, mixed, values
 
 from gemini.checkpoint import load_model, load_optimizer, save_model, save_optimizer
 from gemini.checkpoint.stage import Stage
 from gemini.errors import CheckpointError
-
-
-def test_a_process_killed_while_it_overwrites_leaves_a_whole_checkpoint(tmp_path) -> None:
-    done = child("child_killed.py", tmp_path)
-    results = json.loads(done.stdout.splitlines()[-1])
-    for form, (at_random, at_each_change) in results.items():
-        assert sum(at_random.values()) == 8, form
-        assert at_each_change["old"] > 0 and at_each_change["new"] > 0, (form, at_each_change)
 
 
 @pytest.fixture
@@ -91,39 +79,3 @@ def test_the_files_of_another_process_that_is_saving_are_left_alone(tmp_path) ->
         save_model(mixed(), tmp_path)
         assert other.path.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-
-
-@pytest.mark.parametrize("options", [{}, {"shard": True, "size_per_shard": "10KiB"}])
-def test_a_folder_that_cannot_be_forced_to_the_disk_costs_nothing(tmp_path, monkeypatch, options) -> None:
-    """At every sync of a folder: the old or the new one loads, and the message says which is there."""
-    booster, model, optimizer = boost(gpt2())
-    real, left = os.fsync, [0]
-
-    def fsync(fd: int) -> None:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            left[0] -= 1
-            if left[0] == 0:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(fd)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    save_model(model, tmp_path, **options)
-    there, messages = values(model), []
-    for failing in range(1, 100):
-        train(booster, model, optimizer, range(1))
-        left[0], message = failing, "saved"
-        try:
-            save_model(model, tmp_path, **options)
-        except CheckpointError as error:
-            message = str(error)
-        if left[0] > 0:
-            break
-        _, other, _ = boost(gpt2(seed=1))
-        load_model(other, tmp_path)
-        there = there if "is as it was" in message else values(model)
-        assert_same(other.state_dict(), there)
-        messages.append(message)
-    else:
-        raise AssertionError("a save without end")
-    assert any("holds the new checkpoint" in message for message in messages)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -135,3 +135,12 @@ def test_a_checkpoint_of_parts_that_were_exchanged_is_refused(tmp_path: Path) ->
         with pytest.raises(CheckpointError, match=words):
             booster.load(tmp_path, model=model, optimizer=optimizer, verify=verify)
     assert_same(values(model), before)
+
+
+def test_what_was_saved_since_the_other_half_was_loaded_goes_with_it(tmp_path: Path) -> None:
+    booster, model, optimizer = small()
+    step(booster, model, optimizer)
+    booster.save_model(model, tmp_path)
+    booster.load_model(model, tmp_path)
+    booster.save_optimizer(optimizer, tmp_path)  # its id is another than that of the model's file
+    booster.load_optimizer(optimizer, tmp_path)

@@ -1,36 +1,44 @@
 """Saved, loaded in another process and trained on, a run goes on bit for bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import assert_same, boost, child, gpt2, train
+from checkpoint_cases import assert_same, boost, child, gpt2
+from resumed_runs import PRECISIONS, SOURCES, Run
 
 from gemini.checkpoint import named_tensors
+from gemini.chunk import MASTER, Tier
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    for part in ("first", "second"):  # with as many threads as here: a sum's last bits depend on how many share it
-        child("child_resume.py", part, folder, torch.get_num_threads())
-    return folder
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Where runs on disk were saved after three steps and gone on with, and what they came to after six."""
+    folder, ended = tmp_path_factory.mktemp("resume"), {}
+    for precision in PRECISIONS:
+        run = Run(precision, disk=folder / "offload")
+        homes = {chunk.homes[MASTER].tier for chunk in run.model._gemini.manager.chunks}
+        assert Tier.DISK in homes and len(homes) > 1, homes  # a test of less otherwise
+        run.train(3)
+        run.save(folder / precision)
+        losses = run.train(3)
+        ended[precision] = (losses, dict(named_tensors(run.model)), run.optimizer.state_dict(), torch.rand(2))
+    child("child_resume.py", folder, torch.get_num_threads())  # a sum's last bits depend on how many threads share it
+    return folder, ended
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("file", ["folder", "optimizer.pt"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("source", SOURCES)
 def test_training_goes_on_bit_for_bit_in_a_new_process_with_another_placement(
-    saved: Path, precision: str, file: str
+    runs: tuple[Path, dict[str, Any]], precision: str, source: str
 ) -> None:
-    booster, model, optimizer = boost(gpt2(), precision)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
-    expected = train(booster, model, optimizer, range(6), scheduler)[3:]
-
-    name = precision if file == "folder" else file
-    losses, weights, state = torch.load(saved / precision / f"from-{name}.result")
+    folder, ended = runs
+    expected, weights, ours, drawn = ended[precision]
+    losses, found, state, draws = torch.load(folder / precision / f"from-{source}.result")
     assert losses == expected
-    assert_same(weights, dict(named_tensors(model)))
-    ours = optimizer.state_dict()
+    assert torch.equal(draws, drawn)
+    assert_same(found, weights)
     assert state["param_groups"] == ours["param_groups"]
     assert state["state"].keys() == ours["state"].keys()
     for index, values in ours["state"].items():
