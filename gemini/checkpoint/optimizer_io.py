@@ -260,8 +260,10 @@ def _unread(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord
     step, name = _managed(optimizer), _key(record)
     kept = step.kept.values_of(parameter, name) if step is not None and step.kept.keeps(parameter) else ()
     in_chunks = tuple(InChunk(step.manager, parameter, each) for each in kept) if step is not None else ()
-    opened = partial(step.kept.open_values, parameter, name) if in_chunks and step is not None else lambda: None
-    return UnreadTensor(record, partial(_read, optimizer, parameter, name), opened, in_chunks)
+    read = partial(_read, optimizer, parameter, name)
+    if step is None or not kept:
+        return UnreadTensor(record, read)
+    return UnreadTensor(record, read, partial(step.kept.open_values, parameter, name), in_chunks)
 
 
 def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:

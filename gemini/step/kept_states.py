@@ -128,10 +128,8 @@ class KeptStates:
         return read_state(self._values, self._rule, parameter, name)
 
     def open_values(self, parameter: Tensor, name: Any) -> SlotValues | None:
-        """One entry of a state where it is, for reading in parts; None where only `copy` has it as state dicts do."""
-        if name == STEP or name in self._notes.get(id(parameter), {}):
-            return None
-        return open_state(self._values, self._rule, parameter, name)
+        """What `copy` copies, where it is, for reading in parts; None where it has another form there."""
+        return open_state(self._values, self._rule, parameter, name) if self.values_of(parameter, name) else None
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""
@@ -302,9 +300,8 @@ class KeptStates:
 
     def _fill(self, parameter: Tensor) -> None:
         for slot in self._chunk(parameter).states:
-            self._values.write(
-                parameter, slot.name, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
-            )
+            initial = torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
+            self._values.write(parameter, slot.name, initial)
 
     def _check(self, parameter: Tensor, name: str, value: Any) -> None:
         if name == STEP:
