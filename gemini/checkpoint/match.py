@@ -1,22 +1,24 @@
 """Which stored tensor goes where: everything is compared before anything is changed."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemini.chunk import converts, copy_fault
 from gemini.errors import CheckpointError
 
+from ..formats import listed, shown
 from ..torch_private import IncompatibleKeys
-from .flat_values import FlatValues
+from .filling import Filling
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
 from .pairs import tell_loaded
 from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import SafetensorsFile
-from .wording import listed
 
 _MISFITS_SHOWN = 20
 
@@ -28,6 +30,8 @@ class Source:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    fault: str | None = None
+    """Why it cannot be read; None if it can."""
     file: SafetensorsFile | None = None
     """Has it as ``name_in_file``; None: only `read` has it."""
     name_in_file: str = ""
@@ -35,48 +39,12 @@ class Source:
     @classmethod
     def in_file(cls, file: SafetensorsFile, name: str) -> "Source":
         record = file.records[name]
-        return cls(record.shape, record.dtype, partial(file.read, name), file, name)
+        return cls(record.shape, record.dtype, partial(file.read, name), None, file, name)
 
     @classmethod
     def of(cls, value: Tensor) -> "Source":
-        return cls(tuple(value.shape), value.dtype, lambda: value)
-
-
-class Target(Protocol):
-    """Where values of one tensor go."""
-
-    def open_to_replace(self) -> FlatValues | None:
-        """The values where they are, all of which are going to be replaced; None where only `write` can do that."""
-
-    def replaced(self) -> None:
-        """Values have been replaced by means of `open_to_replace`."""
-
-    def write(self, value: Tensor) -> None:
-        """Replace all values at once."""
-
-
-def load_values(pairs: Iterable[tuple[Target, Source]]) -> None:
-    """Replace values: what files have is read in parts, where that is possible, all else one tensor at a time."""
-    of_file: dict[SafetensorsFile, dict[str, FlatValues]] = {}
-    others: list[tuple[Target, Source]] = []
-    opened: list[Target] = []
-    try:
-        for target, source in pairs:
-            values = None
-            if source.file is not None and source.name_in_file not in of_file.setdefault(source.file, {}):
-                values = target.open_to_replace()
-            if source.file is None or values is None:
-                others.append((target, source))
-            else:
-                opened.append(target)
-                of_file[source.file][source.name_in_file] = values
-        for file, targets in of_file.items():
-            file.load(targets)
-    finally:
-        for target in opened:
-            target.replaced()
-    for target, source in others:
-        target.write(source.read())
+        shape = (-1,) if value.is_nested else tuple(value.shape)
+        return cls(shape, value.dtype, lambda: value.resolve_conj().resolve_neg(), copy_fault(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +67,7 @@ class Match:
         CheckpointError
             If a tensor does not fit; with ``strict``, also if names are missing or unexpected.
         """
-        faults = list(self.misfits[:_MISFITS_SHOWN])
-        if len(self.misfits) > _MISFITS_SHOWN:
-            faults.append(f"and {len(self.misfits) - _MISFITS_SHOWN} more that do not fit")
+        faults = [listed(self.misfits, "\n    ", _MISFITS_SHOWN, width=300)] if self.misfits else []
         if strict and self.missing:
             faults.append(f"missing ({len(self.missing)}): {listed(self.missing)}")
         if strict and self.unexpected:
@@ -110,10 +76,30 @@ class Match:
             raise CheckpointError(f"{what} does not fit the model, which is as it was:\n    " + "\n    ".join(faults))
 
     def load(self, model: nn.Module) -> None:
-        """Copy everything into the model: in parts where that is possible, else one tensor at a time."""
-        load_values(self.pairs)
-        for name, value in self.extra.items():
-            model.get_submodule(name.removesuffix(EXTRA_STATE).removesuffix(".")).set_extra_state(value)
+        """Copy everything into the model: in parts where that is possible, else one tensor at a time.
+
+        Raises
+        ------
+        CheckpointError
+            If a module does not take its extra state. The others have theirs from before, and no tensor has changed.
+        """
+        with _put_back_on_failure() as undo:
+            for name, value in self.extra.items():
+                module = model.get_submodule(name.removesuffix(EXTRA_STATE).removesuffix("."))
+                undo.append(partial(module.set_extra_state, module.get_extra_state()))
+                try:
+                    module.set_extra_state(value)
+                except Exception as error:  # a user's module, and what it expects is for it to know
+                    raise CheckpointError(
+                        f"{shown(name)} is not taken by its module, and the model is as it was: {error!r}"
+                    ) from error
+        filling, whole = Filling(), []
+        for entry, source in self.pairs:
+            if source.file is None or not filling.take(entry, source.file, source.name_in_file):
+                whole.append((entry, source))
+        filling.run()
+        for entry, source in whole:
+            entry.write(source.read())
 
 
 def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:
@@ -131,9 +117,11 @@ def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:
             missing.append(entry.name)
             continue
         source = stored[name]
-        if source.shape != entry.shape:
+        if source.fault is not None:
+            misfits.append(f"{shown(name)}: {source.fault}")
+        elif source.shape != entry.shape:
             misfits.append(f"{name}: stored with shape {source.shape}, the model has {entry.shape}")
-        elif source.dtype.is_complex and not entry.dtype.is_complex:
+        elif not converts(source.dtype, entry.dtype):
             misfits.append(f"{name}: stored as {source.dtype}, the model has {entry.dtype}")
         else:
             pairs.append((entry, source))
@@ -176,6 +164,18 @@ def load_named(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
     if not strict:  # one name of a tied tensor is enough, but torch counts the others as missing
         missing += [name for entry, _ in found.pairs for name in entry.names if name not in stored]
     return IncompatibleKeys(missing, list(found.unexpected))
+
+
+@contextmanager
+def _put_back_on_failure() -> Iterator[list[Callable[[], object]]]:
+    """Yields a list of what is to be called, last things first, if the body raises."""
+    undo: list[Callable[[], object]] = []
+    try:
+        yield undo
+    except BaseException:
+        for each in reversed(undo):
+            each()
+        raise
 
 
 def _unexpected(stored: Iterable[str], expected: set[str]) -> tuple[str, ...]:

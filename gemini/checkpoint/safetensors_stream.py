@@ -21,12 +21,12 @@ from gemini.errors import CheckpointError
 from gemini.process_wide import compute_on_this_thread
 from gemini.tensor_file import Malformed, Sums, Team, Unsealed, damaged, read_header
 
+from ..formats import listed
 from .blocks import BLOCK_BYTES, BlockMemory, Part, parts_to_read, parts_to_write, runs_of
 from .flat_values import FlatValues, TensorValues
 from .moves import fill, read_run, write_run
 from .output import Output
 from .raw import DTYPE_NAMES, DTYPES, bytes_of
-from .wording import listed
 
 Tell = Callable[[int], None]
 
@@ -257,10 +257,11 @@ class SafetensorsFile:
 
 
 class OpenFiles:
-    """The safetensors files of a checkpoint, open while they are loaded. A context manager."""
+    """The files of a checkpoint while they are loaded: safetensors ones stay open. A context manager."""
 
     def __init__(self) -> None:
         self._files: list[SafetensorsFile] = []
+        self._others: list[Callable[[], None]] = []
         self._ids: dict[str, Path] = {}
 
     def __enter__(self) -> "OpenFiles":
@@ -276,6 +277,10 @@ class OpenFiles:
         self._files.append(file)
         self.says(path, file.metadata.get(ID_KEY))
         return file
+
+    def verify_later(self, verify: Callable[[], None]) -> None:
+        """Have `verify` call this for a file of another format."""
+        self._others.append(verify)
 
     def says(self, path: Path, id: object) -> None:
         """A file, of any format, has the id of the state that it was saved in, or something else for one."""
@@ -302,6 +307,8 @@ class OpenFiles:
         """Compare all tensors of all files with their checksums; see `SafetensorsFile.verify`."""
         for file in self._files:
             file.verify()
+        for verify in self._others:
+            verify()
 
 
 def _compute_alone() -> None:

@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ..chunk import MASTER, BufferSpec, Chunk, Marked, SlotValues, Together
-from ..nn.optimizer.managed import ManagedOptimizer
+from ..chunk import MASTER, BufferSpec, Chunk, Together
 from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
 from ..updates.values import Values
-from .saved_states import codec_of, home_of, open_state, read_state, write_state
+from .saved_states import codec_of, home_of, read_state, write_state
 from .shown_states import ShownStates
+from .state_checks import STEP, check_signs, check_value
+from .state_home import StateHome
 from .state_tensor import StateTensor
-
-STEP = "step"
 
 
 class KeptStates:
@@ -57,7 +57,7 @@ class KeptStates:
         """Whether there is anything in the state of a parameter; before its first step there mostly is not."""
         return self._is_begun(parameter) or bool(self._notes.get(id(parameter)))
 
-    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[BufferSpec, ...]]:
+    def room(self, optimizer: Optimizer) -> dict[int, tuple[BufferSpec, ...]]:
         """By the index of a group: the states that all chunks with parameters of it have room for."""
         room: dict[int, tuple[BufferSpec, ...]] = {}
         for index, group in enumerate(optimizer.param_groups):
@@ -101,6 +101,10 @@ class KeptStates:
             return ()
         return tuple(spec.name for spec in codec_of(self._manager, self._rule, parameter, name).specs)
 
+    def home(self, parameter: Tensor, name: str) -> StateHome:
+        """Where a state is that `values_of` knows."""
+        return StateHome(self._values, self._rule, self.shown, parameter, name)
+
     # -- reading
 
     def get(self, parameter: Tensor, name: Any) -> Any:
@@ -127,10 +131,6 @@ class KeptStates:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         return read_state(self._values, self._rule, parameter, name)
 
-    def open_values(self, parameter: Tensor, name: Any) -> SlotValues | None:
-        """What `copy` copies, where it is, for reading in parts; None where it has another form there."""
-        return open_state(self._values, self._rule, parameter, name) if self.values_of(parameter, name) else None
-
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""
         self._values.check_readable()
@@ -150,7 +150,7 @@ class KeptStates:
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(values)
         elif home_of(self._manager, self._rule, parameter, name) is None:
-            self._check(parameter, name, values)
+            check_value(self._chunk(parameter), parameter, name, values)
             write_state(self._values, self._rule, parameter, name, values)
 
     def set(self, parameter: Tensor, name: Any, value: Any) -> None:
@@ -170,7 +170,7 @@ class KeptStates:
             if name in self.names(parameter):
                 self.unset(parameter, name)
         else:
-            self._check(parameter, name, value)
+            check_value(self._chunk(parameter), parameter, name, value)
             self.load(parameter, name, value)
             if name != MASTER:
                 self._updater.steps.setdefault(id(parameter), 0 if self._rule.takes_step else 1)
@@ -213,7 +213,7 @@ class KeptStates:
                 f"{', '.join(known)}, which {self._rule.name} keeps, or {{}} to begin anew"
             )
         for name, value in given.items():
-            self._check(parameter, name, value)
+            check_value(self._chunk(parameter), parameter, name, value)
 
     def replace(
         self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value
@@ -223,7 +223,8 @@ class KeptStates:
         Parameters
         ----------
         read
-            From an entry to its value; each is asked for when it is needed, and one at a time.
+            From an entry to its value; each is asked for when it is needed, and one at a time. None: the values come
+            by means of its `home`.
         """
         known = (*self._known(parameter), MASTER)
         given = {name: value for name, value in state.items() if value is not None and name in known}
@@ -232,8 +233,8 @@ class KeptStates:
         if not given.keys() >= set(self._known(parameter)):
             self._forget_values(parameter)
         for name, value in given.items():
-            if not self.shown.has(parameter, name, value):
-                self.load(parameter, name, read(value))
+            if not self.shown.has(parameter, name, value) and (values := read(value)) is not None:
+                self.load(parameter, name, values)
         self._begin(parameter, given, {name: read(value) for name, value in notes.items()})
 
     def load(self, parameter: Tensor, name: str, value: Any) -> None:
@@ -303,20 +304,9 @@ class KeptStates:
             initial = torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
             self._values.write(parameter, slot.name, initial)
 
-    def _check(self, parameter: Tensor, name: str, value: Any) -> None:
-        if name == STEP:
-            whole_steps(value)
-            return
-        if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
-            what = f"a {value.dtype}, {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} of a parameter is a dense, real tensor of its shape, got {what}")
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"{name} has the shape of its parameter, {tuple(parameter.shape)}, got {tuple(value.shape)}: "
-                "what the optimizer keeps has its place in a chunk, and with it its shape"
-            )
-        if isinstance(self._chunk(parameter).codecs.get(name), Marked) and bool((value < 0).any()):
-            raise ValueError(
-                f"{name} cannot be negative with split_master=True, which keeps a part of the masters in its signs; "
-                "boost without split_master"
-            )
+    def check_signs(
+        self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value
+    ) -> None:
+        """Raise ``ValueError`` if a saved state is negative whose signs belong to split masters; see `replace`."""
+        if self.keeps(parameter):
+            check_signs(self._chunk(parameter), state, read)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..chunk import ChunkManager, Codec, SlotValues
+from ..chunk import ChunkManager, Codec
 from ..nn.optimizer.rules.rule import Rule
 from ..updates.values import Values
 
@@ -14,18 +14,6 @@ def read_state(values: Values, rule: Rule, parameter: Tensor, name: str) -> Tens
     kept = {spec.name: values.read(parameter, spec.name) for spec in codec.specs}
     flat = {buffer: tensor.as_strided((tensor.numel(),), (1,)) for buffer, tensor in kept.items()}
     return codec.decode(flat).as_strided(slot.shape, slot.stride)
-
-
-def open_state(values: Values, rule: Rule, parameter: Tensor, name: str) -> SlotValues | None:
-    """The values where they are, in the order of the parameter's elements, for reading in parts.
-
-    None where they cannot be had so, or are kept in another form than state dicts have them.
-    """
-    codec = codec_of(values.manager, rule, parameter, name)
-    if codec.computes or len(codec.specs) != 1 or codec.specs[0].block_numel != 1:
-        return None
-    opened = values.open(parameter, codec.specs[0].name)
-    return opened if opened is not None and opened.dtype == codec.dtype else None
 
 
 def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> Tensor | None:
