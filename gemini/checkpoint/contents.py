@@ -14,6 +14,7 @@ from torch import Tensor
 from .flat_values import FlatValues
 from .names import InChunk
 from .output import Output
+from .progress import Progress
 from .safetensors_stream import SafetensorsWriter, TensorRecord
 from .stage import Stage
 from .torch_file import write_torch
@@ -126,6 +127,8 @@ class Saving:
 
 def write_all(stage: Stage, contents: Iterable[Content]) -> None:
     """Write files into a stage, one after the other."""
-    for content in contents:
-        with stage.create(content.name, content.nbytes) as out:
-            content.write(out)
+    contents = list(contents)
+    with Progress("saving", sum(content.nbytes for content in contents)) as progress:
+        for content in contents:
+            with stage.create(content.name, content.nbytes, progress.part(content.nbytes)) as out:
+                content.write(out)

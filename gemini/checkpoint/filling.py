@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from .flat_values import FlatValues
+from .progress import Progress
 from .safetensors_stream import SafetensorsFile
 
 
@@ -40,9 +41,11 @@ class Filling:
         CheckpointError
             If a file cannot be read to its end, or is not the one that was verified any more.
         """
+        sizes = {file: sum(file.records[name].nbytes for name in names) for file, names in self._of_file.items()}
         try:
-            for file, targets in self._of_file.items():
-                file.load(targets)
+            with Progress("loading", sum(sizes.values())) as progress:
+                for file, targets in self._of_file.items():
+                    file.load(targets, progress.part(sizes[file]))
         finally:
             for place in self._places:
                 place.replaced()

@@ -12,6 +12,8 @@ from types import TracebackType
 from gemini.errors import CheckpointError
 from gemini.sizes import format_bytes
 
+from .progress import Tell, unseen
+
 PAGE_BYTES = 4096
 LEAST_DIRECT_BYTES = 1 << 16
 """Below, a direct write's latency costs more than the copy that it saves."""
@@ -30,6 +32,8 @@ class Output:
         Where it will end up, for messages.
     nbytes
         Room to reserve before the first byte, so that a full disk is known before an hour of writing; 0: none.
+    tell
+        For the writer of the file, to show how far it is.
 
     Raises
     ------
@@ -37,8 +41,9 @@ class Output:
         By every method, when the system refuses.
     """
 
-    def __init__(self, path: Path, final: Path, nbytes: int = 0) -> None:
+    def __init__(self, path: Path, final: Path, nbytes: int = 0, tell: Tell = unseen) -> None:
         self.final = final
+        self.tell = tell
         self.written = 0
         self.fault: CheckpointError | None = None
         """The first fault, for callers whose library hides it."""

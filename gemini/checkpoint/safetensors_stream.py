@@ -26,13 +26,8 @@ from .blocks import BLOCK_BYTES, BlockMemory, Part, parts_to_read, parts_to_writ
 from .flat_values import FlatValues, TensorValues
 from .moves import fill, read_run, write_run
 from .output import Output
+from .progress import Progress, Tell, unseen
 from .raw import DTYPE_NAMES, DTYPES, bytes_of
-
-Tell = Callable[[int], None]
-
-
-def unseen(nbytes: int) -> None:
-    """Nobody is told."""
 
 
 def _nowhere(name: str) -> FlatValues | None:
@@ -93,7 +88,6 @@ class SafetensorsWriter:
         out: Output,
         read: Callable[[str], Tensor],
         open: Callable[[str], FlatValues | None] = _nowhere,
-        tell: Tell = unseen,
     ) -> None:
         """Write everything.
 
@@ -103,11 +97,9 @@ class SafetensorsWriter:
             Gives the value of a name, on CPU; asked on this thread, in the order of `records`.
         open
             Asked before, for the values where they are; None if there is no such place.
-        tell
-            Told how many bytes have been written so far.
         """
         sums = Sums(len(self.records))
-        with Team(BlockMemory, tell, _compute_alone) as team:
+        with Team(BlockMemory, out.tell, _compute_alone) as team:
             for run in runs_of(self._parts(read, open, team)):
                 team.do(partial(write_run, out, run, sums))
         out.write_at(0, memoryview(bytearray(self._header.sealed(sums.all()))))
@@ -172,6 +164,11 @@ class SafetensorsFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    @property
+    def checked_nbytes(self) -> int:
+        """Bytes of tensors that have a checksum."""
+        return sum(r.nbytes for r in self.records.values()) if self._header.checksums is not None else 0
 
     def verify(self, tell: Tell = unseen) -> None:
         """Compare all tensors with their checksums; without any, do nothing.
@@ -305,8 +302,9 @@ class OpenFiles:
 
     def verify(self) -> None:
         """Compare all tensors of all files with their checksums; see `SafetensorsFile.verify`."""
-        for file in self._files:
-            file.verify()
+        with Progress("verifying", sum(file.checked_nbytes for file in self._files)) as progress:
+            for file in self._files:
+                file.verify(progress.part(file.checked_nbytes))
         for verify in self._others:
             verify()
 

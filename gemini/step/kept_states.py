@@ -102,7 +102,7 @@ class KeptStates:
         return tuple(spec.name for spec in codec_of(self._manager, self._rule, parameter, name).specs)
 
     def home(self, parameter: Tensor, name: str) -> StateHome:
-        """Where a state is that `values_of` knows."""
+        """Where an entry of a state is."""
         return StateHome(self._values, self._rule, self.shown, parameter, name)
 
     # -- reading
