@@ -6,15 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gemini.errors import RankError
+
+from . import committed
 from .background import save_in_background
 from .committed import STAGE_NAME
-from .contents import Content, Saving, write_all
+from .contents import Saving, write_all
 from .given_parts import MODEL, OPTIMIZER, Part, pairs
 from .manifest import FileRecord
 from .prepared import Prepared, own_files
-from .ranks import Crew, loaded_by_all, together_of, wait_for_saves, write_once
+from .ranks import Crew, loaded_by_all, together_of, wait_for_saves
 from .shared_stage import SharedStage
+from .stage import Stage
 from .stored import Stored
+from .together_saved import write_together
 from .weight_files import size_limit
 
 HF, DCP = "hf", "dcp"
@@ -51,6 +56,8 @@ def save_checkpoint(
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     limit = size_limit(size_per_shard)
     path = Path(folder).absolute()
+    if committed.is_checkpoint(path):
+        raise ValueError(f"{path} is a checkpoint, and stays as it is: give the folder of checkpoints, {path.parent}")
     leader = _leaders(parts)[0]
     doing = f"booster.save to {path}"
     wait_for_saves(*(part.value for part in parts))
@@ -60,17 +67,17 @@ def save_checkpoint(
     own = crew.exchange(doing, lambda: own_files(parts, crew.index))
     committed_as: list[str] = []
 
-    def listed() -> Saving:
-        prepared = Prepared.of(parts, own, extra, limit)
+    def listed(writers: Sequence[int]) -> Saving:
+        prepared = Prepared.of(parts, own, extra, limit, writers)
 
-        def write(contents: Sequence[Content]) -> None:
-            committed_as.append(str(replace(prepared, contents=contents).write(path, keep)))
+        def commit(stage: Stage) -> None:
+            committed_as.append(str(prepared.commit(stage, keep, {})))
 
-        return Saving(prepared.contents, write)
+        return Saving(prepared.contents, path, STAGE_NAME, commit)
 
     if use_async and save_in_background([part.value for part in parts], doing, listed):
         return path
-    write_once(leader, doing, lambda: listed().run())
+    write_together(leader, doing, listed)
     (name, *_) = crew.exchange(f"the end of {doing}", lambda: "".join(committed_as))
     return Path(name)
 
@@ -83,7 +90,7 @@ def _save_distributed(path: Path, parts: Sequence[Part], crew: Crew, extra: Any,
     others = [part for part in parts if part.kind not in (MODEL, OPTIMIZER)]
     names = {kind: tuple(part.name for part in parts if part.kind == kind) for kind in (MODEL, OPTIMIZER)}
     own = crew.exchange(doing, lambda: own_files(parts, crew.index))
-    with SharedStage(crew, path, STAGE_NAME, doing) as stage:
+    with SharedStage(crew, path, committed.STAGE_NAME, doing) as stage:
         records: dict[str, FileRecord] = {}
         for name, model, optimizer in found:
             (stage.path / name).mkdir(exist_ok=True)
@@ -111,18 +118,25 @@ def load_checkpoint(
     """
     leaders = _leaders(parts)
     crew = Crew.of(leaders[0])
-    doing = f"booster.load from {path}"
+    doing = "booster.load"  # the folder may have another path on each machine
     wait_for_saves(*(part.value for part in parts))
     with ExitStack() as files:
         loads: list[Callable[[], None]] = []
         extra: list[Any] = []
 
-        def check() -> None:
+        def check() -> str:
             stored = Stored.at(Path(path).absolute(), verify, (crew.index, crew.count))
             loads.extend(stored.checked(parts, files, (crew.index, crew.count), strict=strict, rng=rng))
             extra.append(stored.extra())
+            return f"{stored.folder} ({stored.manifest.id})"
 
-        crew.exchange(f"the check of {doing}", check)
+        found = crew.exchange(f"the check of {doing}", check)
+        if len({each.rpartition(" ")[2] for each in found}) > 1:
+            raise RankError(
+                "the ranks have found different checkpoints, and none was loaded: "
+                + ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(found))
+                + ". Give all ranks the same one, by its name"
+            )
         with ExitStack() as changes:
             for leader in leaders:
                 changes.enter_context(loaded_by_all(leader, doing))

@@ -92,9 +92,9 @@ class Manifest:
         if content.pop("crc32", None) != _crc(content):
             raise CheckpointError(f"{path} is damaged: it does not have the checksum that it had when it was written")
         try:
-            parts = {str(kind): tuple(map(str, names)) for kind, names in content["parts"].items()}
-            files = {_inside(n): FileRecord(int(f["bytes"]), str(f["crc32"])) for n, f in content["files"].items()}
-            return cls(id=str(content["id"]), world_size=int(content["world_size"]), parts=parts, files=files)
+            parts = {kind: tuple(map(str, names)) for kind, names in content["parts"].items()}
+            files = {_inside(n): FileRecord(_whole(f["bytes"]), str(f["crc32"])) for n, f in content["files"].items()}
+            return cls(id=str(content["id"]), world_size=_whole(content["world_size"]), parts=parts, files=files)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a manifest: {type(error).__name__} {error}") from error
 
@@ -129,10 +129,11 @@ class Manifest:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
-            data = file.read(_LIMIT_BYTES + 1)
+            is_short = os.fstat(file.fileno()).st_size <= _LIMIT_BYTES
+            data = file.read() if is_short else b""  # not read(limit), which takes that memory first
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if len(data) > _LIMIT_BYTES:
+    if not is_short:
         raise CheckpointError(f"{path} is longer than {_LIMIT_BYTES} bytes")
     try:
         content = json.loads(data)
@@ -145,6 +146,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _crc(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True, separators=(',', ':')).encode()):08x}"
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} in the place of a whole number")
+    return number
 
 
 def _inside(name: str) -> str:

@@ -10,7 +10,9 @@ from torch import nn
 from gemini.errors import CheckpointError
 
 from .background import save
-from .contents import Content, Saving, write_all
+from .bitsandbytes import as_laid_out, dequantised
+from .committed import newest
+from .contents import Saving
 from .hugging_face import may_be_missing, resolve_names
 from .match import match
 from .model_contents import Weights, configuration_files
@@ -23,6 +25,7 @@ from .weight_files import (
     INDEX_SUFFIX,
     SAFE_NAME,
     TORCH_NAME,
+    WEIGHT_NAMES,
     find_shards,
     read_sources,
     read_weight_map,
@@ -54,7 +57,8 @@ def save_model(
     checkpoint
         A name that ends in ``.safetensors``, or in ``.bin``, ``.pt`` or ``.pth`` (``torch.save`` of the state dict):
         one file. Anything else: a folder in the Hugging Face layout, which ``from_pretrained`` reads, with the
-        configuration of transformers' models. Other files in the folder stay.
+        configuration of transformers' models. Other files in the folder stay. Several ranks that save together write
+        a safetensors file each.
     shard
         Into a folder: cut the weights into files of ``size_per_shard``, with an index, if they are larger than that.
     prefix
@@ -101,7 +105,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
         Boosted or plain. Models of transformers also take checkpoints of their base model and the other way round, and
         tensors under the names that older versions gave them.
     checkpoint
-        A folder or a file.
+        A folder or a file; or a folder of checkpoints of `booster.save`, of which the newest is taken.
     strict
         Whether missing and unexpected tensors are an error, and a model that was saved in another state of training
         than the optimizer that has just been loaded. Shapes have to fit in any case.
@@ -114,7 +118,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
         Naming the file and everything that is wrong with it. The model is as it was, unless the message says that a
         file could not be read to its end, or changed, after it had been verified.
     """
-    path = Path(checkpoint)
+    path = newest(Path(checkpoint), *WEIGHT_NAMES)
     doing = f"load_model from {path}"
     with OpenFiles() as files:
         with checked_by_all(model, doing):
@@ -132,7 +136,8 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
     """
-    found = match(model, resolve_names(model, read_sources(checkpoint, files)))
+    stored = resolve_names(model, dequantised(read_sources(checkpoint, files), str(checkpoint)))
+    found = match(model, as_laid_out(model, stored))
     id = files.id if strict else None
     found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
     found.check(strict, str(checkpoint))
@@ -148,33 +153,26 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     return Checked(model, checkpoint, id, assign)
 
 
-def _file(model: nn.Module, folder: Path, name: str) -> Saving:
-    def write(contents: Sequence[Content]) -> None:
-        with Stage(folder, name) as stage:
-            write_all(stage, contents)
-            stage.commit([name])
-
-    return Saving(Weights.of(model, name, None).files, write)
+def _file(model: nn.Module, folder: Path, name: str, writers: Sequence[int]) -> Saving:
+    return Saving(Weights.of(model, name, None).files, folder, name, lambda stage: stage.commit([name]))
 
 
-def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Saving:
-    weights, configuration = Weights.of(model, name, limit), configuration_files(model)
+def _folder(model: nn.Module, folder: Path, name: str, limit: int | None, writers: Sequence[int]) -> Saving:
+    weights, configuration = Weights.of(model, name, limit, writers), configuration_files(model)
 
-    def write(contents: Sequence[Content]) -> None:
+    def commit(stage: Stage) -> None:
         names, others = ([content.name for content in each] for each in (weights.files, configuration))
         entry = name + INDEX_SUFFIX if weights.is_sharded else name
-        with Stage(folder, f"{_prefix(name)}model") as stage:
-            write_all(stage, contents)
-            with stage.alone():
-                before = _weight_files(folder, name)
-                if weights.is_sharded:
-                    stage.commit_indexed(names, entry, weights.index, others, _preferred(entry))
-                else:
-                    stage.commit([*others, name], _preferred(entry))
-                now = {entry, *(read_weight_map(folder / entry).values() if weights.is_sharded else ())}
-                stage.discard(file for file in before if file not in now)
+        with stage.alone():
+            before = _weight_files(folder, name)
+            now = {entry}
+            if weights.is_sharded:
+                now.update(stage.commit_indexed(names, entry, weights.index, others, _preferred(entry)))
+            else:
+                stage.commit([*others, name], _preferred(entry))
+            stage.discard(file for file in before if file not in now)
 
-    return Saving([*configuration, *weights.files], write)
+    return Saving([*configuration, *weights.files], folder, f"{_prefix(name)}model", commit)
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:

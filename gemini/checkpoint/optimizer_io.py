@@ -19,7 +19,9 @@ from gemini.step.saved_groups import load_options
 
 from ..formats.json_file import CHECKSUM, checksum_of
 from .background import save
-from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor, write_all
+from .committed import newest
+from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor
+from .division import divided
 from .filling import Filling
 from .match import Source
 from .names import InChunk
@@ -40,11 +42,11 @@ from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import ID_KEY, OpenFiles, TensorRecord
 from .stage import Stage
 from .tensor_parallel import refuse_parts
+from .torch_file import plain
 from .weight_files import (
     FILE_SUFFIXES,
     checked_weight_map,
     find_shards,
-    into_shards,
     read_json,
     shard_names,
     size_limit,
@@ -112,13 +114,9 @@ def save_optimizer(
     save(optimizer, f"save_optimizer to {path}", listed, use_async)
 
 
-def _file(optimizer: Optimizer, path: Path) -> Saving:
-    def write(contents: Sequence[Content]) -> None:
-        with Stage(path.parent, path.name) as stage:
-            write_all(stage, contents)
-            stage.commit([path.name])
-
-    return Saving([TorchFile(path.name, partial(_state_dict, optimizer))], write)
+def _file(optimizer: Optimizer, path: Path, writers: Sequence[int]) -> Saving:
+    content = TorchFile(path.name, partial(_state_dict, optimizer))
+    return Saving([content], path.parent, path.name, lambda stage: stage.commit([path.name]))
 
 
 def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
@@ -132,37 +130,48 @@ def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
     return state
 
 
-def _folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> Saving:
+def _folder(
+    optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None, writers: Sequence[int]
+) -> Saving:
     name = prefix + JSON_NAME
-    states = _States.of(optimizer, prefix, limit, folder / name)
+    states = _States.of(optimizer, prefix, limit, folder / name, writers)
 
-    def write(contents: Sequence[Content]) -> None:
-        with Stage(folder, name) as stage:
-            write_all(stage, contents)
-            with stage.alone():
-                before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
-                stage.commit_indexed([content.name for content in contents], name, states.index)
-                now = _files_of(folder / name)
-                stage.discard(file for file in before if file not in now)
+    def commit(stage: Stage) -> None:
+        with stage.alone():
+            before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
+            now = stage.commit_indexed([content.name for content in states.files], name, states.index)
+            stage.discard(file for file in before if file not in now)
 
-    return Saving(states.files, write)
+    return Saving(states.files, folder, name, commit)
 
 
-def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
-    """The files of an optimizer, unread: of one that is neither ours nor boosted, a single one of ``torch.save``.
+def optimizer_contents(optimizer: Optimizer, limit: int, writers: Sequence[int] = (0,)) -> list[Content]:
+    """The files of an optimizer, unread.
+
+    A single file of ``torch.save`` for one that is neither ours nor boosted, and for what JSON cannot hold (options and
+    keys that hooks and users have added); all of it is in RAM then.
 
     Parameters
     ----------
     limit
         Bytes of tensors in one file, at most, unless a single tensor is larger.
+    writers
+        The ranks that write files.
     """
     refuse_parts(optimizer, "booster.save")
     if not isinstance(optimizer, ManagedOptimizer):
-        return [TorchFile(FILE_NAME, partial(_state_dict, optimizer))]
-    states = _States.of(optimizer, "", limit, Path(JSON_NAME))
+        return [_plain_file(optimizer)]
+    try:
+        states = _States.of(optimizer, "", limit, Path(JSON_NAME), writers)
+    except CheckpointError:
+        return [_plain_file(optimizer)]
     names = [content.name for content in states.files]
     text = states.index(dict(zip(names, names, strict=True)))
     return [*states.files, Bytes(JSON_NAME, text.encode())]
+
+
+def _plain_file(optimizer: Optimizer) -> Content:
+    return TorchFile(FILE_NAME, plain(_state_dict(optimizer), "the state dict of the optimizer"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +185,20 @@ class _States:
     """What the JSON says but for where the tensors are."""
 
     @classmethod
-    def of(cls, optimizer: ManagedOptimizer, prefix: str, limit: int | None, path: Path) -> "_States":
-        """One file, or several where the states are larger than ``limit``; ``path`` is named in errors."""
+    def of(
+        cls, optimizer: ManagedOptimizer, prefix: str, limit: int | None, path: Path, writers: Sequence[int]
+    ) -> "_States":
+        """One file, or several where the states are larger than ``limit`` or several ranks write.
+
+        ``path`` is named in errors.
+        """
         options, found = _content(optimizer, path)
-        sizes = [each.record.nbytes for each in found]
-        parts = into_shards(found, sizes, limit) if limit is not None and found else [found]
+        sizes, shares = [each.record.nbytes for each in found], [each.shares for each in found]
+        ranks, parts = zip(*divided(found, sizes, shares, writers, limit), strict=True)
         names = shard_names(prefix + TENSORS_NAME, len(parts)) if len(parts) > 1 else [prefix + TENSORS_NAME]
         homes = {each.record.name: file for file, part in zip(names, parts, strict=True) for each in part}
         metadata = {"format": "pt", **id_metadata(optimizer)}
-        files = [Tensors(file, part, metadata) for file, part in zip(names, parts, strict=True)]
+        files = [Tensors(*each[:2], metadata, each[2]) for each in zip(names, parts, ranks, strict=True)]
         return cls(tuple(files), homes, options)
 
     def index(self, where: Mapping[str, str]) -> str:
@@ -355,7 +369,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, strict: bool
     optimizer
         Boosted or not.
     checkpoint
-        A folder, its JSON, or a file.
+        A folder, its JSON, or a file; or a folder of checkpoints of `booster.save`, of which the newest is taken.
     strict
         Whether it is an error if it was saved in another state of training than the model that has just been loaded.
     verify
@@ -369,7 +383,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, strict: bool
         If parameters are DTensors.
     """
     refuse_parts(optimizer, "load_optimizer")
-    path = Path(checkpoint)
+    path = newest(Path(checkpoint), JSON_NAME)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if path.is_dir():
