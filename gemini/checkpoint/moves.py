@@ -10,13 +10,18 @@ from gemini.tensor_file import Malformed, Sums
 
 from .blocks import BLOCK_BYTES, Block, BlockMemory, Part
 from .output import Output
-from .raw import bytes_of
+from .raw import bytes_of, overflows
 
 
 def write_run(out: Output, run: list[Block], sums: Sums, memory: BlockMemory) -> int:
     """Write values, rounded to the file's dtype; returns how many bytes these are.
 
     Each is copied once, into the block: from there it goes around the page cache, where the file system can do that.
+
+    Raises
+    ------
+    OverflowError
+        If finite values have no place in the file's dtype: with the index of their tensor.
     """
     for block in run:
         begin = block[0].begin
@@ -75,7 +80,10 @@ def _gather(part: Part, out: Tensor, room: Tensor) -> None:
     step = BLOCK_BYTES // part.values.dtype.itemsize
     for start in range(part.start, part.stop, step):
         numel = min(step, part.stop - start)
-        out.narrow(0, start - part.start, numel).copy_(part.values.read(start, numel, room))
+        values, filed = part.values.read(start, numel, room), out.narrow(0, start - part.start, numel)
+        filed.copy_(values)
+        if overflows(filed, values):
+            raise OverflowError(part.index)
 
 
 def _own_memory(part: Part) -> Tensor | None:

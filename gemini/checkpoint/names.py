@@ -44,6 +44,8 @@ class Entry:
     """The object in the model. A managed parameter may read as NaN: use `read`."""
     values: Values | None
     """Who holds the values; None: the object itself."""
+    rounded_to: torch.dtype | None = None
+    """What it is saved in if it is floating-point; None: the dtype of the values."""
 
     @property
     def name(self) -> str:
@@ -63,12 +65,17 @@ class Entry:
         return place[0].plan.codec.dtype
 
     @property
+    def saved_dtype(self) -> torch.dtype:
+        """Of the value in a file."""
+        return self.rounded_to if self.rounded_to is not None and self.dtype.is_floating_point else self.dtype
+
+    @property
     def numel(self) -> int:
         return whole_numel(self.tensor)
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.saved_dtype.itemsize
 
     @property
     def in_chunks(self) -> tuple[InChunk, ...]:

@@ -27,7 +27,7 @@ from .flat_values import FlatValues, TensorValues
 from .moves import fill, read_run, write_run
 from .output import Output
 from .progress import Progress, Tell, unseen
-from .raw import DTYPE_NAMES, DTYPES, bytes_of
+from .raw import DTYPE_NAMES, DTYPES, bytes_of, overflow_text
 
 
 def _nowhere(name: str) -> FlatValues | None:
@@ -99,9 +99,12 @@ class SafetensorsWriter:
             Asked before, for the values where they are; None if there is no such place.
         """
         sums = Sums(len(self.records))
-        with Team(BlockMemory, out.tell, _compute_alone) as team:
-            for run in runs_of(self._parts(read, open, team)):
-                team.do(partial(write_run, out, run, sums))
+        try:
+            with Team(BlockMemory, out.tell, _compute_alone) as team:
+                for run in runs_of(self._parts(read, open, team)):
+                    team.do(partial(write_run, out, run, sums))
+        except OverflowError as error:
+            raise CheckpointError(overflow_text(self.records[error.args[0]].name)) from error
         out.write_at(0, memoryview(bytearray(self._header.sealed(sums.all()))))
 
     def _parts(
