@@ -47,10 +47,10 @@ class UnreadTensor:
     record: TensorRecord
     read: Callable[[], Tensor]
     """Its value, on CPU."""
-    open: Callable[[], FlatValues | None] = lambda: None
-    """Its values where they are, for reading in parts; None where only `read` can have them."""
     in_chunks: tuple[InChunk, ...] = ()
     """What that is read from; empty if it is elsewhere."""
+    open: Callable[[], FlatValues | None] = lambda: None
+    """Its values where they are, for reading in parts; None where only `read` can have them."""
 
     @property
     def shares(self) -> list[int]:

@@ -143,8 +143,8 @@ def _safetensors(
         UnreadTensor(
             TensorRecord(entry.name, entry.saved_dtype, entry.shape, entry.dtype),
             entry.read,
-            entry.open,
             entry.in_chunks,
+            entry.open,
         )
         for entry in held
     ]

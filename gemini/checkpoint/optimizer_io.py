@@ -310,7 +310,7 @@ def _unread(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord
     read = partial(_read, optimizer, parameter, name)
     if step is None or not kept:
         return UnreadTensor(record, read)
-    return UnreadTensor(record, read, step.kept.home(parameter, name).open, in_chunks)
+    return UnreadTensor(record, read, in_chunks, step.kept.home(parameter, name).open)
 
 
 def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:
