@@ -260,8 +260,8 @@ def unread_state(optimizer: ManagedOptimizer) -> dict[str, Any]:
     for group in optimizer.param_groups:
         groups.append(optimizer.saved_options(group) | {"params": list(range(count, count + len(group["params"])))})
         count += len(group["params"])
-    scaler = _loss_scaler(optimizer)
-    more = {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
+    scaler = loss_scaler(optimizer)
+    more: dict[str, Any] = {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
     if scaler is not None:
         more["loss_scaler"] = scaler.state_dict()
     return {"state": states, "param_groups": groups, **more}
