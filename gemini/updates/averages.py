@@ -49,9 +49,9 @@ class BoundAverage:
     count: int
 
     def apply(self, average: Tensor, values: Tensor) -> None:
-        """Take in the values after the step. The first ones are copied."""
+        """Take in the values after the step, from wherever they are. The first ones are copied."""
         if self.count:
-            self.form.apply(average, values, self.count)
+            self.form.apply(average, values.to(average.device), self.count)
         else:
             average.copy_(values)
 
