@@ -105,8 +105,8 @@ class Averages:
     def __iter__(self) -> Iterator[Average]:
         return iter(self._all.values())
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._all
+    def __contains__(self, average: Average) -> bool:
+        return self._all.get(average.name) is average
 
     def add(self, average: Average) -> None:
         self._all[average.name] = average
