@@ -328,6 +328,14 @@ If it goes: a parameter's part is in memory beside its chunk for as long as some
 # -- files of torch.distributed.checkpoint
 
 
+def stored_at(file: str, offset: int, length: int) -> Any:
+    """How the metadata of a checkpoint say where something is. If it goes: leave writing to ``FileSystemWriter``, which
+    holds all that it has written."""
+    from torch.distributed.checkpoint import filesystem
+
+    return filesystem._StorageInfo(file, offset, length)
+
+
 @cache
 def checkpoint_classes() -> Mapping[tuple[str, str], Any]:
     """What a pickle of the metadata of a checkpoint may name, by module and name: only what holds values.

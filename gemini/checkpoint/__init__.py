@@ -11,7 +11,7 @@ How the files build on each other (imports go down only)::
     model_contents.py  contents.py                   files that are to be written
     optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes
     optimizer_files.py  optimizer_view.py            the format of a saved optimizer; what is asked of one
-    colossalai_optimizer.py                          the same as ColossalAI saves it
+    bitsandbytes.py  colossalai_optimizer.py         forms in which other tools save weights and states
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time

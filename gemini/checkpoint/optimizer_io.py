@@ -135,8 +135,7 @@ def _folder(
     def commit(stage: Stage) -> None:
         with stage.alone():
             before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
-            stage.commit_indexed([content.name for content in states.files], name, states.index)
-            now = _files_of(folder / name)
+            now = stage.commit_indexed([content.name for content in states.files], name, states.index)
             stage.discard(file for file in before if file not in now)
 
     return Saving(states.files, folder, name, commit)
