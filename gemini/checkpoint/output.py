@@ -44,7 +44,7 @@ class Output:
     def __init__(self, path: Path, final: Path, nbytes: int = 0, tell: Tell = unseen) -> None:
         self.path = path
         self.final = final
-        self.tell = tell
+        self.progress = tell  # not `tell`, which zipfile would take for the position in the file
         self.written = 0
         self.fault: CheckpointError | None = None
         """The first fault, for callers whose library hides it."""

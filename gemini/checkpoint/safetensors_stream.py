@@ -100,7 +100,7 @@ class SafetensorsWriter:
         """
         sums = Sums(len(self.records))
         try:
-            with Team(BlockMemory, out.tell, _compute_alone) as team:
+            with Team(BlockMemory, out.progress, _compute_alone) as team:
                 for run in runs_of(self._parts(read, open, team)):
                     team.do(partial(write_run, out, run, sums))
         except OverflowError as error:
