@@ -13,6 +13,7 @@ from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
+from .copyable import converts, copy_fault
 from .disk import DiskBackend
 from .disk_file import Requests
 from .disk_tuning import tuned
@@ -93,6 +94,8 @@ __all__ = [
     "can_write_own_part",
     "driver_of",
     "close_in_background",
+    "converts",
+    "copy_fault",
     "dequantise",
     "find_accelerator",
     "halves",

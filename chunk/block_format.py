@@ -69,7 +69,8 @@ def levels_of(form: BlockFormat) -> Tensor:
 
 
 @cache
-def _midpoints(form: BlockFormat) -> Tensor:
+def midpoints_of(form: BlockFormat) -> Tensor:
+    """Between neighbouring levels (float32): codes are what is above them."""
     levels = levels_of(form)
     return (levels[:-1] + levels[1:]) / 2
 
@@ -94,7 +95,9 @@ def quantise(values: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
     scaled = blocks * (1.0 / divisors)[:, None]
     if numel % BLOCK_NUMEL:
         torch.div(blocks[-1], divisors[-1], out=scaled[-1])
-    codes = torch.bucketize(scaled.clamp_(-1.0, 1.0), _midpoints(form), out_int32=True).view(-1)[:numel].to(torch.uint8)
+    codes = (
+        torch.bucketize(scaled.clamp_(-1.0, 1.0), midpoints_of(form), out_int32=True).view(-1)[:numel].to(torch.uint8)
+    )
     if form.codes_per_byte == 1:
         return codes, absmax
     pairs = torch.nn.functional.pad(codes, (0, numel % 2), value=form.code_of_zero).view(-1, 2)

@@ -22,6 +22,7 @@ from gemini.torch_private import shown_in_profile
 from .buffer import Buffer, MemoryBuffer
 from .host_memory import zeroed
 from .staging import Staging
+from .stored import Decoded
 from .tier import Tier
 from .workers import close_in_background, start_workers
 from .write_behind import WriteBehind
@@ -224,8 +225,12 @@ def fill_in_blocks(full: Tensor, source: Buffer, staging: Staging | None) -> Non
     """Read what is not in memory as it is into a full copy.
 
     A disk home comes through staging, which is aligned for the disk; full copies are not. Values that are decoded need
-    no staging.
+    neither staging nor, where the full copy is in RAM, any other room than what they are decoded from.
     """
+    if isinstance(source, Decoded) and full.device.type == "cpu":
+        for start in range(0, full.numel(), BLOCK_NUMEL):
+            source.read(start, full[start : start + BLOCK_NUMEL])
+        return
     block = torch.empty(BLOCK_NUMEL) if staging is None else staging.borrow()
     try:
         typed = block.view(source.dtype)

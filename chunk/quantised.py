@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .block_format import BLOCK_NUMEL, BlockFormat, dequantise, quantise
+from .block_codes import decode, encode
+from .block_format import BLOCK_NUMEL, BlockFormat
 from .content import BufferSpec, Codec, Pieces, Plain
 from .names import ABSMAX, MASTER
 
@@ -41,8 +42,8 @@ class Quantised:
         return Plain(spec)
 
     def decode(self, stored: Pieces) -> Tensor:
-        return dequantise(stored[MASTER], stored[ABSMAX], self.form, self.dtype)
+        return decode(stored[MASTER], stored[ABSMAX], self.form, self.dtype)
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
-        codes, absmax = quantise(values, self.form)
+        codes, absmax = encode(values, self.form)
         return {MASTER: codes, ABSMAX: absmax}

@@ -10,6 +10,8 @@ from torch import nn
 
 from ..boosted import is_boosted
 from ..checkpoint import verify_adapters
+from ..errors import CheckpointError
+from ..formats import shown
 
 _WANTED = "give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters"
 
@@ -56,8 +58,17 @@ class LoraRequest:
 
         if self.folder is None:
             return get_peft_model(model, self.config)  # type: ignore[no-any-return]
-        verify_adapters(Path(self.folder))
-        return PeftModel.from_pretrained(model, self.folder, is_trainable=True)  # type: ignore[no-any-return]
+        folder = Path(self.folder)
+        verify_adapters(folder)
+        try:
+            return PeftModel.from_pretrained(model, self.folder, is_trainable=True)  # type: ignore[no-any-return]
+        except Exception as error:  # whatever peft makes of what it finds there
+            if not folder.is_dir():
+                raise  # a name on the Hub
+            raise CheckpointError(
+                f"{folder} does not hold adapters for this model: {shown(repr(error), 500)}. The model may have parts "
+                "of them: build it anew"
+            ) from error
 
 
 def add_adapters(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:

@@ -9,12 +9,13 @@ How the files build on each other (imports go down only)::
     committed.py  manifest.py  pairs.py              the checkpoints of a folder; the files of one; which go together
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
     model_contents.py  contents.py                   files that are to be written
-    optimizer_files.py                               the format of a saved optimizer
+    optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes
+    optimizer_files.py  optimizer_view.py            the format of a saved optimizer; what is asked of one
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     safetensors_stream.py  torch_file.py             formats
-    stage.py  output.py  raw.py  wording.py          atomic files, one file, bytes, names in messages
+    stage.py  output.py  raw.py                      atomic files, one file, bytes
 """
 
 from .checkpoint_io import load_checkpoint, save_checkpoint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemini.chunk import FORMATS, BlockFormat, dequantise, quantise
+from gemini.chunk import FORMATS, BlockFormat, block_codes, dequantise, quantise
 
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -55,6 +55,34 @@ def test_zeros_stay_zero_nan_spreads_over_its_block_and_the_smallest_numbers_sta
 def test_a_parameter_takes_no_more_than_the_format_says(form: BlockFormat) -> None:
     codes, absmax = quantise(numbers(1 << 16), form)
     assert (codes.nbytes + absmax.nbytes) / (1 << 16) == {"nf4": 0.5625, "int8": 1.0625}[form.name]
+
+
+@every_format
+@every_dtype
+@pytest.mark.parametrize("numel", [64, 6400, 6401, 6463, 30])
+def test_the_compiled_kernels_have_the_bits_of_the_reference(form: BlockFormat, dtype: torch.dtype, numel: int) -> None:
+    values = numbers(numel, dtype)
+    if numel > 720:
+        values[5], values[100], values[200:300], values[640:704] = torch.nan, -torch.inf, 0, 1e-40
+        levels = torch.tensor(form.levels)
+        values[704:719] = ((levels[1:] + levels[:-1]) / 2)[:15].to(dtype)  # as close to two levels as can be
+        values[719] = 1.0
+    codes, absmax = quantise(values, form)
+    ours = block_codes.encode(values, form)
+    assert torch.equal(ours[0], codes) and torch.equal(ours[1].nan_to_num(-1.0), absmax.nan_to_num(-1.0))
+    decoded, expected = block_codes.decode(codes, absmax, form, dtype), dequantise(codes, absmax, form, dtype)
+    assert torch.equal(decoded.isnan(), expected.isnan())
+    assert torch.equal(decoded.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@every_format
+def test_without_numba_torch_does_it(form: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = numbers(1000)
+    expected = block_codes.encode(values, form)
+    monkeypatch.setattr(block_codes, "_kernels", lambda: None)
+    codes, absmax = block_codes.encode(values, form)
+    assert torch.equal(codes, expected[0]) and torch.equal(absmax, expected[1])
+    assert block_codes.decode(codes, absmax, form, torch.float16).dtype is torch.float16
 
 
 # -- beside others

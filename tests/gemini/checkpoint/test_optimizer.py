@@ -234,5 +234,5 @@ def test_a_scheduler_that_would_not_load_again_is_refused_when_it_is_saved(tmp_p
     with pytest.raises(CheckpointError, match="LambdaLR holds more than plain values"):
         save_lr_scheduler(scheduler, tmp_path / "scheduler")
     torch.save({"a": 1}, tmp_path / "other")
-    with pytest.raises(CheckpointError, match="is not the state of a learning rate scheduler"):
+    with pytest.raises(CheckpointError, match="is not the state of a LambdaLR"):
         load_lr_scheduler(scheduler, tmp_path / "other")
