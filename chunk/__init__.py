@@ -34,7 +34,7 @@ from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
 from .together import Together
-from .values import write_slot
+from .values import announce_change, read_part, write_part, write_slot
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
@@ -91,6 +91,7 @@ __all__ = [
     "WithShadow",
     "all_or_none",
     "accelerator_in_use",
+    "announce_change",
     "can_write_own_part",
     "driver_of",
     "close_in_background",
@@ -107,11 +108,13 @@ __all__ = [
     "pieces",
     "quantise",
     "read_own_part",
+    "read_part",
     "search_chunk_numel",
     "start_workers",
     "tuned",
     "unmarked",
     "write_own_part",
+    "write_part",
     "write_slot",
     "reach",
 ]

@@ -356,3 +356,13 @@ def checkpoint_classes() -> Mapping[tuple[str, str], Any]:
         # The folder that it was written to. Pure: those of another system cannot be made here.
         **{(module, f"{kind}Path"): getattr(pathlib, f"Pure{kind}Path") for module, kind in places},
     }
+
+
+# -- files of torch.save
+
+rebuild_tensor: Callable[..., Tensor] = torch._utils._rebuild_tensor_v2
+"""What a file of ``torch.save`` says of a tensor: storage, offset, size, strides, requires_grad, hooks. Files of all
+versions since 1.0 name it. If it goes: write the files with ``torch.save``, which wants all tensors in RAM."""
+
+rebuild_tensor_of_dtype: Callable[..., Tensor] = torch._utils._rebuild_tensor_v3
+"""The same for dtypes whose storages have no class of their own; the dtype comes last."""

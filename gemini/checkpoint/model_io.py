@@ -10,6 +10,7 @@ from torch import nn
 from gemini.errors import CheckpointError
 
 from .background import save
+from .bitsandbytes import as_laid_out, dequantised
 from .committed import newest
 from .contents import Saving
 from .hugging_face import may_be_missing, resolve_names
@@ -135,7 +136,8 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
     """
-    found = match(model, resolve_names(model, read_sources(checkpoint, files)))
+    stored = resolve_names(model, dequantised(read_sources(checkpoint, files), str(checkpoint)))
+    found = match(model, as_laid_out(model, stored))
     id = files.id if strict else None
     found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
     found.check(strict, str(checkpoint))
@@ -163,11 +165,11 @@ def _folder(model: nn.Module, folder: Path, name: str, limit: int | None, writer
         entry = name + INDEX_SUFFIX if weights.is_sharded else name
         with stage.alone():
             before = _weight_files(folder, name)
+            now = {entry}
             if weights.is_sharded:
-                stage.commit_indexed(names, entry, weights.index, others, _preferred(entry))
+                now.update(stage.commit_indexed(names, entry, weights.index, others, _preferred(entry)))
             else:
                 stage.commit([*others, name], _preferred(entry))
-            now = {entry, *(read_weight_map(folder / entry).values() if weights.is_sharded else ())}
             stage.discard(file for file in before if file not in now)
 
     return Saving([*configuration, *weights.files], folder, f"{_prefix(name)}model", commit)

@@ -27,6 +27,7 @@ from gemini.nn.optimizer.rules.rule import whole_steps
 
 from ..formats import Damaged, listed, shown
 from ..formats.json_file import check_checksum
+from . import colossalai_optimizer
 from .match import Source
 from .safetensors_stream import OpenFiles
 from .torch_file import read_torch, verify_torch
@@ -64,6 +65,8 @@ def read_optimizer(checkpoint: Path, files: OpenFiles) -> SavedOptimizer:
     CheckpointError
         If it is not whole, or not the state of an optimizer.
     """
+    if colossalai_optimizer.is_index(checkpoint):
+        return _of_state_dict(checkpoint, colossalai_optimizer.read_state_dict(checkpoint), files)
     return _read_folder(checkpoint, files) if checkpoint.suffix == ".json" else _read_file(checkpoint, files)
 
 
@@ -112,6 +115,11 @@ def _sources(path: Path, weight_map: Any, files: OpenFiles) -> dict[str, Source]
 def _read_file(path: Path, files: OpenFiles) -> SavedOptimizer:
     stored = read_torch(path, verify=False)
     files.verify_later(partial(verify_torch, path))
+    return _of_state_dict(path, stored, files)
+
+
+def _of_state_dict(path: Path, stored: Any, files: OpenFiles) -> SavedOptimizer:
+    """What the state dict of an optimizer says; ``path`` is where it was."""
     if not isinstance(stored, dict) or not isinstance(stored.get("state"), dict) or "param_groups" not in stored:
         raise CheckpointError(f"{path} does not hold the state dict of an optimizer")
     groups = _groups(path, stored["param_groups"])
@@ -202,4 +210,6 @@ def find_json(folder: Path) -> Path:
         return found[0]
     if found:
         raise CheckpointError(f"{folder} holds several optimizers: give one of {listed(found)}")
+    if (index := colossalai_optimizer.find_index(folder)) is not None:
+        return index
     raise CheckpointError(f"{folder} holds no optimizer: there is no {JSON_NAME}")

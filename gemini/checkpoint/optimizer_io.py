@@ -135,8 +135,7 @@ def _folder(
     def commit(stage: Stage) -> None:
         with stage.alone():
             before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
-            stage.commit_indexed([content.name for content in states.files], name, states.index)
-            now = _files_of(folder / name)
+            now = stage.commit_indexed([content.name for content in states.files], name, states.index)
             stage.discard(file for file in before if file not in now)
 
     return Saving(states.files, folder, name, commit)
@@ -233,6 +232,35 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
         "id": id_metadata(optimizer).get(ID_KEY),
     }
     return content, found
+
+
+def unread_state(optimizer: ManagedOptimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with an `UnreadTensor` in the place of each tensor that is in chunks.
+
+    Hooks that come before a state dict is made are called; those that come after would have to see it read.
+    """
+    optimizer.before_state_dict()
+    states: dict[int, dict[str, Any]] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        if not _is_kept(optimizer, parameter):
+            if state := optimizer.exported_state(parameter):
+                states[index] = dict(state)
+        elif _has_state(optimizer, parameter):
+            states[index] = {
+                name: _unread(optimizer, parameter, TensorRecord(f"{index}.{name}", value.dtype, tuple(value.shape)))
+                if name != "step"
+                else _read(optimizer, parameter, name)
+                for name, value in _shown(optimizer, parameter).items()
+            }
+    groups, count = [], 0
+    for group in optimizer.param_groups:
+        groups.append(optimizer.saved_options(group) | {"params": list(range(count, count + len(group["params"])))})
+        count += len(group["params"])
+    scaler = loss_scaler(optimizer)
+    more: dict[str, Any] = {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
+    if scaler is not None:
+        more["loss_scaler"] = scaler.state_dict()
+    return {"state": states, "param_groups": groups, **more}
 
 
 def _hooked(optimizer: ManagedOptimizer, path: Path) -> tuple[list[dict[str, Any]], dict[int, Mapping[str, Any]]]:

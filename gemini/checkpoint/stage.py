@@ -120,7 +120,7 @@ class Stage:
         text: Callable[[Mapping[str, str]], str],
         configuration: Iterable[str] = (),
         shadowing: Iterable[str] = (),
-    ) -> None:
+    ) -> list[str]:
         """Move files that an index names, and the index; all of them appear at once.
 
         Parameters
@@ -136,6 +136,11 @@ class Stage:
         shadowing
             As for `commit`.
 
+        Returns
+        -------
+        list of str
+            The files that the index names now, relative to the folder.
+
         Raises
         ------
         CheckpointError
@@ -149,7 +154,7 @@ class Stage:
         self.write_text(index, text(final))
         if not any((self.folder / name).exists() for name in names):
             self.commit([*configuration, *names, index], shadowing)
-            return
+            return names
         moved = self._move_all(configuration, index)
         first = f"first.{index}"
         self.write_text(first, text({name: f"{self.path.name}/{name}" for name in names}))
@@ -161,9 +166,10 @@ class Stage:
             self._sync(names)
             self._move(index, index)
             self._sync([index])
-        except OSError:
-            return  # the checkpoint is whole where it is, named by its index
+        except OSError:  # the checkpoint is whole where it is, named by either index
+            return [*names, *(f"{self.path.name}/{name}" for name in names)]
         self._keep = False
+        return names
 
     def discard(self, names: Iterable[str]) -> None:
         """Remove files that loaders do not find any more; one that cannot be removed does no harm."""

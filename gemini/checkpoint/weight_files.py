@@ -25,6 +25,8 @@ WEIGHT_NAMES = (SAFE_NAME, SAFE_NAME + INDEX_SUFFIX, TORCH_NAME, TORCH_NAME + IN
 """Of the file to begin with in a folder, in the order in which transformers looks."""
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _MEBI = 1 << 20
+_COLOSSALAI_INDEX = re.compile(r"(pytorch_model\.bin|model\.safetensors)\.index\.[^.]+\.json")
+"""ColossalAI puts a prefix before the last dot."""
 
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ def read_sources(checkpoint: Path, files: OpenFiles) -> dict[str, Any]:
     path = find_weights(checkpoint) if checkpoint.is_dir() else checkpoint
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    if not path.name.endswith(INDEX_SUFFIX):
+    if not path.name.endswith(INDEX_SUFFIX) and not _COLOSSALAI_INDEX.fullmatch(path.name):
         return _open(path, files)
     return read_indexed(path, read_weight_map(path), files)
 
@@ -94,6 +96,14 @@ def find_weights(folder: Path) -> Path:
             return found[0]
         if found:
             raise CheckpointError(f"{folder} holds several checkpoints: give one of {', '.join(map(str, found))}")
+    prefixed = [path for path in folder.iterdir() if _COLOSSALAI_INDEX.fullmatch(path.name)]
+    if len(prefixed) == 1:
+        return prefixed[0]
+    if (folder / "zero_to_fp32.py").is_file():
+        raise CheckpointError(
+            f"{folder} is a checkpoint of DeepSpeed, which may have weights in pieces: run python zero_to_fp32.py . "
+            "OUTPUT in it, and load the folder OUTPUT"
+        )
     raise CheckpointError(f"{folder} is not a checkpoint: it has none of {', '.join(WEIGHT_NAMES)}")
 
 
@@ -193,6 +203,8 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
     stored = read_torch(path, verify=False)
     files.verify_later(partial(verify_torch, path))
     files.says(path, _id_of(stored))
+    if isinstance(stored, dict) and "ds_version" in stored:
+        stored = stored.get("module")  # DeepSpeed's states of a model; of ZeRO-3 there are no values
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         raise CheckpointError(f"{path} does not hold a state dict (a dict from names to tensors)")
     items = dict(dict.items(stored))  # an OrderedDict may come with attributes in the place of its methods

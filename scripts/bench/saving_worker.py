@@ -1,4 +1,4 @@
-"""One rank of `saving.py`: ``saving_worker.py FOLDER SIZES ROUNDS``. The first one prints JSON, a line for each round."""
+"""One rank of `saving.py`: ``saving_worker.py FOLDER SIZES ROUNDS``. The first one prints JSON, a line a round."""
 
 import json
 import os

@@ -8,7 +8,9 @@ import torch
 from rank_training import TIERS, Training, Where, check_exact
 from torch import Tensor, nn
 
+from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
+from gemini.quantization import Quantization
 
 
 class Lazy(Training):
@@ -229,6 +231,20 @@ class Adapted(Gpt2):
         return HybridAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
+class OnQuantisedBase(Adapted):
+    """Adapters beside layers in four bits. Without management these have the values of their codes."""
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        for name, parameter in model.named_parameters() if self.where is Where.PLAIN else ():
+            if ".h." in name and parameter.dim() == 2 and "lora_" not in name:
+                parameter.data = Quantization("nf4").rounded(parameter)
+        return model
+
+    def make_plugin(self, **plugin: Any) -> GeminiPlugin:
+        return super().make_plugin(quantize="nf4", **plugin)
+
+
 class Generating(Llama):
     """After each step every rank generates, to a length of its own, with activations checkpointed in training."""
 
@@ -253,6 +269,6 @@ class GeneratingReentrant(Generating):
     use_reentrant = True
 
 
-@pytest.mark.parametrize("kind", [Adapted, Generating, GeneratingReentrant])
+@pytest.mark.parametrize("kind", [Adapted, OnQuantisedBase, Generating, GeneratingReentrant])
 def test_so_do_adapters_and_models_that_generate_and_recompute(worlds, kind):
     check_exact(worlds(2), kind, **OF_MODELS["streamed"])
