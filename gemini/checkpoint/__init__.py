@@ -17,7 +17,11 @@ How the files build on each other (imports go down only)::
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     safetensors_stream.py  torch_file.py             formats
+    together_saved.py  shared_stage.py  ranks.py     several ranks: who writes, into one stage, all or none
+    division.py                                      which rank writes which tensors
     stage.py  output.py  raw.py                      atomic files, one file, bytes
+
+``dcp`` has another format, that of `torch.distributed.checkpoint`, and is imported when it is needed.
 """
 
 from .checkpoint_io import load_checkpoint, save_checkpoint
