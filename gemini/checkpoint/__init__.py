@@ -16,16 +16,19 @@ How the files build on each other (imports go down only)::
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
+    filling.py                                       from files straight to where values are
     safetensors_stream.py  torch_file.py             formats
     together_saved.py  shared_stage.py  ranks.py     several ranks: who writes, into one stage, all or none
     division.py                                      which rank writes which tensors
-    stage.py  output.py  raw.py                      atomic files, one file, bytes
+    moves.py  blocks.py  flat_values.py              between a file and where values are, in parts, by threads
+    stage.py  output.py  progress.py  raw.py         atomic files, one file, how far it is, bytes
 
 ``dcp`` has another format, that of `torch.distributed.checkpoint`, and is imported when it is needed.
 """
 
 from .checkpoint_io import load_checkpoint, save_checkpoint
 from .committed import find as find_checkpoint
+from .committed import is_checkpoint
 from .committed import numbered as committed_checkpoints
 from .given_parts import given_parts
 from .lora import save_lora, verify_adapters
@@ -45,6 +48,7 @@ __all__ = [
     "committed_checkpoints",
     "find_checkpoint",
     "full_state_dict",
+    "is_checkpoint",
     "given_parts",
     "load_checkpoint",
     "load_lr_scheduler",
