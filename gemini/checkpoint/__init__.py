@@ -18,8 +18,12 @@ How the files build on each other (imports go down only)::
     names.py                                         what a model holds, one tensor at a time
     filling.py                                       from files straight to where values are
     safetensors_stream.py  torch_file.py             formats
+    together_saved.py  shared_stage.py  ranks.py     several ranks: who writes, into one stage, all or none
+    division.py                                      which rank writes which tensors
     moves.py  blocks.py  flat_values.py              between a file and where values are, in parts, by threads
     stage.py  output.py  progress.py  raw.py         atomic files, one file, how far it is, bytes
+
+``dcp`` has another format, that of `torch.distributed.checkpoint`, and is imported when it is needed.
 """
 
 from .checkpoint_io import load_checkpoint, save_checkpoint

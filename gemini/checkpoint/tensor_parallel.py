@@ -58,8 +58,8 @@ def refuse_parts(optimizer: Optimizer, doing: str) -> None:
     if any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
             f"{doing} cannot put together the states of parameters that are DTensors, of which each tensor-parallel "
-            "rank has a part: use torch.save(optimizer.state_dict(), file) and optimizer.load_state_dict, with a file "
-            "of its own for each rank of mesh['tp']"
+            "rank has a part: booster.save(folder, model=model, optimizer=optimizer, layout='dcp') stores the parts, "
+            "and booster.load reads them with any number of ranks"
         )
 
 

@@ -24,6 +24,7 @@ from gemini.errors import CheckpointError
 
 from ...torch_private import stored_at
 from ..output import Output
+from ..raw import bytes_of
 from .metadata import read_metadata
 
 
@@ -129,10 +130,12 @@ def _write(value: Tensor | io.BytesIO, stream: io.IOBase) -> None:
     if isinstance(value, io.BytesIO):
         stream.write(value.getbuffer())
         return
-    value = value.detach().cpu()
-    if value.untyped_storage().nbytes() != value.nbytes:
-        value = value.clone()  # else all that it is a part of would be written
-    torch.save(value, cast(Any, stream))
+    value = value.detach().cpu().contiguous()
+    part = value
+    if value.numel() and value.untyped_storage().nbytes() != value.nbytes:
+        # Its memory alone: else all that it is a part of would be written.
+        part = torch.frombuffer(bytes_of(value), dtype=value.dtype).view(value.shape)
+    torch.save(part, cast(Any, stream))
 
 
 class Reader(FileSystemReader):

@@ -153,6 +153,16 @@ def test_other_shapes_are_refused(folder: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
+def test_options_that_cannot_be_are_refused(source: tuple[Any, Any], target: tuple[Any, Any], tmp_path: Path) -> None:
+    model, optimizer = source
+    optimizer.param_groups[0]["lr"] = float("nan")
+    try:
+        dcp.save(tmp_path / "saved", model, optimizer)
+    finally:
+        optimizer.param_groups[0]["lr"] = 1e-2
+    refused(tmp_path / "saved", target, "lr")
+
+
 @pytest.mark.parametrize("name", [DATA, ".metadata", "manifest.json"])
 def test_no_flipped_bit_and_no_cut_goes_unnoticed(name: str, folder: Path, target: tuple[Any, Any]) -> None:
     data = (folder / name).read_bytes()
