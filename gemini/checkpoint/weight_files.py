@@ -204,7 +204,7 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         file = files.open(path)
-        return {name: Source(r.shape, r.dtype, partial(file.read, name)) for name, r in file.records.items()}
+        return {name: Source.in_file(file, name) for name in file.records}
     stored = read_torch(path, verify=False)
     files.verify_later(partial(verify_torch, path))
     files.says(path, _id_of(stored))
