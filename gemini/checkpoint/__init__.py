@@ -24,6 +24,7 @@ How the files build on each other (imports go down only)::
 
 from .checkpoint_io import load_checkpoint, save_checkpoint
 from .committed import find as find_checkpoint
+from .committed import is_checkpoint
 from .committed import numbered as committed_checkpoints
 from .given_parts import given_parts
 from .lora import save_lora, verify_adapters
@@ -43,6 +44,7 @@ __all__ = [
     "committed_checkpoints",
     "find_checkpoint",
     "full_state_dict",
+    "is_checkpoint",
     "given_parts",
     "load_checkpoint",
     "load_lr_scheduler",

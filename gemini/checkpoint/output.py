@@ -42,6 +42,7 @@ class Output:
     """
 
     def __init__(self, path: Path, final: Path, nbytes: int = 0, tell: Tell = unseen) -> None:
+        self.path = path
         self.final = final
         self.tell = tell
         self.written = 0
