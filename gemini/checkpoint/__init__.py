@@ -16,8 +16,10 @@ How the files build on each other (imports go down only)::
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
+    filling.py                                       from files straight to where values are
     safetensors_stream.py  torch_file.py             formats
-    stage.py  output.py  raw.py                      atomic files, one file, bytes
+    moves.py  blocks.py  flat_values.py              between a file and where values are, in parts, by threads
+    stage.py  output.py  progress.py  raw.py         atomic files, one file, how far it is, bytes
 """
 
 from .checkpoint_io import load_checkpoint, save_checkpoint
