@@ -257,7 +257,7 @@ def unread_state(optimizer: ManagedOptimizer) -> dict[str, Any]:
         groups.append(optimizer.saved_options(group) | {"params": list(range(count, count + len(group["params"])))})
         count += len(group["params"])
     scaler = loss_scaler(optimizer)
-    more = {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
+    more: dict[str, Any] = {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
     if scaler is not None:
         more["loss_scaler"] = scaler.state_dict()
     return {"state": states, "param_groups": groups, **more}
