@@ -29,12 +29,13 @@ from .plan import ChunkPlan
 from .quantised import Quantised
 from .search import ChunkSearch, search_chunk_numel
 from .shared_gradient import Gradient, SharedGradient
+from .slot_values import SlotValues, accept_replaced, open_to_replace, open_values
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
 from .together import Together
-from .values import write_slot
+from .values import announce_change, read_part, write_part, write_slot
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
@@ -82,6 +83,7 @@ __all__ = [
     "SharedGradient",
     "SingleProcess",
     "Slot",
+    "SlotValues",
     "SplitBf16",
     "Staging",
     "TensorSpec",
@@ -91,6 +93,7 @@ __all__ = [
     "WithShadow",
     "all_or_none",
     "accelerator_in_use",
+    "announce_change",
     "can_write_own_part",
     "driver_of",
     "close_in_background",
@@ -107,11 +110,16 @@ __all__ = [
     "pieces",
     "quantise",
     "read_own_part",
+    "read_part",
     "search_chunk_numel",
     "start_workers",
     "tuned",
     "unmarked",
     "write_own_part",
+    "write_part",
     "write_slot",
     "reach",
+    "accept_replaced",
+    "open_to_replace",
+    "open_values",
 ]

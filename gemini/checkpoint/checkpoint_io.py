@@ -9,6 +9,7 @@ from typing import Any
 from gemini.errors import CheckpointError, RankError
 
 from . import committed
+from .averages import averages_of
 from .background import save_in_background
 from .committed import STAGE_NAME
 from .contents import Saving, write_all
@@ -86,6 +87,11 @@ def _save_distributed(path: Path, parts: Sequence[Part], crew: Crew, extra: Any,
     """Each rank writes what it has at home of models and optimizers; the first one writes the rest, and commits."""
     from . import dcp  # takes a second to import
 
+    if averages := [average.name for part in parts if part.kind == MODEL for average in averages_of(part.value)]:
+        raise ValueError(
+            f"layout='dcp' holds no running averages, and the model has {', '.join(averages)}: save with layout='hf', "
+            "or save average.state_dict() beside it and call average.close()"
+        )
     found = pairs(parts)
     others = [part for part in parts if part.kind not in (MODEL, OPTIMIZER)]
     names = {kind: tuple(part.name for part in parts if part.kind == kind) for kind in (MODEL, OPTIMIZER)}

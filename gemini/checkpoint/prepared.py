@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import committed
+from .averages import average_contents
 from .contents import Bytes, Content, Inside, TorchFile
 from .folder import sync_folder
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part
@@ -92,7 +93,7 @@ def own_files(parts: Sequence[Part], rank: int) -> dict[str, bytes]:
 def _contents(part: Part, limit: int, writers: Sequence[int]) -> Iterator[Content]:
     contents: list[Content] = []
     if part.kind == MODEL:
-        contents = model_contents(part.value, limit, writers)
+        contents = [*model_contents(part.value, limit, writers), *average_contents(part.value, writers[0])]
     elif part.kind == OPTIMIZER:
         contents = optimizer_contents(part.value, limit, writers)
     elif part.kind == LR_SCHEDULER:

@@ -2,11 +2,12 @@
 
     python scripts/bench adam     one Adam step: our kernel, torch's, those of DeepSpeed and ColossalAI
     python scripts/bench optimizers   one step of SGD, Adagrad and others on chunks against their own
+    python scripts/bench checkpoint   saving and loading against safetensors and torch
     python scripts/bench tiny     one Adam step of many small tensors, ours and torch's
     python scripts/bench step     one training step, managed against plain PyTorch
     python scripts/bench peer_steps   the same against FSDP2 and DeepSpeed, each in a process of its own
     python scripts/bench ranks    training steps of several ranks, beside FSDP2 and DeepSpeed
-    python scripts/bench capacity | disk | overhead | overlap | telemetry     see their own --help
+    python scripts/bench async_save | capacity | disk | overhead | overlap | telemetry     see their own --help
 
 A benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> dict``; the dict goes to ``--json FILE``.
 """
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import report
 
-NAMES = ("adam", "optimizers", "step", "peer_steps", "ranks", "tiny")
-SCRIPTS = ("capacity", "disk", "overhead", "overlap", "telemetry")
+NAMES = ("adam", "checkpoint", "optimizers", "step", "peer_steps", "ranks", "tiny")
+SCRIPTS = ("async_save", "capacity", "disk", "overhead", "overlap", "telemetry")
 """Have a `main` that reads the command line itself."""
 
 
