@@ -226,6 +226,8 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
     before = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is None:
+                continue  # code in C has set a handler, which could not be set again
             try:
                 before[number] = signal.signal(number, handler)
             except ValueError:  # not the main thread: the program around us handles signals
@@ -234,6 +236,24 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """A context at whose end a first SIGINT or SIGTERM comes to whoever handles it; a second one interrupts at once."""
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            raise KeyboardInterrupt
+        held.append(number)
+
+    try:
+        with signals_to(hold):
+            yield
+    finally:
+        for number in held:
+            signal.raise_signal(number)
 
 
 def at_exit(call: Callable[[], object]) -> None:

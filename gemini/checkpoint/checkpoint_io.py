@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemini.errors import RankError
+from gemini.errors import CheckpointError, RankError
 
 from . import committed
 from .averages import averages_of
@@ -131,9 +131,16 @@ def load_checkpoint(
         extra: list[Any] = []
 
         def check() -> str:
-            stored = Stored.at(Path(path).absolute(), verify, (crew.index, crew.count))
-            loads.extend(stored.checked(parts, files, (crew.index, crew.count), strict=strict, rng=rng))
-            extra.append(stored.extra())
+            folder = committed.find(Path(path).absolute())
+            try:
+                stored = Stored.at(folder, verify, (crew.index, crew.count))
+                checked = stored.checked(parts, files, (crew.index, crew.count), strict=strict, rng=rng)
+                extra.append(stored.extra())
+            except CheckpointError:
+                if committed.find(Path(path).absolute()) == folder:
+                    raise
+                return check()  # another process has saved, and removed what was the newest one
+            loads.extend(checked)
             return f"{stored.folder} ({stored.manifest.id})"
 
         found = crew.exchange(f"the check of {doing}", check)

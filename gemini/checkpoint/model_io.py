@@ -143,7 +143,9 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
     """
-    stored = resolve_names(model, dequantised(read_sources(checkpoint, files), str(checkpoint)))
+    stored = resolve_names(
+        model, dequantised(files.settled(checkpoint, partial(read_sources, checkpoint, files)), str(checkpoint))
+    )
     found = match(model, as_laid_out(model, stored))
     id = files.id if strict else None
     found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))

@@ -185,7 +185,7 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, str
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
     """
-    saved = read_optimizer(path, files)
+    saved = files.settled(path, partial(read_optimizer, path, files))
     id = files.id if strict else None
     if verify:
         files.verify()

@@ -16,6 +16,7 @@ from gemini.chunk.extent import SOLE
 from gemini.errors import RankError
 
 from ..boosted import Boosted
+from ..process_wide import signals_later
 from ..step.managed_step import ChunkedStep
 from .names import entries
 from .tensor_parallel import row_of, write_by_first
@@ -167,13 +168,17 @@ def checked_by_all(of: Any, doing: str) -> Iterator[None]:
 
 @contextmanager
 def loaded_by_all(of: Any, doing: str) -> Iterator[None]:
-    """Load what has been checked, each rank its part. If it fails on one, all are told."""
+    """Load what has been checked, each rank its part. If it fails on one, all are told.
+
+    Ctrl-C waits until everything is loaded: half of a checkpoint would train on without a word.
+    """
     together = together_of(of)
-    if together is None:
-        yield
-        return
-    with all_or_none(together.communicator, f"the end of {doing}"), together.changing(doing):
-        yield
+    with signals_later():
+        if together is None:
+            yield
+            return
+        with all_or_none(together.communicator, f"the end of {doing}"), together.changing(doing):
+            yield
 
 
 def _read(of: nn.Module, name: str) -> None:

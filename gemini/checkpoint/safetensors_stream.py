@@ -7,12 +7,13 @@ of the file, which would count as memory of the process (measured: ``safe_open``
 
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -256,6 +257,12 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: reading {what} failed: {error.strerror}") from error
 
 
+T = TypeVar("T")
+
+_ATTEMPTS = 10
+"""Saves that may replace a checkpoint while it is being opened, one after the other."""
+
+
 class OpenFiles:
     """The files of a checkpoint while they are loaded: safetensors ones stay open. A context manager."""
 
@@ -268,8 +275,14 @@ class OpenFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         for file in self._files:
             file.close()
+        self._files.clear()
+        self._others.clear()
+        self._ids.clear()
 
     def open(self, path: Path) -> SafetensorsFile:
         """Open one more; see `SafetensorsFile`."""
@@ -277,6 +290,22 @@ class OpenFiles:
         self._files.append(file)
         self.says(path, file.metadata.get(ID_KEY))
         return file
+
+    def settled(self, checkpoint: Path, read: Callable[[], T]) -> T:
+        """What `read` opens here; once more where a save has replaced files of the checkpoint meanwhile."""
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        for _ in range(_ATTEMPTS):
+            before = _files_in(folder)
+            try:
+                found = read()
+            except CheckpointError:
+                if _files_in(folder) == before:
+                    raise
+            else:
+                if _files_in(folder) == before:
+                    return found
+            self._forget()
+        return read()
 
     def verify_later(self, verify: Callable[[], None]) -> None:
         """Have `verify` call this for a file of another format."""
@@ -310,6 +339,19 @@ class OpenFiles:
                 file.verify(progress.part(file.checked_nbytes))
         for verify in self._others:
             verify()
+
+
+def _files_in(folder: Path) -> Set[tuple[str, int, int]]:
+    """What the files of a folder are known by; another one with the same name is another entry."""
+    found = set()
+    try:
+        for entry in os.scandir(folder):
+            if not entry.name.startswith(".") and not entry.is_dir():
+                status = entry.stat()
+                found.add((entry.name, status.st_ino, status.st_mtime_ns))
+    except OSError:
+        pass  # somebody else removes it
+    return found
 
 
 def _compute_alone() -> None:

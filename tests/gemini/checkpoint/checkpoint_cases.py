@@ -126,7 +126,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def child(script: str, *arguments: Any, timeout: float = 120, check: bool = True) -> "subprocess.CompletedProcess[str]":
     """Run one of this folder's scripts."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "2"}
     # Memory that is freed goes back to the system at once, so that peaks can be measured.
     environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
