@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gemini.errors import RankError
+
+from . import committed
 from .background import save_in_background
-from .committed import STAGE_NAME
 from .contents import Content, Saving, write_all
 from .given_parts import MODEL, OPTIMIZER, Part, pairs
 from .manifest import FileRecord
@@ -51,6 +53,8 @@ def save_checkpoint(
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     limit = size_limit(size_per_shard)
     path = Path(folder).absolute()
+    if committed.is_checkpoint(path):
+        raise ValueError(f"{path} is a checkpoint, and stays as it is: give the folder of checkpoints, {path.parent}")
     leader = _leaders(parts)[0]
     doing = f"booster.save to {path}"
     wait_for_saves(*(part.value for part in parts))
@@ -83,7 +87,7 @@ def _save_distributed(path: Path, parts: Sequence[Part], crew: Crew, extra: Any,
     others = [part for part in parts if part.kind not in (MODEL, OPTIMIZER)]
     names = {kind: tuple(part.name for part in parts if part.kind == kind) for kind in (MODEL, OPTIMIZER)}
     own = crew.exchange(doing, lambda: own_files(parts, crew.index))
-    with SharedStage(crew, path, STAGE_NAME, doing) as stage:
+    with SharedStage(crew, path, committed.STAGE_NAME, doing) as stage:
         records: dict[str, FileRecord] = {}
         for name, model, optimizer in found:
             (stage.path / name).mkdir(exist_ok=True)
@@ -111,18 +115,25 @@ def load_checkpoint(
     """
     leaders = _leaders(parts)
     crew = Crew.of(leaders[0])
-    doing = f"booster.load from {path}"
+    doing = "booster.load"  # the folder may have another path on each machine
     wait_for_saves(*(part.value for part in parts))
     with ExitStack() as files:
         loads: list[Callable[[], None]] = []
         extra: list[Any] = []
 
-        def check() -> None:
+        def check() -> str:
             stored = Stored.at(Path(path).absolute(), verify, (crew.index, crew.count))
             loads.extend(stored.checked(parts, files, (crew.index, crew.count), strict=strict, rng=rng))
             extra.append(stored.extra())
+            return f"{stored.folder} ({stored.manifest.id})"
 
-        crew.exchange(f"the check of {doing}", check)
+        found = crew.exchange(f"the check of {doing}", check)
+        if len({each.rpartition(" ")[2] for each in found}) > 1:
+            raise RankError(
+                "the ranks have found different checkpoints, and none was loaded: "
+                + ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(found))
+                + ". Give all ranks the same one, by its name"
+            )
         with ExitStack() as changes:
             for leader in leaders:
                 changes.enter_context(loaded_by_all(leader, doing))

@@ -27,6 +27,7 @@ from gemini.errors import CheckpointError
 from .folder import sync_file, sync_folder
 from .manifest import MANIFEST_NAME, Manifest
 from .output import failure
+from .safetensors_stream import SafetensorsFile
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,15 @@ _REMOVING = ".removing-"
 
 def numbered(folder: Path) -> list[Path]:
     """What has the name of a checkpoint, from old to new."""
+    if not folder.is_dir():
+        return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True if this is one checkpoint, and no folder of them."""
+    return (path / MANIFEST_NAME).is_file()
 
 
 def find(path: Path) -> Path:
@@ -48,27 +56,24 @@ def find(path: Path) -> Path:
     Parameters
     ----------
     path
-        A checkpoint, a folder of checkpoints, or ``latest`` in one, which means the same as the folder.
+        A checkpoint, a folder of checkpoints, or ``latest`` in one, which means the same as the folder: after a crash
+        it may name the one before.
 
     Raises
     ------
     CheckpointError
         If there is none, or the newest one is not whole; an older one is never taken in its place.
     """
-    if (path / MANIFEST_NAME).is_file() and not path.is_symlink():
+    if path.name == LATEST and not (path.is_dir() and not path.is_symlink()) and numbered(path.parent):
+        path = path.parent
+    if is_checkpoint(path):
         return path
-    folder = path.parent if path.name == LATEST else path
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder")
-    found = numbered(folder)
-    if _CHECKPOINT.fullmatch(folder.name) and not found:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}{whole_one(folder)}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such folder")
+    found = numbered(path)
     if not found:
-        others = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "optimizer.json")
-        parts = [name for name in others if (folder / name).is_file()]
-        hint = f"; {', '.join(parts)} in it can be read with booster.load_model and load_optimizer" if parts else ""
-        raise CheckpointError(f"{folder} holds no checkpoint of booster.save{hint}")
-    if not (found[-1] / MANIFEST_NAME).is_file():
+        raise CheckpointError(f"{path} {_instead_of_checkpoints(path)}")
+    if not is_checkpoint(found[-1]):
         raise CheckpointError(
             f"{found[-1]} is not a whole checkpoint: it has no {MANIFEST_NAME}{whole_one(found[-1])}. If booster.save "
             "did not write it, give it another name"
@@ -76,12 +81,22 @@ def find(path: Path) -> Path:
     return found[-1]
 
 
+def newest(path: Path, *own: str) -> Path:
+    """The newest checkpoint in a folder that has no file of its own of these names; any other path as it is."""
+    is_folder_of_them = any(is_checkpoint(each) for each in numbered(path))
+    return find(path) if is_folder_of_them and not any((path / name).is_file() for name in own) else path
+
+
 def whole_one(damaged: Path) -> str:
     """The newest checkpoint before a damaged one that is whole, as the end of a message."""
-    before = [path for path in numbered(damaged.parent) if path.name != damaged.name] if damaged.parent.is_dir() else []
-    for path in reversed([p for p in before if _number(p) < _number(damaged)]):
+    for path in reversed([path for path in numbered(damaged.parent) if _number(path) < _number(damaged)]):
         try:
-            Manifest.read(path).check(path)
+            manifest = Manifest.read(path)
+            manifest.check(path)
+            for name in manifest.files:
+                if name.endswith(".safetensors"):
+                    with SafetensorsFile(path / name) as file:
+                        file.verify()
         except CheckpointError:
             continue
         return f"; {path} is whole: give it by its name to go on from there"
@@ -111,7 +126,10 @@ def commit(stage: Path, folder: Path) -> Path:
 
 
 def point_latest(path: Path) -> bool:
-    """Have ``latest`` beside a checkpoint name it. Returns whether it is on the disk; loading works without it."""
+    """Have ``latest`` beside a checkpoint name it. Returns whether that is on the disk; loading works without it.
+
+    The caller has the folder's lock.
+    """
     link, new = path.with_name(LATEST), path.with_name(f".{LATEST}")
     try:
         new.unlink(missing_ok=True)  # of a save that was killed
@@ -128,25 +146,29 @@ def point_latest(path: Path) -> bool:
     return True
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest ``keep``, and what is left of removals that were killed.
+def prune(folder: Path, keep: int | None) -> None:
+    """Remove all checkpoints but the newest ``keep`` (None: of none), and what is left of removals that were killed.
 
     Folders without a manifest are not ours to remove. What cannot be removed does no harm.
     """
-    ours = [path for path in numbered(folder) if (path / MANIFEST_NAME).is_file()]
-    for path in ours[:-keep]:
+    ours = [path for path in numbered(folder) if is_checkpoint(path)]
+    for path in ours[:-keep] if keep is not None else []:
         try:
             os.rename(path, folder / f".{path.name}{_REMOVING}{secrets.token_hex(4)}")
         except OSError as error:
             logger.warning("%s could not be removed: %s", path, error.strerror or error)
-    found = list(folder.glob(f".*{_REMOVING}*"))
-    try:
-        if found:
-            sync_folder(folder)
-    except OSError:
-        return  # on the disk they may still have the names of checkpoints
-    for left in found:
+    for left in folder.glob(f".*{_REMOVING}*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _instead_of_checkpoints(folder: Path) -> str:
+    if _CHECKPOINT.fullmatch(folder.name):
+        return f"is not a whole checkpoint: it has no {MANIFEST_NAME}{whole_one(folder)}"
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "optimizer.json")
+    if parts := [name for name in names if (folder / name).is_file()]:
+        return f"holds no checkpoint of booster.save; load_model and load_optimizer read its {', '.join(parts)}"
+    unfinished = any(folder.glob(f".{STAGE_NAME}.saving-*"))
+    return f"holds no checkpoint of booster.save{'; a save into it has not ended' if unfinished else ''}"
 
 
 def _rename(stage: Path, folder: Path) -> Path:

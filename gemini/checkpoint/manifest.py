@@ -92,9 +92,9 @@ class Manifest:
         if content.pop("crc32", None) != _crc(content):
             raise CheckpointError(f"{path} is damaged: it does not have the checksum that it had when it was written")
         try:
-            parts = {str(kind): tuple(map(str, names)) for kind, names in content["parts"].items()}
-            files = {_inside(n): FileRecord(int(f["bytes"]), str(f["crc32"])) for n, f in content["files"].items()}
-            return cls(id=str(content["id"]), world_size=int(content["world_size"]), parts=parts, files=files)
+            parts = {kind: tuple(map(str, names)) for kind, names in content["parts"].items()}
+            files = {_inside(n): FileRecord(_whole(f["bytes"]), str(f["crc32"])) for n, f in content["files"].items()}
+            return cls(id=str(content["id"]), world_size=_whole(content["world_size"]), parts=parts, files=files)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a manifest: {type(error).__name__} {error}") from error
 
@@ -145,6 +145,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _crc(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True, separators=(',', ':')).encode()):08x}"
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} in the place of a whole number")
+    return number
 
 
 def _inside(name: str) -> str:

@@ -11,6 +11,7 @@ from gemini.errors import CheckpointError
 
 from .background import save
 from .bitsandbytes import as_laid_out, dequantised
+from .committed import newest
 from .contents import Content, Saving, write_all
 from .hugging_face import may_be_missing, resolve_names
 from .match import match
@@ -24,6 +25,7 @@ from .weight_files import (
     INDEX_SUFFIX,
     SAFE_NAME,
     TORCH_NAME,
+    WEIGHT_NAMES,
     find_shards,
     read_sources,
     read_weight_map,
@@ -102,7 +104,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
         Boosted or plain. Models of transformers also take checkpoints of their base model and the other way round, and
         tensors under the names that older versions gave them.
     checkpoint
-        A folder or a file.
+        A folder or a file; or a folder of checkpoints of `booster.save`, of which the newest is taken.
     strict
         Whether missing and unexpected tensors are an error, and a model that was saved in another state of training
         than the optimizer that has just been loaded. Shapes have to fit in any case.
@@ -115,7 +117,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
         Naming the file and everything that is wrong with it. The model is as it was, unless the message says that a
         file could not be read to its end, or changed, after it had been verified.
     """
-    path = Path(checkpoint)
+    path = newest(Path(checkpoint), *WEIGHT_NAMES)
     doing = f"load_model from {path}"
     with OpenFiles() as files:
         with checked_by_all(model, doing):

@@ -19,6 +19,7 @@ from gemini.step.managed_step import ChunkedStep
 from gemini.step.saved_groups import check_groups, load_options
 
 from .background import save
+from .committed import newest
 from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor, write_all
 from .match import Source
 from .names import InChunk
@@ -37,6 +38,7 @@ from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import ID_KEY, OpenFiles, TensorRecord
 from .stage import Stage
 from .tensor_parallel import refuse_parts
+from .torch_file import plain
 from .weight_files import (
     FILE_SUFFIXES,
     checked_weight_map,
@@ -146,7 +148,10 @@ def _folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int |
 
 
 def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
-    """The files of an optimizer, unread: of one that is neither ours nor boosted, a single one of ``torch.save``.
+    """The files of an optimizer, unread.
+
+    A single file of ``torch.save`` for one that is neither ours nor boosted, and for what JSON cannot hold (options and
+    keys that hooks and users have added); all of it is in RAM then.
 
     Parameters
     ----------
@@ -155,11 +160,18 @@ def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
     """
     refuse_parts(optimizer, "booster.save")
     if not isinstance(optimizer, ManagedOptimizer):
-        return [TorchFile(FILE_NAME, partial(_state_dict, optimizer))]
-    states = _States.of(optimizer, "", limit, Path(JSON_NAME))
+        return [_plain_file(optimizer)]
+    try:
+        states = _States.of(optimizer, "", limit, Path(JSON_NAME))
+    except CheckpointError:
+        return [_plain_file(optimizer)]
     names = [content.name for content in states.files]
     text = states.index(dict(zip(names, names, strict=True)))
     return [*states.files, Bytes(JSON_NAME, text.encode())]
+
+
+def _plain_file(optimizer: Optimizer) -> Content:
+    return TorchFile(FILE_NAME, plain(_state_dict(optimizer), "the state dict of the optimizer"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +329,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, strict: bool
     optimizer
         Boosted or not.
     checkpoint
-        A folder, its JSON, or a file.
+        A folder, its JSON, or a file; or a folder of checkpoints of `booster.save`, of which the newest is taken.
     strict
         Whether it is an error if it was saved in another state of training than the model that has just been loaded.
     verify
@@ -331,7 +343,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, strict: bool
         If parameters are DTensors.
     """
     refuse_parts(optimizer, "load_optimizer")
-    path = Path(checkpoint)
+    path = newest(Path(checkpoint), JSON_NAME)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if path.is_dir():

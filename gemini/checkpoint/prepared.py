@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import committed
-from .contents import Bytes, Content, Inside, write_all
+from .contents import Bytes, Content, Inside, TorchFile, write_all
 from .folder import sync_folder
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
@@ -20,7 +20,7 @@ from .optimizer_io import optimizer_contents
 from .random_states import random_states
 from .run_files import EXTRA, EXTRA_FILE, RNG, SCHEDULER_FILE, dataloader_file, rng_file
 from .stage import Stage
-from .torch_file import plain_bytes
+from .torch_file import plain, plain_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Prepared:
         contents += [Bytes(name, data) for files in of_ranks for name, data in files.items()]
         names = {part.kind: tuple(p.name for p in parts if p.kind == part.kind) for part in parts}
         if extra is not None:
-            contents.append(Bytes(EXTRA_FILE, plain_bytes(extra, "extra")))
+            contents.append(TorchFile(EXTRA_FILE, plain(extra, "extra")))
             names[EXTRA] = ("",)
         names[RNG] = tuple(f"{rank:05d}" for rank in range(len(of_ranks)))
         return cls(secrets.token_hex(16), len(of_ranks), names, contents)
@@ -57,7 +57,7 @@ class Prepared:
         self._seal(stage, others)
         with stage.alone():
             path = committed.commit(stage.path, stage.folder)
-            if committed.point_latest(path) and keep is not None:
+            if committed.point_latest(path):
                 committed.prune(stage.folder, keep)
         return path
 

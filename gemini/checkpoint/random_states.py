@@ -42,14 +42,18 @@ class Restored:
             self._torch: Tensor = states["torch"]
             random.Random().setstate(self._python)
             bit_generator = getattr(np.random, self._numpy["bit_generator"])
+            if not issubclass(bit_generator, np.random.BitGenerator):
+                raise ValueError(f"{self._numpy['bit_generator']!r} is no generator of numpy")
             np.random.RandomState(bit_generator()).set_state(self._numpy)
             torch.Generator().set_state(self._torch)
             device = accelerator_in_use()
             self._device = device if device is not None and device.type == states.get("accelerator") else None
             self._devices: list[Tensor] = list(states.get("devices", ()))
             for index, state in zip(_indices(self._device), self._devices, strict=False):
-                torch.Generator(torch.device(str(states["accelerator"]), index)).set_state(state)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                present = torch.get_device_module(self._device).get_rng_state(index)
+                if (state.dtype, state.shape) != (present.dtype, present.shape):
+                    raise ValueError(f"the state of device {index} has shape {tuple(state.shape)}")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
                 f"{what} does not hold the states of random number generators that are here: {error}"
             ) from error

@@ -57,9 +57,9 @@ class Stored:
         """
         present = self._present(parts, strict)
         # First those that look at what they get only when they load it: so far nothing has been changed.
-        loads: list[Callable[[], None]] = [
-            partial(_load_dataloader, p, self._dataloader(p, *place)) for p in present if p.kind == DATALOADER
-        ]
+        loaders = [(part, self._dataloader(part, *place)) for part in present if part.kind == DATALOADER]
+        states = [(part, path, read_torch(path, mmap=False)) for part, path in loaders]
+        loads: list[Callable[[], None]] = [partial(_load_dataloaders, states)] if states else []
         loads += [
             checked_lr_scheduler(part.value, self._file(part, SCHEDULER_FILE))
             for part in present
@@ -69,8 +69,11 @@ class Stored:
         if any(self._is_distributed(part) for part in tensors):
             loads += self._checked_together(tensors, strict)
         else:
-            found = [self._checked(part, files.enter_context(OpenFiles()), strict) for part in tensors]
+            opened = [files.enter_context(OpenFiles()) for _ in tensors]
+            found = [self._checked(part, each, strict) for part, each in zip(tensors, opened, strict=True)]
             check_pairs(found)
+            if self.verify:
+                self._verify(opened)
             loads += [each.load for each in found]
         rank, _ = place
         if rng and rank_name(rank) in self.manifest.parts.get(RNG, ()):
@@ -109,9 +112,16 @@ class Stored:
     def _checked(self, part: Part, files: OpenFiles, strict: bool) -> Checked:
         if part.kind == MODEL:
             weights = self._file(part, SAFE_NAME, SAFE_NAME + INDEX_SUFFIX)
-            return checked_model(part.value, weights, files, strict=strict, verify=self.verify)
+            return checked_model(part.value, weights, files, strict=strict, verify=False)
         states = self._file(part, JSON_NAME, FILE_NAME)
-        return checked_optimizer(part.value, states, files, strict=strict, verify=self.verify)
+        return checked_optimizer(part.value, states, files, strict=strict, verify=False)
+
+    def _verify(self, opened: Sequence[OpenFiles]) -> None:
+        try:
+            for files in opened:
+                files.verify()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{committed.whole_one(self.folder)}") from error
 
     def _file(self, part: Part, *names: str) -> Path:
         """The file of a part, under the first of its names that the checkpoint has."""
@@ -134,9 +144,16 @@ class Stored:
         return paths[0]
 
 
-def _load_dataloader(part: Part, path: Path) -> None:
-    state = read_torch(path, mmap=False)
-    try:
-        part.value.load_state_dict(state)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"{path} does not fit the {part}: {error}") from error
+def _load_dataloaders(found: Sequence[tuple[Part, Path, Any]]) -> None:
+    """Hand each loader its state. If one does not take it, those before it have what they had.
+
+    Of a single loader nothing is asked: for some (torchdata's) that starts their workers.
+    """
+    before = [(part.value, part.value.state_dict()) for part, _, _ in found] if len(found) > 1 else []
+    for index, (part, path, state) in enumerate(found):
+        try:
+            part.value.load_state_dict(state)
+        except Exception as error:  # a loader has rules of its own
+            for loader, old in before[:index]:
+                loader.load_state_dict(old)
+            raise CheckpointError(f"{path} does not fit the {part}, nothing was changed: {error}") from error

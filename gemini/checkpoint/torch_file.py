@@ -1,16 +1,19 @@
 """Files of ``torch.save``: written through an `Output`, read without running code in them."""
 
 import io
-import pickle
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from gemini.errors import CheckpointError
 
 from .output import Output
 
+_PLAIN = (Tensor, nn.Parameter, int, float, bool, str, bytes, type(None), torch.Size, torch.dtype)
 _ZIP = b"PK\x03\x04"
 
 
@@ -25,21 +28,49 @@ def write_torch(value: Any, out: Output) -> None:
 
 
 def plain_bytes(value: Any, what: str) -> bytes:
-    """A file of ``torch.save``, in memory, that `read_torch` reads.
+    """A file of ``torch.save``, in memory, that `read_torch` reads; see `plain`."""
+    file = io.BytesIO()
+    torch.save(plain(value, what)(), file)
+    return file.getvalue()
+
+
+def plain(value: Any, what: str) -> Callable[[], Any]:
+    """Give a value back when it is asked for, having seen that `read_torch` will read it. No tensor is copied.
 
     Raises
     ------
     CheckpointError
-        If the value holds more than tensors, plain values and containers of them.
+        If the value holds more than tensors, plain values and containers of them; it says where.
     """
+    if foreign := _foreign(value, what):
+        raise CheckpointError(
+            f"{foreign}, and only tensors, numbers, texts and containers of them can be loaded without running code"
+        )
+    return lambda: value
+
+
+def _foreign(value: Any, where: str) -> str:
+    """What in a value ``weights_only`` would not load, in words; empty if nothing."""
+    if type(value) in _PLAIN:
+        return ""
+    if type(value) in (dict, OrderedDict):
+        parts = [(key, f"a key of {where}") for key in value] + [(v, f"{where}[{k!r}]") for k, v in value.items()]
+    elif type(value) in (list, tuple):
+        parts = [(each, f"{where}[{index}]") for index, each in enumerate(value)]
+    else:
+        return "" if _loads(value) else f"{where} is of type {type(value).__name__}"
+    return next((found for each, place in parts if (found := _foreign(each, place))), "")
+
+
+def _loads(value: Any) -> bool:
     file = io.BytesIO()
     try:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{what} holds more than plain values and would not load again") from error
-    return file.getvalue()
+    except Exception:  # pickle, torch and the object itself each have their own
+        return False
+    return True
 
 
 def read_torch(path: Path, *, mmap: bool = True) -> Any:

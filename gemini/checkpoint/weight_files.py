@@ -22,6 +22,8 @@ from .wording import listed
 SAFE_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
+WEIGHT_NAMES = (SAFE_NAME, SAFE_NAME + INDEX_SUFFIX, TORCH_NAME, TORCH_NAME + INDEX_SUFFIX)
+"""Of the file to begin with in a folder, in the order in which transformers looks."""
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 INDEX_LIMIT_BYTES = 100_000_000
 _MEBI = 1 << 20
@@ -75,17 +77,16 @@ def find_weights(folder: Path) -> Path:
     CheckpointError
         If there is none, or it is not clear which.
     """
-    names = (SAFE_NAME, SAFE_NAME + INDEX_SUFFIX, TORCH_NAME, TORCH_NAME + INDEX_SUFFIX)
-    for name in names:
+    for name in WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
-    for name in names:
+    for name in WEIGHT_NAMES:
         found = sorted(path for path in folder.glob(f"*.{name}") if not path.name.startswith("."))
         if len(found) == 1:
             return found[0]
         if found:
             raise CheckpointError(f"{folder} holds several checkpoints: give one of {', '.join(map(str, found))}")
-    raise CheckpointError(f"{folder} is not a checkpoint: it has none of {', '.join(names)}")
+    raise CheckpointError(f"{folder} is not a checkpoint: it has none of {', '.join(WEIGHT_NAMES)}")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
