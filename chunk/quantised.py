@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .block_codes import decode, encode
+from .block_codes import decode, decode_into, encode
 from .block_format import BLOCK_NUMEL, BlockFormat
 from .content import BufferSpec, Codec, Pieces, Plain
 from .names import ABSMAX, MASTER
@@ -43,6 +43,9 @@ class Quantised:
 
     def decode(self, stored: Pieces) -> Tensor:
         return decode(stored[MASTER], stored[ABSMAX], self.form, self.dtype)
+
+    def decode_into(self, out: Tensor, stored: Pieces) -> None:
+        decode_into(out, stored[MASTER], stored[ABSMAX], self.form)
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
         codes, absmax = encode(values, self.form)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .buffer import Buffer
-from .content import BufferSpec, Codec
+from .content import BufferSpec, Codec, MasterCodec
 
 Homes = Mapping[str, Buffer]
 Specs = Mapping[str, BufferSpec]
@@ -44,7 +44,7 @@ class Decoded:
 
     tensor: Tensor | None = None
 
-    def __init__(self, homes: Homes, specs: Specs, codec: Codec) -> None:
+    def __init__(self, homes: Homes, specs: Specs, codec: MasterCodec) -> None:
         home = homes[codec.specs[0].name]
         self.tier, self.dtype = home.tier, codec.dtype
         self.numel = home.numel * codec.specs[0].block_numel
@@ -56,7 +56,7 @@ class Decoded:
 
     def read(self, start: int, out: Tensor) -> None:
         stored = Stored(self._homes, self._specs, self._codec, start, out.numel())
-        out.copy_(self._codec.decode(stored)[: out.numel()])
+        self._codec.decode_into(out, stored)
 
     def write(self, start: int, source: Tensor) -> None:
         raise NotImplementedError
