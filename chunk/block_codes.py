@@ -32,6 +32,12 @@ def _kernels() -> ModuleType | None:
     return block_kernel
 
 
+def warm_up(form: BlockFormat) -> None:
+    """Compile or load the kernels, which takes memory, and more stack than the threads have that fetch."""
+    for dtype in (torch.float32, torch.bfloat16):
+        decode(*encode(torch.zeros(BLOCK_NUMEL, device="cpu"), form), form, dtype)
+
+
 def encode(values: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
     """As `block_format.quantise`, bit by bit."""
     kernels, whole = _kernels(), values.numel() // BLOCK_NUMEL * BLOCK_NUMEL
