@@ -14,6 +14,7 @@ from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
+from .copyable import converts, copy_fault
 from .disk import DiskBackend
 from .disk_file import Requests
 from .disk_tuning import tuned
@@ -34,7 +35,7 @@ from .staging import Staging, pieces
 from .state import ChunkState
 from .tier import Tier
 from .together import Together
-from .values import write_slot
+from .values import announce_change, read_part, write_part, write_slot
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
@@ -91,9 +92,12 @@ __all__ = [
     "WithShadow",
     "all_or_none",
     "accelerator_in_use",
+    "announce_change",
     "can_write_own_part",
     "driver_of",
     "close_in_background",
+    "converts",
+    "copy_fault",
     "dequantise",
     "find_accelerator",
     "halves",
@@ -105,12 +109,14 @@ __all__ = [
     "pieces",
     "quantise",
     "read_own_part",
+    "read_part",
     "search_chunk_numel",
     "start_workers",
     "tuned",
     "unmarked",
     "warm_up_codes",
     "write_own_part",
+    "write_part",
     "write_slot",
     "reach",
 ]

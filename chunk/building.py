@@ -83,6 +83,22 @@ class ChunkBuilder:
             if all(home is not other for other in after):
                 self.memories.free(home)
 
+    def extend(self, chunks: Sequence[Chunk], plans: Sequence[ChunkPlan]) -> None:
+        """Give chunks the homes that these plans have beside theirs, or none of them and no memory taken."""
+        with self.memories.all_or_nothing():
+            added = [
+                {spec.name: self._home(plan, spec) for spec in plan.specs.values() if spec.name not in chunk.specs}
+                for chunk, plan in zip(chunks, plans, strict=True)
+            ]
+        for chunk, plan, homes in zip(chunks, plans, added, strict=True):
+            chunk.replan(plan, homes)
+
+    def shorten(self, chunks: Sequence[Chunk], plans: Sequence[ChunkPlan]) -> None:
+        """Free the homes of chunks that these plans do not have."""
+        for chunk, plan in zip(chunks, plans, strict=True):
+            for home in chunk.replan(plan, {}):
+                self.memories.free(home)
+
     def free_states(self, chunk: Chunk) -> None:
         """Free what the optimizer has kept of a chunk, but for what its masters need. No update can follow."""
         for spec in chunk.states if not chunk.plan.codec.computes else ():

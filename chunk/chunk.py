@@ -154,11 +154,6 @@ class Chunk:
         if self.loan is not None:
             self.loan.remember(position)
 
-    def announce_change(self, position: int) -> None:
-        """Somebody may change the values of a parameter where they are at home. See `Homes`."""
-        slot = self.layout.slots[position]
-        self.homes.before_change(slot.offset, slot.stop)
-
     # -- states
 
     @property
@@ -306,6 +301,12 @@ class Chunk:
     def bind(self, position: int, parameter: Tensor) -> None:
         """Make ``parameter`` follow this chunk from now on."""
         self.bindings.add(parameter, self.views[position], is_pinned=self.pins > 0)
+
+    def replan(self, plan: ChunkPlan, added: Mapping[str, Buffer]) -> list[Buffer]:
+        """Have the homes of this plan, which keeps the masters; ``added`` are new. Returns those that it has not."""
+        self.plan, self.codecs = plan, plan.codecs
+        self.homes.update(added)
+        return [self.homes.pop(name) for name in self.homes.keys() - plan.specs.keys()]
 
     def rehome(self, built: "Chunk") -> None:
         """Have the homes and the full copy of a chunk that was built for the same slots; the parameters follow.

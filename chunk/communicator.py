@@ -152,11 +152,31 @@ class Communicator(Protocol):
     def copy_from_first(self, values: Tensor) -> None:
         """Have the values (dense, on any device) of the first owner in the memory of all. All of them call it."""
 
-    def finish(self, what: str, error: str = "") -> None:
-        """The first owner has done alone what the others wait for, or has failed."""
+    def helpers(self, what: str) -> Sequence[int]:
+        """On the first owner: those others that wait for it to `finish` this, and can do a part of it."""
 
-    def wait_until_finished(self, what: str) -> None:
+    def give_out(self, what: str, word: Word, to: Sequence[int]) -> None:
+        """Have helpers do their parts; ``word`` tells them what these are."""
+
+    def take_back(self, what: str, among: Sequence[int]) -> None:
+        """Wait until helpers have done their parts.
+
+        Raises
+        ------
+        RankError
+            If one has failed, or is gone.
+        """
+
+    def finish(self, what: str, error: str = "") -> None:
+        """The first owner has done what the others wait for, or has failed."""
+
+    def wait_until_finished(self, what: str, help: Callable[[Word], None] | None = None) -> None:
         """Wait for the first owner to `finish` this.
+
+        Parameters
+        ----------
+        help
+            Does the part of it that the first owner may give out.
 
         Raises
         ------
@@ -212,10 +232,19 @@ class SingleProcess:
     def copy_from_first(self, values: Tensor) -> None:
         pass
 
+    def helpers(self, what: str) -> Sequence[int]:
+        return ()
+
+    def give_out(self, what: str, word: Word, to: Sequence[int]) -> None:
+        pass
+
+    def take_back(self, what: str, among: Sequence[int]) -> None:
+        pass
+
     def finish(self, what: str, error: str = "") -> None:
         pass
 
-    def wait_until_finished(self, what: str) -> None:
+    def wait_until_finished(self, what: str, help: Callable[[Word], None] | None = None) -> None:
         pass
 
     def advance(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .content import BufferSpec, Codec, MasterCodec
+from .content import BufferSpec, Codec, MasterCodec, Plain
 from .extent import EXTENT_MULTIPLE, SOLE, Owner, Place
 from .layout import ChunkLayout
 from .names import GRADIENT, MASTER
@@ -33,6 +33,8 @@ class ChunkPlan:
     """The update can write through to the full copy; if not, that is evicted instead."""
     borrows_gradient: bool = False
     """Its gradient has no home: it lives in borrowed memory until the update, which comes within backward."""
+    averages: tuple[BufferSpec, ...] = ()
+    """Running averages of the masters, each of which follows them in every update."""
     owner: Owner = SOLE
     """Who keeps an extent of it at home, and together with how many others."""
 
@@ -46,7 +48,7 @@ class ChunkPlan:
 
     def __post_init__(self) -> None:
         gradient = (self.gradient_spec,) if GRADIENT in self.tiers else ()
-        specs = {spec.name: spec for spec in (*self.codec.specs, *self.states, *gradient)}
+        specs = {spec.name: spec for spec in (*self.codec.specs, *self.states, *self.averages, *gradient)}
         object.__setattr__(self, "specs", specs)
         object.__setattr__(self, "extents", self.owner.extents(self.layout.numel))
         object.__setattr__(self, "extent", self.extents[self.owner.index])
@@ -67,8 +69,9 @@ class ChunkPlan:
 
     @property
     def codecs(self) -> dict[str, Codec]:
-        """How the masters and each state are kept, by the name of these values."""
-        return {MASTER: self.codec, **{spec.name: self.codec.of_state(spec) for spec in self.states}}
+        """How the masters, each state and each average are kept, by the name of these values."""
+        states = {spec.name: self.codec.of_state(spec) for spec in self.states}
+        return {MASTER: self.codec, **states, **{spec.name: Plain(spec) for spec in self.averages}}
 
     @property
     def is_trainable(self) -> bool:

@@ -61,6 +61,25 @@ class Rehoming:
         """
         self._rebuild_with(self._builder, plans, fill)
 
+    def extend(self, plans: Sequence[ChunkPlan]) -> None:
+        """Give chunks the homes that these plans have beside theirs. Raises as `rebuild`."""
+        chunks = [self._chunks[plan.layout.index] for plan in plans]
+        pairs = zip(plans, chunks, strict=True)
+        added = [(plan, name) for plan, chunk in pairs for name in plan.specs.keys() - chunk.specs.keys()]
+        on_host = sum(plan.nbytes(name) for plan, name in added if plan.tiers[name] is Tier.HOST)
+        self._eviction.make_room_for(Tier.HOST, on_host)
+        for chunk in chunks:
+            self._full_copies.bring_home(chunk)
+        with all_or_none(self._together.communicator, "the room for these homes"):
+            self._builder.extend(chunks, plans)
+
+    def shorten(self, plans: Sequence[ChunkPlan]) -> None:
+        """Free the homes of chunks that these plans do not have."""
+        chunks = [self._chunks[plan.layout.index] for plan in plans]
+        for chunk in chunks:
+            self._full_copies.bring_home(chunk)
+        self._builder.shorten(chunks, plans)
+
     def release(self, plans: Sequence[ChunkPlan], parking: DiskBackend) -> None:
         """Have all homes on disk, by these plans, and no memory on other tiers. Values can be read and replaced there.
 

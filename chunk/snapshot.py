@@ -151,7 +151,8 @@ class Snapshot:
         RuntimeError
             If they were changed without a word, or copying them aside failed.
         """
-        value = next(each for each in self._values[chunk.index, position] if each.name == name)
+        values = self._values[chunk.index, position]
+        value = next(each for each in values if each.name == name and each.state is not ValueState.READ)
         with self._changed:
             self._changed.wait_for(lambda: value.state is not ValueState.COPYING)
             self._check()

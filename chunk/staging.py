@@ -27,6 +27,11 @@ class Staging:
         """A block; blocks until one is free (holders never wait for another block)."""
         return self._free.get()
 
+    @property
+    def free_count(self) -> int:
+        """Blocks that are free, if nobody borrows and gives back just now."""
+        return self._free.qsize()
+
     def give_back(self, block: Tensor) -> None:
         self._free.put(block)
 

@@ -32,7 +32,7 @@ def write_slot(chunk: Chunk, position: int, name: str, value: Tensor) -> None:
     """
     codec, place = chunk.codecs[name], chunk.place(position, name)
     if not codec.computes and len(place.own) == place.numel:
-        chunk.announce_change(position)
+        announce_change(chunk, position)
         for buffer, stored in codec.encode(value.detach(), {}).items():
             home = chunk.homes[buffer]
             with torch.no_grad():
@@ -45,6 +45,12 @@ def write_slot(chunk: Chunk, position: int, name: str, value: Tensor) -> None:
     dtype = value.dtype if codec.computes else codec.dtype  # then it is cast piece by piece, and rounded once
     flat = flattened(value, place.shape, place.stride, dtype)
     write_part(chunk, name, place.index, flat[place.own.start : place.own.stop])
+
+
+def announce_change(chunk: Chunk, position: int) -> None:
+    """Somebody may change the values of a parameter where they are at home. See `Homes`."""
+    slot = chunk.layout.slots[position]
+    chunk.homes.before_change(slot.offset, slot.stop)
 
 
 def read_own(chunk: Chunk, position: int, name: str = MASTER) -> Tensor:

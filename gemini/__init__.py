@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gemini import utils as utils
     from gemini.booster import Booster
     from gemini.booster.plugin import GeminiPlugin
+    from gemini.boosting.averaging import EMA, SWA
     from gemini.boosting.plain import to_torch
     from gemini.checkpoint import named_tensors
     from gemini.initialize import launch, launch_from_slurm, launch_from_torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
+    "SWA",
     "Booster",
     "GeminiPlugin",
     "HybridAdam",
@@ -39,6 +42,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EMA": "gemini.boosting.averaging",
+    "SWA": "gemini.boosting.averaging",
     "Booster": "gemini.booster",
     "GeminiPlugin": "gemini.booster.plugin",
     "HybridAdam": "gemini.nn.optimizer",

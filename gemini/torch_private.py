@@ -328,6 +328,14 @@ If it goes: a parameter's part is in memory beside its chunk for as long as some
 # -- files of torch.distributed.checkpoint
 
 
+def stored_at(file: str, offset: int, length: int) -> Any:
+    """How the metadata of a checkpoint say where something is. If it goes: leave writing to ``FileSystemWriter``, which
+    holds all that it has written."""
+    from torch.distributed.checkpoint import filesystem
+
+    return filesystem._StorageInfo(file, offset, length)
+
+
 @cache
 def checkpoint_classes() -> Mapping[tuple[str, str], Any]:
     """What a pickle of the metadata of a checkpoint may name, by module and name: only what holds values.
@@ -348,3 +356,13 @@ def checkpoint_classes() -> Mapping[tuple[str, str], Any]:
         # The folder that it was written to. Pure: those of another system cannot be made here.
         **{(module, f"{kind}Path"): getattr(pathlib, f"Pure{kind}Path") for module, kind in places},
     }
+
+
+# -- files of torch.save
+
+rebuild_tensor: Callable[..., Tensor] = torch._utils._rebuild_tensor_v2
+"""What a file of ``torch.save`` says of a tensor: storage, offset, size, strides, requires_grad, hooks. Files of all
+versions since 1.0 name it. If it goes: write the files with ``torch.save``, which wants all tensors in RAM."""
+
+rebuild_tensor_of_dtype: Callable[..., Tensor] = torch._utils._rebuild_tensor_v3
+"""The same for dtypes whose storages have no class of their own; the dtype comes last."""

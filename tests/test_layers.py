@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private", "colossal"),
     ("tensor_file",),
+    ("formats",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
     ("ranks", "tensor_parallel"),
@@ -40,9 +41,10 @@ ISOLATED: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
     "chunk": frozenset({"errors", "process_wide", "torch_private"}),
     "lazy": frozenset({"errors", "torch_private"}),
+    "formats": frozenset({"tensor_file"}),
     "telemetry": frozenset({"sizes", "process_wide"}),
     "tensor_file": frozenset({"cores", "process_wide"}),
-    "stat": frozenset({"telemetry", "sizes", "cores", "process_wide"}),
+    "stat": frozenset({"telemetry", "tensor_file", "formats", "sizes", "cores", "process_wide"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
@@ -55,6 +57,7 @@ WITHOUT_TORCH = (
     "sizes",
     "cores",
     "process_wide",
+    "formats",
     "tensor_file",
     "telemetry",
     "stat",

@@ -20,6 +20,8 @@ EXPORTS = {
     "named_tensors": "gemini.checkpoint",
     "Quantization": "gemini.quantization",
     "to_torch": "gemini.boosting.plain",
+    "EMA": "gemini.boosting.averaging",
+    "SWA": "gemini.boosting.averaging",
 }
 
 PLUGIN_KEYWORDS_OF_COLOSSALAI = """

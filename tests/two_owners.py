@@ -110,10 +110,19 @@ class Peer:
     def copy_from_first(self, values: Tensor) -> None:
         raise NotImplementedError
 
+    def helpers(self, what: str) -> Sequence[int]:
+        return ()
+
+    def give_out(self, what: str, word: Word, to: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    def take_back(self, what: str, among: Sequence[int]) -> None:
+        raise NotImplementedError
+
     def finish(self, what: str, error: str = "") -> None:
         pass
 
-    def wait_until_finished(self, what: str) -> None:
+    def wait_until_finished(self, what: str, help: Callable[[Word], None] | None = None) -> None:
         pass
 
     def advance(self) -> None:

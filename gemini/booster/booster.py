@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gemini.quantization import Quantization, declare
+from gemini.quantization import Quantization
 
 from .checkpointing import Checkpointing
 from .lora import add_adapters
@@ -118,7 +118,7 @@ class Booster(Checkpointing):
     ) -> nn.Module:
         """Wrap a model (before `boost`) with adapters of ``peft``; frozen weights then have no gradients and states.
 
-        ``enable_lora(model, lora_config)``, or in ColossalAI's order ``enable_lora(model, pretrained_dir,
+        ``enable_lora(model, lora_config, "nf4")``, or in ColossalAI's order ``enable_lora(model, pretrained_dir,
         lora_config)``: arguments are recognised by their types. The model may be lazy.
 
         Parameters
@@ -144,13 +144,13 @@ class Booster(Checkpointing):
         CheckpointError
             If the saved adapters are damaged.
         """
-        quantization = Quantization.of(quantize)
-        if quantization is None and bnb_quantization_config is not None:
-            quantization = Quantization.of_bitsandbytes(bnb_quantization_config)
-        adapted = add_adapters(model, {"pretrained_dir": pretrained_dir, "lora_config": lora_config})
-        if quantization is not None:
-            declare(adapted, quantization)
-        return adapted
+        given = {
+            "pretrained_dir": pretrained_dir,
+            "lora_config": lora_config,
+            "bnb_quantization_config": bnb_quantization_config,
+            "quantize": quantize,
+        }
+        return add_adapters(model, given)
 
     def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
         """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""

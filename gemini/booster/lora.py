@@ -10,17 +10,22 @@ from torch import nn
 
 from ..boosted import is_boosted
 from ..checkpoint import verify_adapters
+from ..chunk import FORMATS
+from ..errors import CheckpointError
+from ..formats import shown
+from ..quantization import Quantization, declare
 
 _WANTED = "give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters"
 
 
 @dataclass(frozen=True, slots=True)
 class LoraRequest:
-    """Adapters to add: new ones, or those in a folder."""
+    """Adapters to add: new ones, or those in a folder; and how the frozen layers beside them are kept."""
 
     config: Any
     """A ``peft.PeftConfig``; None if the adapters come from a folder."""
     folder: str | os.PathLike[str] | None
+    quantization: Quantization | None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "LoraRequest":
@@ -42,22 +47,44 @@ class LoraRequest:
         for name, value in given.items():
             if value is None or value is False:
                 continue
-            kind = _kind(name, value)
-            if kind in found:
+            kind, meant = _meaning(name, value)
+            if meant is None:
+                continue
+            if kind in found and found[kind] != meant:
                 raise TypeError(f"enable_lora got two of {kind}: {found[kind]!r} and {value!r}; {_WANTED}")
-            found[kind] = value
+            found[kind] = meant
         if not found.keys() & {"config", "folder"}:
             raise ValueError(_WANTED)
-        return cls(found.get("config"), found.get("folder"))
+        return cls(found.get("config"), found.get("folder"), found.get("quantization"))
 
     def applied(self, model: nn.Module) -> nn.Module:
         """The model with the adapters."""
-        from peft import PeftModel, get_peft_model
+        from peft import get_peft_model
 
         if self.folder is None:
-            return get_peft_model(model, self.config)  # type: ignore[no-any-return]
-        verify_adapters(Path(self.folder))
-        return PeftModel.from_pretrained(model, self.folder, is_trainable=True)  # type: ignore[no-any-return]
+            adapted: nn.Module = get_peft_model(model, self.config)
+        else:
+            adapted = _read(model, Path(self.folder))
+        if self.quantization is not None:
+            declare(adapted, self.quantization)
+        return adapted
+
+
+def _read(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapters of a folder, or of a name on the Hub."""
+    from peft import PeftModel
+
+    verify_adapters(folder)
+    try:
+        adapted: nn.Module = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except Exception as error:  # whatever peft makes of what it finds there
+        if not folder.is_dir():
+            raise
+        raise CheckpointError(
+            f"{folder} does not hold adapters for this model: {shown(repr(error), 500)}. The model may have parts "
+            "of them: build it anew"
+        ) from error
+    return adapted
 
 
 def add_adapters(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
@@ -75,11 +102,18 @@ def add_adapters(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
     return request.applied(model)
 
 
-def _kind(name: str, value: Any) -> str:
+def _meaning(name: str, value: Any) -> tuple[str, Any]:
+    """What an argument stands for, and its value; a name of a format is a folder only in the place of one."""
     from peft import PeftConfig
 
     if isinstance(value, PeftConfig):
-        return "config"
-    if isinstance(value, str | os.PathLike) and name in ("pretrained_dir", "lora_config"):
-        return "folder"
+        return "config", value
+    if isinstance(value, str | os.PathLike) and (
+        name == "pretrained_dir" or (name == "lora_config" and value not in FORMATS)
+    ):
+        return "folder", value
+    if name == "quantize" or value is True or isinstance(value, str | Quantization):
+        return "quantization", Quantization.of(value)
+    if name == "bnb_quantization_config" or hasattr(value, "load_in_4bit"):
+        return "quantization", Quantization.of_bitsandbytes(value)
     raise TypeError(f"enable_lora got {name}={value!r} of type {type(value).__name__}; {_WANTED}")

@@ -73,7 +73,8 @@ class GeminiModule(nn.Module):
     def __deepcopy__(self, memo: Any) -> Any:
         raise RuntimeError(
             "a boosted model cannot be copied: its parameters live in chunks. Build a second model and load "
-            "model.state_dict() into it"
+            "model.state_dict() into it. For an average of its parameters (AveragedModel) use gemini.EMA(model) or "
+            "gemini.SWA(model), which keep it in chunks, or AveragedModel(second_model)"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -6,16 +6,18 @@ How the files build on each other (imports go down only)::
     prepared.py  stored.py                           a checkpoint before it is written; one that is there
     given_parts.py  random_states.py  run_files.py   its parts; their names
     model_io.py  optimizer_io.py  scheduler_io.py  lora.py    its parts, each by itself
+    torch_stream.py  unread.py                       files of torch.save, one tensor at a time
     committed.py  manifest.py  pairs.py              the checkpoints of a folder; the files of one; which go together
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
     model_contents.py  contents.py                   files that are to be written
-    bitsandbytes.py                                  weights that are stored in few bits
-    optimizer_files.py                               the format of a saved optimizer
+    optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes
+    optimizer_files.py  optimizer_view.py            the format of a saved optimizer; what is asked of one
+    bitsandbytes.py  colossalai_optimizer.py         forms in which other tools save weights and states
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     safetensors_stream.py  torch_file.py             formats
-    stage.py  output.py  raw.py  wording.py          atomic files, one file, bytes, names in messages
+    stage.py  output.py  raw.py                      atomic files, one file, bytes
 """
 
 from .checkpoint_io import load_checkpoint, save_checkpoint
@@ -23,14 +25,19 @@ from .committed import find as find_checkpoint
 from .committed import numbered as committed_checkpoints
 from .given_parts import given_parts
 from .lora import save_lora, verify_adapters
+from .manifest import FileRecord, Manifest
 from .match import load_named
 from .model_io import load_model, save_model
-from .names import full_state_dict, named_tensors
+from .names import full_state_dict, named_objects, named_tensors
 from .optimizer_io import load_optimizer, save_optimizer
 from .parts import serve_parts
 from .scheduler_io import load_lr_scheduler, save_lr_scheduler
+from .torch_stream import save_streamed, verify_streamed
+from .unread import read_all, unread_optimizer_state, unread_state_dict
 
 __all__ = [
+    "FileRecord",
+    "Manifest",
     "committed_checkpoints",
     "find_checkpoint",
     "full_state_dict",
@@ -40,12 +47,18 @@ __all__ = [
     "load_model",
     "load_named",
     "load_optimizer",
+    "named_objects",
     "named_tensors",
+    "read_all",
     "save_checkpoint",
     "save_lora",
     "save_lr_scheduler",
     "save_model",
     "save_optimizer",
+    "save_streamed",
     "serve_parts",
+    "unread_optimizer_state",
+    "unread_state_dict",
     "verify_adapters",
+    "verify_streamed",
 ]

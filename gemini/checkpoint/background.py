@@ -15,7 +15,7 @@ models or of none, and what is not in chunks and has no room.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -28,13 +28,14 @@ from gemini.errors import CheckpointError, OutOfMemory
 
 from .contents import Bytes, Content, Inside, Saving, Tensors, TorchFile, UnreadTensor
 from .names import InChunk
-from .ranks import together_of, wait_for_saves, write_once
+from .ranks import together_of, wait_for_saves
 from .tensor_parallel import is_divided
+from .together_saved import Listed, write_together
 
 logger = logging.getLogger(__name__)
 
 
-def save(of: Any, doing: str, listed: Callable[[], Saving], use_async: bool) -> None:
+def save(of: Any, doing: str, listed: Listed, use_async: bool) -> None:
     """Write files of one object, now or in the background.
 
     Parameters
@@ -44,18 +45,18 @@ def save(of: Any, doing: str, listed: Callable[[], Saving], use_async: bool) -> 
     doing
         What this is, in words.
     listed
-        Lists the files. Called by the rank that writes them.
+        Lists the files, divided among the ranks that write them.
     """
     if not (use_async and save_in_background([of], doing, listed)):
-        write_once(of, doing, lambda: listed().run())
+        write_together(of, doing, listed)
 
 
-def save_in_background(objects: Sequence[Any], doing: str, listed: Callable[[], Saving]) -> bool:
+def save_in_background(objects: Sequence[Any], doing: str, listed: Listed) -> bool:
     """Begin to write files of these objects, which live until they are written; False if it is impossible."""
     if any(together_of(each) is not None or is_divided(each) for each in objects):
         return False
     wait_for_saves(*objects)
-    saving = listed()
+    saving = listed((0,))
     places = [place for content in saving.contents for each in _tensors(content) for place in each.in_chunks]
     managers = {id(place.manager): place.manager for place in places}
     nbytes = sum(map(_taken_nbytes, saving.contents))
@@ -65,7 +66,7 @@ def save_in_background(objects: Sequence[Any], doing: str, listed: Callable[[], 
     if nbytes > manager.snapshots.limit_bytes:
         return False
     contents = [_taken(content) for content in saving.contents]
-    work = partial(_work, objects, doing, saving.write, contents)
+    work = partial(_work, objects, doing, replace(saving, contents=contents))
     try:
         manager.snapshots.begin(_wanted(manager, places), work, nbytes)
     except OutOfMemory as error:
@@ -74,12 +75,10 @@ def save_in_background(objects: Sequence[Any], doing: str, listed: Callable[[], 
     return True
 
 
-def _work(
-    objects: Sequence[Any], doing: str, write: Callable[[Sequence[Content]], None], contents: Sequence[Content]
-) -> None:
+def _work(objects: Sequence[Any], doing: str, saving: Saving) -> None:
     """Runs in the background. It gets ``objects`` to keep them."""
     try:
-        write(contents)
+        saving.run()
     except Exception as error:
         raise CheckpointError(f"{doing}, in the background, failed: {error}") from error
 

@@ -9,14 +9,18 @@ from typing import Any
 from gemini.errors import RankError
 
 from . import committed
+from .averages import averages_of
 from .background import save_in_background
-from .contents import Content, Saving, write_all
+from .committed import STAGE_NAME
+from .contents import Saving, write_all
 from .given_parts import MODEL, OPTIMIZER, Part, pairs
 from .manifest import FileRecord
 from .prepared import Prepared, own_files
-from .ranks import Crew, loaded_by_all, together_of, wait_for_saves, write_once
+from .ranks import Crew, loaded_by_all, together_of, wait_for_saves
 from .shared_stage import SharedStage
+from .stage import Stage
 from .stored import Stored
+from .together_saved import write_together
 from .weight_files import size_limit
 
 HF, DCP = "hf", "dcp"
@@ -64,17 +68,17 @@ def save_checkpoint(
     own = crew.exchange(doing, lambda: own_files(parts, crew.index))
     committed_as: list[str] = []
 
-    def listed() -> Saving:
-        prepared = Prepared.of(parts, own, extra, limit)
+    def listed(writers: Sequence[int]) -> Saving:
+        prepared = Prepared.of(parts, own, extra, limit, writers)
 
-        def write(contents: Sequence[Content]) -> None:
-            committed_as.append(str(replace(prepared, contents=contents).write(path, keep)))
+        def commit(stage: Stage) -> None:
+            committed_as.append(str(prepared.commit(stage, keep, {})))
 
-        return Saving(prepared.contents, write)
+        return Saving(prepared.contents, path, STAGE_NAME, commit)
 
     if use_async and save_in_background([part.value for part in parts], doing, listed):
         return path
-    write_once(leader, doing, lambda: listed().run())
+    write_together(leader, doing, listed)
     (name, *_) = crew.exchange(f"the end of {doing}", lambda: "".join(committed_as))
     return Path(name)
 
@@ -83,6 +87,11 @@ def _save_distributed(path: Path, parts: Sequence[Part], crew: Crew, extra: Any,
     """Each rank writes what it has at home of models and optimizers; the first one writes the rest, and commits."""
     from . import dcp  # takes a second to import
 
+    if averages := [average.name for part in parts if part.kind == MODEL for average in averages_of(part.value)]:
+        raise ValueError(
+            f"layout='dcp' holds no running averages, and the model has {', '.join(averages)}: save with layout='hf', "
+            "or save average.state_dict() beside it and call average.close()"
+        )
     found = pairs(parts)
     others = [part for part in parts if part.kind not in (MODEL, OPTIMIZER)]
     names = {kind: tuple(part.name for part in parts if part.kind == kind) for kind in (MODEL, OPTIMIZER)}

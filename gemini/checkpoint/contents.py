@@ -7,6 +7,7 @@ divided among ranks; who does that replaces the readers, or takes some of the fi
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -29,6 +30,10 @@ class Content(Protocol):
     def nbytes(self) -> int:
         """Its length, to be reserved before the first byte; 0 if it is not known."""
 
+    @property
+    def rank(self) -> int:
+        """Which of the ranks that keep the model together writes it."""
+
     def write(self, out: Output) -> None:
         """Write all of it."""
 
@@ -43,6 +48,11 @@ class UnreadTensor:
     in_chunks: tuple[InChunk, ...] = ()
     """What that is read from; empty if it is elsewhere."""
 
+    @property
+    def shares(self) -> list[int]:
+        """How much of it each rank has at home; empty if it is not in chunks."""
+        return shares_of(self.in_chunks)
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -51,6 +61,7 @@ class Tensors:
     name: str
     tensors: Sequence[UnreadTensor]
     metadata: Mapping[str, str]
+    rank: int = 0
 
     @cached_property
     def _writer(self) -> SafetensorsWriter:
@@ -73,6 +84,7 @@ class TorchFile:
     name: str
     read: Callable[[], Any]
     nbytes: int = 0
+    rank: int = 0
 
     def write(self, out: Output) -> None:
         write_torch(self.read(), out)
@@ -85,6 +97,7 @@ class Bytes:
     name: str
     data: bytes
     nbytes: int = 0
+    rank: int = 0
 
     def write(self, out: Output) -> None:
         out.write(self.data)
@@ -105,24 +118,52 @@ class Inside:
     def nbytes(self) -> int:
         return self.content.nbytes
 
+    @property
+    def rank(self) -> int:
+        return self.content.rank
+
     def write(self, out: Output) -> None:
         self.content.write(out)
 
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Files that are listed, and what writes them and puts them in their places."""
+    """Files that are listed, and what puts them in their places."""
 
     contents: Sequence[Content]
-    write: Callable[[Sequence[Content]], None]
+    folder: Path
+    stage_name: str
+    """As of `Stage`."""
+    commit: Callable[[Stage], None]
+    """Moves the files of a stage in which all of them are."""
 
     def run(self) -> None:
         """Write them now."""
-        self.write(self.contents)
+        with Stage(self.folder, self.stage_name) as stage:
+            write_all(stage, self.contents)
+            self.commit(stage)
 
 
-def write_all(stage: Stage, contents: Iterable[Content]) -> None:
+class Files(Protocol):
+    """Makes new files: a `Stage`, or one of another rank."""
+
+    def create(self, name: str, nbytes: int = 0) -> Output:
+        """A new file; ``nbytes`` are reserved at once."""
+
+
+def write_all(stage: Files, contents: Iterable[Content]) -> None:
     """Write files into a stage, one after the other."""
     for content in contents:
         with stage.create(content.name, content.nbytes) as out:
             content.write(out)
+
+
+def shares_of(in_chunks: Iterable[InChunk]) -> list[int]:
+    """Elements of values in chunks that each rank has at home."""
+    found: list[int] = []
+    for manager, parameter, _ in in_chunks:
+        place = manager.find(parameter)
+        assert place is not None
+        parts = place[0].plan.place(place[1]).parts
+        found = [a + len(part) for a, part in zip(found or [0] * len(parts), parts, strict=True)]
+    return found

@@ -1,14 +1,17 @@
 """Folders: made, locked and forced to the disk, on file systems that cannot do all of it too."""
 
+import ctypes
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _UNSUPPORTED = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems answer that cannot sync a folder (CIFS, some of FUSE)."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 _SMALL_BYTES = 1 << 20
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
@@ -56,6 +59,51 @@ def is_same_file(new: Path, old: Path) -> bool:
         return size == old.stat().st_size <= _SMALL_BYTES and new.read_bytes() == old.read_bytes()
     except OSError:
         return False
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put ``new`` in the place of ``folder``, which has its name afterwards if it was there; force that to the disk.
+
+    Where the system cannot exchange two names, the old folder has the name of `kept_aside` for a moment.
+    """
+    if not folder.exists():
+        os.rename(new, folder)
+    elif not _exchange(new, folder):
+        aside = kept_aside(folder)
+        os.rename(folder, aside)
+        try:
+            os.rename(new, folder)
+        except BaseException:
+            os.rename(aside, folder)
+            raise
+        os.rename(aside, new)
+    sync_folder(folder.parent)
+
+
+def kept_aside(folder: Path) -> Path:
+    """Where an old folder is while it is replaced, if two names cannot be exchanged; a kill may leave it there."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def bring_back(folder: Path) -> None:
+    """Undo what a kill in `replace_folder` has left of this folder, if anything."""
+    aside = kept_aside(folder)
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)
+    elif aside.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one instant; False where that cannot be done. Python has no function for it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    if (error := ctypes.get_errno()) in (*_UNSUPPORTED, errno.EPERM):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
 
 
 def open_folder(folder: Path) -> int:

@@ -17,7 +17,7 @@ from .names import Entry, entries, named_objects
 from .ranks import write_once
 from .safetensors_stream import SafetensorsFile, SafetensorsWriter, TensorRecord
 from .stage import Stage
-from .torch_file import write_torch
+from .torch_file import read_torch, write_torch
 
 _SAFE_NAME, _TORCH_NAME = "adapter_model.safetensors", "adapter_model.bin"
 _DEFAULT = "default"
@@ -62,10 +62,11 @@ def verify_adapters(folder: Path) -> None:
     CheckpointError
         If one disagrees, naming file and tensor.
     """
-    path = folder / _SAFE_NAME
-    if path.is_file():
-        with SafetensorsFile(path) as file:
+    if (folder / _SAFE_NAME).is_file():
+        with SafetensorsFile(folder / _SAFE_NAME) as file:
             file.verify()
+    elif (folder / _TORCH_NAME).is_file():
+        read_torch(folder / _TORCH_NAME)
 
 
 def _save(model: Any, folder: Path, use_safetensors: bool) -> None:

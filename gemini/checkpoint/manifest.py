@@ -129,10 +129,11 @@ class Manifest:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
-            data = file.read(_LIMIT_BYTES + 1)
+            is_short = os.fstat(file.fileno()).st_size <= _LIMIT_BYTES
+            data = file.read() if is_short else b""  # not read(limit), which takes that memory first
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if len(data) > _LIMIT_BYTES:
+    if not is_short:
         raise CheckpointError(f"{path} is longer than {_LIMIT_BYTES} bytes")
     try:
         content = json.loads(data)

@@ -1,19 +1,22 @@
 """Which stored tensor goes where: everything is compared before anything is changed."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemini.chunk import converts, copy_fault
 from gemini.errors import CheckpointError
 
+from ..formats import listed, shown
 from ..torch_private import IncompatibleKeys
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
 from .pairs import tell_loaded
 from .ranks import checked_by_all, loaded_by_all
-from .wording import listed
 
 _MISFITS_SHOWN = 20
 
@@ -25,10 +28,13 @@ class Source:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    fault: str | None = None
+    """Why it cannot be read; None if it can."""
 
     @classmethod
     def of(cls, value: Tensor) -> "Source":
-        return cls(tuple(value.shape), value.dtype, lambda: value)
+        shape = (-1,) if value.is_nested else tuple(value.shape)
+        return cls(shape, value.dtype, lambda: value.resolve_conj().resolve_neg(), copy_fault(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +57,7 @@ class Match:
         CheckpointError
             If a tensor does not fit; with ``strict``, also if names are missing or unexpected.
         """
-        faults = list(self.misfits[:_MISFITS_SHOWN])
-        if len(self.misfits) > _MISFITS_SHOWN:
-            faults.append(f"and {len(self.misfits) - _MISFITS_SHOWN} more that do not fit")
+        faults = [listed(self.misfits, "\n    ", _MISFITS_SHOWN, width=300)] if self.misfits else []
         if strict and self.missing:
             faults.append(f"missing ({len(self.missing)}): {listed(self.missing)}")
         if strict and self.unexpected:
@@ -62,11 +66,25 @@ class Match:
             raise CheckpointError(f"{what} does not fit the model, which is as it was:\n    " + "\n    ".join(faults))
 
     def load(self, model: nn.Module) -> None:
-        """Copy everything into the model, one tensor at a time."""
+        """Copy everything into the model, one tensor at a time.
+
+        Raises
+        ------
+        CheckpointError
+            If a module does not take its extra state. The others have theirs from before, and no tensor has changed.
+        """
+        with _put_back_on_failure() as undo:
+            for name, value in self.extra.items():
+                module = model.get_submodule(name.removesuffix(EXTRA_STATE).removesuffix("."))
+                undo.append(partial(module.set_extra_state, module.get_extra_state()))
+                try:
+                    module.set_extra_state(value)
+                except Exception as error:  # a user's module, and what it expects is for it to know
+                    raise CheckpointError(
+                        f"{shown(name)} is not taken by its module, and the model is as it was: {error!r}"
+                    ) from error
         for entry, source in self.pairs:
             entry.write(source.read())
-        for name, value in self.extra.items():
-            model.get_submodule(name.removesuffix(EXTRA_STATE).removesuffix(".")).set_extra_state(value)
 
 
 def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:
@@ -84,9 +102,11 @@ def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:
             missing.append(entry.name)
             continue
         source = stored[name]
-        if source.shape != entry.shape:
+        if source.fault is not None:
+            misfits.append(f"{shown(name)}: {source.fault}")
+        elif source.shape != entry.shape:
             misfits.append(f"{name}: stored with shape {source.shape}, the model has {entry.shape}")
-        elif source.dtype.is_complex and not entry.dtype.is_complex:
+        elif not converts(source.dtype, entry.dtype):
             misfits.append(f"{name}: stored as {source.dtype}, the model has {entry.dtype}")
         else:
             pairs.append((entry, source))
@@ -129,6 +149,18 @@ def load_named(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
     if not strict:  # one name of a tied tensor is enough, but torch counts the others as missing
         missing += [name for entry, _ in found.pairs for name in entry.names if name not in stored]
     return IncompatibleKeys(missing, list(found.unexpected))
+
+
+@contextmanager
+def _put_back_on_failure() -> Iterator[list[Callable[[], object]]]:
+    """Yields a list of what is to be called, last things first, if the body raises."""
+    undo: list[Callable[[], object]] = []
+    try:
+        yield undo
+    except BaseException:
+        for each in reversed(undo):
+            each()
+        raise
 
 
 def _unexpected(stored: Iterable[str], expected: set[str]) -> tuple[str, ...]:

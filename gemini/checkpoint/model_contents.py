@@ -12,23 +12,26 @@ from torch import Tensor, nn
 from gemini.errors import CheckpointError
 
 from ..torch_private import with_metadata
-from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor
+from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, shares_of
+from .division import divided
 from .hugging_face import save_configuration
 from .names import Entry, entries, extra_states
 from .pairs import id_metadata
 from .safetensors_stream import TensorRecord
-from .weight_files import INDEX_SUFFIX, SAFE_NAME, into_shards, shard_names
+from .weight_files import INDEX_SUFFIX, SAFE_NAME, shard_names
 
 
-def model_contents(model: nn.Module, limit: int) -> list[Content]:
+def model_contents(model: nn.Module, limit: int, writers: Sequence[int] = (0,)) -> list[Content]:
     """The files of a model in the Hugging Face layout, unread.
 
     Parameters
     ----------
     limit
         Bytes of tensors in one file, at most, unless a single tensor is larger.
+    writers
+        The ranks that write files.
     """
-    weights = Weights.of(model, SAFE_NAME, limit)
+    weights = Weights.of(model, SAFE_NAME, limit, writers)
     contents = [*configuration_files(model), *weights.files]
     if weights.is_sharded:
         names = [content.name for content in weights.files]
@@ -48,13 +51,14 @@ class Weights:
     """What an index says of all of them."""
 
     @classmethod
-    def of(cls, model: nn.Module, name: str, limit: int | None) -> "Weights":
-        """One file, or several where the weights are larger than ``limit``."""
+    def of(cls, model: nn.Module, name: str, limit: int | None, writers: Sequence[int] = (0,)) -> "Weights":
+        """One file, or several where the weights are larger than ``limit``, or several ranks write."""
         held, extra = entries(model), extra_states(model)
-        shards = into_shards(held, [entry.nbytes for entry in held], limit) if limit is not None and held else [held]
-        names = shard_names(name, len(shards)) if len(shards) > 1 else [name]
         # A tied tensor is in a safetensors file once, in a torch file under each of its names.
         once = name.endswith(".safetensors")
+        sizes, shares = [entry.nbytes for entry in held], [shares_of(entry.in_chunks) for entry in held]
+        ranks, shards = zip(*divided(held, sizes, shares, writers if once else (0,), limit), strict=True)
+        names = shard_names(name, len(shards)) if len(shards) > 1 else [name]
         homes = {
             tensor: file
             for file, part in zip(names, shards, strict=True)
@@ -62,13 +66,16 @@ class Weights:
             for tensor in (entry.names[:1] if once else entry.names)
         }
         homes.update(dict.fromkeys(extra, names[0]))
-        sizes = {
+        numbers = {
             "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
-            "total_size": sum(entry.nbytes for entry in held),
+            "total_size": sum(sizes),
         }
         content, id = _safetensors if once else _torch_file, id_metadata(model)
-        files = [content(f, part, extra if f == names[0] else {}, id) for f, part in zip(names, shards, strict=True)]
-        return cls(tuple(files), homes, {**sizes, **id})
+        files = [
+            content(file, part, extra if file == names[0] else {}, id, rank)
+            for file, part, rank in zip(names, shards, ranks, strict=True)
+        ]
+        return cls(tuple(files), homes, {**numbers, **id})
 
     @property
     def is_sharded(self) -> bool:
@@ -87,15 +94,19 @@ def configuration_files(model: nn.Module) -> list[Content]:
         return [Bytes(name, (Path(folder) / name).read_bytes()) for name in names]
 
 
-def _torch_file(file: str, held: Sequence[Entry], extra: Mapping[str, Any], id: Mapping[str, str]) -> Content:
+def _torch_file(
+    file: str, held: Sequence[Entry], extra: Mapping[str, Any], id: Mapping[str, str], rank: int
+) -> Content:
     def state_dict() -> dict[str, Any]:
         values = {name: value for entry in held for value in (entry.read(),) for name in entry.names}
         return with_metadata({**values, **extra}, {"": dict(id)})
 
-    return TorchFile(file, state_dict)
+    return TorchFile(file, state_dict, rank=rank)
 
 
-def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any], id: Mapping[str, str]) -> Content:
+def _safetensors(
+    file: str, held: Sequence[Entry], extra: Mapping[str, Any], id: Mapping[str, str], rank: int
+) -> Content:
     if foreign := [name for name, value in extra.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(
             f"{file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
@@ -108,4 +119,4 @@ def _safetensors(file: str, held: Sequence[Entry], extra: Mapping[str, Any], id:
         UnreadTensor(TensorRecord(name, value.dtype, tuple(value.shape)), value.detach().cpu)
         for name, value in extra.items()
     ]
-    return Tensors(file, tensors, {"format": "pt", **id})  # the format that transformers expects
+    return Tensors(file, tensors, {"format": "pt", **id}, rank)  # the format that transformers expects

@@ -12,7 +12,7 @@ from gemini.errors import CheckpointError
 from .background import save
 from .bitsandbytes import as_laid_out, dequantised
 from .committed import newest
-from .contents import Content, Saving, write_all
+from .contents import Saving
 from .hugging_face import may_be_missing, resolve_names
 from .match import match
 from .model_contents import Weights, configuration_files
@@ -57,7 +57,8 @@ def save_model(
     checkpoint
         A name that ends in ``.safetensors``, or in ``.bin``, ``.pt`` or ``.pth`` (``torch.save`` of the state dict):
         one file. Anything else: a folder in the Hugging Face layout, which ``from_pretrained`` reads, with the
-        configuration of transformers' models. Other files in the folder stay.
+        configuration of transformers' models. Other files in the folder stay. Several ranks that save together write
+        a safetensors file each.
     shard
         Into a folder: cut the weights into files of ``size_per_shard``, with an index, if they are larger than that.
     prefix
@@ -152,33 +153,26 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     return Checked(model, checkpoint, id, assign)
 
 
-def _file(model: nn.Module, folder: Path, name: str) -> Saving:
-    def write(contents: Sequence[Content]) -> None:
-        with Stage(folder, name) as stage:
-            write_all(stage, contents)
-            stage.commit([name])
-
-    return Saving(Weights.of(model, name, None).files, write)
+def _file(model: nn.Module, folder: Path, name: str, writers: Sequence[int]) -> Saving:
+    return Saving(Weights.of(model, name, None).files, folder, name, lambda stage: stage.commit([name]))
 
 
-def _folder(model: nn.Module, folder: Path, name: str, limit: int | None) -> Saving:
-    weights, configuration = Weights.of(model, name, limit), configuration_files(model)
+def _folder(model: nn.Module, folder: Path, name: str, limit: int | None, writers: Sequence[int]) -> Saving:
+    weights, configuration = Weights.of(model, name, limit, writers), configuration_files(model)
 
-    def write(contents: Sequence[Content]) -> None:
+    def commit(stage: Stage) -> None:
         names, others = ([content.name for content in each] for each in (weights.files, configuration))
         entry = name + INDEX_SUFFIX if weights.is_sharded else name
-        with Stage(folder, f"{_prefix(name)}model") as stage:
-            write_all(stage, contents)
-            with stage.alone():
-                before = _weight_files(folder, name)
-                if weights.is_sharded:
-                    stage.commit_indexed(names, entry, weights.index, others, _preferred(entry))
-                else:
-                    stage.commit([*others, name], _preferred(entry))
-                now = {entry, *(read_weight_map(folder / entry).values() if weights.is_sharded else ())}
-                stage.discard(file for file in before if file not in now)
+        with stage.alone():
+            before = _weight_files(folder, name)
+            now = {entry}
+            if weights.is_sharded:
+                now.update(stage.commit_indexed(names, entry, weights.index, others, _preferred(entry)))
+            else:
+                stage.commit([*others, name], _preferred(entry))
+            stage.discard(file for file in before if file not in now)
 
-    return Saving([*configuration, *weights.files], write)
+    return Saving([*configuration, *weights.files], folder, f"{_prefix(name)}model", commit)
 
 
 def _weight_files(folder: Path, name: str) -> list[str]:

@@ -2,27 +2,26 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gemini.errors import CheckpointError
-from gemini.nn.optimizer.acceptance import rule_name
 from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.nn.optimizer.rules.rule import Rule, steps_of
-from gemini.step.managed_step import ChunkedStep
-from gemini.step.saved_groups import check_groups, load_options
+from gemini.step.saved_groups import load_options
 
+from ..formats.json_file import CHECKSUM, checksum_of
 from .background import save
 from .committed import newest
-from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor, write_all
-from .match import Source
+from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor
+from .division import divided
 from .names import InChunk
+from .optimizer_check import check_signs, checked_saved, gathered, real
 from .optimizer_files import (
     FILE_NAME,
     FORMAT,
@@ -33,6 +32,7 @@ from .optimizer_files import (
     find_json,
     read_optimizer,
 )
+from .optimizer_view import loss_scaler, managed, names_of
 from .pairs import Checked, check_pairs, id_metadata
 from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import ID_KEY, OpenFiles, TensorRecord
@@ -43,7 +43,6 @@ from .weight_files import (
     FILE_SUFFIXES,
     checked_weight_map,
     find_shards,
-    into_shards,
     read_json,
     shard_names,
     size_limit,
@@ -111,19 +110,15 @@ def save_optimizer(
     save(optimizer, f"save_optimizer to {path}", listed, use_async)
 
 
-def _file(optimizer: Optimizer, path: Path) -> Saving:
-    def write(contents: Sequence[Content]) -> None:
-        with Stage(path.parent, path.name) as stage:
-            write_all(stage, contents)
-            stage.commit([path.name])
-
-    return Saving([TorchFile(path.name, partial(_state_dict, optimizer))], write)
+def _file(optimizer: Optimizer, path: Path, writers: Sequence[int]) -> Saving:
+    content = TorchFile(path.name, partial(_state_dict, optimizer))
+    return Saving([content], path.parent, path.name, lambda stage: stage.commit([path.name]))
 
 
 def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
     """Everything, in RAM; torch ignores what it does not know."""
     state = optimizer.state_dict()
-    scaler = _loss_scaler(optimizer)
+    scaler = loss_scaler(optimizer)
     if scaler is not None:
         state["loss_scaler"] = scaler.state_dict()
     if isinstance(optimizer, ManagedOptimizer):
@@ -131,23 +126,22 @@ def _state_dict(optimizer: Optimizer) -> dict[str, Any]:
     return state
 
 
-def _folder(optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None) -> Saving:
+def _folder(
+    optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None, writers: Sequence[int]
+) -> Saving:
     name = prefix + JSON_NAME
-    states = _States.of(optimizer, prefix, limit, folder / name)
+    states = _States.of(optimizer, prefix, limit, folder / name, writers)
 
-    def write(contents: Sequence[Content]) -> None:
-        with Stage(folder, name) as stage:
-            write_all(stage, contents)
-            with stage.alone():
-                before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
-                stage.commit_indexed([content.name for content in contents], name, states.index)
-                now = _files_of(folder / name)
-                stage.discard(file for file in before if file not in now)
+    def commit(stage: Stage) -> None:
+        with stage.alone():
+            before = [*_files_of(folder / name), *find_shards(folder, prefix + TENSORS_NAME)]
+            now = stage.commit_indexed([content.name for content in states.files], name, states.index)
+            stage.discard(file for file in before if file not in now)
 
-    return Saving(states.files, write)
+    return Saving(states.files, folder, name, commit)
 
 
-def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
+def optimizer_contents(optimizer: Optimizer, limit: int, writers: Sequence[int] = (0,)) -> list[Content]:
     """The files of an optimizer, unread.
 
     A single file of ``torch.save`` for one that is neither ours nor boosted, and for what JSON cannot hold (options and
@@ -157,12 +151,14 @@ def optimizer_contents(optimizer: Optimizer, limit: int) -> list[Content]:
     ----------
     limit
         Bytes of tensors in one file, at most, unless a single tensor is larger.
+    writers
+        The ranks that write files.
     """
     refuse_parts(optimizer, "booster.save")
     if not isinstance(optimizer, ManagedOptimizer):
         return [_plain_file(optimizer)]
     try:
-        states = _States.of(optimizer, "", limit, Path(JSON_NAME))
+        states = _States.of(optimizer, "", limit, Path(JSON_NAME), writers)
     except CheckpointError:
         return [_plain_file(optimizer)]
     names = [content.name for content in states.files]
@@ -185,26 +181,32 @@ class _States:
     """What the JSON says but for where the tensors are."""
 
     @classmethod
-    def of(cls, optimizer: ManagedOptimizer, prefix: str, limit: int | None, path: Path) -> "_States":
-        """One file, or several where the states are larger than ``limit``; ``path`` is named in errors."""
+    def of(
+        cls, optimizer: ManagedOptimizer, prefix: str, limit: int | None, path: Path, writers: Sequence[int]
+    ) -> "_States":
+        """One file, or several where the states are larger than ``limit`` or several ranks write.
+
+        ``path`` is named in errors.
+        """
         options, found = _content(optimizer, path)
-        sizes = [each.record.nbytes for each in found]
-        parts = into_shards(found, sizes, limit) if limit is not None and found else [found]
+        sizes, shares = [each.record.nbytes for each in found], [each.shares for each in found]
+        ranks, parts = zip(*divided(found, sizes, shares, writers, limit), strict=True)
         names = shard_names(prefix + TENSORS_NAME, len(parts)) if len(parts) > 1 else [prefix + TENSORS_NAME]
         homes = {each.record.name: file for file, part in zip(names, parts, strict=True) for each in part}
         metadata = {"format": "pt", **id_metadata(optimizer)}
-        files = [Tensors(file, part, metadata) for file, part in zip(names, parts, strict=True)]
+        files = [Tensors(*each[:2], metadata, each[2]) for each in zip(names, parts, ranks, strict=True)]
         return cls(tuple(files), homes, options)
 
     def index(self, where: Mapping[str, str]) -> str:
         """The text of the JSON, with the path at which each file is found."""
         weight_map = {name: where[file] for name, file in self.homes.items()}
-        return json.dumps({**self.options, "weight_map": weight_map}, indent=1) + "\n"
+        whole = {**self.options, "weight_map": weight_map}
+        return json.dumps({**whole, CHECKSUM: checksum_of(whole)}, indent=1) + "\n"
 
 
 def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], list[UnreadTensor]]:
     """What the JSON says but for where the tensors are, and the tensors."""
-    rule, scaler = optimizer.rule, _loss_scaler(optimizer)
+    rule, scaler = optimizer.rule, loss_scaler(optimizer)
     steps: dict[int, int] = {}
     found: list[UnreadTensor] = []
     if optimizer.has_state_dict_post_hooks:
@@ -230,6 +232,35 @@ def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], l
         "id": id_metadata(optimizer).get(ID_KEY),
     }
     return content, found
+
+
+def unread_state(optimizer: ManagedOptimizer) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with an `UnreadTensor` in the place of each tensor that is in chunks.
+
+    Hooks that come before a state dict is made are called; those that come after would have to see it read.
+    """
+    optimizer.before_state_dict()
+    states: dict[int, dict[str, Any]] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        if not _is_kept(optimizer, parameter):
+            if state := optimizer.exported_state(parameter):
+                states[index] = dict(state)
+        elif _has_state(optimizer, parameter):
+            states[index] = {
+                name: _unread(optimizer, parameter, TensorRecord(f"{index}.{name}", value.dtype, tuple(value.shape)))
+                if name != "step"
+                else _read(optimizer, parameter, name)
+                for name, value in _shown(optimizer, parameter).items()
+            }
+    groups, count = [], 0
+    for group in optimizer.param_groups:
+        groups.append(optimizer.saved_options(group) | {"params": list(range(count, count + len(group["params"])))})
+        count += len(group["params"])
+    scaler = loss_scaler(optimizer)
+    more: dict[str, Any] = {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
+    if scaler is not None:
+        more["loss_scaler"] = scaler.state_dict()
+    return {"state": states, "param_groups": groups, **more}
 
 
 def _hooked(optimizer: ManagedOptimizer, path: Path) -> tuple[list[dict[str, Any]], dict[int, Mapping[str, Any]]]:
@@ -269,14 +300,14 @@ def _shown(optimizer: ManagedOptimizer, parameter: Tensor) -> Mapping[str, Any]:
 
 
 def _unread(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord) -> UnreadTensor:
-    step, name = _managed(optimizer), _key(record)
+    step, name = managed(optimizer), _key(record)
     kept = step.kept.values_of(parameter, name) if step is not None and step.kept.keeps(parameter) else ()
     in_chunks = tuple(InChunk(step.manager, parameter, each) for each in kept) if step is not None else ()
     return UnreadTensor(record, partial(_read, optimizer, parameter, name), in_chunks)
 
 
 def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:
-    step = _managed(optimizer)
+    step = managed(optimizer)
     if step is not None and step.kept.keeps(parameter):
         value: Tensor = step.kept.copy(parameter, name)
         return value
@@ -295,7 +326,7 @@ def _groups(optimizer: ManagedOptimizer, saved: Sequence[Mapping[str, Any]], pat
         named = ("params", "param_names")
         plain = {key: _plain(value, key, path) for key, value in options.items() if key not in named}
         plain["params"] = list(range(count, count + len(group["params"])))
-        plain["param_names"] = _names(optimizer, group)
+        plain["param_names"] = names_of(optimizer, group)
         groups.append(plain)
         count += len(group["params"])
     return groups
@@ -312,6 +343,37 @@ def _plain(value: Any, key: str, path: Path) -> Any:
             "save to a .pt file instead"
         ) from error
     return value
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _is_kept(optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
+    step = managed(optimizer)
+    return step is not None and step.kept.keeps(parameter)
+
+
+def _has_state(optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
+    return bool(optimizer.state.get(parameter))
+
+
+def _step_of(optimizer: ManagedOptimizer, parameter: Tensor) -> int:
+    """How many steps a parameter has taken."""
+    step = managed(optimizer)
+    if step is not None and step.kept.keeps(parameter):
+        return step.kept.count(parameter)
+    return steps_of(optimizer.rule, optimizer.state.get(parameter, {}))
+
+
+def _files_of(path: Path) -> Iterable[str]:
+    """The files that the optimizer's JSON at ``path`` names, if there is one."""
+    if not path.is_file():
+        return []
+    try:
+        return list(dict.fromkeys(checked_weight_map(path, read_json(path).get("weight_map")).values()))
+    except CheckpointError:
+        return []  # what cannot be read names nothing
 
 
 # -- loading
@@ -370,47 +432,16 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, str
     if verify:
         files.verify()
     saved = checked_saved(optimizer, saved, path)
+    check_signs(optimizer, saved, path)
 
     def assign() -> None:
         if isinstance(optimizer, ManagedOptimizer):
             _load(optimizer, saved)
             optimizer.after_load_state_dict()
         else:
-            optimizer.load_state_dict({"state": _gathered(saved.states), "param_groups": saved.param_groups})
+            optimizer.load_state_dict({"state": gathered(saved.states), "param_groups": saved.param_groups})
 
     return Checked(optimizer, path, id, assign)
-
-
-def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
-    """What is to be loaded, in our order, as the hooks of users would have it."""
-    name = rule_name(optimizer)
-    if None not in (name, saved.optimizer) and name != saved.optimizer:
-        raise CheckpointError(
-            f"{path} has the state of {saved.optimizer}, which {name} cannot go on with; the optimizer is as it was"
-        )
-    if not isinstance(optimizer, ManagedOptimizer):
-        return saved
-    if optimizer.has_load_state_dict_pre_hooks:
-        saved = _prepared_by_hooks(optimizer, saved, path)
-    saved = _in_our_order(optimizer, saved, path)
-    try:
-        step = _managed(optimizer)
-        check_groups(optimizer, saved.param_groups, saved.states, step.kept.room(optimizer) if step is not None else {})
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    _check_states(optimizer, saved, path)
-    return saved
-
-
-def _prepared_by_hooks(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
-    """What the hooks of users make of a checkpoint. They may look at all of it, so it has to be in RAM."""
-    state_dict = {"state": _gathered(saved.states), "param_groups": saved.param_groups}
-    changed = optimizer.before_load_state_dict(state_dict)
-    try:
-        states, groups = changed["state"], changed["param_groups"]
-        return replace(saved, states={i: _sources(state) for i, state in states.items()}, param_groups=list(groups))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: a hook made something else than a state dict of it ({error!r})") from error
 
 
 def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer) -> None:
@@ -419,148 +450,19 @@ def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer) -> None:
         load_options(group, {key: value for key, value in of.items() if key != "param_names"})
         for parameter, index in zip(group["params"], of["params"], strict=True):
             _load_state(optimizer, parameter, saved.states.get(index))
-    scaler = _loss_scaler(optimizer)
+    scaler = loss_scaler(optimizer)
     if scaler is not None and saved.loss_scaler is not None:
         scaler.load_state_dict(saved.loss_scaler)
 
 
 def _load_state(optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
-    step = _managed(optimizer)
+    step = managed(optimizer)
     if step is None or not step.kept.keeps(parameter):
         if state is None:
             optimizer.state.pop(parameter, None)
         else:
-            optimizer.restore_state(parameter, _tensors(state))
+            optimizer.restore_state(parameter, {name: real(value) for name, value in state.items()})
     elif state is None:
         step.kept.drop(parameter)
     else:
-        step.kept.replace(parameter, state, read=_real)  # one at a time
-
-
-def _in_our_order(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> SavedOptimizer:
-    """Order each saved group as ours: by name where all names are known on both sides, else names must agree."""
-    ours = [
-        _names_like(group, optimizer, of) for group, of in zip(optimizer.param_groups, saved.param_groups, strict=False)
-    ]
-    theirs = [group.get("param_names") or [None] * len(group["params"]) for group in saved.param_groups]
-    if [len(g["params"]) for g in optimizer.param_groups] != [len(names) for names in theirs]:
-        return saved  # the numbers of parameters are compared later
-    by_name = not any(name is None for names in (*ours, *theirs) for name in names)
-    groups, faults = [], []
-    for i, (mine, other, group) in enumerate(zip(ours, theirs, saved.param_groups, strict=True)):
-        if by_name:
-            faults += [f"{name} is missing from group {i}" for name in mine if name not in other]
-            faults += [f"{name} is unexpected in group {i}" for name in other if name not in mine]
-            place = dict(zip(other, group["params"], strict=True))
-            groups.append({**group, "params": [place.get(name) for name in mine]})
-        else:
-            pairs = zip(mine, other, strict=True)
-            faults += [f"{b} in group {i} is in the place of {a}" for a, b in pairs if a and b and a != b]
-            groups.append(group)
-    if faults:
-        raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {'; '.join(faults)}")
-    return replace(saved, param_groups=groups)
-
-
-def _check_states(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> None:
-    faults = []
-    for group, of in zip(optimizer.param_groups, saved.param_groups, strict=True):
-        for parameter, index in zip(group["params"], of["params"], strict=True):
-            state = saved.states.get(index)
-            if state is None:
-                continue
-            if optimizer.rule.takes_step and "step" not in state:
-                faults.append(f"{index}.step is missing")
-            master = state.get("master")
-            if master is not None and master.shape != tuple(parameter.shape):
-                faults.append(f"{index}.master: stored with shape {master.shape}, expected {tuple(parameter.shape)}")
-            step = _managed(optimizer)
-            place = step.manager.find(parameter) if step is not None else None
-            if place is not None and not place[0].is_trainable:
-                faults.append(f"{index} ({place[0].layout.slots[place[1]].name}) is frozen here and has a state there")
-    if faults:
-        raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {'; '.join(faults)}")
-
-
-# -- both
-
-
-def _managed(optimizer: Optimizer) -> ChunkedStep | None:
-    step = getattr(optimizer, "_managed", None)
-    return step if isinstance(step, ChunkedStep) else None
-
-
-def _loss_scaler(optimizer: Optimizer) -> Any:
-    step = _managed(optimizer)
-    return step.scaling.scaler if step is not None else None
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _is_kept(optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
-    step = _managed(optimizer)
-    return step is not None and step.kept.keeps(parameter)
-
-
-def _has_state(optimizer: ManagedOptimizer, parameter: Tensor) -> bool:
-    return bool(optimizer.state.get(parameter))
-
-
-def _step_of(optimizer: ManagedOptimizer, parameter: Tensor) -> int:
-    """How many steps a parameter has taken."""
-    step = _managed(optimizer)
-    if step is not None and step.kept.keeps(parameter):
-        return step.kept.count(parameter)
-    return steps_of(optimizer.rule, optimizer.state.get(parameter, {}))
-
-
-def _names(optimizer: ManagedOptimizer, group: Mapping[str, Any]) -> Sequence[str | None]:
-    """Full names in the model; None where nobody knows them."""
-    step = _managed(optimizer)
-    given: Sequence[str | None] = group.get("param_names") or [None] * len(group["params"])
-    if step is None:
-        return list(given)
-    known = (step.manager.slot(p).name if step.manager.find(p) is not None else None for p in group["params"])
-    return [name or other for name, other in zip(known, given, strict=True)]
-
-
-def _names_like(
-    group: Mapping[str, Any], optimizer: ManagedOptimizer, saved: Mapping[str, Any]
-) -> Sequence[str | None]:
-    """The names of a group; the optimizer's own `param_names` where a saved group has the same."""
-    given: Sequence[str] = group.get("param_names") or ()
-    if given and set(given) == set(saved.get("param_names") or ()):
-        return list(given)
-    return _names(optimizer, group)
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _real(value) for key, value in state.items()}
-
-
-def _real(value: Any) -> Any:
-    return value.read() if isinstance(value, Source) else value
-
-
-def _sources(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: Source.of(v) if isinstance(v, Tensor) and k != "step" else v for k, v in state.items()}
-
-
-def _gathered(states: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    found = {index: _tensors(state) for index, state in states.items()}
-    for state in found.values():
-        if "step" in state:
-            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
-    return found
-
-
-def _files_of(path: Path) -> Iterable[str]:
-    """The files that the optimizer's JSON at ``path`` names, if there is one."""
-    if not path.is_file():
-        return []
-    try:
-        return list(dict.fromkeys(checked_weight_map(path, read_json(path).get("weight_map")).values()))
-    except CheckpointError:
-        return []  # what cannot be read names nothing
+        step.kept.replace(parameter, state, read=real)  # one at a time

@@ -103,6 +103,20 @@ def failure(path: Path, error: OSError, what: str) -> CheckpointError:
     return CheckpointError(f"{path} {what}: {error.strerror or error}. A checkpoint that was there before is as it was")
 
 
+def make_parent(path: Path, final: Path) -> None:
+    """Have the folder of a new file be there.
+
+    Raises
+    ------
+    CheckpointError
+        When the system refuses.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise failure(final, error, "cannot be written") from error
+
+
 def _reserve(fd: int, nbytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, nbytes)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import committed
-from .contents import Bytes, Content, Inside, TorchFile, write_all
+from .averages import average_contents
+from .contents import Bytes, Content, Inside, TorchFile
 from .folder import sync_folder
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
@@ -33,9 +34,26 @@ class Prepared:
     contents: Sequence[Content]
 
     @classmethod
-    def of(cls, parts: Sequence[Part], of_ranks: Sequence[Mapping[str, Any]], extra: Any, limit: int) -> "Prepared":
-        """List the files; ``of_ranks`` are those that each rank has of its own, by name."""
-        contents = [content for part in parts for content in _contents(part, limit)]
+    def of(
+        cls,
+        parts: Sequence[Part],
+        of_ranks: Sequence[Mapping[str, Any]],
+        extra: Any,
+        limit: int,
+        writers: Sequence[int] = (0,),
+    ) -> "Prepared":
+        """List the files.
+
+        Parameters
+        ----------
+        of_ranks
+            Those that each rank has of its own, by name.
+        limit
+            Bytes of a file of tensors.
+        writers
+            The ranks that write such files.
+        """
+        contents = [content for part in parts for content in _contents(part, limit, writers)]
         contents += [Bytes(name, data) for files in of_ranks for name, data in files.items()]
         names = {part.kind: tuple(p.name for p in parts if p.kind == part.kind) for part in parts}
         if extra is not None:
@@ -43,14 +61,6 @@ class Prepared:
             names[EXTRA] = ("",)
         names[RNG] = tuple(f"{rank:05d}" for rank in range(len(of_ranks)))
         return cls(secrets.token_hex(16), len(of_ranks), names, contents)
-
-    def write(self, folder: Path, keep: int | None) -> Path:
-        """Write the files into a stage, commit it, and remove the oldest checkpoints."""
-        with Stage(folder, committed.STAGE_NAME) as stage:
-            for name in self._folders():
-                (stage.path / name).mkdir()
-            write_all(stage, self.contents)
-            return self.commit(stage, keep, {})
 
     def commit(self, stage: Stage, keep: int | None, others: Mapping[str, FileRecord]) -> Path:
         """Commit a stage in which all files are; ``others`` are those that are not of `contents`."""
@@ -70,10 +80,6 @@ class Prepared:
         stage.write_text(MANIFEST_NAME, manifest.text())
         sync_folder(stage.path)
 
-    def _folders(self) -> list[str]:
-        """Those of parts that have a name."""
-        return sorted({folder for content in self.contents if (folder := content.name.rpartition("/")[0])})
-
 
 def own_files(parts: Sequence[Part], rank: int) -> dict[str, bytes]:
     """Files that each rank has of its own, by name."""
@@ -84,12 +90,12 @@ def own_files(parts: Sequence[Part], rank: int) -> dict[str, bytes]:
     return found
 
 
-def _contents(part: Part, limit: int) -> Iterator[Content]:
+def _contents(part: Part, limit: int, writers: Sequence[int]) -> Iterator[Content]:
     contents: list[Content] = []
     if part.kind == MODEL:
-        contents = model_contents(part.value, limit)
+        contents = [*model_contents(part.value, limit, writers), *average_contents(part.value, writers[0])]
     elif part.kind == OPTIMIZER:
-        contents = optimizer_contents(part.value, limit)
+        contents = optimizer_contents(part.value, limit, writers)
     elif part.kind == LR_SCHEDULER:
         contents = [Bytes(SCHEDULER_FILE, plain_bytes(part.value.state_dict(), f"the state of the {part}"))]
     yield from (Inside(part.name, content) if part.name else content for content in contents)

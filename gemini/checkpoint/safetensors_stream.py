@@ -19,9 +19,9 @@ from torch import Tensor
 from gemini.errors import CheckpointError
 from gemini.tensor_file import Malformed, Unsealed, damaged, read_header
 
+from ..formats import listed
 from .output import Output
 from .raw import DTYPE_NAMES, DTYPES, bytes_of
-from .wording import listed
 
 ID_KEY = "gemini_memory.id"
 """In the metadata: which state of training the tensors are from, see `StateId`."""
@@ -187,10 +187,11 @@ class SafetensorsFile:
 
 
 class OpenFiles:
-    """The safetensors files of a checkpoint, open while they are loaded. A context manager."""
+    """The files of a checkpoint while they are loaded: safetensors ones stay open. A context manager."""
 
     def __init__(self) -> None:
         self._files: list[SafetensorsFile] = []
+        self._others: list[Callable[[], None]] = []
         self._ids: dict[str, Path] = {}
 
     def __enter__(self) -> "OpenFiles":
@@ -206,6 +207,10 @@ class OpenFiles:
         self._files.append(file)
         self.says(path, file.metadata.get(ID_KEY))
         return file
+
+    def verify_later(self, verify: Callable[[], None]) -> None:
+        """Have `verify` call this for a file of another format."""
+        self._others.append(verify)
 
     def says(self, path: Path, id: object) -> None:
         """A file, of any format, has the id of the state that it was saved in, or something else for one."""
@@ -232,3 +237,5 @@ class OpenFiles:
         """Compare all tensors of all files with their checksums; see `SafetensorsFile.verify`."""
         for file in self._files:
             file.verify()
+        for verify in self._others:
+            verify()

@@ -1,5 +1,6 @@
 """Saving and loading a learning rate scheduler."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gemini.errors import CheckpointError
 
+from ..formats import listed, shown
 from .contents import Bytes, write_all
 from .ranks import write_once
+from .scheduler_state import state_faults
 from .stage import Stage
 from .torch_file import plain_bytes, read_torch
 
@@ -40,7 +43,7 @@ def load_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None
     Raises
     ------
     CheckpointError
-        If the file is not the state of a scheduler. The scheduler is as it was.
+        If the file is not the state of such a scheduler. The scheduler is as it was.
     """
     checked_lr_scheduler(lr_scheduler, Path(checkpoint))()
 
@@ -48,6 +51,25 @@ def load_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None
 def checked_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: Path) -> Callable[[], None]:
     """Check all that `load_lr_scheduler` checks, and return what loads it."""
     state: Any = read_torch(checkpoint, mmap=False)
-    if not isinstance(state, dict) or "last_epoch" not in state:
-        raise CheckpointError(f"{checkpoint} is not the state of a learning rate scheduler")
+    if faults := list(state_faults(lr_scheduler, state)):
+        raise CheckpointError(
+            f"{checkpoint} is not the state of a {type(lr_scheduler).__name__}, which is as it was: "
+            + listed(faults, "; ", width=300)
+        )
+    _try(lr_scheduler, state, checkpoint)
     return partial(lr_scheduler.load_state_dict, state)
+
+
+def _try(lr_scheduler: Any, state: Any, path: Path) -> None:
+    """Load a state into a copy first: a scheduler has rules of its own, and may find a value in the middle."""
+    optimizer = getattr(lr_scheduler, "optimizer", None)
+    try:
+        scratch = copy.deepcopy(lr_scheduler, {id(optimizer): optimizer})
+    except Exception:  # a user's scheduler may have what cannot be copied
+        return
+    try:
+        scratch.load_state_dict(copy.deepcopy(state))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not taken by the {type(lr_scheduler).__name__}, which is as it was: {shown(repr(error))}"
+        ) from error

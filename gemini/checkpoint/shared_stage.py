@@ -16,11 +16,11 @@ from types import TracebackType
 from gemini.errors import CheckpointError
 
 from .folder import sync_folder
-from .output import Output, failure
+from .output import Output, failure, make_parent
 from .ranks import Crew
 from .stage import Stage
 
-_SEEN = ".seen"
+SEEN = ".seen"
 _PATIENCE_SECONDS = 20.0
 """A network file system may take as long to show what another machine has made."""
 _LOOK_SECONDS = 0.1
@@ -60,10 +60,10 @@ class SharedStage:
         with ExitStack() as files:
             made, token = self._crew.exchange(f"the folder of {self._doing}", lambda: self._make(files))[0]
             self.path = Path(made)
-            self._crew.exchange(f"a look at the folder of {self._doing}", lambda: self._look(token))
+            self._crew.exchange(f"a look at the folder of {self._doing}", lambda: self._see(token))
             self._files = files.pop_all()
         if self._crew.is_first:
-            (self.path / _SEEN).unlink()
+            (self.path / SEEN).unlink()
         return self
 
     def __exit__(
@@ -105,29 +105,61 @@ class SharedStage:
                 "a power failure"
             ) from error
 
+    def _see(self, token: str) -> None:
+        if not self._crew.is_first:
+            StageOfFirst(self.path, self._folder, token)
+
     def _make(self, files: ExitStack) -> list[str]:
         if not self._crew.is_first:
             return []
         stage, token = files.enter_context(Stage(self._folder, self._name)), secrets.token_hex(8)
         self._stages.append(stage)
-        stage.write_text(_SEEN, token)
+        stage.write_text(SEEN, token)
         return [str(stage.path), token]
 
+
+class StageOfFirst:
+    """A stage that the first rank has made, from another one.
+
+    Parameters
+    ----------
+    path
+        The hidden folder.
+    folder
+        Where its files will be.
+    token
+        What is to be found in it, if it is the same folder here.
+
+    Raises
+    ------
+    CheckpointError
+        If this rank sees another file system.
+    """
+
+    def __init__(self, path: Path, folder: Path, token: str) -> None:
+        self.path = path
+        self.folder = folder
+        self._look(token)
+
+    def create(self, name: str, nbytes: int = 0) -> Output:
+        """A new file; ``nbytes`` are reserved at once."""
+        if "/" in name:
+            make_parent(self.path / name, self.folder / name)
+        return Output(self.path / name, self.folder / name, nbytes)
+
     def _look(self, token: str) -> None:
-        if self._crew.is_first:
-            return
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
-                os.listdir(self._folder)  # has a network file system look again
-                if (self.path / _SEEN).read_text() == token:
+                os.listdir(self.folder)  # has a network file system look again
+                if (self.path / SEEN).read_text() == token:
                     return
             except OSError:
                 pass
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"{self._folder} is not the folder that the first rank writes to: what it has made there, "
-                    f"{self.path.name}, is not to be seen here. All ranks write to one file system: give a folder on "
-                    "one that all machines share (NFS, Lustre)"
+                    f"{self.folder} is not the folder that the first rank writes to: what it has made there, "
+                    f"{self.path.name}, is not to be seen here. Ranks that save together write to one file system: "
+                    "give a folder on one that all machines share (NFS, Lustre)"
                 )
             time.sleep(_LOOK_SECONDS)

@@ -30,7 +30,7 @@ from types import TracebackType
 from gemini.errors import CheckpointError
 
 from .folder import is_same_file, locked, make_folder, open_folder, sync_file, sync_folder, try_lock
-from .output import Output, failure
+from .output import Output, failure, make_parent
 
 _ABANDONED_SECONDS = 24 * 60 * 60
 """Where there are no locks: a hidden folder in which nothing has changed for this time has no writer any more."""
@@ -78,6 +78,8 @@ class Stage:
     def create(self, name: str, nbytes: int = 0) -> Output:
         """A new file that will be ``folder / name``; ``nbytes`` are reserved at once."""
         self._created.add(name)
+        if "/" in name:
+            make_parent(self.path / name, self.folder / name)
         return Output(self.path / name, self.folder / name, nbytes)
 
     def write_text(self, name: str, text: str) -> None:
@@ -118,7 +120,7 @@ class Stage:
         text: Callable[[Mapping[str, str]], str],
         configuration: Iterable[str] = (),
         shadowing: Iterable[str] = (),
-    ) -> None:
+    ) -> list[str]:
         """Move files that an index names, and the index; all of them appear at once.
 
         Parameters
@@ -134,6 +136,11 @@ class Stage:
         shadowing
             As for `commit`.
 
+        Returns
+        -------
+        list of str
+            The files that the index names now, relative to the folder.
+
         Raises
         ------
         CheckpointError
@@ -147,7 +154,7 @@ class Stage:
         self.write_text(index, text(final))
         if not any((self.folder / name).exists() for name in names):
             self.commit([*configuration, *names, index], shadowing)
-            return
+            return names
         moved = self._move_all(configuration, index)
         first = f"first.{index}"
         self.write_text(first, text({name: f"{self.path.name}/{name}" for name in names}))
@@ -159,9 +166,10 @@ class Stage:
             self._sync(names)
             self._move(index, index)
             self._sync([index])
-        except OSError:
-            return  # the checkpoint is whole where it is, named by its index
+        except OSError:  # the checkpoint is whole where it is, named by either index
+            return [*names, *(f"{self.path.name}/{name}" for name in names)]
         self._keep = False
+        return names
 
     def discard(self, names: Iterable[str]) -> None:
         """Remove files that loaders do not find any more; one that cannot be removed does no harm."""

@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from gemini.errors import CheckpointError
 
 from . import committed
+from .averages import checked_averages
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part, pairs
 from .manifest import Manifest
 from .model_io import checked_model
@@ -72,9 +74,15 @@ class Stored:
             opened = [files.enter_context(OpenFiles()) for _ in tensors]
             found = [self._checked(part, each, strict) for part, each in zip(tensors, opened, strict=True)]
             check_pairs(found)
+            models = [part for part in tensors if part.kind == MODEL]
+            opened += [files.enter_context(OpenFiles()) for _ in models]
+            averages = [
+                self._checked_averages(part, each, strict)
+                for part, each in zip(models, opened[len(tensors) :], strict=True)
+            ]
             if self.verify:
                 self._verify(opened)
-            loads += [each.load for each in found]
+            loads += [*(each.load for each in found), *chain.from_iterable(averages)]
         rank, _ = place
         if rng and rank_name(rank) in self.manifest.parts.get(RNG, ()):
             file = self.folder / rng_file(rank)
@@ -122,6 +130,12 @@ class Stored:
                 files.verify()
         except CheckpointError as error:
             raise CheckpointError(f"{error}{committed.whole_one(self.folder)}") from error
+
+    def _checked_averages(self, part: Part, files: OpenFiles, strict: bool) -> list[Callable[[], None]]:
+        def find(name: str) -> Path | None:
+            return None if not strict and part.path(name) not in self.manifest.files else self._file(part, name)
+
+        return checked_averages(part.value, find, files)
 
     def _file(self, part: Part, *names: str) -> Path:
         """The file of a part, under the first of its names that the checkpoint has."""

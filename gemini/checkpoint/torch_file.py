@@ -1,6 +1,7 @@
 """Files of ``torch.save``: written through an `Output`, read without running code in them."""
 
 import io
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from gemini.errors import CheckpointError
 
+from ..formats import Damaged, shown
+from ..formats.torch_zip import check_zip, is_zip, refuse_byte_arrays, verify_zip
 from .output import Output
 
 _PLAIN = (Tensor, nn.Parameter, int, float, bool, str, bytes, type(None), torch.Size, torch.dtype)
-_ZIP = b"PK\x03\x04"
 
 
 def write_torch(value: Any, out: Output) -> None:
@@ -73,13 +75,15 @@ def _loads(value: Any) -> bool:
     return True
 
 
-def read_torch(path: Path, *, mmap: bool = True) -> Any:
+def read_torch(path: Path, *, mmap: bool = True, verify: bool = True) -> Any:
     """``torch.load`` on CPU with ``weights_only``: tensors, numbers, strings and containers, never code.
 
     Parameters
     ----------
     mmap
         Leave tensors in the file until they are used. Files in torch's format from before 1.6 are read whole.
+    verify
+        Call `verify_torch` first. Its checksums of names and shapes are looked at in any case.
 
     Raises
     ------
@@ -87,11 +91,43 @@ def read_torch(path: Path, *, mmap: bool = True) -> Any:
         If there is no such file, it is damaged, or holds anything else.
     """
     try:
-        with open(path, "rb") as file:
-            is_zip = file.read(len(_ZIP)) == _ZIP
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        zipped = is_zip(path)
+        if zipped:
+            check_zip(path)
+        else:
+            refuse_byte_arrays(path)
+    except Damaged as error:
+        raise CheckpointError(str(error)) from error
+    if verify:
+        verify_torch(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch, zip and pickle each have their own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path} is not a whole torch file of tensors and plain values: {reason}") from error
+        raise CheckpointError(
+            f"{path} is not a whole torch file of tensors and plain values: {_reason(error)}"
+        ) from error
+
+
+def verify_torch(path: Path) -> None:
+    """Compare the checksums that a zip of ``torch.save`` has of all that is in it, which torch itself does not.
+
+    Raises
+    ------
+    CheckpointError
+        If one is another. Files in torch's format from before 1.6 have none.
+    """
+    try:
+        if is_zip(path):
+            verify_zip(path)
+    except Damaged as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what is wrong; its advice is to run what is in the file."""
+    text = str(error).strip()
+    if called := re.search(r"GLOBAL (\S+)", text):
+        return f"it would run {shown(called[1])}"
+    return shown(next(iter(text.splitlines()), type(error).__name__))

@@ -1,6 +1,5 @@
 """Where weights are in a checkpoint: single files, and folders in the Hugging Face layout."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -12,12 +11,12 @@ from torch import Tensor
 from gemini.errors import CheckpointError
 from gemini.sizes import parse_bytes
 
+from ..formats import Damaged, json_file, listed, shown
 from ..torch_private import metadata_of
 from .match import Source
 from .names import is_extra_state
 from .safetensors_stream import ID_KEY, OpenFiles
-from .torch_file import read_torch
-from .wording import listed
+from .torch_file import read_torch, verify_torch
 
 SAFE_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
@@ -25,8 +24,9 @@ INDEX_SUFFIX = ".index.json"
 WEIGHT_NAMES = (SAFE_NAME, SAFE_NAME + INDEX_SUFFIX, TORCH_NAME, TORCH_NAME + INDEX_SUFFIX)
 """Of the file to begin with in a folder, in the order in which transformers looks."""
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-INDEX_LIMIT_BYTES = 100_000_000
 _MEBI = 1 << 20
+_COLOSSALAI_INDEX = re.compile(r"(pytorch_model\.bin|model\.safetensors)\.index\.[^.]+\.json")
+"""ColossalAI puts a prefix before the last dot."""
 
 T = TypeVar("T")
 
@@ -47,18 +47,25 @@ def read_sources(checkpoint: Path, files: OpenFiles) -> dict[str, Any]:
     path = find_weights(checkpoint) if checkpoint.is_dir() else checkpoint
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    if not path.name.endswith(INDEX_SUFFIX):
+    if not path.name.endswith(INDEX_SUFFIX) and not _COLOSSALAI_INDEX.fullmatch(path.name):
         return _open(path, files)
     return read_indexed(path, read_weight_map(path), files)
 
 
-def read_indexed(index: Path, weight_map: Mapping[str, str], files: OpenFiles) -> dict[str, Any]:
+def read_indexed(
+    index: Path, weight_map: Mapping[str, str], files: OpenFiles, *, names_all: bool = False
+) -> dict[str, Any]:
     """The tensors that an index names; every file of it is looked at.
+
+    Parameters
+    ----------
+    names_all
+        Whether the index has to name all tensors of its files.
 
     Raises
     ------
     CheckpointError
-        If a file is missing (all that are, are named), damaged, or lacks a tensor.
+        If a file is missing, damaged, lacks a tensor, or has one that is not named and should be.
     """
     places = {name: index.parent / name for name in dict.fromkeys(weight_map.values())}
     if gone := [name for name, path in places.items() if not path.is_file()]:
@@ -66,6 +73,9 @@ def read_indexed(index: Path, weight_map: Mapping[str, str], files: OpenFiles) -
     contents = {name: _open(path, files) for name, path in places.items()}
     if lost := [f"{name} (in {file})" for name, file in weight_map.items() if name not in contents[file]]:
         raise CheckpointError(f"{index} names tensors that are not in their files: {listed(lost)}")
+    others = (f"{name} (in {file})" for file in contents for name in contents[file] if weight_map.get(name) != file)
+    if names_all and (unnamed := list(others)):
+        raise CheckpointError(f"{index} does not name tensors that are in its files: {listed(unnamed)}")
     return {name: contents[file][name] for name, file in weight_map.items()}
 
 
@@ -86,6 +96,14 @@ def find_weights(folder: Path) -> Path:
             return found[0]
         if found:
             raise CheckpointError(f"{folder} holds several checkpoints: give one of {', '.join(map(str, found))}")
+    prefixed = [path for path in folder.iterdir() if _COLOSSALAI_INDEX.fullmatch(path.name)]
+    if len(prefixed) == 1:
+        return prefixed[0]
+    if (folder / "zero_to_fp32.py").is_file():
+        raise CheckpointError(
+            f"{folder} is a checkpoint of DeepSpeed, which may have weights in pieces: run python zero_to_fp32.py . "
+            "OUTPUT in it, and load the folder OUTPUT"
+        )
     raise CheckpointError(f"{folder} is not a checkpoint: it has none of {', '.join(WEIGHT_NAMES)}")
 
 
@@ -97,31 +115,43 @@ def read_weight_map(index: Path) -> dict[str, str]:
     CheckpointError
         If it is not an index, or names files outside of its folder.
     """
-    return checked_weight_map(index, read_json(index).get("weight_map"))
+    weight_map = checked_weight_map(index, read_json(index).get("weight_map"))
+    if not weight_map:
+        raise CheckpointError(f"{index} is not the index of a checkpoint: its weight_map names no tensors")
+    return weight_map
 
 
 def checked_weight_map(index: Path, weight_map: Any) -> dict[str, str]:
+    """A map from names to files of the index's folder. Links in there are followed, as caches of the Hub are made so.
+
+    Raises
+    ------
+    CheckpointError
+        If it is something else, or names files outside of the folder.
+    """
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} is not the index of a checkpoint: it has no weight_map from names to files")
-    for file in weight_map.values():
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file:
-            raise CheckpointError(f"{index} names a file outside of its folder: {file!r}")
+    for file in dict.fromkeys(weight_map.values()):
+        path = PurePosixPath(file)
+        if not path.name or path.is_absolute() or ".." in path.parts or not file.isprintable():
+            raise CheckpointError(f"{index} names a file outside of its folder: {shown(file)!r}")
+        if path.suffix not in FILE_SUFFIXES:
+            raise CheckpointError(f"{index} names {shown(file)!r}, which is no file of tensors")
     return weight_map
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of reasonable size."""
+    """A JSON object from a file of reasonable size, as a checkpoint has it.
+
+    Raises
+    ------
+    CheckpointError
+        If it is something else.
+    """
     try:
-        if path.stat().st_size > INDEX_LIMIT_BYTES:
-            raise CheckpointError(f"{path} is larger than {INDEX_LIMIT_BYTES} bytes")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
+        return json_file.read_json(path)
+    except Damaged as error:
+        raise CheckpointError(str(error)) from error
 
 
 def into_shards(items: Sequence[T], sizes: Iterable[int], limit_bytes: int) -> list[list[T]]:
@@ -165,16 +195,29 @@ def find_shards(folder: Path, name: str) -> list[str]:
 
 
 def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         file = files.open(path)
         return {name: Source(r.shape, r.dtype, partial(file.read, name)) for name, r in file.records.items()}
-    stored = read_torch(path)
-    files.says(path, ((metadata_of(stored) or {}).get("") or {}).get(ID_KEY))
+    stored = read_torch(path, verify=False)
+    files.verify_later(partial(verify_torch, path))
+    files.says(path, _id_of(stored))
+    if isinstance(stored, dict) and "ds_version" in stored:
+        stored = stored.get("module")  # DeepSpeed's states of a model; of ZeRO-3 there are no values
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
         raise CheckpointError(f"{path} does not hold a state dict (a dict from names to tensors)")
-    if foreign := [n for n, v in stored.items() if not isinstance(v, Tensor) and not is_extra_state(n)]:
+    items = dict(dict.items(stored))  # an OrderedDict may come with attributes in the place of its methods
+    if foreign := [n for n, v in items.items() if not isinstance(v, Tensor) and not is_extra_state(n)]:
         raise CheckpointError(
             f"{path} does not hold a state dict: {listed(foreign)} are not tensors. Load the file yourself and "
             "give the part that is one to model.load_state_dict"
         )
-    return {name: value if is_extra_state(name) else Source.of(value) for name, value in stored.items()}
+    return {name: value if is_extra_state(name) else Source.of(value) for name, value in items.items()}
+
+
+def _id_of(stored: Any) -> Any:
+    """What a state dict's metadata have in the place of an id; whatever was in the file."""
+    metadata = metadata_of(stored)
+    of_model = metadata.get("") if isinstance(metadata, dict) else None
+    return of_model.get(ID_KEY) if isinstance(of_model, dict) else None

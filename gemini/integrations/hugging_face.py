@@ -13,6 +13,7 @@ from gemini.boosting.succession import give_optimizer, optimizer_of
 from gemini.config import GeminiConfig
 
 from .accelerator import managed, unwrapped
+from .trainer_checkpoints import TrainerCheckpoints
 
 PREFIX = "memory/"
 
@@ -57,7 +58,7 @@ class GeminiTrainerCallback(TrainerCallback):
             state.log_history[-1].update(chosen)
 
 
-class GeminiTrainerMixin:
+class GeminiTrainerMixin(TrainerCheckpoints):
     """Makes a ``Trainer`` train its model under management::
 
         class MyTrainer(GeminiTrainerMixin, Trainer):
@@ -66,10 +67,14 @@ class GeminiTrainerMixin:
         MyTrainer(model=model, args=args, train_dataset=data, gemini_plugin=GeminiPlugin(host_memory="8GiB")).train()
 
     The optimizer is the one that the trainer is given or makes by its arguments (``optim="adamw_torch_fused"``,
-    ``"sgd"``, ...), as `Booster.boost` takes it over. The model keeps its identity, so a trainer's own saving works. A
-    second trainer over it trains on, with an optimizer that keeps the same states. ``max_grad_norm`` clips, unless the
-    plugin has a ``max_norm`` of its own. A model that is evaluated before it has been trained is on the device in
-    whole, as without the mixin; to have it in chunks boost it first, without an optimizer.
+    ``"sgd"``, ...), as `Booster.boost` takes it over. The model keeps its identity. A second trainer over it trains on,
+    with an optimizer that keeps the same states. ``max_grad_norm`` clips, unless the plugin has a ``max_norm`` of its
+    own. A model that is evaluated before it has been trained is on the device in whole, as without the mixin; to have
+    it in chunks boost it first, without an optimizer.
+
+    Checkpoints have the trainer's own layout, and a plain trainer resumes from them. Their tensors are written one at a
+    time; a folder ``checkpoint-N`` appears when all of it is on the disk, with a manifest of its files and their
+    checksums, which is compared before training resumes. ``resume_from_checkpoint=True`` takes the newest whole one.
 
     Parameters
     ----------
@@ -87,14 +92,12 @@ class GeminiTrainerMixin:
         For an optimizer that cannot be managed, with the reason.
     """
 
-    optimizer: Any  # the trainer's
-
     def __init__(self, *args: Any, gemini_plugin: GeminiPlugin | None = None, **kwargs: Any) -> None:
         self.gemini_plugin = gemini_plugin
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
-        _refuse(self.args)  # type: ignore[attr-defined]
+        _refuse(self.args)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         self.accelerator = managed(self.accelerator)  # type: ignore[has-type]
 
@@ -102,20 +105,20 @@ class GeminiTrainerMixin:
         """Chunks decide where parameters are; before there are any the accelerator moves what is evaluated."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        model: nn.Module = self.model  # type: ignore[attr-defined]
+        model: nn.Module = self.model
         given = unwrapped(self.optimizer)
         if is_boosted(model) and (current := optimizer_of(model, given)) is not None:
             if current is not given:
                 self.optimizer = current
             return self.optimizer  # type: ignore[no-any-return]
         plugin = self.gemini_plugin or GeminiPlugin(gradient_reduction="mean")
-        _check(boosted(model).config if is_boosted(model) else plugin.config, self.args)  # type: ignore[attr-defined]
+        _check(boosted(model).config if is_boosted(model) else plugin.config, self.args)
         is_sum = (
             boosted(model).manager.together.communicator.gradient_factor == 1.0
             if is_boosted(model)
             else (plugin.gradient_reduction == "sum")
         )
-        _check_reduction(is_sum, self.args.world_size)  # type: ignore[attr-defined]
+        _check_reduction(is_sum, self.args.world_size)
         made: Any = unwrapped(super().create_optimizer(*args, **kwargs))  # type: ignore[misc]
         if is_boosted(model):
             self.optimizer = give_optimizer(model, made)

@@ -94,6 +94,30 @@ class Finished(Letter, frozen=True, tag="finished"):
     error: str
 
 
+class Waiting(Letter, frozen=True, tag="waiting"):
+    """I wait for what you do alone, and can do a part of it."""
+
+    what: str
+    time: int
+    """How often I have waited for that before."""
+
+
+class Task(Letter, frozen=True, tag="task"):
+    """Do this part of what you wait for."""
+
+    what: str
+    word: bytes
+    """What there is to know, in MessagePack."""
+
+
+class Done(Letter, frozen=True, tag="done"):
+    """I have done my part."""
+
+    what: str
+    time: int
+    error: str
+
+
 class Ping(Letter, frozen=True, tag="ping"):
     """Are you there? It cannot be delivered if not."""
 
@@ -104,7 +128,8 @@ class Goodbye(Letter, frozen=True, tag="goodbye"):
     reason: str
 
 
-AnyLetter = Request | Failure | Part | Received | RoundEnd | Pause | Vote | Withdrawal | Finished | Ping | Goodbye
+_OfErrands = Finished | Waiting | Task | Done
+AnyLetter = Request | Failure | Part | Received | RoundEnd | Pause | Vote | Withdrawal | _OfErrands | Ping | Goodbye
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(AnyLetter).decode

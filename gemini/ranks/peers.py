@@ -21,6 +21,7 @@ from .fetches import Fetches
 from .mailbox import Mailbox
 from .messages import (
     AnyLetter,
+    Done,
     Failure,
     Finished,
     Goodbye,
@@ -30,13 +31,18 @@ from .messages import (
     Received,
     Request,
     RoundEnd,
+    Task,
     Vote,
+    Waiting,
     Withdrawal,
 )
 from .patience import Patience
 from .reduction import Reduction
 from .service import Service
 from .votes import Votes
+
+_HELP_SECONDS = 1.0
+"""How long the first rank waits for others that can do a part of what it does; without them it does all."""
 
 
 class Peers:
@@ -90,8 +96,8 @@ class Peers:
                 self._reduction.received(sender, letter)
             case Vote() | Withdrawal():
                 self._votes.received(sender, letter)
-            case Finished():
-                self._errands.received(letter)
+            case Finished() | Waiting() | Task() | Done():
+                self._errands.received(sender, letter)
             case Goodbye():
                 self._farewell.received(sender, letter)
                 self._reduction.gone(sender)
@@ -208,11 +214,24 @@ class Peers:
             with torch.no_grad():
                 values.copy_(flat.view(values.shape))
 
-    def finish(self, what: str, error: str = "") -> None:
-        self._errands.finish(f"{what} (state {self._epoch})", error)
+    def helpers(self, what: str) -> list[int]:
+        others = range(1, self.owner.count)  # those after them have the same at home
+        return self._errands.helpers(self._at_state(what), others, _HELP_SECONDS)
 
-    def wait_until_finished(self, what: str) -> None:
-        self._errands.wait(f"{what} (state {self._epoch})", lambda: self._service.answered)
+    def give_out(self, what: str, word: Word, to: Sequence[int]) -> None:
+        self._errands.give_out(self._at_state(what), word, to)
+
+    def take_back(self, what: str, among: Sequence[int]) -> None:
+        self._errands.take_back(self._at_state(what), among, lambda: self._service.answered)
+
+    def finish(self, what: str, error: str = "") -> None:
+        self._errands.finish(self._at_state(what), error)
+
+    def wait_until_finished(self, what: str, help: Callable[[Word], None] | None = None) -> None:
+        self._errands.wait(self._at_state(what), help, lambda: self._service.answered)
+
+    def _at_state(self, what: str) -> str:
+        return f"{what} (state {self._epoch})"
 
     # -- the end
 

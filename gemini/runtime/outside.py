@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Chunk, Keeper
+from ..chunk import Chunk, Keeper, announce_change
 from ..engine import Engine
 from ..torch_private import is_transformed, next_number, storage_key, without_transforms
 from ..units.observer import tensors_in
@@ -97,7 +97,7 @@ class Outside(Keeper):
         """Before an operation that may change parameters: those that are their own home."""
         for chunk, position in map(self._place, parameters):
             if chunk.full_is_home:
-                chunk.announce_change(position)
+                announce_change(chunk, position)
 
     def _remember_upper_halves(self, parameters: list[Tensor]) -> None:
         """Before an operation that may change masters in two halves: what is changed is told by comparing."""

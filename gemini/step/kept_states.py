@@ -5,17 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ..chunk import MASTER, BufferSpec, Chunk, Marked, Together
-from ..nn.optimizer.managed import ManagedOptimizer
+from ..chunk import MASTER, BufferSpec, Chunk, Together
 from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..updates.updater import Updater
 from ..updates.values import Values
 from .saved_states import codec_of, home_of, read_state, write_state
 from .shown_states import ShownStates
+from .state_checks import STEP, check_signs, check_value
 from .state_tensor import StateTensor
-
-STEP = "step"
 
 
 class KeptStates:
@@ -57,7 +56,7 @@ class KeptStates:
         """Whether there is anything in the state of a parameter; before its first step there mostly is not."""
         return self._is_begun(parameter) or bool(self._notes.get(id(parameter)))
 
-    def room(self, optimizer: ManagedOptimizer) -> dict[int, tuple[BufferSpec, ...]]:
+    def room(self, optimizer: Optimizer) -> dict[int, tuple[BufferSpec, ...]]:
         """By the index of a group: the states that all chunks with parameters of it have room for."""
         room: dict[int, tuple[BufferSpec, ...]] = {}
         for index, group in enumerate(optimizer.param_groups):
@@ -146,7 +145,7 @@ class KeptStates:
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(values)
         elif home_of(self._manager, self._rule, parameter, name) is None:
-            self._check(parameter, name, values)
+            check_value(self._chunk(parameter), parameter, name, values)
             write_state(self._values, self._rule, parameter, name, values)
 
     def set(self, parameter: Tensor, name: Any, value: Any) -> None:
@@ -166,7 +165,7 @@ class KeptStates:
             if name in self.names(parameter):
                 self.unset(parameter, name)
         else:
-            self._check(parameter, name, value)
+            check_value(self._chunk(parameter), parameter, name, value)
             self.load(parameter, name, value)
             if name != MASTER:
                 self._updater.steps.setdefault(id(parameter), 0 if self._rule.takes_step else 1)
@@ -209,7 +208,7 @@ class KeptStates:
                 f"{', '.join(known)}, which {self._rule.name} keeps, or {{}} to begin anew"
             )
         for name, value in given.items():
-            self._check(parameter, name, value)
+            check_value(self._chunk(parameter), parameter, name, value)
 
     def replace(
         self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value
@@ -300,20 +299,9 @@ class KeptStates:
                 parameter, slot.name, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
             )
 
-    def _check(self, parameter: Tensor, name: str, value: Any) -> None:
-        if name == STEP:
-            whole_steps(value)
-            return
-        if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
-            what = f"a {value.dtype}, {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} of a parameter is a dense, real tensor of its shape, got {what}")
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"{name} has the shape of its parameter, {tuple(parameter.shape)}, got {tuple(value.shape)}: "
-                "what the optimizer keeps has its place in a chunk, and with it its shape"
-            )
-        if isinstance(self._chunk(parameter).codecs.get(name), Marked) and bool((value < 0).any()):
-            raise ValueError(
-                f"{name} cannot be negative with split_master=True, which keeps a part of the masters in its signs; "
-                "boost without split_master"
-            )
+    def check_signs(
+        self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value
+    ) -> None:
+        """Raise ``ValueError`` if a saved state is negative whose signs belong to split masters; see `replace`."""
+        if self.keeps(parameter):
+            check_signs(self._chunk(parameter), state, read)

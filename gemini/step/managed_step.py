@@ -11,10 +11,12 @@ from ..chunk import QUIET, Chunk, all_or_none
 from ..engine import Engine, StepFacts
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing
+from ..updates.averages import Average, Averages
 from ..updates.gradient_norm import find_gradients
 from ..updates.options import Options
 from ..updates.updater import Groups, Planned, Updater
 from ..updates.updates import Updates
+from .average_room import AverageRoom
 from .kept_states import KeptStates
 from .state_id import OPTIMIZER, StateId
 from .state_mapping import OptimizerStates
@@ -64,6 +66,36 @@ class ChunkedStep:
         return self._states.kept
 
     @property
+    def averages(self) -> Averages:
+        """What follows the parameters in each step."""
+        return self._updater.averages
+
+    def add_average(self, average: Average) -> None:
+        """Have an average follow the parameters, beginning with what they are.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            If there is no room for it. Nothing has been changed then.
+        """
+        self._updates.schedule.check_whole("begin an average")
+        room = AverageRoom(self.manager, self._updater)
+        self._unfreezing.adopt(room.make(average))
+
+    def remove_average(self, average: Average) -> None:
+        """Give the memory of an average back."""
+        self._updates.schedule.check_whole("end an average")
+        self._unfreezing.adopt(AverageRoom(self.manager, self._updater).free(average))
+
+    def swap(self, average: Average) -> None:
+        """Give the parameters the values of an average, and it theirs."""
+        self._engine.recover()
+        with self._engine.lock:
+            self._updates.schedule.check_whole("swap an average")
+            self._engine.pins.release_held()
+            AverageRoom(self.manager, self._updater).swap(average)
+
+    @property
     def packing(self) -> Packing:
         """The plans of the chunks, as they are now."""
         return self._unfreezing.packing
@@ -79,6 +111,7 @@ class ChunkedStep:
     def backward(self, loss: Tensor) -> None:
         """Run backward on the (scaled) loss; after an exception nothing stays pinned and its gradients are dropped."""
         self.manager.snapshots.raise_fault()
+        self.averages.refuse_swapped("run backward")
         self._updates.before_backward()
         loss = self.scaling.scaled(loss)
         try:
@@ -102,6 +135,7 @@ class ChunkedStep:
 
     def step(self, optimizer: ManagedOptimizer) -> None:
         self.manager.snapshots.raise_fault()
+        self.averages.refuse_swapped("step")
         self._engine.recover()
         self.manager.refuse_released("step")
         with self._engine.lock:
@@ -123,6 +157,7 @@ class ChunkedStep:
         updates, prepared = work
         self._updates.start(updates)
         optimizer.commit_parameters(prepared)
+        self.averages.stepped()
         self.scaling.stepped()
         self._updates.after_step()
         self._prefetch()
@@ -136,6 +171,7 @@ class ChunkedStep:
         if grad_scale is None:
             return None
         planned = [self._updater.plan(groups, chunk, grad_scale) for chunk in chunks]
+        planned += map(self._updater.plan_averages, self._averaged_without(chunks))
         updates = [each for each in planned if not each.is_empty]
         order = self._engine.pacing.use_order()
         updates.sort(key=lambda update: order[update.chunk.index])
@@ -145,6 +181,14 @@ class ChunkedStep:
             for step in optimizer.prepare_parameters(optimizer.param_groups[index], parameters, grad_scale)
         ]
         return updates, prepared
+
+    def _averaged_without(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Chunks that take no part in the step, and have averages that go on."""
+        others = [c for c in self.manager.chunks if c.plan.averages and c not in self._updates.schedule.updated_early]
+        found = [chunk for chunk in others if chunk not in chunks]
+        for chunk in found:
+            self.manager.quiet(chunk)
+        return found
 
     def _prefetch(self) -> None:
         try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..chunk import ChunkManager, Codec
+from ..chunk import ChunkManager, Codec, announce_change
 from ..nn.optimizer.rules.rule import Rule
 from ..updates.values import Values
 
@@ -35,7 +35,7 @@ def home_of(manager: ChunkManager, rule: Rule, parameter: Tensor, name: str) -> 
     if chunk.codecs[kept].computes:
         return None
     chunk.settle()
-    chunk.announce_change(position)
+    announce_change(chunk, position)
     at = chunk.place(position, kept)
     with torch.no_grad():
         return home.as_strided(at.shape, at.stride, home.storage_offset() + at.index)

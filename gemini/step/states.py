@@ -86,7 +86,10 @@ class States:
         saved_groups, states = state_dict["param_groups"], state_dict["state"]
         together = self.kept.together
         with all_or_none(together.communicator, "the check of optimizer.load_state_dict"):
-            check_groups(optimizer, saved_groups, states, self.kept.room(optimizer))
+            check_groups(optimizer, optimizer.rule, saved_groups, states, self.kept.room(optimizer))
+            for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+                for parameter, number in zip(group["params"], saved["params"], strict=True):
+                    self.kept.check_signs(parameter, states.get(number, {}))
         with together.changing("optimizer.load_state_dict"):
             self._load(optimizer, saved_groups, states)
 

@@ -51,6 +51,11 @@ class Unfreezing:
     def _is_shared(self) -> bool:
         return not self._manager.together.communicator.owner.is_alone
 
+    def adopt(self, plans: Sequence[ChunkPlan]) -> None:
+        """Some chunks have other homes now."""
+        self.packing = self.packing.with_plans(plans)
+        self._engine.rebuilt(self.packing)
+
     def admit_all(self, optimizer: ManagedOptimizer, kept: KeptStates) -> None:
         """Admit parameters that were frozen when the model was boosted, are in a group, and have got a gradient."""
         follows, find = self._engine.updates.gradients.follows, self._manager.find
@@ -105,6 +110,12 @@ class Unfreezing:
             if chunk.pins:
                 raise ValueError(f"{name} is in use: unfreeze it between steps")
         frozen = [chunks[i] for i in sorted(chunks) if not chunks[i].is_trainable]
+        if frozen and any(chunk.plan.averages for chunk in self._manager.chunks):
+            names = ", ".join(chunk.layout.slots[0].name for chunk in frozen[:_NAMES_SHOWN])
+            raise ValueError(
+                f"the model has a running average, which would not follow what is unfrozen now (chunks with {names}): "
+                "call ema.close() first, and begin another average afterwards; or unfreeze before"
+            )
         rebuilt = self._plans(frozen, slots, index) if frozen else ()
         self._manager.rebuild(rebuilt, partial(fill_states, rule) if rule.has_initial_state else None)
         admitted = list(places)

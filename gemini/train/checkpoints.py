@@ -12,7 +12,6 @@ first new one takes its place.
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,15 +86,15 @@ def show_newest(folder: Path) -> None:
     What is left of a checkpoint in the old form goes.
     """
     for name in _SHOWN:
-        link, new = folder / name, folder / f".{name}.{secrets.token_hex(4)}"
+        link, new = folder / name, folder / f".{name}"
         target = Path("latest", name)
         if not (folder / target).is_file() or (link.is_symlink() and Path(os.readlink(link)) == target):
             continue
         try:
+            new.unlink(missing_ok=True)  # of a job that was killed
             new.symlink_to(target)
             os.replace(new, link)
         except OSError:
-            new.unlink(missing_ok=True)
             return
     if (folder / OLD_STATE_FILE).is_file():
         shutil.rmtree(folder / OLD_OPTIMIZER, ignore_errors=True)

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
+from typing import Any
+
+from ..nn.optimizer.rules.option_ranges import brief
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,13 +62,37 @@ class LossScaler:
         Raises
         ------
         ValueError
-            If it names something unknown, or values that make no sense. Nothing has been changed then.
+            If it is not whole, names something unknown, or has values that make no sense. Nothing has changed then.
         """
-        unknown = [name for name in state if name not in asdict(self)]
-        if unknown:
-            raise ValueError(
-                f"the saved loss scaler has {', '.join(map(repr, unknown))}, which this version does not know"
-            )
-        LossScaler(**{**asdict(self), **state})
-        for name, value in state.items():
+        for name, value in asdict(LossScaler.of_state(state)).items():
             setattr(self, name, value)
+
+    @classmethod
+    def of_state(cls, state: Any) -> "LossScaler":
+        """A scaler with a saved state.
+
+        Raises
+        ------
+        ValueError
+            As of `load_state_dict`.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the saved loss scaler is {brief(state)}, expected names and numbers")
+        known = cls.__dataclass_fields__
+        for name in state:
+            if name not in known:
+                raise ValueError(f"the saved loss scaler has {brief(name)}, which this version does not know")
+        if lost := [name for name in known if name not in state]:
+            raise ValueError(f"the saved loss scaler lacks {', '.join(lost)}")
+        for name, field in known.items():
+            value, kind = state[name], int if field.type is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"{name} of the saved loss scaler must be a number, got {brief(value)}")
+        try:
+            found = cls(**state)
+        except ValueError as error:
+            raise ValueError(f"the saved loss scaler makes no sense: {error}") from error
+        for name in ("good_steps", "overflows"):
+            if getattr(found, name) < 0:
+                raise ValueError(f"{name} of the saved loss scaler must be 0 or more, got {getattr(found, name)}")
+        return found

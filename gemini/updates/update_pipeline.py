@@ -37,6 +37,7 @@ from ..chunk import (
 )
 from ..errors import OffloadError, OutOfMemory
 from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate
+from .averages import PIECE_NUMEL, UNCHANGED, BoundAverage
 from .ticket import Ticket
 
 BLOCK_SETS = 3
@@ -64,6 +65,8 @@ class ChunkUpdate:
     runs: tuple[Run, ...]
     out: Tensor | None
     """The full copy to refresh in the same pass, where one exists in the same memory."""
+    averages: Mapping[str, BoundAverage] = field(default_factory=dict)
+    """What is to follow the masters, by the names of its buffers."""
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +85,7 @@ class Block:
     staged: dict[str, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     computed_numel: int = 0
+    averaged_numel: int = 0
 
     @property
     def numel(self) -> int:
@@ -89,11 +93,13 @@ class Block:
 
     @property
     def is_computed(self) -> bool:
-        return self.computed_numel == self.numel
+        return self.computed_numel == self.numel and (not self.update.averages or self.averaged_numel == self.numel)
 
     def buffers(self) -> dict[str, Buffer]:
         """Where the chunk has what its update takes."""
         chunk = self.update.chunk
+        if self.at_step is UNCHANGED:
+            return chunk.homes
         assert chunk.gradient is not None and chunk.gradient.buffer is not None
         return {**chunk.homes, GRADIENT: chunk.gradient.buffer}
 
@@ -129,12 +135,23 @@ class Block:
         if self.update.out is not None:
             tensors[_REFRESHED] = self.update.out[self.start : self.stop]
         step = self.at_step.atomic_numel(tensors[MASTER].device) or self.numel
-        while not self.is_computed:
+        while self.computed_numel < self.numel:
             start, stop = self.computed_numel, min(self.computed_numel + step, self.numel)
             self._apply({name: tensor[self.within(name, start, stop)] for name, tensor in tensors.items()})
             self.computed_numel = stop
+        while not self.is_computed:
+            start, stop = self.averaged_numel, min(self.averaged_numel + PIECE_NUMEL, self.numel)
+            self._average({name: tensor[self.within(name, start, stop)] for name, tensor in tensors.items()})
+            self.averaged_numel = stop
+
+    def _average(self, tensors: Mapping[str, Tensor]) -> None:
+        values = self.update.chunk.plan.codec.decode(tensors)
+        for name, average in self.update.averages.items():
+            average.apply(tensors[name], values)
 
     def _apply(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.at_step is UNCHANGED:
+            return
         at_step, shadow, refreshed = self.at_step, tensors.get(SHADOW), tensors.get(_REFRESHED)
         states = [tensors[spec.name] for spec in self.update.chunk.states]
         if MASTER_LOW in tensors:
@@ -215,8 +232,11 @@ class UpdatePipeline:
         if not self._waiting or len(self._reading) == _READS:
             return False
         block, in_flight = self._waiting[0], [other for other, _ in chain(self._reading, self._writing)]
-        if block.to_borrow() and sum(bool(other.staged) for other in in_flight) >= BLOCK_SETS:
-            return False
+        if needed := len(block.to_borrow()):
+            assert self._staging is not None
+            # Averages, which nobody has counted on, take blocks as well: then there are fewer sets.
+            if sum(bool(other.staged) for other in in_flight) >= BLOCK_SETS or self._staging.free_count < needed:
+                return False
         return not any(block.follows(other) for other in in_flight)
 
     def _begin(self) -> None:

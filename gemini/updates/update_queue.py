@@ -89,9 +89,9 @@ class UpdateQueue:
         return tickets
 
     def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, BoundUpdate]]:
-        assert update.chunk.gradient is not None and update.chunk.gradient.buffer is not None
-        homes = [*update.chunk.homes.values(), update.chunk.gradient.buffer]
-        streams = any(home.tensor is None for home in homes)
+        gradient = update.chunk.gradient
+        homes = [*update.chunk.homes.values(), None if gradient is None else gradient.buffer]
+        streams = any(home is not None and home.tensor is None for home in homes)
         size = self._staging.block_numel if streams and self._staging is not None else update.chunk.layout.numel
         first = update.chunk.extent.start
         return [
@@ -99,6 +99,11 @@ class UpdateQueue:
             for run in update.runs
             for start, stop, offset in pieces(run.start - first, run.stop - first, size)
         ]
+
+    @property
+    def can_stream(self) -> bool:
+        """True if homes on DISK can be updated."""
+        return self._staging is not None
 
     def retry(self) -> None:
         """Go on where an update failed."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
 from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
+from .averages import UNCHANGED, Averages
 from .options import Options
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
@@ -77,8 +78,14 @@ class Updater:
         self.steps: dict[int, int] = {}
         """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
         means nothing; where it does, it may be 0, if somebody has set it."""
+        self.averages = Averages()
         self._manager = manager
         self._queue = queue
+
+    @property
+    def can_stream(self) -> bool:
+        """True if homes on DISK can be updated."""
+        return self._queue.can_stream
 
     def groups(self, options: Options) -> Groups:
         """The arithmetic of each group.
@@ -134,7 +141,16 @@ class Updater:
             else:
                 runs.append(Run(start, stop, at_step))
             previous = position
-        return Planned(ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh)), taken, is_empty)
+        averages = self.averages.of(chunk)
+        if averages:
+            runs, is_empty = _without_gaps(runs, chunk.extent), False
+        return Planned(ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh), averages), taken, is_empty)
+
+    def plan_averages(self, chunk: Chunk) -> Planned:
+        """Have the averages of a chunk go on that no gradient has come to."""
+        self._manager.full_copies.arrive(chunk)
+        runs = _without_gaps([], chunk.extent)
+        return Planned(ChunkUpdate(chunk, tuple(runs), None, self.averages.of(chunk)), {}, not runs)
 
     def _refreshed(self, chunk: Chunk, refresh: bool) -> Tensor | None:
         """The full copy to write through to; where the kernel cannot reach it, it is evicted instead (free)."""
@@ -153,9 +169,8 @@ class Updater:
         tickets = self._queue.submit([each.update for each in planned], self._manager.device.caller())
         for each, ticket in zip(planned, tickets, strict=True):
             chunk = each.chunk
-            assert chunk.gradient is not None
             self.steps.update(each.taken)
-            chunk.begin_update(ticket, chunk.gradient.present)
+            chunk.begin_update(ticket, chunk.gradient.present if chunk.gradient is not None else ())
             self._manager.release_gradient_after(chunk, ticket)
 
     def wait_for_holders(self, planned: Sequence[Planned]) -> None:
@@ -174,3 +189,15 @@ class Updater:
                     chunk.loan.remember_all()
             elif chunk.gradient is not None and chunk.gradient.is_held:
                 chunk.settle()
+
+
+def _without_gaps(runs: Sequence[Run], extent: range) -> list[Run]:
+    """All of an extent: between these runs nothing but averages changes."""
+    whole: list[Run] = []
+    at = extent.start
+    for run in runs:
+        if at < run.start:
+            whole.append(Run(at, run.start, UNCHANGED))
+        whole.append(run)
+        at = run.stop
+    return [*whole, Run(at, extent.stop, UNCHANGED)] if at < extent.stop else whole

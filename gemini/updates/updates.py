@@ -153,8 +153,9 @@ class Updates:
     def start(self, planned: Sequence[Planned]) -> None:
         """Start updates, in this order; from now on the chunks' gradients are theirs."""
         self._updater.start(planned)
-        for each in planned:
-            self.gradients.hand_over(each.chunk)
+        for chunk in (each.chunk for each in planned):
+            if chunk.gradient is not None and chunk.gradient.present:
+                self.gradients.hand_over(chunk)
         self._manager.together.communicator.advance()  # those who hold memory are to see what other owners update, too
         self._updater.wait_for_holders(planned)
 

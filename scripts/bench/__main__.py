@@ -7,7 +7,7 @@
     python scripts/bench step     one training step, managed against plain PyTorch
     python scripts/bench peer_steps   the same against FSDP2 and DeepSpeed, each in a process of its own
     python scripts/bench ranks    training steps of several ranks, beside FSDP2 and DeepSpeed
-    python scripts/bench capacity | disk | overhead | overlap | telemetry     see their own --help
+    python scripts/bench async_save | capacity | disk | overhead | overlap | telemetry     see their own --help
 
 A benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> dict``; the dict goes to ``--json FILE``.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import report
 
 NAMES = ("adam", "optimizers", "quantised", "step", "peer_steps", "ranks", "tiny")
-SCRIPTS = ("capacity", "disk", "overhead", "overlap", "telemetry")
+SCRIPTS = ("async_save", "capacity", "disk", "overhead", "overlap", "telemetry")
 """Have a `main` that reads the command line itself."""
 
 

@@ -77,11 +77,9 @@ class GeminiPlugin(DPPluginBase):
     offload_dir
         Folder of the disk tier; None: no disk tier.
     snapshot_memory
-        Bytes of ``host_memory`` for copies of what changes while it is saved with ``use_async=True``; None: half of
-        what is free when the save begins. What finds no room waits for the save.
+        Bytes of ``host_memory`` for copies of what changes in an asynchronous save; None: half of what is free.
     disk_checksums
-        Keep a CRC-32 of all that is written to disk and compare what is read with it: other bytes are an error that
-        names the chunk. Costs some CPU time.
+        Compare what is read from disk with a CRC-32 of what was written: other bytes are an error. Costs some CPU time.
     update_in_backward
         The optimizer updates each chunk as soon as backward needs it no more, so that the gradients are never all in
         memory at once; `optimizer.step()` does the rest. Same numbers; it buys room, not time. Without clipping,

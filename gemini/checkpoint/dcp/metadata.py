@@ -5,6 +5,7 @@ name is looked up. What they say is checked before it is used.
 """
 
 import io
+import os
 import pickle
 from collections.abc import Mapping
 from math import prod
@@ -49,10 +50,11 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA_NAME
     try:
         with open(path, "rb") as file:
-            data = file.read(_LIMIT_BYTES + 1)
+            is_short = os.fstat(file.fileno()).st_size <= _LIMIT_BYTES
+            data = file.read() if is_short else b""  # not read(limit), which takes that memory first
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if len(data) > _LIMIT_BYTES:
+    if not is_short:
         raise CheckpointError(f"{path} is longer than {_LIMIT_BYTES} bytes")
     try:
         found = _Unpickler(io.BytesIO(data)).load()

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 
 from gemini.errors import CheckpointError
-from gemini.step.kept_states import STEP
 from gemini.step.saved_groups import load_options
+from gemini.step.state_checks import STEP
 
 from ..match import Source
+from ..optimizer_check import checked_saved
 from ..optimizer_files import SavedOptimizer
-from ..optimizer_io import checked_saved
 from ..tensor_parallel import whole_shape
 from .pieces import OURS, Contents, Piece, Seat
 from .reads import Arrivals, read_object

@@ -14,13 +14,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from gemini.errors import CheckpointError
 
+from ...torch_private import stored_at
 from ..output import Output
 from .metadata import read_metadata
 
@@ -104,9 +106,33 @@ class Writer(FileSystemWriter):
         self.files = SummedFiles(final)
         self.fs = self.files
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write one value after the other. (torch's own keeps all of them until the last one is written.)"""
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results: list[WriteResult] = []
+        with self.files.create_stream(Path(self.path, name), "wb") as stream:
+            for item in plan.items:
+                begin = stream.tell()
+                _write(planner.resolve_data(item), stream)
+                length = stream.tell() - begin
+                results.append(WriteResult(item.index, length, stored_at(name, begin, length)))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
     def storage_meta(self) -> StorageMeta:
         """What the metadata say of the place: nothing, because folders are moved."""
         return StorageMeta(save_id=self.save_id)
+
+
+def _write(value: Tensor | io.BytesIO, stream: io.IOBase) -> None:
+    if isinstance(value, io.BytesIO):
+        stream.write(value.getbuffer())
+        return
+    value = value.detach().cpu()
+    if value.untyped_storage().nbytes() != value.nbytes:
+        value = value.clone()  # else all that it is a part of would be written
+    torch.save(value, cast(Any, stream))
 
 
 class Reader(FileSystemReader):

@@ -11,6 +11,8 @@ from .hybrid_adam import HybridAdam
 from .managed import ManagedOptimizer
 from .rules import elementwise
 from .rules.adam_rule import ADAM
+from .rules.elementwise_rule import ElementwiseRule
+from .rules.rule import Rule
 
 _WHOLE_TENSOR = {
     "adafactor": "factors the second moment of a matrix into its rows and columns",
@@ -85,6 +87,14 @@ def rule_name(optimizer: Optimizer) -> str | None:
         return ADAM.name
     kind = elementwise.kind_of(optimizer)
     return None if kind is None else kind.name
+
+
+def known_rule(optimizer: Optimizer) -> Rule | None:
+    """The arithmetic of an optimizer, boosted or not; None if it is of no known kind."""
+    if isinstance(optimizer, ManagedOptimizer):
+        return optimizer.rule
+    kind = elementwise.kind_of(optimizer) or elementwise.adam_kind(optimizer)
+    return None if kind is None else ElementwiseRule(kind, optimizer)
 
 
 def _why_not(optimizer: Optimizer) -> str:

@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -13,14 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 from forms import FORMS, Form, Prepared, prepared  # noqa: E402
+from operations import folder_in_memory  # noqa: E402
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: form.name, scope="module")
 def case(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     """Each way to save, over an older checkpoint."""
     form: Form = request.param
-    memory = Path("/dev/shm")  # thousands of syncs, which is what a disk is slow at
-    with TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder, warnings.catch_warnings():
+    with folder_in_memory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft asks transformers for it
-        with prepared(form, Path(folder) / "x") as it:
+        with prepared(form, folder / "x") as it:
             yield it

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import Mixed, assert_same, gpt2, mixed, train
+from checkpoint_cases import Mixed, assert_same, boost, child, gpt2, mixed, tokens, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gemini.boosted import boosted as boosted_model
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk.snapshot import Snapshot
+from gemini.errors import CheckpointError
 from gemini.nn.optimizer import HybridAdam
 
 SECONDS = 20.0
@@ -213,3 +215,152 @@ def _boost(booster: Booster) -> tuple[Any, Any]:
     model = gpt2()
     model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters(), lr=1e-2))
     return model, optimizer
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_parts_are_saved_in_the_background_too(tmp_path: Path, writer: Writer) -> None:
+    booster, model, optimizer = boost(gpt2())
+    train(booster, model, optimizer, range(2))
+    for folder, is_async in (("now", False), ("later", True)):
+        booster.save_model(model, tmp_path / folder, shard=True, size_per_shard="64KiB", use_async=is_async)
+        booster.save_optimizer(optimizer, tmp_path / folder, use_async=is_async)  # waits for the one before
+    train(booster, model, optimizer, range(2, 4))
+    booster.wait_until_finished()
+    now, later = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("now", "later"))
+    assert len(now) > 4 and now == later
+
+
+def test_what_is_in_no_chunk_or_in_a_torch_file_is_there_when_the_call_returns(tmp_path: Path, writer: Writer) -> None:
+    booster, model, optimizer = boost(gpt2())
+    train(booster, model, optimizer, range(1))
+    writer.hold()
+    booster.save_model(model, tmp_path / "model.pt", use_async=True)
+    booster.save_optimizer(optimizer, tmp_path / "optimizer.pt", use_async=True)
+    booster.save_model(nn.Linear(2, 2), tmp_path / "plain.safetensors", use_async=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "optimizer.pt", "plain.safetensors"]
+
+
+class Boom(OSError):
+    pass
+
+
+@pytest.mark.parametrize("told_by", ["step", "backward", "save", "load", "wait"])
+def test_an_error_is_told_by_the_next_call_and_costs_nothing(
+    told_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    booster, model, optimizer = boost(gpt2())
+    train(booster, model, optimizer, range(1))
+    booster.save_model(model, tmp_path / "m")
+    booster.save_optimizer(optimizer, tmp_path / "o")
+    before = weights(tmp_path / "m")
+    train(booster, model, optimizer, range(1, 2))
+    loss = model(input_ids=tokens(2), labels=tokens(2)).loss
+    if told_by == "step":
+        booster.backward(loss, optimizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(Snapshot, "read", _boom)
+        booster.save_model(model, tmp_path / "m", use_async=True)
+        boosted_model(model).manager.snapshots.rest()
+    calls: dict[str, Callable[[], object]] = {
+        "step": optimizer.step,
+        "backward": lambda: booster.backward(loss, optimizer),
+        "save": lambda: booster.save_model(model, tmp_path / "m"),
+        "load": lambda: booster.load_optimizer(optimizer, tmp_path / "o"),
+        "wait": booster.wait_until_finished,
+    }
+    with pytest.raises(CheckpointError, match=r"save_model to .*m, in the background, failed: .*the disk is away"):
+        calls[told_by]()
+    assert_same(weights(tmp_path / "m"), before)
+    if told_by in ("step", "backward"):
+        calls[told_by]()
+        booster.backward(model(input_ids=tokens(3), labels=tokens(3)).loss, optimizer)
+        optimizer.step()
+    booster.save_model(model, tmp_path / "m", use_async=True)
+    booster.wait_until_finished()
+    found = weights(tmp_path / "m")
+    assert_same(found, {name: model.state_dict()[name] for name in found})
+
+
+def _boom(*args: Any) -> Tensor:
+    raise Boom("the disk is away")
+
+
+def test_an_embedding_that_renormalises_itself_in_its_forward_is_saved_as_it_was(
+    tmp_path: Path, writer: Writer
+) -> None:
+    model = nn.Sequential(nn.Embedding(8, 4, max_norm=0.5), nn.Linear(4, 1))
+    booster, model, optimizer = boosted(model, "home", tmp_path)
+    with pytest.raises(CheckpointError, match=r"0\.weight was changed in place by a forward"):
+        writer.hold()
+        booster.save(tmp_path / "later", model=model, use_async=True)
+        model(torch.arange(8))
+        writer.let_go()
+        booster.wait_until_finished()
+    optimizer.zero_grad()
+    model(torch.arange(8)).sum().backward()
+    optimizer.step()
+    booster.save(tmp_path / "now", model=model)
+    writer.hold()
+    booster.save(tmp_path / "later", model=model, use_async=True)
+    with torch.no_grad():
+        model[0].weight.mul_(100)
+    model(torch.arange(8)).sum().backward()
+    optimizer.step()
+    writer.let_go()
+    booster.wait_until_finished()
+    assert_same_files(files(tmp_path / "later"), files(tmp_path / "now"))
+
+
+def test_a_layer_that_is_unfrozen_meanwhile_moves_when_it_is_written(tmp_path: Path) -> None:
+    model = gpt2()
+    model.transformer.wpe.requires_grad_(False)
+    booster, model, optimizer = boosted(model, "copied", tmp_path)
+    train(booster, model, optimizer, range(2))
+    booster.save(tmp_path / "now", model=model, optimizer=optimizer)
+    booster.save(tmp_path / "later", model=model, optimizer=optimizer, use_async=True)
+    model.transformer.wpe.requires_grad_(True)
+    optimizer.add_param_group({"params": list(model.transformer.wpe.parameters())})
+    train(booster, model, optimizer, range(2, 4))
+    booster.wait_until_finished()
+    assert_same_files(files(tmp_path / "later"), files(tmp_path / "now"))
+
+
+def test_a_bad_amount_of_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="snapshot_memory"):
+        GeminiPlugin(snapshot_memory=-1)
+
+
+def test_accidents_meanwhile_cost_neither_the_save_nor_the_training(tmp_path: Path) -> None:
+    names = ("dropped", "interrupted", "interrupted_waiting", "forked", "exit")
+    done = child("child_async.py", tmp_path, *names)
+    assert done.stdout.splitlines()[-1] == "the end"
+    for name in names:
+        assert_same_files(files(tmp_path / name / "later"), files(tmp_path / name / "now"))
+
+
+@pytest.mark.heavy
+def test_the_end_of_the_process_waits_for_what_reads_the_disk_tier(tmp_path: Path) -> None:
+    child("child_async.py", tmp_path, "exit_disk")
+    assert_same_files(files(tmp_path / "exit_disk" / "later"), files(tmp_path / "exit_disk" / "now"))
+
+
+@pytest.mark.heavy
+def test_an_error_that_nobody_was_told_of_is_logged_at_the_end(tmp_path: Path) -> None:
+    done = child("child_async.py", tmp_path, "failed")
+    assert "in the background, failed" in done.stderr and "No such file" in done.stderr
+    assert not list((tmp_path / "failed" / "later").glob("checkpoint-*"))
+
+
+@pytest.mark.heavy
+def test_a_killed_process_leaves_what_was_there_before(tmp_path: Path) -> None:
+    assert child("child_async.py", tmp_path, "killed", check=False).returncode == -9
+    assert not list((tmp_path / "killed" / "later").glob("checkpoint-*"))
+    booster, model, optimizer = boost(nn.Sequential(*(nn.Linear(32, 32) for _ in range(32))), "bf16")
+    booster.load(tmp_path / "killed" / "now", model=model, optimizer=optimizer)
+    booster.save(tmp_path / "killed" / "later", model=model, optimizer=optimizer, use_async=True)
+    booster.wait_until_finished()
+    assert [path.name for path in (tmp_path / "killed" / "later").glob(".*")] == []
+    assert_same_files(files(tmp_path / "killed" / "later"), files(tmp_path / "killed" / "now"))

@@ -91,24 +91,6 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, suffix: str) -> None:
         assert_refused(model, cut)
 
 
-def test_any_change_of_a_header_is_refused_or_harmless(tmp_path) -> None:
-    save_model(mixed(), tmp_path / "whole.safetensors")
-    whole = (tmp_path / "whole.safetensors").read_bytes()
-    header_end = 8 + struct.unpack("<Q", whole[:8])[0]
-    rng = random.Random(3)
-    model, refused = mixed(seed=1), 0
-    for _ in range(300):
-        changed = bytearray(whole)
-        for _ in range(rng.randint(1, 3)):
-            changed[rng.randrange(header_end)] = rng.randrange(256)
-        (tmp_path / "changed.safetensors").write_bytes(changed)
-        try:
-            load_model(model, tmp_path / "changed.safetensors")
-        except CheckpointError:
-            refused += 1
-    assert refused > 200
-
-
 class Payload:
     def __reduce__(self):
         return os.system, ("touch executed",)
@@ -177,29 +159,3 @@ def test_an_index_that_names_tensors_which_are_not_there_is_refused(tmp_path) ->
     first = sorted(tmp_path.glob("*.safetensors"))[0].name
     rewrite(index, lambda content: content["weight_map"].update(conjured=first))
     assert_refused(mixed(seed=1), tmp_path, f"conjured (in {first})")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: content.pop("format"),
-        lambda content: content.update(version=3),
-        lambda content: content.pop("optimizer"),
-        lambda content: content.update(optimizer="SGD"),
-        lambda content: content.pop("param_groups"),
-        lambda content: content.update(param_groups=[{}]),
-        lambda content: content.update(steps={"x": 1}),
-        lambda content: content.update(steps=[]),
-        lambda content: content.update(weight_map={"0.exp_avg": "/etc/passwd"}),
-        lambda content: content["param_groups"][0]["params"].pop(),
-        lambda content: content["param_groups"][0]["param_names"].__setitem__(0, "other"),
-    ],
-)
-def test_a_damaged_optimizer_is_refused(tmp_path, change) -> None:
-    booster, _, optimizer = boost(mixed())
-    booster.save_optimizer(optimizer, tmp_path)
-    rewrite(tmp_path / "optimizer.json", change)
-    before = optimizer.state_dict()["param_groups"]
-    with pytest.raises(CheckpointError, match=r"optimizer.json"):
-        booster.load_optimizer(optimizer, tmp_path)
-    assert optimizer.state_dict()["param_groups"] == before

@@ -231,8 +231,8 @@ class Warmup:
 
 def test_a_scheduler_that_would_not_load_again_is_refused_when_it_is_saved(tmp_path: Path) -> None:
     scheduler = lr_scheduler.LambdaLR(HybridAdam(nn.Linear(2, 2).parameters()), Warmup())
-    with pytest.raises(CheckpointError, match="LambdaLR holds more than plain values"):
+    with pytest.raises(CheckpointError, match=r"the state of LambdaLR\[.* only tensors, numbers, texts"):
         save_lr_scheduler(scheduler, tmp_path / "scheduler")
     torch.save({"a": 1}, tmp_path / "other")
-    with pytest.raises(CheckpointError, match="is not the state of a learning rate scheduler"):
+    with pytest.raises(CheckpointError, match="is not the state of a LambdaLR"):
         load_lr_scheduler(scheduler, tmp_path / "other")

@@ -148,6 +148,7 @@ def test_the_first_version_of_the_files_is_adams(tmp_path: Path) -> None:
     path = tmp_path / "optimizer.json"
     content = json.loads(path.read_text())
     assert (content["version"], content.pop("optimizer")) == (2, "Adam")
+    del content["crc32"]
     path.write_text(json.dumps({**content, "version": 1}))
     other_booster, _, other = boost(gpt2())
     other_booster.load_optimizer(other, tmp_path)

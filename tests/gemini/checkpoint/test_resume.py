@@ -1,5 +1,6 @@
 """Saved, loaded in another process and trained on, a run goes on bit for bit."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from resumed_runs import PRECISIONS, SOURCES, Run
 
 from gemini.checkpoint import named_tensors
 from gemini.chunk import MASTER, Tier
+from gemini.updates.scaler import LossScaler
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,9 @@ def test_training_goes_on_bit_for_bit_in_a_new_process_with_another_placement(
 
 def test_the_loss_scale_is_where_it_was(tmp_path: Path) -> None:
     booster, model, optimizer = boost(gpt2(), "fp16")
-    optimizer._managed.scaling.scaler.load_state_dict({"scale": 512.0, "good_steps": 7, "overflows": 1})
+    optimizer._managed.scaling.scaler.load_state_dict(
+        {**asdict(LossScaler()), "scale": 512.0, "good_steps": 7, "overflows": 1}
+    )
     for checkpoint in (tmp_path / "folder", tmp_path / "optimizer.pt"):
         booster.save_optimizer(optimizer, checkpoint)
         other_booster, _, other = boost(gpt2(), "fp16")

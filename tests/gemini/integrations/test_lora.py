@@ -15,6 +15,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import GRADIENT
 from gemini.errors import CheckpointError
 from gemini.nn.optimizer import HybridAdam
+from gemini.quantization import Quantization
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' own, about each other
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -178,6 +179,12 @@ def test_damaged_adapters_are_not_loaded(tmp_path: Path) -> None:
         adapted(booster, pretrained_dir=str(tmp_path))
 
 
+class Nf4:
+    """What a ``BitsAndBytesConfig`` says; making one needs the package."""
+
+    load_in_4bit, bnb_4bit_quant_type = True, "nf4"
+
+
 def test_arguments_are_recognised_in_our_order_and_in_colossalais(tmp_path: Path) -> None:
     booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, **SMALL))
 
@@ -198,10 +205,13 @@ def test_arguments_are_recognised_in_our_order_and_in_colossalais(tmp_path: Path
     ]
     for given in ways:
         assert booster.enable_lora(base(), *given).active_peft_config.r == 2
+    for more in (("nf4",), (None, "nf4"), (None, None, True), (None, Nf4())):
+        model = booster.enable_lora(base(), linear(), *more)
+        assert Quantization.for_model(model, None) == Quantization("nf4")
     with pytest.raises(ValueError, match=r"give a lora_config \(peft\.LoraConfig\) or a pretrained_dir"):
         booster.enable_lora(base())
     with pytest.raises(TypeError, match="two of config"):
-        booster.enable_lora(base(), linear(), linear())
+        booster.enable_lora(base(), linear(), linear(bias="all"))
     with pytest.raises(TypeError, match="lora_config=4 of type int"):
         booster.enable_lora(base(), None, 4)
     model, *_ = booster.boost(made)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gemini.errors import CheckpointError
 from gemini.telemetry.reader import read_run
 from gemini.telemetry.run_status import RunStatus
 from gemini.train import job
@@ -201,7 +202,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("gemini.checkpoint.manifest.Manifest.text", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         train("--checkpoint", folder, "--steps", 1)
     assert files_of(folder) == before
     assert os.listdir(tmp_path) == ["checkpoint"]

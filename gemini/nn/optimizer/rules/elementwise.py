@@ -84,7 +84,13 @@ def kind_of(optimizer: Optimizer) -> Kind | None:
 def asks_for_torchs_own(optimizer: Optimizer) -> Kind | None:
     """An Adam with options that `HybridAdam`'s kernels do not have, and torch's own arithmetic has."""
     is_asked = any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
-    return Kind(type(optimizer), _adam, called="Adam") if is_asked else None
+    return adam_kind(optimizer) if is_asked else None
+
+
+def adam_kind(optimizer: Optimizer) -> Kind | None:
+    """Torch's own Adam and AdamW; None of other optimizers."""
+    is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+    return Kind(type(optimizer), _adam, called="Adam") if is_adam else None
 
 
 def names() -> tuple[str, ...]:

@@ -4,7 +4,6 @@ A rule is element-wise: what happens to an element depends on this element's val
 all, so any cut of a flat buffer into pieces gives the same bits, and pieces may lie anywhere.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gemini.chunk import BufferSpec, Codec
+
+from .option_ranges import brief, number_of
 
 __all__ = [
     "BoundUpdate",
@@ -23,6 +24,9 @@ __all__ = [
     "steps_of",
     "whole_steps",
 ]
+
+_LIMIT_STEPS = 2**53
+"""From here on a float64 does not count by one."""
 
 
 class BoundUpdate(Protocol):
@@ -126,14 +130,16 @@ def whole_steps(value: Any) -> int:
     ValueError
         If it is no count.
     """
-    number = float(value)
-    if not math.isfinite(number) or number < 0 or number != int(number):
-        raise ValueError(f"step counts the steps of a parameter: a whole number of 0 or more, got {number:g}")
+    number = number_of(value)
+    if number is None or not 0 <= number < _LIMIT_STEPS or number != int(number):
+        raise ValueError(
+            f"step counts the steps of a parameter, below 2**53: a whole number of 0 or more, got {brief(value)}"
+        )
     return int(number)
 
 
 def steps_of(rule: Rule, saved: Mapping[str, Any]) -> int:
     """How many steps a state, as a state dict has it, is old; where it does not say, 1 if there is any."""
     if rule.takes_step:
-        return int(saved.get("step", 0))
+        return whole_steps(saved.get("step", 0))
     return int(has_state(saved))

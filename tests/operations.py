@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -34,6 +35,14 @@ class Call:
     def __str__(self) -> str:
         names = [self.path.name, *([self.other.name] if self.other is not None else [])]
         return f"{self.kind} {' to '.join(names)}"
+
+
+@contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """A folder whose syncs cost nothing, where there is one: tests sync thousands of times."""
+    memory = Path("/dev/shm")
+    with TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
 
 
 Hook = Callable[[Call, Callable[[], Any]], Any]
