@@ -63,8 +63,8 @@ def decode(codes: Tensor, absmax: Tensor, form: BlockFormat, dtype: torch.dtype)
 
 
 def decode_into(out: Tensor, codes: Tensor, absmax: Tensor, form: BlockFormat) -> None:
-    """The same into memory that is there, as much as it takes."""
-    kernels, blocks = _kernels(), absmax.numel()
+    """The same into memory that is there, as much as it takes; all on CPU, or on a device, where torch does it."""
+    kernels, blocks = _kernels() if out.device.type == "cpu" else None, absmax.numel()
     if kernels is None or out.numel() != blocks * BLOCK_NUMEL:  # a last block that is shorter
         out.copy_(block_format.dequantise(codes, absmax, form, out.dtype)[: out.numel()])
     elif form.codes_per_byte == 2:

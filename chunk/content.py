@@ -106,7 +106,7 @@ class MasterCodec(Codec, Protocol):
         """How a state of the optimizer lies in its buffer beside such masters."""
 
     def decode_into(self, out: Tensor, stored: Pieces) -> None:
-        """As `decode`, into memory on CPU (flat, dense)."""
+        """As `decode`, into memory (flat, dense) that is where the pieces are."""
 
 
 @dataclass(frozen=True, slots=True)
