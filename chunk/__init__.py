@@ -30,6 +30,7 @@ from .plan import ChunkPlan
 from .quantised import Quantised
 from .search import ChunkSearch, search_chunk_numel
 from .shared_gradient import Gradient, SharedGradient
+from .slot_values import SlotValues, accept_replaced, open_to_replace, open_values
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
 from .state import ChunkState
@@ -83,6 +84,7 @@ __all__ = [
     "SharedGradient",
     "SingleProcess",
     "Slot",
+    "SlotValues",
     "SplitBf16",
     "Staging",
     "TensorSpec",
@@ -119,4 +121,7 @@ __all__ = [
     "write_part",
     "write_slot",
     "reach",
+    "accept_replaced",
+    "open_to_replace",
+    "open_values",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -154,6 +155,7 @@ class Checkpointing:
         use_async: bool = False,
         *,
         gather_dtensor: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write the model in the Hugging Face layout; see `gemini.checkpoint.save_model`. Tensors are whole always."""
         from gemini import checkpoint as io
@@ -166,6 +168,7 @@ class Checkpointing:
             size_per_shard=size_per_shard,
             use_safetensors=use_safetensors,
             use_async=use_async,
+            dtype=dtype,
         )
 
     def load_model(

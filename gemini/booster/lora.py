@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..checkpoint import verify_adapters
 from ..chunk import FORMATS
 from ..errors import CheckpointError
 from ..formats import shown
+from ..lazy import LazyInitContext, is_lazy
 from ..quantization import Quantization, declare
 
 _WANTED = "give a lora_config (peft.LoraConfig) or a pretrained_dir with saved adapters"
@@ -99,7 +101,10 @@ def add_adapters(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
             "enable_lora comes before booster.boost, and this model is boosted: boost what enable_lora returns. To a "
             "boosted model with adapters add others with model.add_adapter or model.load_adapter"
         )
-    return request.applied(model)
+    # What some methods compute of the base (the magnitudes of DoRA) has to be recorded, too.
+    is_recorded = any(map(is_lazy, nn.Module.parameters(model)))
+    with LazyInitContext() if is_recorded else nullcontext():
+        return request.applied(model)
 
 
 def _meaning(name: str, value: Any) -> tuple[str, Any]:

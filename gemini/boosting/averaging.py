@@ -71,6 +71,7 @@ class RunningAverage:
 
         At its end it has its own again, bit by bit. It cannot be trained in between.
         """
+        self._check_open()
         self._step.averages.refuse_swapped("swap an average in")
         self._swap()
         try:
@@ -85,6 +86,7 @@ class RunningAverage:
 
     def read(self, parameter: Tensor) -> Tensor:
         """The average of one parameter, on CPU; of one that is not trained, its value."""
+        self._check_open()
         if (plain := self._average.plain.get(parameter)) is not None:
             return plain.detach().to("cpu", copy=True)
         place = self._manager.find(parameter)
@@ -94,6 +96,7 @@ class RunningAverage:
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
         """Replace the average of one parameter; of one that is not trained there is none, and nothing is changed."""
+        self._check_open()
         place = self._manager.find(parameter)
         if (plain := self._average.plain.get(parameter)) is not None:
             plain.copy_(value)
@@ -131,8 +134,13 @@ class RunningAverage:
 
     def close(self) -> None:
         """End the average, and give its memory back."""
+        self._check_open()
         self._step.averages.refuse_swapped("end an average")
         self._step.remove_average(self._average)
+
+    def _check_open(self) -> None:
+        if self._average not in self._step.averages:
+            raise RuntimeError(f"the average {self.name} has been closed: make another one")
 
     def _swap(self) -> None:
         with torch.no_grad():

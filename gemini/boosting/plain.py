@@ -45,8 +45,9 @@ def to_torch(model: nn.Module, dtype: torch.dtype | None = None, device: str | t
     Raises
     ------
     ValueError
-        If there are gradients that no step has taken, code outside of the model holds memory of parameters, or a module
-        is compiled (``module.compile()``); or for a ``dtype`` that parameters cannot have.
+        If there are gradients that no step has taken, a running average follows the model, code outside of it holds
+        memory of parameters, or a module is compiled (``module.compile()``); or for a ``dtype`` that parameters cannot
+        have.
     RuntimeError
         If there is no memory for the parameters, as torch says it. In each case the model goes on as it was.
     """
@@ -61,6 +62,7 @@ def to_torch(model: nn.Module, dtype: torch.dtype | None = None, device: str | t
             if manager.device.is_ram:
                 return_freed_memory()  # each home that is freed makes room for parameters
             _refuse_compiled(model)
+            _refuse_averages(state)
             _refuse_parts(state)
             state.engine.pins.release_held()
             manager.rehoming.refuse_lent(manager.chunks)
@@ -100,6 +102,14 @@ def _refuse_compiled(model: nn.Module) -> None:
         raise ValueError(
             f"{', '.join(compiled[:4])} is compiled, with what brings its parameters: build a plain model and load "
             "model.state_dict() into it"
+        )
+
+
+def _refuse_averages(state: Boosted) -> None:
+    if names := [average.name for average in state.step.averages]:
+        raise ValueError(
+            f"the model has running averages ({', '.join(names)}), which would be lost: keep average.state_dict(), or "
+            "swap one in and save the model; then call average.close()"
         )
 
 

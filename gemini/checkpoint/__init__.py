@@ -16,12 +16,15 @@ How the files build on each other (imports go down only)::
     parts.py                                         what a part of a boosted model gathers and loads
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
+    filling.py                                       from files straight to where values are
     safetensors_stream.py  torch_file.py             formats
-    stage.py  output.py  raw.py                      atomic files, one file, bytes
+    moves.py  blocks.py  flat_values.py              between a file and where values are, in parts, by threads
+    stage.py  output.py  progress.py  raw.py         atomic files, one file, how far it is, bytes
 """
 
 from .checkpoint_io import load_checkpoint, save_checkpoint
 from .committed import find as find_checkpoint
+from .committed import is_checkpoint
 from .committed import numbered as committed_checkpoints
 from .given_parts import given_parts
 from .lora import save_lora, verify_adapters
@@ -41,6 +44,7 @@ __all__ = [
     "committed_checkpoints",
     "find_checkpoint",
     "full_state_dict",
+    "is_checkpoint",
     "given_parts",
     "load_checkpoint",
     "load_lr_scheduler",

@@ -119,4 +119,4 @@ def _taken_tensor(tensor: UnreadTensor) -> UnreadTensor:
     if tensor.in_chunks:
         return tensor
     value = tensor.read().clone()
-    return replace(tensor, read=lambda: value)
+    return replace(tensor, read=lambda: value, open=lambda: None)

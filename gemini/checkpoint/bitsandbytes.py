@@ -61,7 +61,7 @@ def dequantised(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
                 weight = f"{name.removesuffix('SCB')}weight"
                 found[weight] = _eight_bits(found[weight], found.pop(name))
                 found.pop(f"{name.removesuffix('SCB')}weight_format", None)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{where}: {name} and what belongs to it are no quantised weight: {error}") from error
     return found
 
@@ -89,7 +89,7 @@ def _owner(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _four_bits(codes: Source, state: Source, parts: Mapping[str, Source | None]) -> Dequantised:
-    if state.dtype is not torch.uint8 or prod(state.shape) > _STATE_BYTES:
+    if _whole(state).dtype is not torch.uint8 or prod(state.shape) > _STATE_BYTES:
         raise ValueError(f"its state is of {state.dtype} with shape {state.shape}")
     said = json.loads(bytes(state.read().flatten().tolist()))
     shape, block = tuple(said["shape"]), said["blocksize"]
@@ -102,7 +102,9 @@ def _four_bits(codes: Source, state: Source, parts: Mapping[str, Source | None])
         nested_block, offset = int(said["nested_blocksize"]), float(said["nested_offset"])
         of_blocks = _part(parts, "nested_absmax", -(-prod(absmax.shape) // nested_block))
         of_levels = _part(parts, "nested_quant_map", 256)
-    if codes.dtype is not torch.uint8 or prod(codes.shape) != -(-numel // 2):
+        if absmax.dtype is not torch.uint8:
+            raise ValueError(f"its absmax are of {absmax.dtype}, expected uint8, as they are quantised themselves")
+    if _whole(codes).dtype is not torch.uint8 or prod(codes.shape) != -(-numel // 2):
         raise ValueError(f"its codes are of {codes.dtype} with shape {codes.shape}, expected uint8 for {numel} numbers")
 
     def read() -> Tensor:
@@ -120,6 +122,12 @@ def _part(parts: Mapping[str, Source | None], name: str, numel: int) -> Source:
     source = parts[name]
     if source is None or prod(source.shape) != numel:
         raise ValueError(f"{name} has {'no' if source is None else prod(source.shape)} values, expected {numel}")
+    return _whole(source)
+
+
+def _whole(source: Source) -> Source:
+    if source.fault is not None:
+        raise ValueError(f"a tensor of it {source.fault}")
     return source
 
 
@@ -130,7 +138,8 @@ def _scaled(values: Tensor, scales: Tensor, block: int) -> Tensor:
 
 
 def _eight_bits(weight: Source, scales: Source) -> Dequantised:
-    if weight.dtype is not torch.int8 or len(weight.shape) != 2 or prod(scales.shape) != weight.shape[0]:
+    is_matrix = _whole(weight).dtype is torch.int8 and len(weight.shape) == 2
+    if not is_matrix or prod(_whole(scales).shape) != weight.shape[0]:
         raise ValueError(f"its weight is of {weight.dtype} with shape {weight.shape}, its scales have {scales.shape}")
     return Dequantised(
         weight.shape, torch.float32, lambda: weight.read().float() * (scales.read().float().view(-1, 1) / 127)

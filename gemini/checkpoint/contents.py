@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .flat_values import FlatValues
 from .names import InChunk
 from .output import Output
+from .progress import Progress, Tell, unseen
 from .safetensors_stream import SafetensorsWriter, TensorRecord
 from .stage import Stage
 from .torch_file import write_torch
@@ -47,6 +49,8 @@ class UnreadTensor:
     """Its value, on CPU."""
     in_chunks: tuple[InChunk, ...] = ()
     """What that is read from; empty if it is elsewhere."""
+    open: Callable[[], FlatValues | None] = lambda: None
+    """Its values where they are, for reading in parts; None where only `read` can have them."""
 
     @property
     def shares(self) -> list[int]:
@@ -72,9 +76,9 @@ class Tensors:
         return self._writer.nbytes
 
     def write(self, out: Output) -> None:
-        """One tensor at a time."""
-        reads = {each.record.name: each.read for each in self.tensors}
-        self._writer.write(out, lambda name: reads[name]())
+        """In parts where that is possible, else one tensor at a time."""
+        named = {each.record.name: each for each in self.tensors}
+        self._writer.write(out, lambda name: named[name].read(), lambda name: named[name].open())
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +151,17 @@ class Saving:
 class Files(Protocol):
     """Makes new files: a `Stage`, or one of another rank."""
 
-    def create(self, name: str, nbytes: int = 0) -> Output:
-        """A new file; ``nbytes`` are reserved at once."""
+    def create(self, name: str, nbytes: int = 0, tell: Tell = unseen) -> Output:
+        """A new file; ``nbytes`` are reserved at once. See `Output`."""
 
 
 def write_all(stage: Files, contents: Iterable[Content]) -> None:
     """Write files into a stage, one after the other."""
-    for content in contents:
-        with stage.create(content.name, content.nbytes) as out:
-            content.write(out)
+    contents = list(contents)
+    with Progress("saving", sum(content.nbytes for content in contents)) as progress:
+        for content in contents:
+            with stage.create(content.name, content.nbytes, progress.part(content.nbytes)) as out:
+                content.write(out)
 
 
 def shares_of(in_chunks: Iterable[InChunk]) -> list[int]:

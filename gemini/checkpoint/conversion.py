@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gemini.errors import CheckpointError
 
+from ..formats import listed, shown
 from .match import Source
 
 
@@ -70,14 +71,17 @@ def _results(
         made = one.convert(target, model=model, config=getattr(model, "config", None))
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    faults = (f"is made of {name}, which {fault}" for name, _ in parts if (fault := stored[name].fault) is not None)
+    fault = next(faults, None)
+
     def source(name: str, like: Tensor) -> Source:
-        return Source(tuple(like.shape), like.dtype, lambda: convert(lambda part: part.read())[name])
+        return Source(tuple(like.shape), like.dtype, lambda: convert(lambda part: part.read())[name], fault)
 
     try:
         shapes = convert(lambda part: torch.empty(part.shape, dtype=part.dtype, device="meta"))
     except Exception as error:  # whatever transformers' operations make of tensors that do not belong together
-        names = ", ".join(name for name, _ in parts)
-        raise CheckpointError(f"{target} cannot be made of the stored {names}: {error}") from error
+        names = listed(name for name, _ in parts)
+        raise CheckpointError(f"{target} cannot be made of the stored {names}: {shown(error, 300)}") from error
     return {name: source(name, value) for name, value in shapes.items()}
 
 

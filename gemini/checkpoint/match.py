@@ -14,9 +14,11 @@ from gemini.errors import CheckpointError
 
 from ..formats import listed, shown
 from ..torch_private import IncompatibleKeys
+from .filling import Filling
 from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
 from .pairs import tell_loaded
 from .ranks import checked_by_all, loaded_by_all
+from .safetensors_stream import SafetensorsFile
 
 _MISFITS_SHOWN = 20
 
@@ -30,6 +32,14 @@ class Source:
     read: Callable[[], Tensor]
     fault: str | None = None
     """Why it cannot be read; None if it can."""
+    file: SafetensorsFile | None = None
+    """Has it as ``name_in_file``; None: only `read` has it."""
+    name_in_file: str = ""
+
+    @classmethod
+    def in_file(cls, file: SafetensorsFile, name: str) -> "Source":
+        record = file.records[name]
+        return cls(record.shape, record.dtype, partial(file.read, name), None, file, name)
 
     @classmethod
     def of(cls, value: Tensor) -> "Source":
@@ -66,7 +76,7 @@ class Match:
             raise CheckpointError(f"{what} does not fit the model, which is as it was:\n    " + "\n    ".join(faults))
 
     def load(self, model: nn.Module) -> None:
-        """Copy everything into the model, one tensor at a time.
+        """Copy everything into the model: in parts where that is possible, else one tensor at a time.
 
         Raises
         ------
@@ -83,7 +93,12 @@ class Match:
                     raise CheckpointError(
                         f"{shown(name)} is not taken by its module, and the model is as it was: {error!r}"
                     ) from error
+        filling, whole = Filling(), []
         for entry, source in self.pairs:
+            if source.file is None or not filling.take(entry, source.file, source.name_in_file):
+                whole.append((entry, source))
+        filling.run()
+        for entry, source in whole:
             entry.write(source.read())
 
 

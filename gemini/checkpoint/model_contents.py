@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gemini.errors import CheckpointError
@@ -17,6 +18,7 @@ from .division import divided
 from .hugging_face import save_configuration
 from .names import Entry, entries, extra_states
 from .pairs import id_metadata
+from .raw import overflow_text, overflows
 from .safetensors_stream import TensorRecord
 from .weight_files import INDEX_SUFFIX, SAFE_NAME, shard_names
 
@@ -51,9 +53,22 @@ class Weights:
     """What an index says of all of them."""
 
     @classmethod
-    def of(cls, model: nn.Module, name: str, limit: int | None, writers: Sequence[int] = (0,)) -> "Weights":
-        """One file, or several where the weights are larger than ``limit``, or several ranks write."""
-        held, extra = entries(model), extra_states(model)
+    def of(
+        cls,
+        model: nn.Module,
+        name: str,
+        limit: int | None,
+        writers: Sequence[int] = (0,),
+        dtype: torch.dtype | None = None,
+    ) -> "Weights":
+        """One file, or several where the weights are larger than ``limit``, or several ranks write.
+
+        Parameters
+        ----------
+        dtype
+            What floating-point values are rounded to; None: they are saved as they are.
+        """
+        held, extra = [replace(entry, rounded_to=dtype) for entry in entries(model)], extra_states(model)
         # A tied tensor is in a safetensors file once, in a torch file under each of its names.
         once = name.endswith(".safetensors")
         sizes, shares = [entry.nbytes for entry in held], [shares_of(entry.in_chunks) for entry in held]
@@ -70,7 +85,9 @@ class Weights:
             "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
             "total_size": sum(sizes),
         }
-        content, id = _safetensors if once else _torch_file, id_metadata(model)
+        content = _safetensors if once else _torch_file
+        # Rounded weights are of no state of training: with the optimizer's they would train on to other numbers.
+        id = id_metadata(model) if all(entry.saved_dtype == entry.dtype for entry in held) else {}
         files = [
             content(file, part, extra if file == names[0] else {}, id, rank)
             for file, part, rank in zip(names, shards, ranks, strict=True)
@@ -87,8 +104,10 @@ class Weights:
         return json.dumps({"metadata": self.metadata, "weight_map": weight_map}, indent=2) + "\n"
 
 
-def configuration_files(model: nn.Module) -> list[Content]:
-    dtype = next((entry.dtype for entry in entries(model) if entry.dtype.is_floating_point), None)
+def configuration_files(model: nn.Module, dtype: torch.dtype | None = None) -> list[Content]:
+    """What transformers' models have beside weights; ``dtype`` is that of the weights, None: as they are kept."""
+    if dtype is None:
+        dtype = next((entry.dtype for entry in entries(model) if entry.dtype.is_floating_point), None)
     with TemporaryDirectory() as folder:  # transformers writes to folders alone
         names = save_configuration(model, Path(folder), dtype)
         return [Bytes(name, (Path(folder) / name).read_bytes()) for name in names]
@@ -98,10 +117,18 @@ def _torch_file(
     file: str, held: Sequence[Entry], extra: Mapping[str, Any], id: Mapping[str, str], rank: int
 ) -> Content:
     def state_dict() -> dict[str, Any]:
-        values = {name: value for entry in held for value in (entry.read(),) for name in entry.names}
+        values = {name: value for entry in held for value in (_rounded(entry),) for name in entry.names}
         return with_metadata({**values, **extra}, {"": dict(id)})
 
     return TorchFile(file, state_dict, rank=rank)
+
+
+def _rounded(entry: Entry) -> Tensor:
+    value = entry.read()
+    rounded = value.to(entry.saved_dtype)
+    if overflows(rounded, value):
+        raise CheckpointError(overflow_text(entry.name))
+    return rounded
 
 
 def _safetensors(
@@ -113,7 +140,13 @@ def _safetensors(
             "save with use_safetensors=False"
         )
     tensors = [
-        UnreadTensor(TensorRecord(entry.name, entry.dtype, entry.shape), entry.read, entry.in_chunks) for entry in held
+        UnreadTensor(
+            TensorRecord(entry.name, entry.saved_dtype, entry.shape, entry.dtype),
+            entry.read,
+            entry.in_chunks,
+            entry.open,
+        )
+        for entry in held
     ]
     tensors += [
         UnreadTensor(TensorRecord(name, value.dtype, tuple(value.shape)), value.detach().cpu)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from gemini.errors import CheckpointError
@@ -32,7 +33,7 @@ from .weight_files import (
     size_limit,
 )
 
-_METADATA = {"format": "pt"}
+_SAVED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def save_model(
@@ -44,10 +45,12 @@ def save_model(
     size_per_shard: int | str = 1024,
     use_safetensors: bool = True,
     use_async: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the weights, fp32 where the model trains, so that with the optimizer's file training goes on bit for bit.
 
-    Beside what the model holds, saving to safetensors takes the memory of its largest tensor. A crash or a full disk
+    Saving to safetensors takes 2 MiB for each of a few threads, however large tensors are; where these are on an
+    accelerator or with other ranks, or saved with ``use_async``, the memory of the largest one. A crash or a full disk
     at any moment leaves the checkpoint that was there before.
 
     Parameters
@@ -70,33 +73,37 @@ def save_model(
         folder only; the suffix of a single file decides for it.
     use_async
         Return at once and write while training goes on; see `gemini.checkpoint.background`.
+    dtype
+        Round floating-point weights and buffers to ``torch.bfloat16``, ``float16``, ``float32`` or ``float64``, for
+        inference; None: save them as they are kept. Loaded, such weights fill fp32 masters with the rounded values.
 
     Raises
     ------
     CheckpointError
         If the files cannot be written, or the model has something that they cannot hold.
-    ValueError
-        If ``shard`` is asked for and ``checkpoint`` is the name of a file.
+    TypeError, ValueError
+        If ``shard`` is asked for and ``checkpoint`` is the name of a file; if ``dtype`` is none of these.
     """
+    _check_dtype(dtype)
     path = Path(checkpoint)
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if shard:
             raise ValueError(f"shard=True writes several files: give a folder, not {str(path)!r}")
         name = f"{prefix}.{path.name}" if prefix else path.name
-        save(model, f"save_model to {path}", partial(_file, model, path.absolute().parent, name), use_async)
+        save(model, f"save_model to {path}", partial(_file, model, path.absolute().parent, name, dtype), use_async)
         return
     if path.is_file():
         raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in one of {', '.join(FILE_SUFFIXES)}")
     name = (f"{prefix}." if prefix else "") + (SAFE_NAME if use_safetensors else TORCH_NAME)
     limit = size_limit(size_per_shard)
-    listed = partial(_folder, model, path.absolute(), name, limit if shard else None)
+    listed = partial(_folder, model, path.absolute(), name, limit if shard else None, dtype)
     save(model, f"save_model to {path}", listed, use_async)
 
 
 def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
     """Fill a model from a Hugging Face folder, an index, a safetensors file or a file of ``torch.save``.
 
-    One tensor at a time, into whatever the model keeps it as; an fp32 checkpoint fills fp32 masters exactly. Names of
+    In parts of 1 MiB, into whatever the model keeps; an fp32 checkpoint fills fp32 masters exactly. Names of
     every file and tensor, and all shapes, are checked before the model is touched. Nothing in a file is executed.
 
     Parameters
@@ -153,12 +160,22 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     return Checked(model, checkpoint, id, assign)
 
 
-def _file(model: nn.Module, folder: Path, name: str, writers: Sequence[int]) -> Saving:
-    return Saving(Weights.of(model, name, None).files, folder, name, lambda stage: stage.commit([name]))
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    names = ", ".join(map(str, _SAVED_DTYPES))
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be one of {names} or None, got {dtype!r}")
+    if dtype is not None and dtype not in _SAVED_DTYPES:
+        raise ValueError(f"dtype must be one of {names} or None, got {dtype}: weights are rounded, not quantised")
 
 
-def _folder(model: nn.Module, folder: Path, name: str, limit: int | None, writers: Sequence[int]) -> Saving:
-    weights, configuration = Weights.of(model, name, limit, writers), configuration_files(model)
+def _file(model: nn.Module, folder: Path, name: str, dtype: torch.dtype | None, writers: Sequence[int]) -> Saving:
+    return Saving(Weights.of(model, name, None, dtype=dtype).files, folder, name, lambda stage: stage.commit([name]))
+
+
+def _folder(
+    model: nn.Module, folder: Path, name: str, limit: int | None, dtype: torch.dtype | None, writers: Sequence[int]
+) -> Saving:
+    weights, configuration = Weights.of(model, name, limit, writers, dtype), configuration_files(model, dtype)
 
     def commit(stage: Stage) -> None:
         names, others = ([content.name for content in each] for each in (weights.files, configuration))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from gemini.boosted import boosted, is_boosted
 from gemini.chunk import MASTER, ChunkManager
@@ -15,7 +16,9 @@ from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
 from gemini.updates.values import Values
 
+from ..tensor_parallel import is_sharded
 from ..torch_private import metadata_of, own_parameters
+from .flat_values import FlatValues, TensorValues
 from .tensor_parallel import cut, gathered, whole_numel, whole_shape
 
 EXTRA_STATE = "_extra_state"
@@ -41,6 +44,8 @@ class Entry:
     """The object in the model. A managed parameter may read as NaN: use `read`."""
     values: Values | None
     """Who holds the values; None: the object itself."""
+    rounded_to: torch.dtype | None = None
+    """What it is saved in if it is floating-point; None: the dtype of the values."""
 
     @property
     def name(self) -> str:
@@ -60,12 +65,17 @@ class Entry:
         return place[0].plan.codec.dtype
 
     @property
+    def saved_dtype(self) -> torch.dtype:
+        """Of the value in a file."""
+        return self.rounded_to if self.rounded_to is not None and self.dtype.is_floating_point else self.dtype
+
+    @property
     def numel(self) -> int:
         return whole_numel(self.tensor)
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.saved_dtype.itemsize
 
     @property
     def in_chunks(self) -> tuple[InChunk, ...]:
@@ -77,6 +87,28 @@ class Entry:
         if self.values is None:
             return self.tensor.detach().to("cpu", copy=True)
         return gathered(self.name, self.tensor, self.values.read(self.tensor, MASTER))
+
+    def open(self) -> FlatValues | None:
+        """The values where they are, for reading in parts; None where only `read` can have them."""
+        if self.values is None:
+            return TensorValues(self.tensor) if _is_flat(self.tensor) else None
+        return None if is_sharded(self.tensor) else self.values.open(self.tensor, MASTER)
+
+    def open_to_replace(self) -> FlatValues | None:
+        """The values where they are, all of which are going to be replaced; None where only `write` can do that.
+
+        `replaced` has to be called afterwards.
+        """
+        if self.values is None:
+            return TensorValues(self.tensor) if _is_flat(self.tensor) else None
+        return None if is_sharded(self.tensor) else self.values.open_to_replace(self.tensor, MASTER)
+
+    def replaced(self) -> None:
+        """Values have been replaced by means of `open_to_replace`."""
+        if self.values is None:
+            increment_version(self.tensor)
+        else:
+            self.values.replaced(self.tensor, MASTER)
 
     def write(self, value: Tensor) -> None:
         """Replace the value; ``value`` has its shape and any dtype."""
@@ -196,6 +228,12 @@ def _read_values(model: nn.Module, gathered: dict[str, Any]) -> None:
             if id(value) not in values:
                 values[id(value)] = held[id(value)].read()
             gathered[name] = values[id(value)]
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    """True if the memory of a tensor has its elements in their order."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_quantized
+    return is_plain and tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _all_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

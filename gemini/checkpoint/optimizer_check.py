@@ -15,7 +15,7 @@ from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.step.saved_groups import check_groups
 from gemini.updates.scaler import LossScaler
 
-from ..formats import listed
+from ..formats import listed, shown
 from .match import Source
 from .optimizer_files import SavedOptimizer
 from .optimizer_view import managed, names_of
@@ -32,7 +32,8 @@ def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> Sa
     name = rule_name(optimizer)
     if None not in (name, saved.optimizer) and name != saved.optimizer:
         raise CheckpointError(
-            f"{path} has the state of {saved.optimizer}, which {name} cannot go on with; the optimizer is as it was"
+            f"{path} has the state of {shown(saved.optimizer)}, which {name} cannot go on with; the optimizer is as it "
+            "was"
         )
     if isinstance(optimizer, ManagedOptimizer):
         if optimizer.has_load_state_dict_pre_hooks:

@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gemini.chunk import MASTER
 from gemini.errors import CheckpointError
 from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.nn.optimizer.rules.rule import Rule, steps_of
+from gemini.step.kept_states import KeptStates
 from gemini.step.saved_groups import load_options
 
 from ..formats.json_file import CHECKSUM, checksum_of
@@ -20,6 +22,8 @@ from .background import save
 from .committed import newest
 from .contents import Bytes, Content, Saving, Tensors, TorchFile, UnreadTensor
 from .division import divided
+from .filling import Filling
+from .match import Source
 from .names import InChunk
 from .optimizer_check import check_signs, checked_saved, gathered, real
 from .optimizer_files import (
@@ -303,7 +307,10 @@ def _unread(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord
     step, name = managed(optimizer), _key(record)
     kept = step.kept.values_of(parameter, name) if step is not None and step.kept.keeps(parameter) else ()
     in_chunks = tuple(InChunk(step.manager, parameter, each) for each in kept) if step is not None else ()
-    return UnreadTensor(record, partial(_read, optimizer, parameter, name), in_chunks)
+    read = partial(_read, optimizer, parameter, name)
+    if step is None or not kept:
+        return UnreadTensor(record, read)
+    return UnreadTensor(record, read, in_chunks, step.kept.home(parameter, name).open)
 
 
 def _read(optimizer: ManagedOptimizer, parameter: Tensor, name: str) -> Tensor:
@@ -445,17 +452,21 @@ def checked_optimizer(optimizer: Optimizer, path: Path, files: OpenFiles, *, str
 
 
 def _load(optimizer: ManagedOptimizer, saved: SavedOptimizer) -> None:
+    filling = Filling()
     for group, of in zip(optimizer.param_groups, saved.param_groups, strict=True):
         # Names are those of the file, which may be the model's where nobody has given the optimizer any.
         load_options(group, {key: value for key, value in of.items() if key != "param_names"})
         for parameter, index in zip(group["params"], of["params"], strict=True):
-            _load_state(optimizer, parameter, saved.states.get(index))
+            _load_state(optimizer, parameter, saved.states.get(index), filling)
+    filling.run()
     scaler = loss_scaler(optimizer)
     if scaler is not None and saved.loss_scaler is not None:
         scaler.load_state_dict(saved.loss_scaler)
 
 
-def _load_state(optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
+def _load_state(
+    optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[str, Any] | None, filling: Filling
+) -> None:
     step = managed(optimizer)
     if step is None or not step.kept.keeps(parameter):
         if state is None:
@@ -465,4 +476,13 @@ def _load_state(optimizer: ManagedOptimizer, parameter: Tensor, state: Mapping[s
     elif state is None:
         step.kept.drop(parameter)
     else:
-        step.kept.replace(parameter, state, read=real)  # one at a time
+        step.kept.replace(parameter, state, partial(_read_or_fill, step.kept, parameter, filling))
+
+
+def _read_or_fill(kept: KeptStates, parameter: Tensor, filling: Filling, value: Any) -> Any:
+    """A value, one at a time; None if it is taken to be filled in."""
+    if isinstance(value, Source) and value.file is not None:
+        name = value.name_in_file.partition(".")[2]
+        if name != MASTER and filling.take(kept.home(parameter, name), value.file, value.name_in_file):
+            return None
+    return real(value)

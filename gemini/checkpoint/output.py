@@ -1,13 +1,23 @@
 """One file being written: every byte counted, forced to the disk at the end, faults in our words."""
 
+import ctypes
 import errno
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 from gemini.errors import CheckpointError
 from gemini.sizes import format_bytes
 
+from .progress import Tell, unseen
+
+PAGE_BYTES = 4096
+LEAST_DIRECT_BYTES = 1 << 16
+"""Below, a direct write's latency costs more than the copy that it saves."""
+_SYNC_FILE_RANGE_WRITE = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -22,6 +32,8 @@ class Output:
         Where it will end up, for messages.
     nbytes
         Room to reserve before the first byte, so that a full disk is known before an hour of writing; 0: none.
+    tell
+        For the writer of the file, to show how far it is.
 
     Raises
     ------
@@ -29,17 +41,21 @@ class Output:
         By every method, when the system refuses.
     """
 
-    def __init__(self, path: Path, final: Path, nbytes: int = 0) -> None:
+    def __init__(self, path: Path, final: Path, nbytes: int = 0, tell: Tell = unseen) -> None:
+        self.path = path
         self.final = final
+        self.tell = tell
         self.written = 0
         self.fault: CheckpointError | None = None
         """The first fault, for callers whose library hides it."""
         self._nbytes = nbytes
-        self._fd = -1
+        self._lock = Lock()
+        self._fd = self._direct_fd = -1
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             if nbytes:
                 _reserve(self._fd, nbytes)
+                self._direct_fd = _open_direct(path)
         except OSError as error:
             self._close()
             raise self._failure(error) from error
@@ -70,16 +86,38 @@ class Output:
             self.written += done
         return done
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of ``data`` from byte ``offset`` on. Not mixed with `write`."""
-        view, done = memoryview(data), 0
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data`` from byte ``offset`` on; any thread may. Not mixed with `write`.
+
+        What fills pages of the file, and lies in memory as in these, goes around the page cache where the file system
+        can do that: it takes no RAM and no second copy, and drives nothing out (measured: less than half of the time).
+        """
+        begin, end = _whole_pages(offset, data) if self._direct_fd >= 0 else (len(data), len(data))
         try:
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], offset + done)
+            self._write_at(self._fd, offset, data[:begin])
+            self._write_at(self._direct_fd, offset + begin, data[begin:end])
+            self._write_at(self._fd, offset + end, data[end:])
         except OSError as error:
             raise self._failure(error) from error
-        finally:
-            self.written += done
+        with self._lock:
+            self.written += len(data)
+
+    def _write_at(self, fd: int, offset: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(fd, data[done:], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or fd == self._fd:
+                    raise
+                fd = self._fd  # an alignment that this file system does not take
+            if done % PAGE_BYTES:
+                fd = self._fd  # the rest does not begin with a page
+
+    def begin_writeback(self, offset: int, nbytes: int) -> None:
+        """Have the system begin to write these bytes to the disk, so that little is left for the sync at the end."""
+        if (sync_file_range := _sync_file_range()) is not None:
+            sync_file_range(self._fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)  # what fails here, fails in the sync
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -93,9 +131,10 @@ class Output:
         return self.fault
 
     def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
 
 def failure(path: Path, error: OSError, what: str) -> CheckpointError:
@@ -123,3 +162,32 @@ def _reserve(fd: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
+
+
+def _open_direct(path: Path) -> int:
+    """The same file without the page cache, or -1 where the file system cannot do that."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except (OSError, AttributeError):
+        return -1
+
+
+def _whole_pages(offset: int, data: memoryview) -> tuple[int, int]:
+    """Where the pages of the file that ``data`` fills begin and end in it; an empty range if they cannot be direct."""
+    begin = -(-offset // PAGE_BYTES) * PAGE_BYTES - offset
+    end = (offset + len(data)) // PAGE_BYTES * PAGE_BYTES - offset
+    if end - begin < LEAST_DIRECT_BYTES:
+        return len(data), len(data)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    return (len(data), len(data)) if (offset - address) % PAGE_BYTES else (begin, end)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """Linux's, which Python lacks; None elsewhere."""
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function

@@ -1,4 +1,4 @@
-"""The bytes of a tensor, without copying them."""
+"""The bytes of a tensor, without copying them; dtypes in files."""
 
 import ctypes
 
@@ -16,6 +16,17 @@ def bytes_of(tensor: Tensor) -> memoryview:
     if nbytes == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def overflows(rounded: Tensor, values: Tensor) -> bool:
+    """True if rounding to float16, whose range is small, has made infinities."""
+    if rounded.dtype != torch.float16 or values.dtype == torch.float16:
+        return False
+    return not torch.equal(rounded.isinf(), values.isinf())
+
+
+def overflow_text(name: str) -> str:
+    return f"{name} has values beyond 65504, the largest in float16: save with dtype=torch.bfloat16, or as it is"
 
 
 DTYPE_NAMES = {

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -17,11 +18,21 @@ import torch
 from torch import Tensor
 
 from gemini.errors import CheckpointError
-from gemini.tensor_file import Malformed, Unsealed, damaged, read_header
+from gemini.process_wide import compute_on_this_thread
+from gemini.tensor_file import Malformed, Sums, Team, Unsealed, damaged, read_header
 
 from ..formats import listed
+from .blocks import BLOCK_BYTES, BlockMemory, Part, parts_to_read, parts_to_write, runs_of
+from .flat_values import FlatValues, TensorValues
+from .moves import fill, read_run, write_run
 from .output import Output
-from .raw import DTYPE_NAMES, DTYPES, bytes_of
+from .progress import Progress, Tell, unseen
+from .raw import DTYPE_NAMES, DTYPES, bytes_of, overflow_text
+
+
+def _nowhere(name: str) -> FlatValues | None:
+    return None
+
 
 ID_KEY = "gemini_memory.id"
 """In the metadata: which state of training the tensors are from, see `StateId`."""
@@ -34,6 +45,8 @@ class TensorRecord:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    kept: torch.dtype | None = None
+    """Of the values that are to be written, where they are rounded to ``dtype``."""
 
     @property
     def nbytes(self) -> int:
@@ -70,31 +83,50 @@ class SafetensorsWriter:
         self.nbytes = self._header.file_nbytes
         """Of the whole file."""
 
-    def write(self, out: Output, read: Callable[[str], Tensor]) -> None:
+    def write(
+        self,
+        out: Output,
+        read: Callable[[str], Tensor],
+        open: Callable[[str], FlatValues | None] = _nowhere,
+    ) -> None:
         """Write everything.
 
         Parameters
         ----------
         read
-            Gives the value of a name; asked once for each, in the order of `records`.
+            Gives the value of a name, on CPU; asked on this thread, in the order of `records`.
+        open
+            Asked before, for the values where they are; None if there is no such place.
         """
-        checksums = []
-        for record, begin in zip(self.records, self._header.begins, strict=True):
-            checksums.append(self._append(out, record, begin, read))
-        out.write_at(0, self._header.sealed(checksums))
+        sums = Sums(len(self.records))
+        try:
+            with Team(BlockMemory, out.tell, _compute_alone) as team:
+                for run in runs_of(self._parts(read, open, team)):
+                    team.do(partial(write_run, out, run, sums))
+        except OverflowError as error:
+            raise CheckpointError(overflow_text(self.records[error.args[0]].name)) from error
+        out.write_at(0, memoryview(bytearray(self._header.sealed(sums.all()))))
+
+    def _parts(
+        self, read: Callable[[str], Tensor], open: Callable[[str], FlatValues | None], team: Team[BlockMemory]
+    ) -> Iterator[Part | None]:
+        for index, (record, begin) in enumerate(zip(self.records, self._header.begins, strict=True)):
+            values = open(record.name)
+            if values is None:
+                if record.nbytes > BLOCK_BYTES:  # not two of them at a time
+                    yield None
+                    team.settle()
+                values = self._whole(record, read(record.name))
+            yield from parts_to_write(index, values, record.dtype, begin)
 
     @staticmethod
-    def _append(out: Output, record: TensorRecord, begin: int, read: Callable[[str], Tensor]) -> int:
-        value = read(record.name)
-        if value.dtype != record.dtype or tuple(value.shape) != record.shape:
+    def _whole(record: TensorRecord, value: Tensor) -> FlatValues:
+        if value.dtype != (record.kept or record.dtype) or tuple(value.shape) != record.shape:
             raise CheckpointError(
-                f"{record.name} changed while it was saved: from {record.dtype} {record.shape} to {value.dtype} "
-                f"{tuple(value.shape)}"
+                f"{record.name} changed while it was saved: from {record.kept or record.dtype} {record.shape} to "
+                f"{value.dtype} {tuple(value.shape)}"
             )
-        value = value.contiguous()
-        data = bytes_of(value)
-        out.write_at(begin, data)
-        return zlib.crc32(data)
+        return TensorValues(value.contiguous())
 
 
 class SafetensorsFile:
@@ -115,12 +147,14 @@ class SafetensorsFile:
         try:
             with self._faults("its header"):
                 self._header = read_header(self._fd)
-                self._verified = self._version()
+                self._opened = self._version()
         except BaseException:
             self.close()
             raise
         self.records = {name: TensorRecord(name, DTYPES[t.dtype], t.shape) for name, t in self._header.tensors.items()}
         self.metadata = self._header.metadata
+        self._index = {name: index for index, name in enumerate(self.records)}
+        self._is_verified = False
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -134,8 +168,18 @@ class SafetensorsFile:
             os.close(self._fd)
             self._fd = -1
 
-    def verify(self) -> None:
+    @property
+    def checked_nbytes(self) -> int:
+        """Bytes of tensors that have a checksum."""
+        return sum(r.nbytes for r in self.records.values()) if self._header.checksums is not None else 0
+
+    def verify(self, tell: Tell = unseen) -> None:
         """Compare all tensors with their checksums; without any, do nothing.
+
+        Parameters
+        ----------
+        tell
+            Told how many bytes have been read so far.
 
         Raises
         ------
@@ -143,13 +187,13 @@ class SafetensorsFile:
             If one disagrees.
         """
         with self._faults("its tensors"):
-            self._verified = self._version()
-            found = damaged(self._fd, self._header)
+            found = damaged(self._fd, self._header, tell)
         if found:
             raise CheckpointError(
                 f"{self.path} is damaged: {listed(found)} have other bytes than were saved. Load another "
                 "checkpoint; verify=False reads this one as it is"
             )
+        self._is_verified = True
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own.
@@ -159,18 +203,44 @@ class SafetensorsFile:
         CheckpointError
             If the file is not the one that was opened and verified any more.
         """
-        record, place = self.records[name], self._header.tensors[name]
+        record = self.records[name]
         value = torch.empty(record.shape, dtype=record.dtype, device="cpu")
         with self._faults(f"tensor {name!r}"):
-            out, done = bytes_of(value), 0
-            while done < len(out):
-                count = os.preadv(self._fd, [out[done:]], place.begin + done)
-                if not count:
-                    raise Malformed(f"it became shorter while tensor {name!r} was read")
-                done += count
-            if self._version() != self._verified:
-                raise CheckpointError(f"{self.path} was changed by another program while it was loaded")
+            fill(self._fd, bytes_of(value), self._header.tensors[name].begin)
+            self._check_unchanged({self._index[name]: zlib.crc32(bytes_of(value))})
         return value
+
+    def load(self, targets: Mapping[str, FlatValues], tell: Tell = unseen) -> None:
+        """Replace values by those of the tensors with these names.
+
+        Parameters
+        ----------
+        tell
+            Told how many bytes have been read so far.
+
+        Raises
+        ------
+        CheckpointError
+            As `read`; any values may have been replaced then.
+        """
+        sums = Sums(len(self.records))
+        with self._faults("its tensors"):
+            with Team(BlockMemory, tell, _compute_alone) as team:
+                for run in runs_of(self._parts(targets)):
+                    team.do(partial(read_run, self._fd, run, sums))
+            found = sums.all()
+            self._check_unchanged({self._index[name]: found[self._index[name]] for name in targets})
+
+    def _parts(self, targets: Mapping[str, FlatValues]) -> Iterator[Part]:
+        tensors = self._header.tensors
+        for name in sorted(targets, key=lambda name: tensors[name].begin):
+            yield from parts_to_read(self._index[name], targets[name], self.records[name].dtype, tensors[name].begin)
+
+    def _check_unchanged(self, found: Mapping[int, int]) -> None:
+        """Raise if the file is not as it was verified; ``found`` are the CRC-32s of tensors that were read."""
+        due = self._header.checksums if self._is_verified else None
+        if self._version() != self._opened or (due is not None and any(crc != due[i] for i, crc in found.items())):
+            raise CheckpointError(f"{self.path} was changed by another program while it was loaded")
 
     def _version(self) -> tuple[int, int]:
         status = os.fstat(self._fd)
@@ -235,7 +305,12 @@ class OpenFiles:
 
     def verify(self) -> None:
         """Compare all tensors of all files with their checksums; see `SafetensorsFile.verify`."""
-        for file in self._files:
-            file.verify()
+        with Progress("verifying", sum(file.checked_nbytes for file in self._files)) as progress:
+            for file in self._files:
+                file.verify(progress.part(file.checked_nbytes))
         for verify in self._others:
             verify()
+
+
+def _compute_alone() -> None:
+    compute_on_this_thread(torch.get_num_threads, torch.set_num_threads)

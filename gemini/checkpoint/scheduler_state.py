@@ -12,6 +12,8 @@ from gemini.nn.optimizer.rules.option_ranges import brief, number_of
 from ..formats import shown
 
 _COUNTS = ("last_epoch", "_step_count")
+_OF_TORCH = (*_COUNTS, "base_lrs", "_last_lr")
+"""These are of the kinds that torch gives them in the states of all schedulers."""
 _OF_GROUPS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
 """These have a value for each parameter group."""
 _WORST = ("best", "mode_worse")
@@ -29,7 +31,7 @@ def state_faults(scheduler: Any, saved: Any) -> Iterator[str]:
     Parameters
     ----------
     scheduler
-        What is to take the state over. Of a class that is not torch's, entries may come and go.
+        What is to take the state over. What a class that is not torch's adds to the state is for that class to know.
     saved
         Anything that was in a file.
     """
@@ -45,7 +47,7 @@ def state_faults(scheduler: Any, saved: Any) -> Iterator[str]:
         if name == _INNER and name in own:
             yield from _inner_faults(scheduler, own[name], value)
         elif name in own:
-            if fault := _fault(name, own[name], value):
+            if (is_torchs or name in _OF_TORCH) and (fault := _fault(name, own[name], value)):
                 yield f"{name} {fault}"
         elif hasattr(scheduler, name) or (is_torchs and name not in _OF_SOME_TORCH):
             yield f"{shown(name)} is no part of the state of {type(scheduler).__name__}"

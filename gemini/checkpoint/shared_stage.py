@@ -17,6 +17,7 @@ from gemini.errors import CheckpointError
 
 from .folder import sync_folder
 from .output import Output, failure, make_parent
+from .progress import Tell, unseen
 from .ranks import Crew
 from .stage import Stage
 
@@ -76,9 +77,9 @@ class SharedStage:
         """The stage, on the first rank."""
         return self._stages[0]
 
-    def create(self, name: str, nbytes: int = 0) -> Output:
+    def create(self, name: str, nbytes: int = 0, tell: Tell = unseen) -> Output:
         """A new file that will be ``folder / name``; ``nbytes`` are reserved at once."""
-        return Output(self.path / name, self._folder / name, nbytes)
+        return Output(self.path / name, self._folder / name, nbytes, tell)
 
     def write_text(self, name: str, text: str) -> None:
         with self.create(name) as out:
@@ -141,11 +142,11 @@ class StageOfFirst:
         self.folder = folder
         self._look(token)
 
-    def create(self, name: str, nbytes: int = 0) -> Output:
+    def create(self, name: str, nbytes: int = 0, tell: Tell = unseen) -> Output:
         """A new file; ``nbytes`` are reserved at once."""
         if "/" in name:
             make_parent(self.path / name, self.folder / name)
-        return Output(self.path / name, self.folder / name, nbytes)
+        return Output(self.path / name, self.folder / name, nbytes, tell)
 
     def _look(self, token: str) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS

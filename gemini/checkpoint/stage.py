@@ -31,6 +31,7 @@ from gemini.errors import CheckpointError
 
 from .folder import is_same_file, locked, make_folder, open_folder, sync_file, sync_folder, try_lock
 from .output import Output, failure, make_parent
+from .progress import Tell, unseen
 
 _ABANDONED_SECONDS = 24 * 60 * 60
 """Where there are no locks: a hidden folder in which nothing has changed for this time has no writer any more."""
@@ -75,12 +76,12 @@ class Stage:
         if isinstance(error, OSError):  # of a library that has written files into the stage
             raise failure(self.folder, error, "cannot be written to") from error
 
-    def create(self, name: str, nbytes: int = 0) -> Output:
-        """A new file that will be ``folder / name``; ``nbytes`` are reserved at once."""
+    def create(self, name: str, nbytes: int = 0, tell: Tell = unseen) -> Output:
+        """A new file that will be ``folder / name``; ``nbytes`` are reserved at once. See `Output`."""
         self._created.add(name)
         if "/" in name:
             make_parent(self.path / name, self.folder / name)
-        return Output(self.path / name, self.folder / name, nbytes)
+        return Output(self.path / name, self.folder / name, nbytes, tell)
 
     def write_text(self, name: str, text: str) -> None:
         with self.create(name) as out:

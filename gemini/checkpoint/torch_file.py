@@ -2,6 +2,7 @@
 
 import io
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from gemini.errors import CheckpointError
 
 from ..formats import Damaged, shown
-from ..formats.torch_zip import check_zip, is_zip, refuse_byte_arrays, verify_zip
+from ..formats.torch_zip import check_zip, is_zip, pickle_limit, refuse_byte_arrays, verify_zip
 from .output import Output
 
+_SHORTER = "Make tensors of long lists, or save them in files of their own"
 _PLAIN = (Tensor, nn.Parameter, int, float, bool, str, bytes, type(None), torch.Size, torch.dtype)
 
 
@@ -27,12 +29,20 @@ def write_torch(value: Any, out: Output) -> None:
         if out.fault is not None:
             raise out.fault from None  # torch reports a wrong position in the file instead
         raise
+    try:
+        check_zip(out.path)
+    except Damaged as error:
+        raise CheckpointError(f"{out.final} would not load again: {error}. {_SHORTER}") from error
 
 
 def plain_bytes(value: Any, what: str) -> bytes:
     """A file of ``torch.save``, in memory, that `read_torch` reads; see `plain`."""
     file = io.BytesIO()
     torch.save(plain(value, what)(), file)
+    with zipfile.ZipFile(file) as written:
+        sizes = [info.file_size for info in written.infolist() if info.filename.endswith("/data.pkl")]
+        if sum(sizes) > (limit := pickle_limit(len(written.infolist()))):
+            raise CheckpointError(f"{what} takes {sum(sizes)} bytes without its tensors; {limit} are read. {_SHORTER}")
     return file.getvalue()
 
 

@@ -58,8 +58,14 @@ _TYPES: dict[torch.dtype, Any] = {
 """By these names a pickle refers to storages; those of other dtypes are bytes (`torch.UntypedStorage`)."""
 
 
-def save_streamed(value: Any, path: Path) -> None:
+def save_streamed(value: Any, path: Path, *, stage: str | None = None) -> None:
     """`write_streamed` into a file that is there whole or not at all, whatever happens; an older one stays until then.
+
+    Parameters
+    ----------
+    stage
+        Saves to one folder with the same name here remove what those that were killed have left; None: those to the
+        same file.
 
     Raises
     ------
@@ -67,10 +73,10 @@ def save_streamed(value: Any, path: Path) -> None:
         If it cannot be written.
     """
     path = path.absolute()
-    with Stage(path.parent, path.name) as stage:
-        with stage.create(path.name) as out:
+    with Stage(path.parent, stage or path.name) as files:
+        with files.create(path.name) as out:
             write_streamed(value, out)
-        stage.commit([path.name])
+        files.commit([path.name])
 
 
 def write_streamed(value: Any, out: Output) -> None:

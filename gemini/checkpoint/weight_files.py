@@ -25,6 +25,8 @@ WEIGHT_NAMES = (SAFE_NAME, SAFE_NAME + INDEX_SUFFIX, TORCH_NAME, TORCH_NAME + IN
 """Of the file to begin with in a folder, in the order in which transformers looks."""
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _MEBI = 1 << 20
+_MOST_FILES = 20_000
+"""In an index. The largest models have some 200."""
 _COLOSSALAI_INDEX = re.compile(r"(pytorch_model\.bin|model\.safetensors)\.index\.[^.]+\.json")
 """ColossalAI puts a prefix before the last dot."""
 
@@ -131,7 +133,10 @@ def checked_weight_map(index: Path, weight_map: Any) -> dict[str, str]:
     """
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} is not the index of a checkpoint: it has no weight_map from names to files")
-    for file in dict.fromkeys(weight_map.values()):
+    files = dict.fromkeys(weight_map.values())
+    if len(files) > _MOST_FILES:
+        raise CheckpointError(f"{index} names {len(files)} files; {_MOST_FILES} are allowed")
+    for file in files:
         path = PurePosixPath(file)
         if not path.name or path.is_absolute() or ".." in path.parts or not file.isprintable():
             raise CheckpointError(f"{index} names a file outside of its folder: {shown(file)!r}")
@@ -199,7 +204,7 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         file = files.open(path)
-        return {name: Source(r.shape, r.dtype, partial(file.read, name)) for name, r in file.records.items()}
+        return {name: Source.in_file(file, name) for name in file.records}
     stored = read_torch(path, verify=False)
     files.verify_later(partial(verify_torch, path))
     files.says(path, _id_of(stored))

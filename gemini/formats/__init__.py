@@ -3,6 +3,6 @@
 What is not whole is `Damaged`; `gemini.checkpoint` makes a ``CheckpointError`` of it.
 """
 
-from .damage import Damaged, listed, shown
+from .damage import Damaged, Unreadable, listed, shown
 
-__all__ = ["Damaged", "listed", "shown"]
+__all__ = ["Damaged", "Unreadable", "listed", "shown"]

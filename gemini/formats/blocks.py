@@ -5,13 +5,15 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from .damage import Damaged
+from .damage import Damaged, Unreadable
 
 _BLOCK_BYTES = 1 << 20
 """Stays in a core's cache between the read and the checksum."""
+_SMALL_BYTES = 4096
 _THREADS = 4
 """Reading takes a copy of each byte, and zlib sums 7 GB/s a core: more threads wait for memory."""
 
@@ -31,12 +33,12 @@ class FileBytes:
         self.path = path
         try:
             # A pipe would wait for its writer.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise Damaged(f"{path} cannot be read: {error.strerror}") from error
-        found = os.fstat(self._fd)
+            raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
+        found = os.fstat(self.fd)
         if not stat.S_ISREG(found.st_mode):
-            os.close(self._fd)
+            os.close(self.fd)
             raise Damaged(f"{path} is not a file")
         self.nbytes = found.st_size
 
@@ -44,16 +46,24 @@ class FileBytes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
     def read(self, offset: int, count: int, what: str) -> bytes:
         """Exactly these bytes; ``what`` names them in messages."""
+        if count <= _SMALL_BYTES:
+            with suppress(OSError):  # told below
+                found = os.pread(self.fd, count, offset)
+                if len(found) == count:
+                    return found
         buffer = bytearray(count)
         self._fill(memoryview(buffer), offset, what)
         return bytes(buffer)
 
     def crc32(self, offset: int, count: int, what: str, tell: Callable[[int], None] = lambda nbytes: None) -> int:
         """The checksum of a range; ``tell`` is told each block's bytes when these are summed."""
+        if count <= _SMALL_BYTES:
+            tell(count)
+            return zlib.crc32(self.read(offset, count, what))
         buffer = memoryview(bytearray(min(count, _BLOCK_BYTES)))
         value, done = 0, 0
         while done < count:
@@ -68,9 +78,9 @@ class FileBytes:
         done = 0
         while done < len(out):
             try:
-                count = os.preadv(self._fd, [out[done:]], offset + done)
+                count = os.preadv(self.fd, [out[done:]], offset + done)
             except OSError as error:
-                raise Damaged(f"{self.path}: reading {what} failed: {error.strerror}") from error
+                raise Unreadable(f"{self.path}: reading {what} failed: {error.strerror}") from error
             if count == 0:
                 raise Damaged(f"{self.path} ends in the middle of {what}; it became shorter while it was read")
             done += count

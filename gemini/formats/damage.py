@@ -10,6 +10,10 @@ class Damaged(Exception):
     """A file is not whole, or not what its name says. The message names the file and the fault."""
 
 
+class Unreadable(Damaged):
+    """The system does not let us read a file, which may be whole."""
+
+
 def listed(names: Iterable[object], separator: str = ", ", limit: int = _LISTED, width: int = _SHOWN) -> str:
     """The first names, and how many more there are."""
     all_names = list(names)

@@ -12,7 +12,7 @@ with other names, anything behind the end, and compression, which torch never wr
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -34,7 +34,8 @@ _BYTE_ARRAYS = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n")
 """As the only opcode for names that torch's unpickler knows has them."""
 
 _LIMIT_RECORDS = 500_000
-_PICKLE_BYTES, _PICKLE_BYTES_A_RECORD = 8 << 20, 2 << 10
+_PORTION_BYTES = 1 << 20
+_PICKLE_BYTES, _PICKLE_BYTES_A_RECORD = 16 << 20, 2 << 10
 """What the pickle of names and shapes may have, at least and with each record. torch's own have 0.1 to 0.3 KiB, and
 its unpickler turns each byte into up to 60 in memory."""
 
@@ -98,12 +99,32 @@ def verify_zip(path: Path, tell: Callable[[int], None] = lambda nbytes: None) ->
         if not any(record.crc32 for record in records):
             return False
 
-        def check(record: Record) -> None:
-            if file.crc32(record.start, record.nbytes, shown(record.name), tell) != record.crc32:
-                raise Damaged(f"{path} is damaged: the checksum of its record {shown(record.name)} is another one")
+        def check(together: list[Record]) -> None:
+            for record in together:
+                if file.crc32(record.start, record.nbytes, record.name, tell) != record.crc32:
+                    raise Damaged(f"{path} has other bytes than were saved in its record {shown(record.name)}")
 
-        for_each(records, check)
+        for_each(_portions(records), check)
     return True
+
+
+def _portions(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Records that a thread takes at once: handing over a thousand small ones takes longer than to read them."""
+    portion: list[Record] = []
+    nbytes = 0
+    for record in records:
+        portion.append(record)
+        nbytes += record.nbytes + _LOCAL.size
+        if nbytes > _PORTION_BYTES:
+            yield portion
+            portion, nbytes = [], 0
+    if portion:
+        yield portion
+
+
+def pickle_limit(records: int) -> int:
+    """Bytes that the pickle of an archive with this number of records may have."""
+    return _PICKLE_BYTES + _PICKLE_BYTES_A_RECORD * records
 
 
 def read_records(file: FileBytes) -> list[Record]:
@@ -127,7 +148,7 @@ def read_records(file: FileBytes) -> list[Record]:
     if len(pickles) != 1:
         raise _fault(file, f"it has {len(pickles)} records that end in /data.pkl")
     (pickled,) = pickles
-    if pickled.nbytes > _PICKLE_BYTES + _PICKLE_BYTES_A_RECORD * len(records):
+    if pickled.nbytes > pickle_limit(len(records)):
         raise _fault(file, f"its pickle has {pickled.nbytes} bytes, too many for {len(records)} records")
     text = file.read(pickled.start, pickled.nbytes, "its pickle")
     if any(record.crc32 for record in records) and zlib.crc32(text) != pickled.crc32:
@@ -154,12 +175,11 @@ def _directory(file: FileBytes) -> list[Record]:
         at += name_nbytes + extra_nbytes + comment_nbytes
         if signature != b"PK\x01\x02" or at > nbytes:
             raise _fault(file, "its directory is damaged")
-        called = shown(name.decode(errors="replace"))
         if method or fields[3] & 1:
-            raise _fault(file, f"its record {called} is compressed or encrypted, which torch.save never does")
+            raise _fault(file, f"its record {_called(name)} is compressed or encrypted, which torch.save never does")
         size, stored, header = _large(file, extra, [fields[9], fields[8], fields[16]])
         if size != stored:
-            raise _fault(file, f"its record {called} has two sizes")
+            raise _fault(file, f"its record {_called(name)} has two sizes")
         records.append(_record(file, name, header, size, crc32, start))
     if at != nbytes:
         raise _fault(file, "its directory is too long")
@@ -208,16 +228,20 @@ def _large(file: FileBytes, extra: bytes, fields: list[int]) -> list[int]:
 
 
 def _record(file: FileBytes, name: bytes, header: int, nbytes: int, crc32: int, limit: int) -> Record:
-    called = shown(name.decode(errors="replace"))
     if header + _LOCAL.size > limit:
-        raise _fault(file, f"its record {called} begins beyond the end")
-    local = _LOCAL.unpack(file.read(header, _LOCAL.size, f"the header of {called}"))
+        raise _fault(file, f"its record {_called(name)} begins beyond the end")
+    text = file.read(header, min(_LOCAL.size + len(name), limit - header), "the header of a record")
+    local = _LOCAL.unpack_from(text)
     start = header + _LOCAL.size + local[9] + local[10]
     if local[0] != BEGINS or local[3] or start + nbytes > limit:
-        raise _fault(file, f"its record {called} is not where its directory says")
-    if file.read(header + _LOCAL.size, local[9], f"the header of {called}") != name:
-        raise _fault(file, f"its record {called} has another name in its place")
+        raise _fault(file, f"its record {_called(name)} is not where its directory says")
+    if local[9] != len(name) or text[_LOCAL.size :] != name:
+        raise _fault(file, f"its record {_called(name)} has another name in its place")
     return Record(name.decode(errors="surrogateescape"), header, start, nbytes, crc32)
+
+
+def _called(name: bytes) -> str:
+    return shown(name.decode(errors="replace"))
 
 
 def _fault(file: FileBytes, what: str) -> Damaged:

@@ -22,6 +22,7 @@ from gemini.chunk import find_accelerator
 
 from ..torch_private import own_modules
 from .clipping import clip_by_norm
+from .lightning_checkpoints import Checkpoints
 
 PREFIX = "memory/"
 
@@ -42,12 +43,16 @@ class ManagedPrecision(Precision):
             super().clip_grad_by_value(optimizer, clip_val)
 
 
-class GeminiStrategy(SingleDeviceStrategy):
+class GeminiStrategy(Checkpoints, SingleDeviceStrategy):
     """``Trainer(strategy=GeminiStrategy(...))``, or ``strategy="gemini"``.
 
     The module is boosted with the one optimizer of ``configure_optimizers`` when it is first fitted. A later ``fit``
     goes on with it, under an optimizer that keeps the same states. Before that, ``validate``, ``test`` and ``predict``
     have it on the device in whole, as Lightning does; to have it in chunks boost it first, without an optimizer.
+
+    Checkpoints are the files that Lightning writes, and ``load_from_checkpoint`` reads them. They are written one
+    tensor at a time, appear when they are whole and on the disk, and are compared with their checksums when they are
+    read. Hooks that look at the ``state_dict`` of a checkpoint get each tensor when they take it out.
 
     Parameters
     ----------

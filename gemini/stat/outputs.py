@@ -292,6 +292,34 @@ class Findings(Output):
     findings: list[Finding]
 
 
+FileState = Literal["whole", "no_checksum", "damaged", "unreadable"]
+
+
+class VerifiedFile(Output):
+    """A file of a checkpoint."""
+
+    name: Annotated[str, doc("Relative to the folder of the checkpoint.")]
+    nbytes: Annotated[Natural | None, doc("null if it is not there.")]
+    state: Annotated[FileState, doc("no_checksum: only its structure was looked at.")]
+    text: Annotated[str, doc("What was compared, or what is wrong.")]
+
+
+class VerifiedCheckpoint(Output):
+    """A folder with a checkpoint, or one file."""
+
+    path: str
+    state: Annotated[FileState, doc("The worst of its files'.")]
+    id: Annotated[str | None, doc("Of the training state in its manifest.")]
+    nbytes: Natural
+    files: list[VerifiedFile]
+
+
+class Verification(Output):
+    path: str
+    ok: Annotated[bool, doc("Nothing is damaged or unreadable.")]
+    checkpoints: list[VerifiedCheckpoint]
+
+
 class Export(OfRun):
     path: str
     bytes: Natural

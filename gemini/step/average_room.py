@@ -23,8 +23,13 @@ class AverageRoom:
         self._manager = manager
         self._updater = updater
 
-    def make(self, average: Average) -> list[ChunkPlan]:
+    def make(self, average: Average, ring_bytes: int) -> list[ChunkPlan]:
         """Give each chunk that is trained the average's buffer, filled with its masters. Returns the plans of now.
+
+        Parameters
+        ----------
+        ring_bytes
+            What full copies need at least.
 
         Raises
         ------
@@ -34,7 +39,7 @@ class AverageRoom:
         manager = self._at_rest("begin an average")
         spec = BufferSpec(average.name)
         chunks = [chunk for chunk in manager.chunks if chunk.is_trainable]
-        tiers = self._tiers(chunks, spec)
+        tiers = self._tiers(chunks, spec, ring_bytes)
         plans = [
             replace(c.plan, averages=(*c.plan.averages, spec), tiers={**c.plan.tiers, spec.name: tiers[c]})
             for c in chunks
@@ -85,25 +90,36 @@ class AverageRoom:
         self._manager.snapshots.rest()
         return self._manager
 
-    def _tiers(self, chunks: Sequence[Chunk], spec: BufferSpec) -> dict[Chunk, Tier]:
-        """Beside the masters, which are read for it; from HOST to DISK where that has no room."""
+    def _tiers(self, chunks: Sequence[Chunk], spec: BufferSpec, ring_bytes: int) -> dict[Chunk, Tier]:
+        """Beside the masters, which are read for it, or below; beside full copies, as many of them as can stay."""
+        copies = sum(chunk.full_nbytes for chunk in self._manager.chunks)
+        for kept in (copies, ring_bytes):
+            if (found := self._placed(chunks, spec, kept)) is not None:
+                return found
+        whole, tier = sum(spec.nbytes(len(chunk.extent)) for chunk in chunks), Tier.HOST
+        raise OutOfMemory(
+            f"{tier.value} tier out of memory. A running average needs {format_bytes(whole)} beside the masters; set "
+            f"{tier.value}_memory to more"
+        )
+
+    def _placed(self, chunks: Sequence[Chunk], spec: BufferSpec, kept_bytes: int) -> dict[Chunk, Tier] | None:
+        """Where each part lies if full copies keep this room; None if it does not fit."""
         ledger, found = self._manager.ledger, {}
         free = {tier: ledger.free(tier) for tier in Tier}
-        if ledger.memory.shares(Tier.HOST, Tier.DEVICE):
-            free[Tier.HOST] += self._manager.full_copies.nbytes
+        for tier in Tier:
+            if tier is Tier.DEVICE or ledger.memory.shares(tier, Tier.DEVICE):
+                free[tier] += self._manager.full_copies.nbytes - kept_bytes
+        order = [Tier.DEVICE, Tier.HOST, *([Tier.DISK] if self._updater.can_stream else [])]
         for chunk in chunks:
             need = spec.nbytes(len(chunk.extent))
-            tiers = [chunk.tier, *([Tier.DISK] if chunk.tier is Tier.HOST and self._updater.can_stream else [])]
-            tier = next((tier for tier in tiers if free[tier] >= need), None)
-            if tier is None:
-                whole = sum(spec.nbytes(len(each.extent)) for each in chunks)
-                raise OutOfMemory(
-                    f"{chunk.tier.value} tier out of memory. A running average needs {format_bytes(whole)} in all, "
-                    f"beside the masters; set {chunk.tier.value}_memory to more, or begin it before other models are "
-                    "boosted"
-                )
-            free[tier] -= need
-            found[chunk] = tier
+            below = order[order.index(chunk.tier) :] if chunk.tier in order else []
+            place = next((tier for tier in below if free[tier] >= need), None)
+            if place is None:
+                return None
+            found[chunk] = place
+            for tier in Tier:
+                if ledger.memory.shares(tier, place):
+                    free[tier] -= need
         return found
 
 

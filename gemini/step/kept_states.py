@@ -14,6 +14,7 @@ from ..updates.values import Values
 from .saved_states import codec_of, home_of, read_state, write_state
 from .shown_states import ShownStates
 from .state_checks import STEP, check_signs, check_value
+from .state_home import StateHome
 from .state_tensor import StateTensor
 
 
@@ -99,6 +100,10 @@ class KeptStates:
         if name == STEP or name in self._notes.get(id(parameter), ()):
             return ()
         return tuple(spec.name for spec in codec_of(self._manager, self._rule, parameter, name).specs)
+
+    def home(self, parameter: Tensor, name: str) -> StateHome:
+        """Where an entry of a state is."""
+        return StateHome(self._values, self._rule, self.shown, parameter, name)
 
     # -- reading
 
@@ -218,7 +223,8 @@ class KeptStates:
         Parameters
         ----------
         read
-            From an entry to its value; each is asked for when it is needed, and one at a time.
+            From an entry to its value; each is asked for when it is needed, and one at a time. None: the values come
+            by means of its `home`.
         """
         known = (*self._known(parameter), MASTER)
         given = {name: value for name, value in state.items() if value is not None and name in known}
@@ -227,8 +233,8 @@ class KeptStates:
         if not given.keys() >= set(self._known(parameter)):
             self._forget_values(parameter)
         for name, value in given.items():
-            if not self.shown.has(parameter, name, value):
-                self.load(parameter, name, read(value))
+            if not self.shown.has(parameter, name, value) and (values := read(value)) is not None:
+                self.load(parameter, name, values)
         self._begin(parameter, given, {name: read(value) for name, value in notes.items()})
 
     def load(self, parameter: Tensor, name: str, value: Any) -> None:
@@ -295,9 +301,8 @@ class KeptStates:
 
     def _fill(self, parameter: Tensor) -> None:
         for slot in self._chunk(parameter).states:
-            self._values.write(
-                parameter, slot.name, torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
-            )
+            initial = torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
+            self._values.write(parameter, slot.name, initial)
 
     def check_signs(
         self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value

@@ -80,7 +80,7 @@ class ChunkedStep:
         """
         self._updates.schedule.check_whole("begin an average")
         room = AverageRoom(self.manager, self._updater)
-        self._unfreezing.adopt(room.make(average))
+        self._unfreezing.adopt(room.make(average, self._engine.pacing.least_bytes({})))
 
     def remove_average(self, average: Average) -> None:
         """Give the memory of an average back."""

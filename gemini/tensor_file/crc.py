@@ -7,6 +7,8 @@ Coefficients are reflected, as in zlib: bit 31 is x^0.
 
 import functools
 
+_Part = tuple[int, int, int, int]
+
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31
 _X_TO_8 = 1 << 23
@@ -23,6 +25,35 @@ def combined(first: int, second: int, second_nbytes: int) -> int:
         Length of the second.
     """
     return _times(first, _shift(second_nbytes)) ^ second if first else second
+
+
+class Sums:
+    """CRC-32s of a file's tensors from those of their parts, which any threads add in any order."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._parts: list[_Part] = []
+
+    def add(self, begin: int, index: int, crc: int, nbytes: int) -> None:
+        """Take a part into account.
+
+        Parameters
+        ----------
+        begin
+            Where it is in the file.
+        index
+            Of its tensor.
+        crc, nbytes
+            ``zlib.crc32`` of its bytes, and how many there are.
+        """
+        self._parts.append((begin, index, crc, nbytes))
+
+    def all(self) -> list[int]:
+        """Those of all tensors, once all parts have been added."""
+        crcs = [0] * self._count
+        for _, index, crc, nbytes in sorted(self._parts):
+            crcs[index] = combined(crcs[index], crc, nbytes)
+        return crcs
 
 
 @functools.lru_cache(maxsize=64)

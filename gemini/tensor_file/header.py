@@ -32,7 +32,7 @@ _NUMBERS_LIMIT = 8 * TENSORS_LIMIT
 CHECKSUMS = "gemini_memory.crc32"
 SEAL = "gemini_memory.header"
 _NO_CHECKSUM = "00000000"
-_ALIGN = 8
+_PAGE_BYTES = 4096
 
 DTYPE_NBYTES: Mapping[str, int] = {
     **dict.fromkeys(("F64", "C64", "I64", "U64"), 8),
@@ -97,7 +97,7 @@ class Unsealed:
         checksums = {CHECKSUMS: _NO_CHECKSUM * len(tensors), SEAL: _NO_CHECKSUM}
         header["__metadata__"] = {**checksums, **metadata}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGN)
+        text += b" " * (-(8 + len(text)) % _PAGE_BYTES)  # the data begin with a page
         if len(text) > HEADER_LIMIT_BYTES:
             raise ValueError(f"a header of {len(text)} bytes is too long; one file has at most {HEADER_LIMIT_BYTES}")
         self._text = len(text).to_bytes(8, "little") + text

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from gemini.checkpoint import is_checkpoint
 from gemini.errors import CheckpointError
 from gemini.sizes import parse_bytes
 from gemini.train import checkpoints
@@ -75,7 +76,7 @@ class Options:
 
 SHAPE = ("layers", "hidden", "heads", "seq_len")
 """What a checkpoint fixes."""
-REMEMBERED = (*SHAPE, "batch_size", "steps", "lr", "seed", "precision", "text")
+REMEMBERED = (*SHAPE, "batch_size", "steps", "lr", "seed", "precision", "text", "save_every", "keep")
 """What ``--resume`` takes from the checkpoint where the command line does not say otherwise."""
 
 
@@ -165,6 +166,8 @@ def _check(options: Options) -> None:
     target = options.checkpoint_folder
     if target.exists() and not target.is_dir():
         raise ValueError(f"--checkpoint {target}: not a folder")
+    if is_checkpoint(target):
+        raise ValueError(f"--checkpoint {target}: is one checkpoint; give the folder of them, {target.parent}")
     if target.is_dir() and any(target.iterdir()) and not checkpoints.holds_checkpoints(target):
         raise ValueError(f"--checkpoint {target}: holds other files; give an empty or a new folder")
 

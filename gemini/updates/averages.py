@@ -49,9 +49,9 @@ class BoundAverage:
     count: int
 
     def apply(self, average: Tensor, values: Tensor) -> None:
-        """Take in the values after the step. The first ones are copied."""
+        """Take in the values after the step, from wherever they are. The first ones are copied."""
         if self.count:
-            self.form.apply(average, values, self.count)
+            self.form.apply(average, values.to(average.device), self.count)
         else:
             average.copy_(values)
 
@@ -105,8 +105,8 @@ class Averages:
     def __iter__(self) -> Iterator[Average]:
         return iter(self._all.values())
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._all
+    def __contains__(self, average: Average) -> bool:
+        return self._all.get(average.name) is average
 
     def add(self, average: Average) -> None:
         self._all[average.name] = average

@@ -2,7 +2,15 @@
 
 from torch import Tensor
 
-from ..chunk import ChunkManager, read_own_part, write_own_part
+from ..chunk import (
+    ChunkManager,
+    SlotValues,
+    accept_replaced,
+    open_to_replace,
+    open_values,
+    read_own_part,
+    write_own_part,
+)
 from .schedule import UpdateSchedule
 
 
@@ -31,6 +39,22 @@ class Values:
             return snapshot.read(*place, name)
         self.check_readable()
         return self.manager.read(parameter, name)
+
+    def open(self, parameter: Tensor, name: str) -> SlotValues | None:
+        """See `open_values`; None on the thread that reads a snapshot."""
+        if self.manager.snapshots.of_reader is not None:
+            return None
+        self.check_readable()
+        return open_values(self.manager, parameter, name)
+
+    def open_to_replace(self, parameter: Tensor, name: str) -> SlotValues | None:
+        """See `gemini.chunk.open_to_replace`; `replaced` has to be called afterwards."""
+        return open_to_replace(self.manager, parameter, name)
+
+    def replaced(self, parameter: Tensor, name: str) -> None:
+        """Values have been replaced by means of `open_to_replace`."""
+        accept_replaced(self.manager, parameter, name)
+        self._schedule.replaced(parameter, name)
 
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """See `ChunkManager.write`."""

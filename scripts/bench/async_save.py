@@ -108,6 +108,7 @@ def main() -> None:
             forget_peak()
             during, call, copies = run.steps_while_saving(later)
             rows.append((without, during, call, run.save(now, is_async=False), copies, peak_bytes() - peak))
+            print(f"{without:.3f} s without, {during:.3f} s while saving", flush=True)
         run.save(later, is_async=True)
         run.booster.wait_until_finished()
         (one,), (other,) = now.glob("checkpoint-*"), later.glob("checkpoint-*")

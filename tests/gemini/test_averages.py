@@ -155,8 +155,14 @@ def test_two_averages_follow_one_model_and_one_ends(tmp_path: Path) -> None:
     boosted(model).manager.eviction.evict_idle()
     assert ledger.used(Tier.HOST) <= used[0]
     assert_same(values(fast), before)
+    with pytest.raises(RuntimeError, match="the average slow has been closed"):
+        slow.read(model.first.weight)
     train(booster, model, optimizer, range(3, 5))
     assert fast.n_averaged == 5
+    with pytest.raises(ValueError, match=r"running averages \(fast\), which would be lost"):
+        gemini.to_torch(model)
+    fast.close()
+    gemini.to_torch(model)
 
 
 @pytest.mark.parametrize("use_async", [False, True])

@@ -9,6 +9,7 @@ MODULES = {
     "timeline": "gemini.stat.commands.timeline",
     "wait": "gemini.stat.commands.wait",
     "check": "gemini.stat.commands.check",
+    "verify": "gemini.stat.commands.verify",
     "doctor": "gemini.stat.commands.doctor",
     "schema": "gemini.stat.commands.schema",
     "export": "gemini.stat.commands.export",
@@ -34,6 +35,7 @@ SUMMARY = """\
   bench       measure this machine, for estimate and the live screen
   wait        block until a run is finished, steady, or at a step
   check       thresholds for CI
+  verify      are the files of a checkpoint as they were written?
   doctor      what this machine and this installation can do
   schema      the JSON Schema of --json, or of the records
 """

@@ -32,6 +32,7 @@ OUTPUTS: Mapping[str, type[outputs.Output]] = {
     "export": outputs.Export,
     "report": outputs.Report,
     "serve": outputs.Address,
+    "verify": outputs.Verification,
     "error": outputs.Failed,
 }
 """By name in the schema."""

@@ -17,7 +17,7 @@ ALL: tuple[Scenario, ...] = (
     budgets_held.SCENARIO,
     batch_too_large.SCENARIO,
     lazy_boost_peak.SCENARIO,
-    lora_on_disk.SCENARIO,
+    *lora_on_disk.SCENARIOS,
     pretrained_larger_than_limit.SCENARIO,
     quantised_base.SCENARIO,
 )

@@ -1,9 +1,13 @@
-"""Adapters train on a frozen base that does not fit in memory but on disk; losses and merged weights are peft's."""
+"""Adapters train on a frozen base that does not fit in memory but on disk; losses and saved weights are peft's.
+
+The base is in bfloat16, or in NF4 with a smaller cap; peft then has the same values, dequantised by hand.
+"""
 
 import tempfile
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import child
@@ -16,39 +20,56 @@ from gemini.sizes import format_bytes
 # TinyLlama's shape: 1.1 G parameters, 2.2 GB in bf16.
 _FULL: dict[str, Any] = {
     "layers": 22, "hidden": 2048, "inner": 5632, "heads": 32, "kv_heads": 4, "vocabulary": 32000,
-    "seq_len": 64, "steps": 3, "headroom_ratio": 0.4,
+    "seq_len": 64, "steps": 3,
 }  # fmt: skip
 _SMALL: dict[str, Any] = {
     "layers": 24, "hidden": 512, "inner": 1408, "heads": 8, "kv_heads": 2, "vocabulary": 2048,
-    "seq_len": 16, "steps": 3, "headroom_ratio": 0.7,
+    "seq_len": 16, "steps": 3,
 }  # fmt: skip
 
-# In units of the bytes of the base's bf16 weights, all of which plain peft has in memory. Of the cap, headroom_ratio,
-# Gemini's tiers get HOST_RATIO; the rest is for activations, threads, and one layer while adapters are merged.
-_HOST_RATIO = 0.2
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """How the base is kept, and under which limits, in units of the bytes of its bf16 weights."""
+
+    name: str
+    quantize: str | None
+    headroom_ratio: float
+    """The cap: less than the base takes."""
+    small_headroom_ratio: float
+    """The cap for a small model, beside which what every process takes is more."""
+    host_ratio: float
+    """For the tiers. The rest of the cap is for activations, threads, and one layer while adapters are merged."""
+    bytes_per_parameter: float
+    """The most that model data may take over all tiers, adapters with their states included."""
+
+
+_BF16 = Base("lora_on_disk", None, 0.4, 0.7, 0.2, 2.3)
+_NF4 = Base("lora_on_nf4", "nf4", 0.3, 0.65, 0.15, 1.0)
 _TIMEOUT_SECONDS = 600.0
 
 
-def run(settings: Settings) -> Report:
+def run(base: Base, settings: Settings) -> Report:
     shape = _SMALL if settings.small else _FULL
     base_bytes = 2 * _parameter_count(shape)
-    headroom = int((settings.headroom_ratio or shape["headroom_ratio"]) * base_bytes)
-    host_bytes = int(_HOST_RATIO * base_bytes)
+    usual = base.small_headroom_ratio if settings.small else base.headroom_ratio
+    headroom = int((settings.headroom_ratio or usual) * base_bytes)
+    host_bytes = int(base.host_ratio * base_bytes)
 
     def train(kind: str, headroom_bytes: int | None) -> Ended:
-        arguments = {"kind": kind, "headroom_bytes": headroom_bytes, "host_bytes": host_bytes, **shape}
-        return run_child("lora_on_disk", arguments, timeout_seconds=_TIMEOUT_SECONDS)
+        asked = {"kind": kind, "quantize": base.quantize, "headroom_bytes": headroom_bytes, "host_bytes": host_bytes}
+        return run_child("lora_on_disk", {**asked, **shape}, timeout_seconds=_TIMEOUT_SECONDS)
 
     free = train("peft", None)
     if free.result is None or free.result["error"]:
         raise Failure(f"training with peft without a cap failed: {free.result or free.errors}")
     plain, gemini = train("peft", headroom), train("gemini", headroom)
     wanted = free.result["losses"]
-    got = gemini.result or {"losses": [], "merged": None}
+    got = gemini.result or {"losses": [], "saved": None}
     cap = f"with {format_bytes(headroom)} of head-room for {format_bytes(base_bytes)} of frozen weights"
     per_parameter = got.get("model_data_bytes", 0) / (base_bytes / 2)
     return Report(
-        name=SCENARIO.name,
+        name=base.name,
         checks=(
             Check("peft without a cap", f"{len(wanted)} steps", outcome(free), True),
             Check(f"peft {cap}", "out of memory", outcome(plain), ran_out(plain)),
@@ -60,16 +81,16 @@ def run(settings: Settings) -> Report:
                 got["losses"] == wanted,
             ),
             Check(
-                "merged and saved weights",
+                "saved adapters" if base.quantize else "merged and saved weights",
                 "peft's",
-                "the same" if got.get("merged") == free.result["merged"] else "others",
-                got.get("merged") == free.result["merged"],
+                "the same" if got.get("saved") == free.result["saved"] else "others",
+                got.get("saved") == free.result["saved"],
             ),
             Check(
                 "frozen weights and adapters over all tiers",
-                "at most 2.3 bytes a parameter",
+                f"at most {base.bytes_per_parameter} bytes a parameter",
                 f"{per_parameter:.3f}",
-                0 < per_parameter <= 2.3,
+                0 < per_parameter <= base.bytes_per_parameter,
             ),
         ),
         facts={
@@ -94,11 +115,19 @@ def _parameter_count(shape: dict[str, Any]) -> int:
     return count
 
 
-SCENARIO = Scenario(
-    name="lora_on_disk",
-    summary="adapters train on a base of 1.1 G parameters on disk, under a cap in which it does not fit",
-    quick=False,
-    run=run,
+SCENARIOS = (
+    Scenario(
+        name=_BF16.name,
+        summary="adapters train on a base of 1.1 G parameters on disk, under a cap in which it does not fit",
+        quick=False,
+        run=partial(run, _BF16),
+    ),
+    Scenario(
+        name=_NF4.name,
+        summary="the same with the base in NF4, under a smaller cap",
+        quick=False,
+        run=partial(run, _NF4),
+    ),
 )
 
 
@@ -126,7 +155,7 @@ def _base(asked: dict[str, Any]) -> Any:
 
 
 def _train(asked: dict[str, Any], losses: list[float], folder: str) -> dict[str, Any]:
-    """Train adapters, merge them, save; with ``kind`` peft without management."""
+    """Train adapters and save what came of it; with ``kind`` peft without management."""
     from contextlib import nullcontext
 
     import torch
@@ -146,7 +175,10 @@ def _train(asked: dict[str, Any], losses: list[float], folder: str) -> dict[str,
         )
     )
     torch.manual_seed(1)
-    model: Any = booster.enable_lora(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    adapters = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    model: Any = booster.enable_lora(base, adapters, asked["quantize"])
+    if asked["quantize"] and not is_managed:
+        _round(model, asked["quantize"])
     optimizer: Any = HybridAdam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     if is_managed:
         model, optimizer, *_ = booster.boost(model, optimizer)
@@ -161,18 +193,39 @@ def _train(asked: dict[str, Any], losses: list[float], folder: str) -> dict[str,
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    if not is_managed:
-        merged = model.merge_and_unload()
-        return {"merged": _digest((name, value) for name, value in merged.state_dict().items())}
-    stats = model.memory_stats()
-    booster.save_model(model.merge_and_unload(), folder)
-    return {"merged": _digest(_stored(folder)), "model_data_bytes": int(stats["model_data/total_bytes"])}
+    model_data_bytes = int(model.memory_stats()["model_data/total_bytes"]) if is_managed else 0
+    return {"saved": _saved(booster, model, asked, folder), "model_data_bytes": model_data_bytes}
 
 
-def _stored(folder: str) -> Iterable[tuple[str, Any]]:
+def _saved(booster: Any, model: Any, asked: dict[str, Any], folder: str) -> int:
+    """Digest of the adapters, or of the merged weights: of files, if they are ours."""
+    if asked["quantize"]:
+        booster.save_lora_as_pretrained(model, folder, use_safetensors=True)
+        return _digest(_stored(f"{folder}/adapter_model.safetensors"))
+    merged = model.merge_and_unload()
+    if asked["kind"] == "peft":
+        return _digest(merged.state_dict().items())
+    booster.save_model(merged, folder)
+    return _digest(_stored(f"{folder}/model.safetensors"))
+
+
+def _round(model: Any, quantize: str) -> None:
+    """Give frozen layers the values that they have when they are kept in few bits."""
+    from gemini.packing.quantised import quantised_parameters
+    from gemini.quantization import Quantization
+
+    form = Quantization(quantize)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    chosen = quantised_parameters(model, form, trained)
+    for parameter in model.parameters():
+        if id(parameter) in chosen:
+            parameter.data = form.rounded(parameter.data)
+
+
+def _stored(path: str) -> Iterable[tuple[str, Any]]:
     from safetensors import safe_open
 
-    with safe_open(Path(folder) / "model.safetensors", framework="pt", backend="pread") as file:
+    with safe_open(path, framework="pt", backend="pread") as file:
         for name in file.keys():
             yield name, file.get_tensor(name)
 
@@ -191,7 +244,7 @@ def _digest(tensors: Iterable[tuple[str, Any]]) -> int:
 def _child() -> None:
     asked = child.arguments()
     with tempfile.TemporaryDirectory(prefix="gemini-memory-oom-") as folder:
-        tiny = {**_SMALL, "layers": 1, "hidden": 64, "inner": 128, "vocabulary": 128, "steps": 2}
+        tiny = {**asked, "layers": 1, "hidden": 64, "inner": 128, "vocabulary": 128, "steps": 2}
         # Both ways in every child, so that all have the same libraries, kernels and threads when the cap is set.
         _train({**tiny, "kind": "peft", "host_bytes": 1 << 20}, [], folder)
         _train({**tiny, "kind": "gemini", "host_bytes": 1 << 20}, [], folder)

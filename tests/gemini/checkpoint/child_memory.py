@@ -35,9 +35,9 @@ def build(width: int, layers: int, folder: Path):
     plugin = GeminiPlugin(
         precision="bf16",
         telemetry=False,
-        host_memory="24MiB",
+        host_memory="72MiB",
         offload_dir=folder,
-        chunk_config_dict={1: {"chunk_size": MEBI}},
+        chunk_config_dict={1: {"chunk_size": 4 * MEBI}},
     )
     booster = Booster(plugin=plugin)
     model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
@@ -55,7 +55,7 @@ if __name__ == "__main__":
         action(model, folder / "small")
     for action in (booster.save_optimizer, booster.load_optimizer):
         action(optimizer, folder / "small")
-    booster, model, optimizer = build(1024, 32, folder)  # 128 MiB of masters, 4 MiB each
+    booster, model, optimizer = build(2048, 8, folder)  # 128 MiB of masters, 16 MiB each
     shards = {"shard": True, "size_per_shard": 40}
     print(
         json.dumps(

@@ -107,3 +107,8 @@ def test_several_models_have_a_folder_each(tmp_path) -> None:
     assert_same(values(critic), expected)
     with pytest.raises(CheckpointError, match="has no model 'other'; it has model 'generator', model 'critic'"):
         booster.load(tmp_path, model={"other": critic})
+    _, critic, *_ = small(seed=3)
+    expected = values(critic)
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        booster.load(tmp_path, model={"critic": critic, "generator": nn.Linear(8, 9)})
+    assert_same(values(critic), expected)

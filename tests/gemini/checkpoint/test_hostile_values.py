@@ -1,6 +1,7 @@
 """Files that are whole and hold values that make no sense: refused before anything changes."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,16 @@ import torch
 from hostile_cases import INF, NAN, Change, Small, resave, rewrite
 from state_uses import same
 
-from gemini.checkpoint import load_lr_scheduler, load_optimizer, save_lr_scheduler, save_optimizer
+from gemini.checkpoint import (
+    load_lr_scheduler,
+    load_model,
+    load_optimizer,
+    save_lr_scheduler,
+    save_model,
+    save_optimizer,
+)
 from gemini.errors import CheckpointError
+from gemini.formats import torch_zip
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.rules.option_ranges import group_faults
 
@@ -210,7 +219,7 @@ VALUES: dict[str, Change] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize).*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize|TypedStorage).*:UserWarning")
 @pytest.mark.parametrize("what", VALUES)
 def test_a_state_that_cannot_be_kept_is_refused_whoever_loads_it(what: str, run: Small, folder: Path) -> None:
     path = folder / "optimizer.pt"
@@ -373,3 +382,99 @@ def test_a_scheduler_that_fails_in_the_middle_is_as_it_was(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"is not taken by the ReduceLROnPlateau, .*sideways"):
         load_lr_scheduler(each, tmp_path / "lr_scheduler.pt")
     assert attributes(each) == before
+
+
+# -- weights
+
+WEIGHTS: dict[str, Any] = {
+    "sparse": lambda v: v.to_sparse(),
+    "meta": lambda v: v.to("meta"),
+    "quantised": lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.quint8),
+    "nested": lambda v: torch.nested.nested_tensor([v, v]),
+    "complex": lambda v: v + 1j,
+    "huge in 4 bytes": lambda v: torch.zeros(1).expand(2**40),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize|TypedStorage).*:UserWarning")
+@pytest.mark.parametrize("what", WEIGHTS)
+def test_weights_that_cannot_be_copied_are_refused_before_the_first_is(what: str, run: Small, tmp_path: Path) -> None:
+    state = {name: value + 1 for name, value in run.model.state_dict().items()}
+    state["1.bias"] = WEIGHTS[what](state["1.bias"])
+    with run.refuses("", "1.bias"):
+        run.model.load_state_dict(state)
+    torch.save(state, tmp_path / "model.bin")
+    with run.refuses(tmp_path / "model.bin", "1.bias"):
+        run.booster.load_model(run.model, tmp_path / "model.bin")
+
+
+class Counting(torch.nn.Linear):
+    """Has an extra state that it is particular about."""
+
+    count = 0
+
+    def get_extra_state(self) -> Any:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state["count"]
+        if self.count < 0:
+            raise ValueError(f"a count of {self.count}")
+
+
+@pytest.mark.parametrize("extra", [{"count": -1}, {}, 3, None])
+def test_an_extra_state_that_its_module_does_not_take_changes_nothing(extra: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Counting(3, 2), Counting(2, 2))
+    state = {
+        name: value + 1 if isinstance(value, torch.Tensor) else value for name, value in model.state_dict().items()
+    }
+    torch.save({**state, "0._extra_state": {"count": 7}, "1._extra_state": extra}, tmp_path / "model.bin")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=r"1\._extra_state is not taken by its module"):
+        load_model(model, tmp_path / "model.bin")
+    assert [layer.count for layer in model] == [0, 0]
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_experts_are_looked_at_before_they_are_put_together(tmp_path: Path) -> None:
+    from checkpoint_cases import mixtral, values
+
+    model = mixtral()
+    save_model(model, tmp_path / "model.bin")
+    state = torch.load(tmp_path / "model.bin", weights_only=True)
+    name = "model.layers.0.mlp.experts.down_proj"
+    experts = state.pop(name)
+    parts = {f"model.layers.0.block_sparse_moe.experts.{i}.w2.weight": e.clone() for i, e in enumerate(experts)}
+    torch.save({**state, **parts}, tmp_path / "model.bin")
+    load_model(model, tmp_path / "model.bin")
+    before = values(model)
+    parts["model.layers.0.block_sparse_moe.experts.10.w2.weight"] = experts[10].to_sparse()
+    torch.save({**state, **parts}, tmp_path / "model.bin")
+    with pytest.raises(CheckpointError, match=r"experts\.10\.w2\.weight, which has the layout torch\.sparse_coo"):
+        load_model(model, tmp_path / "model.bin")
+    assert same(values(model), before)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "model.safetensors.index.json"])
+def test_a_pipe_does_not_stop_a_load(name: str, run: Small, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with run.refuses(tmp_path / name):
+        run.booster.load_model(run.model, tmp_path / name)
+    with pytest.raises(CheckpointError, match="is not a file"):
+        load_lr_scheduler(scheduler("StepLR"), tmp_path / name)
+
+
+def test_what_would_be_too_long_to_load_is_refused_when_it_is_saved(
+    run: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_zip, "_PICKLE_BYTES", 30_000)
+    long = list(range(20_000))
+    each = scheduler("StepLR")
+    each.history = long
+    with pytest.raises(CheckpointError, match=r"takes \d+ bytes without its tensors.*Make tensors of long lists"):
+        save_lr_scheduler(each, tmp_path / "lr_scheduler.pt")
+    with pytest.raises(CheckpointError, match=r"extra\.pt would not load again: .* Make tensors of long lists"):
+        run.booster.save(tmp_path / "run", model=run.model, extra={"seen": long})
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    run.booster.save(tmp_path / "run", model=run.model, extra={"seen": torch.tensor(long)})

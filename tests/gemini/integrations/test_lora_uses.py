@@ -1,6 +1,7 @@
 """What people do with adapters of peft: each has the numbers that it has on a plain model."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from adapted import PLACES, Run, check, config, tokens
 from torch import Tensor
 from torch.nn import functional
+
+from gemini.lazy import LazyInitContext
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' own, about each other
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -154,6 +157,42 @@ def a_folder_that_trains_on(run: Run) -> None:
     run.see_weights(model)
 
 
+def a_lazy_base(run: Run) -> None:
+    with LazyInitContext() if run.is_managed else nullcontext():
+        base = run.base()
+    torch.manual_seed(1)
+    model, optimizer = run.boost(run.booster.enable_lora(base, config(use_dora=True, init_lora_weights=True)))
+    run.train(model, optimizer)
+    run.see_weights(model)
+    model.save_pretrained(run.folder / "saved")
+    with LazyInitContext() if run.is_managed else nullcontext():
+        base = run.base()
+    model, optimizer = run.boost(run.booster.enable_lora(base, run.folder / "saved"))
+    run.train(model, optimizer)
+    run.see_weights(model, "again")
+
+
+def a_trainer_of_transformers(run: Run) -> None:
+    from gemini.integrations.hugging_face import GeminiTrainerMixin
+
+    class Managed(GeminiTrainerMixin, transformers.Trainer):
+        pass
+
+    arguments = transformers.TrainingArguments(
+        output_dir=run.folder / "runs", per_device_train_batch_size=2, max_steps=2, save_steps=1, report_to=[],
+        use_cpu=True, optim="adamw_torch_fused", disable_tqdm=True, logging_steps=10,
+    )  # fmt: skip
+    data = [{"input_ids": each, "labels": each} for step in range(4) for each in tokens(step)]
+    model = run.adapted(config(task_type="CAUSAL_LM"))
+    trainer: Any = transformers.Trainer(model, arguments, train_dataset=data)
+    if run.is_managed:
+        trainer = Managed(model, arguments, train_dataset=data, gemini_plugin=run.booster.plugin)
+    trainer.train()
+    saved = peft.PeftModel.from_pretrained(run.base(), run.folder / "runs" / "checkpoint-2")
+    run.see_weights(saved, "saved")
+    run.see_weights(model)
+
+
 PROGRAMS: dict[str, Program] = {
     "all-linear": trained(target_modules="all-linear", use_rslora=True, lora_bias=True),
     "dora": trained(use_dora=True),
@@ -173,12 +212,12 @@ PROGRAMS: dict[str, Program] = {
 for use in (
     merged_before_the_first_step, merged_and_unmerged, merged_and_saved, preferences_over_the_disabled_adapter,
     several_adapters, an_adapter_added_after_boost, an_adapter_loaded_after_boost,
-    the_second_of_two_adapters_trains_later, a_folder_that_trains_on,
+    the_second_of_two_adapters_trains_later, a_folder_that_trains_on, a_lazy_base, a_trainer_of_transformers,
 ):  # fmt: skip
     PROGRAMS[use.__name__] = use
 
 
-@pytest.mark.parametrize("name", ["modules beside it", "tokens", *list(PROGRAMS)[-7:]])
+@pytest.mark.parametrize("name", ["modules beside it", "tokens", *list(PROGRAMS)[-9:]])
 def test_a_use_of_adapters_has_the_numbers_of_plain_peft(name: str, tmp_path: Path) -> None:
     check(PROGRAMS[name], "disk", "keep", tmp_path)
 

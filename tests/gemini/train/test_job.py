@@ -151,11 +151,12 @@ def test_interrupted_twice_it_ends_at_once_and_the_old_checkpoint_stays(tmp_path
     assert signal.getsignal(signal.SIGINT) is handler  # whatever it was: jobs in the background ignore the signal
 
 
-def test_a_job_that_is_killed_goes_on_from_the_last_of_the_checkpoints_that_it_wrote_on_its_way(tmp_path: Path) -> None:
-    folder, reached = tmp_path / "checkpoint", []
+def test_a_job_that_is_killed_goes_on_from_the_last_of_the_checkpoints_that_it_wrote_on_its_way(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint"
 
     def kill(session: Session) -> None:
-        reached.append(session.step)
         if session.step == 6:
             raise RuntimeError("killed")
 
@@ -164,11 +165,14 @@ def test_a_job_that_is_killed_goes_on_from_the_last_of_the_checkpoints_that_it_w
     kept = ["checkpoint-000004", "checkpoint-000005", "config.json", "latest", "model.safetensors"]
     assert sorted(os.listdir(folder)) == kept
     options = parse(["--resume", str(folder), "--steps", "6"])
-    assert (options.checkpoint_folder, options.save_every) == (folder, None)
+    assert (options.checkpoint_folder, options.save_every, options.keep) == (folder, 1, 2)
     code, content = job.run(options, Report(sys.stderr))
-    assert (code, content["step"], content["losses"][5:] != []) == (0, 6, True)
+    assert (code, content["step"], len(content["losses"])) == (0, 6, 6)
     older = parse(["--resume", str(folder / "checkpoint-000005"), "--steps", "5"])
     assert older.checkpoint_folder == folder
+    with pytest.raises(SystemExit):
+        parse(["--checkpoint", str(folder / "checkpoint-000005")])
+    assert "is one checkpoint; give the folder of them" in capfd.readouterr().err
     assert job.run(older, Report(sys.stderr))[1]["step"] == 5
 
 

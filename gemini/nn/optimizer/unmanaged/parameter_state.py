@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemini.chunk import copy_fault
+
 from ..kernels.forms import MOMENTS
 from ..rules.moments import packed, slots, unpacked
-from ..rules.rule import BufferSpec
+from ..rules.option_ranges import brief
+from ..rules.rule import BufferSpec, whole_steps
 from .memory_order import Order, copy_back, flatten, memory_order
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -68,10 +71,18 @@ def check_saved(saved: Mapping[str, Any], param: Tensor, where: str) -> None:
     if missing:
         raise ValueError(f"{where}: the loaded state has no {', '.join(missing)}; it is not that of an Adam optimizer")
     for name in ("exp_avg", "exp_avg_sq", "master"):
-        if name in saved and saved[name].shape != param.shape:
+        if name not in saved:
+            continue
+        if not isinstance(saved[name], Tensor) or copy_fault(saved[name]) is not None or saved[name].is_complex():
+            raise ValueError(f"{where}: the loaded {name} is {brief(saved[name])}, expected a dense, real tensor")
+        if saved[name].shape != param.shape:
             raise ValueError(
                 f"{where}: the loaded {name} has shape {tuple(saved[name].shape)}, the parameter {tuple(param.shape)}"
             )
+    try:
+        whole_steps(saved["step"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def restored(saved: Mapping[str, Any], param: Tensor, *, copy: bool, states: str = "fp32") -> dict[str, Any]:
