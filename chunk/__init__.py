@@ -8,6 +8,7 @@ from gemini.process_wide import IO_STACK_BYTES
 from .accelerator import AcceleratorBackend
 from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
 from .away import QUIET, Keeper, reach
+from .block_codes import warm_up as warm_up_codes
 from .block_format import FORMATS, BlockFormat, dequantise, quantise
 from .buffer import Buffer, MemoryBuffer
 from .chunk import Chunk
@@ -115,6 +116,7 @@ __all__ = [
     "start_workers",
     "tuned",
     "unmarked",
+    "warm_up_codes",
     "write_own_part",
     "write_part",
     "write_slot",

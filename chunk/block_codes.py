@@ -32,6 +32,12 @@ def _kernels() -> ModuleType | None:
     return block_kernel
 
 
+def warm_up(form: BlockFormat) -> None:
+    """Compile or load the kernels, which takes memory, and more stack than the threads have that fetch."""
+    for dtype in (torch.float32, torch.bfloat16):
+        decode(*encode(torch.zeros(BLOCK_NUMEL, device="cpu"), form), form, dtype)
+
+
 def encode(values: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
     """As `block_format.quantise`, bit by bit."""
     kernels, whole = _kernels(), values.numel() // BLOCK_NUMEL * BLOCK_NUMEL
@@ -51,17 +57,25 @@ def encode(values: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, absmax: Tensor, form: BlockFormat, dtype: torch.dtype) -> Tensor:
     """As `block_format.dequantise`, bit by bit."""
-    kernels, blocks = _kernels(), codes.numel() * form.codes_per_byte // BLOCK_NUMEL
-    if kernels is None or blocks < absmax.numel():
-        return block_format.dequantise(codes, absmax, form, dtype)
-    if form.codes_per_byte == 2:
-        table = (levels_of(form) * absmax[:, None]).to(dtype)
-        out = torch.empty(blocks * BLOCK_NUMEL, dtype=dtype, device="cpu")
+    out = torch.empty(codes.numel() * form.codes_per_byte, dtype=dtype, device="cpu")
+    decode_into(out, codes, absmax, form)
+    return out
+
+
+def decode_into(out: Tensor, codes: Tensor, absmax: Tensor, form: BlockFormat) -> None:
+    """The same into memory that is there, as much as it takes; all on CPU, or on a device, where torch does it."""
+    kernels, blocks = _kernels() if out.device.type == "cpu" else None, absmax.numel()
+    if kernels is None or out.numel() != blocks * BLOCK_NUMEL:  # a last block that is shorter
+        out.copy_(block_format.dequantise(codes, absmax, form, out.dtype)[: out.numel()])
+    elif form.codes_per_byte == 2:
+        table = (levels_of(form) * absmax[:, None]).to(out.dtype)
         kernels.look_up_pairs(_array(codes), _array(table).reshape(blocks, -1), _array(out))
-        return out
-    out = torch.empty(blocks * BLOCK_NUMEL, dtype=torch.float32, device="cpu")
-    kernels.widen_bytes(_array(codes), _array(absmax), _array(out))
-    return out.to(dtype)
+    elif out.dtype is torch.float32:
+        kernels.widen_bytes(_array(codes), _array(absmax), _array(out))
+    else:
+        wide = torch.empty(out.numel(), dtype=torch.float32, device="cpu")
+        kernels.widen_bytes(_array(codes), _array(absmax), _array(wide))
+        out.copy_(wide)
 
 
 def _array(tensor: Tensor) -> NDArray[np.generic]:

@@ -109,5 +109,5 @@ def dequantise(codes: Tensor, absmax: Tensor, form: BlockFormat, dtype: torch.dt
     if form.codes_per_byte == 2:
         codes = torch.stack((codes >> 4, codes & 0xF), dim=1).view(-1)
     numel = codes.numel()
-    levels = torch.nn.functional.pad(levels_of(form)[codes.int()], (0, -numel % BLOCK_NUMEL))
+    levels = torch.nn.functional.pad(levels_of(form).to(codes.device)[codes.int()], (0, -numel % BLOCK_NUMEL))
     return (levels.view(-1, BLOCK_NUMEL) * absmax[:, None]).view(-1)[:numel].to(dtype)

@@ -105,6 +105,9 @@ class MasterCodec(Codec, Protocol):
     def of_state(self, spec: BufferSpec) -> Codec:
         """How a state of the optimizer lies in its buffer beside such masters."""
 
+    def decode_into(self, out: Tensor, stored: Pieces) -> None:
+        """As `decode`, into memory (flat, dense) that is where the pieces are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plain:
@@ -135,6 +138,9 @@ class Plain:
 
     def decode(self, stored: Pieces) -> Tensor:
         return stored[self.spec.name]
+
+    def decode_into(self, out: Tensor, stored: Pieces) -> None:
+        out.copy_(self.decode(stored)[: out.numel()])
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
         return {self.spec.name: values}
@@ -190,6 +196,9 @@ class SplitBf16:
 
     def decode(self, stored: Pieces) -> Tensor:
         return joined(stored[MASTER], stored[MASTER_LOW], stored[self.marks])
+
+    def decode_into(self, out: Tensor, stored: Pieces) -> None:
+        out.copy_(self.decode(stored))
 
     def encode(self, values: Tensor, stored: Pieces) -> Pieces:
         high, low, marks = halves(values.float())

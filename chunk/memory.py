@@ -29,6 +29,8 @@ from .write_behind import WriteBehind
 
 BLOCK_NUMEL = 1 << 16
 """Elements that are decoded at once."""
+DEVICE_BLOCK_NUMEL = 1 << 20
+"""The same on a device, where a piece is a few kernels."""
 SHORT_BYTES = 1 << 19
 """A copy within RAM of at most this many bytes is made at once: a worker takes as long to wake up."""
 FETCH_WORKERS = 2
@@ -225,11 +227,12 @@ def fill_in_blocks(full: Tensor, source: Buffer, staging: Staging | None) -> Non
     """Read what is not in memory as it is into a full copy.
 
     A disk home comes through staging, which is aligned for the disk; full copies are not. Values that are decoded need
-    neither staging nor, where the full copy is in RAM, any other room than what they are decoded from.
+    neither staging nor, in RAM or where their homes are on the device too, any room but for a piece of them.
     """
-    if isinstance(source, Decoded) and full.device.type == "cpu":
-        for start in range(0, full.numel(), BLOCK_NUMEL):
-            source.read(start, full[start : start + BLOCK_NUMEL])
+    if isinstance(source, Decoded) and (full.device.type == "cpu" or full.device == source.device):
+        numel = BLOCK_NUMEL if full.device.type == "cpu" else DEVICE_BLOCK_NUMEL
+        for start in range(0, full.numel(), numel):
+            source.read(start, full[start : start + numel])
         return
     block = torch.empty(BLOCK_NUMEL) if staging is None else staging.borrow()
     try:

@@ -6,20 +6,27 @@ import torch
 from torch import Tensor
 
 from .buffer import Buffer
-from .content import BufferSpec, Codec
+from .content import BufferSpec, Codec, MasterCodec
+
+_CPU = torch.device("cpu")
 
 Homes = Mapping[str, Buffer]
 Specs = Mapping[str, BufferSpec]
 
 
 class Stored(Mapping[str, Tensor]):
-    """Copies, on CPU, of what homes have for values ``[start, start + numel)`` (`Pieces`). Reads what is asked for."""
+    """Copies of what homes have for values ``[start, start + numel)`` (`Pieces`), on CPU if no device is named.
 
-    def __init__(self, homes: Homes, specs: Specs, codec: Codec, start: int, numel: int) -> None:
+    Reads what is asked for.
+    """
+
+    def __init__(
+        self, homes: Homes, specs: Specs, codec: Codec, start: int, numel: int, device: torch.device = _CPU
+    ) -> None:
         self._homes = homes
         self._specs = specs
         self._unit = codec.block_numel
-        self._start, self._numel = start, numel
+        self._start, self._numel, self._device = start, numel, device
 
     def part(self, name: str) -> slice:
         """Where a buffer has what belongs to the values; blocks of elements that share more than these begin there."""
@@ -28,7 +35,7 @@ class Stored(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         home, part = self._homes[name], self.part(name)
-        flat = torch.empty(part.stop - part.start, dtype=home.dtype, device="cpu")
+        flat = torch.empty(part.stop - part.start, dtype=home.dtype, device=self._device)
         home.read(part.start, flat)
         return flat
 
@@ -44,7 +51,7 @@ class Decoded:
 
     tensor: Tensor | None = None
 
-    def __init__(self, homes: Homes, specs: Specs, codec: Codec) -> None:
+    def __init__(self, homes: Homes, specs: Specs, codec: MasterCodec) -> None:
         home = homes[codec.specs[0].name]
         self.tier, self.dtype = home.tier, codec.dtype
         self.numel = home.numel * codec.specs[0].block_numel
@@ -54,9 +61,17 @@ class Decoded:
     def nbytes(self) -> int:
         return sum(self._homes[spec.name].nbytes for spec in self._codec.specs)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it can be decoded: on the device if all of it is there."""
+        tensors = [self._homes[spec.name].tensor for spec in self._codec.specs]
+        found = {_CPU if tensor is None else tensor.device for tensor in tensors}
+        return found.pop() if len(found) == 1 else _CPU
+
     def read(self, start: int, out: Tensor) -> None:
-        stored = Stored(self._homes, self._specs, self._codec, start, out.numel())
-        out.copy_(self._codec.decode(stored)[: out.numel()])
+        """As `Buffer.read`; ``out`` is on CPU or on `device`."""
+        stored = Stored(self._homes, self._specs, self._codec, start, out.numel(), out.device)
+        self._codec.decode_into(out, stored)
 
     def write(self, start: int, source: Tensor) -> None:
         raise NotImplementedError

@@ -101,14 +101,20 @@ class Quantization:
         return any(f".{module}.".find(f".{name}.") >= 0 for name in self.skip)
 
     def rounded(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The values that a weight has once it is kept so, in a dtype (its own if None); the weight stays as it is.
+        """The values that a weight has once it is kept so; the weight stays as it is.
 
         Blocks are cut as the weight lies in memory, from its first element on: of a contiguous one row by row. A model
         with these weights trains to the same numbers as the boosted one.
+
+        Parameters
+        ----------
+        dtype
+            The compute dtype, to which the weight is rounded first; None: its own.
         """
         flat = weight.detach().as_strided((weight.numel(),), (1,)) if _is_dense(weight) else weight.detach().flatten()
+        dtype = dtype or weight.dtype
         parts = [
-            dequantise(*quantise(part, self.form), self.form, dtype or weight.dtype)[: part.numel()]
+            dequantise(*quantise(part.to(dtype), self.form), self.form, dtype)[: part.numel()]
             for part in flat.cpu().split(_PIECE_NUMEL)
         ]
         values = torch.cat(parts).to(weight.device)

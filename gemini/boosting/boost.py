@@ -12,7 +12,7 @@ from torch import nn
 
 from ..boosted import Boosted
 from ..checkpoint import serve_parts
-from ..chunk import ChunkManager, all_or_none
+from ..chunk import ChunkManager, all_or_none, warm_up_codes
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities, find_capacities
 from ..memory.tracker import NonModelMeter
@@ -61,6 +61,8 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
             until_built.enter_context(local_parts(model, optimizer))
             _refuse(model, optimizer, config)
             _warm_up(optimizer, config, {torch.device("cpu")}, _trained_dtypes(optimizer, config))
+            if config.quantization is not None:
+                warm_up_codes(config.quantization.form)
             capacities = find_capacities(config)
         check_groups(model, communicator)
         check_options(config)

@@ -87,7 +87,8 @@ class Activations:
                 _checkpoint(self._model)
             for parameter in self._model.parameters():
                 # As in managed training: a gradient goes to its chunk at once.
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_drop_gradient)
         self._lists = repeated_layers(self._model)
 
     def peak_bytes(self, batch_size: int, seq_len: int) -> int:

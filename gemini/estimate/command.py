@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import MASTER, BufferSpec, MemoryMap, Tier
+from gemini.chunk import FORMATS, MASTER, BufferSpec, MemoryMap, Tier
 from gemini.config import PRECISIONS, GeminiConfig
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
+from gemini.packing.quantised import quantised_parameters
+from gemini.quantization import Quantization
 from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.estimate_outputs import Estimate, Solved, TierNeed
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of torch.optim, such as: SGD momentum=0.9, or HybridAdam states=8bit (AdamW)",
     )  # fmt: skip
     parser.add_argument("--split-master", action="store_true", help="as GeminiPlugin's; HybridAdam or AdamW in bf16")
+    parser.add_argument("--quantize", choices=tuple(FORMATS), help="as GeminiPlugin's, for a model with frozen layers")
     parser.add_argument("--gpu", metavar="SIZE", help="memory of a rank's accelerator; nothing: train on the CPU")
     parser.add_argument(
         "--ram", metavar="SIZE", help="a machine's RAM for this training beside the libraries (what is free here)"
@@ -73,7 +76,7 @@ def run(options: argparse.Namespace) -> Exit:
     config = _config(options, slots)
     try:
         subject = find_subject(options.target, dict(assignment(text) for text in options.set))
-        data = ModelData(subject, config, slots)
+        data = _data(subject, config, slots)
         activations = Activations(subject, config.dtype_of(torch.float32), options.checkpointing)
     except NotFound as error:
         raise NoRun(str(error)) from error
@@ -262,9 +265,24 @@ def _config(options: argparse.Namespace, slots: Sequence[BufferSpec]) -> GeminiC
     if options.split_master and not any(slot.has_spare_sign for slot in slots):
         raise Usage(f"--split-master needs HybridAdam or AdamW, got --optimizer {' '.join(options.optimizer)}")
     try:
-        return GeminiConfig(precision=options.precision, split_master=options.split_master)
+        return GeminiConfig(
+            precision=options.precision,
+            split_master=options.split_master,
+            quantization=Quantization.of(options.quantize),
+        )
     except ValueError as error:
         raise Usage(str(error)) from error
+
+
+def _data(subject: Subject, config: GeminiConfig, slots: Sequence[BufferSpec]) -> ModelData:
+    data = ModelData(subject, config, slots)
+    if data.config.quantization is not None:
+        trained = {id(p) for p in data.model.parameters() if p.requires_grad}
+        try:
+            quantised_parameters(data.model, data.config.quantization, trained)
+        except ValueError as error:
+            raise Usage(str(error)) from error
+    return data
 
 
 def _machine(options: argparse.Namespace, ranks: int) -> Machine:

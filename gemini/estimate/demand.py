@@ -1,5 +1,6 @@
 """Model data per tier: the trainer's own chunk search, packing and placement, asked without building anything."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from gemini.memory.thread_stacks import stack_bytes
 from gemini.memory.tracker import Budget
 from gemini.nn.optimizer.rules.adam_rule import ADAM
 from gemini.packing.packing import Packing, decide
+from gemini.quantization import Quantization
 from gemini.sizes import format_bytes
 
 from .subject import Subject
@@ -104,7 +106,7 @@ class ModelData:
     def __init__(self, subject: Subject, config: GeminiConfig, slots: Sequence[BufferSpec] = ADAM.slots({})) -> None:
         with LazyInitContext():
             self.model: nn.Module = subject.build()
-        self.config = config
+        self.config = replace(config, quantization=Quantization.for_model(self.model, config.quantization))
         self.numel = sum(p.numel() for p in self.model.parameters())
         self.groups = [{"params": list(self.model.parameters())}]
         self.slots = tuple(slots)
@@ -244,15 +246,17 @@ def _terms(packing: Packing) -> dict[str, int]:
 
 def _everything(data: ModelData, ranks: int) -> int:
     """Homes of masters, states and gradients; of several ranks each collects whole gradients beside them."""
-    itemsize = data.config.dtype_of(torch.float32).itemsize
-    collected = itemsize if ranks > 1 else 0
-    return round(data.numel * ((data.state_bytes + itemsize) / ranks + collected))
+    packing = data.pack(dict.fromkeys(Tier, sys.maxsize), MemoryMap.UNIFIED)
+    homes = sum(plan.nbytes(name) for plan in packing.plans for name in plan.tiers)
+    collected = sum(plan.nbytes(GRADIENT) for plan in packing.plans if GRADIENT in plan.tiers) if ranks > 1 else 0
+    return homes // ranks + collected
 
 
 def arguments(found: Demand, config: GeminiConfig, offload_dir: str | None) -> str:
     """What fits, ready to paste."""
     parts = [f'precision="{config.precision}"']
     parts += [f"{name}=True" for name in ("update_in_backward", "split_master") if getattr(config, name)]
+    parts += [f'quantize="{config.quantization.format}"'] if config.quantization is not None else []
     parts += [f"{name}={as_argument(nbytes, up=True)}" for name, nbytes in found.limits.items() if nbytes >= 1024]
     if found.limits.get("disk_memory"):
         parts.append(f"offload_dir={offload_dir or '/path/on/a/fast/disk'!r}")

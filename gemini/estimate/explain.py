@@ -183,7 +183,7 @@ def _holders(
         non_model = max(non_model, timeline.non_model_bytes[timeline.peak])
     found = [
         ("optimizer states", homes["states"]),
-        ("masters and frozen parameters", homes["master"] + homes["master_low"]),
+        ("masters and frozen parameters", homes["master"] + homes["master_low"] + homes["absmax"]),
         ("gradients", homes["gradient"]),
         ("bf16 shadows of masters", homes["shadow"]),
         ("activations and temporaries at the peak", non_model),

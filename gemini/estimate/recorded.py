@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemini.chunk import ALONE, BufferSpec, MemoryMap, Tier
+from gemini.chunk import ABSMAX, ALONE, BufferSpec, MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.errors import OutOfMemory
 from gemini.packing.packing import decide
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
+from gemini.quantization import Quantization
 from gemini.telemetry.records import DescribedChunk, DescribedParameter, Description
 
 from ..torch_private import own_modules, own_parameters
@@ -72,7 +73,9 @@ def skeleton(chunks: Description) -> nn.Module:
         *path, leaf = item.name.split(".")
         module = root
         for part in path:
-            child = own_modules(module).setdefault(part, nn.Module())
+            is_layer = part is path[-1] and ABSMAX in chunks.chunks[item.chunk].homes
+            made_for_it = nn.Linear(1, 1, bias=False, device="meta") if is_layer else nn.Module()
+            child = own_modules(module).setdefault(part, made_for_it)
             assert child is not None
             module = child
         if item.keeps_fp32:
@@ -103,6 +106,7 @@ def config_of(chunks: Description) -> GeminiConfig:
         max_prefetch=int(recorded.get("max_prefetch", 2)),
         update_in_backward=bool(recorded.get("update_in_backward")),
         split_master=bool(recorded.get("split_master")),
+        quantization=Quantization.of(recorded.get("quantize")),
         chunk_numel=recorded.get("chunk_numel"),
         communicator=FirstOf(owners) if (owners := owners_of(chunks)) > 1 else ALONE,
     )

@@ -57,7 +57,9 @@ class Decided:
                 parameters[slot.key] = DescribedParameter(
                     slot.name, list(slot.shape), index, plan.param_group, plan.is_trainable, keeps_fp32
                 )
+            form = packing.groups[chunk.layout.slots[0].key].form
             marks = (" frozen" if not plan.is_trainable else "") + (" fp32" if keeps_fp32 else "")
+            marks += f" {form.name}" if form is not None else ""
             chunks.append(_described(chunk, f"{plan.param_group}{marks}"))
         budgets = self.capacities.budgets
         return Description(
@@ -111,6 +113,7 @@ def _options(config: GeminiConfig) -> dict[str, Any]:
         "max_prefetch": config.max_prefetch,
         "update_in_backward": config.update_in_backward,
         "split_master": config.split_master,
+        "quantize": None if config.quantization is None else config.quantization.format,
         "chunk_numel": config.chunk_numel,
         "device_memory": config.device_memory,
         "host_memory": config.host_memory,

@@ -17,7 +17,7 @@ T = TypeVar("T")
 EndStatus = Literal["finished", "crashed"]
 Phase = Literal["forward", "backward", "end"]
 PHASES: Mapping[str, Phase] = {"f": "forward", "b": "backward", "e": "end"}
-PLAIN_ROLES = ("master", "master_low", "gradient", "shadow")
+PLAIN_ROLES = ("master", "master_low", "absmax", "gradient", "shadow")
 """Roles of homes that are not states of the optimizer."""
 
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]

@@ -3,6 +3,7 @@
     python scripts/bench adam     one Adam step: our kernel, torch's, those of DeepSpeed and ColossalAI
     python scripts/bench optimizers   one step of SGD, Adagrad and others on chunks against their own
     python scripts/bench checkpoint   saving and loading against safetensors and torch
+    python scripts/bench quantised   from quantised weights to full copies, beside bitsandbytes
     python scripts/bench tiny     one Adam step of many small tensors, ours and torch's
     python scripts/bench step     one training step, managed against plain PyTorch
     python scripts/bench peer_steps   the same against FSDP2 and DeepSpeed, each in a process of its own
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import report
 
-NAMES = ("adam", "checkpoint", "optimizers", "step", "peer_steps", "ranks", "saving", "tiny")
+NAMES = ("adam", "checkpoint", "optimizers", "quantised", "step", "peer_steps", "ranks", "saving", "tiny")
 SCRIPTS = ("async_save", "capacity", "disk", "overhead", "overlap", "telemetry")
 """Have a `main` that reads the command line itself."""
 

@@ -102,7 +102,7 @@ def test_another_form_of_parameters_is_one_more_codec(
         parameter = torch.empty(slot.shape, dtype=torch.bfloat16)
         manager.bind(parameter, chunk, position)
         manager.write(parameter, MASTER, value)
-        codes, absmax = quantise(value.flatten(), form)
+        codes, absmax = quantise(value.flatten().bfloat16(), form)
         expected = dequantise(codes, absmax, form, torch.bfloat16)[: slot.numel].view(slot.shape)
         assert torch.equal(manager.read(parameter, MASTER), expected)
         manager.fetch(chunk)

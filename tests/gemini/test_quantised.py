@@ -1,5 +1,7 @@
 """A base in four or eight bits: adapters beside it train as beside weights that were dequantised by hand."""
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import ABSMAX
 from gemini.nn.optimizer import HybridAdam
+from gemini.stat.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and transformers' own, about each other
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -114,8 +117,15 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+QUICK = {("streamed", "nf4"), ("disk", "int8")}
+CASES = [
+    pytest.param(placement, quantize, marks=() if (placement, quantize) in QUICK else pytest.mark.heavy)
+    for placement in PLACEMENTS
+    for quantize in ("nf4", "int8")
+]
+
+
+@pytest.mark.parametrize(("placement", "quantize"), CASES)
 def test_adapters_train_as_beside_weights_dequantised_by_hand(
     build: Any, precision: str, placement: str, quantize: str, tmp_path: Any
 ) -> None:
@@ -130,7 +140,7 @@ def test_adapters_train_as_beside_weights_dequantised_by_hand(
         assert model.memory_stats()["disk/used_bytes"] > 0
 
 
-@pytest.mark.parametrize("placement", ["host", "streamed"])
+@pytest.mark.parametrize("placement", [pytest.param("host", marks=pytest.mark.heavy), "streamed"])
 def test_with_activation_checkpointing_too(build: Any, precision: str, placement: str) -> None:
     check(task(build, precision, prepare=checkpointing), "nf4", **PLACEMENTS[placement])
 
@@ -299,9 +309,61 @@ def test_loading_replaces_values_by_rounded_ones() -> None:
     assert torch.equal(lent, model.state_dict()[name])
 
 
+def test_what_is_saved_has_the_values_and_loads_into_the_same_codes(tmp_path: Any) -> None:
+    for precision in ("fp32", "bf16"):
+        base = partly_frozen().requires_grad_(False)
+        model, _, booster = managed(lambda base=base: base, precision=precision)  # type: ignore[misc]
+        booster.save_model(model, str(tmp_path))
+        plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype="auto")
+        again, *_ = managed(partly_frozen, precision=precision)
+        booster.load_model(again, str(tmp_path))
+        assert quantised_names(model) == quantised_names(again)
+        values, loaded, found = model.state_dict(), plain.state_dict(), again.state_dict()
+        for name in quantised_names(model):
+            assert values[name].dtype is (torch.float32 if precision == "fp32" else torch.bfloat16)
+            assert torch.equal(values[name], loaded[name]) and torch.equal(values[name], found[name])
+
+
 def test_a_released_model_has_the_same_codes_again(tmp_path: Any) -> None:
     model, _, booster = managed()
     before = weight_of(model).detach().clone()
     booster.release(model, tmp_path)
     booster.resume(model)
     assert torch.equal(weight_of(model), before)
+
+
+# -- numbers about it
+
+
+def test_statistics_count_the_bytes_of_codes_and_scales() -> None:
+    dense, quantised = (managed(quantize=quantize)[0].memory_stats() for quantize in (None, "nf4"))
+    model, *_ = managed()
+    chunks = [chunk for chunk in boosted(model).manager.chunks if ABSMAX in chunk.homes]
+    numel = sum(chunk.layout.numel for chunk in chunks)
+    nbytes = sum(home.nbytes for chunk in chunks for home in chunk.homes.values())
+    saved = dense["model_data/parameter_bytes"] - quantised["model_data/parameter_bytes"]
+    assert abs(saved - (4 * numel - nbytes)) < 0.02 * 4 * numel  # chunks end elsewhere
+    assert quantised["model_data/optimizer_bytes"] == dense["model_data/optimizer_bytes"]
+    assert "host" in model.memory_summary()
+
+
+def partly_frozen() -> nn.Module:
+    """A model whose layers are frozen (adapters of peft cannot be made on the tensors that estimates run on)."""
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=64, n_layer=2, n_head=4)
+    model = transformers.GPT2LMHeadModel(config)
+    model.transformer.h.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def test_the_estimate_packs_as_boost_does(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "quantised_model", sys.modules[__name__])
+    masters = {}
+    for quantize in ((), ("--quantize", "nf4")):
+        main(["estimate", "quantised_model:partly_frozen", "--ram", "4GiB", "-s", "24", "--json", *quantize])
+        answer = json.loads(capsys.readouterr().out)
+        masters[quantize] = answer["terms"]["masters"]
+    assert 'quantize="nf4"' in answer["arguments"]
+    model, *_ = managed(partly_frozen, precision="bf16")
+    assert masters[("--quantize", "nf4")] == model.memory_stats()["model_data/parameter_bytes"] < masters[()]
+    assert main(["estimate", "gpt2", "--quantize", "nf4", "--set", "n_layer=1"]) == 2
+    assert "weights of linear layers train" in capsys.readouterr().err

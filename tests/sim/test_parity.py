@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from other_optimizers import make
-from parity import check_equal, run_managed
+from parity import check_equal, run_managed, run_plain
 from sim_tasks import PLACEMENTS, OnDevice, expected, task
 from simulated import SimulatedDevice
 from torch import nn
@@ -68,6 +68,24 @@ def test_activation_checkpoints_give_the_numbers_of_the_cpu(device: SimulatedDev
 
     run, _ = run_managed(task(prepare=prepare), **PLACEMENTS[name])
     check_equal(run, expected())
+
+
+def freeze(model: nn.Module) -> None:
+    model.blocks.requires_grad_(False)  # type: ignore[union-attr]
+
+
+def freeze_rounded(model: nn.Module) -> None:
+    freeze(model)
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks") and parameter.dim() == 2:
+            parameter.data = gemini.Quantization("nf4").rounded(parameter.bfloat16())
+
+
+def test_quantised_layers_give_the_numbers_of_those_dequantised_by_hand(
+    device: SimulatedDevice, placement: dict[str, Any]
+) -> None:
+    run, _ = run_managed(task(prepare=freeze), quantize="nf4", **placement)
+    check_equal(run, run_plain(task(prepare=freeze_rounded)))
 
 
 class Clipped(OnDevice):

@@ -38,9 +38,11 @@ def four_bits(value: Tensor, name: str = "0.weight", block: int = 64, **other: A
     }
 
 
-def boosted_model(quantize: str | None, tmp_path: Path, stored: dict[str, Tensor]) -> tuple[Any, Booster]:
+def boosted_model(
+    quantize: str | None, tmp_path: Path, stored: dict[str, Tensor], precision: str = "fp32"
+) -> tuple[Any, Booster]:
     model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.ReLU(), nn.Linear(96, 2, bias=False))
-    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, quantize=quantize))
+    booster = Booster(plugin=GeminiPlugin(precision=precision, telemetry=False, quantize=quantize))
     (model, *_) = booster.boost(model)
     save_file({**stored, "2.weight": torch.ones(2, 96)}, tmp_path / "model.safetensors")
     return model, booster
@@ -59,7 +61,8 @@ def test_four_bits_load_with_their_values(quantize: str | None, tmp_path: Path) 
         assert torch.equal(homes[ABSMAX].tensor[:96], stored["0.weight.absmax"])
 
 
-def test_scales_may_be_quantised_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scales_may_be_quantised_too(precision: str, tmp_path: Path) -> None:
     stored = four_bits(weight(), nested_blocksize=256, nested_dtype="float32", nested_offset=2.5)
     rank = torch.arange(96, dtype=torch.uint8)
     levels = torch.linspace(-1, 1, 256)
@@ -68,11 +71,15 @@ def test_scales_may_be_quantised_too(tmp_path: Path) -> None:
         "0.weight.nested_absmax": torch.tensor([0.5]),
         "0.weight.nested_quant_map": levels,
     }
-    model, booster = boosted_model("nf4", tmp_path, stored)
+    model, booster = boosted_model("nf4", tmp_path, stored, precision)
     booster.load_model(model, str(tmp_path))
     absmax = levels[:96] * 0.5 + 2.5
-    expected = dequantise(stored["0.weight"].flatten(), absmax, NF4, torch.float32).view(96, 64)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    expected = dequantise(stored["0.weight"].flatten(), absmax, NF4, dtype).view(96, 64)
     assert torch.equal(model.state_dict()["0.weight"], expected)
+    model.load_state_dict(model.state_dict())  # in bf16 the scales could not be told from these values
+    assert torch.equal(model.state_dict()["0.weight"], expected)
+    assert torch.equal(boosted(model).manager.chunks[0].homes[ABSMAX].tensor[:96], absmax)
 
 
 def test_eight_bits_with_a_scale_for_each_row_load(tmp_path: Path) -> None:
@@ -121,13 +128,15 @@ def test_a_broken_group_is_an_error_that_names_it(spoilt: Any, message: str, tmp
     assert torch.equal(model.state_dict()["0.weight"], before)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("is_nested", [False, True])
-def test_what_bitsandbytes_saves_loads(is_nested: bool, tmp_path: Path) -> None:
+def test_what_bitsandbytes_saves_loads(is_nested: bool, precision: str, tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     codes, state = bitsandbytes.functional.quantize_4bit(
         weight(), blocksize=64, quant_type="nf4", compress_statistics=is_nested
     )
     stored = {f"0.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
-    model, booster = boosted_model("nf4", tmp_path, {"0.weight": codes, **stored})
+    model, booster = boosted_model("nf4", tmp_path, {"0.weight": codes, **stored}, precision)
     booster.load_model(model, str(tmp_path))
+    state.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     assert torch.equal(model.state_dict()["0.weight"], bitsandbytes.functional.dequantize_4bit(codes, state))
