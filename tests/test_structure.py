@@ -18,7 +18,7 @@ MOST_LINES_OF_A_CLASS = 300
 MOST_ATTRIBUTES_OF_A_CLASS = 14
 MOST_LINES_OF_THE_CORE = 9_000
 NOT_CORE = (
-    *("lazy", "checkpoint", "estimate", "integrations", "nn", "stat", "telemetry", "tensor_file", "train"),
+    *("lazy", "checkpoint", "estimate", "formats", "integrations", "nn", "stat", "telemetry", "tensor_file", "train"),
     *("colossal", "accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
 )
 
@@ -88,7 +88,7 @@ ALLOWED: Mapping[str, str] = {
 }
 
 # The core's lines of today. The core may not grow: lower the number as lines go, and delete it at the limit above.
-CORE_LINES_STILL = 26420
+CORE_LINES_STILL = 25640
 
 
 @dataclass
