@@ -93,7 +93,7 @@ def write_streamed(value: Any, out: Output) -> None:
         write_torch(read_all(value), out)
         return
     try:
-        with zipfile.ZipFile(cast("IO[bytes]", out), "w", zipfile.ZIP_STORED) as archive:
+        with zipfile.ZipFile(cast("IO[bytes]", _Sink(out)), "w", zipfile.ZIP_STORED) as archive:
             _add(archive, out, "data.pkl", pickled.getbuffer())
             _add(archive, out, "byteorder", memoryview(sys.byteorder.encode()))
             for key, (nbytes, read) in enumerate(pickler.storages):
@@ -122,6 +122,14 @@ def verify_streamed(path: Path) -> None:
         raise CheckpointError(f"{path} is not a whole file of torch.save: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: {damaged} does not have the checksum that it was written with")
+
+
+class _Sink:
+    """What an archive may do with an `Output`: append."""
+
+    def __init__(self, out: Output) -> None:
+        self.write = out.write
+        self.flush = out.flush
 
 
 class _NotPlain(Exception):

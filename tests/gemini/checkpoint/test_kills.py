@@ -8,8 +8,9 @@ from checkpoint_cases import child
 from operations import folder_in_memory
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kills", [6, pytest.param(510, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("kills", [6, 510])
 def test_real_processes(kills: int) -> None:
     with folder_in_memory() as folder:
         done = child("child_kills.py", folder, kills, timeout=1100)
