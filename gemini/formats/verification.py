@@ -165,7 +165,7 @@ def _verdict(path: Path, name: str, tell: Tell) -> Verdict:
 def _check(path: Path, tell: Tell) -> tuple[bool, str]:
     """Whether a file has checksums, and what it is; raises `Damaged` if it is not whole."""
     if path.suffix == ".safetensors":
-        return _check_tensors(path)
+        return _check_tensors(path, tell)
     if path.suffix in _TORCH:
         return _check_torch(path, tell)
     if path.suffix == _DISTRIBUTED:
@@ -182,11 +182,18 @@ def _check(path: Path, tell: Tell) -> tuple[bool, str]:
     return False, "readable JSON"
 
 
-def _check_tensors(path: Path) -> tuple[bool, str]:
+def _check_tensors(path: Path, tell: Tell) -> tuple[bool, str]:
+    told = 0
+
+    def so_far(nbytes: int) -> None:
+        nonlocal told
+        tell(nbytes - told)
+        told = nbytes
+
     with FileBytes(path) as file:
         try:
             header = read_header(file.fd)
-            wrong = damaged(file.fd, header)
+            wrong = damaged(file.fd, header, so_far)
         except Malformed as error:
             raise Damaged(f"{path} is not a whole safetensors file: {error}") from error
         except OSError as error:

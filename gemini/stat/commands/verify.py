@@ -37,22 +37,21 @@ def run(options: argparse.Namespace) -> Exit:
     begin = time.monotonic()
     try:
         places = find(path)
-        found = []
         with _progress(sum(map(nbytes_of, places)), options) as tell:
-            for place in places:
-                found.append(verify(place, tell))
-                if not options.json:
-                    _show(found[-1], options)
+            found = [verify(place, tell) for place in places]
     except formats.Unreadable as error:
         raise Unreadable(str(error)) from error
     except OSError as error:
         raise Unreadable(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    taken = time.monotonic() - begin
     bad = {State.DAMAGED: Exit.NEGATIVE, State.UNREADABLE: Exit.UNREADABLE}
     code = next((code for state, code in bad.items() if any(_has(each, state) for each in found)), Exit.OK)
     if options.json:
         print_json(Verification(str(path), code is Exit.OK, [_as_json(each) for each in found]))
     else:
-        print(_summary(found, time.monotonic() - begin))
+        for each in found:
+            _show(each, options)
+        print(_summary(found, taken))
     return code
 
 
