@@ -9,7 +9,9 @@ How the files build on each other (imports go down only)::
     torch_stream.py  unread.py                       files of torch.save, one tensor at a time
     committed.py  manifest.py  pairs.py              the checkpoints of a folder; the files of one; which go together
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
-    model_contents.py  contents.py                   files that are to be written
+    background.py  together_saved.py                 who writes files: a thread, the ranks that have come
+    model_contents.py  optimizer_contents.py         the files of a model, of an optimizer
+    contents.py                                      files that are to be written
     optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes
     optimizer_files.py  optimizer_view.py            the format of a saved optimizer; what is asked of one
     bitsandbytes.py  colossalai_optimizer.py         forms in which other tools save weights and states

@@ -17,7 +17,7 @@ from .folder import sync_folder
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
 from .model_contents import model_contents
-from .optimizer_io import optimizer_contents
+from .optimizer_contents import optimizer_contents
 from .random_states import random_states
 from .run_files import EXTRA, EXTRA_FILE, RNG, SCHEDULER_FILE, dataloader_file, rng_file
 from .stage import Stage

@@ -11,7 +11,7 @@ from gemini.nn.optimizer.managed import ManagedOptimizer
 
 from .contents import UnreadTensor
 from .names import entries, named_objects
-from .optimizer_io import unread_state
+from .optimizer_contents import unread_state
 from .safetensors_stream import TensorRecord
 
 

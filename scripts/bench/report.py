@@ -57,9 +57,16 @@ def _running_threads(process: psutil.Process) -> int:
     """How many threads of a process are on a core or wait for one, without the calling one."""
     me = threading.get_native_id()
     threads = [thread for thread in Path(f"/proc/{process.pid}/task").iterdir() if int(thread.name) != me]
+    return sum(map(_is_running, threads))
+
+
+def _is_running(thread: Path) -> bool:
+    try:
+        text = (thread / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it has ended
     # The state comes after the name, which may hold anything but ends with the last parenthesis.
-    states = [(thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads]
-    return states.count("R")
+    return text.rpartition(")")[2].split()[0] == "R"
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:

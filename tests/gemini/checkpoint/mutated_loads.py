@@ -27,6 +27,8 @@ from gemini.errors import CheckpointError
 SECONDS, LETTERS = 20, 6000
 """What a load may take, and its message."""
 UNREAD = ("generation_config.json", "README.md")
+UNSEALED = ("adapter_config.json",)
+"""Its format is that of peft, without a checksum."""
 BAD = ("wrong values", "changed in spite of the error", "other error", "error without the file", "long", "slow", "torn")
 
 
@@ -67,12 +69,13 @@ class Adapter:
         with torch.no_grad():
             for p in self.model.parameters():
                 p.add_(float(steps)) if p.requires_grad else None
+        self.first = self.model
 
     def state(self) -> Any:
         return copy.deepcopy((self.base.state_dict(), self.model.state_dict()))
 
     def put_back(self, state: Any) -> None:
-        self.model.load_state_dict(state[1])
+        self.model = self.first
 
     def train(self, steps: int) -> None:
         """Nothing to try."""
@@ -185,7 +188,7 @@ class Judge:
         data, other, path = (self.good / file).read_bytes(), (self.other / file).read_bytes(), self.tried / file
         path.write_bytes(mutated := mutations[name](self.rng, data, other))
         self._seal(path, name)
-        may_be_another = name in SEALS or (mutated == other and not self.subject.binds)
+        may_be_another = name in SEALS or file.name in UNSEALED or (mutated == other and not self.subject.binds)
         outcome = self._outcome(path, may_be_another) if mutated != data else "nothing was mutated"
         if Path("executed").exists():
             outcome = "other error: code was run"
