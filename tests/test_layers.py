@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private", "colossal"),
-    ("tensor_file",),
     ("formats",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
@@ -41,10 +40,9 @@ ISOLATED: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
     "chunk": frozenset({"errors", "process_wide", "torch_private"}),
     "lazy": frozenset({"errors", "torch_private"}),
-    "formats": frozenset({"tensor_file"}),
+    "formats": frozenset({"cores", "process_wide"}),
     "telemetry": frozenset({"sizes", "process_wide"}),
-    "tensor_file": frozenset({"cores", "process_wide"}),
-    "stat": frozenset({"telemetry", "tensor_file", "formats", "sizes", "cores", "process_wide"}),
+    "stat": frozenset({"telemetry", "formats", "sizes", "cores", "process_wide"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
@@ -58,7 +56,6 @@ WITHOUT_TORCH = (
     "cores",
     "process_wide",
     "formats",
-    "tensor_file",
     "telemetry",
     "stat",
 )

@@ -6,7 +6,7 @@ import zlib
 
 from torch import Tensor
 
-from gemini.tensor_file import Malformed, Sums
+from gemini.formats.safetensors_file import Malformed, Sums
 
 from .blocks import BLOCK_BYTES, Block, BlockMemory, Part
 from .output import Output

@@ -1,4 +1,4 @@
-"""safetensors files, one tensor at a time. The layout is drawn in `gemini.tensor_file.header`.
+"""safetensors files, one tensor at a time. The layout is drawn in `gemini.formats.safetensors_file.header`.
 
 Everything in the header but the checksums follows from names, dtypes and shapes, so the file can be written without
 having the values together; the library's own ``save_file`` wants all of them in RAM. Reading by ``pread`` needs no map
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from gemini.errors import CheckpointError
+from gemini.formats.safetensors_file import Malformed, Sums, Unsealed, damaged, read_header
+from gemini.formats.team import Team
 from gemini.process_wide import compute_on_this_thread
-from gemini.tensor_file import Malformed, Sums, Team, Unsealed, damaged, read_header
 
 from ..formats import listed
 from .blocks import BLOCK_BYTES, BlockMemory, Part, parts_to_read, parts_to_write, runs_of

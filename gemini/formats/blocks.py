@@ -3,21 +3,15 @@
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 from .damage import Damaged, Unreadable
 
 _BLOCK_BYTES = 1 << 20
 """Stays in a core's cache between the read and the checksum."""
 _SMALL_BYTES = 4096
-_THREADS = 4
-"""Reading takes a copy of each byte, and zlib sums 7 GB/s a core: more threads wait for memory."""
-
-T = TypeVar("T")
 
 
 class FileBytes:
@@ -84,15 +78,3 @@ class FileBytes:
             if count == 0:
                 raise Damaged(f"{self.path} ends in the middle of {what}; it became shorter while it was read")
             done += count
-
-
-def for_each(items: Iterable[T], work: Callable[[T], object]) -> None:
-    """Call ``work`` with each item in several threads; the first error in the order of the items counts."""
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        waiting = [pool.submit(work, item) for item in items]
-        try:
-            for each in waiting:
-                each.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

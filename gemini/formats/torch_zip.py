@@ -14,11 +14,13 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
-from .blocks import FileBytes, for_each
+from .blocks import FileBytes
 from .damage import Damaged, shown
+from .team import Team
 
 BEGINS = b"PK\x03\x04"
 
@@ -99,12 +101,15 @@ def verify_zip(path: Path, tell: Callable[[int], None] = lambda nbytes: None) ->
         if not any(record.crc32 for record in records):
             return False
 
-        def check(together: list[Record]) -> None:
+        def check(together: list[Record], _: None) -> int:
             for record in together:
                 if file.crc32(record.start, record.nbytes, record.name, tell) != record.crc32:
                     raise Damaged(f"{path} has other bytes than were saved in its record {shown(record.name)}")
+            return sum(record.nbytes for record in together)
 
-        for_each(_portions(records), check)
+        with Team(lambda: None) as team:
+            for portion in _portions(records):
+                team.do(partial(check, portion))
     return True
 
 

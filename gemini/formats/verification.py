@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemini.tensor_file import Malformed, damaged, read_header
+from gemini.formats.safetensors_file import Malformed, damaged, read_header
 
 from .blocks import FileBytes
 from .damage import Damaged, Unreadable, listed, shown

@@ -15,9 +15,9 @@ import pytest
 
 from gemini.formats.json_file import CHECKSUM, checksum_of
 from gemini.formats.manifest import MANIFEST_NAME, FileRecord, Manifest
+from gemini.formats.safetensors_file import Unsealed
 from gemini.stat.cli import main
 from gemini.stat.commands.schema import output_schema
-from gemini.tensor_file import Unsealed
 
 Capture = pytest.CaptureFixture[str]
 

@@ -6,9 +6,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from ..team import Team
 from .crc import Sums
 from .header import Header, Malformed, StoredTensor
-from .team import Team
 
 RUN_BYTES = 16 << 20
 """What a thread takes at a time."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gemini.tensor_file import TENSORS_LIMIT, Malformed, Unsealed, damaged, read_header, verify
+from gemini.formats.safetensors_file import TENSORS_LIMIT, Malformed, Unsealed, damaged, read_header, verify
 
 
 @contextmanager

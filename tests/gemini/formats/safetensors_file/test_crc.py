@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 
-from gemini.tensor_file import combined
+from gemini.formats.safetensors_file import combined
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gemini.tensor_file import Team
+from gemini.formats.team import Team
 
 
 def task(done: list[int], number: int) -> Callable[[list[int]], int]:
