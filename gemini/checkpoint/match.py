@@ -99,7 +99,11 @@ class Match:
                 whole.append((entry, source))
         filling.run()
         for entry, source in whole:
-            entry.write(source.read())
+            own = entry.own_elements() if source.file is not None else None
+            if source.file is not None and own is not None:
+                entry.write_own(source.file.read_part(source.name_in_file, own))
+            else:
+                entry.write(source.read())
 
 
 def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:

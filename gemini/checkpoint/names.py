@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from gemini.boosted import boosted, is_boosted
-from gemini.chunk import MASTER, ChunkManager
+from gemini.chunk import MASTER, ChunkManager, can_write_own_part
 from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
 from gemini.updates.values import Values
@@ -109,6 +109,23 @@ class Entry:
             increment_version(self.tensor)
         else:
             self.values.replaced(self.tensor, MASTER)
+
+    def own_elements(self) -> range | None:
+        """With several ranks, the elements that are at home here and can be replaced alone; None: only all can be."""
+        if self.values is None or is_sharded(self.tensor):
+            return None
+        found = self.values.manager.find(self.tensor)
+        assert found is not None
+        chunk, position = found
+        place = chunk.place(position, MASTER)
+        is_in_rows = place.stride == torch.empty(place.shape, device="meta").stride()
+        is_plain = chunk.is_shared and place.shape == self.shape and is_in_rows
+        return place.own if is_plain and can_write_own_part(self.values.manager, self.tensor) else None
+
+    def write_own(self, values: Tensor) -> None:
+        """Replace the elements that are at home here (flat, any dtype)."""
+        assert self.values is not None
+        self.values.write_own(self.tensor, MASTER, values)
 
     def write(self, value: Tensor) -> None:
         """Replace the value; ``value`` has its shape and any dtype."""

@@ -212,6 +212,21 @@ class SafetensorsFile:
             self._check_unchanged({self._index[name]: zlib.crc32(bytes_of(value))})
         return value
 
+    def read_part(self, name: str, part: range) -> Tensor:
+        """Elements of one tensor, in its order (flat), in memory of their own.
+
+        Raises
+        ------
+        CheckpointError
+            If the file has been changed since it was opened.
+        """
+        record = self.records[name]
+        value = torch.empty(len(part), dtype=record.dtype, device="cpu")
+        with self._faults(f"tensor {name!r}"):
+            fill(self._fd, bytes_of(value), self._header.tensors[name].begin + part.start * record.dtype.itemsize)
+            self._check_unchanged({})
+        return value
+
     def load(self, targets: Mapping[str, FlatValues], tell: Tell = unseen) -> None:
         """Replace values by those of the tensors with these names.
 
