@@ -361,10 +361,11 @@ def _files_in(folder: Path) -> Set[tuple[str, int, int]]:
     """What the files of a folder are known by; another one with the same name is another entry."""
     found = set()
     try:
-        for entry in os.scandir(folder):
-            if not entry.name.startswith(".") and not entry.is_dir():
-                status = entry.stat()
-                found.add((entry.name, status.st_ino, status.st_mtime_ns))
+        with os.scandir(folder) as names:
+            for entry in names:
+                if not entry.name.startswith(".") and not entry.is_dir():
+                    status = entry.stat()
+                    found.add((entry.name, status.st_ino, status.st_mtime_ns))
     except OSError:
         pass  # somebody else removes it
     return found

@@ -105,5 +105,5 @@ def test_a_second_signal_interrupts_a_load_at_once(case: Prepared) -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("gemini.checkpoint.names.Entry.write", twice)
+        patch.setattr("gemini.checkpoint.match.Match.load", twice)
         case.form.load(case.subject.other, case.work)
