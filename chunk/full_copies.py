@@ -123,6 +123,13 @@ class FullCopies:
         if chunk.is_shared and not chunk.rounds:
             bring_edits_home(chunk)
 
+    def refuse_lent_changes(self) -> None:
+        """`refuse_changes` of each full copy that was lent: nothing tells of a change in it until it is compared."""
+        for chunk in list(self.resident):
+            if chunk.loan is not None and chunk.rounds:
+                self.refuse_changes(chunk)
+                chunk.end_loan()
+
     def refuse_changes(self, chunk: Chunk) -> None:
         """Undo what was changed in a full copy whose home would round it.
 

@@ -69,6 +69,8 @@ def to_torch(model: nn.Module, dtype: torch.dtype | None = None, device: str | t
             # Their pages come one by one, while homes go.
             room = {chunk: _room(chunk, dtype, torch.device(device)) for chunk in manager.chunks}
             _refuse_other_devices(room)
+        if state.telemetry is not None:
+            state.telemetry.close("finished")  # its last look is at the chunks
         manager.let_go(room)
     _take_off(model, state, torch.device(device))
     if manager.device.is_ram:

@@ -47,8 +47,6 @@ def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> Sa
             LossScaler.of_state(saved.loss_scaler)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; the optimizer is as it was") from error
-    if isinstance(optimizer, ManagedOptimizer):
-        _check_frozen(optimizer, saved, path)
     return saved
 
 
@@ -128,17 +126,6 @@ def _in_our_order(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path
     if faults:
         raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {listed(faults, '; ')}")
     return replace(saved, param_groups=groups)
-
-
-def _check_frozen(optimizer: ManagedOptimizer, saved: SavedOptimizer, path: Path) -> None:
-    faults = []
-    step = managed(optimizer)
-    for parameter, _ in _pairs(optimizer, saved):
-        place = step.manager.find(parameter) if step is not None else None
-        if place is not None and not place[0].is_trainable:
-            faults.append(f"{place[0].layout.slots[place[1]].name} is frozen here and has a state there")
-    if faults:
-        raise CheckpointError(f"{path} does not fit the optimizer, which is as it was: {listed(faults, '; ')}")
 
 
 def _names_like(

@@ -185,6 +185,7 @@ class Engine:
         if not self.visits.open:
             self._mend()
         self.manager.forget_addresses()
+        self.manager.full_copies.refuse_lent_changes()
         self.manager.eviction.repay()
         batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
