@@ -69,7 +69,8 @@ class RunningAverage:
     def swapped_in(self) -> Iterator[nn.Module]:
         """A context in which the model has the average's values, for evaluation or for ``booster.save_model``.
 
-        At its end it has its own again, bit by bit. It cannot be trained in between.
+        At its end it has its own again, bit by bit. It can neither be trained nor loaded in between, and what
+        is written into its parameters by hand is written into the average.
         """
         self._check_open()
         self._step.averages.refuse_swapped("swap an average in")
@@ -97,6 +98,7 @@ class RunningAverage:
     def write(self, parameter: Tensor, value: Tensor) -> None:
         """Replace the average of one parameter; of one that is not trained there is none, and nothing is changed."""
         self._check_open()
+        self._step.averages.refuse_swapped("replace an average")
         place = self._manager.find(parameter)
         if (plain := self._average.plain.get(parameter)) is not None:
             plain.copy_(value)
@@ -120,6 +122,8 @@ class RunningAverage:
         ValueError
             If a parameter is missing or has another shape; nothing has been changed then.
         """
+        self._check_open()
+        self._step.averages.refuse_swapped("load an average")
         parameters = {_PREFIX + name: parameter for name, parameter in self._model.named_parameters()}
         missing = [name for name in (*parameters, _COUNT) if name not in state_dict]
         misfits = [n for n, p in parameters.items() if n in state_dict and state_dict[n].shape != p.shape]

@@ -236,6 +236,45 @@ def test_what_would_train_the_average_is_refused(tmp_path: Path) -> None:
     assert_same(dict(gemini.named_tensors(model)), before)
 
 
+def test_nothing_is_loaded_while_the_parameters_have_the_averages_values(tmp_path: Path) -> None:
+    booster, model, optimizer = boost("home", tmp_path)
+    average = gemini.EMA(model, DECAY)
+    train(booster, model, optimizer, range(2))
+    booster.save(tmp_path / "run", model=model, optimizer=optimizer)
+    booster.save_model(model, str(tmp_path / "model.safetensors"))
+    booster.save_optimizer(optimizer, str(tmp_path / "optimizer"))
+    weights, states, of_average = model.state_dict(), optimizer.state_dict(), average.state_dict()
+    train(booster, model, optimizer, range(2, 4))
+    before, averaged, moments = dict(gemini.named_tensors(model)), values(average), optimizer.state_dict()["state"]
+    loads: dict[str, Callable[[], object]] = {
+        "booster.load": lambda: booster.load(tmp_path / "run", model=model, optimizer=optimizer),
+        "booster.load of the optimizer": lambda: booster.load(tmp_path / "run", optimizer=optimizer),
+        "load_model": lambda: booster.load_model(model, str(tmp_path / "model.safetensors")),
+        "load_model of a model around it": lambda: booster.load_model(
+            nn.Sequential(model), str(tmp_path / "model.safetensors"), strict=False
+        ),
+        "load_optimizer": lambda: booster.load_optimizer(optimizer, str(tmp_path / "optimizer")),
+        "model.load_state_dict": lambda: model.load_state_dict(weights),
+        "optimizer.load_state_dict": lambda: optimizer.load_state_dict(states),
+        "average.load_state_dict": lambda: average.load_state_dict(of_average),
+        "average.write": lambda: average.write(model.first.weight, torch.zeros(48, 16)),
+        "another average": lambda: gemini.SWA(model),
+    }
+    with average.swapped_in():
+        for what, load in loads.items():
+            with pytest.raises(
+                RuntimeError, match=r"have the values of their average: leave ema\.swapped_in\(\) first"
+            ):
+                load()
+                pytest.fail(f"{what} was not refused")
+    assert_same(dict(gemini.named_tensors(model)), before)
+    assert_same(values(average), averaged)
+    for index, state in optimizer.state_dict()["state"].items():
+        assert_same(state, moments[index])
+    booster.load(tmp_path / "run", model=model, optimizer=optimizer)
+    assert_same(values(average), {name.removeprefix("module."): v for name, v in of_average.items() if v.dim()})
+
+
 def test_models_that_cannot_have_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"that booster\.boost returned"):
         gemini.EMA(made())
