@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -232,6 +233,44 @@ def test_what_would_train_the_average_is_refused(tmp_path: Path) -> None:
             booster.save(tmp_path / "run", model=model, optimizer=optimizer)
         raise KeyError("of the user")
     assert_same(dict(gemini.named_tensors(model)), before)
+
+
+def test_a_checkpoint_with_an_average_that_was_not_made_before_loading_warns(tmp_path: Path) -> None:
+    booster, model, optimizer = boost("home", tmp_path)
+    gemini.EMA(model, DECAY, name="slow")
+    gemini.SWA(model)
+    train(booster, model, optimizer, range(1))
+    booster.save(tmp_path / "run", model=model, optimizer=optimizer)
+    booster.save(tmp_path / "named", model={"a": model}, optimizer={"a": optimizer})
+    other_booster, other, other_optimizer = boost("home", tmp_path)
+    gemini.SWA(other)
+    with pytest.warns(UserWarning, match=r"the running averages slow, .* make it before: gemini\.EMA\(model"):
+        other_booster.load(tmp_path / "run", model=other, optimizer=other_optimizer)
+    with pytest.warns(UserWarning, match="the running averages slow,"):
+        other_booster.load(tmp_path / "named", model={"a": other}, optimizer={"a": other_optimizer})
+    gemini.EMA(other, DECAY, name="slow")
+    other_booster.load(tmp_path / "run", model=other, optimizer=other_optimizer)
+    plain = made()
+    booster.load(tmp_path / "run", model=plain)  # cannot have one
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_kind_of_average_is_not_loaded_into_another(form: str, tmp_path: Path) -> None:
+    booster, model, optimizer = boost("home", tmp_path)
+    FORMS[form][0](model)
+    train(booster, model, optimizer, range(2))
+    booster.save(tmp_path / "run", model=model, optimizer=optimizer)
+    with safe_open(tmp_path / "run" / "latest" / f"{form}.safetensors", "pt") as file:
+        assert file.metadata()["gemini_memory.average"] == form.upper()
+        assert file.metadata().get("gemini_memory.average.decay") == (str(DECAY) if form == "ema" else None)
+    other_booster, other, other_optimizer = boost("home", tmp_path)
+    average = gemini.SWA(other, name="ema") if form == "ema" else gemini.EMA(other, name="swa")
+    before = dict(gemini.named_tensors(other))
+    way_out = r"EMA\(model, decay=0.9, name='ema'\)" if form == "ema" else r"SWA\(model, name='swa'\)"
+    with pytest.raises(CheckpointError, match=rf"holds an average of the kind {form.upper()}.*gemini\.{way_out}"):
+        other_booster.load(tmp_path / "run", model=other, optimizer=other_optimizer)
+    assert average.n_averaged == 0
+    assert_same(dict(gemini.named_tensors(other)), before)
 
 
 NO_STATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
