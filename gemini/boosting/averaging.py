@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..boosted import boosted
-from ..checkpoint import checked_by_all, loaded_by_all
+from ..checkpoint import check_name_of_average, checked_by_all, loaded_by_all
 from ..chunk import MASTER
 from ..updates.averages import Average, Equal, Exponential, Form
 from .average_state import COUNT, PREFIX, checked_state
@@ -35,9 +35,9 @@ class RunningAverage:
     Raises
     ------
     TypeError
-        If the model is not boosted.
+        If the model is not boosted, or the name no text.
     ValueError
-        If it has no optimizer, or another average of this name.
+        If it has no optimizer, or the name is taken or cannot be that of a file.
     OutOfMemory
         If there is no room.
     """
@@ -46,8 +46,12 @@ class RunningAverage:
         state = boosted(model)
         if state.optimizer is None:
             raise ValueError("an average follows the steps of an optimizer: boost the model with one")
-        if not name.isidentifier() or any(name in chunk.specs for chunk in state.manager.chunks):
-            raise ValueError(f"{name!r} cannot be the name of an average: it is taken, or no identifier")
+        check_name_of_average(name)
+        if any(name in chunk.specs for chunk in state.manager.chunks):
+            raise ValueError(
+                f"{name!r} cannot be the name of an average: the model has an average or an optimizer state of this "
+                "name. Give another one"
+            )
         self._model = model
         self._manager, self._values, self._step = state.manager, state.values, state.step
         outside = [p for p in model.parameters() if p.requires_grad and self._manager.find(p) is None]

@@ -28,6 +28,7 @@ How the files build on each other (imports go down only)::
 ``dcp`` has another format, that of `torch.distributed.checkpoint`, and is imported when it is needed.
 """
 
+from .averages import check_name_of_average
 from .checkpoint_io import load_checkpoint, save_checkpoint
 from .committed import find as find_checkpoint
 from .committed import is_checkpoint
@@ -48,6 +49,7 @@ from .unread import read_all, unread_optimizer_state, unread_state_dict
 __all__ = [
     "FileRecord",
     "Manifest",
+    "check_name_of_average",
     "checked_by_all",
     "committed_checkpoints",
     "find_checkpoint",

@@ -30,8 +30,33 @@ _KIND_KEY = "gemini_memory.average"
 """``EMA`` or ``SWA``."""
 _OPTION_PREFIX = "gemini_memory.average."
 _SUFFIX = ".safetensors"
-RESERVED_NAMES = frozenset(Path(file).stem for file in (SAFE_NAME, TENSORS_NAME))
-"""Names that no average can have: the files would be those of other parts."""
+_RESERVED_NAMES = frozenset(Path(file).stem for file in (SAFE_NAME, TENSORS_NAME))
+"""Of files of other parts."""
+_LONGEST_NAME = 100
+
+
+def check_name_of_average(name: str) -> None:
+    """See whether an average can have a name: it is that of its file in a checkpoint.
+
+    Raises
+    ------
+    TypeError
+        If it is no text.
+    ValueError
+        If it is not made of letters, digits and underscores, is too long, or other parts have files of this name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an average must be a str, got {name!r}")
+    if name.lower() in _RESERVED_NAMES:  # there are file systems that do not tell A from a
+        raise ValueError(
+            f"{name!r} cannot be the name of an average, because {name}{_SUFFIX} is a file of every checkpoint: give "
+            "another one, such as 'ema'"
+        )
+    if not (name.isascii() and name.isidentifier() and len(name) <= _LONGEST_NAME):
+        raise ValueError(
+            f"{shown(name)!r} cannot be the name of an average, which is part of the name of a file: give letters, "
+            f"digits and underscores, no digit first, {_LONGEST_NAME} at most"
+        )
 
 
 def average_contents(model: nn.Module, rank: int) -> list[Content]:
@@ -97,7 +122,7 @@ def warn_of_left_out(model: nn.Module, stored: Iterable[str], what: str) -> None
         return  # it can have no average
     here = {average.name for average in averages_of(model)}
     names = [Path(file).stem for file in stored if Path(file).suffix == _SUFFIX]
-    if left := [name for name in names if name.isidentifier() and name not in here | RESERVED_NAMES]:
+    if left := [name for name in names if name.isidentifier() and name not in here | _RESERVED_NAMES]:
         warnings.warn(
             f"{what} has the running averages {listed(left)}, and the model has none of that name: one that is made "
             f"after booster.load begins anew. To go on with it, make it before: gemini.EMA(model, decay, "

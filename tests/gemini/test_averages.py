@@ -373,6 +373,39 @@ def test_models_that_cannot_have_one_are_refused(tmp_path: Path) -> None:
     assert not any(chunk.plan.averages for chunk in boosted(model).manager.chunks)
 
 
+def test_names_that_cannot_be_those_of_files_are_refused(tmp_path: Path) -> None:
+    booster, model, optimizer = boost("home", tmp_path)
+    for name in ("model", "optimizer", "Model"):
+        with pytest.raises(ValueError, match=rf"because {name}\.safetensors is a file of every checkpoint"):
+            gemini.EMA(model, name=name)
+    for name in (
+        "",
+        ".",
+        "a/b",
+        "../ema",
+        "a\\b",
+        "ema.safetensors",
+        "model-00001-of-00002",
+        "a b",
+        "1",
+        "\0",
+        "é",
+        "e" * 300,
+    ):
+        with pytest.raises(ValueError, match="cannot be the name of an average, which is part of the name of a file"):
+            gemini.SWA(model, name=name)
+    for name in ("exp_avg", "master"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be the name of an average: the model has"):
+            gemini.EMA(model, name=name)
+    with pytest.raises(TypeError, match="must be a str, got None"):
+        gemini.EMA(model, name=None)  # type: ignore[arg-type]
+    averages = [gemini.EMA(model, name=name) for name in ("step", "Ema_1")]
+    train(booster, model, optimizer, range(1))
+    booster.save(tmp_path / "run", model=model, optimizer=optimizer)
+    booster.load(tmp_path / "run", model=model, optimizer=optimizer)
+    assert [average.n_averaged for average in averages] == [1, 1]
+
+
 def test_torchs_own_over_a_second_model_follows_a_boosted_one(tmp_path: Path) -> None:
     plain = made()
     plain_optimizer, expected = optimizer_of(plain), AveragedModel(plain)
