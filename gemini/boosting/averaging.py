@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..boosted import boosted
+from ..checkpoint import checked_by_all, loaded_by_all
 from ..chunk import MASTER
 from ..updates.averages import Average, Equal, Exponential, Form
-
-_PREFIX, _COUNT = "module.", "n_averaged"
-"""As in the state dict of `torch.optim.swa_utils.AveragedModel`."""
+from .average_state import COUNT, PREFIX, checked_state
 
 
 class RunningAverage:
@@ -69,7 +68,8 @@ class RunningAverage:
     def swapped_in(self) -> Iterator[nn.Module]:
         """A context in which the model has the average's values, for evaluation or for ``booster.save_model``.
 
-        At its end it has its own again, bit by bit. It cannot be trained in between.
+        At its end it has its own again, bit by bit. It can neither be trained nor loaded in between, and what
+        is written into its parameters by hand is written into the average.
         """
         self._check_open()
         self._step.averages.refuse_swapped("swap an average in")
@@ -97,6 +97,7 @@ class RunningAverage:
     def write(self, parameter: Tensor, value: Tensor) -> None:
         """Replace the average of one parameter; of one that is not trained there is none, and nothing is changed."""
         self._check_open()
+        self._step.averages.refuse_swapped("replace an average")
         place = self._manager.find(parameter)
         if (plain := self._average.plain.get(parameter)) is not None:
             plain.copy_(value)
@@ -109,34 +110,40 @@ class RunningAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """All averages in RAM, with the names that `torch.optim.swa_utils.AveragedModel` gives them."""
-        values = {_PREFIX + name: value for name, value in self.named_tensors()}
-        return {_COUNT: torch.tensor(self.n_averaged), **values}
+        values = {PREFIX + name: value for name, value in self.named_tensors()}
+        return {COUNT: torch.tensor(self.n_averaged), **values}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, or that of an `AveragedModel` over the same model.
 
         Raises
         ------
+        TypeError
+            If it is no mapping, or something in it is no tensor.
         ValueError
-            If a parameter is missing or has another shape; nothing has been changed then.
+            If names are missing or unexpected, or a tensor or ``n_averaged`` is none that could be loaded. All of them
+            are named. Nothing has been changed in both cases.
+        RuntimeError
+            While the model has the values of an average.
         """
-        parameters = {_PREFIX + name: parameter for name, parameter in self._model.named_parameters()}
-        missing = [name for name in (*parameters, _COUNT) if name not in state_dict]
-        misfits = [n for n, p in parameters.items() if n in state_dict and state_dict[n].shape != p.shape]
-        if missing or misfits:
-            raise ValueError(
-                f"this is no state of the average, which is as it was: missing {missing[:4]}, of another shape "
-                f"{misfits[:4]}"
-            )
-        for name, parameter in parameters.items():
-            self.write(parameter, state_dict[name])
-        self.restore(int(state_dict[_COUNT]))
+        self._check_open()
+        doing = f"load_state_dict of the average {self.name}"
+        with checked_by_all(self._model, doing):
+            values, count = checked_state(self._model, state_dict, self._dtype)
+        with loaded_by_all(self._model, doing):
+            for parameter, value in values.items():
+                self.write(parameter, value)
+            self.restore(count)
 
     def close(self) -> None:
         """End the average, and give its memory back."""
         self._check_open()
         self._step.averages.refuse_swapped("end an average")
         self._step.remove_average(self._average)
+
+    def _dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of the average of a parameter."""
+        return parameter.dtype if self._manager.find(parameter) is None else torch.float32
 
     def _check_open(self) -> None:
         if self._average not in self._step.averages:

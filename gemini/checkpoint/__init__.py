@@ -37,9 +37,10 @@ from .lora import save_lora, verify_adapters
 from .manifest import FileRecord, Manifest
 from .match import load_named
 from .model_io import load_model, save_model
-from .names import full_state_dict, named_objects, named_tensors
+from .names import full_state_dict, is_extra_state, named_objects, named_tensors
 from .optimizer_io import load_optimizer, save_optimizer
 from .parts import serve_parts
+from .ranks import checked_by_all, loaded_by_all
 from .scheduler_io import load_lr_scheduler, save_lr_scheduler
 from .torch_stream import save_streamed, verify_streamed
 from .unread import read_all, unread_optimizer_state, unread_state_dict
@@ -47,12 +48,15 @@ from .unread import read_all, unread_optimizer_state, unread_state_dict
 __all__ = [
     "FileRecord",
     "Manifest",
+    "checked_by_all",
     "committed_checkpoints",
     "find_checkpoint",
     "full_state_dict",
     "is_checkpoint",
+    "is_extra_state",
     "given_parts",
     "load_checkpoint",
+    "loaded_by_all",
     "load_lr_scheduler",
     "load_model",
     "load_named",

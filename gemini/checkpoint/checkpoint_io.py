@@ -20,6 +20,7 @@ from .ranks import Crew, loaded_by_all, together_of, wait_for_saves
 from .shared_stage import SharedStage
 from .stage import Stage
 from .stored import Stored
+from .swapped import refuse_swapped
 from .together_saved import write_together
 from .weight_files import size_limit
 
@@ -131,6 +132,7 @@ def load_checkpoint(
         extra: list[Any] = []
 
         def check() -> str:
+            refuse_swapped(doing, *(part.value for part in parts))
             folder = committed.find(Path(path).absolute())
             try:
                 stored = Stored.at(folder, verify, (crew.index, crew.count))

@@ -9,19 +9,15 @@ from torch.optim import Optimizer
 
 from gemini.errors import CheckpointError
 
-from ..boosted import boosted, is_boosted
-from ..step.managed_step import ChunkedStep
 from ..step.state_id import MODEL, OPTIMIZER, StateId
 from .safetensors_stream import ID_KEY
+from .swapped import steps_of
 
 
 def state_id_of(of: nn.Module | Optimizer) -> StateId | None:
     """Names the state of a boosted model, or of its optimizer; None where nothing is boosted, or several models are."""
-    if isinstance(of, nn.Module):
-        found = [boosted(module).step for module in of.modules() if is_boosted(module)]
-        return found[0].state_id if len(found) == 1 else None
-    step = getattr(of, "_managed", None)
-    return step.state_id if isinstance(step, ChunkedStep) else None
+    found = list(steps_of(of))
+    return found[0].state_id if len(found) == 1 else None
 
 
 def id_metadata(of: nn.Module | Optimizer) -> Mapping[str, str]:

@@ -19,6 +19,7 @@ from ..boosted import Boosted
 from ..process_wide import signals_later
 from ..step.managed_step import ChunkedStep
 from .names import entries
+from .swapped import refuse_swapped
 from .tensor_parallel import row_of, write_by_first
 
 
@@ -156,13 +157,21 @@ def _rank() -> int:
 
 @contextmanager
 def checked_by_all(of: Any, doing: str) -> Iterator[None]:
-    """Look whether something can be loaded: if it cannot on one rank, nothing is loaded on any."""
+    """Look whether something can be loaded: if it cannot on one rank, nothing is loaded on any.
+
+    Raises
+    ------
+    RuntimeError
+        While the parameters have the values of a running average.
+    """
     wait_for_saves(of)
     together = together_of(of)
     if together is None:
+        refuse_swapped(doing, of)
         yield
         return
     with all_or_none(together.communicator, f"the check of {doing}"):
+        refuse_swapped(doing, of)
         yield
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from gemini.errors import CheckpointError
 
 from . import committed
-from .averages import checked_averages
+from .averages import checked_averages, warn_of_left_out
 from .given_parts import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, Part, pairs
 from .manifest import Manifest
 from .model_io import checked_model
@@ -135,6 +135,9 @@ class Stored:
         def find(name: str) -> Path | None:
             return None if not strict and part.path(name) not in self.manifest.files else self._file(part, name)
 
+        folder = part.path("")
+        beside = [name.removeprefix(folder) for name in self.manifest.files if name.startswith(folder)]
+        warn_of_left_out(part.value, [name for name in beside if "/" not in name], str(self.folder))
         return checked_averages(part.value, find, files)
 
     def _file(self, part: Part, *names: str) -> Path:

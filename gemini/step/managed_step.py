@@ -77,7 +77,10 @@ class ChunkedStep:
         ------
         OutOfMemory, OffloadError
             If there is no room for it. Nothing has been changed then.
+        RuntimeError
+            While the parameters have the values of another one.
         """
+        self.averages.refuse_swapped("begin an average")
         self._updates.schedule.check_whole("begin an average")
         room = AverageRoom(self.manager, self._updater)
         self._unfreezing.adopt(room.make(average, self._engine.pacing.least_bytes({})))
@@ -277,6 +280,7 @@ class ChunkedStep:
         return self._states.state_dict(optimizer)
 
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
+        self.averages.refuse_swapped("load_state_dict")
         self._states.load_state_dict(optimizer, state_dict)
         self.state_id.loaded(OPTIMIZER, None)
 

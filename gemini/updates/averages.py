@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ PIECE_NUMEL = 1 << 18
 class Form(Protocol):
     """How an average goes on."""
 
+    kind: ClassVar[str]
+    """The public class of such an average."""
+
+    @property
+    def options(self) -> Mapping[str, float]:
+        """What this class was given."""
+
     def apply(self, average: Tensor, values: Tensor, count: int) -> None:
         """Take in ``values`` after ``count`` others (1 or more). All are float32 and flat; ``average`` is written.
 
@@ -27,7 +34,12 @@ class Form(Protocol):
 class Exponential:
     """``average.lerp_(values, 1 - decay)``, as `torch.optim.swa_utils.get_ema_multi_avg_fn` has it."""
 
+    kind: ClassVar[str] = "EMA"
     decay: float
+
+    @property
+    def options(self) -> Mapping[str, float]:
+        return {"decay": float(self.decay)}
 
     def apply(self, average: Tensor, values: Tensor, count: int) -> None:
         average.lerp_(values, 1 - self.decay)
@@ -36,6 +48,12 @@ class Exponential:
 @dataclass(frozen=True, slots=True)
 class Equal:
     """``average + (values - average) / (count + 1)``, as `torch.optim.swa_utils.get_swa_avg_fn` has it."""
+
+    kind: ClassVar[str] = "SWA"
+
+    @property
+    def options(self) -> Mapping[str, float]:
+        return {}
 
     def apply(self, average: Tensor, values: Tensor, count: int) -> None:
         average.add_((values - average).div_(count + 1))

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.optim import Optimizer
 
 from ..ranks import loaded_by_all
+from ..swapped import refuse_swapped
 from .objects import loaded_object
 from .optimizer_load import OptimizerLoad
 from .pieces import Contents, Seat
@@ -89,7 +90,10 @@ class LoadPlanner(DefaultLoadPlanner):
         ------
         CheckpointError
             If something is missing or does not fit.
+        RuntimeError
+            While the parameters have the values of a running average.
         """
+        refuse_swapped("dcp.load", self._contents.model, self._contents.optimizer)
         super().set_up_planner(state_dict, metadata, is_coordinator)
         assert metadata is not None
         self._loads = [WeightsLoad(self._contents, metadata, self._folder, self._is_strict)]
