@@ -261,6 +261,12 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """`own_buffers` that belong into a ``state_dict``. Public names tell it only through ``state_dict``, which users
+    override. If ``_non_persistent_buffers_set`` goes: ``nn.Module.state_dict(module)``, without that of children."""
+    return {name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set}
+
+
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """The children by name, to be replaced for a while. If ``_modules`` goes: ``named_children()`` and ``setattr``."""
     return module._modules
