@@ -15,6 +15,7 @@ from .committed import STAGE_NAME
 from .contents import Saving, write_all
 from .given_parts import MODEL, OPTIMIZER, Part, pairs
 from .manifest import FileRecord
+from .names import refuse_left_out
 from .prepared import Prepared, own_files
 from .ranks import Crew, loaded_by_all, together_of, wait_for_saves
 from .shared_stage import SharedStage
@@ -63,6 +64,9 @@ def save_checkpoint(
     leader = _leaders(parts)[0]
     doing = f"booster.save to {path}"
     wait_for_saves(*(part.value for part in parts))
+    for part in parts:
+        if part.kind == MODEL:
+            refuse_left_out(part.value)
     crew = Crew.of(leader)
     if layout == DCP:
         return _save_distributed(path, parts, crew, extra, keep, doing)

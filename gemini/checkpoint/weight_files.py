@@ -213,6 +213,7 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
     stored = read_torch(path, verify=False)
     files.verify_later(partial(verify_torch, path))
     files.says(path, _id_of(stored))
+    files.describes(metadata_of(stored))
     if isinstance(stored, dict) and "ds_version" in stored:
         stored = stored.get("module")  # DeepSpeed's states of a model; of ZeRO-3 there are no values
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
