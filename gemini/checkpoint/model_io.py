@@ -13,7 +13,7 @@ from gemini.errors import CheckpointError
 
 from .background import save
 from .bitsandbytes import as_laid_out, dequantised
-from .committed import newest
+from .committed import newest, refuse_committed
 from .contents import Saving
 from .hugging_face import may_be_missing, resolve_names
 from .match import Source, match
@@ -84,7 +84,8 @@ def save_model(
     CheckpointError
         If the files cannot be written, or the model has something that they cannot hold.
     TypeError, ValueError
-        If ``shard`` is asked for and ``checkpoint`` is the name of a file; if ``dtype`` is none of these.
+        If ``shard`` is asked for and ``checkpoint`` is the name of a file; if ``dtype`` is none of these; if
+        ``checkpoint`` is, or is in, a checkpoint that `booster.save` has committed.
     """
     _check_dtype(dtype)
     path = Path(checkpoint)
@@ -198,12 +199,14 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def _file(model: nn.Module, folder: Path, name: str, dtype: torch.dtype | None, writers: Sequence[int]) -> Saving:
+    refuse_committed(folder / name)
     return Saving(Weights.of(model, name, None, dtype=dtype).files, folder, name, lambda stage: stage.commit([name]))
 
 
 def _folder(
     model: nn.Module, folder: Path, name: str, limit: int | None, dtype: torch.dtype | None, writers: Sequence[int]
 ) -> Saving:
+    refuse_committed(folder)
     weights, configuration = Weights.of(model, name, limit, writers, dtype), configuration_files(model, dtype)
 
     def commit(stage: Stage) -> None:
