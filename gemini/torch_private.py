@@ -261,9 +261,34 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """`own_buffers` that belong into a ``state_dict``. Public names tell it only through ``state_dict``, which users
+    override. If ``_non_persistent_buffers_set`` goes: ``nn.Module.state_dict(module)``, without that of children."""
+    return {name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set}
+
+
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """The children by name, to be replaced for a while. If ``_modules`` goes: ``named_children()`` and ``setattr``."""
     return module._modules
+
+
+LOAD_LOCALLY = "_load_from_state_dict"
+"""The method in which a module takes its own entries of a state dict; users override it to read what is older.
+If it goes: look at the hooks alone."""
+
+
+def load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks of a module on ``load_state_dict``, as they were registered. If they go: none can be found, and every
+    model has to be loaded by its own ``load_state_dict``."""
+    before = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+    return [*before, *module._load_state_dict_post_hooks.values()]
+
+
+def put_hooks_last(module: nn.Module, kind: type) -> None:
+    """Have hooks of a kind that run before a load run after all others. If it goes: register them anew."""
+    hooks = module._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", hook), kind)]:
+        hooks[key] = hooks.pop(key)
 
 
 def metadata_of(state_dict: Any) -> dict[str, Any] | None:

@@ -467,6 +467,8 @@ def test_parameters_buffers_and_children_can_be_replaced() -> None:
     assert linear.weight is weight and norm.running_mean is mean
     assert private.own_parameters(linear) == {"weight": weight, "bias": None}
     assert list(private.own_buffers(norm)) == ["running_mean", "running_var", "num_batches_tracked"]
+    norm.register_buffer("fleeting", torch.ones(2), persistent=False)
+    assert list(private.persistent_buffers(norm)) == ["running_mean", "running_var", "num_batches_tracked"]
     private.own_modules(module)["1"] = None
     assert list(module.children()) == [norm]
 

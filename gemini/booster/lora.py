@@ -81,7 +81,9 @@ def _read(model: nn.Module, folder: Path) -> nn.Module:
         adapted: nn.Module = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except Exception as error:  # whatever peft makes of what it finds there
         if not folder.is_dir():
-            raise
+            raise CheckpointError(
+                f"{str(folder)!r} is no folder with adapters, and no name that the Hub has: {shown(repr(error), 500)}"
+            ) from error
         raise CheckpointError(
             f"{folder} does not hold adapters for this model: {shown(repr(error), 500)}. The model may have parts "
             "of them: build it anew"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint import full_state_dict, load_named
+from ..checkpoint import full_state_dict, load_by_modules, load_named, own_loading
 from ..monitor.stats import summary
 from ..units.bracket import refuse_compilation
 from .parts import refuse_conversion
@@ -48,7 +48,12 @@ class GeminiModule(nn.Module):
         return full_state_dict(self, super().state_dict, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copy values into the homes (masters, then full copies made anew). ``assign`` makes no difference."""
+        """Copy values into the homes (masters, then full copies made anew). ``assign`` makes no difference.
+
+        Where a module has hooks of the user's on this, or overrides it, torch's own goes from module to module.
+        """
+        if own_loading(self) is not None:
+            return load_by_modules(self, state_dict, strict)
         return load_named(self, state_dict, strict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GeminiModule":

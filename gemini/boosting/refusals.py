@@ -1,6 +1,7 @@
 """What cannot be boosted, said before anything has changed: each error names the module or the parameter and the way
 out."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,15 @@ def refuse_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             "whatever replaces parameters (to_empty, resizing, wrapping) with the model's own: "
             f"{name}(model.parameters()). To train something else beside the model, boost the model alone and step "
             "that optimizer yourself"
+        )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained and not any(parameter.requires_grad for parameter in given):
+        warnings.warn(
+            f"the optimizer has only frozen parameters, and none of the {len(trained)} that train (the first is "
+            f"{next(iter(trained))}): no step will change anything. Build it after what adds parameters, such as "
+            "booster.enable_lora",
+            UserWarning,
+            stacklevel=2,
         )
 
 

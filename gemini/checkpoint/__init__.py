@@ -38,6 +38,7 @@ from .lora import save_lora, verify_adapters
 from .manifest import FileRecord, Manifest
 from .match import load_named
 from .model_io import load_model, save_model
+from .module_loading import load_by_modules, own_loading
 from .names import full_state_dict, is_extra_state, named_objects, named_tensors
 from .optimizer_io import load_optimizer, save_optimizer
 from .parts import serve_parts
@@ -61,7 +62,9 @@ __all__ = [
     "loaded_by_all",
     "load_lr_scheduler",
     "load_model",
+    "load_by_modules",
     "load_named",
+    "own_loading",
     "load_optimizer",
     "named_objects",
     "named_tensors",

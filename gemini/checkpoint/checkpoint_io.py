@@ -14,7 +14,8 @@ from .background import save_in_background
 from .committed import STAGE_NAME
 from .contents import Saving, write_all
 from .given_parts import MODEL, OPTIMIZER, Part, pairs
-from .manifest import FileRecord
+from .manifest import MANIFEST_NAME, FileRecord
+from .names import refuse_left_out
 from .prepared import Prepared, own_files
 from .ranks import Crew, loaded_by_all, together_of, wait_for_saves
 from .shared_stage import SharedStage
@@ -58,11 +59,15 @@ def save_checkpoint(
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     limit = size_limit(size_per_shard)
     path = Path(folder).absolute()
+    committed.refuse_committed(path)
     if committed.is_checkpoint(path):
-        raise ValueError(f"{path} is a checkpoint, and stays as it is: give the folder of checkpoints, {path.parent}")
+        raise ValueError(f"{path} has a {MANIFEST_NAME} of something else: give a folder of its own for checkpoints")
     leader = _leaders(parts)[0]
     doing = f"booster.save to {path}"
     wait_for_saves(*(part.value for part in parts))
+    for part in parts:
+        if part.kind == MODEL:
+            refuse_left_out(part.value)
     crew = Crew.of(leader)
     if layout == DCP:
         return _save_distributed(path, parts, crew, extra, keep, doing)

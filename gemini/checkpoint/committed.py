@@ -25,7 +25,7 @@ from pathlib import Path
 from gemini.errors import CheckpointError
 
 from .folder import sync_file, sync_folder
-from .manifest import MANIFEST_NAME, Manifest
+from .manifest import FORMAT, MANIFEST_NAME, Manifest
 from .output import failure
 from .safetensors_stream import SafetensorsFile
 
@@ -48,6 +48,28 @@ def numbered(folder: Path) -> list[Path]:
 def is_checkpoint(path: Path) -> bool:
     """True if this is one checkpoint, and no folder of them."""
     return (path / MANIFEST_NAME).is_file()
+
+
+def refuse_committed(path: Path) -> None:
+    """Refuse to write to a checkpoint, or into one, whatever links lead there: it would no longer be what it was.
+
+    Parameters
+    ----------
+    path
+        A folder or a file, whether it is there or not.
+
+    Raises
+    ------
+    ValueError
+        Naming the checkpoint, which is as it was.
+    """
+    folder = path.resolve() if path.is_dir() else path.parent.resolve()  # a link to a file would be replaced itself
+    for each in (folder, *folder.parents):
+        if is_checkpoint(each) and (_CHECKPOINT.fullmatch(each.name) or FORMAT in _text(each / MANIFEST_NAME)):
+            raise ValueError(
+                f"{path}: {each} is a checkpoint, and stays as it is: give a folder outside of it, such as "
+                f"{each.parent / 'exported'}, or save another checkpoint with booster.save({str(each.parent)!r}, ...)"
+            )
 
 
 def find(path: Path) -> Path:
@@ -184,6 +206,14 @@ def _rename(stage: Path, folder: Path) -> Path:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     raise AssertionError("there are numbers without end")
+
+
+def _text(path: Path) -> str:
+    """What a file says; empty if it cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _number(path: Path) -> int:

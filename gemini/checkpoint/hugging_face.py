@@ -13,7 +13,7 @@ from gemini.boosted import boosted, is_boosted
 
 from .conversion import Conversions
 from .match import Source
-from .names import entries, extra_states
+from .names import entries, extra_states, left_out
 
 
 def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> list[str]:
@@ -53,7 +53,9 @@ def resolve_names(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any]
     names that the model's class lists as ignorable and buffers that are not persistent any more. Plain modules keep all
     names.
     """
-    expected = {name for entry in entries(model) for name in entry.names} | set(extra_states(model))
+    expected = {name for entry in (*entries(model), *left_out(model)) for name in entry.names} | set(
+        extra_states(model)
+    )
     found = {name: value for name, value in stored.items() if name in expected}
     rest = {name: value for name, value in stored.items() if name not in expected}
     if not rest:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .committed import refuse_committed
 from .names import Entry, entries, named_objects
 from .ranks import write_once
 from .safetensors_stream import SafetensorsFile, SafetensorsWriter, TensorRecord
@@ -45,6 +46,8 @@ def save_lora(model: nn.Module, checkpoint: str | Path, *, use_safetensors: bool
         If the model has no adapters of peft.
     CheckpointError
         If the files cannot be written.
+    ValueError
+        If ``checkpoint`` is, or is in, a checkpoint that `booster.save` has committed.
     """
     if getattr(model, "save_pretrained", None) is None or not hasattr(model, "peft_config"):
         raise TypeError(
@@ -70,6 +73,7 @@ def verify_adapters(folder: Path) -> None:
 
 
 def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
+    refuse_committed(folder)
     held = {id(entry.tensor): entry for entry in entries(model)}
     objects = named_objects(model)
     file, other = (_SAFE_NAME, _TORCH_NAME) if use_safetensors else (_TORCH_NAME, _SAFE_NAME)

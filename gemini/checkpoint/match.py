@@ -15,7 +15,7 @@ from gemini.errors import CheckpointError
 from ..formats import listed, shown
 from ..torch_private import IncompatibleKeys
 from .filling import Filling
-from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state
+from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state, left_out
 from .pairs import tell_loaded
 from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import SafetensorsFile
@@ -109,9 +109,10 @@ class Match:
 def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:
     """Compare what is stored (`Source` for tensors, anything for extra states) with what the model has.
 
-    One name of a tied tensor is enough; its other names are accepted.
+    One name of a tied tensor is enough; its other names are accepted. Expected is, too, what hooks leave out of
+    ``state_dict()``.
     """
-    held = entries(model)
+    held = (*entries(model), *left_out(model))
     pairs: list[tuple[Entry, Source]] = []
     missing: list[str] = []
     misfits: list[str] = []

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from gemini.errors import CheckpointError
 
-from ..torch_private import with_metadata
+from ..torch_private import metadata_of, with_metadata
 from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, shares_of
 from .division import divided
 from .hugging_face import save_configuration
-from .names import Entry, entries, extra_states
+from .module_loading import versions_metadata
+from .names import Entry, entries, extra_states, named_objects
 from .pairs import id_metadata
 from .raw import overflow_text, overflows
 from .safetensors_stream import TensorRecord
@@ -85,11 +87,12 @@ class Weights:
             "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
             "total_size": sum(sizes),
         }
-        content = _safetensors if once else _torch_file
+        content = _safetensors if once else partial(_torch_file, metadata_of(named_objects(model)) or {})
         # Rounded weights are of no state of training: with the optimizer's they would train on to other numbers.
         id = id_metadata(model) if all(entry.saved_dtype == entry.dtype for entry in held) else {}
+        versions = versions_metadata(model)
         files = [
-            content(file, part, extra if file == names[0] else {}, id, rank)
+            content(file, part, extra if file == names[0] else {}, {**id, **(versions if once else {})}, rank)
             for file, part, rank in zip(names, shards, ranks, strict=True)
         ]
         return cls(tuple(files), homes, {**numbers, **id})
@@ -114,11 +117,16 @@ def configuration_files(model: nn.Module, dtype: torch.dtype | None = None) -> l
 
 
 def _torch_file(
-    file: str, held: Sequence[Entry], extra: Mapping[str, Any], id: Mapping[str, str], rank: int
+    metadata: Mapping[str, Any],
+    file: str,
+    held: Sequence[Entry],
+    extra: Mapping[str, Any],
+    id: Mapping[str, str],
+    rank: int,
 ) -> Content:
     def state_dict() -> dict[str, Any]:
         values = {name: value for entry in held for value in (_rounded(entry),) for name in entry.names}
-        return with_metadata({**values, **extra}, {"": dict(id)})
+        return with_metadata({**values, **extra}, {**metadata, "": {**metadata.get("", {}), **id}})
 
     return TorchFile(file, state_dict, rank=rank)
 

@@ -1,9 +1,10 @@
 """Saving and loading a model's weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,12 @@ from gemini.errors import CheckpointError
 
 from .background import save
 from .bitsandbytes import as_laid_out, dequantised
-from .committed import newest
+from .committed import newest, refuse_committed
 from .contents import Saving
 from .hugging_face import may_be_missing, resolve_names
-from .match import match
+from .match import Source, match
 from .model_contents import Weights, configuration_files
+from .module_loading import load_stored, own_loading
 from .pairs import Checked, check_pairs
 from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import OpenFiles
@@ -82,7 +84,8 @@ def save_model(
     CheckpointError
         If the files cannot be written, or the model has something that they cannot hold.
     TypeError, ValueError
-        If ``shard`` is asked for and ``checkpoint`` is the name of a file; if ``dtype`` is none of these.
+        If ``shard`` is asked for and ``checkpoint`` is the name of a file; if ``dtype`` is none of these; if
+        ``checkpoint`` is, or is in, a checkpoint that `booster.save` has committed.
     """
     _check_dtype(dtype)
     path = Path(checkpoint)
@@ -146,20 +149,45 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     stored = resolve_names(
         model, dequantised(files.settled(checkpoint, partial(read_sources, checkpoint, files)), str(checkpoint))
     )
-    found = match(model, as_laid_out(model, stored))
+    stored = as_laid_out(model, stored)
     id = files.id if strict else None
+    if (own := own_loading(model)) is not None:
+        if faults := [f"{name}: {value.fault}" for name, value in stored.items() if _fault_of(value)]:
+            raise CheckpointError(f"{checkpoint} does not fit the model, which is as it was: {', '.join(faults)}")
+        load = partial(load_stored, model, stored, files.versions, strict=strict)
+        return _checked(model, checkpoint, files, id, load, f"Its own loading took part: {own}", verify=verify)
+    found = match(model, stored)
     found = replace(found, missing=tuple(name for name in found.missing if not may_be_missing(model, name)))
     found.check(strict, str(checkpoint))
+    return _checked(model, checkpoint, files, id, partial(found.load, model), "", verify=verify)
+
+
+def _checked(
+    model: nn.Module,
+    checkpoint: Path,
+    files: OpenFiles,
+    id: str | None,
+    load: Callable[[], None],
+    note: str,
+    *,
+    verify: bool,
+) -> Checked:
     if verify:
         files.verify()
 
     def assign() -> None:
         try:
-            found.load(model)
+            load()
         except (CheckpointError, OSError) as error:
-            raise CheckpointError(f"{error}. The model is partly loaded: load a whole checkpoint into it") from error
+            raise CheckpointError(
+                f"{error}. The model is partly loaded: load a whole checkpoint into it. {note}".rstrip()
+            ) from error
 
     return Checked(model, checkpoint, id, assign)
+
+
+def _fault_of(value: Any) -> str | None:
+    return value.fault if isinstance(value, Source) else None
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -171,12 +199,14 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def _file(model: nn.Module, folder: Path, name: str, dtype: torch.dtype | None, writers: Sequence[int]) -> Saving:
+    refuse_committed(folder / name)
     return Saving(Weights.of(model, name, None, dtype=dtype).files, folder, name, lambda stage: stage.commit([name]))
 
 
 def _folder(
     model: nn.Module, folder: Path, name: str, limit: int | None, dtype: torch.dtype | None, writers: Sequence[int]
 ) -> Saving:
+    refuse_committed(folder)
     weights, configuration = Weights.of(model, name, limit, writers, dtype), configuration_files(model, dtype)
 
     def commit(stage: Stage) -> None:

@@ -1,6 +1,6 @@
 """What a model holds under which name, one tensor at a time: boosted, plain, or a boosted model inside a plain one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
 from gemini.updates.values import Values
 
+from ..formats import listed
 from ..tensor_parallel import is_sharded
-from ..torch_private import metadata_of, own_parameters
+from ..torch_private import metadata_of, own_parameters, persistent_buffers
 from .flat_values import FlatValues, TensorValues
 from .tensor_parallel import cut, gathered, whole_numel, whole_shape
 
@@ -148,7 +149,6 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
         If the model has no values yet.
     """
     known = {id(t) for t in (*_all_parameters(model), *model.buffers())}
-    all_values = [boosted(module).values for module in model.modules() if is_boosted(module)]
     names: dict[int, list[str]] = {}
     found: dict[int, Tensor] = {}
     for name, value in named_objects(model).items():
@@ -163,9 +163,45 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
             raise CheckpointError(f"{name} is made by a state_dict hook of the model and has no place in it")
         names.setdefault(id(value), []).append(name)
         found[id(value)] = value
+    return _entries(model, names, found)
+
+
+def left_out(model: nn.Module) -> tuple[Entry, ...]:
+    """Parameters and persistent buffers that ``state_dict()`` gives under no name, because a hook or an override of it
+    leaves them out. ``load_state_dict`` of torch wants them all the same."""
+    given = {id(value) for value in named_objects(model).values()}
+    names: dict[int, list[str]] = {}
+    found: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, value in {**own_parameters(module), **persistent_buffers(module)}.items():
+            if value is not None and id(value) not in given:
+                names.setdefault(id(value), []).append(f"{path}.{name}" if path else name)
+                found[id(value)] = value
+    return _entries(model, names, found)
+
+
+def refuse_left_out(model: nn.Module) -> None:
+    """Refuse to save what is to be resumed if ``state_dict()`` does not give all of it.
+
+    Raises
+    ------
+    CheckpointError
+        If it leaves something out.
+    """
+    if names := [entry.name for entry in left_out(model)]:
+        raise CheckpointError(
+            f"booster.save resumes bit for bit, for which state_dict() of {type(model).__name__} has to give every "
+            f"parameter and persistent buffer; a state_dict hook or override leaves out ({len(names)}): "
+            f"{listed(names)}. Keep them there, register buffers with persistent=False, or write what state_dict() "
+            "gives with booster.save_model and the rest yourself"
+        )
+
+
+def _entries(model: nn.Module, names: Mapping[int, Sequence[str]], tensors: Mapping[int, Tensor]) -> tuple[Entry, ...]:
+    values = [boosted(module).values for module in model.modules() if is_boosted(module)]
     return tuple(
-        Entry(tuple(names[key]), tensor, next((v for v in all_values if v.manager.find(tensor) is not None), None))
-        for key, tensor in found.items()
+        Entry(tuple(names[key]), tensor, next((v for v in values if v.manager.find(tensor) is not None), None))
+        for key, tensor in tensors.items()
     )
 
 

@@ -15,7 +15,7 @@ from gemini.step.kept_states import KeptStates
 from gemini.step.saved_groups import load_options
 
 from .background import save
-from .committed import newest
+from .committed import newest, refuse_committed
 from .contents import Saving, TorchFile
 from .filling import Filling
 from .match import Source
@@ -83,7 +83,7 @@ def save_optimizer(
     TypeError
         If a folder is given for an optimizer that neither is a `HybridAdam` nor came back from `boost`.
     ValueError
-        If parameters are DTensors.
+        If parameters are DTensors, or ``checkpoint`` is, or is in, a checkpoint that `booster.save` has committed.
     """
     refuse_parts(optimizer, "save_optimizer")
     path = Path(checkpoint).absolute()
@@ -105,6 +105,7 @@ def save_optimizer(
 
 
 def _file(optimizer: Optimizer, path: Path, writers: Sequence[int]) -> Saving:
+    refuse_committed(path)
     content = TorchFile(path.name, partial(whole_state_dict, optimizer))
     return Saving([content], path.parent, path.name, lambda stage: stage.commit([path.name]))
 
@@ -112,6 +113,7 @@ def _file(optimizer: Optimizer, path: Path, writers: Sequence[int]) -> Saving:
 def _folder(
     optimizer: ManagedOptimizer, folder: Path, prefix: str, limit: int | None, writers: Sequence[int]
 ) -> Saving:
+    refuse_committed(folder)
     name = prefix + JSON_NAME
     states = States.of(optimizer, prefix, limit, folder / name, writers)
 

@@ -5,6 +5,7 @@ having the values together; the library's own ``save_file`` wants all of them in
 of the file, which would count as memory of the process (measured: ``safe_open`` and copying peaks at twice the model).
 """
 
+import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ def _nowhere(name: str) -> FlatValues | None:
 
 
 ID_KEY = "gemini_memory.id"
+VERSIONS_KEY = "gemini_memory.versions"
+"""What ``state_dict()`` says of modules (``_metadata``), which their overrides look at; JSON."""
 """In the metadata: which state of training the tensors are from, see `StateId`."""
 
 
@@ -286,6 +289,8 @@ class OpenFiles:
         self._files: list[SafetensorsFile] = []
         self._others: list[Callable[[], None]] = []
         self._ids: dict[str, Path] = {}
+        self.versions: dict[str, Any] = {}
+        """What a state dict in the files says of its modules."""
 
     def __enter__(self) -> "OpenFiles":
         return self
@@ -299,12 +304,18 @@ class OpenFiles:
         self._files.clear()
         self._others.clear()
         self._ids.clear()
+        self.versions.clear()
 
     def open(self, path: Path) -> SafetensorsFile:
         """Open one more; see `SafetensorsFile`."""
         file = SafetensorsFile(path)
         self._files.append(file)
         self.says(path, file.metadata.get(ID_KEY))
+        if (text := file.metadata.get(VERSIONS_KEY)) is not None:
+            try:
+                self.describes(json.loads(text))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {VERSIONS_KEY} in its header is no JSON: {error}") from error
         return file
 
     def settled(self, checkpoint: Path, read: Callable[[], T]) -> T:
@@ -331,6 +342,11 @@ class OpenFiles:
         """A file, of any format, has the id of the state that it was saved in, or something else for one."""
         if isinstance(id, str):
             self._ids.setdefault(id, path)
+
+    def describes(self, metadata: object) -> None:
+        """A file has what a state dict says of its modules, or something else for it."""
+        if isinstance(metadata, dict):
+            self.versions.update({name: each for name, each in metadata.items() if isinstance(each, dict)})
 
     @property
     def id(self) -> str | None:

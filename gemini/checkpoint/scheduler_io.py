@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from gemini.errors import CheckpointError
 
 from ..formats import listed, shown
+from .committed import refuse_committed
 from .contents import Bytes, write_all
 from .ranks import write_once
 from .scheduler_state import state_faults
@@ -25,6 +26,8 @@ def save_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None
     ------
     CheckpointError
         If the file cannot be written, or would not load again because it holds more than plain values.
+    ValueError
+        If it would be in a checkpoint that `booster.save` has committed.
     """
     path = Path(checkpoint).absolute()
     data = plain_bytes(lr_scheduler.state_dict(), f"{path}: the state of {type(lr_scheduler).__name__}")
@@ -32,6 +35,7 @@ def save_lr_scheduler(lr_scheduler: LRScheduler, checkpoint: str | Path) -> None
 
 
 def _write(data: bytes, path: Path) -> None:
+    refuse_committed(path)
     with Stage(path.parent, path.name) as stage:
         write_all(stage, [Bytes(path.name, data)])
         stage.commit([path.name])

@@ -106,6 +106,11 @@ def find_weights(folder: Path) -> Path:
             f"{folder} is a checkpoint of DeepSpeed, which may have weights in pieces: run python zero_to_fp32.py . "
             "OUTPUT in it, and load the folder OUTPUT"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds adapters of peft and no weights of a model: load them with booster.enable_lora(model, "
+            "folder) before booster.boost, or with model.load_adapter(folder, name) after it"
+        )
     raise CheckpointError(f"{folder} is not a checkpoint: it has none of {', '.join(WEIGHT_NAMES)}")
 
 
@@ -208,6 +213,7 @@ def _open(path: Path, files: OpenFiles) -> dict[str, Any]:
     stored = read_torch(path, verify=False)
     files.verify_later(partial(verify_torch, path))
     files.says(path, _id_of(stored))
+    files.describes(metadata_of(stored))
     if isinstance(stored, dict) and "ds_version" in stored:
         stored = stored.get("module")  # DeepSpeed's states of a model; of ZeRO-3 there are no values
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):

@@ -257,6 +257,10 @@ def through_data(weight: Any) -> None:
     weight.sum()
 
 
+def through_data_alone(weight: Any) -> None:
+    weight.data.mul_(2.0)
+
+
 def assigned(weight: Any) -> None:
     weight.data = torch.zeros_like(weight)
 
@@ -265,9 +269,18 @@ def as_peft_merges(weight: Any) -> None:
     weight.data += 1.0
 
 
-@pytest.mark.parametrize("change", [scaled, through_data, assigned, as_peft_merges], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        *[(change, "when it is read") for change in (scaled, through_data, assigned, as_peft_merges)],
+        *[(change, "by the next forward") for change in (through_data_alone, as_peft_merges)],
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 @pytest.mark.parametrize("placement", ["host", "streamed"])
-def test_a_change_of_a_quantised_weight_is_refused_and_undone(change: Callable[[Any], None], placement: str) -> None:
+def test_a_change_of_a_quantised_weight_is_refused_and_undone(
+    change: Callable[[Any], None], seen: str, placement: str
+) -> None:
     model, optimizer, booster = managed(**PLACEMENTS[placement])
     train(model, optimizer, booster)
     weight = weight_of(model)
@@ -276,7 +289,10 @@ def test_a_change_of_a_quantised_weight_is_refused_and_undone(change: Callable[[
         ValueError, match=r"q_proj\.base_layer\.weight would be changed, .* do it after gemini\.to_torch"
     ):
         change(weight)
-        model.state_dict()
+        if seen == "when it is read":
+            model.state_dict()
+        else:
+            train(model, optimizer, booster)
     assert torch.equal(weight, before)
     weight.data = before.clone()  # what it has already
     train(model, optimizer, booster)

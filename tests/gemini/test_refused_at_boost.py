@@ -282,3 +282,11 @@ def test_a_torch_optimizer_keeps_its_states_where_boost_fails(kind: type[torch.o
         optimizer.step()
     assert ours.param_groups[0].keys() == plain.param_groups[0].keys()
     assert all(map(torch.equal, model.parameters(), reference.parameters()))
+
+
+def test_an_optimizer_without_any_parameter_that_trains_is_told_of() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = HybridAdam(model[0].parameters())
+    model[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"none of the 2 that train \(the first is 1\.weight\)"):
+        Booster(plugin=GeminiPlugin(telemetry=False)).boost(model, optimizer)

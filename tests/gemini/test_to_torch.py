@@ -1,6 +1,7 @@
 """A boosted model that is made a plain one again."""
 
 import gc
+import json
 import pickle
 import weakref
 from pathlib import Path
@@ -17,6 +18,7 @@ from gemini.boosted import boosted, is_boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
+from gemini.stat.cli import main
 
 
 def trained(placement: str, precision: str, **plugin: Any) -> Trained:
@@ -177,6 +179,16 @@ def test_the_values_go_over_chunk_by_chunk(precision: str) -> None:
     assert status("VmHWM") - held < 32 << 20  # the plain model is 96 MiB
     gc.collect()
     assert status("VmRSS") < held - (24 << 20) * 8 + (16 << 20)  # two states of 4 bytes, at the least
+
+
+def test_its_run_has_ended_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    booster = Booster(plugin=GeminiPlugin(telemetry=tmp_path))
+    model, *_ = booster.boost(nn.Linear(4, 4))
+    telemetry = boosted(model).telemetry
+    assert telemetry is not None
+    gemini.to_torch(model)
+    main([str(telemetry.run_dir), "--json"])
+    assert json.loads(capsys.readouterr().out)["status"] == "finished"
 
 
 def test_nothing_of_the_chunks_stays() -> None:

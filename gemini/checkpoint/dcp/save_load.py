@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from gemini.errors import CheckpointError
 
 from ..manifest import MANIFEST_NAME, FileRecord, Manifest
+from ..module_loading import own_loading
 from ..pairs import state_id_of, tell_loaded
 from ..ranks import Crew, loaded_by_all, wait_for_saves
 from ..shared_stage import SharedStage
@@ -136,6 +137,11 @@ def checked(
     Callable
         Loads it; all ranks are in a change that they have agreed upon.
     """
+    if (own := own_loading(model)) is not None:
+        raise CheckpointError(
+            f"{folder} is loaded tensor by tensor, and {own}, which would be passed over: nothing was changed. Gather "
+            "the state dict and give it to model.load_state_dict(...), or save with layout='hf'"
+        )
     reader, planner = Reader(folder), LoadPlanner(model, optimizer, folder, strict=strict)
     metadata = reader.read_metadata()
     planner.set_up_planner({}, metadata)

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from gemini.errors import CheckpointError
 
 from ..hugging_face import may_be_missing
-from ..names import EXTRA_STATE
+from ..names import EXTRA_STATE, left_out
 from .pieces import Contents, Piece
 from .reads import Arrivals, read_object
 from .stored import StoredModel, form_of
@@ -65,6 +65,7 @@ class WeightsLoad:
                 self._extras[stored.prefix + name] = name.removesuffix(EXTRA_STATE).removesuffix(".")
             else:
                 missing.append(name)
+        missing += [entry.name for entry in left_out(self._model) if not may_be_missing(self._model, entry.name)]
         if is_strict and missing:
             misfits.append(f"missing ({len(missing)}): {', '.join(missing[:20])}")
         if is_strict and (unexpected := stored.unexpected([*map(str, expected), *extras])):

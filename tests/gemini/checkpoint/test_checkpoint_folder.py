@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_cases import assert_same, boost, gpt2, logits, values
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 
 from gemini.booster import Booster
+from gemini.checkpoint import save_lora, save_optimizer
 from gemini.checkpoint.manifest import Manifest
 from gemini.errors import CheckpointError
 
@@ -166,6 +168,41 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (path,) = saved(tmp_path / "good", 1)
     with pytest.raises(ValueError, match=r"checkpoint-000001 is a checkpoint, and stays as it is: give .*good"):
         saved(path)
+
+
+def test_nothing_is_written_into_a_committed_checkpoint(tmp_path: Path) -> None:
+    booster, model, optimizer = boost(linear(1))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    plain = torch.optim.SGD(linear().parameters(), lr=0.1)
+    adapted = get_peft_model(nn.Sequential(linear()), LoraConfig(target_modules=["0"]))
+    named = booster.save(tmp_path / "a", model={"it": model}, optimizer={"it": optimizer})
+    (tmp_path / "link").symlink_to(named, target_is_directory=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    for folder in (named, named.with_name("latest"), named / "it", tmp_path / "link", named / "new" / "one"):
+        for save in (
+            lambda: booster.save_model(model, folder),  # noqa: B023
+            lambda: booster.save_model(model, folder / "model.safetensors", use_async=True),  # noqa: B023
+            lambda: booster.save_optimizer(optimizer, folder, use_async=True),  # noqa: B023
+            lambda: save_optimizer(plain, folder / "optimizer.pt"),  # noqa: B023
+            lambda: booster.save_lr_scheduler(scheduler, folder / "lr_scheduler.pt"),  # noqa: B023
+            lambda: save_lora(adapted, folder),  # noqa: B023
+            lambda: booster.save(folder, model=model),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="checkpoint-000001 is a checkpoint, and stays as it is: give"):
+                save()
+    with pytest.raises(ValueError, match="checkpoint-000001 is a checkpoint, and stays as it is"):
+        booster.save_lr_scheduler(scheduler, named.with_name("latest"))
+    assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
+    assert (tmp_path / "a" / "latest").is_symlink()
+
+
+def test_a_manifest_of_somebody_else_makes_no_checkpoint_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
+    Booster().save_model(linear(), tmp_path / "weights")
+    Booster().save_model(linear(), tmp_path)
+    with pytest.raises(ValueError, match=r"has a manifest\.json of something else: give a folder of its own"):
+        saved(tmp_path)
+    assert (tmp_path / "weights" / "model.safetensors").is_file()
 
 
 def test_parts_that_are_not_there_are_an_error_unless_they_may_be(tmp_path: Path) -> None:

@@ -138,6 +138,31 @@ def test_groups_ties_frozen_and_wide_parameters_are_kept_apart(tmp_path: Path) -
         assert other.param_groups[1]["betas"] == (0.5, 0.75)
 
 
+def test_states_of_parameters_that_are_frozen_when_they_are_loaded_come_back_when_these_train(tmp_path: Path) -> None:
+    def build(frozen: bool):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[0].requires_grad_(not frozen)
+        booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False))
+        return booster, *booster.boost(model, HybridAdam(model.parameters(), lr=1e-2))[:2]
+
+    def step(booster, model, optimizer):
+        booster.backward(model(torch.ones(2, 8)).square().sum(), optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    booster, model, optimizer = build(frozen=False)
+    step(booster, model, optimizer)
+    booster.save(tmp_path, model=model, optimizer=optimizer)
+    other_booster, other_model, other = build(frozen=True)
+    other_booster.load(tmp_path, model=other_model, optimizer=other)
+    assert_same_state(other.state_dict(), optimizer.state_dict())
+    other_model[0].requires_grad_(True)
+    for each in ((booster, model, optimizer), (other_booster, other_model, other)):
+        step(*each)
+    assert all(torch.equal(value, other_model.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_the_folder_holds_plain_json_with_names(tmp_path: Path) -> None:
     booster, model, optimizer = boost(gpt2())
     train(booster, model, optimizer, range(1))
