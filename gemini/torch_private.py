@@ -240,6 +240,17 @@ def is_compiled(module: nn.Module) -> bool:
     return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
+COMPILED_PREFIX = "_orig_mod."
+"""What ``torch.compile(module)`` puts into the names of a state dict. torch's own checkpoints leave it out, too."""
+
+
+def compiled_in(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` was given, of what it returned; any other module itself."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    is_wrapper = compiler is not None and isinstance(module, compiler.OptimizedModule)
+    return own_modules(module)["_orig_mod"] or module if is_wrapper else module
+
+
 # -- modules and optimizers
 
 APPLY = "_apply"

@@ -11,9 +11,10 @@ from torch import nn
 
 from gemini.boosted import boosted, is_boosted
 
+from ..torch_private import compiled_in
 from .conversion import Conversions
 from .match import Source
-from .names import entries, extra_states, left_out
+from .names import entries, extra_states, left_out, plain_name
 
 
 def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> list[str]:
@@ -30,16 +31,17 @@ def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype | None
         The files written; none for a model that is not transformers' own.
     """
     # Of the model itself: a wrapper (peft) shows the configuration of the model in it, whose names are others.
-    config: Any = vars(model).get("config")
+    original = compiled_in(model)
+    config: Any = vars(original).get("config")
     if not hasattr(config, "save_pretrained"):
         return []
     config = copy.deepcopy(config)
-    config.architectures = [(boosted(model).original_class if is_boosted(model) else type(model)).__name__]
+    config.architectures = [(boosted(original).original_class if is_boosted(original) else type(original)).__name__]
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)
-    generation_config: Any = vars(model).get("generation_config")
-    if hasattr(generation_config, "save_pretrained") and getattr(model, "can_generate", lambda: False)():
+    generation_config: Any = vars(original).get("generation_config")
+    if hasattr(generation_config, "save_pretrained") and getattr(original, "can_generate", lambda: False)():
         generation_config.save_pretrained(folder)
     return sorted(path.name for path in folder.glob("*.json"))
 
@@ -56,6 +58,7 @@ def resolve_names(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any]
     expected = {name for entry in (*entries(model), *left_out(model)) for name in entry.names} | set(
         extra_states(model)
     )
+    stored = {plain_name(name): value for name, value in stored.items()}
     found = {name: value for name, value in stored.items() if name in expected}
     rest = {name: value for name, value in stored.items() if name not in expected}
     if not rest:

@@ -15,7 +15,7 @@ from gemini.errors import CheckpointError
 from ..formats import listed, shown
 from ..torch_private import IncompatibleKeys
 from .filling import Filling
-from .names import EXTRA_STATE, Entry, entries, extra_states, is_extra_state, left_out
+from .names import Entry, entries, extra_state_owner, extra_states, is_extra_state, left_out, plain_name
 from .pairs import tell_loaded
 from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import SafetensorsFile
@@ -85,7 +85,7 @@ class Match:
         """
         with _put_back_on_failure() as undo:
             for name, value in self.extra.items():
-                module = model.get_submodule(name.removesuffix(EXTRA_STATE).removesuffix("."))
+                module = extra_state_owner(model, name)
                 undo.append(partial(module.set_extra_state, module.get_extra_state()))
                 try:
                     module.set_extra_state(value)
@@ -112,6 +112,7 @@ def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:
     One name of a tied tensor is enough; its other names are accepted. Expected is, too, what hooks leave out of
     ``state_dict()``.
     """
+    stored = {plain_name(name): value for name, value in stored.items()}
     held = (*entries(model), *left_out(model))
     pairs: list[tuple[Entry, Source]] = []
     missing: list[str] = []

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from gemini.errors import CheckpointError
 
-from ..torch_private import metadata_of, with_metadata
+from ..torch_private import with_metadata
 from .contents import Bytes, Content, Tensors, TorchFile, UnreadTensor, shares_of
 from .division import divided
 from .hugging_face import save_configuration
 from .module_loading import versions_metadata
-from .names import Entry, entries, extra_states, named_objects
+from .names import Entry, entries, extra_states, plain_metadata
 from .pairs import id_metadata
 from .raw import overflow_text, overflows
 from .safetensors_stream import TensorRecord
@@ -87,7 +87,7 @@ class Weights:
             "total_parameters": sum(entry.numel for entry in held if isinstance(entry.tensor, nn.Parameter)),
             "total_size": sum(sizes),
         }
-        content = _safetensors if once else partial(_torch_file, metadata_of(named_objects(model)) or {})
+        content = _safetensors if once else partial(_torch_file, plain_metadata(model))
         # Rounded weights are of no state of training: with the optimizer's they would train on to other numbers.
         id = id_metadata(model) if all(entry.saved_dtype == entry.dtype for entry in held) else {}
         versions = versions_metadata(model)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gemini.errors import CheckpointError, GeminiError
 
@@ -18,7 +18,7 @@ from ..torch_private import LOAD_LOCALLY, load_hooks, metadata_of, put_hooks_las
 from ..units.attached import Attached
 from .hugging_face import may_be_missing
 from .match import Source
-from .names import entries, named_objects
+from .names import is_extra_state, named_objects, plain_metadata, plain_name
 from .pairs import tell_loaded
 from .ranks import loaded_by_all, wait_for_saves
 from .safetensors_stream import VERSIONS_KEY
@@ -87,7 +87,7 @@ def versions_metadata(model: nn.Module) -> Mapping[str, str]:
     """What safetensors files say of modules, if one of them may look at it."""
     if own_loading(model) is None:
         return {}
-    return {VERSIONS_KEY: json.dumps(metadata_of(named_objects(model)) or {})}
+    return {VERSIONS_KEY: json.dumps(plain_metadata(model))}
 
 
 def _load(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Any:
@@ -106,11 +106,21 @@ def _load(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Any:
 
 def _with_all_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     values, metadata = dict(state_dict), metadata_of(state_dict)
-    for entry in entries(model):
-        first = next((name for name in entry.names if name in state_dict), None)
+    for name in named_objects(model):
+        if name not in values and plain_name(name) in values:  # a compiled module has its own
+            values[name] = values.pop(plain_name(name))
+    of_tensor: dict[int, list[str]] = {}
+    for name, value in named_objects(model).items():
+        if isinstance(value, Tensor) and not is_extra_state(name):
+            of_tensor.setdefault(id(value), []).append(name)
+    for names in of_tensor.values():
+        first = next((name for name in names if name in values), None)
         if first is not None:
-            values.update({name: state_dict[first] for name in entry.names if name not in state_dict})
-    return values if metadata is None else with_metadata(values, metadata)
+            values.update({name: values[first] for name in names if name not in values})
+    if metadata is None:
+        return values
+    paths = {path: plain_name(f"{path}.").removesuffix(".") for path, _ in model.named_modules()}
+    return with_metadata(values, {p: metadata[plain] for p, plain in paths.items() if plain in metadata} | metadata)
 
 
 def _class_of(module: nn.Module) -> Any:

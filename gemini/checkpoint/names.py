@@ -18,7 +18,7 @@ from gemini.updates.values import Values
 
 from ..formats import listed
 from ..tensor_parallel import is_sharded
-from ..torch_private import metadata_of, own_parameters, persistent_buffers
+from ..torch_private import COMPILED_PREFIX, compiled_in, metadata_of, own_parameters, persistent_buffers
 from .flat_values import FlatValues, TensorValues
 from .tensor_parallel import cut, gathered, whole_numel, whole_shape
 
@@ -140,6 +140,8 @@ class Entry:
 def entries(model: nn.Module) -> tuple[Entry, ...]:
     """Every distinct parameter and persistent buffer, in the order of ``state_dict()``. Reads no values.
 
+    Names are those that it has there, without what ``torch.compile`` puts into them.
+
     Raises
     ------
     CheckpointError
@@ -161,7 +163,7 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
             )
         if id(value) not in known:
             raise CheckpointError(f"{name} is made by a state_dict hook of the model and has no place in it")
-        names.setdefault(id(value), []).append(name)
+        _add(names, id(value), plain_name(name))
         found[id(value)] = value
     return _entries(model, names, found)
 
@@ -175,7 +177,7 @@ def left_out(model: nn.Module) -> tuple[Entry, ...]:
     for path, module in model.named_modules():
         for name, value in {**own_parameters(module), **persistent_buffers(module)}.items():
             if value is not None and id(value) not in given:
-                names.setdefault(id(value), []).append(f"{path}.{name}" if path else name)
+                _add(names, id(value), plain_name(f"{path}.{name}" if path else name))
                 found[id(value)] = value
     return _entries(model, names, found)
 
@@ -197,6 +199,11 @@ def refuse_left_out(model: nn.Module) -> None:
         )
 
 
+def _add(names: dict[int, list[str]], key: int, name: str) -> None:
+    if name not in names.setdefault(key, []):
+        names[key].append(name)
+
+
 def _entries(model: nn.Module, names: Mapping[int, Sequence[str]], tensors: Mapping[int, Tensor]) -> tuple[Entry, ...]:
     values = [boosted(module).values for module in model.modules() if is_boosted(module)]
     return tuple(
@@ -207,7 +214,26 @@ def _entries(model: nn.Module, names: Mapping[int, Sequence[str]], tensors: Mapp
 
 def extra_states(model: nn.Module) -> dict[str, Any]:
     """What modules with ``get_extra_state`` want to be saved, by name."""
-    return {name: value for name, value in named_objects(model).items() if is_extra_state(name)}
+    return {plain_name(name): value for name, value in named_objects(model).items() if is_extra_state(name)}
+
+
+def extra_state_owner(model: nn.Module, name: str) -> nn.Module:
+    """The module that has an extra state of `extra_states`."""
+    path = name.removesuffix(EXTRA_STATE)
+    return next(
+        (m for p, m in model.named_modules() if plain_name(f"{p}." if p else "") == path and compiled_in(m) is m), model
+    )
+
+
+def plain_metadata(model: nn.Module) -> dict[str, Any]:
+    """What ``state_dict()`` says of modules, under the names that files have for them."""
+    metadata = metadata_of(named_objects(model)) or {}
+    return {plain_name(f"{path}.").removesuffix("."): each for path, each in metadata.items()}
+
+
+def plain_name(name: str) -> str:
+    """A name without what ``torch.compile`` puts into it: files have the names of the model that is not compiled."""
+    return name.replace(COMPILED_PREFIX, "")
 
 
 def is_extra_state(name: str) -> bool:

@@ -7,6 +7,7 @@ tensors which are there.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +28,9 @@ _INDEX = ".index.json"
 _JSON = ("config.json", "generation_config.json", "adapter_config.json")
 _TORCH = (".bin", ".pt", ".pth")
 _DISTRIBUTED = ".distcp"
+_CHECKPOINT = re.compile(r"checkpoint-\d{6,}")
+_OF_TRAINER = "trainer_state.json"
+"""In each checkpoint of transformers' Trainer, which numbers them without zeros in front."""
 _BEFORE_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """How files of torch.save began before version 1.6."""
 
@@ -99,7 +103,7 @@ def find(path: Path) -> list[Path]:
         below[:] = sorted(name for name in below if not name.startswith("."))
         if MANIFEST_NAME in files:
             below.clear()  # the manifest names what is in there
-        if any(_is_known(name) for name in files):
+        if any(_is_known(name) for name in files) or _lost_manifest(Path(folder)):
             found.append(Path(folder))
     if not found:
         raise Unreadable(f"{path} holds no checkpoint: no {MANIFEST_NAME}, no .safetensors, .bin or .pt files")
@@ -124,7 +128,18 @@ def verify(path: Path, tell: Tell = lambda nbytes: None) -> Verified:
         return Verified(path, manifest.id, tuple(_of_manifest(path, manifest, tell)))
     names = sorted(file.name for file in path.iterdir() if _is_known(file.name) and file.is_file())
     elsewhere = {name for index in names for name in _named_by(path / index) if "/" in name}
-    return Verified(path, None, tuple(_verdict(path / name, name, tell) for name in (*names, *sorted(elsewhere))))
+    found = [_verdict(path / name, name, tell) for name in (*names, *sorted(elsewhere))]
+    if _lost_manifest(path):
+        text = "is not there: this is not a whole checkpoint of booster.save, and booster.load refuses it"
+        found.insert(0, Verdict(MANIFEST_NAME, None, State.DAMAGED, text))
+    return Verified(path, None, tuple(found))
+
+
+def _lost_manifest(folder: Path) -> bool:
+    """True for what has the name of a checkpoint of booster.save, which begins with a manifest; not transformers'."""
+    if not _CHECKPOINT.fullmatch(folder.resolve().name):
+        return False
+    return not any((folder / name).is_file() for name in (MANIFEST_NAME, _OF_TRAINER))
 
 
 def _of_manifest(folder: Path, manifest: Manifest, tell: Tell) -> Iterator[Verdict]:

@@ -133,7 +133,7 @@ class Contents:
 
     def extras(self) -> dict[Path, Any]:
         """What modules with ``get_extra_state`` have."""
-        return {(MODEL, _plain(name)): value for name, value in extra_states(self.model).items()}
+        return {(MODEL, name): value for name, value in extra_states(self.model).items()}
 
     # -- the optimizer
 
@@ -154,7 +154,7 @@ class Contents:
                 f"the optimizer has a parameter of shape {tuple(parameter.shape)} that the model has not: its state "
                 "would have no name. Save with save_optimizer, which counts parameters"
             )
-        return [_plain(name) for name in entry.names]
+        return list(entry.names)
 
     def states(self, parameter: Tensor) -> Iterator[Piece]:
         """The tensors in the state of a parameter."""
@@ -231,7 +231,7 @@ class Contents:
 
 
 def _of_entry(entry: Entry, seat: Seat) -> Piece:
-    paths = tuple((MODEL, _plain(name)) for name in entry.names)
+    paths = tuple((MODEL, name) for name in entry.names)
     values, parameter = entry.values, entry.tensor
     if values is None:
         return replace(Piece.whole(paths[0], parameter, seat, entry.read, entry.write), paths=paths)
@@ -291,11 +291,6 @@ def _write_state(
     kept.shown.release(parameter)
     kept.shown.let_go(parameter, name)
     write_own_state(values, optimizer.rule, parameter, name, own)
-
-
-def _plain(name: str) -> str:
-    """The name of a parameter without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
 
 
 def _same(value: Tensor) -> Tensor:

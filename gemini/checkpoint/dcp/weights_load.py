@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from gemini.errors import CheckpointError
 
 from ..hugging_face import may_be_missing
-from ..names import EXTRA_STATE, left_out
+from ..names import extra_state_owner, left_out
 from .pieces import Contents, Piece
 from .reads import Arrivals, read_object
 from .stored import StoredModel, form_of
@@ -62,7 +62,7 @@ class WeightsLoad:
                 self._pieces.append((stored.prefix + found, form, piece))
         for name in extras:
             if name in stored.names:
-                self._extras[stored.prefix + name] = name.removesuffix(EXTRA_STATE).removesuffix(".")
+                self._extras[stored.prefix + name] = name
             else:
                 missing.append(name)
         missing += [entry.name for entry in left_out(self._model) if not may_be_missing(self._model, entry.name)]
@@ -91,7 +91,7 @@ class WeightsLoad:
     def finish(self) -> None:
         """Put extra states into their places."""
         for name, module in self._extras.items():
-            self._model.get_submodule(module).set_extra_state(self._values[name])
+            extra_state_owner(self._model, module).set_extra_state(self._values[name])
 
 
 def _said(form: TensorStorageMetadata | None) -> str:

@@ -145,6 +145,25 @@ def test_a_flipped_bit_in_a_file_of_torch_is_found(tmp_path: Path, capsys: Captu
     assert "has other bytes than were saved in its record archive/data/0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("is_empty", [False, True])
+@pytest.mark.parametrize("target", ["", "latest", "checkpoint-000002"])
+def test_a_checkpoint_without_its_manifest_is_not_whole(
+    target: str, is_empty: bool, run: Path, capsys: Capture
+) -> None:
+    for file in (run / "checkpoint-000002").iterdir():
+        if is_empty or file.name == MANIFEST_NAME:
+            file.unlink()
+    assert main(["verify", str(run / target), "-q"]) == 3
+    out = capsys.readouterr().out
+    assert f"{MANIFEST_NAME}" in out and "is not a whole checkpoint" in out and "1 damaged" in out
+
+
+def test_a_checkpoint_of_transformers_needs_no_manifest(run: Path) -> None:
+    (run / "checkpoint-000002" / MANIFEST_NAME).unlink()
+    (run / "checkpoint-000002" / "trainer_state.json").write_text("{}")
+    assert main(["verify", str(run)]) == 0
+
+
 def test_what_an_index_names_has_to_be_there(run: Path, capsys: Capture) -> None:
     index = run / "hub" / "model.safetensors.index.json"
     for weight_map, words in (
