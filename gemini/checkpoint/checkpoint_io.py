@@ -17,6 +17,7 @@ from .contents import Saving, write_all
 from .given_parts import MODEL, OPTIMIZER, Part, pairs
 from .manifest import MANIFEST_NAME, FileRecord
 from .moment import Moment
+from .optimizer_check import check_options
 from .prepared import Prepared, own_files
 from .ranks import Crew, loaded_by_all, together_of, wait_for_saves
 from .shared_stage import SharedStage
@@ -64,6 +65,9 @@ def save_checkpoint(
         raise ValueError(f"{path} has a {MANIFEST_NAME} of something else: give a folder of its own for checkpoints")
     leader = _leaders(parts)[0]
     doing = f"booster.save to {path}"
+    for part in parts:
+        if part.kind == OPTIMIZER:
+            check_options(part.value, doing)
     values = [part.value for part in parts]
     wait_for_saves(*values)
     crew = Crew.of(leader)
