@@ -9,7 +9,9 @@ How the files build on each other (imports go down only)::
     torch_stream.py  unread.py                       files of torch.save, one tensor at a time
     committed.py  manifest.py  pairs.py              the checkpoints of a folder; the files of one; which go together
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
-    background.py  together_saved.py                 who writes files: a thread, the ranks that have come
+    background.py                                    a thread that writes files while training goes on
+    moment.py                                        whether what was saved is of one state
+    together_saved.py                                who writes files: the ranks that have come
     model_contents.py  optimizer_contents.py         the files of a model, of an optimizer
     contents.py                                      files that are to be written
     optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes

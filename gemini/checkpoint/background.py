@@ -27,6 +27,7 @@ from gemini.chunk import Chunk, ChunkManager
 from gemini.errors import CheckpointError, OutOfMemory
 
 from .contents import Bytes, Content, Inside, Saving, Tensors, TorchFile, UnreadTensor
+from .moment import Moment
 from .names import InChunk
 from .ranks import together_of, wait_for_saves
 from .tensor_parallel import is_divided
@@ -47,8 +48,13 @@ def save(of: Any, doing: str, listed: Listed, use_async: bool) -> None:
     listed
         Lists the files, divided among the ranks that write them.
     """
-    if not (use_async and save_in_background([of], doing, listed)):
-        write_together(of, doing, listed)
+    wait_for_saves(of)
+    moment = Moment.now(doing, [of])
+    if use_async:
+        with moment.kept():
+            if save_in_background([of], doing, listed):
+                return
+    write_together(of, doing, moment.checked(listed))
 
 
 def save_in_background(objects: Sequence[Any], doing: str, listed: Listed) -> bool:

@@ -1,8 +1,9 @@
 """Saving and loading all that a training run consists of as one checkpoint, which is committed or is not there."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from .committed import STAGE_NAME
 from .contents import Saving, write_all
 from .given_parts import MODEL, OPTIMIZER, Part, pairs
 from .manifest import MANIFEST_NAME, FileRecord
+from .moment import Moment
 from .names import refuse_left_out
+from .optimizer_check import check_options
 from .prepared import Prepared, own_files
 from .ranks import Crew, loaded_by_all, together_of, wait_for_saves
 from .shared_stage import SharedStage
@@ -64,17 +67,20 @@ def save_checkpoint(
         raise ValueError(f"{path} has a {MANIFEST_NAME} of something else: give a folder of its own for checkpoints")
     leader = _leaders(parts)[0]
     doing = f"booster.save to {path}"
-    wait_for_saves(*(part.value for part in parts))
     for part in parts:
         if part.kind == MODEL:
             refuse_left_out(part.value)
+        if part.kind == OPTIMIZER:
+            check_options(part.value, doing)
+    values = [part.value for part in parts]
+    wait_for_saves(*values)
     crew = Crew.of(leader)
     if layout == DCP:
         return _save_distributed(path, parts, crew, extra, keep, doing)
-    own = crew.exchange(doing, lambda: own_files(parts, crew.index))
+    moment = Moment.now(doing, values)
     committed_as: list[str] = []
 
-    def listed(writers: Sequence[int]) -> Saving:
+    def listed(own: Sequence[Mapping[str, bytes]], writers: Sequence[int]) -> Saving:
         prepared = Prepared.of(parts, own, extra, limit, writers)
 
         def commit(stage: Stage) -> None:
@@ -82,9 +88,11 @@ def save_checkpoint(
 
         return Saving(prepared.contents, path, STAGE_NAME, commit)
 
-    if use_async and save_in_background([part.value for part in parts], doing, listed):
-        return path
-    write_together(leader, doing, listed)
+    with moment.kept() if use_async else nullcontext():
+        own = crew.exchange(doing, lambda: own_files(parts, crew.index))
+        if use_async and save_in_background(values, doing, partial(listed, own)):
+            return path
+    write_together(leader, doing, moment.checked(partial(listed, own)))
     (name, *_) = crew.exchange(f"the end of {doing}", lambda: "".join(committed_as))
     return Path(name)
 
@@ -101,6 +109,7 @@ def _save_distributed(path: Path, parts: Sequence[Part], crew: Crew, extra: Any,
     found = pairs(parts)
     others = [part for part in parts if part.kind not in (MODEL, OPTIMIZER)]
     names = {kind: tuple(part.name for part in parts if part.kind == kind) for kind in (MODEL, OPTIMIZER)}
+    moment = Moment.now(doing, [part.value for part in parts])
     own = crew.exchange(doing, lambda: own_files(parts, crew.index))
     with SharedStage(crew, path, committed.STAGE_NAME, doing) as stage:
         records: dict[str, FileRecord] = {}
@@ -115,6 +124,7 @@ def _save_distributed(path: Path, parts: Sequence[Part], crew: Crew, extra: Any,
             prepared = Prepared.of(others, own, extra, 1)
             kinds = {kind: of for kind, of in names.items() if of}
             write_all(stage.stage, prepared.contents)
+            moment.check()
             return str(replace(prepared, parts={**prepared.parts, **kinds}).commit(stage.stage, keep, records))
 
         committed_as = crew.exchange(f"the end of {doing}", commit)[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .committed import refuse_committed
+from .moment import Moment
 from .names import Entry, entries, named_objects
 from .ranks import write_once
 from .safetensors_stream import SafetensorsFile, SafetensorsWriter, TensorRecord
@@ -74,6 +75,7 @@ def verify_adapters(folder: Path) -> None:
 
 def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
     refuse_committed(folder)
+    moment = Moment.now(f"save_lora to {folder}", [model])
     held = {id(entry.tensor): entry for entry in entries(model)}
     objects = named_objects(model)
     file, other = (_SAFE_NAME, _TORCH_NAME) if use_safetensors else (_TORCH_NAME, _SAFE_NAME)
@@ -89,6 +91,7 @@ def _save(model: Any, folder: Path, use_safetensors: bool) -> None:
         files = [path for path in stage.path.rglob("*") if path.is_file()]
         files.sort(key=lambda path: path.name == file)  # the weights last: a configuration seldom changes
         names = [str(path.relative_to(stage.path)) for path in files]
+        moment.check()
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
         with stage.alone():

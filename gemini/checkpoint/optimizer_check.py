@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gemini.errors import CheckpointError
 from gemini.nn.optimizer.acceptance import known_rule, rule_name
 from gemini.nn.optimizer.managed import ManagedOptimizer
+from gemini.nn.optimizer.rules.option_ranges import group_faults
 from gemini.step.saved_groups import check_groups
 from gemini.updates.scaler import LossScaler
 
@@ -48,6 +49,32 @@ def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> Sa
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; the optimizer is as it was") from error
     return saved
+
+
+def check_options(optimizer: Optimizer, doing: str) -> None:
+    """See whether the options of an optimizer that is to be saved would be taken by a load.
+
+    Parameters
+    ----------
+    doing
+        What saves it, in words.
+
+    Raises
+    ------
+    CheckpointError
+        Naming groups and options.
+    """
+    rule = known_rule(optimizer)
+    faults = [
+        f"group {index}: {fault}"
+        for index, group in enumerate(optimizer.param_groups)
+        for fault in group_faults(None if rule is None else rule.name, group, group)
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{doing}: the optimizer has options with which it could not be loaded: {listed(faults, '; ', width=300)}. "
+            "Nothing was written, and what was there before is as it was: change them in optimizer.param_groups"
+        )
 
 
 def check_signs(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> None:

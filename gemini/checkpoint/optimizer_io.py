@@ -19,7 +19,7 @@ from .committed import newest, refuse_committed
 from .contents import Saving, TorchFile
 from .filling import Filling
 from .match import Source
-from .optimizer_check import check_signs, checked_saved, gathered, real
+from .optimizer_check import check_options, check_signs, checked_saved, gathered, real
 from .optimizer_contents import States, whole_state_dict
 from .optimizer_files import (
     JSON_NAME,
@@ -79,13 +79,15 @@ def save_optimizer(
     Raises
     ------
     CheckpointError
-        If the files cannot be written, or a group has an option that is not a plain value.
+        If the files cannot be written, or a group has an option that is not a plain value, or one that a load would
+        refuse, such as an ``lr`` of NaN.
     TypeError
         If a folder is given for an optimizer that neither is a `HybridAdam` nor came back from `boost`.
     ValueError
         If parameters are DTensors, or ``checkpoint`` is, or is in, a checkpoint that `booster.save` has committed.
     """
     refuse_parts(optimizer, "save_optimizer")
+    check_options(optimizer, f"save_optimizer to {checkpoint}")
     path = Path(checkpoint).absolute()
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if shard or path.suffix == ".safetensors":

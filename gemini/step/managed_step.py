@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,6 +60,18 @@ class ChunkedStep:
         self.scaling = updates.scaling
         self._unfreezing = unfreezing
         self.state_id = state_id
+        self._changes = 0
+        """The number of steps and swaps that have begun."""
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Held while a step is taken."""
+        return self._engine.lock
+
+    def mark(self) -> object:
+        """Something that is equal as long as no step, swap or load changes values. Waits for a step under way."""
+        with self.lock:
+            return self.state_id.text, self._changes, len(self._updates.schedule.updated_early)
 
     @property
     def kept(self) -> KeptStates:
@@ -94,6 +107,7 @@ class ChunkedStep:
         """Give the parameters the values of an average, and it theirs."""
         self._engine.recover()
         with self._engine.lock:
+            self._changes += 1
             self._updates.schedule.check_whole("swap an average")
             self._engine.pins.release_held()
             AverageRoom(self.manager, self._updater).swap(average)
@@ -142,8 +156,9 @@ class ChunkedStep:
         self._engine.recover()
         self.manager.refuse_released("step")
         with self._engine.lock:
+            self._changes += 1
             self._step(optimizer)
-        self._engine.step_ended(self.facts)
+            self._engine.step_ended(self.facts)
 
     def _step(self, optimizer: ManagedOptimizer) -> None:
         self._engine.pins.release_held()

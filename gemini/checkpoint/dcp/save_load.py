@@ -16,6 +16,7 @@ from gemini.errors import CheckpointError
 
 from ..manifest import MANIFEST_NAME, FileRecord, Manifest
 from ..module_loading import own_loading
+from ..moment import Moment
 from ..pairs import state_id_of, tell_loaded
 from ..ranks import Crew, loaded_by_all, wait_for_saves
 from ..shared_stage import SharedStage
@@ -54,6 +55,7 @@ def save(folder: str | Path, model: nn.Module, optimizer: Optimizer | None = Non
     """
     folder, crew = Path(folder).absolute(), Crew.of(model)
     doing = f"dcp.save to {folder}"
+    moment = Moment.now(doing, [model, optimizer])
     with SharedStage(crew, folder.parent, folder.name, doing) as stage:
         crew.exchange(f"the start of {doing}", partial(_check_free, folder))
         files = write_into(stage.path, folder, crew, model, optimizer, doing)
@@ -65,6 +67,7 @@ def save(folder: str | Path, model: nn.Module, optimizer: Optimizer | None = Non
                 id = secrets.token_hex(16) if state_id is None else state_id.text
                 manifest = Manifest(id=id, world_size=crew.count, parts=parts, files=files)
                 stage.write_text(MANIFEST_NAME, manifest.text())
+                moment.check()
                 stage.become(folder)
 
         crew.exchange(f"the end of {doing}", commit)

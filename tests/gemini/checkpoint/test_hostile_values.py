@@ -10,6 +10,8 @@ import torch
 from hostile_cases import INF, NAN, Change, Small, resave, rewrite
 from state_uses import same
 
+from gemini.booster import Booster
+from gemini.booster.plugin import GeminiPlugin
 from gemini.checkpoint import (
     load_lr_scheduler,
     load_model,
@@ -25,10 +27,11 @@ from gemini.nn.optimizer.rules.option_ranges import group_faults
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NO_NUMBERS = (NAN, INF, -1.0, None, [0.1], "x", True, {}, 10**400)
+NOT_FINITE = (NAN, INF, None, [0.1], "x", {}, 10**400)
+NO_NUMBERS = (*NOT_FINITE, -1.0)
 PAIRS = ([0.9], 2.0, NAN, "ab", [0.9, 0.99, 0.999], [0.9, 1.0], [NAN, 0.9], [None, 0.9], [True, 0.9], None)
 RULES = {
-    "Adam": {"lr": NO_NUMBERS, "eps": NO_NUMBERS, "weight_decay": NO_NUMBERS, "betas": PAIRS, "amsgrad": (None, "x")},
+    "Adam": {"lr": NOT_FINITE, "eps": NO_NUMBERS, "weight_decay": NOT_FINITE, "betas": PAIRS, "amsgrad": (None, "x")},
     "SGD": {"momentum": NO_NUMBERS, "dampening": (NAN, INF, None, "x"), "nesterov": (None, 2), "maximize": ("x",)},
     "Adagrad": {"lr_decay": NO_NUMBERS, "eps": NO_NUMBERS, "initial_accumulator_value": NO_NUMBERS},
     "RMSprop": {"alpha": NO_NUMBERS, "eps": NO_NUMBERS, "momentum": NO_NUMBERS, "centered": (None, 0.5)},
@@ -72,6 +75,54 @@ def test_options_of_registered_optimizers_are_of_the_kind_that_they_were() -> No
     wrong = {"lr": NAN, "betas": (0.9,), "cautious": 0.5, "scheme": 3}
     assert len(group_faults("Lion", present, wrong)) == 4
     assert not group_faults("Lion", present, {"lr": 0.2, "betas": [0.5, -2], "cautious": True, "scheme": "b"})
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.AdamW])
+def test_options_that_an_optimizer_trains_with_are_loaded_again(cls: Any, tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = cls(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - epoch / 4)
+    booster, model, optimizer, scheduler = boost_scheduled(model, optimizer, scheduler)
+    if cls is not torch.optim.RMSprop:  # which refuses it in a step
+        optimizer.param_groups[0]["weight_decay"] = True
+    for _ in range(5):
+        booster.backward(model(torch.ones(2, 4)).square().mean(), optimizer)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    parts = {"model": model, "optimizer": optimizer, "lr_scheduler": scheduler}
+    booster.save(tmp_path, **parts)
+    booster.save_optimizer(optimizer, tmp_path / "one")
+    (rate,) = scheduler.get_last_lr()
+    assert rate < 0
+    decay = optimizer.param_groups[0]["weight_decay"]
+    for load in (lambda: booster.load(tmp_path, **parts), lambda: booster.load_optimizer(optimizer, tmp_path / "one")):
+        optimizer.param_groups[0].update(lr=1.0, weight_decay=0)
+        load()
+        assert optimizer.param_groups[0]["lr"] == rate
+        assert optimizer.param_groups[0]["weight_decay"] == decay
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", NAN), ("lr", INF), ("eps", -1.0), ("betas", (1.0, 0.9))])
+def test_options_that_would_not_load_are_not_saved(name: str, value: Any, tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    booster, model, optimizer, _ = boost_scheduled(model, torch.optim.AdamW(model.parameters()), None)
+    optimizer.param_groups[0][name] = value
+    for save in (
+        lambda: booster.save(tmp_path, model=model, optimizer=optimizer),
+        lambda: booster.save_optimizer(optimizer, tmp_path),
+        lambda: booster.save_optimizer(optimizer, tmp_path / "optimizer.pt"),
+    ):
+        with pytest.raises(CheckpointError, match=f"group 0: {name} .*Nothing was written"):
+            save()
+    assert not list(tmp_path.iterdir())
+
+
+def boost_scheduled(model: Any, optimizer: Any, scheduler: Any) -> tuple[Any, ...]:
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False))
+    model, optimizer, _, _, scheduler = booster.boost(model, optimizer, lr_scheduler=scheduler)
+    return booster, model, optimizer, scheduler
 
 
 # -- optimizer.json

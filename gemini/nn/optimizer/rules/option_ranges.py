@@ -1,8 +1,8 @@
 """What the options of a parameter group may be: the checks of torch's constructors, as tables.
 
 Constructors look at options once, and ``load_state_dict`` of torch not at all, so that a NaN from a file is found when
-every step has failed. The tables say it once for both. Two things are stricter than in torch: numbers are finite, and a
-flag is no number.
+every step has failed. The tables say it once for both. They are stricter than torch in that numbers are finite, and
+less strict where training goes on beyond what a constructor takes: a schedule may bring ``lr`` below 0.
 """
 
 import math
@@ -34,7 +34,7 @@ class Number:
     has_high: bool = False
 
     def fault(self, value: Any) -> str | None:
-        number = number_of(value)
+        number = float(value) if isinstance(value, bool) else number_of(value)  # torch computes with flags, too
         if number is None:
             return f"must be a number, got {brief(value)}"
         if math.isfinite(number) and self._is_above(number) and self._is_below(number):
@@ -113,19 +113,19 @@ _FLAG, _FLAG_OR_NONE = Flag(), Flag(or_none=True)
 _BETAS = Pair(BELOW_1, BELOW_1)
 
 _ALL: Mapping[str, Option] = {
-    "lr": AT_LEAST_0,
-    "weight_decay": AT_LEAST_0,
+    "lr": _ANY,
+    "weight_decay": _ANY,
     "maximize": _FLAG,
     "foreach": _FLAG_OR_NONE,
     "fused": _FLAG_OR_NONE,
     "capturable": _FLAG,
     "differentiable": _FLAG,
     # Schedulers keep these in the groups.
-    "initial_lr": AT_LEAST_0,
-    "max_lr": AT_LEAST_0,
-    "min_lr": AT_LEAST_0,
-    "base_momentum": AT_LEAST_0,
-    "max_momentum": AT_LEAST_0,
+    "initial_lr": _ANY,
+    "max_lr": _ANY,
+    "min_lr": _ANY,
+    "base_momentum": _ANY,
+    "max_momentum": _ANY,
 }
 
 _OWN: Mapping[str, Mapping[str, Option]] = {
@@ -163,7 +163,7 @@ def group_faults(rule: str | None, present: Mapping[str, Any], saved: Mapping[st
     saved
         Options that neither the tables nor ``present`` have are somebody's notes, and may be anything.
     """
-    table = {**_ALL, **_OWN[rule]} if rule is not None and rule in _OWN else {"lr": AT_LEAST_0}
+    table = {**_ALL, **_OWN[rule]} if rule is not None and rule in _OWN else {"lr": _ANY}
     faults = []
     for name, value in saved.items():
         if name in ("params", "param_names"):
