@@ -20,7 +20,7 @@ from .match import Source, match
 from .model_contents import Weights, configuration_files
 from .module_loading import load_stored, own_loading
 from .pairs import Checked, check_pairs
-from .ranks import checked_by_all, loaded_by_all
+from .ranks import checked_by_all, loaded_by_all, wait_for_saves
 from .safetensors_stream import OpenFiles
 from .stage import Stage
 from .weight_files import (
@@ -128,6 +128,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
         Naming the file and everything that is wrong with it. The model is as it was, unless the message says that a
         file could not be read to its end, or changed, after it had been verified.
     """
+    wait_for_saves(model)  # it may be what is to be loaded
     path = newest(Path(checkpoint), *WEIGHT_NAMES)
     doing = f"load_model from {path}"
     with OpenFiles() as files:

@@ -30,7 +30,7 @@ from .optimizer_files import (
 )
 from .optimizer_view import loss_scaler, managed
 from .pairs import Checked, check_pairs
-from .ranks import checked_by_all, loaded_by_all
+from .ranks import checked_by_all, loaded_by_all, wait_for_saves
 from .safetensors_stream import OpenFiles
 from .stage import Stage
 from .tensor_parallel import refuse_parts
@@ -167,6 +167,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: str | Path, *, strict: bool
         If parameters are DTensors.
     """
     refuse_parts(optimizer, "load_optimizer")
+    wait_for_saves(optimizer)  # it may be what is to be loaded
     path = newest(Path(checkpoint), JSON_NAME)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")

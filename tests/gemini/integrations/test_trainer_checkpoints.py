@@ -30,7 +30,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Maker, Any]]
     """A run that nothing has disturbed, with its checkpoints 2, 4 and 6."""
     maker = Maker("streamed", tmp_path_factory.mktemp("run"))
     trainer = maker.trainer(model(), arguments(maker.folder, **SAVING))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the tests
     trainer.train()
+    torch.set_num_threads(threads)
     yield maker, trainer
 
 
