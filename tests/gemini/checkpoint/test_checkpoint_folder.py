@@ -262,3 +262,19 @@ def test_transformers_and_load_model_read_the_model_of_a_checkpoint(tmp_path: Pa
         booster.load_model(other, path)
         booster.load_optimizer(optimizer, path)
         assert_same(values(other), values(model))
+
+
+def test_a_folder_with_files_of_its_own_beside_checkpoints_is_ambiguous(tmp_path: Path) -> None:
+    booster, model, optimizer = boost(nn.Linear(4, 4))
+    booster.save_model(model, tmp_path)
+    booster.save_optimizer(optimizer, tmp_path)
+    path = booster.save(tmp_path, model=model, optimizer=optimizer)
+    for load, of, name in (
+        (booster.load_model, model, "model.safetensors"),
+        (booster.load_optimizer, optimizer, "optimizer.json"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            load(of, tmp_path)
+        assert f"give {tmp_path / name}, or the newest checkpoint, {path}" in str(error.value)
+        load(of, tmp_path / name)
+        load(of, path)
