@@ -278,3 +278,26 @@ def test_a_folder_with_files_of_its_own_beside_checkpoints_is_ambiguous(tmp_path
         assert f"give {tmp_path / name}, or the newest checkpoint, {path}" in str(error.value)
         load(of, tmp_path / name)
         load(of, path)
+
+
+class Telling(nn.Linear):
+    """Its extra state is no tensor."""
+
+    said: Any = None
+
+    def get_extra_state(self) -> Any:
+        return {"said": self.said}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.said = state["said"]
+
+
+def test_extra_states_that_are_no_tensors_are_refused_with_the_layout_that_holds_them(tmp_path: Path) -> None:
+    booster, model, optimizer = boost(Telling(4, 4))
+    with pytest.raises(CheckpointError, match=r"_extra_state are not tensors.*layout='dcp' \(booster.save\)"):
+        booster.save(tmp_path, model=model, optimizer=optimizer)
+    model.said = "something"
+    booster.save(tmp_path, model=model, optimizer=optimizer, layout="dcp")
+    model.said = None
+    booster.load(tmp_path, model=model, optimizer=optimizer)
+    assert model.said == "something"
