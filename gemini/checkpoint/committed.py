@@ -104,9 +104,27 @@ def find(path: Path) -> Path:
 
 
 def newest(path: Path, *own: str) -> Path:
-    """The newest checkpoint in a folder that has no file of its own of these names; any other path as it is."""
-    is_folder_of_them = any(is_checkpoint(each) for each in numbered(path))
-    return find(path) if is_folder_of_them and not any((path / name).is_file() for name in own) else path
+    """The newest checkpoint in a folder of them; any other path as it is.
+
+    Parameters
+    ----------
+    own
+        Names of files with which a folder is read by itself.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder has both, checkpoints and such a file: either may be meant.
+    """
+    if not any(is_checkpoint(each) for each in numbered(path)):
+        return path
+    found = find(path)
+    if files := [name for name in own if (path / name).is_file()]:
+        raise CheckpointError(
+            f"{path} has {', '.join(files)} of its own and checkpoints of booster.save, and either may be meant: give "
+            f"{path / files[0]}, or the newest checkpoint, {found}. Nothing was changed"
+        )
+    return found
 
 
 def whole_one(damaged: Path) -> str:

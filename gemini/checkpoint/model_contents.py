@@ -145,7 +145,7 @@ def _safetensors(
     if foreign := [name for name, value in extra.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(
             f"{file}: {', '.join(foreign)} are not tensors, which safetensors files cannot hold; "
-            "save with use_safetensors=False"
+            "save with layout='dcp' (booster.save) or use_safetensors=False (booster.save_model)"
         )
     tensors = [
         UnreadTensor(

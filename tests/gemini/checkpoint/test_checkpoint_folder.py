@@ -299,3 +299,42 @@ def test_transformers_and_load_model_read_the_model_of_a_checkpoint(tmp_path: Pa
         booster.load_model(other, path)
         booster.load_optimizer(optimizer, path)
         assert_same(values(other), values(model))
+
+
+def test_a_folder_with_files_of_its_own_beside_checkpoints_is_ambiguous(tmp_path: Path) -> None:
+    booster, model, optimizer = boost(nn.Linear(4, 4))
+    booster.save_model(model, tmp_path)
+    booster.save_optimizer(optimizer, tmp_path)
+    path = booster.save(tmp_path, model=model, optimizer=optimizer)
+    for load, of, name in (
+        (booster.load_model, model, "model.safetensors"),
+        (booster.load_optimizer, optimizer, "optimizer.json"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            load(of, tmp_path)
+        assert f"give {tmp_path / name}, or the newest checkpoint, {path}" in str(error.value)
+        load(of, tmp_path / name)
+        load(of, path)
+
+
+class Telling(nn.Linear):
+    """Its extra state is no tensor."""
+
+    said: Any = None
+
+    def get_extra_state(self) -> Any:
+        return {"said": self.said}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.said = state["said"]
+
+
+def test_extra_states_that_are_no_tensors_are_refused_with_the_layout_that_holds_them(tmp_path: Path) -> None:
+    booster, model, optimizer = boost(Telling(4, 4))
+    with pytest.raises(CheckpointError, match=r"_extra_state are not tensors.*layout='dcp' \(booster.save\)"):
+        booster.save(tmp_path, model=model, optimizer=optimizer)
+    model.said = "something"
+    booster.save(tmp_path, model=model, optimizer=optimizer, layout="dcp")
+    model.said = None
+    booster.load(tmp_path, model=model, optimizer=optimizer)
+    assert model.said == "something"
