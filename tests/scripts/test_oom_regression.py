@@ -94,6 +94,7 @@ def test_a_peak_above_its_baseline_is_a_failure(peak_bytes: int, expect: int, tm
     assert ("FAIL  peak resident set" in said) == bool(expect)
 
 
+@pytest.mark.heavy
 def test_a_missing_baseline_is_a_failure_until_it_is_updated(tmp_path: Path) -> None:
     file = baselines(tmp_path, {})
     said = oom_regression("--only", "lazy_boost_peak", "--small", "--baselines", file, expect=1)

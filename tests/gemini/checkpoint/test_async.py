@@ -340,6 +340,7 @@ def test_a_bad_amount_of_memory_is_refused() -> None:
         GeminiPlugin(snapshot_memory=-1)
 
 
+@pytest.mark.heavy
 def test_accidents_meanwhile_cost_neither_the_save_nor_the_training(tmp_path: Path) -> None:
     names = ("dropped", "interrupted", "interrupted_waiting", "forked", "exit")
     done = child("child_async.py", tmp_path, *names)

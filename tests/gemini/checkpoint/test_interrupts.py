@@ -12,7 +12,8 @@ import pytest
 from forms import FORMS, NEW, OLD, PARTS, Prepared, Subject, is_same, prepared, state_of
 from operations import folder_in_memory
 
-EVERY = [pytest.param(61, id="some lines"), pytest.param(1, id="every line", marks=pytest.mark.heavy)]
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+EVERY = [pytest.param(61, id="some lines"), pytest.param(1, id="every line")]
 
 
 class Lines:
