@@ -11,13 +11,12 @@ How the files build on each other (imports go down only)::
     hugging_face.py  conversion.py  weight_files.py  configuration and names of transformers; files
     background.py                                    a thread that writes files while training goes on
     moment.py                                        whether what was saved is of one state
-    together_saved.py                                who writes files: the ranks that have come
     model_contents.py  optimizer_contents.py         the files of a model, of an optimizer
     contents.py                                      files that are to be written
     optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes
     optimizer_files.py  optimizer_view.py            the format of a saved optimizer; what is asked of one
     bitsandbytes.py  colossalai_optimizer.py         forms in which other tools save weights and states
-    parts.py                                         what a part of a boosted model gathers and loads
+    parts.py  module_loading.py                      what a part of a boosted model gathers and loads; hooks of the user's
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     filling.py                                       from files straight to where values are
