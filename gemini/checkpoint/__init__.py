@@ -16,7 +16,7 @@ How the files build on each other (imports go down only)::
     optimizer_check.py  scheduler_state.py           whether what was saved fits, before anything changes
     optimizer_files.py  optimizer_view.py            the format of a saved optimizer; what is asked of one
     bitsandbytes.py  colossalai_optimizer.py         forms in which other tools save weights and states
-    parts.py  module_loading.py                      what a part of a boosted model gathers and loads; hooks of the user's
+    parts.py  module_loading.py                      what a part of a boosted model gathers and loads; users' hooks
     match.py                                         which stored tensor goes where, checked before anything changes
     names.py                                         what a model holds, one tensor at a time
     filling.py                                       from files straight to where values are
