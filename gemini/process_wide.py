@@ -164,18 +164,33 @@ def give_way() -> None:
 def small_stacks(nbytes: int = IO_STACK_BYTES) -> AbstractContextManager[None]:
     """A context in which threads that are started have stacks of ``nbytes``; 0: of the default size.
 
-    Python has one size for the whole process: a thread that another thread starts just now gets the same.
+    Python has one size for the whole process: a thread that another thread starts just now gets the same. Contexts of
+    several threads come one after the other, else the last would restore what another has set.
     """
     return _stacks_of(nbytes) if nbytes else nullcontext()
 
 
+_starting = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """In a forked child, which does not have the thread that held it."""
+    global _starting
+    _starting = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 @contextmanager
 def _stacks_of(nbytes: int) -> Iterator[None]:
-    before = threading.stack_size(nbytes)
-    try:
-        yield
-    finally:
-        threading.stack_size(before)
+    with _starting:
+        before = threading.stack_size(nbytes)
+        try:
+            yield
+        finally:
+            threading.stack_size(before)
 
 
 def default_stack_bytes() -> int:

@@ -136,3 +136,22 @@ def test_small_stacks_are_undone() -> None:
     assert threading.stack_size() == before
     with process_wide.small_stacks(0):
         assert threading.stack_size() == before
+
+
+def test_contexts_of_small_stacks_on_several_threads_leave_the_size_as_it_was() -> None:
+    before, entered, left = threading.stack_size(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        entered.set()
+        with process_wide.small_stacks():
+            pass
+        left.set()
+
+    with process_wide.small_stacks():
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(10)
+        assert not left.wait(0.05)  # it waits for this context to end
+    thread.join(10)
+    assert left.is_set()
+    assert threading.stack_size() == before
