@@ -255,7 +255,7 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """A context at whose end a first SIGINT or SIGTERM comes to whoever handles it; a second one interrupts at once."""
+    """A context at whose end a first SIGINT or SIGTERM reaches its handler; a second one interrupts at once."""
     held: list[int] = []
 
     def hold(number: int, frame: FrameType | None) -> None:

@@ -120,5 +120,5 @@ def check(program: Callable[[Run], None], place: str, precision: str, folder: Pa
         run.folder.mkdir()
         program(run)
     assert ours.seen.keys() == plain.seen.keys()
-    # Of what trains in bfloat16 our state dict has the masters, a plain one their rounded values.
+    # For parameters that train in bfloat16 our state dict has the masters, a plain one their rounded values.
     assert not [name for name, value in plain.seen.items() if not torch.equal(ours.seen[name].to(value.dtype), value)]

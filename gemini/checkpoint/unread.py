@@ -16,7 +16,7 @@ from .safetensors_stream import TensorRecord
 
 
 class UnreadDict(dict[Any, Any]):
-    """A dict in which `UnreadTensor` stand for tensors: whoever takes one out gets the tensor, read then.
+    """A dict in which `UnreadTensor` stand for tensors: each is read when it is taken out.
 
     So users' hooks may delete, replace and look at what is going to be saved, as in any state dict.
     """

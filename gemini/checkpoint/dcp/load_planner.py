@@ -22,7 +22,7 @@ from .weights_load import WeightsLoad
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Loads a model, and its optimizer, from a checkpoint of `torch.distributed.checkpoint`, whoever wrote it.
+    """Loads a model, and its optimizer, from a checkpoint of `torch.distributed.checkpoint`, ours or torch's.
 
     ::
 

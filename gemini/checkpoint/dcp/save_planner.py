@@ -6,7 +6,7 @@
     chunks of rank 1      |==|===|   together they are the whole tensor, which is all that a reader needs to know
 
 The values that are at home here are written as they are, in the order of the parameters; a rank never has more in RAM
-than what it keeps of one parameter. Reading is the same in the other direction, whoever wrote it and with what boxes.
+than what it keeps of one parameter. Reading is the same in the other direction, and takes any boxes.
 """
 
 import io

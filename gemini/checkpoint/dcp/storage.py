@@ -88,7 +88,7 @@ class _SummedFile:
         pass
 
     def close(self) -> None:
-        pass  # whoever opened it does
+        pass  # the caller closes the file that it has opened
 
 
 class Writer(FileSystemWriter):
@@ -139,7 +139,7 @@ def _write(value: Tensor | io.BytesIO, stream: io.IOBase) -> None:
 
 
 class Reader(FileSystemReader):
-    """Reads a folder, whoever wrote it (a ``StorageReader``).
+    """Reads a folder that we, or torch itself, have written (a ``StorageReader``).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a checkpoint of `torch.distributed.checkpoint` holds of a model and an optimizer, whoever wrote it.
+"""What a checkpoint of `torch.distributed.checkpoint` holds of a model and an optimizer, ours or torch's.
 
 Scripts choose the first names (``{"model": ..., "optim": ...}``, ``{"app": {"model": ...}}``, or none), and the state
 dict of an optimizer comes in two forms::

@@ -272,7 +272,7 @@ VALUES: dict[str, Change] = {
 
 @pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse|quantize|TypedStorage).*:UserWarning")
 @pytest.mark.parametrize("what", VALUES)
-def test_a_state_that_cannot_be_kept_is_refused_whoever_loads_it(what: str, run: Small, folder: Path) -> None:
+def test_a_state_that_cannot_be_kept_is_refused_by_every_way_to_load(what: str, run: Small, folder: Path) -> None:
     path = folder / "optimizer.pt"
     content = torch.load(path, weights_only=True)
     for state in content["state"].values():

@@ -66,7 +66,7 @@ def test_a_save_in_which_a_step_is_taken_commits_nothing(
     SAVES[save](booster, model, optimizer, tmp_path / "it")
 
 
-def test_a_save_in_the_background_is_of_one_state_whoever_trains(
+def test_a_save_in_the_background_is_of_one_state_while_another_thread_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     booster, model, optimizer = trained()
