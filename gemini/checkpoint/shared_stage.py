@@ -163,4 +163,4 @@ class StageOfFirst:
                     f"{self.path.name}, is not to be seen here. Ranks that save together write to one file system: "
                     "give a folder on one that all machines share (NFS, Lustre)"
                 )
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS)  # a network file system tells nobody of a new file
