@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -165,5 +165,5 @@ def test_more_room_never_takes_longer_where_units_are_alike(units: list[UnitCost
     rooms = range(0, 6 * units[0].saved_bytes + 1, max(units[0].saved_bytes // 2, 1))
     found = [choose(alike, room, link) for room in rooms]
     fitting = [decision for decision, room in zip(found, rooms, strict=True) if decision.peak_bytes <= room]
-    for less, more in zip(fitting, fitting[1:], strict=False):
+    for less, more in pairwise(fitting):
         assert more.added_seconds <= less.added_seconds + 1e-9
