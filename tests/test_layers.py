@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("memory",),
     ("updates",),
     ("packing", "engine"),
+    ("activations",),
     ("runtime",),
     ("step",),
     ("monitor",),
