@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("activations",),
     ("updates",),
     ("packing", "engine"),
+    ("activations",),
     ("runtime",),
     ("step",),
     ("monitor",),
