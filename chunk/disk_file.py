@@ -114,6 +114,12 @@ class DiskFile:
             os.posix_fallocate(self._fd, offset, nbytes)
             self.nbytes = offset + nbytes
 
+    def shrink(self, nbytes: int) -> None:
+        """Give the system what lies beyond the first ``nbytes``, if there is anything."""
+        if nbytes < self.nbytes:
+            os.ftruncate(self._fd, nbytes)
+            self.nbytes = nbytes
+
     def read(self, offset: int, address: int, nbytes: int, what: str) -> None:
         """Fill memory from the file.
 
