@@ -23,7 +23,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("activations",),
     ("updates",),
     ("packing", "engine"),
-    ("activations",),
     ("runtime",),
     ("step",),
     ("monitor",),

@@ -10,10 +10,9 @@ input in place, a tensor of its module) it stays as it was saved. So no program 
 """
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 from weakref import ref
 
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..torch_private import current_backward, version_of
-from .inputs import InputCopies, Inputs, KeptInputs, Pack
+from ..torch_private import current_backward
+from .inputs import InputCopies, Inputs, KeptInputs, Pack, Packed
 from .module_state import ModuleState, Place
 from .surroundings import Surroundings
 
@@ -48,33 +47,36 @@ class Reason:
     """The tensors of its modules that it changes. With copies of these it can run again next time."""
 
 
-class Outcome(Enum):
-    """What became of a visit when its forward ended."""
-
-    OPEN = "open"
-    """The forward still runs."""
-    DROPPED = "dropped"
-    """Saved tensors are gone and will be computed again."""
-    HELD = "held"
-    """They stay, because the forward cannot run again with the same result."""
-
-
 class Saved:
-    """A tensor that a forward has saved, by its number; autograd holds it in the tensor's place."""
+    """A tensor that a forward has saved, by its number; autograd holds it in the tensor's place.
 
-    __slots__ = ("__weakref__", "_index", "_visit")
+    While forward runs it has the tensor. After that it has it, has moved it, or the visit computes it again.
+    """
 
-    def __init__(self, visit: "RecomputedVisit", index: int) -> None:
+    __slots__ = ("__weakref__", "_index", "_packed", "_visit")
+
+    def __init__(self, visit: "RecomputedVisit", index: int, packed: Packed) -> None:
         self._visit = visit
         self._index = index
+        self._packed: Packed | None = packed
 
     def unpack(self) -> Tensor:
         """The tensor, computed again if need be."""
-        return self._visit.tensor(self._index)
+        return self._visit.again(self._index) if self._packed is None else self._packed.unpack()
+
+    def drop(self) -> None:
+        """Let the tensor go: it can be computed again."""
+        self._packed = None
+
+    def move(self, pack: Pack) -> None:
+        """Keep the tensor in another way."""
+        tensor = self.unpack()
+        self._packed = None  # who packs it may want to be the only one who has it
+        self._packed = pack(tensor)
 
 
 class RecomputedVisit:
-    """One call of a module: holds what it saves until it ends, and computes it again after.
+    """One call of a module that may run again: numbers what it saves.
 
     Autograd holds it, and the garbage collector does not see through autograd: so it refers to modules weakly.
 
@@ -89,26 +91,33 @@ class RecomputedVisit:
     """
 
     def __init__(self, name: str, module: nn.Module, args: Any, kwargs: Any, changing: Collection[Place] = ()) -> None:
-        self.outcome = Outcome.OPEN
         self._name = name
         self._module = ref(module)
         self._inputs: Inputs | KeptInputs = Inputs(args, kwargs)
         self._state = ModuleState(module.modules(), changing)
         self._surroundings = Surroundings.now({tensor.device for tensor in self._inputs.tensors})
         self._saved: list[ref[Saved]] = []
-        self._held: list[tuple[Tensor, int]] = []
-        """Each tensor that was saved, with its version; empty once they are dropped."""
         self._forms: list[_Form] = []
         self._again = _Again(-1)
 
-    def save(self, tensor: Tensor) -> Saved:
-        """Autograd saves a tensor: number it."""
-        saved = Saved(self, len(self._saved))
+    def save(self, tensor: Tensor, keep: Pack) -> Saved:
+        """Autograd saves a tensor: number it, and ``keep`` it until the forward ends."""
+        saved = Saved(self, len(self._saved), keep(tensor))
         self._saved.append(ref(saved))
-        self._held.append((tensor.detach(), version_of(tensor)))
+        self._forms.append(_form(tensor))
         return saved
 
     # -- the forward is over
+
+    @property
+    def saved(self) -> Iterator[Saved]:
+        """What it has saved and autograd still holds."""
+        return (saved for saved in (reference() for reference in self._saved) if saved is not None)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that it was given, until it is over."""
+        return self._inputs.tensors if isinstance(self._inputs, Inputs) else []
 
     def why_held(self) -> Reason | None:
         """Why the forward cannot run again with the same result; None if it can."""
@@ -134,27 +143,23 @@ class RecomputedVisit:
         """
         assert isinstance(self._inputs, Inputs)
         self._inputs = self._inputs.keep(copies, pack)
-        self._forms = [_form(tensor) for tensor, _ in self._held]
-        self._held.clear()
-        self.outcome = Outcome.DROPPED
+        for saved in self.saved:
+            saved.drop()
 
     def hold(self) -> None:
-        """Keep what was saved as it is."""
+        """It will not run again: forget what only that needs."""
         self._inputs, self._state = Inputs((), {}), ModuleState(())
-        self.outcome = Outcome.HELD
 
     # -- backward
 
-    def tensor(self, index: int) -> Tensor:
-        """A saved tensor by its number.
+    def again(self, index: int) -> Tensor:
+        """A saved tensor by its number, computed again.
 
         Raises
         ------
         RuntimeError
-            If it has been changed in place since, as plain PyTorch does; or if the forward did not do the same again.
+            If the forward did not do the same again.
         """
-        if self.outcome is not Outcome.DROPPED:
-            return self._unchanged(index)
         with ONE_AT_A_TIME:
             backward = current_backward()
             if backward != self._again.backward or backward == -1:
@@ -162,16 +167,6 @@ class RecomputedVisit:
             if index not in self._again.tensors:
                 self._again.fill(index, self._run_again())
             return self._again.take(index)
-
-    def _unchanged(self, index: int) -> Tensor:
-        tensor, version = self._held[index]
-        if version_of(tensor) != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a tensor of shape {list(tensor.shape)} that {self._name} has saved is at version "
-                f"{version_of(tensor)}; expected version {version} instead"
-            )
-        return tensor
 
     def _run_again(self) -> dict[int, Tensor]:
         """All saved tensors that autograd still holds, by their numbers."""
@@ -185,7 +180,7 @@ class RecomputedVisit:
             index = len(forms)
             if index < len(self._forms):
                 forms.append(_form(tensor))
-                if self._saved[index]() is not None:
+                if self._saved[index]() is not None:  # else autograd has freed it already
                     found[index] = tensor.detach()
             if len(forms) == len(self._forms):
                 raise _Enough

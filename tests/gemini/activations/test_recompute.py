@@ -4,6 +4,7 @@ import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gemini.activations.inputs import InputCopies, Kept
-from gemini.activations.recompute import Outcome, RecomputedVisit, Saved
+from gemini.activations.recompute import RecomputedVisit, Saved
 from gemini.torch_private import current_backward
 from gemini.units.bracket import bracket
 
@@ -25,7 +26,7 @@ WIDTH = 16
 
 class Here:
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+        self._tensor = tensor.detach()
 
     def unpack(self) -> Tensor:
         return self._tensor
@@ -35,7 +36,7 @@ class Recomputing:
     """Has blocks computed again, wherever they can be."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[str] = []
         self.reasons: list[str] = []
         self._copies = InputCopies()
         self._changing: dict[nn.Module, Any] = {}
@@ -47,7 +48,7 @@ class Recomputing:
         if current_backward() != -1 or not torch.is_grad_enabled():
             return
         visit = RecomputedVisit("block", module, args, kwargs, self._changing.get(module, ()))
-        hooks = saved_tensors_hooks(visit.save, Saved.unpack)
+        hooks = saved_tensors_hooks(partial(visit.save, keep=Here), Saved.unpack)
         hooks.__enter__()
         self._open.append((visit, hooks))
 
@@ -62,7 +63,7 @@ class Recomputing:
             self._changing[module] = reason.changing
         else:
             visit.drop(self._copies, Here)
-        self.outcomes.append(visit.outcome)
+        self.outcomes.append("held" if reason else "dropped")
 
 
 class Block(nn.Module):
@@ -298,10 +299,10 @@ def test_training_leaves_the_same_behind(name: str, around: str) -> None:
         found = trained(model)
     check_equal(found, expected)
     if name == "an input in place":
-        assert set(recomputing.outcomes) == {Outcome.HELD}
+        assert set(recomputing.outcomes) == {"held"}
         assert set(recomputing.reasons) == {"it changes its input in place"}
     else:
-        assert recomputing.outcomes[-1] is Outcome.DROPPED
+        assert recomputing.outcomes[-1] == "dropped"
 
 
 def recomputed(name: str = "dropout") -> tuple[Any, Any, Tensor]:
@@ -397,15 +398,12 @@ def test_a_graph_that_nobody_runs_backward_takes_its_copies_along() -> None:
     assert not [copy for copy in copies if copy() is not None]
 
 
-def test_a_saved_tensor_that_was_changed_raises_what_torch_raises() -> None:
+def test_what_was_saved_can_move_when_the_forward_is_over() -> None:
     visit = RecomputedVisit("h.0", nn.Linear(2, 2), (torch.ones(2),), {})
-    tensor = torch.ones(3)
-    saved = visit.save(tensor)
+    saved = visit.save(torch.ones(3), keep=Here)
     visit.hold()
-    assert saved.unpack() is not tensor
-    tensor.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation: a tensor of shape"):
-        saved.unpack()
+    saved.move(lambda tensor: Here(tensor + 1))
+    assert torch.equal(saved.unpack(), torch.full((3,), 2.0))
 
 
 class Alternates(Block):
@@ -433,11 +431,11 @@ def test_an_argument_that_hides_what_is_in_it_keeps_a_block_from_running_again()
     recomputing = Recomputing(list(model.blocks))
     mask, bias = torch.ones(WIDTH), torch.zeros(WIDTH)
     model(torch.randn(2, WIDTH), mask=mask, extra={"bias": bias}).sum().backward()
-    assert recomputing.outcomes == [Outcome.DROPPED]
+    assert recomputing.outcomes == ["dropped"]
 
     class Cache(dict[str, Tensor]):
         pass
 
     model(torch.randn(2, WIDTH), mask=mask, extra=Cache(bias=bias)).sum().backward()
-    assert recomputing.outcomes[-1] is Outcome.HELD
+    assert recomputing.outcomes[-1] == "held"
     assert recomputing.reasons == ["it is given a Cache, which it may change"]
