@@ -26,10 +26,10 @@ SIZES = (1 << 18, 1 << 20, 1 << 22)
 DEPTHS = (2, 4, 8)
 COMBINATIONS = tuple(Requests(nbytes, depth) for depth in DEPTHS for nbytes in SIZES)
 SPAN_BYTES = 256 << 20
-PASS_BYTES = 64 << 20
-PASS_SECONDS = 0.1
+PASS_BYTES = 32 << 20
+PASS_SECONDS = 0.06
 """One measurement of one combination ends after as many bytes or seconds."""
-ROUNDS = 3
+ROUNDS = 5
 BUDGET_SECONDS = 3.0
 """No round begins after that; one that has begun then ends, and counts for nothing if another one is whole."""
 LEAST_TOLERANCE, MOST_TOLERANCE = 0.15, 0.3
