@@ -66,8 +66,7 @@ class Rehoming:
         chunks = [self._chunks[plan.layout.index] for plan in plans]
         pairs = zip(plans, chunks, strict=True)
         added = [(plan, name) for plan, chunk in pairs for name in plan.specs.keys() - chunk.specs.keys()]
-        on_host = sum(plan.nbytes(name) for plan, name in added if plan.tiers[name] is Tier.HOST)
-        self._eviction.make_room_for(Tier.HOST, on_host)
+        self._eviction.make_room_for(Tier.HOST, sum(plan.nbytes_on(Tier.HOST, (name,)) for plan, name in added))
         for chunk in chunks:
             self._full_copies.bring_home(chunk)
         with all_or_none(self._together.communicator, "the room for these homes"):
@@ -158,8 +157,7 @@ class Rehoming:
             self._full_copies.arrive(old)  # what can go wrong goes wrong now
             self._full_copies.bring_home(old)
         builder.device.synchronize()  # no home is being written
-        on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
-        self._eviction.make_room_for(Tier.HOST, sum(on_host))
+        self._eviction.make_room_for(Tier.HOST, sum(plan.nbytes_on(Tier.HOST) for plan in plans))
         # When all owners have it, nobody reads the old homes any more.
         with all_or_none(self._together.communicator, "the room for these homes"):
             built = builder.rebuild(rebuilt, plans, fill)

@@ -7,6 +7,8 @@ VERSION = 1
 """Major version of the records. A reader refuses a newer one; new fields and record types do not raise it."""
 
 TIERS = ("device", "host", "disk")
+DIVIDED = "host+disk"
+"""Where a home is that is divided between two of them."""
 HEARTBEAT_SECONDS = 2.0
 RUN_FILE = "run.json"
 GENERATIONS = 8

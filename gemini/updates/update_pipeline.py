@@ -105,7 +105,8 @@ class Block:
 
     def to_borrow(self) -> list[str]:
         """What still needs staging."""
-        return [name for name, buffer in self.buffers().items() if buffer.tensor is None and name not in self.staged]
+        buffers = self.buffers().items()
+        return [name for name, home in buffers if name not in self.staged and self._in_memory(name, home) is None]
 
     def follows(self, other: "Block") -> bool:
         """True if it may read what ``other``, of an earlier update, writes."""
@@ -113,9 +114,15 @@ class Block:
 
     def tensor(self, name: str, buffer: Buffer) -> Tensor:
         """The elements of this block, in memory."""
-        if buffer.tensor is not None:
-            return buffer.tensor[self.at_home(name)]
-        return self.staged[name].view(buffer.dtype)[self.within(name, self.offset, self.offset + self.numel)]
+        if name in self.staged:
+            return self.staged[name].view(buffer.dtype)[self.within(name, self.offset, self.offset + self.numel)]
+        there = self._in_memory(name, buffer)
+        assert there is not None
+        return there
+
+    def _in_memory(self, name: str, buffer: Buffer) -> Tensor | None:
+        part = self.at_home(name)
+        return buffer.in_memory(part.start, part.stop)
 
     def at_home(self, name: str) -> slice:
         """Where a buffer has the elements of this block."""
