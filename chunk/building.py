@@ -113,10 +113,11 @@ class ChunkBuilder:
     def _build_all(self, pairs: Sequence[tuple[ChunkPlan, Mapping[str, Buffer]]]) -> tuple[Chunk, ...]:
         """One chunk for each plan, with the homes that are there already."""
         homes = [
-            plan.nbytes(name)
+            nbytes
             for plan, there in pairs
-            for name, tier in plan.tiers.items()
-            if tier is Tier.HOST and name not in there
+            for name in plan.tiers.keys() - there.keys()
+            for tier, nbytes in plan.parts(name)
+            if tier is Tier.HOST
         ]
         if sum(homes) <= self.ledger.free(Tier.HOST):  # else a home will say so
             self.device.reserve(sum(map(padded, homes)))
@@ -149,10 +150,10 @@ class ChunkBuilder:
         """What takes the gradients of a chunk; None if it is not trained."""
         if GRADIENT in plan.tiers:
             buffer = self.home(plan, plan.gradient_spec)
-            if buffer.tensor is not None:
+            for memory in (part.tensor for part in buffer.parts if part.tensor is not None):
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
-                buffer.tensor.zero_()
+                memory.zero_()
             if plan.owner.is_alone:
                 return GradientBuffer(plan.layout, buffer, self.device)
             collected, give_back = self._borrowed(plan), self.gradient_pool.release
@@ -167,9 +168,8 @@ class ChunkBuilder:
 
     def home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
         """Zeros for one buffer of a chunk."""
-        tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype
         what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
-        return self.memories.allocate(tier, numel, dtype, what)
+        return self.memories.allocate_parts(plan.parts(spec.name), spec.dtype, what)
 
 
 def _copy(source: Buffer, target: Buffer) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..activations import Saving
 from ..boosted import Boosted
 from ..chunk import ChunkManager
 from ..config import GeminiConfig
@@ -52,6 +53,7 @@ def assemble(
     manager: ChunkManager,
     queue: UpdateQueue,
     meter: NonModelMeter,
+    saving: Saving,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
     origin = agree_origin(manager.together.communicator)
@@ -65,7 +67,7 @@ def assemble(
     options = Options.of(optimizer) if optimizer is not None else None
     updates = Updates(manager, schedule, gradients, updater, scaling, options)
 
-    units, statistics = Units(model, manager), Statistics(manager)
+    units, statistics = Units(model, manager), Statistics(manager, saving.counts)
     listener: Listener = Silent(statistics)
     if config.telemetry is not False:
         listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
@@ -82,6 +84,7 @@ def assemble(
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)
     inputs = None if config.compute_dtype is torch.float32 else config.compute_dtype
-    hooks = ForwardHooks(model, engine, backward, cast_inputs=inputs, force_outputs_fp32=config.force_outputs_fp32)
+    force_fp32 = config.force_outputs_fp32
+    hooks = ForwardHooks(model, engine, backward, saving, cast_inputs=inputs, force_outputs_fp32=force_fp32)
     outside = Outside(engine, backward)
-    return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics)
+    return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics, saving)
