@@ -109,7 +109,7 @@ class Budget:
         others = [each for each in self._seats if each is not seat and memory in each.uses()]
         total = self._said.get(memory)
         if total is None:
-            assert self._part is not None
+            assert self._part is not None, "the part is there from the first model on"
             granted = self._part.begin(memory, self._wants()[memory])
             total = min(granted, measured()[memory] + sum(each.uses()[memory].used for each in others))
         if total - sum(_held(each.uses()[memory]) for each in others) < use.claim.wish:
@@ -140,22 +140,24 @@ class Budget:
         """True if it is time to look at the machine again."""
         return self._part is not None and self._part.is_due
 
-    def look(self) -> None:
-        """See what there is for all of them now."""
+    def look(self, seat: Seat) -> None:
+        """See what there is for all of them now, on behalf of one; others that are idle give back what they have to."""
         with self._lock:
             if self._part is not None:
                 self._found = self._part.look(self._wants())
+            for other in self._seats:
+                for memory, nbytes in self.targets(other).items() if other is not seat else ():
+                    self._shrink(other, memory, nbytes)
 
     def targets(self, seat: Seat) -> dict[str, int]:
         """The capacities that a model is to have, where they are others than its share of before."""
         with self._lock:
             found = {}
             for memory, use in seat.uses().items():
-                if seat.is_said(memory):
+                is_bound = memory in self._said or memory in self._found
+                if seat.is_said(memory) or not is_bound:
                     continue
                 total = self._said.get(memory, self._found.get(memory))
-                if memory not in self._said and memory not in self._found:
-                    continue
                 wanted = use.claim.wish if total is None else self._divide(memory, total)[seat]
                 has = min(seat.shares.get(memory, use.capacity), use.claim.wish)
                 if abs(wanted - has) > _CHANGE:
@@ -204,7 +206,8 @@ class Budget:
             seat.begin(self._turn)
             if len(self._seats) < 2:
                 return False
-            borrowed = [self._borrow(seat, memory, use) for memory, use in seat.uses().items()]
+            uses = seat.uses()
+            borrowed = [self._borrow(seat, memory, uses[memory]) for memory in uses if not seat.is_said(memory)]
             return any(borrowed)
 
     def _borrow(self, seat: Seat, memory: str, use: Use) -> bool:

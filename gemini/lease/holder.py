@@ -59,11 +59,17 @@ class Holder:
         self._folder = folder
         self._root = root
         self._standing = replace(standing, base_bytes=private_ram(root=root))
+        self._base = {limit.pool: limit.total - limit.free for each in limits.values() for limit in each()}
         self._lease: Lease | None = None
         try:
             self._lease = folder.begin(self._standing)
         except OSError as error:
             logger.warning("other runs cannot see what this one holds of the machine's memory: %s", error)
+
+    @property
+    def memories(self) -> frozenset[str]:
+        """Those that have limits on this machine."""
+        return frozenset(self._limits)
 
     @property
     def name(self) -> str:
@@ -95,9 +101,13 @@ class Holder:
         """What there is of each memory that was told of."""
         standings = {**self._others(), self.name: self._standing}
         return {
-            memory: look(self.name, [Pool.of(limit, memory, standings) for limit in self._limits[memory]()])
+            memory: look(self.name, [self._pool(limit, memory, standings) for limit in self._limits[memory]()])
             for memory in self._standing.holdings
         }
+
+    def _pool(self, limit: Limit, memory: str, standings: Mapping[str, Standing]) -> Pool:
+        grown = None if limit.shared else max(0, limit.total - limit.free - self._base.get(limit.pool, 0))
+        return Pool.of(limit, memory, standings, grown)
 
     def wait(self, memory: str, enough: Callable[[Look], bool], seconds: float) -> Look:
         """Look until there is enough of a memory, or this many seconds have passed."""

@@ -49,11 +49,6 @@ class Wants:
             return room
         return max(0, min(capacity_of(room), room - int(self.non_model * _NON_MODEL_MARGIN)))
 
-    @property
-    def at_peak(self) -> int:
-        """Bytes that belong to the training when it takes most."""
-        return self.used + self.non_model
-
 
 class MachinePart:
     """Keeps the lease of a budget in step with what its models want, and tells them how much there is.
@@ -75,10 +70,11 @@ class MachinePart:
     def say(self, wants: Mapping[str, Wants], is_waiting: bool = False, answer: Answer | None = None) -> None:
         """Tell other runs what is wanted and held."""
         holds = {}
-        for memory, want in wants.items():
+        for memory in wants.keys() & self._holder.memories:
+            want = wants[memory]
             floor, wish = want.room(memory, want.floor), want.room(memory, want.wish)
             held = 0 if is_waiting and not want.capacity else want.room(memory, want.capacity)
-            used = -(-min(want.at_peak if memory == HOST else want.used, held) // _STEP) * _STEP
+            used = -(-want.used // _STEP) * _STEP
             holds[memory] = Holds(claim=Claim(floor=min(floor, wish), wish=wish), held=held, used=used)
         self._holder.say(holds, is_waiting, answer)
 

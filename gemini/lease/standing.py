@@ -19,7 +19,7 @@ class Holding(Struct, frozen=True, kw_only=True):
     held: int
     """What it may take, now: promised to it."""
     used: int = 0
-    """What its model data take, and the peak of everything else that belongs to its training."""
+    """What its model data take now."""
     grown: int = 0
     """What its process was seen to have taken since the lease began."""
 

@@ -1,6 +1,5 @@
 """Models that share a budget, and budgets that share a machine. The models are numbers."""
 
-import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from weakref import ref
@@ -93,7 +92,7 @@ class Model:
 
     def follow(self) -> None:
         """What a model does at its next step."""
-        self.budget.look()
+        self.budget.look(self.seat)
         for memory, nbytes in self.budget.targets(self.seat).items():
             self.resize({memory: nbytes})
             self.budget.resized(self.seat, {memory: nbytes})
@@ -102,9 +101,9 @@ class Model:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(part, "WAIT_SECONDS", 0.0)
-    grown = itertools.count(1, 1 << 50)  # whatever a model says that it uses, its process has taken
-    monkeypatch.setattr(holder, "private_ram", lambda *_, **__: next(grown))
-    return Machine(tmp_path / "leases", 10 * GIB)
+    found = Machine(tmp_path / "leases", 10 * GIB)
+    monkeypatch.setattr(holder, "private_ram", lambda *_, **__: 1 + sum(model.used for model in found.models))
+    return found
 
 
 @pytest.fixture
