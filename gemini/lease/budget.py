@@ -193,6 +193,13 @@ class Budget:
         with self._lock:
             self._said.update(nbytes)
 
+    def unset(self, nbytes: Mapping[str, int], before: Mapping[str, int]) -> None:
+        """It could not be done: what they had before was ``before``."""
+        with self._lock:
+            for memory in nbytes:
+                self._said.pop(memory, None)
+            self._said.update({memory: each for memory, each in before.items() if memory in nbytes})
+
     def begin(self, seat: Seat) -> bool:
         """A model begins to run: borrow for its full copies what idle ones keep beyond their homes.
 

@@ -7,11 +7,21 @@ HOST, DEVICE, DISK = "host", "device", "disk"
 VERSION = 1
 
 
+class Seen(Struct, frozen=True):
+    """A limit as the holder saw it last."""
+
+    name: str
+    free: int
+    total: int
+
+
 class Holding(Struct, frozen=True, kw_only=True):
     """One memory of a lease; all numbers are bytes."""
 
     pools: tuple[str, ...]
     """The limits that bound it, as `gemini.lease.limits.Limit.pool` names them."""
+    seen: dict[str, Seen] = {}
+    """By pool, those that others cannot read for themselves: of devices and disks."""
     floor: int
     """What the holder needs at least."""
     wish: int
