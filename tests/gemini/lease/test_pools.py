@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from gemini.lease import holder
 from gemini.lease.folder import LeaseFolder
 from gemini.lease.holder import Holder, Holds, own_standing, with_growth
 from gemini.lease.limits import Limit, disk_limit, ram_limits, shared_ram_limits
@@ -90,15 +91,16 @@ def test_growth_counts_from_where_the_lease_began() -> None:
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Iterator[tuple[Holder, Holder]]:
-    """Two holders in this process, under one limit of 8 GiB."""
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Holder, Holder]]:
+    """Two holders in this process, which takes nothing, under one limit of 8 GiB."""
+    monkeypatch.setattr(holder, "private_ram", lambda *_, **__: 1)
     found = tuple(
         Holder({HOST: lambda: [limit(8 * GIB)]}, own_standing(name, "p", 0, 1), LeaseFolder(tmp_path / "leases"))
         for name in "ab"
     )
     yield found  # type: ignore[misc]
-    for holder in found:
-        holder.end()
+    for each in found:
+        each.end()
 
 
 def test_a_second_holder_finds_what_the_first_leaves_and_its_share(two: tuple[Holder, Holder]) -> None:
