@@ -10,7 +10,7 @@ from .accelerators import accelerator_in_use, driver_of, find_accelerator, memor
 from .away import QUIET, Keeper, reach
 from .block_codes import warm_up as warm_up_codes
 from .block_format import FORMATS, BlockFormat, dequantise, quantise
-from .buffer import Buffer, MemoryBuffer
+from .buffer import Buffer, MemoryBuffer, Room
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
@@ -19,6 +19,7 @@ from .disk import DiskBackend
 from .disk_file import Requests
 from .disk_tuning import tuned
 from .gradient import GradientBuffer
+from .gradient_tensors import GradientTensors
 from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger
 from .manager import ChunkManager
@@ -70,6 +71,7 @@ __all__ = [
     "DiskBackend",
     "Gradient",
     "GradientBuffer",
+    "GradientTensors",
     "Keeper",
     "Ledger",
     "Marked",
@@ -80,6 +82,7 @@ __all__ = [
     "Plain",
     "Quantised",
     "RamBackend",
+    "Room",
     "Requests",
     "SharedGradient",
     "SingleProcess",

@@ -1,5 +1,6 @@
 """One buffer of one chunk on one tier: a flat run of elements that can be read and written in parts."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,6 +31,19 @@ class Buffer(Protocol):
 
     def write(self, start: int, source: Tensor) -> None:
         """Copy ``source`` (flat, contiguous) to the elements from ``start`` on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Room:
+    """Room on a tier of RAM that is counted and has no memory of its own: values come in tensors made elsewhere."""
+
+    tier: Tier
+    numel: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 class MemoryBuffer:

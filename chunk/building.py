@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 
-from .buffer import Buffer
+from .buffer import Buffer, Room
 from .chunk import Chunk
 from .communicator import Communicator
 from .content import BufferSpec
 from .gradient import GradientBuffer
 from .gradient_pool import GradientPool
+from .gradient_tensors import GradientTensors, is_large
 from .host_arena import padded
 from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
@@ -143,6 +144,10 @@ class ChunkBuilder:
         return chunk
 
     def _gradient(self, plan: ChunkPlan) -> Gradient | None:
+        if GRADIENT in plan.tiers and self._comes_in_tensors(plan):
+            tier, numel, dtype = plan.tiers[GRADIENT], plan.layout.numel, plan.compute_dtype
+            room = self.memories.reserve(tier, numel, dtype, _what(plan, GRADIENT))
+            return GradientTensors(plan.layout, room, self.device)
         if GRADIENT in plan.tiers:
             buffer = self._home(plan, plan.gradient_spec)
             if buffer.tensor is not None:
@@ -155,6 +160,11 @@ class ChunkBuilder:
             return SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)
         return self._borrowed(plan) if plan.borrows_gradient else None
 
+    def _comes_in_tensors(self, plan: ChunkPlan) -> bool:
+        """True if autograd's tensors are in the memory where the gradient is at home, and some are large."""
+        is_near = self.device.is_ram and plan.owner.is_alone and plan.tiers[GRADIENT] is not Tier.DISK
+        return is_near and any(is_large(slot, plan.compute_dtype) for slot in plan.layout.slots)
+
     def _borrowed(self, plan: ChunkPlan) -> GradientBuffer:
         """A gradient in memory that is borrowed when it comes."""
         tier = Tier.DEVICE if plan.tiers[MASTER] is Tier.DEVICE else Tier.HOST
@@ -163,8 +173,11 @@ class ChunkBuilder:
 
     def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
         tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype
-        what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
-        return self.memories.allocate(tier, numel, dtype, what)
+        return self.memories.allocate(tier, numel, dtype, _what(plan, spec.name))
+
+
+def _what(plan: ChunkPlan, name: str) -> str:
+    return f"{name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
 
 
 def _copy(source: Buffer, target: Buffer) -> None:
@@ -174,7 +187,7 @@ def _copy(source: Buffer, target: Buffer) -> None:
         target.write(start, piece)
 
 
-def _homes(chunk: Chunk) -> list[Buffer]:
+def _homes(chunk: Chunk) -> list[Buffer | Room]:
     gradient = chunk.gradient
     if gradient is None or gradient.buffer is None or gradient.is_borrowed:
         return list(chunk.homes.values())
