@@ -1,12 +1,12 @@
 """Memory of the tiers: one interface to allocate homes and to free them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
-from .buffer import Buffer, MemoryBuffer
+from .buffer import Buffer, DividedBuffer, MemoryBuffer
 from .disk import DiskBackend
 from .ledger import Ledger
 from .memory import DeviceBackend
@@ -74,13 +74,27 @@ class TierMemories:
             self._allocated.append(buffer)
         return buffer
 
+    def allocate_parts(self, parts: Sequence[tuple[Tier, int]], dtype: torch.dtype, what: str) -> Buffer:
+        """Zeros in parts on these tiers, of these bytes: all of them or none. See `TierMemory.allocate`."""
+        found: list[Buffer] = []
+        try:
+            for tier, nbytes in parts:
+                found.append(self.allocate(tier, nbytes // dtype.itemsize, dtype, what))
+        except BaseException:
+            if self._allocated is None:
+                for buffer in found:
+                    self.free(buffer)
+            raise
+        return found[0] if len(found) == 1 else DividedBuffer(*found)
+
     def has(self, memory: TierMemory) -> bool:
         """True if homes on the tier of ``memory`` are in it."""
         return self._memories.get(memory.tier) is memory
 
     def free(self, buffer: Buffer) -> None:
         """See `TierMemory.free`."""
-        self._memories[buffer.tier].free(buffer)
+        for part in buffer.parts:
+            self._memories[part.tier].free(part)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

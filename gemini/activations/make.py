@@ -11,6 +11,7 @@ from ..planning.activation_choice import Choice, Link
 from .advice import Always, Auto
 from .blocks import blocks_of
 from .by_block import ByBlock
+from ..telemetry.layout import disks_folder
 from .disk import ActivationFile
 from .leavers import Leavers
 from .place import Place
@@ -64,7 +65,7 @@ def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkMana
 def _store(config: GeminiConfig, manager: ChunkManager) -> ActivationStore:
     places: list[Place] = []
     if config.offload_dir is not None:
-        requests = tuned(config.offload_dir, EXPECTED_BYTES)
+        requests = tuned(config.offload_dir, EXPECTED_BYTES, disks_folder())
         places.append(ActivationFile(config.offload_dir, manager.ledger, requests, config.disk_checksums))
     return ActivationStore(places, LIMIT_BYTES)
 

@@ -97,7 +97,7 @@ def _described(chunk: Chunk, group: str) -> DescribedChunk:
         numel=chunk.layout.numel,
         used_numel=chunk.layout.used_numel,
         full_bytes=chunk.full_nbytes,
-        homes={name: home.tier.value for name, home in buffers.items()},
+        homes={name: "+".join(part.tier.value for part in home.parts) for name, home in buffers.items()},
         home_bytes={name: home.nbytes for name, home in buffers.items()},
         group=group,
         extent=None if chunk.plan.owner == SOLE else [chunk.extent.start, chunk.extent.stop],

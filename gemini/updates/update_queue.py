@@ -6,7 +6,8 @@ was computed but not written is kept), the error surfaces at the next wait, whic
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -93,11 +94,12 @@ class UpdateQueue:
         homes = [*update.chunk.homes.values(), None if gradient is None else gradient.buffer]
         streams = any(home is not None and home.tensor is None for home in homes)
         size = self._staging.block_numel if streams and self._staging is not None else update.chunk.layout.numel
-        first = update.chunk.extent.start
+        first, boundaries = update.chunk.extent.start, update.chunk.plan.boundaries
         return [
             (first + start, first + stop, offset, run.at_step)
             for run in update.runs
-            for start, stop, offset in pieces(run.start - first, run.stop - first, size)
+            for part in _divided(run.start - first, run.stop - first, boundaries)
+            for start, stop, offset in pieces(*part, size)
         ]
 
     @property
@@ -140,3 +142,8 @@ class UpdateQueue:
     def _end(self) -> None:
         self._thread.shutdown(wait=True)
         self._pipeline.close()
+
+
+def _divided(start: int, stop: int, boundaries: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut ``[start, stop)`` at boundaries: what is in memory on one side of them needs no staging."""
+    return pairwise((start, *(each for each in boundaries if start < each < stop), stop))
