@@ -16,6 +16,9 @@ from .tensors import KeptTensor, MovedTensor, Packed, unpack
 LEAST_BYTES = 1 << 16
 """Smaller storages stay: a transfer's latency costs more than they take."""
 
+_FORBIDDEN = "don't yet support saved tensor hooks"
+"""What torch says of transforms that cannot go with them."""
+
 
 class Saving(Protocol):
     """What becomes of the tensors that one model saves for backward."""
@@ -80,8 +83,16 @@ class Offload:
         if saving_is_taken():  # by hooks of the user's around the model, which are to see what it saves
             yield
             return
-        with saved_tensors_hooks(self._pack, unpack):
-            yield
+        try:
+            with saved_tensors_hooks(self._pack, unpack):
+                yield
+        except RuntimeError as error:
+            if _FORBIDDEN in str(error):
+                raise RuntimeError(
+                    f"{error} activation_policy='offload' puts such hooks around the model; boost a model that uses "
+                    "these transforms in its forward with activation_policy='keep'"
+                ) from error
+            raise
         self._store.settle()
 
     @contextmanager
