@@ -30,7 +30,7 @@ from .leavers import Leavers
 from .module_state import Place
 from .recompute import Reason, RecomputedVisit
 from .repeatable import why_not
-from .saving import Offload
+from .saving import Offload, explain_transforms
 from .tensors import KeptTensor, Packed, unpack
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class ByBlock:
     model, blocks
         The model, for the names of its blocks; and these. Both are referred to weakly: what ends the threads of a model
         that is gone refers to this.
-    advice
-        The policy.
+    policy, advice
+        The policy, by its name and what it says.
     leavers
         Says what may move, and what is model data.
     offload
@@ -56,10 +56,12 @@ class ByBlock:
         self,
         model: nn.Module,
         blocks: Sequence[nn.Module],
+        policy: str,
         advice: Advice,
         leavers: Leavers,
         offload: Offload | None,
     ) -> None:
+        self._policy = policy
         self.counts = offload.counts if offload is not None else ActivationCounts()
         self._advice = advice
         self._leavers = leavers
@@ -85,7 +87,7 @@ class ByBlock:
             yield
             return
         try:
-            with ExitStack() as self._call:
+            with explain_transforms(self._policy), ExitStack() as self._call:
                 yield
             if self._forward is not None and self._forward.is_measured:
                 self._advice.ended(self._rest.nbytes, self._rest.movable_bytes)
@@ -124,7 +126,7 @@ class ByBlock:
 
     def _before(self, block: "_Block", module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._running is not None:
-            self._running.calls += self._running.block is block
+            self._running.enter(block)
             return
         hooks = saving_hooks()
         if self._forward is None or current_backward() != -1 or hooks is None or hooks[0] is not self._hook:
@@ -138,10 +140,7 @@ class ByBlock:
 
     def _after(self, block: "_Block", module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         running = self._running
-        if running is None or running.block is not block:
-            return
-        running.calls -= 1
-        if running.calls:
+        if running is None or not running.leave(block):
             return
         self._running = None
         seconds = time.perf_counter() - running.begin
@@ -246,9 +245,18 @@ class _Running:
     visit: RecomputedVisit | None
     watch: Watch | None
     begin: float = field(default_factory=time.perf_counter)
-    calls: int = 1
-    """It may call itself."""
     tally: "_Tally" = field(default_factory=lambda: _Tally())
+    _calls: int = 1
+    """It may call itself."""
+
+    def enter(self, block: _Block) -> None:
+        """A block begins within it."""
+        self._calls += block is self.block
+
+    def leave(self, block: _Block) -> bool:
+        """A block ends; True if it is this one."""
+        self._calls -= block is self.block
+        return not self._calls
 
     def cost(self, seconds: float, can_run_again: bool) -> UnitCost:
         assert self.visit is not None

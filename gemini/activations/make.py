@@ -8,10 +8,10 @@ from ..chunk import ChunkManager, tuned
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..planning.activation_choice import Choice, Link
+from ..telemetry.layout import disks_folder
 from .advice import Always, Auto
 from .blocks import blocks_of
 from .by_block import ByBlock
-from ..telemetry.layout import disks_folder
 from .disk import ActivationFile
 from .leavers import Leavers
 from .place import Place
@@ -56,10 +56,10 @@ def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkMana
         return Offload(_store(config, manager), leavers)
     blocks = blocks_of(model)
     if policy == "recompute":
-        return ByBlock(model, blocks, Always(Choice.RECOMPUTE, len(blocks)), leavers, None)
+        return ByBlock(model, blocks, policy, Always(Choice.RECOMPUTE, len(blocks)), leavers, None)
     offload = Offload(_store(config, manager), leavers) if config.offload_dir is not None else None
     advice = Auto(len(blocks), partial(room_bytes, manager, device), partial(_link, config))
-    return ByBlock(model, blocks, advice, leavers, offload)
+    return ByBlock(model, blocks, policy, advice, leavers, offload)
 
 
 def _store(config: GeminiConfig, manager: ChunkManager) -> ActivationStore:

@@ -14,6 +14,23 @@ from .leavers import Leavers
 from .store import ActivationStore
 from .tensors import KeptTensor, MovedTensor, Packed, unpack
 
+_FORBIDDEN = "don't yet support saved tensor hooks"
+"""What torch says of transforms that cannot go with them."""
+
+
+@contextmanager
+def explain_transforms(policy: str) -> Iterator[None]:
+    """Have an error of torch's about transforms name the option that hooks come from."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _FORBIDDEN in str(error):
+            raise RuntimeError(
+                f"{error} activation_policy={policy!r} puts such hooks around the model; boost a model that uses "
+                "these transforms in its forward with activation_policy='keep'"
+            ) from error
+        raise
+
 
 class Saving(Protocol):
     """What becomes of the tensors that one model saves for backward."""
@@ -81,7 +98,7 @@ class Offload:
         if saving_is_taken():  # by hooks of the user's around the model, which are to see what it saves
             yield
             return
-        with saved_tensors_hooks(self.pack, unpack):
+        with explain_transforms("offload"), saved_tensors_hooks(self.pack, unpack):
             yield
         self.settle()
 

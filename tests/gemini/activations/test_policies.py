@@ -32,8 +32,13 @@ def test_blocks_that_run_again_leave_the_same_bits(name: str, monkeypatch: pytes
     check_parity(Task(build, batches(3), loss), activation_policy="recompute", **SMALL)
 
 
-@pytest.mark.parametrize("room", [0, 30_000])
-@pytest.mark.parametrize("name", ALL_USES)
+FEW = ("checkpoint", "nested reentrant checkpoint", "retain_graph", "penalty in an attribute", "random depth")
+
+
+@pytest.mark.parametrize(
+    ("name", "room"),
+    [pytest.param(n, r, marks=() if n in FEW else pytest.mark.heavy) for n in ALL_USES for r in (0, 30_000)],
+)
 def test_blocks_that_are_chosen_for_leave_the_same_bits(
     name: str, room: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ReferenceType, WeakSet, ref
 
 import numpy as np
@@ -24,7 +24,7 @@ WIDTH = 16
 
 
 class Here:
-    alive: WeakSet["Here"] = WeakSet()
+    alive: ClassVar[WeakSet["Here"]] = WeakSet()
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
