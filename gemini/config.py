@@ -14,7 +14,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 KEEP = "keep"
 """The precision with which each parameter computes in the dtype that the model gave it."""
 
-ACTIVATION_POLICIES = ("keep", "offload")
+ACTIVATION_POLICIES = ("keep", "offload", "recompute", "auto")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,7 +75,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         with all_or_none(communicator, "booster.boost, which takes memory"):
             packing = _decide(model, optimizer, config, capacities)
             manager, queue = build(packing, config, capacities)
-            saving = make_saving(config, capacities, manager)
+            saving = make_saving(config, capacities, manager, model)
 
     meter = NonModelMeter(capacities.device)
     compute_dtypes = {plan.compute_dtype for plan in packing.plans if plan.is_trainable}

@@ -110,6 +110,8 @@ class ForwardHooks:
             self._saving.rest()
             grad = torch.is_grad_enabled()
             self._engine.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
+            if (batch := self._engine.sampling.batch) is not None:
+                self._saving.begin(batch)
             # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
             # used outside of its unit then comes operation by operation, until a forward with gradients has shown it.
             if grad and not self._discovery.has_watched((grad, model.training)):
