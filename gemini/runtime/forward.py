@@ -25,6 +25,7 @@ from .backward import BackwardHooks
 from .brackets import Brackets
 from .casting import cast
 from .dtype_errors import explain_dtypes
+from .tenancy import Tenancy
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
 """Attributes that are not the user's."""
@@ -35,8 +36,8 @@ class ForwardHooks:
 
     Parameters
     ----------
-    model, engine, backward
-        The model that is run, what is told, and what puts hooks on the graphs that units make.
+    model, engine, backward, tenancy
+        The model that is run, what is told, what puts hooks on the graphs that units make, and what the model shares.
     cast_inputs
         Floating-point inputs of the model are converted to this dtype; None leaves them.
     force_outputs_fp32
@@ -48,6 +49,7 @@ class ForwardHooks:
         model: nn.Module,
         engine: Engine,
         backward: BackwardHooks,
+        tenancy: Tenancy,
         *,
         cast_inputs: torch.dtype | None,
         force_outputs_fp32: bool,
@@ -56,6 +58,7 @@ class ForwardHooks:
         self._units = engine.units
         self._engine = engine
         self._backward = backward
+        self._tenancy = tenancy
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
         self._visits = engine.visits
@@ -102,6 +105,7 @@ class ForwardHooks:
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._depth <= 1 and not in_backward():
             self._engine.recover()
+            self._tenancy.before_forward()
             grad = torch.is_grad_enabled()
             self._engine.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
             # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
@@ -138,6 +142,8 @@ class ForwardHooks:
         if is_in_backward:
             self._engine.leave_passed()
             self._engine.updates.schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
+        elif self._depth:
+            self._tenancy.before_unit()
         discovery = self._discovery
         if not self._brackets.are_coarse:
             self._note_running(unit, module)
