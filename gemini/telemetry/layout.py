@@ -26,6 +26,11 @@ def runs_folder() -> Path:
     return base / "gemini-memory" / "runs"
 
 
+def disks_folder() -> Path:
+    """Where it is remembered how this machine's disks are best asked, a file for each file system."""
+    return runs_folder().parent / "disks"
+
+
 def records_file(run: Path, rank: int) -> Path:
     return run / f"rank{rank:05d}.jsonl"
 
