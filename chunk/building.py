@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 
-from .buffer import Buffer
+from .buffer import Buffer, Room
 from .chunk import Chunk
 from .communicator import Communicator
 from .content import BufferSpec
 from .gradient import GradientBuffer
 from .gradient_pool import GradientPool
+from .gradient_tensors import GradientTensors, is_large
 from .host_arena import padded
 from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
@@ -113,10 +114,11 @@ class ChunkBuilder:
     def _build_all(self, pairs: Sequence[tuple[ChunkPlan, Mapping[str, Buffer]]]) -> tuple[Chunk, ...]:
         """One chunk for each plan, with the homes that are there already."""
         homes = [
-            plan.nbytes(name)
+            nbytes
             for plan, there in pairs
-            for name, tier in plan.tiers.items()
-            if tier is Tier.HOST and name not in there
+            for name in plan.tiers.keys() - there.keys()
+            for tier, nbytes in plan.parts(name)
+            if tier is Tier.HOST
         ]
         if sum(homes) <= self.ledger.free(Tier.HOST):  # else a home will say so
             self.device.reserve(sum(map(padded, homes)))
@@ -147,17 +149,27 @@ class ChunkBuilder:
 
     def gradient(self, plan: ChunkPlan) -> Gradient | None:
         """What takes the gradients of a chunk; None if it is not trained."""
+        if (tier := self._comes_in_tensors(plan)) is not None:
+            room = self.memories.reserve(tier, plan.layout.numel, plan.compute_dtype, _what(plan, GRADIENT))
+            return GradientTensors(plan.layout, room, self.device)
         if GRADIENT in plan.tiers:
             buffer = self.home(plan, plan.gradient_spec)
-            if buffer.tensor is not None:
+            for memory in (part.tensor for part in buffer.parts if part.tensor is not None):
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
-                buffer.tensor.zero_()
+                memory.zero_()
             if plan.owner.is_alone:
                 return GradientBuffer(plan.layout, buffer, self.device)
             collected, give_back = self._borrowed(plan), self.gradient_pool.release
             return SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)
         return self._borrowed(plan) if plan.borrows_gradient else None
+
+    def _comes_in_tensors(self, plan: ChunkPlan) -> Tier | None:
+        """The tier of a gradient that stays in autograd's tensors: they are in its memory, and some are large."""
+        where = plan.tiers.get(GRADIENT)
+        if not (self.device.is_ram and plan.owner.is_alone and isinstance(where, Tier) and where is not Tier.DISK):
+            return None
+        return where if any(is_large(slot, plan.compute_dtype) for slot in plan.layout.slots) else None
 
     def _borrowed(self, plan: ChunkPlan) -> GradientBuffer:
         """A gradient in memory that is borrowed when it comes."""
@@ -167,9 +179,11 @@ class ChunkBuilder:
 
     def home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
         """Zeros for one buffer of a chunk."""
-        tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype
-        what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
-        return self.memories.allocate(tier, numel, dtype, what)
+        return self.memories.allocate_parts(plan.parts(spec.name), spec.dtype, _what(plan, spec.name))
+
+
+def _what(plan: ChunkPlan, name: str) -> str:
+    return f"{name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
 
 
 def _copy(source: Buffer, target: Buffer) -> None:
@@ -179,7 +193,7 @@ def _copy(source: Buffer, target: Buffer) -> None:
         target.write(start, piece)
 
 
-def homes_of(chunk: Chunk) -> list[Buffer]:
+def homes_of(chunk: Chunk) -> list[Buffer | Room]:
     """All homes of a chunk, with its gradient's."""
     gradient = chunk.gradient
     if gradient is None or gradient.buffer is None or gradient.is_borrowed:

@@ -103,9 +103,9 @@ class Rehoming:
         is_other = plan.full_is_home is not chunk.full_is_home or replaces_gradient(chunk, plan)
         if is_other and chunk.is_resident:
             self._full_copies.evict(chunk)
+        coming = [name for name, at in plan.tiers.items() if at != chunk.plan.tiers.get(name)]
         for tier in (Tier.DEVICE, Tier.HOST):
-            coming = [n for n, at in plan.tiers.items() if at is tier is not chunk.plan.tiers.get(n)]
-            self._eviction.make_room_for(tier, sum(map(plan.nbytes, coming)))
+            self._eviction.make_room_for(tier, plan.nbytes_on(tier, coming))
         relocation.move(chunk, plan)
 
     def extend(self, plans: Sequence[ChunkPlan]) -> None:
@@ -113,8 +113,7 @@ class Rehoming:
         chunks = [self._chunks[plan.layout.index] for plan in plans]
         pairs = zip(plans, chunks, strict=True)
         added = [(plan, name) for plan, chunk in pairs for name in plan.specs.keys() - chunk.specs.keys()]
-        on_host = sum(plan.nbytes(name) for plan, name in added if plan.tiers[name] is Tier.HOST)
-        self._eviction.make_room_for(Tier.HOST, on_host)
+        self._eviction.make_room_for(Tier.HOST, sum(plan.nbytes_on(Tier.HOST, (name,)) for plan, name in added))
         for chunk in chunks:
             self._full_copies.bring_home(chunk)
         with all_or_none(self._together.communicator, "the room for these homes"):
@@ -205,8 +204,7 @@ class Rehoming:
             self._full_copies.arrive(old)  # what can go wrong goes wrong now
             self._full_copies.bring_home(old)
         builder.device.synchronize()  # no home is being written
-        on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
-        self._eviction.make_room_for(Tier.HOST, sum(on_host))
+        self._eviction.make_room_for(Tier.HOST, sum(plan.nbytes_on(Tier.HOST) for plan in plans))
         # When all owners have it, nobody reads the old homes any more.
         with all_or_none(self._together.communicator, "the room for these homes"):
             built = builder.rebuild(rebuilt, plans, fill)

@@ -80,7 +80,7 @@ class Relocation:
             is_same = _keeps_form(chunk.codecs[name], codec)
             for spec in codec.specs:
                 can_stay = is_same and chunk.specs.get(spec.name) == spec
-                stays = can_stay and chunk.homes[spec.name].tier is plan.tiers[spec.name]
+                stays = can_stay and chunk.plan.tiers[spec.name] == plan.tiers[spec.name]
                 homes[spec.name] = chunk.homes[spec.name] if stays else self._builder.home(plan, spec)
         return homes
 
@@ -128,7 +128,7 @@ class Relocation:
 
 
 def replaces_gradient(chunk: Chunk, plan: ChunkPlan) -> bool:
-    """True if moving makes another gradient, which has nothing yet: of several owners, or in borrowed memory."""
+    """True if moving makes another gradient, which has nothing yet: shared, in borrowed memory, or in tensors."""
     is_plain = GRADIENT in plan.tiers and isinstance(chunk.gradient, GradientBuffer)
     return chunk.gradient is not None and not is_plain and not keeps_gradient(chunk, plan)
 
@@ -139,7 +139,7 @@ def keeps_gradient(chunk: Chunk, plan: ChunkPlan) -> bool:
     is_borrowed = chunk.is_trainable and (GRADIENT not in plan.tiers or not plan.owner.is_alone)
     if is_borrowed and (plan.tiers[MASTER] is Tier.DEVICE) is not (before[MASTER] is Tier.DEVICE):
         return False
-    return plan.tiers.get(GRADIENT) is before.get(GRADIENT)
+    return plan.tiers.get(GRADIENT) == before.get(GRADIENT)
 
 
 def _keeps_form(before: Codec, after: Codec) -> bool:

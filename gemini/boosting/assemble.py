@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..activations import Saving
 from ..boosted import Boosted
 from ..chunk import ChunkManager
 from ..config import GeminiConfig
@@ -54,6 +55,7 @@ def assemble(
     manager: ChunkManager,
     queue: UpdateQueue,
     meter: NonModelMeter,
+    saving: Saving,
     seating: Seating,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
@@ -68,7 +70,7 @@ def assemble(
     options = Options.of(optimizer) if optimizer is not None else None
     updates = Updates(manager, schedule, gradients, updater, scaling, options)
 
-    units, statistics = Units(model, manager), Statistics(manager)
+    units, statistics = Units(model, manager), Statistics(manager, saving.counts)
     listener: Listener = Silent(statistics)
     if config.telemetry is not False:
         listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
@@ -87,8 +89,9 @@ def assemble(
     inputs = None if config.compute_dtype is torch.float32 else config.compute_dtype
     tenancy = Tenancy(engine, seating.budget, seating.seat)
     seating.occupy(tenancy)
-    hooks = ForwardHooks(
-        model, engine, backward, tenancy, cast_inputs=inputs, force_outputs_fp32=config.force_outputs_fp32
-    )
+    force_fp32 = config.force_outputs_fp32
+    hooks = ForwardHooks(model, engine, backward, saving, tenancy, cast_inputs=inputs, force_outputs_fp32=force_fp32)
     outside = Outside(engine, backward)
-    return Boosted(type(model), config, capacities, manager, values, engine, tenancy, hooks, outside, step, statistics)
+    return Boosted(
+        type(model), config, capacities, manager, values, engine, tenancy, hooks, outside, step, statistics, saving
+    )

@@ -9,11 +9,14 @@ from ..config import GeminiConfig
 from ..errors import OutOfMemory
 from ..packing.packing import Packing
 from ..packing.resizing import Resizing, home_bytes, moves, resized
-from ..planning.placement import Unplaced, on_tier
+from ..planning.placement import Unplaced
 from ..process_wide import trim_freed_memory
 from ..sizes import format_bytes
 from ..updates.gradients import Gradients
 from .pacing import Pacing
+
+_ATTEMPTS = 9
+"""Each adds what the one before lacked; two or three do."""
 
 
 class HomeRoom:
@@ -41,8 +44,13 @@ class HomeRoom:
         """Some chunks have other plans now."""
         self.packing = packing
 
-    def resize(self, capacities: Mapping[Tier, int]) -> bool:
+    def resize(self, capacities: Mapping[Tier, int], at_least: bool = False) -> bool:
         """Set what tiers may hold, and move homes as that asks for. All or nothing.
+
+        Parameters
+        ----------
+        at_least
+            Where homes would have no place, give a tier as much more as they need.
 
         Returns
         -------
@@ -61,7 +69,9 @@ class HomeRoom:
         manager.snapshots.rest()
         held = {chunk for chunk in manager.chunks if not self._gradients.give_way(chunk)}
         try:
-            after = self._decide(wanted, held)
+            wanted, after = self._fitting(wanted, held) if at_least else (wanted, self._decide(wanted, held))
+            if isinstance(after, Unplaced):
+                raise self._out_of_memory(wanted, after)
             before = {tier: ledger.capacity(tier) for tier in wanted}
             for tier, nbytes in wanted.items():
                 ledger.resize(tier, max(nbytes, before[tier]))
@@ -95,7 +105,19 @@ class HomeRoom:
                 )
         return found
 
-    def _decide(self, wanted: Mapping[Tier, int], held: Collection[Chunk]) -> list[ChunkPlan]:
+    def _fitting(
+        self, wanted: dict[Tier, int], held: Collection[Chunk]
+    ) -> tuple[dict[Tier, int], list[ChunkPlan] | Unplaced]:
+        """The capacities, with what they lack, and the answer of `_decide` to them."""
+        for _ in range(_ATTEMPTS):
+            after = self._decide(wanted, held)
+            if not isinstance(after, Unplaced):
+                break
+            tier = next(iter(wanted))
+            wanted = {**wanted, tier: wanted[tier] + after.missing_bytes}
+        return wanted, after
+
+    def _decide(self, wanted: Mapping[Tier, int], held: Collection[Chunk]) -> list[ChunkPlan] | Unplaced:
         """The plans of chunks whose homes are to move; gradients of ``held`` stay where they are."""
         manager, memory, use = self._manager, self._manager.ledger.memory, self.packing.use
         fixed = frozenset(chunk.index for chunk in manager.chunks if self._stays(chunk, wanted, held))
@@ -117,9 +139,7 @@ class HomeRoom:
                 has_ring=memory.compute_tier is not Tier.DEVICE or Tier.DEVICE in wanted,
             )
         )
-        if isinstance(found, Unplaced):
-            raise self._out_of_memory(wanted, found)
-        return moves(plans, found)
+        return found if isinstance(found, Unplaced) else moves(plans, found)
 
     def _stays(self, chunk: Chunk, wanted: Mapping[Tier, int], held: Collection[Chunk]) -> bool:
         """True if the homes of a chunk cannot move now, or its tier is not asked about."""
@@ -143,8 +163,8 @@ class HomeRoom:
             nbytes = sum(home_bytes(chunk.plan, tier) for tier in tiers)
             if chunk.index in fixed:
                 staying += nbytes
-            elif chunk in held and chunk.plan.tiers[GRADIENT] in tiers:
-                staying += on_tier(chunk.plan.nbytes(GRADIENT), pool)
+            elif chunk in held:
+                staying += sum(home_bytes(chunk.plan, tier, (GRADIENT,)) for tier in tiers)
             moving += nbytes
         copies = manager.full_copies.nbytes if pool is ledger.memory.compute_tier else 0
         others = ledger.used(pool) - moving - copies  # staging, and room for borrowed gradients

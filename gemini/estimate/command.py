@@ -170,11 +170,10 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
     packing = data.pack(limits, machine.memory, machine.ranks)
     read = written = 0
     for plan in packing.plans:
-        for name, tier in plan.tiers.items():
-            nbytes = plan.nbytes(name)
-            if tier is Tier.DISK:
-                read += nbytes * (2 if name == MASTER else 1)  # for the full copy and for the update
-                written += nbytes
+        for name in plan.tiers:
+            nbytes = plan.nbytes_on(Tier.DISK, (name,))
+            read += nbytes * (2 if name == MASTER else 1)  # for the full copy and for the update
+            written += nbytes
     tokens = options.batch_size * options.seq_len
     work = floor.Work(
         # 2 forward and 4 backward a parameter and token, one more forward where activations are recomputed.

@@ -5,7 +5,7 @@ optimizer's states and the gradients of chunks that the next forward comes to la
 come back bring the same homes back.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..chunk import GRADIENT, ChunkPlan, MemoryMap, Tier
@@ -73,8 +73,7 @@ def moves(before: Sequence[ChunkPlan], after: Sequence[ChunkPlan]) -> list[Chunk
 
 def _rise(old: ChunkPlan, new: ChunkPlan) -> int:
     """Bytes that come to faster tiers, less those that leave them."""
-    common = old.specs.keys() & new.specs.keys()
-    return sum((_SPEED[new.tiers[name]] - _SPEED[old.tiers[name]]) * new.nbytes(name) for name in common)
+    return sum(_SPEED[tier] * (new.nbytes_on(tier) - old.nbytes_on(tier)) for tier in Tier)
 
 
 def _need(plan: ChunkPlan, group: Group, gradient_stays: bool) -> ChunkNeed:
@@ -124,6 +123,7 @@ def _largest(sets: Sequence[frozenset[int]], copies: Sequence[int]) -> int:
     return max((sum(copies[index] for index in chunks) for chunks in sets), default=0)
 
 
-def home_bytes(plan: ChunkPlan, tier: Tier) -> int:
-    """Bytes of a chunk's homes on a tier."""
-    return sum(on_tier(plan.nbytes(name), tier) for name, at in plan.tiers.items() if at is tier)
+def home_bytes(plan: ChunkPlan, tier: Tier, names: Iterable[str] | None = None) -> int:
+    """Bytes of a chunk's homes on a tier: of those with these names, or of all."""
+    of = plan.tiers if names is None else names
+    return sum(on_tier(nbytes, at) for name in of for at, nbytes in plan.parts(name) if at is tier)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations import Saving
 from ..chunk import reach
 from ..engine import Engine, in_backward
 from ..planning.trace import Phase
@@ -36,8 +37,9 @@ class ForwardHooks:
 
     Parameters
     ----------
-    model, engine, backward, tenancy
-        The model that is run, what is told, what puts hooks on the graphs that units make, and what the model shares.
+    model, engine, backward, saving, tenancy
+        The model that is run, what is told, what puts hooks on the graphs that units make, what becomes of the tensors
+        that these save, and what the model shares.
     cast_inputs
         Floating-point inputs of the model are converted to this dtype; None leaves them.
     force_outputs_fp32
@@ -49,6 +51,7 @@ class ForwardHooks:
         model: nn.Module,
         engine: Engine,
         backward: BackwardHooks,
+        saving: Saving,
         tenancy: Tenancy,
         *,
         cast_inputs: torch.dtype | None,
@@ -58,6 +61,7 @@ class ForwardHooks:
         self._units = engine.units
         self._engine = engine
         self._backward = backward
+        self._saving = saving
         self._tenancy = tenancy
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
@@ -92,7 +96,8 @@ class ForwardHooks:
         """
         self._depth += 1
         try:
-            return forward(*args, **kwargs)
+            with self._saving.of_call():
+                return forward(*args, **kwargs)
         except BaseException as error:
             if self._depth == 1 and not in_backward():
                 self._engine.abort()  # a KeyboardInterrupt calls no hooks
@@ -105,9 +110,12 @@ class ForwardHooks:
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._depth <= 1 and not in_backward():
             self._engine.recover()
+            self._saving.rest()
             self._tenancy.before_forward()
             grad = torch.is_grad_enabled()
             self._engine.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
+            if (batch := self._engine.sampling.batch) is not None:
+                self._saving.begin(batch)
             # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
             # used outside of its unit then comes operation by operation, until a forward with gradients has shown it.
             if grad and not self._discovery.has_watched((grad, model.training)):

@@ -228,10 +228,7 @@ class _Sizes:
     """Bytes of a model's homes and full copies."""
 
     def __init__(self, packing: Packing) -> None:
-        self.homes = dict.fromkeys(Tier, 0)
-        for plan in packing.plans:
-            for name, tier in plan.tiers.items():
-                self.homes[tier] += plan.nbytes(name)
+        self.homes = {tier: sum(plan.nbytes_on(tier) for plan in packing.plans) for tier in Tier}
         self.all_homes = sum(self.homes.values())
         self.copies = sum(
             plan.layout.numel * plan.compute_dtype.itemsize for plan in packing.plans if not plan.full_is_home

@@ -190,7 +190,8 @@ def fill_states(rule: Rule, chunk: Chunk) -> None:
 
 def _disk_bytes(chunks: Iterable[Chunk]) -> int:
     """Bytes on DISK of the masters of chunks that have them there."""
-    return sum(on_tier(chunk.homes[MASTER].nbytes, Tier.DISK) for chunk in chunks)
+    masters = [part for chunk in chunks for part in chunk.homes[MASTER].parts]
+    return sum(on_tier(part.nbytes, Tier.DISK) for part in masters if part.tier is Tier.DISK)
 
 
 def _listed(slots: Any) -> str:

@@ -1,16 +1,17 @@
 """Run by tests: trains in RAM that is shared with other processes, as under one control group.
 
-    python child_shares.py '{"folder": ..., "name": ..., "total": bytes, "layers": 4, "steps": 6, ...}'
+    python child_shares.py '{"folder": ..., "total": bytes, "layers": 4, "steps": 6, "waits_after": [2]}'
 
 The limit is a double of a group's: what is free of it is ``total`` less the RAM that all processes that are named in
-the folder have taken, really, since they began. ``RLIMIT_DATA`` holds each to it besides.
+the folder have taken, really, since they began. ``RLIMIT_DATA`` holds each to it besides. It says what it does, a line for
+each step, and waits for a line on stdin after some of them.
 """
 
+import gc
 import json
 import os
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from gemini.lease.limits import Limit, private_ram
 from gemini.memory import tracker
 from gemini.nn.optimizer import HybridAdam
 
-WIDTH = 512
+WIDTH = 1024
 
 
 class Group:
@@ -37,6 +38,8 @@ class Group:
         self.folder, self.total = folder, total
 
     def enter(self) -> None:
+        """What this process takes from now on counts."""
+        self.folder.mkdir(exist_ok=True)
         (self.folder / str(os.getpid())).write_text(str(private_ram()))
 
     def limits(self, *_: Any) -> list[Limit]:
@@ -47,7 +50,7 @@ class Group:
         return [Limit("the group's headroom", max(0, self.total - taken), self.total, True, "the group")]
 
 
-def train(asked: dict[str, Any], group: Group) -> dict[str, Any]:
+def train(asked: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     layers = [m for _ in range(asked["layers"]) for m in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh())]
     model: Any = nn.Sequential(*layers)
@@ -67,9 +70,8 @@ def train(asked: dict[str, Any], group: Group) -> dict[str, Any]:
         capacities.append(manager.ledger.capacity(Tier.HOST))
         on_disk.append(manager.ledger.used(Tier.DISK))
         say(step, capacities[-1], on_disk[-1])
-        if asked.get("stops_after") == step:
+        if step in asked["waits_after"]:
             sys.stdin.readline()
-        time.sleep(asked.get("pause", 0.0))
     weights = {name: p.detach().double().sum().item() for name, p in model.named_parameters()}
     return {"losses": losses, "capacities": capacities, "on_disk": on_disk, "weights": weights}
 
@@ -80,20 +82,18 @@ def say(*words: Any) -> None:
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
+    train({**asked, "layers": 1, "steps": 1, "waits_after": []})  # libraries, kernels and threads
+    gc.collect()
     group = Group(Path(asked["folder"]) / "group", asked["total"])
-    group.folder.mkdir(exist_ok=True)
+    group.enter()
     for module in (tracker, seating):
         module.ram_limits = group.limits  # type: ignore[attr-defined]
     part.LOOK_SECONDS = 0.0
-    warm = dict(asked, layers=1, steps=1, stops_after=None)
-    seating.PRELUDE = None if False else None  # type: ignore[attr-defined]
-    train(warm, Group(group.folder, 1 << 40))
-    group.enter()
     status = Path("/proc/self/status").read_text().splitlines()
     data = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
     limit = data + asked["total"]
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    print(json.dumps(train(asked, group)), flush=True)
+    say(json.dumps(train(asked)))
 
 
 if __name__ == "__main__":
