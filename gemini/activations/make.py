@@ -1,15 +1,18 @@
 """From what the user asked for to what becomes of saved tensors."""
 
-from ..chunk import ChunkManager, tuned
+from ..chunk import ChunkManager, MemoryMap, Tier, driver_of, tuned
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from .disk import ActivationFile
+from .host import HostPlace
 from .place import Place
 from .saving import KeepAll, Offload, Saving
 from .store import ActivationStore
 
 LIMIT_BYTES = 32 << 20
 """What may be on its way, in each direction."""
+HOST_SHARE = 3
+"""Quarters of the RAM that homes leave, for what leaves a device."""
 EXPECTED_BYTES = 1 << 30
 """For the choice of the disk's requests: how much will be stored is not known yet."""
 
@@ -22,7 +25,8 @@ def check_place(config: GeminiConfig, capacities: Capacities) -> None:
     ValueError
         If the memory that computes is RAM and there is no disk tier.
     """
-    if config.activation_policy == "offload" and capacities.device.type == "cpu" and config.offload_dir is None:
+    has_place = capacities.memory is MemoryMap.ACCELERATOR or config.offload_dir is not None
+    if config.activation_policy == "offload" and not has_place:
         raise ValueError(
             "activation_policy='offload' moves saved tensors from the memory that computes to a tier below; here that "
             "memory is RAM, and there is no disk tier. Set offload_dir to a folder, or use activation_policy='keep'"
@@ -40,7 +44,10 @@ def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkMana
     if config.activation_policy == "keep":
         return KeepAll()
     places: list[Place] = []
-    if config.offload_dir is not None:
+    if capacities.memory is MemoryMap.ACCELERATOR:
+        share = manager.ledger.free(Tier.HOST) * HOST_SHARE // 4
+        places.append(HostPlace(driver_of(capacities.device), manager.ledger, share, config.pin_memory))
+    elif config.offload_dir is not None:
         requests = tuned(config.offload_dir, EXPECTED_BYTES)
         places.append(ActivationFile(config.offload_dir, manager.ledger, requests, config.disk_checksums))
     store = ActivationStore(places, LIMIT_BYTES)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..torch_private import is_transformed, saving_is_taken, storage_key, without_torch_function
@@ -113,8 +113,8 @@ class Offload:
         with without_torch_function():  # none of this is an operation of the model's
             if self._may_move and self._is_plain(tensor):
                 memory = tensor.untyped_storage()
-                is_own = memory.resizable() and not memory.is_shared()  # else others, such as numpy, may have it
-                if is_own and memory.nbytes() >= LEAST_BYTES and storage_key(memory) not in self._full_copies:
+                is_large = memory.nbytes() >= LEAST_BYTES and storage_key(memory) not in self._full_copies
+                if is_large and not _is_lent(memory):
                     return MovedTensor(tensor, self._store.save(memory), self._store)
             return KeptTensor(tensor)
 
@@ -125,3 +125,8 @@ class Offload:
             and tensor.device == self._device
             and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or is_transformed())
         )
+
+
+def _is_lent(memory: UntypedStorage) -> bool:
+    """True if something besides torch, such as numpy, or another process may have it."""
+    return not memory.resizable() or (memory.device.type == "cpu" and memory.is_shared())
