@@ -136,7 +136,7 @@ def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
-class DiskBuffer:
+class DiskBuffer(Buffer):
     """A home in a `DiskFile`, from ``offset`` on."""
 
     tier = Tier.DISK

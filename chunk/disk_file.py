@@ -149,6 +149,17 @@ class DiskFile:
             self.written_bytes += nbytes
             self.write_seconds += time.perf_counter() - begin
 
+    def settle(self) -> None:
+        """Have what was written on the disk, and nothing of the file in the page cache.
+
+        Raises
+        ------
+        OSError
+            As the system says.
+        """
+        os.fsync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def clear(self, offset: int, nbytes: int, what: str) -> None:
         """Write zeros (which no statistic counts).
 

@@ -9,6 +9,8 @@ from ..chunk import ChunkManager
 from ..config import GeminiConfig
 from ..engine import Engine, Listener
 from ..engine.device_room import DeviceRoom
+from ..engine.home_room import HomeRoom
+from ..engine.memory import Memory
 from ..engine.pacing import Pacing
 from ..engine.sampling import Sampling
 from ..memory.capacity import Capacities
@@ -23,6 +25,7 @@ from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks
 from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
+from ..runtime.tenancy import Tenancy
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
 from ..step.state_id import StateId
@@ -40,6 +43,7 @@ from ..updates.updater import Updater
 from ..updates.updates import Updates
 from ..updates.values import Values
 from .agreement import agree_origin
+from .seating import Seating
 
 
 def assemble(
@@ -52,6 +56,7 @@ def assemble(
     queue: UpdateQueue,
     meter: NonModelMeter,
     saving: Saving,
+    seating: Seating,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
     origin = agree_origin(manager.together.communicator)
@@ -70,17 +75,23 @@ def assemble(
     if config.telemetry is not False:
         listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
     pacing, room = Pacing(manager, units, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
-    engine = Engine(manager, units, updates, pacing, room, Sampling(manager, meter), listener)
+    homes, sampling = HomeRoom(manager, gradients, pacing, config, packing), Sampling(manager, meter)
+    memory = Memory(manager, room, homes, pacing, sampling, listener)
+    engine = Engine(manager, units, updates, pacing, room, memory, sampling, listener)
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
-    unfreezing = Unfreezing(engine, config, packing)
+    unfreezing = Unfreezing(engine, config)
     state_id = StateId(origin, lambda: engine.step.number)
     step = ChunkedStep(engine, updater, updates, unfreezing, kept, state_id)
 
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)
     inputs = None if config.compute_dtype is torch.float32 else config.compute_dtype
+    tenancy = Tenancy(engine, seating.budget, seating.seat)
+    seating.occupy(tenancy)
     force_fp32 = config.force_outputs_fp32
-    hooks = ForwardHooks(model, engine, backward, saving, cast_inputs=inputs, force_outputs_fp32=force_fp32)
+    hooks = ForwardHooks(model, engine, backward, saving, tenancy, cast_inputs=inputs, force_outputs_fp32=force_fp32)
     outside = Outside(engine, backward)
-    return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics, saving)
+    return Boosted(
+        type(model), config, capacities, manager, values, engine, tenancy, hooks, outside, step, statistics, saving
+    )

@@ -7,8 +7,9 @@ import torch
 
 from ..chunk import MemoryMap, Tier, find_accelerator
 from ..config import GeminiConfig
+from ..lease.room import NON_MODEL_HOST_BYTES
 from ..sizes import format_bytes
-from .tracker import NON_MODEL_HOST_BYTES, Budget, device_budget, disk_budget, host_budget, host_headroom
+from .tracker import Budget, device_budget, disk_budget, host_budget, host_headroom
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,7 @@ def _said(name: str, nbytes: int | None) -> Budget | None:
 
 def _free_disk(config: GeminiConfig) -> Budget:
     assert config.offload_dir is not None
-    folder = config.offload_dir.absolute()
-    while not folder.exists() and folder != folder.parent:  # it is made when it is first used
-        folder = folder.parent
-    return disk_budget(folder)
+    return disk_budget(config.offload_dir)
 
 
 def device_headroom(device: torch.device) -> int:

@@ -9,8 +9,8 @@ from ..process_wide import IO_STACK_BYTES, default_stack_bytes
 
 _UPDATE_THREADS = 2
 """The one that computes, and the one that sets it up, whose stack glibc keeps for another."""
-_IO_THREADS = FETCH_WORKERS + 4
-"""Two that stream an update, telemetry, and the one on which others are closed."""
+_IO_THREADS = FETCH_WORKERS + 6
+"""Four that stream updates, telemetry, and the one on which others are closed."""
 _DISK_THREADS = max(DEPTHS)
 """One that stores gradients, and those that read and write beside the one that asks."""
 

@@ -13,7 +13,7 @@ itself). Only what an earlier update of the same chunk has not written yet is no
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -31,6 +31,7 @@ from ..chunk import (
     BufferSpec,
     Caller,
     Chunk,
+    GradientTensors,
     Staging,
     Tier,
     start_workers,
@@ -44,6 +45,8 @@ BLOCK_SETS = 3
 """Staging for three blocks: one arrives, one is computed, one is written back."""
 _READS = 2
 """Blocks that are read or computed at a time."""
+IO_WORKERS = 4
+"""Buffers that are read or written at a time: what one of them waits for, the disk has from another."""
 _NAMES_SHOWN = 4
 _REFRESHED = "full copy"
 
@@ -55,6 +58,12 @@ class Run:
     start: int
     stop: int
     at_step: BoundUpdate
+    gradient: Tensor | None = None
+    """Their gradient (flat) where it is not in the chunk's buffer."""
+
+    def gradient_of(self, start: int, stop: int) -> Tensor | None:
+        """The part of `gradient` for some of the elements."""
+        return None if self.gradient is None else self.gradient.narrow(0, start - self.start, stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,8 @@ class Block:
     offset: int
     """Of its elements in staging, so that they lie there as they lie in the file."""
     at_step: BoundUpdate
+    gradient: Tensor | None = None
+    """See `Run`."""
     staged: dict[str, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     computed_numel: int = 0
@@ -98,14 +109,21 @@ class Block:
     def buffers(self) -> dict[str, Buffer]:
         """Where the chunk has what its update takes."""
         chunk = self.update.chunk
-        if self.at_step is UNCHANGED:
+        if self.at_step is UNCHANGED or self.gradient is not None:
             return chunk.homes
-        assert chunk.gradient is not None and chunk.gradient.buffer is not None
+        assert chunk.gradient is not None and not isinstance(chunk.gradient, GradientTensors)
+        assert chunk.gradient.buffer is not None
         return {**chunk.homes, GRADIENT: chunk.gradient.buffer}
 
     def to_borrow(self) -> list[str]:
         """What still needs staging."""
-        return [name for name, buffer in self.buffers().items() if buffer.tensor is None and name not in self.staged]
+        buffers = self.buffers().items()
+        return [name for name, home in buffers if name not in self.staged and self._in_memory(name, home) is None]
+
+    @property
+    def written(self) -> list[str]:
+        """What of its staging the update changes."""
+        return [name for name in self.staged if name != GRADIENT]
 
     def follows(self, other: "Block") -> bool:
         """True if it may read what ``other``, of an earlier update, writes."""
@@ -113,9 +131,15 @@ class Block:
 
     def tensor(self, name: str, buffer: Buffer) -> Tensor:
         """The elements of this block, in memory."""
-        if buffer.tensor is not None:
-            return buffer.tensor[self.at_home(name)]
-        return self.staged[name].view(buffer.dtype)[self.within(name, self.offset, self.offset + self.numel)]
+        if name in self.staged:
+            return self.staged[name].view(buffer.dtype)[self.within(name, self.offset, self.offset + self.numel)]
+        there = self._in_memory(name, buffer)
+        assert there is not None
+        return there
+
+    def _in_memory(self, name: str, buffer: Buffer) -> Tensor | None:
+        part = self.at_home(name)
+        return buffer.in_memory(part.start, part.stop)
 
     def at_home(self, name: str) -> slice:
         """Where a buffer has the elements of this block."""
@@ -132,6 +156,8 @@ class Block:
             return
         self.update.chunk.homes.before_change(self.start, self.stop)
         tensors = {name: self.tensor(name, buffer) for name, buffer in self.buffers().items()}
+        if self.gradient is not None:
+            tensors[GRADIENT] = self.gradient
         if self.update.out is not None:
             tensors[_REFRESHED] = self.update.out[self.start : self.stop]
         step = self.at_step.atomic_numel(tensors[MASTER].device) or self.numel
@@ -164,8 +190,36 @@ class Block:
             refreshed.copy_(shadow)
 
 
-_InFlight = tuple[Block, Future[None] | None]
-"""A block, and what moves it (None: it lies in memory)."""
+class Moves:
+    """The reads or writes of one block, one for each of its buffers on disk, all under way at once."""
+
+    def __init__(self, futures: Sequence[Future[None]] = ()) -> None:
+        self._futures = futures
+
+    @property
+    def are_over(self) -> bool:
+        """True if `finish` would not wait."""
+        return all(future.done() for future in self._futures)
+
+    def rest(self) -> None:
+        """Wait for all of them, well or not."""
+        wait(self._futures)
+
+    def finish(self) -> None:
+        """Wait for all of them; raise what went wrong in one."""
+        self.rest()
+        for future in self._futures:
+            future.result()
+
+    @property
+    def have_failed(self) -> bool:
+        """True if one of them went wrong. Waits for all."""
+        self.rest()
+        return any(future.exception() is not None for future in self._futures)
+
+
+_InFlight = tuple[Block, Moves]
+"""A block, and what moves it (nothing, where it lies in memory)."""
 
 
 def buffer_count(states: Sequence[BufferSpec]) -> int:
@@ -185,7 +239,7 @@ class UpdatePipeline:
 
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
-        self._disk = start_workers(2, "update-io", IO_STACK_BYTES)
+        self._disk = start_workers(IO_WORKERS, "update-io", IO_STACK_BYTES)
         self._waiting: deque[Block] = deque()
         self._reading: deque[_InFlight] = deque()
         self._writing: deque[_InFlight] = deque()
@@ -244,53 +298,48 @@ class UpdatePipeline:
         for name in block.to_borrow():
             assert self._staging is not None
             block.staged[name] = self._staging.borrow()
-        self._reading.append((block, self._move(self._read, block)))
+        # A retry reads nothing that is computed already: staging holds it.
+        self._reading.append((block, self._move(self._read, block, () if block.computed_numel else block.staged)))
         self._waiting.popleft()
 
     def _compute_first(self) -> None:
-        block, read = self._reading[0]
+        block, reads = self._reading[0]
         with _of(block):
-            if read is not None:
-                read.result()
+            reads.finish()
             block.caller.wait_for_downloads()
             with block.caller.stand_in():
                 block.compute()
-        self._writing.append((block, self._move(self._write, block)))
+        self._writing.append((block, self._move(self._write, block, block.written)))
         self._reading.popleft()
 
     def _finish(self) -> None:
-        block, write = self._writing[0]
-        if write is not None:
-            with _of(block):
-                write.result()
+        block, writes = self._writing[0]
+        with _of(block):
+            writes.finish()
         self._writing.popleft()
         self._release(block)
         on_device = block.update.chunk.tier is Tier.DEVICE
         block.ticket.finish_block(block.caller.mark() if on_device else None)
 
-    def _move(self, move: Callable[[Block], None], block: Block) -> "Future[None] | None":
-        if not block.staged:
-            return None
-        future = self._disk.submit(move, block)
-        future.add_done_callback(self._wake)
-        return future
+    def _move(self, move: Callable[[Block, str], None], block: Block, names: Iterable[str]) -> Moves:
+        futures = []
+        for name in names:
+            future = self._disk.submit(move, block, name)
+            future.add_done_callback(self._wake)
+            futures.append(future)
+        return Moves(futures)
 
     def _wake(self, future: "Future[None]") -> None:
         with self._changed:
             self._changed.notify_all()
 
-    def _read(self, block: Block) -> None:
-        if block.computed_numel:
-            return  # a retry: staging holds what was computed
-        for name in block.staged:
-            buffer = block.buffers()[name]
-            buffer.read(block.at_home(name).start, block.tensor(name, buffer))
+    def _read(self, block: Block, name: str) -> None:
+        buffer = block.buffers()[name]
+        buffer.read(block.at_home(name).start, block.tensor(name, buffer))
 
-    def _write(self, block: Block) -> None:
-        for name in block.staged:
-            if name != GRADIENT:
-                buffer = block.buffers()[name]
-                buffer.write(block.at_home(name).start, block.tensor(name, buffer))
+    def _write(self, block: Block, name: str) -> None:
+        buffer = block.buffers()[name]
+        buffer.write(block.at_home(name).start, block.tensor(name, buffer))
 
     def _release(self, block: Block) -> None:
         for staged in block.staged.values():
@@ -302,16 +351,15 @@ class UpdatePipeline:
         """Wait for what is in flight, and put back what is not done: begun ones with their staging."""
         undone = []
         while self._writing:
-            block, write = self._writing[0]
-            if write is None or write.exception() is None:
-                self._finish()
-            else:
+            block, writes = self._writing[0]
+            if writes.have_failed:
                 undone.append(block)
                 self._writing.popleft()
+            else:
+                self._finish()
         while self._reading:
-            block, read = self._reading.popleft()
-            if read is not None:
-                read.exception()
+            block, reads = self._reading.popleft()
+            reads.rest()
             undone.append(block)
         with self._changed:
             self._waiting.extendleft(reversed(undone))
@@ -325,8 +373,7 @@ class UpdatePipeline:
 
 
 def _is_over(queue: "deque[_InFlight]") -> bool:
-    move = queue[0][1]
-    return move is None or move.done()
+    return queue[0][1].are_over
 
 
 @contextmanager

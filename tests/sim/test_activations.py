@@ -7,7 +7,7 @@ from parity import check_equal, run_managed
 from sim_tasks import PLACEMENTS, SEED, expected, in_folder, task
 from simulated import SimulatedDevice
 
-from gemini.activations import make, saving
+from gemini.activations import leavers, make
 from gemini.boosted import boosted
 
 pytestmark = pytest.mark.own_process()
@@ -18,7 +18,7 @@ ORDERS = [(SEED, 0.0, 1.0), (SEED, 0.3, 0.5), (SEED + 1, 0.0, 0.5), (SEED + 2, 0
 
 @pytest.fixture(autouse=True)
 def all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "LEAST_BYTES", 0)
+    monkeypatch.setattr(leavers, "LEAST_BYTES", 0)
 
 
 @pytest.mark.parametrize("name", ["device", "host", "disk"])
