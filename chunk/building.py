@@ -76,9 +76,9 @@ class ChunkBuilder:
 
     def replace(self, chunk: Chunk, built: Chunk) -> None:
         """Give a chunk what was built in its place, and free the homes that it does not keep."""
-        before = _homes(chunk)
+        before = homes_of(chunk)
         chunk.rehome(built)
-        after = _homes(chunk)
+        after = homes_of(chunk)
         for home in before:
             if all(home is not other for other in after):
                 self.memories.free(home)
@@ -87,7 +87,7 @@ class ChunkBuilder:
         """Give chunks the homes that these plans have beside theirs, or none of them and no memory taken."""
         with self.memories.all_or_nothing():
             added = [
-                {spec.name: self._home(plan, spec) for spec in plan.specs.values() if spec.name not in chunk.specs}
+                {spec.name: self.home(plan, spec) for spec in plan.specs.values() if spec.name not in chunk.specs}
                 for chunk, plan in zip(chunks, plans, strict=True)
             ]
         for chunk, plan, homes in zip(chunks, plans, added, strict=True):
@@ -106,7 +106,7 @@ class ChunkBuilder:
 
     def free(self, chunk: Chunk) -> None:
         """Free what a chunk has; it is unusable then."""
-        for home in _homes(chunk):
+        for home in homes_of(chunk):
             self.memories.free(home)
         chunk.homes.clear()
 
@@ -125,11 +125,14 @@ class ChunkBuilder:
 
     def _build(self, plan: ChunkPlan, kept: Mapping[str, Buffer]) -> Chunk:
         homes = {
-            name: kept[name] if name in kept else self._home(plan, spec)
+            name: kept[name] if name in kept else self.home(plan, spec)
             for name, spec in plan.specs.items()
             if name != GRADIENT
         }
-        gradient = self._gradient(plan)
+        return self.assemble(plan, homes, self.gradient(plan))
+
+    def assemble(self, plan: ChunkPlan, homes: dict[str, Buffer], gradient: Gradient | None) -> Chunk:
+        """The chunk with these homes."""
         if plan.full_is_home:
             assert plan.codec.source is not None
             home = homes[plan.codec.source].tensor
@@ -143,9 +146,10 @@ class ChunkBuilder:
         self.device.shrink(full)
         return chunk
 
-    def _gradient(self, plan: ChunkPlan) -> Gradient | None:
+    def gradient(self, plan: ChunkPlan) -> Gradient | None:
+        """What takes the gradients of a chunk; None if it is not trained."""
         if GRADIENT in plan.tiers:
-            buffer = self._home(plan, plan.gradient_spec)
+            buffer = self.home(plan, plan.gradient_spec)
             for memory in (part.tensor for part in buffer.parts if part.tensor is not None):
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
@@ -162,7 +166,8 @@ class ChunkBuilder:
         borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
         return GradientBuffer(plan.layout, None, self.device, borrow)
 
-    def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
+    def home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
+        """Zeros for one buffer of a chunk."""
         what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
         return self.memories.allocate_parts(plan.parts(spec.name), spec.dtype, what)
 
@@ -174,7 +179,8 @@ def _copy(source: Buffer, target: Buffer) -> None:
         target.write(start, piece)
 
 
-def _homes(chunk: Chunk) -> list[Buffer]:
+def homes_of(chunk: Chunk) -> list[Buffer]:
+    """All homes of a chunk, with its gradient's."""
     gradient = chunk.gradient
     if gradient is None or gradient.buffer is None or gradient.is_borrowed:
         return list(chunk.homes.values())

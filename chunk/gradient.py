@@ -79,6 +79,12 @@ class GradientBuffer:
             self.buffer = None
             self._views = []
 
+    def relocate(self, buffer: Buffer) -> None:
+        """Lie in another buffer from now on, which has the same gradients. Nobody holds what `view` gave out."""
+        self.buffer = buffer
+        self._views = _views(self.layout, buffer)
+        self._addresses = [view.data_ptr() for view in self._views]
+
     def add(self, position: int, gradient: Tensor) -> None:
         """Put or add the gradient of the slot at ``position``.
 

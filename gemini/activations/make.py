@@ -3,6 +3,7 @@
 from ..chunk import ChunkManager, tuned
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
+from ..telemetry.layout import disks_folder
 from .disk import ActivationFile
 from .place import Place
 from .saving import KeepAll, Offload, Saving
@@ -41,7 +42,7 @@ def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkMana
         return KeepAll()
     places: list[Place] = []
     if config.offload_dir is not None:
-        requests = tuned(config.offload_dir, EXPECTED_BYTES)
+        requests = tuned(config.offload_dir, EXPECTED_BYTES, disks_folder())
         places.append(ActivationFile(config.offload_dir, manager.ledger, requests, config.disk_checksums))
     store = ActivationStore(places, LIMIT_BYTES)
     return Offload(store, capacities.device, (chunk.full for chunk in manager.chunks))

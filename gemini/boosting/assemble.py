@@ -9,6 +9,8 @@ from ..chunk import ChunkManager
 from ..config import GeminiConfig
 from ..engine import Engine, Listener
 from ..engine.device_room import DeviceRoom
+from ..engine.home_room import HomeRoom
+from ..engine.memory import Memory
 from ..engine.pacing import Pacing
 from ..engine.sampling import Sampling
 from ..memory.capacity import Capacities
@@ -70,10 +72,12 @@ def assemble(
     if config.telemetry is not False:
         listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
     pacing, room = Pacing(manager, units, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
-    engine = Engine(manager, units, updates, pacing, room, Sampling(manager, meter), listener)
+    homes, sampling = HomeRoom(manager, gradients, pacing, config, packing), Sampling(manager, meter)
+    memory = Memory(manager, room, homes, pacing, sampling, listener)
+    engine = Engine(manager, units, updates, pacing, room, memory, sampling, listener)
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
-    unfreezing = Unfreezing(engine, config, packing)
+    unfreezing = Unfreezing(engine, config)
     state_id = StateId(origin, lambda: engine.step.number)
     step = ChunkedStep(engine, updater, updates, unfreezing, kept, state_id)
 

@@ -28,10 +28,16 @@ class Sampling:
         self.is_on = False
         """Each moment of the cycle under way is sampled."""
         self._manager = manager
+        self._moved_bytes = 0
+        """What homes take of RAM more than when the measurement began; less if negative."""
         self._is_recording = False
         """Somebody wants a timeline of this step; cycles that are measured have one in any case."""
         self._returns_memory = False
         """malloc keeps nothing, because of a cycle that is (or was) measured."""
+
+    def homes_moved(self, nbytes: int) -> None:
+        """Homes have come into RAM, or left it (negative)."""
+        self._moved_bytes += nbytes
 
     def end_moment(self) -> None:
         """A unit is about to enter, before its chunks move."""
@@ -77,7 +83,7 @@ class Sampling:
     def _sample(self) -> None:
         manager = self._manager
         grown = manager.gradient_pool.blocks_nbytes + manager.full_copies.nbytes + manager.snapshots.nbytes
-        self.meter.sample(grown)
+        self.meter.sample(grown + self._moved_bytes)
 
     def _choose_malloc(self) -> None:
         """Have malloc keep nothing while non-model data in RAM are measured, and for as long as RAM is short."""

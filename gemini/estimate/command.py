@@ -286,7 +286,8 @@ def _data(subject: Subject, config: GeminiConfig, slots: Sequence[BufferSpec]) -
 
 def _machine(options: argparse.Namespace, ranks: int) -> Machine:
     """What each of several ranks has, by the options: those on one machine share its RAM and disk."""
-    from gemini.memory.tracker import NON_MODEL_HOST_BYTES, host_budget
+    from gemini.lease.room import NON_MODEL_HOST_BYTES
+    from gemini.memory.tracker import host_budget
 
     per_node = options.per_node or ranks
     here = min(ranks, per_node)

@@ -98,7 +98,7 @@ class ForwardHooks:
         except BaseException as error:
             if self._depth == 1 and not in_backward():
                 self._engine.abort()  # a KeyboardInterrupt calls no hooks
-                self._engine.explain(error)
+                self._engine.memory.explain(error)
                 explain_dtypes(error, self._model, self._cast_inputs)
             raise
         finally:
