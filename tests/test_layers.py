@@ -15,6 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("formats",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
+    ("lease",),
     ("ranks", "tensor_parallel"),
     ("planning", "units", "nn"),
     ("config", "quantization"),
@@ -42,7 +43,8 @@ ISOLATED: Mapping[str, frozenset[str]] = {
     "lazy": frozenset({"errors", "torch_private"}),
     "formats": frozenset({"cores", "process_wide"}),
     "telemetry": frozenset({"sizes", "process_wide"}),
-    "stat": frozenset({"telemetry", "formats", "sizes", "cores", "process_wide"}),
+    "lease": frozenset({"telemetry", "sizes", "process_wide"}),
+    "stat": frozenset({"telemetry", "lease", "formats", "sizes", "cores", "process_wide"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
@@ -57,6 +59,7 @@ WITHOUT_TORCH = (
     "process_wide",
     "formats",
     "telemetry",
+    "lease",
     "stat",
 )
 

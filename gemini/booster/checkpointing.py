@@ -180,14 +180,16 @@ class Checkpointing:
         num_threads: int = 1,
         *,
         verify: bool = True,
-    ) -> None:
+    ) -> Any:
         """Read a Hugging Face folder, a safetensors file or a torch file; see `gemini.checkpoint.load_model`.
+
+        Returns ``missing_keys`` and ``unexpected_keys``, as ``load_state_dict``.
 
         ``low_cpu_mem_mode`` and ``num_threads`` are accepted: one tensor at a time is in memory always.
         """
         from gemini import checkpoint as io
 
-        io.load_model(model, checkpoint, strict=strict, verify=verify)
+        return io.load_model(model, checkpoint, strict=strict, verify=verify)
 
     def save_optimizer(
         self,

@@ -14,7 +14,7 @@ from gemini.boosted import boosted, is_boosted
 from ..torch_private import compiled_in
 from .conversion import Conversions
 from .match import Source
-from .names import entries, extra_states, left_out, plain_name
+from .names import entries, extra_states, left_out, under_plain_names
 
 
 def save_configuration(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> list[str]:
@@ -58,7 +58,7 @@ def resolve_names(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Any]
     expected = {name for entry in (*entries(model), *left_out(model)) for name in entry.names} | set(
         extra_states(model)
     )
-    stored = {plain_name(name): value for name, value in stored.items()}
+    stored = under_plain_names(stored)
     found = {name: value for name, value in stored.items() if name in expected}
     rest = {name: value for name, value in stored.items() if name not in expected}
     if not rest:

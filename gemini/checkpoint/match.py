@@ -15,7 +15,7 @@ from gemini.errors import CheckpointError
 from ..formats import listed, shown
 from ..torch_private import IncompatibleKeys
 from .filling import Filling
-from .names import Entry, entries, extra_state_owner, extra_states, is_extra_state, left_out, plain_name
+from .names import Entry, entries, extra_state_owner, extra_states, is_extra_state, left_out, under_plain_names
 from .pairs import tell_loaded
 from .ranks import checked_by_all, loaded_by_all
 from .safetensors_stream import SafetensorsFile
@@ -75,8 +75,13 @@ class Match:
         if faults:
             raise CheckpointError(f"{what} does not fit the model, which is as it was:\n    " + "\n    ".join(faults))
 
-    def load(self, model: nn.Module) -> None:
+    def load(self, model: nn.Module) -> IncompatibleKeys:
         """Copy everything into the model: in parts where that is possible, else one tensor at a time.
+
+        Returns
+        -------
+        NamedTuple
+            ``missing_keys`` and ``unexpected_keys``, as ``load_state_dict``.
 
         Raises
         ------
@@ -104,21 +109,22 @@ class Match:
                 entry.write_own(source.file.read_part(source.name_in_file, own))
             else:
                 entry.write(source.read())
+        return IncompatibleKeys(list(self.missing), list(self.unexpected))
 
 
 def match(model: nn.Module, stored: Mapping[str, Any]) -> Match:
     """Compare what is stored (`Source` for tensors, anything for extra states) with what the model has.
 
-    One name of a tied tensor is enough; its other names are accepted. Expected is, too, what hooks leave out of
-    ``state_dict()``.
+    One name of a tied tensor is enough; its other names are accepted, and of several values it gets the last one, as
+    from torch. Expected is, too, what hooks leave out of ``state_dict()``.
     """
-    stored = {plain_name(name): value for name, value in stored.items()}
+    stored = under_plain_names(stored)
     held = (*entries(model), *left_out(model))
     pairs: list[tuple[Entry, Source]] = []
     missing: list[str] = []
     misfits: list[str] = []
     for entry in held:
-        name = next((name for name in entry.names if isinstance(stored.get(name), Source)), None)
+        name = next((name for name in reversed(entry.names) if isinstance(stored.get(name), Source)), None)
         if name is None:
             missing.append(entry.name)
             continue
@@ -165,11 +171,11 @@ def load_named(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = T
         found.check(strict, f"the state dict for {type(model).__name__}")
     with loaded_by_all(model, "load_state_dict"):
         tell_loaded(model, None)
-        found.load(model)
-    missing = list(found.missing)
+        incompatible = found.load(model)
     if not strict:  # one name of a tied tensor is enough, but torch counts the others as missing
-        missing += [name for entry, _ in found.pairs for name in entry.names if name not in stored]
-    return IncompatibleKeys(missing, list(found.unexpected))
+        more = [name for entry, _ in found.pairs for name in entry.names if name not in stored]
+        incompatible.missing_keys.extend(more)
+    return incompatible
 
 
 @contextmanager

@@ -60,10 +60,10 @@ def save_model(
     model
         Boosted or plain.
     checkpoint
-        A name that ends in ``.safetensors``, or in ``.bin``, ``.pt`` or ``.pth`` (``torch.save`` of the state dict):
-        one file. Anything else: a folder in the Hugging Face layout, which ``from_pretrained`` reads, with the
-        configuration of transformers' models. Other files in the folder stay. Several ranks that save together write
-        a safetensors file each.
+        A name that ends in ``.safetensors``, or in ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` (``torch.save`` of the
+        state dict): one file. Anything else: a folder in the Hugging Face layout, which ``from_pretrained`` reads, with
+        the configuration of transformers' models. Other files in the folder stay. Several ranks that save together
+        write a safetensors file each.
     shard
         Into a folder: cut the weights into files of ``size_per_shard``, with an index, if they are larger than that.
     prefix
@@ -103,7 +103,7 @@ def save_model(
     save(model, f"save_model to {path}", listed, use_async)
 
 
-def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> None:
+def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True, verify: bool = True) -> Any:
     """Fill a model from a Hugging Face folder, an index, a safetensors file or a file of ``torch.save``.
 
     In parts of 1 MiB, into whatever the model keeps; an fp32 checkpoint fills fp32 masters exactly. Names of
@@ -122,6 +122,12 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
     verify
         Whether to compare tensors with the checksums in their files, where these have any, before the model is touched.
 
+    Returns
+    -------
+    NamedTuple
+        ``missing_keys`` and ``unexpected_keys``, as ``load_state_dict``; with ``strict`` both are empty, but for what
+        models of transformers may miss.
+
     Raises
     ------
     CheckpointError
@@ -136,7 +142,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, *, strict: bool = True,
             checked = checked_model(model, path, files, strict=strict, verify=verify)
             check_pairs([checked])
         with loaded_by_all(model, doing):
-            checked.load()
+            return checked.load()
 
 
 def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, strict: bool, verify: bool) -> Checked:
@@ -147,9 +153,11 @@ def checked_model(model: nn.Module, checkpoint: Path, files: OpenFiles, *, stric
     files
         Takes what has to stay open until it is loaded; it holds nothing else.
     """
-    stored = resolve_names(
-        model, dequantised(files.settled(checkpoint, partial(read_sources, checkpoint, files)), str(checkpoint))
-    )
+    stored = dequantised(files.settled(checkpoint, partial(read_sources, checkpoint, files)), str(checkpoint))
+    try:
+        stored = resolve_names(model, stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from None
     stored = as_laid_out(model, stored)
     id = files.id if strict else None
     if (own := own_loading(model)) is not None:
@@ -168,7 +176,7 @@ def _checked(
     checkpoint: Path,
     files: OpenFiles,
     id: str | None,
-    load: Callable[[], None],
+    load: Callable[[], Any],
     note: str,
     *,
     verify: bool,
@@ -176,9 +184,9 @@ def _checked(
     if verify:
         files.verify()
 
-    def assign() -> None:
+    def assign() -> Any:
         try:
-            load()
+            return load()
         except (CheckpointError, OSError) as error:
             raise CheckpointError(
                 f"{error}. The model is partly loaded: load a whole checkpoint into it. {note}".rstrip()

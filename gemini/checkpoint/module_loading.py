@@ -63,7 +63,7 @@ def load_by_modules(model: nn.Module, state_dict: Mapping[str, Any], strict: boo
         return _load(model, state_dict, strict)
 
 
-def load_stored(model: nn.Module, stored: Mapping[str, Any], versions: Mapping[str, Any], *, strict: bool) -> None:
+def load_stored(model: nn.Module, stored: Mapping[str, Any], versions: Mapping[str, Any], *, strict: bool) -> Any:
     """`load_by_modules` for what is in files, within a change that the ranks have agreed upon.
 
     Parameters
@@ -81,6 +81,7 @@ def load_stored(model: nn.Module, stored: Mapping[str, Any], versions: Mapping[s
             faults.append(f"unexpected ({len(unexpected)}): {listed(unexpected)}")
         if faults:
             raise CheckpointError(f"{'; '.join(faults)}, says load_state_dict of {_class_of(model).__name__}")
+    return found
 
 
 def versions_metadata(model: nn.Module) -> Mapping[str, str]:
@@ -114,7 +115,7 @@ def _with_all_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[
         if isinstance(value, Tensor) and not is_extra_state(name):
             of_tensor.setdefault(id(value), []).append(name)
     for names in of_tensor.values():
-        first = next((name for name in names if name in values), None)
+        first = next((name for name in reversed(names) if name in values), None)
         if first is not None:
             values.update({name: values[first] for name in names if name not in values})
     if metadata is None:

@@ -10,14 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from gemini.errors import CheckpointError
 
-from ..boosted import boosted, is_boosted
 from ..step.managed_step import ChunkedStep
 from .contents import Saving
 from .stage import Stage
+from .swapped import steps_of
 from .together_saved import Listed
 
 
@@ -33,7 +31,7 @@ class Moment:
     @classmethod
     def now(cls, doing: str, objects: Iterable[Any]) -> "Moment":
         """Now, or when the steps that other threads are in have ended."""
-        steps = tuple({id(step): step for each in objects for step in _steps(each)}.values())
+        steps = tuple({id(step): step for each in objects for step in steps_of(each)}.values())
         return cls(doing, steps, tuple(step.mark() for step in steps))
 
     @contextmanager
@@ -76,13 +74,3 @@ class Moment:
             return replace(saving, commit=commit)
 
         return listed_and_checked
-
-
-def _steps(of: Any) -> Iterator[ChunkedStep]:
-    """The steps of all boosted models in a model, or the one that an optimizer or its scheduler is for."""
-    if isinstance(of, nn.Module):
-        yield from (boosted(module).step for module in of.modules() if is_boosted(module))
-        return
-    step = getattr(getattr(of, "optimizer", of), "_managed", None)
-    if isinstance(step, ChunkedStep):
-        yield step

@@ -16,7 +16,7 @@ from gemini.errors import CheckpointError
 from gemini.lazy import is_lazy
 from gemini.updates.values import Values
 
-from ..formats import listed
+from ..formats import listed, shown
 from ..tensor_parallel import is_sharded
 from ..torch_private import COMPILED_PREFIX, compiled_in, metadata_of, own_parameters, persistent_buffers
 from .flat_values import FlatValues, TensorValues
@@ -234,6 +234,24 @@ def plain_metadata(model: nn.Module) -> dict[str, Any]:
 def plain_name(name: str) -> str:
     """A name without what ``torch.compile`` puts into it: files have the names of the model that is not compiled."""
     return name.replace(COMPILED_PREFIX, "")
+
+
+def under_plain_names(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored, by `plain_name`.
+
+    Raises
+    ------
+    CheckpointError
+        If two values would have one name.
+    """
+    named: dict[str, Any] = {}
+    for name, value in stored.items():
+        if (plain := plain_name(name)) in named:
+            raise CheckpointError(
+                f"{shown(plain)} is stored with and without {COMPILED_PREFIX!r} in its name; take one of the two out"
+            )
+        named[plain] = value
+    return named
 
 
 def is_extra_state(name: str) -> bool:

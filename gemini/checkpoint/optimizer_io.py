@@ -64,7 +64,7 @@ def save_optimizer(
     optimizer
         Boosted or not.
     checkpoint
-        A name that ends in ``.pt``, ``.pth`` or ``.bin``: ``torch.save`` of the state dict, which
+        A name that ends in ``.pt``, ``.pth``, ``.bin`` or ``.ckpt``: ``torch.save`` of the state dict, which
         ``torch.optim.AdamW`` loads as well; gathers everything in RAM. Anything else: a folder (it may be the model's),
         written one tensor at a time.
     shard
@@ -91,11 +91,13 @@ def save_optimizer(
     path = Path(checkpoint).absolute()
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if shard or path.suffix == ".safetensors":
-            raise ValueError(f"an optimizer is saved to a folder, or to one .pt, .pth or .bin file; got {str(path)!r}")
+            raise ValueError(
+                f"an optimizer is saved to a folder, or to one .pt, .pth, .bin or .ckpt file; got {str(path)!r}"
+            )
         save(optimizer, f"save_optimizer to {path}", partial(_file, optimizer, path), use_async)
         return
     if path.is_file():
-        raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in .pt, .pth or .bin")
+        raise ValueError(f"{str(path)!r} is a file and not a folder; end the name in .pt, .pth, .bin or .ckpt")
     if not isinstance(optimizer, ManagedOptimizer):
         raise TypeError(
             "only a HybridAdam, or what booster.boost returned, is saved to a folder, got "

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -34,12 +35,12 @@ class Checked:
     path: Path
     id: str | None
     """Of the state that was saved; None if it has none, or any will do."""
-    assign: Callable[[], None]
+    assign: Callable[[], Any]
 
-    def load(self) -> None:
-        """Replace the values."""
+    def load(self) -> Any:
+        """Replace the values; returns what ``assign`` does."""
         tell_loaded(self.of, self.id)
-        self.assign()
+        return self.assign()
 
 
 def check_pairs(found: Sequence[Checked]) -> None:

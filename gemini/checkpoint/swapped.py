@@ -23,8 +23,8 @@ def refuse_swapped(doing: str, *objects: Any) -> None:
 
 
 def steps_of(of: Any) -> Iterator[ChunkedStep]:
-    """The steps of the boosted models in a model, or that of an optimizer; none of anything else."""
+    """The steps of the boosted models in a model, or that of an optimizer or its scheduler; none of anything else."""
     if isinstance(of, nn.Module):
         yield from (boosted(module).step for module in of.modules() if is_boosted(module))
-    elif isinstance(step := getattr(of, "_managed", None), ChunkedStep):
+    elif isinstance(step := getattr(getattr(of, "optimizer", of), "_managed", None), ChunkedStep):
         yield step

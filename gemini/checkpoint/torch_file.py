@@ -54,7 +54,11 @@ def plain(value: Any, what: str) -> Callable[[], Any]:
     CheckpointError
         If the value holds more than tensors, plain values and containers of them; it says where.
     """
-    if foreign := _foreign(value, what):
+    try:
+        foreign = _foreign(value, what)
+    except RecursionError:
+        raise CheckpointError(f"{what} contains itself, or is nested too deeply to be saved") from None
+    if foreign:
         raise CheckpointError(
             f"{foreign}, and only tensors, numbers, texts and containers of them can be loaded without running code"
         )

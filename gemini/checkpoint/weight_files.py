@@ -23,7 +23,7 @@ TORCH_NAME = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 WEIGHT_NAMES = (SAFE_NAME, SAFE_NAME + INDEX_SUFFIX, TORCH_NAME, TORCH_NAME + INDEX_SUFFIX)
 """Of the file to begin with in a folder, in the order in which transformers looks."""
-FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _MEBI = 1 << 20
 _MOST_FILES = 20_000
 """In an index. The largest models have some 200."""

@@ -64,10 +64,7 @@ def _said(name: str, nbytes: int | None) -> Budget | None:
 
 def _free_disk(config: GeminiConfig) -> Budget:
     assert config.offload_dir is not None
-    folder = config.offload_dir.absolute()
-    while not folder.exists() and folder != folder.parent:  # it is made when it is first used
-        folder = folder.parent
-    return disk_budget(folder)
+    return disk_budget(config.offload_dir)
 
 
 def device_headroom(device: torch.device) -> int:

@@ -7,20 +7,15 @@ All files are read below one ``root``, so the tests run on made-up ``/proc`` and
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemini.lease.limits import ROOT, Limit, disk_limit, fields, number, ram_limits, read, tightest
 from gemini.sizes import format_bytes
 
 if TYPE_CHECKING:
     import torch
-
-ROOT = Path("/")
-
-# cgroup v1 writes "no limit" as a number near 2**63; no machine has an exbibyte of RAM.
-_UNLIMITED = 1 << 60
 
 NON_MODEL_HOST_BYTES = 256 << 20
 """RAM that a small training process takes besides model data, for the smallest model, too: thread stacks, the step
@@ -38,25 +33,10 @@ class Budget:
     """The limit in words, such as ``"80% of RLIMIT_DATA headroom (1.2 GiB of 2.0 GiB)"``."""
 
 
-@dataclass(frozen=True)
-class _Headroom:
-    """One limit: how much of it is left."""
-
-    name: str
-    free: int
-    total: int
-    shared: bool
-    """True when all local ranks live under this limit together, False when each has its own."""
-
-    def per_rank(self, ranks: int) -> int:
-        return self.free // ranks if self.shared else self.free
-
-
 def host_headroom(*, root: Path = ROOT) -> tuple[int, str]:
     """Bytes of RAM that this process may still take, and the limit that says so."""
-    limits = [*_cgroup_headrooms(root), *_rlimit_headrooms(root), *_available_ram(root)]
-    tightest = min(limits, key=lambda limit: limit.free)
-    return tightest.free, tightest.name
+    limit = tightest(ram_limits(root))
+    return limit.free, limit.name
 
 
 def host_budget(fraction: float = 0.8, *, spare_bytes: int = 0, ranks: int | None = None, root: Path = ROOT) -> Budget:
@@ -70,20 +50,13 @@ def host_budget(fraction: float = 0.8, *, spare_bytes: int = 0, ranks: int | Non
     """
     _check_fraction(fraction)
     ranks = ranks or _local_world_size()
-    limits = [*_cgroup_headrooms(root), *_rlimit_headrooms(root), *_available_ram(root)]
-    tightest = min(limits, key=lambda limit: limit.per_rank(ranks))
-    return _budget(tightest, fraction, ranks, spare_bytes)
+    return _budget(tightest(ram_limits(root), ranks), fraction, ranks, spare_bytes)
 
 
 def disk_budget(path: str | os.PathLike[str], fraction: float = 0.9) -> Budget:
     """Room on the file system of ``path`` (which need not exist yet), divided by ``LOCAL_WORLD_SIZE``."""
     _check_fraction(fraction)
-    existing = Path(path).absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    stat = os.statvfs(existing)
-    # f_bavail, not f_bfree: the blocks reserved for root are not ours.
-    room = _Headroom(f"free disk of {path}", stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize, shared=True)
+    room = disk_limit(Path(path))
     return _budget(room, fraction, _local_world_size())
 
 
@@ -108,7 +81,7 @@ def device_budget(device: "torch.device | str | int", fraction: float = 0.9) -> 
     memory = memory_of(device)
     found, cached = memory.free(), memory.reserved_bytes - memory.allocated_bytes
     name = f"free memory of {device} by {found.reader}"
-    return _budget(_Headroom(name, found.free + cached, found.total, shared=False), fraction, 1)
+    return _budget(Limit(name, found.free + cached, found.total, shared=False), fraction, 1)
 
 
 class NonModelMeter:
@@ -180,7 +153,7 @@ class NonModelMeter:
         self.mark()
 
 
-def _budget(room: _Headroom, fraction: float, ranks: int, spare_bytes: int = 0) -> Budget:
+def _budget(room: Limit, fraction: float, ranks: int, spare_bytes: int = 0) -> Budget:
     of_ranks = f", shared by {ranks} local ranks" if room.shared and ranks > 1 else ""
     limit = f"{room.name} ({format_bytes(room.free)} of {format_bytes(room.total)}{of_ranks})"
     free = room.per_rank(ranks)
@@ -207,69 +180,11 @@ def _local_world_size() -> int:
         raise ValueError(f"environment variable LOCAL_WORLD_SIZE must be a whole number, got {text!r}") from None
 
 
-def _cgroup_headrooms(root: Path) -> Iterator[_Headroom]:
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            # A pure v2 machine, and the v2 half of a mixed one (there the memory controller usually belongs to v1).
-            for mount in ("sys/fs/cgroup", "sys/fs/cgroup/unified"):
-                yield from _walk_up(root / mount, path, "cgroup v2", ("memory.max", "memory.high"), "memory.current")
-        elif "memory" in controllers.split(","):
-            limits = ("memory.limit_in_bytes",)
-            yield from _walk_up(root / "sys/fs/cgroup/memory", path, "cgroup v1", limits, "memory.usage_in_bytes")
-
-
-def _walk_up(mount: Path, path: str, name: str, limits: tuple[str, ...], usage: str) -> Iterator[_Headroom]:
-    """Every limit from the process's group to the top: any of them kills.
-
-    Inside a container /proc names the group as the host sees it, a path that may not exist below the container's
-    mount. Going up skips what is missing and ends at the mount itself, which is then the container's own group.
-    """
-    relative = PurePosixPath(path.lstrip("/"))
-    for folder in (mount / relative, *(mount / parent for parent in relative.parents)):
-        for file in limits:
-            limit = _number(_read(folder / file))
-            used = _number(_read(folder / usage))
-            if limit is None or used is None or limit >= _UNLIMITED:
-                continue
-            # The kernel drops file cache that was not used lately before it kills a process.
-            reclaimable = _field(_read(folder / "memory.stat"), "total_inactive_file", "inactive_file")
-            yield _Headroom(f"{name} headroom", max(0, limit - max(0, used - reclaimable)), limit, shared=True)
-
-
-def _rlimit_headrooms(root: Path) -> Iterator[_Headroom]:
-    status = _read(root / "proc/self/status")
-    for line in _read(root / "proc/self/limits").splitlines():
-        for title, name, usage in (
-            ("Max data size", "RLIMIT_DATA", "VmData:"),
-            ("Max address space", "RLIMIT_AS", "VmSize:"),
-        ):
-            if not line.startswith(title):
-                continue
-            soft = _number(line[len(title) :].split()[0])  # "unlimited" is no number
-            if soft is not None:
-                used = _field(status, usage) * 1024
-                yield _Headroom(f"{name} headroom", max(0, soft - used), soft, shared=False)
-
-
-def _available_ram(root: Path) -> Iterator[_Headroom]:
-    meminfo = _read(root / "proc/meminfo")
-    available = _field(meminfo, "MemAvailable:") * 1024
-    if available:
-        yield _Headroom("available RAM", available, _field(meminfo, "MemTotal:") * 1024, shared=True)
-    else:  # not Linux
-        import psutil
-
-        memory = psutil.virtual_memory()
-        yield _Headroom("available RAM", memory.available, memory.total, shared=True)
-
-
 def _resident_bytes(proc: Path) -> tuple[int, int, int]:
     """The resident set, its highest since the last reset (0 where it is not known), and the pages of files in it."""
-    status = _fields(_read(proc / "status"))
+    status = fields(read(proc / "status"))
     names = ("VmRSS:", "VmHWM:", "RssFile:")
-    resident, highest, files = ((_number(status.get(name, "")) or 0) * 1024 for name in names)
+    resident, highest, files = ((number(status.get(name, "")) or 0) * 1024 for name in names)
     if resident:
         return resident, highest, files
     import psutil
@@ -284,27 +199,3 @@ def _reset_peak_resident(proc: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _read(path: Path) -> str:
-    """A file's text, or nothing: a limit that cannot be read is no limit."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _number(text: str) -> int | None:
-    text = text.strip()
-    return int(text) if text.isdecimal() else None
-
-
-def _field(text: str, *names: str) -> int:
-    """The number after the first of ``names`` that begins a line, 0 when there is none."""
-    values = _fields(text)
-    return next((_number(values[name]) or 0 for name in names if name in values), 0)
-
-
-def _fields(text: str) -> dict[str, str]:
-    """The second word of each line by the first one."""
-    return {words[0]: words[1] for line in text.splitlines() if len(words := line.split()) >= 2}

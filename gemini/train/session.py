@@ -110,6 +110,15 @@ class Session:
             parts = {"model": self.model, "optimizer": self.optimizer, "lr_scheduler": self.schedule}
             state = self.booster.load(checkpoint, **parts)
         self.step, self.losses = int(state["step"]), [float(loss) for loss in state["losses"]]
+        if self.options.lr != state["options"]["lr"]:
+            self._change_rate(self.options.lr)
+
+    def _change_rate(self, highest: float) -> None:
+        """Have the schedule go on under another highest rate."""
+        self.schedule.base_lrs[:] = [highest] * len(self.optimizer.param_groups)
+        factor = self.schedule.lr_lambdas[0](self.schedule.last_epoch)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"], group["lr"] = highest, highest * factor
 
 
 def model_data_bytes(options: Options) -> int:

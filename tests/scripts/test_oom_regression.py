@@ -75,7 +75,7 @@ def test_a_model_that_is_boosted_in_more_than_its_chunks_is_a_failure() -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["lora_on_disk", "lora_on_nf4", "pretrained_larger_than_limit", "quantised_base"])
+@pytest.mark.parametrize("name", ["lora_on_disk", "lora_on_nf4", "lora_on_nf4_in_ram", "pretrained_larger_than_limit"])
 def test_what_is_larger_than_the_memory_trains(name: str) -> None:
     assert "all as expected" in oom_regression("--only", name, "--small", expect=0)
 

@@ -9,7 +9,6 @@ from . import (
     lora_on_disk,
     plain_dies_gemini_trains,
     pretrained_larger_than_limit,
-    quantised_base,
 )
 
 ALL: tuple[Scenario, ...] = (
@@ -19,5 +18,4 @@ ALL: tuple[Scenario, ...] = (
     lazy_boost_peak.SCENARIO,
     *lora_on_disk.SCENARIOS,
     pretrained_larger_than_limit.SCENARIO,
-    quantised_base.SCENARIO,
 )

@@ -1,6 +1,7 @@
-"""Adapters train on a frozen base that does not fit in memory but on disk; losses and saved weights are peft's.
+"""Adapters train on a frozen base that does not fit in memory in bfloat16; losses and saved weights are peft's.
 
-The base is in bfloat16, or in NF4 with a smaller cap; peft then has the same values, dequantised by hand.
+The base is on disk; or, in NF4, in RAM, or on disk with a smaller cap. peft then has the same values, dequantised by
+hand.
 """
 
 import tempfile
@@ -42,10 +43,12 @@ class Base:
     """For the tiers. The rest of the cap is for activations, threads, and one layer while adapters are merged."""
     bytes_per_parameter: float
     """The most that model data may take over all tiers, adapters with their states included."""
+    on_disk: bool = True
 
 
 _BF16 = Base("lora_on_disk", None, 0.4, 0.7, 0.2, 2.3)
 _NF4 = Base("lora_on_nf4", "nf4", 0.3, 0.65, 0.15, 1.0)
+_NF4_IN_RAM = Base("lora_on_nf4_in_ram", "nf4", 0.75, 1.0, 0.55, 1.0, on_disk=False)
 _TIMEOUT_SECONDS = 600.0
 
 
@@ -56,9 +59,11 @@ def run(base: Base, settings: Settings) -> Report:
     headroom = int((settings.headroom_ratio or usual) * base_bytes)
     host_bytes = int(base.host_ratio * base_bytes)
 
+    asked = {"quantize": base.quantize, "host_bytes": host_bytes, "on_disk": base.on_disk, **shape}
+
     def train(kind: str, headroom_bytes: int | None) -> Ended:
-        asked = {"kind": kind, "quantize": base.quantize, "headroom_bytes": headroom_bytes, "host_bytes": host_bytes}
-        return run_child("lora_on_disk", {**asked, **shape}, timeout_seconds=_TIMEOUT_SECONDS)
+        arguments = {"kind": kind, "headroom_bytes": headroom_bytes, **asked}
+        return run_child("lora_on_disk", arguments, timeout_seconds=_TIMEOUT_SECONDS)
 
     free = train("peft", None)
     if free.result is None or free.result["error"]:
@@ -128,6 +133,12 @@ SCENARIOS = (
         quick=False,
         run=partial(run, _NF4),
     ),
+    Scenario(
+        name=_NF4_IN_RAM.name,
+        summary="the same with the base in NF4 in RAM, under a cap in which it does not fit in bf16",
+        quick=False,
+        run=partial(run, _NF4_IN_RAM),
+    ),
 )
 
 
@@ -169,11 +180,8 @@ def _train(asked: dict[str, Any], losses: list[float], folder: str) -> dict[str,
     is_managed = asked["kind"] == "gemini"
     with LazyInitContext() if is_managed else nullcontext():
         base = _base(asked)
-    booster = Booster(
-        plugin=GeminiPlugin(
-            precision="keep", host_memory=asked["host_bytes"], offload_dir=folder, telemetry=False, max_prefetch=1
-        )
-    )
+    tiers = {"host_memory": asked["host_bytes"], **({"offload_dir": folder} if asked["on_disk"] else {})}
+    booster = Booster(plugin=GeminiPlugin(precision="keep", telemetry=False, max_prefetch=1, **tiers))
     torch.manual_seed(1)
     adapters = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"])
     model: Any = booster.enable_lora(base, adapters, asked["quantize"])
@@ -246,8 +254,8 @@ def _child() -> None:
     with tempfile.TemporaryDirectory(prefix="gemini-memory-oom-") as folder:
         tiny = {**asked, "layers": 1, "hidden": 64, "inner": 128, "vocabulary": 128, "steps": 2}
         # Both ways in every child, so that all have the same libraries, kernels and threads when the cap is set.
-        _train({**tiny, "kind": "peft", "host_bytes": 1 << 20}, [], folder)
-        _train({**tiny, "kind": "gemini", "host_bytes": 1 << 20}, [], folder)
+        for kind in ("peft", "gemini"):
+            _train({**tiny, "kind": kind, "host_bytes": (1 if asked["on_disk"] else 64) << 20}, [], folder)
         child.ready(asked["headroom_bytes"])
         result = attempt(lambda losses: _train(asked, losses, folder))
     child.finish(result)

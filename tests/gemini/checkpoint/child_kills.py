@@ -1,6 +1,7 @@
 """Real processes that are killed, that read, or that write at once: ``child_kills.py FOLDER KILLS``; prints a table.
 
-This process only imports; children that it forks build a boosted model, so that no thread is lost by a fork.
+This process imports and loads kernels, which takes seconds; children that it forks build a boosted model, so that no
+thread is lost by a fork.
 """
 
 import json
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch.distributed.fsdp
 from forms import FORMS, REFUSED, Form, Subject, is_same, state_of
 from operations import Dead, Killed, intercepted
 
 from gemini.errors import CheckpointError
+from gemini.nn.optimizer.kernels.update import is_compiled
 
 CHOSEN = ("checkpoint that replaces one", "pair", "sharded")
 LAST = 5
@@ -144,6 +148,7 @@ def read(form: Form, states: dict[int, Any], folder: Path, count: int) -> Counte
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    assert is_compiled("cpu")  # loads the kernels
     rng, kills = random.Random(11), int(sys.argv[2])
     table = {}
     for form in (form for form in FORMS if form.name in CHOSEN):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gemini.checkpoint import named_tensors
+from gemini.errors import CheckpointError
 
 
 def compiled(module: nn.Module) -> Any:
@@ -101,3 +102,11 @@ def test_a_file_with_both_kinds_of_names_is_no_surprise(tmp_path: Path) -> None:
     booster.load_model(model, tmp_path / "mixed.safetensors")
     booster.save_model(model, tmp_path / "own.safetensors")
     assert_same(load_file(tmp_path / "own.safetensors"), {"0.weight": torch.ones(4, 4), "0.bias": torch.ones(4)})
+
+
+def test_a_file_with_two_values_under_one_name_is_refused(tmp_path: Path) -> None:
+    twice = {"0._orig_mod.weight": torch.ones(4, 4), "0.weight": torch.zeros(4, 4), "0.bias": torch.ones(4)}
+    save_file(twice, tmp_path / "twice.safetensors")
+    booster, model, _ = boost(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(CheckpointError, match=r"twice\.safetensors: 0\.weight is stored with and without '_orig_mod"):
+        booster.load_model(model, tmp_path / "twice.safetensors")

@@ -529,3 +529,11 @@ def test_what_would_be_too_long_to_load_is_refused_when_it_is_saved(
         run.booster.save(tmp_path / "run", model=run.model, extra={"seen": long})
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     run.booster.save(tmp_path / "run", model=run.model, extra={"seen": torch.tensor(long)})
+
+
+def test_a_value_that_contains_itself_is_refused(run: Small, tmp_path: Path) -> None:
+    around: list[Any] = [1]
+    around.append(around)
+    with pytest.raises(CheckpointError, match="extra contains itself"):
+        run.booster.save(tmp_path, model=run.model, extra={"around": around})
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -1,15 +1,18 @@
 """What a model holds under which name."""
 
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_cases import Mixed, assert_same, boost, gpt2, mixed, train, values
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import gemini
 from gemini.checkpoint import load_model, named_tensors, save_model
+from gemini.checkpoint.names import entries
 from gemini.errors import CheckpointError
 from gemini.lazy import LazyInitContext
 
@@ -113,6 +116,24 @@ def test_loading_without_strict_reports_names_but_refuses_shapes() -> None:
     assert torch.equal(model.state_dict()["transformer.ln_f.weight"], weight)
     with pytest.raises(CheckpointError, match=r"stored with shape \(31,\), the model has \(32,\)"):
         model.load_state_dict({"transformer.ln_f.weight": torch.ones(31)}, strict=False)
+
+
+def test_files_that_are_loaded_without_strict_report_names(tmp_path: Path) -> None:
+    booster, model, _ = boost(gpt2())
+    save_file({"transformer.ln_f.weight": torch.ones(32), "nonsense": torch.ones(1)}, tmp_path / "part.safetensors")
+    result = booster.load_model(model, tmp_path / "part.safetensors", strict=False)
+    assert "transformer.wpe.weight" in result.missing_keys and result.unexpected_keys == ["nonsense"]
+
+
+def test_of_two_values_of_a_tie_the_last_one_is_loaded_as_from_torch(tmp_path: Path) -> None:
+    plain, (booster, model, _) = mixed(), boost(mixed())
+    names = next(entry.names for entry in entries(model) if len(entry.names) > 1)
+    state = plain.state_dict()
+    state.update({name: torch.full_like(state[name], i) for i, name in enumerate(names)})
+    plain.load_state_dict(state)
+    torch.save(state, tmp_path / "weights.ckpt")
+    booster.load_model(model, tmp_path / "weights.ckpt")
+    assert_same(values(model), values(plain))
 
 
 def test_prefix_and_destination_work_as_in_torch() -> None:

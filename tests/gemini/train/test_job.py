@@ -23,7 +23,7 @@ from gemini.train.checkpoints import OLD_STATE_FILE
 from gemini.train.cli import main
 from gemini.train.options import parse
 from gemini.train.report import Report
-from gemini.train.session import Session, offload_folder
+from gemini.train.session import Session, _cosine, offload_folder
 
 TINY = "--layers 2 --hidden 64 --heads 2 --seq-len 32 --batch-size 4 --sample-length 8 --lr 0.003".split()
 STEPS = 8
@@ -174,6 +174,14 @@ def test_a_job_that_is_killed_goes_on_from_the_last_of_the_checkpoints_that_it_w
         parse(["--checkpoint", str(folder / "checkpoint-000005")])
     assert "is one checkpoint; give the folder of them" in capfd.readouterr().err
     assert job.run(older, Report(sys.stderr))[1]["step"] == 5
+
+
+def test_another_learning_rate_is_taken_when_a_run_is_resumed(tmp_path: Path) -> None:
+    train("--checkpoint", tmp_path, "--steps", 4, "--lr", 1e-3)
+    rates = []
+    options = parse(["--resume", str(tmp_path), "--steps", "6", "--lr", "2e-3"])
+    job.run(options, Report(sys.stderr), on_step=lambda session: rates.append(session.schedule.get_last_lr()[0]))
+    assert rates == [2e-3 * _cosine(6)(step) for step in (5, 6)]
 
 
 def test_a_checkpoint_in_the_old_form_is_resumed_and_replaced(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""The part of the machine's memory that one process holds, and what it sees of the parts of others."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from gemini.lease.asked import Asked, from_text
+from gemini.lease.folder import Lease, LeaseFolder
+from gemini.lease.limits import ROOT, Limit, private_ram
+from gemini.lease.pools import Look, Pool, look
+from gemini.lease.sharing import Claim
+from gemini.lease.standing import HOST, Answer, Holding, Standing
+
+logger = logging.getLogger(__name__)
+
+_WAIT_POLL_SECONDS = 0.02
+_ALONE = "alone"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holds:
+    """What a holder has of one memory, in bytes."""
+
+    claim: Claim
+    held: int
+    used: int = 0
+
+
+class Holder:
+    """Keeps a lease, and finds what it may hold beside those of others.
+
+    Without a folder for leases (a home that cannot be written) it sees nobody else.
+
+    Parameters
+    ----------
+    limits
+        By memory, what bounds it now.
+    standing
+        Who this is; holdings are added.
+    folder
+        Where the leases are.
+    root
+        Below which files of the kernel are.
+    """
+
+    def __init__(
+        self,
+        limits: Mapping[str, Callable[[], list[Limit]]],
+        standing: Standing,
+        folder: LeaseFolder,
+        root: Path = ROOT,
+    ) -> None:
+        self._limits = limits
+        self._folder = folder
+        self._root = root
+        self._standing = replace(standing, base_bytes=private_ram(root=root))
+        self._lease: Lease | None = None
+        try:
+            self._lease = folder.begin(self._standing)
+        except OSError as error:
+            logger.warning("other runs cannot see what this one holds of the machine's memory: %s", error)
+
+    @property
+    def name(self) -> str:
+        """Of the lease."""
+        return _ALONE if self._lease is None else self._lease.name
+
+    def say(self, holds: Mapping[str, Holds], is_waiting: bool = False, answer: Answer | None = None) -> None:
+        """Tell the others what is asked and held."""
+        grown = (
+            max(0, private_ram(root=self._root) - self._standing.base_bytes) >> 20 << 20
+        )  # rounded: seldom rewritten
+        holdings = {
+            memory: Holding(
+                pools=tuple(limit.pool for limit in self._limits[memory]()),
+                floor=each.claim.floor,
+                wish=each.claim.wish,
+                held=each.held,
+                used=each.used,
+                grown=grown if memory == HOST else each.used,
+            )
+            for memory, each in holds.items()
+        }
+        answer = answer or self._standing.answer
+        self._standing = replace(self._standing, holdings=holdings, is_waiting=is_waiting, answer=answer)
+        if self._lease is not None:
+            self._lease.say(self._standing)
+
+    def look(self) -> dict[str, Look]:
+        """What there is of each memory that was told of."""
+        standings = {**self._others(), self.name: self._standing}
+        return {
+            memory: look(self.name, [Pool.of(limit, memory, standings) for limit in self._limits[memory]()])
+            for memory in self._standing.holdings
+        }
+
+    def wait(self, memory: str, enough: Callable[[Look], bool], seconds: float) -> Look:
+        """Look until there is enough of a memory, or this many seconds have passed."""
+        end = time.monotonic() + seconds
+        while True:
+            found = self.look()[memory]
+            if enough(found) or time.monotonic() >= end:
+                return found
+            time.sleep(_WAIT_POLL_SECONDS)
+
+    def take_asked(self) -> Asked | None:
+        """What a user asks of this run, once."""
+        text = None if self._lease is None else self._lease.take_asked()
+        return None if text is None else from_text(text)
+
+    def end(self) -> None:
+        """Give everything back. Idempotent."""
+        if self._lease is not None:
+            self._lease.end()
+
+    def _others(self) -> dict[str, Standing]:
+        here, found = os.getpid(), self._folder.standings()
+        found.pop(self.name, None)
+        return {name: self._seen(standing, here) for name, standing in found.items()}
+
+    def _seen(self, standing: Standing, here: int) -> Standing:
+        """A lease with what its process has taken now, where that is to be seen."""
+        if standing.pid != here and standing.namespace != self._standing.namespace:
+            return standing
+        return with_growth(standing, private_ram(standing.pid if standing.pid != here else "self", self._root))
+
+
+def with_growth(standing: Standing, private_bytes: int) -> Standing:
+    """A lease of a process that has taken this much RAM in all."""
+    holding = standing.holdings.get(HOST)
+    if holding is None or not private_bytes:
+        return standing
+    grown = max(0, private_bytes - standing.base_bytes)
+    return replace(standing, holdings={**standing.holdings, HOST: replace(holding, grown=grown)})
+
+
+def own_standing(job: str, program: str, rank: int, ranks: int) -> Standing:
+    """This process, as it begins a lease."""
+    return Standing(
+        job=job,
+        program=program,
+        pid=os.getpid(),
+        namespace=_namespace(),
+        started=time.time(),
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+def _namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
