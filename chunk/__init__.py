@@ -15,7 +15,7 @@ from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .copyable import converts, copy_fault
-from .disk import DiskBackend
+from .disk import DiskBackend, DiskBuffer
 from .disk_file import Requests
 from .disk_tuning import tuned
 from .gradient import GradientBuffer
@@ -68,6 +68,7 @@ __all__ = [
     "Communicator",
     "DeviceBackend",
     "DiskBackend",
+    "DiskBuffer",
     "Gradient",
     "GradientBuffer",
     "Keeper",

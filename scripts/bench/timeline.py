@@ -172,7 +172,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
                 seconds.append(times[-1] - times[0])
                 disk = [*recording.spans.get("read", []), *recording.spans.get("write", [])]
                 found = {"seconds": seconds[-1], "cpu": used.user - cpu.user, "system": used.system - cpu.system}
-                for name, begin, end in zip(("forward", "backward", "step"), times, times[1:]):
+                for name, begin, end in zip(("forward", "backward", "step"), times, times[1:], strict=False):
                     found[name] = end - begin
                     found[f"disk in {name}"] = union(disk, begin, end)
                     found[f"waits in {name}"] = union(recording.spans.get("enter", []), begin, end)
