@@ -10,17 +10,20 @@ from .accelerators import accelerator_in_use, driver_of, find_accelerator, memor
 from .away import QUIET, Keeper, reach
 from .block_codes import warm_up as warm_up_codes
 from .block_format import FORMATS, BlockFormat, dequantise, quantise
-from .buffer import Buffer, MemoryBuffer
+from .buffer import Buffer, MemoryBuffer, Room
+from .checksums import Checksums
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .copyable import converts, copy_fault
 from .disk import DiskBackend, DiskBuffer
-from .disk_file import Requests
+from .disk_file import PAGE_BYTES, DiskFile, Requests
 from .disk_tuning import tuned
+from .free_room import FreeRoom
 from .gradient import GradientBuffer
+from .gradient_tensors import GradientTensors
 from .layout import ChunkLayout, Slot, TensorSpec, pack
-from .ledger import Ledger
+from .ledger import Ledger, mib
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
 from .memory_map import MemoryMap
@@ -49,6 +52,7 @@ __all__ = [
     "IO_STACK_BYTES",
     "MASTER",
     "MASTER_LOW",
+    "PAGE_BYTES",
     "QUIET",
     "RESERVED",
     "SHADOW",
@@ -58,6 +62,7 @@ __all__ = [
     "Buffer",
     "BufferSpec",
     "Caller",
+    "Checksums",
     "Chunk",
     "ChunkLayout",
     "ChunkManager",
@@ -69,8 +74,11 @@ __all__ = [
     "DeviceBackend",
     "DiskBackend",
     "DiskBuffer",
+    "DiskFile",
+    "FreeRoom",
     "Gradient",
     "GradientBuffer",
+    "GradientTensors",
     "Keeper",
     "Ledger",
     "Marked",
@@ -81,6 +89,7 @@ __all__ = [
     "Plain",
     "Quantised",
     "RamBackend",
+    "Room",
     "Requests",
     "SharedGradient",
     "SingleProcess",
@@ -107,6 +116,7 @@ __all__ = [
     "joined",
     "marked",
     "memory_of",
+    "mib",
     "own_place",
     "pack",
     "pieces",

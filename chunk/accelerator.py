@@ -177,7 +177,7 @@ class AcceleratorBackend:
         self._wait_in_lane(after)
         with shown_in_profile("gemini::fetch"):
             mark = self._put_upload(full, source.tensor)
-        self.uploads.add(source.tier, full.nbytes, 0.0)
+        self.uploads.add(source, full.nbytes, 0.0)
         return _OnLane(mark)
 
     def _wait_in_lane(self, after: "Transfer | None") -> None:
@@ -214,7 +214,7 @@ class AcceleratorBackend:
             self._put_upload(full, source.tensor).wait()
         else:
             self._put(partial(fill_in_blocks, full, source, self._staging)).wait()
-        self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
+        self.uploads.add(source, full.nbytes, time.perf_counter() - begin)
 
     # -- to the host
 

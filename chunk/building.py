@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 
-from .buffer import Buffer
+from .buffer import Buffer, Room
 from .chunk import Chunk
 from .communicator import Communicator
 from .content import BufferSpec
 from .gradient import GradientBuffer
 from .gradient_pool import GradientPool
+from .gradient_tensors import GradientTensors, is_large
 from .host_arena import padded
 from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
@@ -76,9 +77,9 @@ class ChunkBuilder:
 
     def replace(self, chunk: Chunk, built: Chunk) -> None:
         """Give a chunk what was built in its place, and free the homes that it does not keep."""
-        before = _homes(chunk)
+        before = homes_of(chunk)
         chunk.rehome(built)
-        after = _homes(chunk)
+        after = homes_of(chunk)
         for home in before:
             if all(home is not other for other in after):
                 self.memories.free(home)
@@ -87,7 +88,7 @@ class ChunkBuilder:
         """Give chunks the homes that these plans have beside theirs, or none of them and no memory taken."""
         with self.memories.all_or_nothing():
             added = [
-                {spec.name: self._home(plan, spec) for spec in plan.specs.values() if spec.name not in chunk.specs}
+                {spec.name: self.home(plan, spec) for spec in plan.specs.values() if spec.name not in chunk.specs}
                 for chunk, plan in zip(chunks, plans, strict=True)
             ]
         for chunk, plan, homes in zip(chunks, plans, added, strict=True):
@@ -106,17 +107,18 @@ class ChunkBuilder:
 
     def free(self, chunk: Chunk) -> None:
         """Free what a chunk has; it is unusable then."""
-        for home in _homes(chunk):
+        for home in homes_of(chunk):
             self.memories.free(home)
         chunk.homes.clear()
 
     def _build_all(self, pairs: Sequence[tuple[ChunkPlan, Mapping[str, Buffer]]]) -> tuple[Chunk, ...]:
         """One chunk for each plan, with the homes that are there already."""
         homes = [
-            plan.nbytes(name)
+            nbytes
             for plan, there in pairs
-            for name, tier in plan.tiers.items()
-            if tier is Tier.HOST and name not in there
+            for name in plan.tiers.keys() - there.keys()
+            for tier, nbytes in plan.parts(name)
+            if tier is Tier.HOST
         ]
         if sum(homes) <= self.ledger.free(Tier.HOST):  # else a home will say so
             self.device.reserve(sum(map(padded, homes)))
@@ -124,11 +126,14 @@ class ChunkBuilder:
 
     def _build(self, plan: ChunkPlan, kept: Mapping[str, Buffer]) -> Chunk:
         homes = {
-            name: kept[name] if name in kept else self._home(plan, spec)
+            name: kept[name] if name in kept else self.home(plan, spec)
             for name, spec in plan.specs.items()
             if name != GRADIENT
         }
-        gradient = self._gradient(plan)
+        return self.assemble(plan, homes, self.gradient(plan))
+
+    def assemble(self, plan: ChunkPlan, homes: dict[str, Buffer], gradient: Gradient | None) -> Chunk:
+        """The chunk with these homes."""
         if plan.full_is_home:
             assert plan.codec.source is not None
             home = homes[plan.codec.source].tensor
@@ -142,18 +147,29 @@ class ChunkBuilder:
         self.device.shrink(full)
         return chunk
 
-    def _gradient(self, plan: ChunkPlan) -> Gradient | None:
+    def gradient(self, plan: ChunkPlan) -> Gradient | None:
+        """What takes the gradients of a chunk; None if it is not trained."""
+        if (tier := self._comes_in_tensors(plan)) is not None:
+            room = self.memories.reserve(tier, plan.layout.numel, plan.compute_dtype, _what(plan, GRADIENT))
+            return GradientTensors(plan.layout, room, self.device)
         if GRADIENT in plan.tiers:
-            buffer = self._home(plan, plan.gradient_spec)
-            if buffer.tensor is not None:
+            buffer = self.home(plan, plan.gradient_spec)
+            for memory in (part.tensor for part in buffer.parts if part.tensor is not None):
                 # Its pages come now: if there are none it is told before training, and what the resident set grows by
                 # later is full copies and non-model data.
-                buffer.tensor.zero_()
+                memory.zero_()
             if plan.owner.is_alone:
                 return GradientBuffer(plan.layout, buffer, self.device)
             collected, give_back = self._borrowed(plan), self.gradient_pool.release
             return SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)
         return self._borrowed(plan) if plan.borrows_gradient else None
+
+    def _comes_in_tensors(self, plan: ChunkPlan) -> Tier | None:
+        """The tier of a gradient that stays in autograd's tensors: they are in its memory, and some are large."""
+        where = plan.tiers.get(GRADIENT)
+        if not (self.device.is_ram and plan.owner.is_alone and isinstance(where, Tier) and where is not Tier.DISK):
+            return None
+        return where if any(is_large(slot, plan.compute_dtype) for slot in plan.layout.slots) else None
 
     def _borrowed(self, plan: ChunkPlan) -> GradientBuffer:
         """A gradient in memory that is borrowed when it comes."""
@@ -161,10 +177,13 @@ class ChunkBuilder:
         borrow = partial(self.gradient_pool.borrow, plan.layout, tier, plan.compute_dtype)
         return GradientBuffer(plan.layout, None, self.device, borrow)
 
-    def _home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
-        tier, numel, dtype = plan.tiers[spec.name], spec.numel(len(plan.extent)), spec.dtype
-        what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
-        return self.memories.allocate(tier, numel, dtype, what)
+    def home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
+        """Zeros for one buffer of a chunk."""
+        return self.memories.allocate_parts(plan.parts(spec.name), spec.dtype, _what(plan, spec.name))
+
+
+def _what(plan: ChunkPlan, name: str) -> str:
+    return f"{name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
 
 
 def _copy(source: Buffer, target: Buffer) -> None:
@@ -174,7 +193,8 @@ def _copy(source: Buffer, target: Buffer) -> None:
         target.write(start, piece)
 
 
-def _homes(chunk: Chunk) -> list[Buffer]:
+def homes_of(chunk: Chunk) -> list[Buffer | Room]:
+    """All homes of a chunk, with its gradient's."""
     gradient = chunk.gradient
     if gradient is None or gradient.buffer is None or gradient.is_borrowed:
         return list(chunk.homes.values())

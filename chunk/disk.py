@@ -161,7 +161,7 @@ def _pages(nbytes: int) -> int:
 _Place = tuple[int, Checksums | None]
 
 
-class DiskBuffer:
+class DiskBuffer(Buffer):
     """A home in a `DiskFile`, from ``offset`` on."""
 
     tier = Tier.DISK

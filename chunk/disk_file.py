@@ -114,6 +114,12 @@ class DiskFile:
             os.posix_fallocate(self._fd, offset, nbytes)
             self.nbytes = offset + nbytes
 
+    def shrink(self, nbytes: int) -> None:
+        """Give the system what lies beyond the first ``nbytes``, if there is anything."""
+        if nbytes < self.nbytes:
+            os.ftruncate(self._fd, nbytes)
+            self.nbytes = nbytes
+
     def read(self, offset: int, address: int, nbytes: int, what: str) -> None:
         """Fill memory from the file.
 
@@ -142,6 +148,17 @@ class DiskFile:
         with self._lock:
             self.written_bytes += nbytes
             self.write_seconds += time.perf_counter() - begin
+
+    def settle(self) -> None:
+        """Have what was written on the disk, and nothing of the file in the page cache.
+
+        Raises
+        ------
+        OSError
+            As the system says.
+        """
+        os.fsync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def clear(self, offset: int, nbytes: int, what: str) -> None:
         """Write zeros (which no statistic counts).

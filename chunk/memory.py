@@ -152,10 +152,13 @@ class Uploads:
         """0 where moves are not timed: those that a stream of the device makes."""
         self._lock = Lock()
 
-    def add(self, tier: Tier, nbytes: int, seconds: float) -> None:
+    def add(self, source: Buffer, nbytes: int, seconds: float) -> None:
+        """A full copy of ``nbytes`` was filled; its parts came from where those of the home are."""
         with self._lock:
-            self.nbytes[tier] += nbytes
-            self.seconds[tier] += seconds
+            for part in source.parts:
+                share = part.nbytes / source.nbytes if source.nbytes else 1.0
+                self.nbytes[part.tier] += round(nbytes * share)
+                self.seconds[part.tier] += seconds * share
 
 
 class DeviceBackend(Protocol):
@@ -226,7 +229,7 @@ class DeviceBackend(Protocol):
 def fill_in_blocks(full: Tensor, source: Buffer, staging: Staging | None) -> None:
     """Read what is not in memory as it is into a full copy.
 
-    A disk home comes through staging, which is aligned for the disk; full copies are not. Values that are decoded need
+    What is on disk comes through staging, which is aligned for that; full copies are not. Values that are decoded need
     neither staging nor, in RAM or where their homes are on the device too, any room but for a piece of them.
     """
     if isinstance(source, Decoded) and (full.device.type == "cpu" or full.device == source.device):
@@ -236,11 +239,15 @@ def fill_in_blocks(full: Tensor, source: Buffer, staging: Staging | None) -> Non
         return
     block = torch.empty(BLOCK_NUMEL) if staging is None else staging.borrow()
     try:
-        typed = block.view(source.dtype)
-        for start in range(0, full.numel(), typed.numel()):
-            part = full[start : start + typed.numel()]
-            source.read(start, typed[: part.numel()])
-            part.copy_(typed[: part.numel()])
+        typed, first = block.view(source.dtype), 0
+        for home in source.parts:
+            for start in range(0, min(home.numel, full.numel() - first), typed.numel()):
+                part = full[first + start : first + min(start + typed.numel(), home.numel)]
+                if (there := home.in_memory(start, start + part.numel())) is None:
+                    there = typed[: part.numel()]
+                    home.read(start, there)
+                part.copy_(there)
+            first += home.numel
     finally:
         if staging is not None:
             staging.give_back(block)
@@ -302,7 +309,7 @@ class RamBackend:
                 full.copy_(source.tensor)
             else:
                 fill_in_blocks(full, source, self._staging)
-        self.uploads.add(source.tier, full.nbytes, time.perf_counter() - begin)
+        self.uploads.add(source, full.nbytes, time.perf_counter() - begin)
 
     def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
         into.add_(gradient) if accumulate else into.copy_(gradient)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from enum import Enum
 
+from .division import HomeTier
 from .tier import Tier
 
 
@@ -40,8 +41,8 @@ class MemoryMap(Enum):
         """True if both tiers draw from the same pool; units use what shares with DEVICE where it is."""
         return self.pool(one) is self.pool(other)
 
-    def update_reaches_full(self, master: Tier) -> bool:
-        """True if the update of a master on this tier can write through to the full copy.
+    def update_reaches_full(self, master: HomeTier) -> bool:
+        """True if the update of a master that lies there can write through to the full copy.
 
         Masters on DEVICE are updated there, all others on the CPU.
         """

@@ -1,11 +1,13 @@
 """What to build for one chunk: which buffers, of which dtype, where."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from . import division
 from .content import BufferSpec, Codec, MasterCodec, Plain
+from .division import Divided, HomeTier
 from .extent import EXTENT_MULTIPLE, SOLE, Owner, Place
 from .layout import ChunkLayout
 from .names import GRADIENT, MASTER
@@ -21,7 +23,7 @@ class ChunkPlan:
     """How the parameters are kept."""
     states: tuple[BufferSpec, ...]
     """What the optimizer keeps, in its own order; nothing for a frozen chunk."""
-    tiers: Mapping[str, Tier]
+    tiers: Mapping[str, HomeTier]
     """Where each buffer lies, by its name: the codec's, the states, and the gradient if it has a home."""
     compute_dtype: torch.dtype
     """Of the full copy and the gradient."""
@@ -56,6 +58,8 @@ class ChunkPlan:
             raise ValueError(
                 f"chunk {self.layout.index} has buffers {', '.join(self.specs)} and places for {', '.join(self.tiers)}"
             )
+        if self.full_is_home and isinstance(self.tiers[MASTER], Divided):
+            raise ValueError(f"chunk {self.layout.index} computes with its masters, which are to be on one tier")
         for spec in (*self.codec.specs, *self.states) if self.owner.count > 1 else ():
             if EXTENT_MULTIPLE % spec.block_numel:
                 raise ValueError(
@@ -78,6 +82,16 @@ class ChunkPlan:
         """True if an optimizer updates it (which one with no states of its own does as well)."""
         return GRADIENT in self.tiers or self.borrows_gradient
 
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The elements of the extent (counted from its first one) where a buffer goes from one tier to another."""
+        found = set()
+        for name, where in self.tiers.items():
+            if isinstance(where, Divided) and where.host_bytes < self.nbytes(name):
+                spec = self.specs[name]
+                found.add(where.host_bytes // spec.dtype.itemsize * spec.block_numel)
+        return tuple(sorted(found))
+
     def place(self, position: int, block_numel: int = 1) -> Place:
         """Where the values of a parameter are, of which there may be one for each block of elements."""
         return Place.of(self.layout.slots[position], block_numel, self.extents, self.owner.index)
@@ -86,7 +100,7 @@ class ChunkPlan:
         """True if the masters can stay in the homes that another plan gave them."""
         is_same = (self.codec, self.extent) == (before.codec, before.extent) and not self.codec.computes
         is_apart = not self.full_is_home and not before.full_is_home
-        return is_same and is_apart and all(self.tiers[s.name] is before.tiers[s.name] for s in self.codec.specs)
+        return is_same and is_apart and all(self.tiers[s.name] == before.tiers[s.name] for s in self.codec.specs)
 
     def part(self, name: str, start: int, stop: int) -> slice:
         """Where the buffer of this name has elements ``[start, stop)`` of the layout, which are at home here."""
@@ -96,3 +110,12 @@ class ChunkPlan:
     def nbytes(self, name: str) -> int:
         """Bytes of a buffer."""
         return self.specs[name].nbytes(len(self.extent))
+
+    def parts(self, name: str) -> tuple[tuple[Tier, int], ...]:
+        """The parts of a buffer, in order: the tier and the bytes of each."""
+        return division.parts(self.tiers[name], self.nbytes(name))
+
+    def nbytes_on(self, tier: Tier, names: Iterable[str] | None = None) -> int:
+        """Bytes on a tier of the buffers with these names, or of all."""
+        of = self.tiers if names is None else names
+        return sum(nbytes for name in of for at, nbytes in self.parts(name) if at is tier)

@@ -1,4 +1,4 @@
-"""Homes go elsewhere: other tiers for some chunks, a file on disk for all of them, or plain tensors of the user's."""
+"""Homes go elsewhere: other tiers for some of them, a file on disk for all of them, or plain tensors of the user's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +13,7 @@ from .eviction import Eviction
 from .full_copies import FullCopies
 from .names import MASTER
 from .plan import ChunkPlan
+from .relocation import Relocation, replaces_gradient
 from .tier import Tier
 from .tier_memory import TierMemories
 from .together import Together
@@ -61,13 +62,58 @@ class Rehoming:
         """
         self._rebuild_with(self._builder, plans, fill)
 
+    def move(self, plans: Sequence[ChunkPlan]) -> None:
+        """Move homes to other tiers, one chunk after the other in this order, while training goes on. All or nothing.
+
+        The plans say the same of a chunk as those of now, but for tiers and what follows from them. Gradients go along.
+        Each chunk's old room is given back before the next one moves. Where one cannot move, those before it go back;
+        if even that fails, all are somewhere, as their plans say.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            If a new home gets no room, or the values cannot be read or written.
+        ValueError
+            If code outside of the manager holds memory of a chunk whose full copy becomes a home, or is one no longer.
+        """
+        if not plans:
+            return
+        self.refuse_lent([c for c, plan in self._with(plans) if plan.full_is_home is not c.full_is_home])
+        relocation, moved = Relocation(self._builder), list[ChunkPlan]()
+        with self._together.changing(f"moving homes of {len(plans)} chunks"):
+            try:
+                for chunk, plan in self._with(plans):
+                    before = chunk.plan
+                    with all_or_none(self._together.communicator, f"moving homes of chunk {chunk.index}"):
+                        self._move(relocation, chunk, plan)
+                    moved.append(before)
+            except BaseException:
+                for chunk, plan in reversed(self._with(moved)):
+                    self._move(relocation, chunk, plan)
+                raise
+        self._together.communicator.agree("the end of moving homes")  # gradients may come now
+
+    def _with(self, plans: Sequence[ChunkPlan]) -> list[tuple[Chunk, ChunkPlan]]:
+        return [(self._chunks[plan.layout.index], plan) for plan in plans]
+
+    def _move(self, relocation: Relocation, chunk: Chunk, plan: ChunkPlan) -> None:
+        self._full_copies.arrive(chunk)
+        self._full_copies.bring_home(chunk)
+        self._builder.device.synchronize()  # no home is being written
+        is_other = plan.full_is_home is not chunk.full_is_home or replaces_gradient(chunk, plan)
+        if is_other and chunk.is_resident:
+            self._full_copies.evict(chunk)
+        coming = [name for name, at in plan.tiers.items() if at != chunk.plan.tiers.get(name)]
+        for tier in (Tier.DEVICE, Tier.HOST):
+            self._eviction.make_room_for(tier, plan.nbytes_on(tier, coming))
+        relocation.move(chunk, plan)
+
     def extend(self, plans: Sequence[ChunkPlan]) -> None:
         """Give chunks the homes that these plans have beside theirs. Raises as `rebuild`."""
         chunks = [self._chunks[plan.layout.index] for plan in plans]
         pairs = zip(plans, chunks, strict=True)
         added = [(plan, name) for plan, chunk in pairs for name in plan.specs.keys() - chunk.specs.keys()]
-        on_host = sum(plan.nbytes(name) for plan, name in added if plan.tiers[name] is Tier.HOST)
-        self._eviction.make_room_for(Tier.HOST, on_host)
+        self._eviction.make_room_for(Tier.HOST, sum(plan.nbytes_on(Tier.HOST, (name,)) for plan, name in added))
         for chunk in chunks:
             self._full_copies.bring_home(chunk)
         with all_or_none(self._together.communicator, "the room for these homes"):
@@ -158,8 +204,7 @@ class Rehoming:
             self._full_copies.arrive(old)  # what can go wrong goes wrong now
             self._full_copies.bring_home(old)
         builder.device.synchronize()  # no home is being written
-        on_host = (plan.nbytes(name) for plan in plans for name, tier in plan.tiers.items() if tier is Tier.HOST)
-        self._eviction.make_room_for(Tier.HOST, sum(on_host))
+        self._eviction.make_room_for(Tier.HOST, sum(plan.nbytes_on(Tier.HOST) for plan in plans))
         # When all owners have it, nobody reads the old homes any more.
         with all_or_none(self._together.communicator, "the room for these homes"):
             built = builder.rebuild(rebuilt, plans, fill)

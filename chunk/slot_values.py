@@ -10,7 +10,6 @@ from .disk_file import PAGE_BYTES
 from .edits import is_ahead
 from .manager import ChunkManager
 from .names import MASTER
-from .tier import Tier
 from .values import read_part, write_part
 
 
@@ -36,10 +35,8 @@ class SlotValues:
         self.numel = place.numel
         home = chunk.homes[codec.specs[0].name]
         is_plain = not codec.computes and home.dtype == codec.dtype
-        self._on_disk = home if is_plain and home.tier is Tier.DISK else None
-        self._in_ram: Tensor | None = None
-        if is_plain and home.tensor is not None:
-            self._in_ram = home.tensor.narrow(0, place.index, self.numel)
+        self._in_ram = home.in_memory(place.index, place.index + self.numel) if is_plain else None
+        self._on_disk = home if is_plain and self._in_ram is None else None
         self.memory = self._in_ram if len(codec.specs) == 1 else None
 
     def page_offset(self, start: int) -> int:

@@ -46,7 +46,7 @@ class Stored(Mapping[str, Tensor]):
         return len(self._homes)
 
 
-class Decoded:
+class Decoded(Buffer):
     """The masters of a chunk as one buffer that can be read (a `Buffer`), whatever they are kept in."""
 
     tensor: Tensor | None = None

@@ -10,6 +10,7 @@ from .communicator import Communicator, Span
 from .names import MASTER
 from .state import ChunkState
 from .stored import Stored
+from .tier import Tier
 
 _PIECE_NUMEL = 1 << 18
 """Values that take computing are read and written in pieces: that takes room for a dozen bytes an element."""
@@ -102,7 +103,7 @@ def last_value(chunk: Chunk, position: int) -> Tensor:
             f"{slot.name} was in the chunks of a boosted model that is gone, and other processes had parts of it: keep "
             "the model for as long as its parameters are used, or keep p.detach().clone()"
         )
-    if any(chunk.homes[spec.name].tensor is None for spec in chunk.plan.codec.specs):
+    if any(part.tier is Tier.DISK for spec in chunk.plan.codec.specs for part in chunk.homes[spec.name].parts):
         raise RuntimeError(
             f"{slot.name} was on disk in the chunks of a boosted model that is gone, and its values with it: keep "
             "the model for as long as its parameters are used, or keep p.detach().clone()"

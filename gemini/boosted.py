@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .activations import Saving
 from .chunk import ChunkManager
 from .config import GeminiConfig
 from .engine import Engine
@@ -34,6 +35,7 @@ class Boosted:
     outside: Outside
     step: ChunkedStep
     statistics: Statistics
+    saving: Saving
     attached: ExitStack = field(default_factory=ExitStack)
     """Closed when the model is to be a plain one again: takes the hooks off it and ends the threads."""
     optimizer: ManagedOptimizer | None = None
@@ -54,6 +56,7 @@ class Boosted:
 
     def stats(self) -> Stats:
         """See `GeminiModule.memory_stats`."""
+        self.saving.rest()
         return self.statistics.expand(read(self.engine, self.step.facts(self.engine.step)))
 
     def serve(self, optimizer: ManagedOptimizer) -> None:

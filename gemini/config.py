@@ -14,6 +14,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 KEEP = "keep"
 """The precision with which each parameter computes in the dtype that the model gave it."""
 
+ACTIVATION_POLICIES = ("keep", "offload")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeminiConfig:
@@ -61,6 +63,8 @@ class GeminiConfig:
     """Arguments of the fp16 loss scaler."""
     telemetry: bool | Path = True
     """Write a run's records to the default folder, nowhere, or to this folder."""
+    activation_policy: str = "keep"
+    """What becomes of tensors that are saved for backward: one of `ACTIVATION_POLICIES`."""
     verbose: bool = False
     communicator: Communicator = ALONE
     """The other ranks that keep the model together with this one."""
@@ -76,6 +80,9 @@ class GeminiConfig:
         if self.precision not in (*PRECISIONS, KEEP):
             names = ", ".join(map(repr, (*PRECISIONS, KEEP)))
             raise ValueError(f"precision must be one of {names}, got {self.precision!r}")
+        if self.activation_policy not in ACTIVATION_POLICIES:
+            names = ", ".join(map(repr, ACTIVATION_POLICIES))
+            raise ValueError(f"activation_policy must be one of {names}, got {self.activation_policy!r}")
         for name in ("device_memory", "host_memory", "disk_memory", "chunk_numel", "search_step"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -77,6 +77,16 @@ base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """What a tensor is a view of, for autograd: after a change in place its node is on the way of the view's gradient.
 If it goes: units whose results are views count as not contained."""
 
+
+def saving_is_taken() -> bool:
+    """True where hooks for saved tensors are on already, or must not be: a pair of hooks hides those around it.
+
+    Public names only put hooks on. If they go: ours hide the user's, which do not see what the model saves.
+    """
+    hooks: Any = torch._C._autograd
+    return not hooks._saved_tensors_hooks_is_enabled() or hooks._top_saved_tensors_default_hooks(True) is not None
+
+
 shown_in_profile: Callable[[str], AbstractContextManager[None]] = torch._C._profiler._RecordFunctionFast
 """A part of what ``torch.profiler`` shows, by its name. ``record_function`` takes microseconds also when nobody looks.
 If it goes: ``torch.profiler.record_function``."""

@@ -118,21 +118,22 @@ def check_at_rest(model: nn.Module) -> None:
     """No pin is left, and the ledger says what the chunks say."""
     manager = boosted(model).manager
     manager.settle()
+    boosted(model).saving.rest(10.0)
     assert [c.pins for c in manager.chunks] == [0] * len(manager.chunks)
     assert not [c for c in manager.chunks if c.state is ChunkState.IN_USE]
     homes = [home for c in manager.chunks for home in c.homes.values()]
     gradients = [c.gradient for c in manager.chunks if c.gradient is not None]
     homes += [g.buffer for g in gradients if g.buffer is not None and not g.is_borrowed]
+    parts = [part for home in homes for part in home.parts]
     full = sum(c.full_nbytes for c in manager.chunks if c.is_resident)
     on_device = (
         full
         + manager.gradient_pool.nbytes_on(Tier.DEVICE)
-        + sum(home.nbytes for home in homes if home.tier is Tier.DEVICE)
+        + sum(part.nbytes for part in parts if part.tier is Tier.DEVICE)
     )
     assert manager.ledger._used[Tier.DEVICE] == on_device
-    assert manager.ledger.used(Tier.DISK) == sum(
-        -(-home.nbytes // PAGE_BYTES) * PAGE_BYTES for home in homes if home.tier is Tier.DISK
-    )
+    on_disk = sum(-(-part.nbytes // PAGE_BYTES) * PAGE_BYTES for part in parts if part.tier is Tier.DISK)
+    assert manager.ledger.used(Tier.DISK) == on_disk + boosted(model).saving.counts.disk_bytes
     given_up = boosted(model).engine.room.given_up_bytes  # after an out of memory; the peak is from before
     before_warm_up = boosted(model).capacities.nbytes  # of which the model's own computation has had its part since
     for tier in Tier:

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planning", "units", "nn"),
     ("config", "quantization"),
     ("memory",),
+    ("activations",),
     ("updates",),
     ("packing", "engine"),
     ("runtime",),

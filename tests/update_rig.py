@@ -74,16 +74,20 @@ class Faults:
         pass
 
 
-class SeenBuffer:
+class SeenBuffer(Buffer):
     """A disk home of which each read and each write is seen."""
 
     tier = Tier.DISK
     tensor: Tensor | None = None
 
     def __init__(self, buffer: Buffer, disk: Disk, chunk: int) -> None:
-        self.numel, self.dtype, self.nbytes = buffer.numel, buffer.dtype, buffer.nbytes
+        self.numel, self.dtype = buffer.numel, buffer.dtype
         self.buffer = buffer
         self._disk, self._chunk = disk, chunk
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes
 
     def read(self, start: int, out: Tensor) -> None:
         self._disk.begin("read", self._chunk)

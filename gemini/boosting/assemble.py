@@ -3,11 +3,14 @@
 import torch
 from torch import nn
 
+from ..activations import Saving
 from ..boosted import Boosted
 from ..chunk import ChunkManager
 from ..config import GeminiConfig
 from ..engine import Engine, Listener
 from ..engine.device_room import DeviceRoom
+from ..engine.home_room import HomeRoom
+from ..engine.memory import Memory
 from ..engine.pacing import Pacing
 from ..engine.sampling import Sampling
 from ..memory.capacity import Capacities
@@ -51,6 +54,7 @@ def assemble(
     manager: ChunkManager,
     queue: UpdateQueue,
     meter: NonModelMeter,
+    saving: Saving,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
     origin = agree_origin(manager.together.communicator)
@@ -69,24 +73,27 @@ def assemble(
     options = Options.of(optimizer) if optimizer is not None else None
     updates = Updates(manager, schedule, gradients, updater, ahead, scaling, options)
 
-    units, statistics = Units(model, manager), Statistics(manager)
+    units, statistics = Units(model, manager), Statistics(manager, saving.counts)
     listener: Listener = Silent(statistics)
     if config.telemetry is not False:
         listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
     pacing, room = Pacing(manager, units, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
-    engine = Engine(manager, units, updates, pacing, room, Sampling(manager, meter), listener)
+    homes, sampling = HomeRoom(manager, gradients, pacing, config, packing), Sampling(manager, meter)
+    memory = Memory(manager, room, homes, pacing, sampling, listener)
+    engine = Engine(manager, units, updates, pacing, room, memory, sampling, listener)
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
-    unfreezing = Unfreezing(engine, config, packing)
+    unfreezing = Unfreezing(engine, config)
     state_id = StateId(origin, lambda: engine.step.number)
     step = ChunkedStep(engine, updater, updates, unfreezing, kept, state_id)
 
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)
     inputs = None if config.compute_dtype is torch.float32 else config.compute_dtype
-    hooks = ForwardHooks(model, engine, backward, cast_inputs=inputs, force_outputs_fp32=config.force_outputs_fp32)
+    force_fp32 = config.force_outputs_fp32
+    hooks = ForwardHooks(model, engine, backward, saving, cast_inputs=inputs, force_outputs_fp32=force_fp32)
     outside = Outside(engine, backward)
-    return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics)
+    return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics, saving)
 
 
 def _may_update_ahead(config: GeminiConfig, manager: ChunkManager) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..activations import Saving, check_place, make_saving
 from ..boosted import Boosted
 from ..checkpoint import serve_parts
 from ..chunk import ChunkManager, all_or_none, warm_up_codes
@@ -64,6 +65,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
             if config.quantization is not None:
                 warm_up_codes(config.quantization.form)
             capacities = find_capacities(config)
+            check_place(config, capacities)
         check_groups(model, communicator)
         check_options(config)
         check_alike(model, communicator, config.sync_module_states)
@@ -73,6 +75,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         with all_or_none(communicator, "booster.boost, which takes memory"):
             packing = _decide(model, optimizer, config, capacities)
             manager, queue = build(packing, config, capacities)
+            saving = make_saving(config, capacities, manager)
 
     meter = NonModelMeter(capacities.device)
     compute_dtypes = {plan.compute_dtype for plan in packing.plans if plan.is_trainable}
@@ -84,7 +87,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         take_over_states(optimizer, manager)
     manager.together.serve()
 
-    state = assemble(model, optimizer, config, capacities, packing, manager, queue, meter)
+    state = assemble(model, optimizer, config, capacities, packing, manager, queue, meter, saving)
     boosted = _install(model, optimizer, state, queue)
     if manager.device.is_ram:
         return_freed_memory()  # so that what malloc kept of the building is no part of where the measurement begins
@@ -141,7 +144,7 @@ def _install(model: nn.Module, optimizer: ManagedOptimizer | None, state: Booste
             if kept.keeps(parameter) and (saved := optimizer.state.pop(parameter, None)) is not None:
                 kept.begin(parameter, given_state(saved))
         bind_optimizer(state, optimizer)
-    end = weakref.finalize(model, _close, queue, state.manager, state.telemetry)
+    end = weakref.finalize(model, _close, queue, state.manager, state.saving, state.telemetry)
     state.attached.callback(end)
     state.attached.callback(state.hooks.remove)
     for hook in serve_parts(model, state.values):
@@ -149,9 +152,10 @@ def _install(model: nn.Module, optimizer: ManagedOptimizer | None, state: Booste
     return model
 
 
-def _close(queue: UpdateQueue, manager: ChunkManager, telemetry: TelemetryWriter | None) -> None:
+def _close(queue: UpdateQueue, manager: ChunkManager, saving: Saving, telemetry: TelemetryWriter | None) -> None:
     """When the model is gone: end threads, give the disk file back, end the telemetry."""
     dismiss(manager)
+    saving.close()
     if telemetry is not None:
         telemetry.close()
     manager.together.communicator.leave(partial(_free, queue, manager))

@@ -19,6 +19,7 @@ from ..chunk import (
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities, device_headroom
 from ..packing.packing import Packing
+from ..telemetry.layout import disks_folder
 from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue
 
@@ -35,7 +36,7 @@ def build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tup
     disk = fetch_staging = store_staging = update_staging = None
     if packing.staging_block_numel:
         assert config.offload_dir is not None
-        requests = tuned(config.offload_dir, packing.placement.nbytes[Tier.DISK])
+        requests = tuned(config.offload_dir, packing.placement.nbytes[Tier.DISK], disks_folder())
         disk = DiskBackend(config.offload_dir, ledger, requests, checksums=config.disk_checksums)
         pin = capacities.device.type != "cpu" and config.pin_memory
         fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)

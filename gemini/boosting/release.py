@@ -41,7 +41,7 @@ def release(model: nn.Module, folder: str | Path | None = None) -> None:
         state.engine.recover()
         with all_or_none(manager.together.communicator, "booster.release"):
             refuse_gradients(state)
-            parking = manager.disk or _parking(state, folder)
+            parking = _own_disk(state, folder) or _parking(state, folder)
         state.engine.pins.release_held()
         manager.snapshots.rest()
         plans = [_on_disk(chunk.plan) for chunk in manager.chunks if not _is_on_disk(chunk.plan)]
@@ -51,7 +51,7 @@ def release(model: nn.Module, folder: str | Path | None = None) -> None:
             if parking is not manager.disk:
                 parking.close()
             raise
-        state.engine.rebuilt(state.packing.with_plans([chunk.plan for chunk in manager.chunks]))
+        state.engine.memory.displaced(state.packing.with_plans([chunk.plan for chunk in manager.chunks]))
     if manager.device.is_ram:
         trim_freed_memory()
 
@@ -73,7 +73,12 @@ def resume(model: nn.Module) -> None:
     with state.engine.lock:
         manager.snapshots.rest()
         manager.rehoming.resume([plan for plan in packing.plans if not _is_on_disk(plan)])
-        state.engine.rebuilt(packing)
+        state.engine.memory.adopt(packing)
+
+
+def _own_disk(state: Boosted, folder: str | Path | None) -> DiskBackend | None:
+    """The disk tier that the model has; None where it has none, or has nothing there and is to have it elsewhere."""
+    return state.manager.disk if folder is None or state.packing.placement.uses_disk else None
 
 
 def _is_on_disk(plan: ChunkPlan) -> bool:

@@ -32,6 +32,12 @@ class DeviceRoom:
         """Room for full copies on DEVICE."""
         return self._manager.ledger.free(Tier.DEVICE) + self._manager.full_copies.nbytes
 
+    def limit(self, nbytes: int) -> None:
+        """Model and non-model data may take less on DEVICE from now on, or more."""
+        if self._limit_bytes is not None:
+            self._limit_bytes = nbytes
+        self.given_up_bytes = 0
+
     def fit(self, profile: NonModelProfile, batch: Batch, least_bytes: Callable[[], int]) -> bool:
         """Give full copies what non-model data leave of DEVICE, once a training step has shown what they take.
 

@@ -2,21 +2,21 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager
-from ..errors import OutOfMemory, is_out_of_memory
+from ..chunk import Chunk, ChunkManager, Tier
+from ..errors import OutOfMemory
 from ..memory.non_model import Batch
-from ..packing.packing import Packing
 from ..planning.trace import Phase
 from ..torch_private import current_backward, current_node, number_of
 from ..units.units import Units, Visit
 from ..updates.updates import Updates
 from .device_room import DeviceRoom
 from .discovery import Discovery
-from .listener import Listener, StepFacts
+from .listener import Listener, StepFacts, Steps
+from .memory import Memory
 from .pacing import Pacing
 from .pins import Pins
 from .sampling import Sampling
@@ -33,8 +33,9 @@ class Engine:
     ----------
     manager, units, updates
         The chunks, what brackets their uses, and what leads their gradients to their updates.
-    pacing, room, sampling, listener
-        Plans the moves, sizes the room for full copies, measures what else is on DEVICE, and hears of all this.
+    pacing, room, memory, sampling, listener
+        Plans the moves, sizes the room for full copies, moves homes, measures what else is on DEVICE, and hears of all
+        this.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Engine:
         updates: Updates,
         pacing: Pacing,
         room: DeviceRoom,
+        memory: Memory,
         sampling: Sampling,
         listener: Listener,
     ) -> None:
@@ -53,6 +55,7 @@ class Engine:
         self.updates = updates
         self.pacing = pacing
         self.room = room
+        self.memory = memory
         self.sampling = sampling
         self.listener = listener
         self.visits = Visits()
@@ -61,9 +64,7 @@ class Engine:
         self.lock = threading.RLock()
         """Held while chunks move and while parameters are used outside of units: any thread may read parameters."""
         self.stall_seconds = 0.0
-        self.step = StepFacts(0, 0.0, 0, None, None)
-        """The last one."""
-        self._step_end = time.perf_counter()
+        self._steps = Steps()
 
     # -- units
 
@@ -199,19 +200,43 @@ class Engine:
         """True if each unit has to enter by itself: its moment is sampled, or its updates begin when it leaves."""
         return self.sampling.is_on or self.updates.schedule.watches_units
 
+    @property
+    def step(self) -> StepFacts:
+        """The last one."""
+        return self._steps.last
+
     def step_ended(self, facts: Callable[[StepFacts], StepFacts]) -> None:
         """The optimizer has stepped, or skipped a step whose gradients overflowed; it adds its own facts."""
-        now = time.perf_counter()
-        seconds, self._step_end = now - self._step_end, now
-        waited = self.manager.together.communicator.take_wait_seconds()
-        self.step = facts(self.step._replace(number=self.step.number + 1, seconds=seconds, wait_seconds=waited))
-        self.sampling.record_step(self.listener.step_ended(self, self.step))
+        step = self._steps.ended(self.manager.together.communicator.take_wait_seconds(), facts)
+        self.sampling.record_step(self.listener.step_ended(self, step))
 
-    def rebuilt(self, packing: Packing) -> None:
-        """Some chunks have other homes and other full copies than when the plans were made, and are trained."""
-        self.sampling.profile.forget_training()
-        self.pacing.replan()
-        self.listener.rebuilt(packing)
+    def resize(self, capacities: Mapping[Tier, int]) -> None:
+        """Set what tiers may hold of model data while training goes on. Homes go down or up a tier as that asks for.
+
+        Numbers stay what they are. Between steps, or when a forward or backward has failed. Several ranks do this
+        together, with the same capacities and without gradients.
+
+        Parameters
+        ----------
+        capacities
+            Bytes of homes and full copies; tiers that are not named keep what they have.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            If homes have no place then, or cannot be moved. Nothing has been changed.
+        RuntimeError
+            While a forward or backward runs, or (`StateError`) the model is released.
+        ValueError
+            If capacities are negative, or tiers that share one memory are given several.
+        """
+        if in_backward() or (self.visits.running and not self.visits.is_in_backward):
+            raise RuntimeError("a tier cannot be resized while a forward or backward runs: do it between steps")
+        self.recover()
+        with self.lock:
+            self.manager.refuse_released("resize a tier")
+            self.updates.schedule.check_whole("resize a tier")
+            self.memory.resize(capacities)
 
     # -- backward
 
@@ -268,13 +293,13 @@ class Engine:
         Raises
         ------
         OutOfMemory
-            See `explain`.
+            See `Memory.explain`.
         """
         self.listener.failed(self, error)
         self.abort()
         self.updates.abandon(f"{type(error).__name__}: {error}")
         torn = self.updates.schedule.torn_text
-        self.explain(error, torn)
+        self.memory.explain(error, torn)
         if torn and hasattr(error, "add_note"):
             error.add_note(torn)
 
@@ -288,25 +313,6 @@ class Engine:
     def _mend(self) -> None:
         with self.lock:  # other threads may be reading parameters
             self.manager.mend(self.pins.held)
-
-    def explain(self, error: BaseException, torn: str = "") -> None:
-        """If the model's own computation ran out of memory: leave it more from now on, and say so.
-
-        Parameters
-        ----------
-        torn
-            What it has left half done, in words.
-
-        Raises
-        ------
-        OutOfMemory
-            From ``error``, if that is what happened. An `OutOfMemory` of ours says it all already.
-        """
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
-            return
-        told = self.room.give_up(error, self.pacing.seen_bytes(), torn)
-        self.pacing.replan()
-        raise told from error
 
 
 def in_backward() -> bool:

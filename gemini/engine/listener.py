@@ -1,5 +1,7 @@
 """What hears of a training's steps and errors, and changes nothing."""
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..memory.prediction import Outlook
@@ -22,6 +24,22 @@ class StepFacts(NamedTuple):
     grad_norm: float | None
     wait_seconds: float | None = None
     """How long of ``seconds`` this rank waited for others; None if it waits for none or nobody measured it."""
+
+
+class Steps:
+    """Counts steps, and takes their time."""
+
+    def __init__(self) -> None:
+        self.last = StepFacts(0, 0.0, 0, None, None)
+        self._end = time.perf_counter()
+
+    def ended(self, wait_seconds: float | None, facts: Callable[[StepFacts], StepFacts]) -> StepFacts:
+        """One more step is over, which adds its own facts."""
+        now = time.perf_counter()
+        seconds, self._end = now - self._end, now
+        step = self.last._replace(number=self.last.number + 1, seconds=seconds, wait_seconds=wait_seconds)
+        self.last = facts(step)
+        return self.last
 
 
 class Listener(Protocol):

@@ -88,6 +88,10 @@ class Pacing:
         nbytes = [other.get(chunk.index, chunk.full_nbytes) for chunk in self._manager.chunks]
         return max((sum(nbytes[c] for c in moment.in_use) for moment in self._moments()), default=sum(nbytes))
 
+    def seen(self) -> list[frozenset[int]]:
+        """The chunks in use at each of the moments seen so far."""
+        return [frozenset(moment.in_use) for moment in self._moments()]
+
     def seen_bytes(self) -> int:
         """What one of the moments seen so far needs at least; 0 before the first."""
         return self.least_bytes({}) if any(True for _ in self._moments()) else 0

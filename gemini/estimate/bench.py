@@ -4,21 +4,25 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from gemini.chunk import DiskBackend, Ledger, MemoryMap, Tier, find_accelerator
-from gemini.errors import OffloadError, OutOfMemory
+from gemini.chunk import find_accelerator
+from gemini.errors import OffloadError
 from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.sizes import parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
-from gemini.stat.estimate_outputs import Bench
+from gemini.stat.estimate_outputs import Bench, DiskBench
 from gemini.stat.rates import hardware_file
 from gemini.stat.text import count, size
 from gemini.telemetry.encoding import as_mapping
+from gemini.telemetry.layout import disks_folder
 from gemini.telemetry.run_folder import write_document
+
+from .disk_bench import DEFAULT_BYTES, DiskFound, as_lines, measure_disk
 
 HELP = "Measures this machine's bandwidths and writes them where estimate and the live screen look."
 TARGET = "FOLDER"
@@ -31,21 +35,26 @@ _SECONDS = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numel", type=int, default=_NUMEL, metavar="N", help="elements of the chunk that is moved")
+    parser.add_argument(
+        "--disk-size", default=f"{DEFAULT_BYTES >> 30}GiB", metavar="SIZE",
+        help="of the scratch file in FOLDER: more than what caches on the way to the disk hold (%(default)s, "
+        "at most half of what is free)",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="FILE", help=f"default: {hardware_file()}")
 
 
 def run(options: argparse.Namespace) -> Exit:
     if options.numel < 1 << 12:
         raise Usage(f"--numel must be 4096 or more, got {options.numel}")
-    links = measure_links(options.numel)
-    if options.target is not None:
-        links |= measure_disk(Path(options.target), options.numel)
+    disk = _disk(options)
+    links = measure_links(options.numel) | ({} if disk is None else disk.bytes_per_second)
     content = Bench(
         host=os.uname().nodename,
         measured_at=time.time(),
         bytes_per_second=links,
         adam_elements_per_second=measure_adam(options.numel),
         flops_per_second=measure_flops(),
+        disk=None if disk is None else _as_output(Path(options.target), disk),
     )
     file = Path(options.output) if options.output else hardware_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -54,11 +63,46 @@ def run(options: argparse.Namespace) -> Exit:
         print_json(content)
     else:
         for name, value in links.items():
-            print(f" {name.replace('_', ' '):<18}{size(value):>12}/s")
+            spread = "" if disk is None or name not in disk.rates else _spread(disk.rates[name])
+            print(f" {name.replace('_', ' '):<18}{size(value):>12}/s{spread}")
         print(f" {'optimizer':<18}{count(content.adam_elements_per_second):>12} elements/s")
         print(f" {'matrix products':<18}{count(content.flops_per_second):>12} flop/s in bf16")
         print(f" written to {file}")
+        if disk is not None:
+            for line in as_lines(Path(options.target), disk):
+                print(f" {line}")
     return Exit.OK
+
+
+def _disk(options: argparse.Namespace) -> DiskFound | None:
+    if options.target is None:
+        return None
+    try:
+        return measure_disk(Path(options.target), parse_bytes(options.disk_size), disks_folder())
+    except ValueError as error:
+        raise Usage(f"--disk-size: {error}") from error
+    except OffloadError as error:
+        raise Usage(error.strerror or str(error)) from error
+    except OSError as error:
+        raise Usage(f"{options.target}: {error.strerror}; give a folder that you may write to") from error
+
+
+def _as_output(folder: Path, disk: DiskFound) -> DiskBench:
+    return DiskBench(
+        folder=str(folder.resolve()),
+        file_system=disk.file_system,
+        is_direct=disk.is_direct,
+        request_bytes=disk.requests.nbytes,
+        depth=disk.requests.depth,
+        file_bytes=disk.file_bytes,
+        rounds={link: list(found) for link, found in disk.rates.items()},
+        remembered_in=str(disk.remembered_in),
+        remarks=disk.remarks,
+    )
+
+
+def _spread(rounds: Sequence[float]) -> str:
+    return f"   ({size(min(rounds))} to {size(max(rounds))} in {len(rounds)} rounds)"
 
 
 def read_speed(path: Path | None = None) -> dict[str, float]:
@@ -91,24 +135,6 @@ def measure_links(numel: int) -> dict[str, float]:
         return {"host_to_device": full.nbytes / best(up), "device_to_host": full.nbytes / best(down)}
     full = torch.empty(numel, dtype=torch.bfloat16)
     return {"host_to_device": full.nbytes / best(lambda: full.copy_(master))}
-
-
-def measure_disk(folder: Path, numel: int) -> dict[str, float]:
-    """Reading and writing a chunk's master, by the disk tier's own code."""
-    try:
-        backend = DiskBackend(folder, Ledger({Tier.DISK: 1 << 62}, MemoryMap.ACCELERATOR))
-        buffer = backend.allocate(numel, torch.float32, "the bench")
-    except (OffloadError, OutOfMemory) as error:
-        raise Usage(str(error)) from error
-    block = torch.zeros(numel)
-    try:
-        written = best(lambda: buffer.write(0, block))
-        return {
-            "disk_to_host": block.nbytes / best(lambda: buffer.read(0, block)),
-            "host_to_disk": block.nbytes / written,
-        }
-    finally:
-        backend.close()
 
 
 def measure_adam(numel: int) -> float:

@@ -170,11 +170,10 @@ def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine:
     packing = data.pack(limits, machine.memory, machine.ranks)
     read = written = 0
     for plan in packing.plans:
-        for name, tier in plan.tiers.items():
-            nbytes = plan.nbytes(name)
-            if tier is Tier.DISK:
-                read += nbytes * (2 if name == MASTER else 1)  # for the full copy and for the update
-                written += nbytes
+        for name in plan.tiers:
+            nbytes = plan.nbytes_on(Tier.DISK, (name,))
+            read += nbytes * (2 if name == MASTER else 1)  # for the full copy and for the update
+            written += nbytes
     tokens = options.batch_size * options.seq_len
     work = floor.Work(
         # 2 forward and 4 backward a parameter and token, one more forward where activations are recomputed.
@@ -287,7 +286,8 @@ def _data(subject: Subject, config: GeminiConfig, slots: Sequence[BufferSpec]) -
 
 def _machine(options: argparse.Namespace, ranks: int) -> Machine:
     """What each of several ranks has, by the options: those on one machine share its RAM and disk."""
-    from gemini.memory.tracker import NON_MODEL_HOST_BYTES, host_budget
+    from gemini.lease.room import NON_MODEL_HOST_BYTES
+    from gemini.memory.tracker import host_budget
 
     per_node = options.per_node or ranks
     here = min(ranks, per_node)

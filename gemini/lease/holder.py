@@ -14,7 +14,7 @@ from gemini.lease.folder import Lease, LeaseFolder
 from gemini.lease.limits import ROOT, Limit, private_ram
 from gemini.lease.pools import Look, Pool, look
 from gemini.lease.sharing import Claim
-from gemini.lease.standing import HOST, Answer, Holding, Standing
+from gemini.lease.standing import HOST, Answer, Holding, Seen, Standing
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,17 @@ class Holder:
         self._folder = folder
         self._root = root
         self._standing = replace(standing, base_bytes=private_ram(root=root))
+        self._base = {limit.pool: limit.total - limit.free for each in limits.values() for limit in each()}
         self._lease: Lease | None = None
         try:
             self._lease = folder.begin(self._standing)
         except OSError as error:
             logger.warning("other runs cannot see what this one holds of the machine's memory: %s", error)
+
+    @property
+    def memories(self) -> frozenset[str]:
+        """Those that have limits on this machine."""
+        return frozenset(self._limits)
 
     @property
     def name(self) -> str:
@@ -75,9 +81,11 @@ class Holder:
         grown = (
             max(0, private_ram(root=self._root) - self._standing.base_bytes) >> 20 << 20
         )  # rounded: seldom rewritten
+        limits = {memory: self._limits[memory]() for memory in holds}
         holdings = {
             memory: Holding(
-                pools=tuple(limit.pool for limit in self._limits[memory]()),
+                pools=tuple(limit.pool for limit in limits[memory]),
+                seen={} if memory == HOST else {limit.pool: _seen(limit) for limit in limits[memory]},
                 floor=each.claim.floor,
                 wish=each.claim.wish,
                 held=each.held,
@@ -95,9 +103,13 @@ class Holder:
         """What there is of each memory that was told of."""
         standings = {**self._others(), self.name: self._standing}
         return {
-            memory: look(self.name, [Pool.of(limit, memory, standings) for limit in self._limits[memory]()])
+            memory: look(self.name, [self._pool(limit, memory, standings) for limit in self._limits[memory]()])
             for memory in self._standing.holdings
         }
+
+    def _pool(self, limit: Limit, memory: str, standings: Mapping[str, Standing]) -> Pool:
+        grown = None if limit.shared else max(0, limit.total - limit.free - self._base.get(limit.pool, 0))
+        return Pool.of(limit, memory, standings, grown)
 
     def wait(self, memory: str, enough: Callable[[Look], bool], seconds: float) -> Look:
         """Look until there is enough of a memory, or this many seconds have passed."""
@@ -130,6 +142,10 @@ class Holder:
         return with_growth(standing, private_ram(standing.pid if standing.pid != here else "self", self._root))
 
 
+def _seen(limit: Limit) -> Seen:
+    return Seen(limit.name, limit.free >> 26 << 26, limit.total)  # rounded: the file is rewritten when it changes
+
+
 def with_growth(standing: Standing, private_bytes: int) -> Standing:
     """A lease of a process that has taken this much RAM in all."""
     holding = standing.holdings.get(HOST)
@@ -145,14 +161,15 @@ def own_standing(job: str, program: str, rank: int, ranks: int) -> Standing:
         job=job,
         program=program,
         pid=os.getpid(),
-        namespace=_namespace(),
+        namespace=namespace_of_this_process(),
         started=time.time(),
         rank=rank,
         ranks=ranks,
     )
 
 
-def _namespace() -> int:
+def namespace_of_this_process() -> int:
+    """In which process ids count here; 0 where that is not to be known."""
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:

@@ -16,25 +16,30 @@ class Pool:
     memory: str
     members: Mapping[str, Standing]
     """By name of the lease, the earliest first."""
+    grown: int | None = None
+    """What is taken of a limit of one process since its lease began; None: what the leases say."""
 
     @classmethod
-    def of(cls, limit: Limit, memory: str, standings: Mapping[str, Standing]) -> "Pool":
+    def of(cls, limit: Limit, memory: str, standings: Mapping[str, Standing], grown: int | None = None) -> "Pool":
         """The leases among ``standings`` that live under a limit."""
         found = {n: s for n, s in standings.items() if memory in s.holdings and limit.pool in s.holdings[memory].pools}
         order = sorted(found, key=lambda name: (found[name].started, name))
-        return cls(limit, memory, {name: found[name] for name in order})
+        return cls(limit, memory, {name: found[name] for name in order}, grown)
 
     @property
     def total(self) -> int:
-        """Bytes that all holders may have together: what is free, and what they have taken for their trainings.
+        """Bytes that all holders may have together: what is free, and what they have taken of what is promised to them.
 
-        What a process has taken besides (its user's own data) is neither.
+        What a process has taken beyond that (its user's own data) is neither.
         """
         taken: dict[int, list[Holding]] = {}
         for standing in self.members.values():
             taken.setdefault(standing.pid, []).append(standing.holdings[self.memory])
         return self.limit.free + sum(
-            min(max(holding.grown for holding in of_process), sum(holding.used for holding in of_process))
+            min(
+                max(holding.grown for holding in of_process) if self.grown is None else self.grown,
+                sum(holding.held for holding in of_process),
+            )
             for of_process in taken.values()
         )
 

@@ -7,10 +7,12 @@ The events are those of the group's limits: ``high`` counts how often its proces
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemini.lease.limits import ROOT, cgroup_folders, field, read
+from gemini.lease.limits import ROOT, cgroup_folders, field, ram_limits, read
 
 STALLED_RATIO = 0.10
 """Part of the time between two looks that some task has waited for memory, from which on it is pressure."""
+SHORT_RATIO = 0.2
+"""Of a limit; where more is free, stalls and events have other reasons."""
 _MICRO = 1e-6
 
 
@@ -49,7 +51,10 @@ class PressureGauge:
         """True if memory was short since the last time that this was asked, at ``now`` in seconds of any clock."""
         before, counters = self._last, Counters.read(self._root)
         self._last = (now, counters)
-        return before is not None and is_pressure(before[1], counters, now - before[0])
+        if before is None or not is_pressure(before[1], counters, now - before[0]):
+            return False
+        # Groups full of file cache go to their limit all the time, and a stall may be that of a group beside ours.
+        return any(limit.free < limit.total * SHORT_RATIO for limit in ram_limits(self._root) if limit.shared)
 
 
 def is_pressure(before: Counters, after: Counters, seconds: float) -> bool:

@@ -7,11 +7,21 @@ HOST, DEVICE, DISK = "host", "device", "disk"
 VERSION = 1
 
 
+class Seen(Struct, frozen=True):
+    """A limit as the holder saw it last."""
+
+    name: str
+    free: int
+    total: int
+
+
 class Holding(Struct, frozen=True, kw_only=True):
     """One memory of a lease; all numbers are bytes."""
 
     pools: tuple[str, ...]
     """The limits that bound it, as `gemini.lease.limits.Limit.pool` names them."""
+    seen: dict[str, Seen] = {}
+    """By pool, those that others cannot read for themselves: of devices and disks."""
     floor: int
     """What the holder needs at least."""
     wish: int
@@ -19,7 +29,7 @@ class Holding(Struct, frozen=True, kw_only=True):
     held: int
     """What it may take, now: promised to it."""
     used: int = 0
-    """What its model data take, and the peak of everything else that belongs to its training."""
+    """What its model data take now."""
     grown: int = 0
     """What its process was seen to have taken since the lease began."""
 

@@ -7,8 +7,9 @@ import torch
 
 from ..chunk import MemoryMap, Tier, find_accelerator
 from ..config import GeminiConfig
+from ..lease.room import NON_MODEL_HOST_BYTES
 from ..sizes import format_bytes
-from .tracker import NON_MODEL_HOST_BYTES, Budget, device_budget, disk_budget, host_budget, host_headroom
+from .tracker import Budget, device_budget, disk_budget, host_budget, host_headroom
 
 
 @dataclass(frozen=True, slots=True)

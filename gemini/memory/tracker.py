@@ -12,16 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemini.lease.limits import ROOT, Limit, disk_limit, fields, number, ram_limits, read, tightest
+from gemini.lease.room import HOST_SHARE, LEAST_SHARE, capacity_of
 from gemini.sizes import format_bytes
 
 if TYPE_CHECKING:
     import torch
-
-NON_MODEL_HOST_BYTES = 256 << 20
-"""RAM that a small training process takes besides model data, for the smallest model, too: thread stacks, the step
-kernel's compilation, oneDNN's code and scratch, what malloc keeps. Under RLIMIT_DATA on two threads a GPT of 3.7M
-parameters took 150 to 200 MiB besides its model data (a coarse difference of VmData); the rest is for activations."""
-_LEAST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,9 @@ def host_headroom(*, root: Path = ROOT) -> tuple[int, str]:
     return limit.free, limit.name
 
 
-def host_budget(fraction: float = 0.8, *, spare_bytes: int = 0, ranks: int | None = None, root: Path = ROOT) -> Budget:
+def host_budget(
+    fraction: float = HOST_SHARE, *, spare_bytes: int = 0, ranks: int | None = None, root: Path = ROOT
+) -> Budget:
     """Room for model data in RAM: ``fraction`` of the smallest headroom of cgroup v2 and v1, RLIMIT_DATA, RLIMIT_AS and
     MemAvailable. What the machine shares is divided by ``ranks`` (None: by ``LOCAL_WORLD_SIZE``).
 
@@ -157,14 +154,13 @@ def _budget(room: Limit, fraction: float, ranks: int, spare_bytes: int = 0) -> B
     of_ranks = f", shared by {ranks} local ranks" if room.shared and ranks > 1 else ""
     limit = f"{room.name} ({format_bytes(room.free)} of {format_bytes(room.total)}{of_ranks})"
     free = room.per_rank(ranks)
-    share, rest = int(free * fraction), free - spare_bytes
-    if share <= rest:
-        return Budget(share, f"{fraction:.0%} of {limit}")
-    least = min(share, int(free * _LEAST_SHARE))
-    if least < rest:
+    nbytes = capacity_of(free, fraction, spare_bytes)
+    if nbytes == int(free * fraction):
+        return Budget(nbytes, f"{fraction:.0%} of {limit}")
+    if nbytes == free - spare_bytes:
         each = " per rank" if of_ranks else ""
-        return Budget(rest, f"{limit}, less {format_bytes(spare_bytes)}{each} for what is not model data")
-    return Budget(least, f"{min(fraction, _LEAST_SHARE):.0%} of {limit}, the rest for what is not model data")
+        return Budget(nbytes, f"{limit}, less {format_bytes(spare_bytes)}{each} for what is not model data")
+    return Budget(nbytes, f"{min(fraction, LEAST_SHARE):.0%} of {limit}, the rest for what is not model data")
 
 
 def _check_fraction(fraction: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..chunk import GRADIENT, Chunk, ChunkManager, MemoryMap, Tier
+from ..chunk import GRADIENT, Buffer, Chunk, ChunkManager, MemoryMap, Room, Tier
 from ..chunk.extent import SOLE
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
@@ -90,14 +90,14 @@ def model_facts(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _described(chunk: Chunk, group: str) -> DescribedChunk:
-    buffers = dict(chunk.homes)
+    buffers: dict[str, Buffer | Room] = dict(chunk.homes)
     if chunk.gradient is not None and chunk.gradient.buffer is not None:
         buffers[GRADIENT] = chunk.gradient.buffer
     return DescribedChunk(
         numel=chunk.layout.numel,
         used_numel=chunk.layout.used_numel,
         full_bytes=chunk.full_nbytes,
-        homes={name: home.tier.value for name, home in buffers.items()},
+        homes={name: "+".join(part.tier.value for part in home.parts) for name, home in buffers.items()},
         home_bytes={name: home.nbytes for name, home in buffers.items()},
         group=group,
         extent=None if chunk.plan.owner == SOLE else [chunk.extent.start, chunk.extent.stop],

@@ -6,9 +6,11 @@ step, in microseconds; `Statistics` gives them names and adds what has to be sum
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import asdict
 from operator import attrgetter
 from typing import NamedTuple
 
+from ..activations import ActivationCounts
 from ..chunk import SHADOW, ChunkManager, MemoryMap, Tier
 from ..engine import Engine, StepFacts
 from ..memory.prediction import Outlook
@@ -67,8 +69,9 @@ def read(engine: Engine, step: StepFacts) -> Reading:
 class Statistics:
     """Turns readings into flat dicts. Holds the manager weakly: a thread may have it longer than the model lives."""
 
-    def __init__(self, manager: ChunkManager) -> None:
+    def __init__(self, manager: ChunkManager, activations: ActivationCounts) -> None:
         self._manager = weakref.ref(manager)
+        self._activations = activations
         self._ledger = manager.ledger
         self._of_layout = of_layout(manager)
 
@@ -79,7 +82,7 @@ class Statistics:
             self._of_layout = of_layout(manager)
 
     def expand(self, reading: Reading) -> Stats:
-        """The flat dict of a reading. Only ``chunk/resident_count`` is of now and not of the reading's moment."""
+        """The flat dict of a reading. ``chunk/resident_count`` and ``activation/...`` are of now, not of its moment."""
         stats: Stats = {}
         for tier, (used, peak, capacity) in self._ledger.read_counters(reading.memory).items():
             stats[f"{tier.value}/used_bytes"] = used
@@ -112,6 +115,7 @@ class Statistics:
             stats[f"upload/{tier.value}_bytes"] = nbytes
             stats[f"upload/{tier.value}_seconds"] = seconds
 
+        stats |= {f"activation/{name}": value for name, value in asdict(self._activations).items()}
         stats["non_model/peak_bytes"] = reading.non_model_peak_bytes
         step = reading.step
         stats["step/count"] = step.number
@@ -146,10 +150,10 @@ def of_layout(manager: ChunkManager) -> Stats:
     optimizer = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.states)
     buffers = [c.gradient.buffer for c in chunks if c.gradient is not None and c.gradient.buffer is not None]
     gradients = sum(buffer.nbytes for buffer in buffers) or manager.gradient_pool.nbytes
-    homes = [home for c in chunks for name, home in c.homes.items() if name != SHADOW]
-    homes += buffers
+    homes = [*(home for c in chunks for name, home in c.homes.items() if name != SHADOW), *buffers]
     total_bytes = sum(home.nbytes for home in homes)
-    off = sum(home.nbytes for home in homes if not manager.ledger.memory.shares(home.tier, Tier.DEVICE))
+    parts = [part for home in homes for part in home.parts]
+    off = sum(part.nbytes for part in parts if not manager.ledger.memory.shares(part.tier, Tier.DEVICE))
     stats["placement/offload_optim_frac"] = off / total_bytes if total_bytes else 0.0
     copies = sum(c.full_nbytes for c in chunks)
     room = manager.ledger.free(Tier.DEVICE) + manager.full_copies.nbytes

@@ -61,6 +61,14 @@ class Group:
         has_room = dtype is torch.bfloat16 and any(spec.has_spare_sign for spec in states)
         return cls(index, keeps_fp32, states, dtype, config.split_master and has_room, config.communicator.owner, form)
 
+    @classmethod
+    def of_plan(cls, plan: ChunkPlan, split_master: bool) -> "Group":
+        """The group of the parameters in a chunk that is there; ``split_master`` as the user has said."""
+        form = plan.codec.form if isinstance(plan.codec, Quantised) else None
+        has_room = plan.compute_dtype is torch.bfloat16 and any(spec.has_spare_sign for spec in plan.states)
+        index, keeps_fp32 = plan.param_group if plan.is_trainable else -1, plan.compute_dtype is torch.float32
+        return cls(index, keeps_fp32, plan.states, plan.compute_dtype, split_master and has_room, plan.owner, form)
+
     @property
     def is_trainable(self) -> bool:
         return self.param_group >= 0
@@ -108,11 +116,16 @@ class Group:
 
 
 def plans(
-    layouts: Sequence[ChunkLayout], groups: Sequence[Group], placement: Placement, memory: MemoryMap
+    layouts: Sequence[ChunkLayout],
+    groups: Sequence[Group],
+    placement: Placement,
+    memory: MemoryMap,
+    averages: Sequence[tuple[BufferSpec, ...]] = (),
 ) -> tuple[ChunkPlan, ...]:
-    """The plans of chunks that have been placed, each with its group."""
+    """The plans of chunks that have been placed, each with its group, and with its averages if there are some."""
     found = []
-    for layout, group, homes, is_full in zip(layouts, groups, placement.homes, placement.full_is_home, strict=True):
+    each = zip(layouts, groups, placement.homes, placement.full_is_home, averages or [()] * len(layouts), strict=True)
+    for layout, group, homes, is_full, averaged in each:
         codec = group.codec(is_full, SHADOW in homes)
         found.append(
             ChunkPlan(
@@ -126,6 +139,7 @@ def plans(
                 borrows_gradient=group.is_trainable and GRADIENT not in homes,
                 full_is_home=is_full,
                 update_reaches_full=group.owner.count == 1 and memory.update_reaches_full(homes[MASTER]),
+                averages=averaged,
                 owner=group.owner,
             )
         )

@@ -45,8 +45,9 @@ class Packing(Solution):
         new = tuple(other.get(plan.layout.index, plan) for plan in self.plans)
         nbytes = dict.fromkeys(Tier, 0)
         for plan in new:
-            for name, tier in plan.tiers.items():
-                nbytes[tier] += on_tier(plan.nbytes(name), tier)
+            for name in plan.tiers:
+                for tier, held in plan.parts(name):
+                    nbytes[tier] += on_tier(held, tier)
         placement = replace(self.placement, homes=tuple(plan.tiers for plan in new), nbytes=nbytes)
         return replace(self, plans=new, placement=placement)
 

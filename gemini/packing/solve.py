@@ -17,6 +17,8 @@ LARGEST_BLOCK_NUMEL = 1 << 20
 """4 MiB in fp32: past the latency of any disk, and three blocks of four roles are still only 48 MiB."""
 STAGING_SHARE = 8
 """Staging takes at most one part in eight of the HOST capacity."""
+SPARE_BLOCK_NUMEL = 1 << 16
+"""Of staging while nothing is on DISK: homes may go there later."""
 SHRINKINGS = 4
 """Chunk sizes to try, each half of the one before: a unit may need several chunks, or one beside a huge tensor."""
 
@@ -29,11 +31,13 @@ class Solution:
     layouts: tuple[ChunkLayout, ...]
     placement: Placement
     staging_block_numel: int
-    """Elements of a block of staging; 0 where nothing is on DISK."""
+    """Elements of a block of staging; 0 where there is no DISK, or no RAM for staging while nothing is there."""
     staging_bytes: int
     """What all blocks between DISK and everything else take on HOST."""
     full_copies_limit_bytes: int | None
     """What full copies may take on DEVICE, where the policy says less than what is free."""
+    use: Use
+    """Chunks that are needed at once, as far as the modules tell before anything has run."""
     sibling_peak_bytes: int
     """Full copies that units beside each other may have in use at once. With less room a step may run out of it."""
 
@@ -83,8 +87,23 @@ def _solution(problem: Problem, each: _Candidate, placement: Placement, copies: 
     limit = None
     if isinstance(problem.policy, StaticPlacementPolicy) and problem.capacity.memory is not MemoryMap.UNIFIED:
         limit = max(round((1.0 - problem.policy.offload_param_frac) * sum(copies)), peak)
-    staging = (each.block_numel, each.capacity.staging_bytes) if placement.uses_disk else (0, 0)
-    return Solution(each.search, each.layouts, placement, *staging, limit, peak)
+    staging = each.block_numel, each.capacity.staging_bytes
+    if not placement.uses_disk:
+        staging = _spare(problem, each, placement)
+    return Solution(each.search, each.layouts, placement, *staging, limit, each.use, peak)
+
+
+def _spare(problem: Problem, each: _Candidate, placement: Placement) -> tuple[int, int]:
+    """A block of staging, and all of them in bytes, for homes that may go to DISK later; zeros if they cannot."""
+    capacity = problem.capacity
+    room = capacity.nbytes[Tier.HOST] - placement.nbytes[Tier.HOST] - placement.gradient_room.get(Tier.HOST, 0)
+    if capacity.memory.compute_tier is Tier.HOST:
+        room -= each.capacity.ring_bytes
+    for block in (min(each.block_numel, SPARE_BLOCK_NUMEL), SMALLEST_BLOCK_NUMEL):
+        nbytes = problem.staging_blocks * block * 4
+        if capacity.nbytes.get(Tier.DISK, 0) and nbytes <= room:
+            return block, nbytes
+    return 0, 0
 
 
 def _candidates(problem: Problem) -> Iterator[_Candidate]:

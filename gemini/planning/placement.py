@@ -17,9 +17,10 @@ more per byte than a master does, and would leave the disk idle in backward; so 
 (Where DEVICE is the same RAM, a full copy that stays is what a shadow would be; the plan keeps as many as have room.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..chunk.division import DIVISION_BYTES, Divided, HomeTier, parts
 from ..chunk.memory_map import MemoryMap
 from ..chunk.names import ABSMAX, GRADIENT, MASTER, SHADOW
 from ..chunk.tier import Tier
@@ -54,9 +55,14 @@ class ChunkNeed:
         names = dict.fromkeys((MASTER, ABSMAX, GRADIENT, *self.buffers))
         return {name: rank for rank, name in enumerate(names) if name in self.buffers}
 
-    def nbytes(self, name: str, tier: Tier) -> int:
-        """Bytes that a buffer takes on a tier; DISK gives whole pages."""
-        return on_tier(self.shadow_nbytes if name == SHADOW else self.buffers[name], tier)
+    def computes_with(self, name: str, memory: MemoryMap) -> bool:
+        """True if units compute with this buffer where it is on HOST, and so with all of it."""
+        return self.full_can_be_home and name == MASTER and memory.shares(Tier.HOST, Tier.DEVICE)
+
+    def parts(self, name: str, where: HomeTier) -> tuple[tuple[Tier, int], ...]:
+        """The tiers that a buffer takes room on there, and the bytes; DISK gives whole pages."""
+        nbytes = self.shadow_nbytes if name == SHADOW else self.buffers[name]
+        return tuple((tier, on_tier(held, tier)) for tier, held in parts(where, nbytes))
 
 
 def on_tier(nbytes: int, tier: Tier) -> int:
@@ -83,7 +89,7 @@ class Capacity:
 class Placement:
     """Homes that fit."""
 
-    homes: tuple[Mapping[str, Tier], ...]
+    homes: tuple[Mapping[str, HomeTier], ...]
     """One per chunk: its buffers, and SHADOW where it has one."""
     nbytes: Mapping[Tier, int]
     """Bytes of homes on each tier."""
@@ -166,7 +172,7 @@ def _fill(
 ) -> Placement | Unplaced:
     """Fill tiers, fastest first."""
     memory, free, used = capacity.memory, {tier: capacity.nbytes[tier] for tier in tiers}, dict.fromkeys(Tier, 0)
-    homes: list[dict[str, Tier]] = [{} for _ in needs]
+    homes: list[dict[str, HomeTier]] = [{} for _ in needs]
     working: dict[Tier, int] = {}
     gradient_room: dict[Tier, int] = {}
 
@@ -178,14 +184,15 @@ def _fill(
 
     def put(index: int, name: str, tiers: Sequence[Tier]) -> int:
         """Give a buffer a home on the first tier with room for it; return the bytes without one, if there is none."""
-        for tier in tiers:
-            nbytes = needs[index].nbytes(name, tier)
-            if nbytes <= free[tier]:
-                free[tier] -= nbytes
-                used[tier] += nbytes
-                homes[index][name] = tier
+        for where in _places(needs[index], name, tiers, free, memory):
+            taken = needs[index].parts(name, where)
+            if all(nbytes <= free[tier] for tier, nbytes in taken):
+                for tier, nbytes in taken:
+                    free[tier] -= nbytes
+                    used[tier] += nbytes
+                homes[index][name] = where
                 return 0
-        return nbytes
+        return sum(nbytes for _, nbytes in taken)
 
     keep_free(memory.compute_tier, capacity.ring_bytes)
     if Tier.DISK in tiers:
@@ -213,6 +220,21 @@ def _fill(
         if need.shadow_nbytes and homes[index][MASTER] is Tier.HOST and memory.compute_tier is not Tier.HOST:
             put(index, SHADOW, (Tier.HOST,))
     full_is_home = tuple(
-        need.full_can_be_home and memory.shares(at[MASTER], Tier.DEVICE) for need, at in zip(needs, homes, strict=True)
+        need.full_can_be_home and _is_on_device(memory, at[MASTER]) for need, at in zip(needs, homes, strict=True)
     )
     return Placement(tuple(homes), used, gradient_room, full_is_home)
+
+
+def _places(
+    need: ChunkNeed, name: str, tiers: Sequence[Tier], free: Mapping[Tier, int], memory: MemoryMap
+) -> Iterator[HomeTier]:
+    """Where a buffer may lie, best first: on a tier, or on HOST as far as there is room and the rest on DISK."""
+    for tier in tiers:
+        if tier is Tier.DISK and Tier.HOST in tiers and not need.computes_with(name, memory):
+            if room := free[Tier.HOST] // DIVISION_BYTES * DIVISION_BYTES:
+                yield Divided(room)
+        yield tier
+
+
+def _is_on_device(memory: MemoryMap, where: HomeTier) -> bool:
+    return not isinstance(where, Divided) and memory.shares(where, Tier.DEVICE)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations import Saving
 from ..chunk import reach
 from ..engine import Engine, in_backward
 from ..planning.trace import Phase
@@ -35,8 +36,9 @@ class ForwardHooks:
 
     Parameters
     ----------
-    model, engine, backward
-        The model that is run, what is told, and what puts hooks on the graphs that units make.
+    model, engine, backward, saving
+        The model that is run, what is told, what puts hooks on the graphs that units make, and what becomes of the
+        tensors that these save.
     cast_inputs
         Floating-point inputs of the model are converted to this dtype; None leaves them.
     force_outputs_fp32
@@ -48,6 +50,7 @@ class ForwardHooks:
         model: nn.Module,
         engine: Engine,
         backward: BackwardHooks,
+        saving: Saving,
         *,
         cast_inputs: torch.dtype | None,
         force_outputs_fp32: bool,
@@ -56,6 +59,7 @@ class ForwardHooks:
         self._units = engine.units
         self._engine = engine
         self._backward = backward
+        self._saving = saving
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
         self._visits = engine.visits
@@ -89,11 +93,12 @@ class ForwardHooks:
         """
         self._depth += 1
         try:
-            return forward(*args, **kwargs)
+            with self._saving.of_call():
+                return forward(*args, **kwargs)
         except BaseException as error:
             if self._depth == 1 and not in_backward():
                 self._engine.abort()  # a KeyboardInterrupt calls no hooks
-                self._engine.explain(error)
+                self._engine.memory.explain(error)
                 explain_dtypes(error, self._model, self._cast_inputs)
             raise
         finally:
@@ -102,6 +107,7 @@ class ForwardHooks:
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._depth <= 1 and not in_backward():
             self._engine.recover()
+            self._saving.rest()
             grad = torch.is_grad_enabled()
             self._engine.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
             # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is

@@ -28,7 +28,7 @@ examples:
 
 _EPILOG = """\
 Sizes are binary (1 GiB = 2**30 bytes). Every command takes --json and --help.
-Everything is read-only; nothing here can change a run.
+All is read-only, but for lease --host, --device, --disk, which ask a run.
 
 exit codes: 0 ok, 1 internal error, 2 wrong usage, 3 a negative answer,
             4 no run found, 5 the run crashed or is stalled,

@@ -9,12 +9,29 @@ from gemini.telemetry.records import ByTier, Natural, TierUse
 from gemini.telemetry.statistics import doc
 
 
+class DiskBench(Output):
+    """How the disk was measured."""
+
+    folder: str
+    file_system: str
+    is_direct: Annotated[bool, doc("Around the page cache.")]
+    request_bytes: Natural
+    depth: Annotated[Natural, doc("Requests at once.")]
+    file_bytes: Natural
+    rounds: Annotated[dict[str, list[float]], doc("Bytes per second by link, of each round.")]
+    remembered_in: Annotated[
+        str, doc("File from which trainings on this file system learn size and depth of requests.")
+    ]
+    remarks: list[str]
+
+
 class Bench(Output):
     host: str
     measured_at: float
     bytes_per_second: Annotated[dict[str, float], doc("By link, such as host_to_device.")]
     adam_elements_per_second: float
     flops_per_second: float
+    disk: DiskBench | None = None
 
 
 class TierNeed(Output):

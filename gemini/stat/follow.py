@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from gemini.lease.machine import read_machine
 from gemini.stat.rates import read_hardware
 from gemini.stat.screen import Shown, gather
 from gemini.stat.sight import read
@@ -40,7 +41,7 @@ class Follower:
             self._chunks = read_chunks(self.path, run.rank)
         if self._is_new(timeline_file(self.path, run.rank)):
             self._timeline = read_timeline(self.path, run.rank)
-        return gather(sight, self._chunks, self._timeline, self._hardware)
+        return gather(sight, self._chunks, self._timeline, self._hardware, read_machine() if run.is_live else None)
 
     def turn_to(self, rank: str) -> None:
         """Look at another rank from now on, or at all."""

@@ -197,7 +197,7 @@ class Chunk(Output):
     waste_ratio: float
     home_bytes: Natural
     full_bytes: Natural
-    homes: Annotated[dict[str, str], doc("Role to tier.")]
+    homes: Annotated[dict[str, str], doc("Role to tier, or to host+disk where the home is divided.")]
     group: str
     state: ChunkState | None
     parameters: list[str]

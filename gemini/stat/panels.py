@@ -9,7 +9,7 @@ from gemini.stat.advice import Advice
 from gemini.stat.rates import RISK_HIGH, Rates, prediction
 from gemini.stat.text import count, duration, percent, printable, seconds, size
 from gemini.telemetry.documents import states_of
-from gemini.telemetry.layout import TIERS
+from gemini.telemetry.layout import DIVIDED, TIERS
 from gemini.telemetry.records import DescribedChunk, Description, Timeline
 from gemini.telemetry.run_view import RunView
 
@@ -180,7 +180,7 @@ def homes(chunks: Sequence[DescribedChunk], width: int) -> Text:
     }
     parts = []
     for label, found in of_label.items():
-        where = "  ".join(f"{tier} {found.count(tier)}" for tier in TIERS if found.count(tier))
+        where = "  ".join(f"{tier} {found.count(tier)}" for tier in (*TIERS, DIVIDED) if found.count(tier))
         if where:
             parts.append(f"{label}: {where}")
     return Text((" " + "   ".join(parts))[:width], style="dim")

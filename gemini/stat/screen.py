@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from rich.console import Group
 from rich.text import Text
 
-from gemini.stat import panels, rank_panels
+from gemini.lease.machine import Machine
+from gemini.stat import machine_panel, panels, rank_panels
 from gemini.stat.advice import Advice, advise, advise_ranks
 from gemini.stat.over_ranks import OverRanks
 from gemini.stat.rates import Rates, rates
@@ -18,12 +19,14 @@ from gemini.telemetry.records import Description, Timeline
 from gemini.telemetry.run_status import RunStatus
 from gemini.telemetry.run_view import RunView
 
-PARTS = ("tiers", "ranks", "timeline", "chunks", "moves", "advice")
+PARTS = ("tiers", "ranks", "machine", "timeline", "chunks", "moves", "advice")
 KEYS = "q quit  r rank  t timeline  c chunks  m moves  a advice  p pause  s save  ? help"
 _DETAILS = {"moves": 4, "chunks": 3, "timeline": 6}
 """Parts that are about one rank, the most telling first, and the lines that each takes at least."""
 _ROOM_FOR_DETAILS = 30
 """With fewer lines the list of ranks takes all there are; the parts about one rank come when that is shown."""
+_MEMORIES = 3
+"""Of the machine, lines at most."""
 _TOGGLES = {"t": "timeline", "c": "chunks", "m": "moves", "a": "advice"}
 HELP = (
     "q     leave; the run goes on",
@@ -51,6 +54,8 @@ class Shown:
     advices: Sequence[Advice]
     chunks: Description | None
     timeline: Timeline | None
+    machine: Machine | None = None
+    """What runs on this machine share, while this one is among them."""
 
     @property
     def run(self) -> RunView:
@@ -86,7 +91,14 @@ class View:
         self.message = message
 
 
-def gather(sight: Sight, chunks: Description | None, timeline: Timeline | None, hardware: dict[str, float]) -> Shown:
+def gather(
+    sight: Sight,
+    chunks: Description | None,
+    timeline: Timeline | None,
+    hardware: dict[str, float],
+    machine: Machine | None = None,
+) -> Shown:
+    """What is known about a run, with what follows from it."""
     run = sight.run
     found = rates(run, hardware)
     over = None if sight.ranks is None else OverRanks.of(sight.ranks)
@@ -98,6 +110,7 @@ def gather(sight: Sight, chunks: Description | None, timeline: Timeline | None, 
         advices=advices if over is None else advise_ranks(advices, over),
         chunks=chunks,
         timeline=timeline,
+        machine=machine if machine is not None and machine.leases else None,
     )
 
 
@@ -161,6 +174,7 @@ def _parts(shown: Shown, view: View, width: int, height: int, plain: bool) -> li
         blocks["tiers"] = [title, *rank_panels.tiers(shown.over_ranks, width, plain)]
         few = height < _ROOM_FOR_DETAILS
         blocks["ranks"] = _ranks(shown.over_ranks, width, max(2, height - (14 if few else 30)), plain)
+    blocks["machine"] = [] if shown.machine is None else _machine(shown.machine, width, plain)
     blocks["moves"] = [panels.heading(_moves_title(shown), width, plain), *panels.moves(shown.rates, width)]
     limit = 4 if height >= 34 else 1
     blocks["advice"] = [
@@ -197,6 +211,11 @@ def _that_fit(wanted: Sequence[str], blocks: Mapping[str, Sequence[Text]], heigh
             kept.append(part)
             left -= lines
     return [part for part in wanted if part in kept]
+
+
+def _machine(machine: Machine, width: int, plain: bool) -> list[Text]:
+    title = panels.heading("memory of the machine", width, plain, "gemini-stat lease")
+    return [title, *machine_panel.memories(machine, width)[:_MEMORIES]]
 
 
 def _ranks(over: OverRanks, width: int, most: int, plain: bool) -> list[Text]:

@@ -36,13 +36,11 @@ class Unfreezing:
     ----------
     engine
         Plans the moves of the chunks, and takes their gradients.
-    config, packing
-        What the model was boosted with, and what was decided then.
+    config
+        What the model was boosted with.
     """
 
-    def __init__(self, engine: Engine, config: GeminiConfig, packing: Packing) -> None:
-        self.packing = packing
-        """The plans of the chunks, as they are now."""
+    def __init__(self, engine: Engine, config: GeminiConfig) -> None:
         self._manager = engine.manager
         self._engine = engine
         self._config = config
@@ -51,10 +49,14 @@ class Unfreezing:
     def _is_shared(self) -> bool:
         return not self._manager.together.communicator.owner.is_alone
 
+    @property
+    def packing(self) -> Packing:
+        """The plans of the chunks, as they are now."""
+        return self._engine.memory.packing
+
     def adopt(self, plans: Sequence[ChunkPlan]) -> None:
         """Some chunks have other homes now."""
-        self.packing = self.packing.with_plans(plans)
-        self._engine.rebuilt(self.packing)
+        self._engine.memory.adopt(self.packing.with_plans(plans))
 
     def admit_all(self, optimizer: ManagedOptimizer, kept: KeptStates) -> None:
         """Admit parameters that were frozen when the model was boosted, are in a group, and have got a gradient."""
@@ -122,8 +124,7 @@ class Unfreezing:
         with _requiring_gradients(admitted):
             watch_gradients(self._engine, admitted)
         if rebuilt:
-            self.packing = self.packing.with_plans(rebuilt)
-            self._engine.rebuilt(self.packing)
+            self.adopt(rebuilt)
 
     def _plans(self, chunks: Sequence[Chunk], slots: tuple[BufferSpec, ...], index: int) -> tuple[ChunkPlan, ...]:
         """Plans for the same parameters at the same places, with masters, gradients and states.
@@ -189,7 +190,8 @@ def fill_states(rule: Rule, chunk: Chunk) -> None:
 
 def _disk_bytes(chunks: Iterable[Chunk]) -> int:
     """Bytes on DISK of the masters of chunks that have them there."""
-    return sum(on_tier(chunk.homes[MASTER].nbytes, Tier.DISK) for chunk in chunks)
+    masters = [part for chunk in chunks for part in chunk.homes[MASTER].parts]
+    return sum(on_tier(part.nbytes, Tier.DISK) for part in masters if part.tier is Tier.DISK)
 
 
 def _listed(slots: Any) -> str:

@@ -7,6 +7,8 @@ VERSION = 1
 """Major version of the records. A reader refuses a newer one; new fields and record types do not raise it."""
 
 TIERS = ("device", "host", "disk")
+DIVIDED = "host+disk"
+"""Where a home is that is divided between two of them."""
 HEARTBEAT_SECONDS = 2.0
 RUN_FILE = "run.json"
 GENERATIONS = 8
@@ -22,6 +24,11 @@ def runs_folder() -> Path:
     # The XDG specification: a relative path is to be ignored.
     base = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
     return base / "gemini-memory" / "runs"
+
+
+def disks_folder() -> Path:
+    """Where it is remembered how this machine's disks are best asked, a file for each file system."""
+    return runs_folder().parent / "disks"
 
 
 def records_file(run: Path, rank: int) -> Path:

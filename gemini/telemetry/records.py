@@ -166,7 +166,7 @@ class DescribedChunk(Fields):
     numel: Natural
     used_numel: Annotated[Natural, doc("Elements that are no padding.")]
     full_bytes: Annotated[Natural, doc("Of its full copy.")]
-    homes: Annotated[dict[str, str], doc("Role to tier.")]
+    homes: Annotated[dict[str, str], doc("Role to tier, or to host+disk where the home is divided.")]
     home_bytes: Annotated[dict[str, Natural], doc("Role to bytes.")]
     group: str
     extent: Annotated[

@@ -54,6 +54,12 @@ NEEDS = Family("needs", "Times a unit needed a chunk, by whether it was there.",
 WAITS = Family("wait_seconds", "Time that units waited for chunks of a tier.", "counter", "tier")
 UPLOADS = Family("upload_bytes", "Bytes of full copies, by the tier they came from.", "counter", "tier")
 
+RETURNS = Family(
+    "activation_needs", "Times backward needed saved memory, by whether it was there.", "counter", "outcome"
+)
+BELOW = Family("activation_below_bytes", "Saved memory that is below the tier that computes.", "gauge", "tier")
+ACTIVATION_WAITS = Family("activation_wait_seconds", "Time that saved memory was waited for.", "counter", "way")
+
 
 class Group(Struct):
     """Statistics whose keys begin with the same word; None is unknown."""
@@ -151,6 +157,27 @@ class Uploads(Group):
     disk_seconds: Annotated[Real, doc("Time of copies from disk.")]
 
 
+class Activations(Group):
+    """Storages of tensors saved for backward that could leave the memory that computes, and what became of them."""
+
+    saved_bytes: Annotated[Whole, doc("Bytes that graphs have saved and that could leave.")]
+    leave_count: Annotated[Whole, counter("activations_left", "Storages that left for a tier below.")]
+    leave_bytes: Annotated[Whole, counter("activation_left_bytes", "Bytes that left for a tier below.")]
+    return_count: Annotated[Whole, counter("activations_returned", "Storages that came back.")]
+    return_bytes: Annotated[Whole, counter("activation_returned_bytes", "Bytes that came back.")]
+    hit_count: Annotated[Whole, RETURNS.sample("Times one was there when backward needed it.", "hit")]
+    late_count: Annotated[Whole, RETURNS.sample("Times one was still on its way.", "late")]
+    miss_count: Annotated[Whole, RETURNS.sample("Times one had to be asked for.", "miss")]
+    refuse_count: Annotated[Whole, doc("Storages that stayed because there was no room below, or writing failed.")]
+    leave_wait_seconds: Annotated[Real, ACTIVATION_WAITS.sample("Time that forward waited for some to leave.", "leave")]
+    return_wait_seconds: Annotated[
+        Real, ACTIVATION_WAITS.sample("Time that backward waited for some to return.", "return")
+    ]
+    host_bytes: Annotated[Whole, BELOW.sample("Bytes on the host now.", "host")]
+    disk_bytes: Annotated[Whole, BELOW.sample("Bytes on disk now.", "disk")]
+    below_peak_bytes: Annotated[Whole, doc("The most on the host and on disk together so far.")]
+
+
 class NonModel(Group):
     peak_bytes: Annotated[Whole, gauge("non_model_peak_bytes", "The most activations and temporaries so far.")]
 
@@ -188,6 +215,7 @@ GROUPS: Mapping[str, type[Group]] = {
     "chunk": Chunks,
     "placement": Placement,
     "model_data": ModelDataAndShadows,
+    "activation": Activations,
     "non_model": NonModel,
     "need": Needs,
     "move": Moves,

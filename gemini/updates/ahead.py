@@ -178,7 +178,7 @@ class UpdatesAhead:
     def _arrival_of_gradients(self, chunk: Chunk) -> Callable[[], None]:
         assert chunk.gradient is not None and chunk.gradient.buffer is not None
         device = self._manager.device
-        if chunk.gradient.buffer.tensor is not None:
+        if not chunk.gradient.is_file:
             return _nothing  # the update waits for downloads
         if device.is_ram:
             return device.synchronize  # on the thread that reads: backward goes on

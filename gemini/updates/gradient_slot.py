@@ -10,6 +10,7 @@
 """
 
 from enum import Enum, auto
+from functools import partial
 from weakref import ref
 
 import torch
@@ -46,6 +47,10 @@ _TRANSITIONS: dict[GradState, frozenset[GradState]] = {
 }
 
 
+class Watching(partial[None]):
+    """A hook of ours on a parameter. It holds weakly what it leads to: see `runtime.arrivals`."""
+
+
 class GradientSlot:
     """The gradient of one parameter, in its chunk and in ``p.grad``.
 
@@ -57,18 +62,31 @@ class GradientSlot:
         Shown in its place; None where it can be shown itself.
     """
 
-    __slots__ = ("_held", "_shown", "chunk", "parameter", "position", "stand_in", "state")
+    __slots__ = (
+        "__weakref__",
+        "_held",
+        "_makes_way",
+        "_shown",
+        "chunk",
+        "parameter",
+        "position",
+        "stand_in",
+        "state",
+    )
 
     def __init__(self, chunk: Chunk, position: int, parameter: Tensor, stand_in: AbsentGradient | None) -> None:
         self.chunk = chunk
         self.position = position
         self.parameter = parameter
-        self.stand_in = stand_in
+        self.stand_in: AbsentGradient | None = None
         self.state = GradState.ABSENT
         self._shown: Tensor | None = None
         """What ``p.grad`` was last set to; the user may have set it to another tensor since."""
         self._held: Tensor | ref[Tensor] | None = None
         """The tensor that was in ``p.grad`` when a step read it: the user's, or (weak) one that somebody has."""
+        self._makes_way = False
+        """Autograd tells before it adds to ``p.grad``."""
+        self.stand_in_with(stand_in)
 
     @property
     def name(self) -> str:
@@ -99,6 +117,16 @@ class GradientSlot:
         To be asked within `QUIET`.
         """
         return self.parameter.grad is not self._shown or self.buffer.has_moved(self.position)
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """True if an update has the gradient, or it is about to move."""
+        return self.state is GradState.WITHDRAWN
+
+    @property
+    def is_theirs(self) -> bool:
+        """True if a tensor of the user's is in ``p.grad``, as far as we have been told."""
+        return self.state in (GradState.THEIRS, GradState.READ)
 
     @property
     def is_used_up(self) -> bool:
@@ -193,7 +221,9 @@ class GradientSlot:
             self.buffer.write(self.position, self.buffer.renew(self.position))
             self._show(GradState.SHOWN)
         else:
-            self.put(gradient, is_whole=True, state=GradState.READ if was_theirs else GradState.SHOWN)
+            # Detached: another tensor over its memory, by which the chunk knows that it has to copy.
+            state = GradState.READ if was_theirs else GradState.SHOWN
+            self.put(gradient.detach(), is_whole=True, state=state)
             self._held = gradient if was_theirs else ref(gradient)
 
     def replace(self, gradient: Tensor | None) -> None:
@@ -201,6 +231,9 @@ class GradientSlot:
         if self.state is GradState.WITHDRAWN:
             self.forget()
         self._held = None
+        if gradient is None and self._shown is not None and self.stand_in is None:
+            self.forget()  # at once: its memory is free then, as in plain PyTorch
+            self._shown = None
         if gradient is not None and gradient is not self._shown:
             self._move_to(GradState.THEIRS)
         else:
@@ -245,6 +278,17 @@ class GradientSlot:
             self.forget()  # what counts is that tensor, with what the user does to it
             self._end(GradState.THEIRS if is_theirs else GradState.ABSENT)
 
+    def stand_in_with(self, stand_in: AbsentGradient | None) -> None:
+        """Show this in the gradient's place from now on; None: itself."""
+        self.stand_in = stand_in
+        if stand_in is None or self._makes_way:
+            return
+        parameter, self._makes_way = self.parameter, True
+        is_trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # of one that is frozen just now autograd tells nothing
+        parameter.register_hook(Watching(_arriving, ref(self)))
+        parameter.requires_grad_(is_trained)
+
     def _show(self, state: GradState) -> None:
         shown = self.stand_in if self.stand_in is not None else self.buffer.view(self.position)
         assert shown is not None
@@ -279,3 +323,10 @@ class GradientSlot:
         if state is not self.state and state not in _TRANSITIONS[self.state]:
             raise StateError(f"the gradient of {self.name}: {self.state.name} -> {state.name} is not a transition")
         self.state = state
+
+
+def _arriving(of: "ref[GradientSlot]", gradient: Tensor) -> None:
+    """Autograd is about to add to ``p.grad``."""
+    slot = of()
+    if slot is not None:
+        slot.make_way()

@@ -15,11 +15,11 @@ had put it there. So is one that has a graph of its own (``create_graph=True``),
 `GradientSlot` has the states of one parameter.
 """
 
-from collections.abc import Container, Sequence, Set
+from collections.abc import Container, Iterable, Sequence, Set
 
 from torch import Tensor
 
-from ..chunk import QUIET, Chunk, ChunkManager
+from ..chunk import QUIET, Chunk, ChunkManager, GradientTensors, Room
 from ..tensor_parallel import is_sharded
 from .absent_gradient import BOOST_WITHOUT, AbsentGradient
 from .gradient_slot import GradientSlot
@@ -79,13 +79,13 @@ class Gradients:
         assert chunk.gradient is not None
         if is_sharded(parameter):
             return AbsentGradient.of(parameter, "it is this rank's part of the gradient of a DTensor")
-        view, buffer = chunk.gradient.view(position), chunk.gradient.buffer
-        if view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device):
+        if chunk.gradient.can_show(parameter):
             return None
+        buffer = chunk.gradient.buffer
         assert buffer is not None
         if chunk.is_shared:
             return AbsentGradient.of(parameter, "it is summed over the processes that train the model together")
-        where = buffer.tier.value if buffer.tensor is None else str(buffer.tensor.device)
+        where = buffer.tier.value if isinstance(buffer, Room) or buffer.tensor is None else str(buffer.tensor.device)
         return AbsentGradient.of(parameter, f"it is kept on {where}, and the parameter is on {parameter.device}")
 
     # -- updates ahead of the step
@@ -160,6 +160,33 @@ class Gradients:
         if self.follows(parameter):
             self._slots[id(parameter)].replace(gradient)
 
+    # -- homes that move
+
+    def give_way(self, chunk: Chunk) -> bool:
+        """Show gradients of a chunk no more, as they are about to move; False if somebody holds one, so they stay.
+
+        `moved` shows them again.
+        """
+        gradient, slots = chunk.gradient, self._of_chunk.get(chunk, ())
+        if gradient is None or not gradient.present:
+            return True
+        with QUIET():
+            is_theirs = any(slot.is_theirs or slot.is_replaced for slot in slots if not slot.is_withdrawn)
+        if gradient.is_borrowed or chunk.is_shared or is_theirs or isinstance(gradient, GradientTensors):
+            return False
+        self._withdraw(chunk)
+        if gradient.is_held:
+            self.reveal(chunk)
+            return False
+        return True
+
+    def moved(self, chunks: Iterable[Chunk]) -> None:
+        """Gradients of these chunks may be elsewhere since `give_way`."""
+        for chunk in chunks:
+            for slot in self._of_chunk.get(chunk, ()):
+                slot.stand_in_with(self._stand_in(chunk, slot.position, slot.parameter))
+            self.reveal(chunk)
+
     def show(self, parameter: Tensor) -> None:
         """The user asks for ``p.grad``: have it there, as a copy if need be, for which there must be memory."""
         slot = self._slots.get(id(parameter))
@@ -176,6 +203,9 @@ class Gradients:
 
     def hand_over(self, chunk: Chunk) -> None:
         """From now on the chunk's gradients are the optimizer's."""
+        self._withdraw(chunk)
+
+    def _withdraw(self, chunk: Chunk) -> None:
         for slot in self._of_chunk.get(chunk, ()):
             slot.withdraw()
         self._withdrawn.add(chunk)

@@ -31,6 +31,7 @@ from ..chunk import (
     BufferSpec,
     Caller,
     Chunk,
+    GradientTensors,
     Staging,
     Tier,
     start_workers,
@@ -58,6 +59,12 @@ class Run:
     start: int
     stop: int
     at_step: BoundUpdate
+    gradient: Tensor | None = None
+    """Their gradient (flat) where it is not in the chunk's buffer."""
+
+    def gradient_of(self, start: int, stop: int) -> Tensor | None:
+        """The part of `gradient` for some of the elements."""
+        return None if self.gradient is None else self.gradient.narrow(0, start - self.start, stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,8 @@ class Block:
     offset: int
     """Of its elements in staging, so that they lie there as they lie in the file."""
     at_step: BoundUpdate
+    gradient: Tensor | None = None
+    """See `Run`."""
     staged: dict[str, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     computed_numel: int = 0
@@ -105,14 +114,16 @@ class Block:
         if self.update.trial is not None:
             return self.update.trial.sources
         chunk = self.update.chunk
-        if self.at_step is UNCHANGED:
+        if self.at_step is UNCHANGED or self.gradient is not None:
             return chunk.homes
-        assert chunk.gradient is not None and chunk.gradient.buffer is not None
+        assert chunk.gradient is not None and not isinstance(chunk.gradient, GradientTensors)
+        assert chunk.gradient.buffer is not None
         return {**chunk.homes, GRADIENT: chunk.gradient.buffer}
 
     def to_borrow(self) -> list[str]:
         """What still needs staging."""
-        return [name for name, buffer in self.buffers().items() if buffer.tensor is None and name not in self.staged]
+        buffers = self.buffers().items()
+        return [name for name, home in buffers if name not in self.staged and self._in_memory(name, home) is None]
 
     @property
     def written(self) -> list[str]:
@@ -147,9 +158,15 @@ class Block:
 
     def tensor(self, name: str, buffer: Buffer) -> Tensor:
         """The elements of this block, in memory."""
-        if buffer.tensor is not None:
-            return buffer.tensor[self.at_home(name)]
-        return self.staged[name].view(buffer.dtype)[self.within(name, self.offset, self.offset + self.numel)]
+        if name in self.staged:
+            return self.staged[name].view(buffer.dtype)[self.within(name, self.offset, self.offset + self.numel)]
+        there = self._in_memory(name, buffer)
+        assert there is not None
+        return there
+
+    def _in_memory(self, name: str, buffer: Buffer) -> Tensor | None:
+        part = self.at_home(name)
+        return buffer.in_memory(part.start, part.stop)
 
     def at_home(self, name: str) -> slice:
         """Where a buffer has the elements of this block."""
@@ -167,6 +184,8 @@ class Block:
         if self.update.trial is None:
             self.update.chunk.homes.before_change(self.start, self.stop)
         tensors = {name: self.tensor(name, buffer) for name, buffer in self.buffers().items()}
+        if self.gradient is not None:
+            tensors[GRADIENT] = self.gradient
         if self.update.out is not None:
             tensors[_REFRESHED] = self.update.out[self.start : self.stop]
         step = self.at_step.atomic_numel(tensors[MASTER].device) or self.numel

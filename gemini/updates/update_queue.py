@@ -6,10 +6,12 @@ was computed but not written is kept), the error surfaces at the next wait, whic
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..chunk import Caller, Chunk, Staging, close_in_background, pieces, start_workers
 from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Rule
@@ -92,16 +94,17 @@ class UpdateQueue:
         """Do what has not begun in this order of chunks."""
         self._pipeline.arrange({chunk: rank for rank, chunk in enumerate(chunks)})
 
-    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, BoundUpdate]]:
+    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, BoundUpdate, Tensor | None]]:
         gradient = update.chunk.gradient
-        homes = [*update.chunk.homes.values(), None if gradient is None else gradient.buffer]
-        streams = any(home is not None and home.tensor is None for home in homes)
+        streams = any(home.tensor is None for home in update.chunk.homes.values())
+        streams = streams or (gradient is not None and gradient.is_file)
         size = self._staging.block_numel if streams and self._staging is not None else update.chunk.layout.numel
-        first = update.chunk.extent.start
+        first, boundaries = update.chunk.extent.start, update.chunk.plan.boundaries
         return [
-            (first + start, first + stop, offset, run.at_step)
+            (first + start, first + stop, offset, run.at_step, run.gradient_of(first + start, first + stop))
             for run in update.runs
-            for start, stop, offset in pieces(run.start - first, run.stop - first, size)
+            for part in _divided(run.start - first, run.stop - first, boundaries)
+            for start, stop, offset in pieces(*part, size)
         ]
 
     @property
@@ -144,3 +147,8 @@ class UpdateQueue:
     def _end(self) -> None:
         self._thread.shutdown(wait=True)
         self._pipeline.close()
+
+
+def _divided(start: int, stop: int, boundaries: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut ``[start, stop)`` at boundaries: what is in memory on one side of them needs no staging."""
+    return pairwise((start, *(each for each in boundaries if start < each < stop), stop))

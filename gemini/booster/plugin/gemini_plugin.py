@@ -93,6 +93,10 @@ class GeminiPlugin(DPPluginBase):
     quantize
         Keep frozen linear layers in fewer bits: ``"nf4"`` (0.5625 bytes a parameter), ``"int8"`` (1.0625), or a
         `gemini.Quantization`, which also says which layers. `Booster.enable_lora` takes the same argument.
+    activation_policy
+        What becomes of the tensors that the model saves for its backward: ``"keep"``, or ``"offload"``: they leave for
+        RAM (from a device of its own) or for ``offload_dir`` while forward runs, and come back ahead of backward. Same
+        numbers; it buys longer sequences and larger batches.
     process_group
         The ranks that train the model together: a group, or a ``DeviceMesh`` of one dimension, or of two (replicate,
         shard); None for all of them. All build the same model, call `Booster.boost`, and take the same steps.
@@ -167,6 +171,7 @@ class GeminiPlugin(DPPluginBase):
         update_in_backward: bool = False,
         split_master: bool = False,
         quantize: str | Quantization | None = None,
+        activation_policy: str = "keep",
         telemetry: bool | str | Path = True,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         hybrid_shard_size: int | None = None,
@@ -218,6 +223,7 @@ class GeminiPlugin(DPPluginBase):
             update_in_backward=update_in_backward,
             split_master=split_master,
             quantization=Quantization.of(quantize),
+            activation_policy=activation_policy,
             force_outputs_fp32=force_outputs_fp32,
             steady_device_ratio=steady_cuda_cap_ratio,
             warmup_non_model_ratio=warmup_non_model_data_ratio,

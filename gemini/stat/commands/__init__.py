@@ -7,6 +7,7 @@ MODULES = {
     "dmon": "gemini.stat.commands.dmon",
     "chunks": "gemini.stat.commands.chunks",
     "timeline": "gemini.stat.commands.timeline",
+    "lease": "gemini.stat.commands.lease",
     "wait": "gemini.stat.commands.wait",
     "check": "gemini.stat.commands.check",
     "verify": "gemini.stat.commands.verify",
@@ -33,6 +34,7 @@ SUMMARY = """\
   estimate    what a model will need, before anything is allocated
   explain-oom what there was when memory ran out, and what would have helped
   bench       measure this machine, for estimate and the live screen
+  lease       who holds what of this machine's memory; ask a run to change
   wait        block until a run is finished, steady, or at a step
   check       thresholds for CI
   verify      are the files of a checkpoint as they were written?

@@ -85,7 +85,7 @@ def _state_of(letter: str) -> ChunkState | None:
 
 
 def _matches(row: Chunk, options: argparse.Namespace) -> bool:
-    if options.tier is not None and row.homes.get("master") != options.tier:
+    if options.tier is not None and options.tier not in row.homes.get("master", "").split("+"):
         return False
     if options.state is not None and row.state != options.state.replace("-", " "):
         return False

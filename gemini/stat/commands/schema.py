@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from gemini.stat import estimate_outputs, outputs
+from gemini.stat import estimate_outputs, lease_outputs, outputs
 from gemini.stat.console import SCHEMA_VERSION, Exit, Usage
 from gemini.telemetry.schema import records_schema, schema
 from gemini.telemetry.statistics import doc
@@ -29,6 +29,8 @@ OUTPUTS: Mapping[str, type[outputs.Output]] = {
     "bench": estimate_outputs.Bench,
     "estimate": estimate_outputs.Estimate,
     "explain_oom": estimate_outputs.Explanation,
+    "lease": lease_outputs.MachineState,
+    "lease_asked": lease_outputs.LeaseAnswer,
     "export": outputs.Export,
     "report": outputs.Report,
     "serve": outputs.Address,

@@ -23,7 +23,9 @@ HELP = "The live screen: tiers, one step by moment, the chunk map, moves, waits,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", "--interval", type=float, default=1.0, metavar="S", help="seconds between looks (1)")
     parser.add_argument("-1", "--once", action="store_true", help="one screen, without keys")
-    parser.add_argument("--only", metavar="PARTS", help="tiers,ranks,timeline,chunks,moves,advice")
+    parser.add_argument(
+        "--only", metavar="PARTS", help="some of: tiers, ranks, machine, timeline, chunks, moves, advice"
+    )
 
 
 def run(options: argparse.Namespace) -> Exit:

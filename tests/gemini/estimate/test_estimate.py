@@ -13,17 +13,20 @@ from torch import nn
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.chunk import MemoryMap, Tier
+from gemini.chunk import MemoryMap, Requests, Tier, tuned
+from gemini.chunk.disk_tuning import LEAST_TIER_BYTES
 from gemini.config import GeminiConfig
 from gemini.estimate import floor
 from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
 from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes, streamed_bytes
+from gemini.estimate.disk_bench import file_system
 from gemini.estimate.solve import largest, solve_batch_size, solve_memory
 from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
 from gemini.stat.cli import main
 from gemini.stat.commands.schema import output_schema
+from gemini.telemetry.layout import disks_folder
 
 GPT2 = ["gpt2", "--set", "n_embd=64", "--set", "n_head=4", "--set", "n_layer=5", "--set", "vocab_size=256"]
 SIZES = {"n_embd": 64, "n_head": 4, "n_layer": 5, "vocab_size": 256}
@@ -278,16 +281,43 @@ def test_split_masters_take_less_and_are_among_the_arguments(capsys: pytest.Capt
         assert reason in capsys.readouterr().err
 
 
-def test_bench_measures_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_measures_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "hardware.json"
-    assert main(["bench", str(tmp_path), "--numel", "65536", "-o", str(file), "--json"]) == 0
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    small = ("--numel", "65536", "--disk-size", "32MiB")
+    assert main(["bench", str(tmp_path), *small, "-o", str(file), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     schema = output_schema()
     jsonschema.Draft202012Validator({"$ref": "#/$defs/bench", "$defs": schema["$defs"]}).validate(content)
-    assert set(content["bytes_per_second"]) >= {"host_to_device", "disk_to_host", "host_to_disk"}
+    assert set(content["bytes_per_second"]) >= {"host_to_device", "disk_to_host", "host_to_disk", "disk_mixed"}
     assert all(value > 0 for value in content["bytes_per_second"].values())
     assert json.loads(file.read_text())["flops_per_second"] == content["flops_per_second"]
+    disk = content["disk"]
+    assert disk["file_bytes"] == 32 << 20 and disk["folder"] == str(tmp_path)
+    assert all(len(rounds) == 3 for rounds in disk["rounds"].values())
+    # The next training on this disk asks it as it was found to be best.
+    remembered = json.loads(Path(disk["remembered_in"]).read_text())
+    assert (remembered["nbytes"], remembered["depth"]) == (disk["request_bytes"], disk["depth"])
+    assert tuned(tmp_path, LEAST_TIER_BYTES, disks_folder()) == Requests(disk["request_bytes"], disk["depth"])
     assert main(["bench", "/proc/no", "--numel", "65536"]) == 2
+    assert "/proc/no" in capsys.readouterr().err
+    assert main(["bench", str(tmp_path), "--numel", "65536", "--disk-size", "a lot"]) == 2
+    assert "--disk-size" in capsys.readouterr().err
+
+
+def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "22 1 8:1 / / rw - ext4 /dev/a rw\n"
+        f"23 22 0:5 / {tmp_path} rw - xfs /dev/b rw\n"
+        f"24 23 0:6 / {tmp_path}/with\\040blank rw shared:1 - tmpfs none rw\n"
+    )
+    assert file_system(tmp_path / "with blank" / "x", mounts) == "tmpfs"
+    assert file_system(tmp_path / "other", mounts) == "xfs"
+    assert file_system(Path("/"), mounts) == "ext4"
+    assert file_system(tmp_path, tmp_path / "none") == "unknown"
 
 
 @pytest.mark.parametrize("nbytes", [1025, 64 << 20, (64 << 20) + 1, 215_353_344])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from gemini.lease import holder
 from gemini.lease.folder import LeaseFolder
 from gemini.lease.holder import Holder, Holds, own_standing, with_growth
 from gemini.lease.limits import Limit, disk_limit, ram_limits, shared_ram_limits
@@ -21,26 +22,31 @@ def limit(free: int, shared: bool = True) -> Limit:
     return Limit("a limit", free, 64 * GIB, shared, "the pool")
 
 
-def standing(started: float, floor: int, wish: int, held: int, used: int = 0, grown: int = 0, **more: int) -> Standing:
-    holding = Holding(pools=("the pool",), floor=floor, wish=wish, held=held, used=used, grown=grown)
+def standing(started: float, floor: int, wish: int, held: int, grown: int = 0, **more: int) -> Standing:
+    holding = Holding(pools=("the pool",), floor=floor, wish=wish, held=held, grown=grown)
     pid = more.pop("pid", int(started))
     return Standing(job="job", program="p", pid=pid, started=started, holdings={HOST: holding}, **more)
 
 
 def test_what_runs_have_taken_belongs_to_what_they_share() -> None:
-    pool = Pool.of(limit(5 * GIB), HOST, {"a": standing(1, 0, 9 * GIB, 4 * GIB, used=3 * GIB, grown=3 * GIB)})
+    pool = Pool.of(limit(5 * GIB), HOST, {"a": standing(1, 0, 9 * GIB, 4 * GIB, grown=3 * GIB)})
     assert pool.total == 8 * GIB
     assert pool.promised == 4 * GIB
     assert pool.left_for("b") == 4 * GIB
 
 
 def test_a_users_own_data_are_not_to_be_shared() -> None:
-    pool = Pool.of(limit(5 * GIB), HOST, {"a": standing(1, 0, 9 * GIB, 4 * GIB, used=GIB, grown=7 * GIB)})
-    assert pool.total == 6 * GIB
+    pool = Pool.of(limit(5 * GIB), HOST, {"a": standing(1, 0, 9 * GIB, 4 * GIB, grown=7 * GIB)})
+    assert pool.total == 9 * GIB
+
+
+def test_what_a_limit_of_one_process_counts_is_taken_of_that_limit() -> None:
+    of_process = {"a": standing(1, 0, 9 * GIB, 4 * GIB, grown=GIB)}
+    assert Pool.of(limit(5 * GIB, shared=False), HOST, of_process, grown=3 * GIB).total == 8 * GIB
 
 
 def test_leases_of_one_process_share_what_it_has_taken() -> None:
-    both = {name: standing(i, 0, GIB, GIB, used=GIB, grown=3 * GIB, pid=7) for i, name in enumerate("ab")}
+    both = {name: standing(i, 0, GIB, GIB, grown=3 * GIB, pid=7) for i, name in enumerate("ab")}
     assert Pool.of(limit(0), HOST, both).total == 2 * GIB
 
 
@@ -85,15 +91,16 @@ def test_growth_counts_from_where_the_lease_began() -> None:
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Iterator[tuple[Holder, Holder]]:
-    """Two holders in this process, under one limit of 8 GiB."""
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Holder, Holder]]:
+    """Two holders in this process, which takes nothing, under one limit of 8 GiB."""
+    monkeypatch.setattr(holder, "private_ram", lambda *_, **__: 1)
     found = tuple(
         Holder({HOST: lambda: [limit(8 * GIB)]}, own_standing(name, "p", 0, 1), LeaseFolder(tmp_path / "leases"))
         for name in "ab"
     )
     yield found  # type: ignore[misc]
-    for holder in found:
-        holder.end()
+    for each in found:
+        each.end()
 
 
 def test_a_second_holder_finds_what_the_first_leaves_and_its_share(two: tuple[Holder, Holder]) -> None:

@@ -44,8 +44,18 @@ def test_a_machine_that_counts_nothing_has_no_pressure(tmp_path: Path) -> None:
 def test_pressure_is_what_came_since_the_last_look(tmp_path: Path, file: str) -> None:
     write(tmp_path, "proc/self/cgroup", "0::/a\n")
     write(tmp_path, file, PSI.format(10_000_000))
+    write(tmp_path, "proc/meminfo", "MemTotal: 100 kB\nMemAvailable: 19 kB\n")
     gauge = PressureGauge(tmp_path)
     assert not gauge.is_pressed(0.0)
     write(tmp_path, file, PSI.format(10_500_000))
     assert gauge.is_pressed(1.0)
     assert not gauge.is_pressed(2.0)
+
+
+def test_stalls_where_much_is_free_have_other_reasons(tmp_path: Path) -> None:
+    write(tmp_path, "proc/meminfo", "MemTotal: 100 kB\nMemAvailable: 30 kB\n")
+    write(tmp_path, "proc/pressure/memory", PSI.format(10_000_000))
+    gauge = PressureGauge(tmp_path)
+    assert not gauge.is_pressed(0.0)
+    write(tmp_path, "proc/pressure/memory", PSI.format(11_000_000))
+    assert not gauge.is_pressed(1.0)

@@ -202,7 +202,7 @@ def check_room(model: nn.Module, packing: Packing, capacities: Capacities) -> No
         assert held(packing, Tier.DEVICE) + ring <= nbytes[Tier.DEVICE]
         assert held(packing, Tier.HOST) + staging <= nbytes[Tier.HOST]
     assert held(packing, Tier.DISK) <= nbytes[Tier.DISK]
-    assert (packing.staging_block_numel > 0) == (held(packing, Tier.DISK) > 0)
+    assert packing.staging_block_numel > 0 or not held(packing, Tier.DISK)
 
 
 def test_with_room_for_all_on_one_ram_nothing_goes_to_disk() -> None:

@@ -121,7 +121,7 @@ def test_homes_leave_room_for_each_unit_staging_and_borrowed_gradients(problem: 
         assert at_once <= problem.capacity.nbytes[memory.compute_tier]
         assert sum(of_chunks.values()) <= found.sibling_peak_bytes
     assert all(needed[tier] <= problem.capacity.nbytes[tier] for tier in memory.pools)
-    assert (found.staging_block_numel > 0) == placement.uses_disk
+    assert found.staging_block_numel > 0 or not placement.uses_disk
 
 
 @settings(deadline=None, max_examples=500)

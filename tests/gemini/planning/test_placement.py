@@ -81,10 +81,11 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     assert [homes.keys() - {SHADOW} for homes in placement.homes] == [set(need.buffers) for need in needs]
     for tier in Tier:
         held = sum(
-            need.nbytes(name, tier)
+            nbytes
             for need, homes in zip(needs, placement.homes, strict=True)
-            for name in homes
-            if homes[name] is tier
+            for name, where in homes.items()
+            for at, nbytes in need.parts(name, where)
+            if at is tier
         )
         assert placement.nbytes[tier] == held
     assert placement.uses_disk == (placement.nbytes[Tier.DISK] > 0)
@@ -146,7 +147,7 @@ def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: l
     for name in (MASTER, GRADIENT, "exp_avg", "exp_avg_sq"):
         for need, homes in zip(needs, placement.homes, strict=True):
             if homes.get(name) is Tier.HOST:
-                taken += need.nbytes(name, Tier.HOST)
+                taken += need.buffers[name]
             elif homes.get(name) is Tier.DISK:
                 assert taken + need.buffers[name] > room.nbytes[Tier.HOST]
 

@@ -121,8 +121,9 @@ def check_placement(instance: Instance, placement: Placement) -> int:
     room, held = instance.room, Counter[Tier]()
     for need, homes in zip(instance.needs, placement.homes, strict=True):
         assert need.buffers.keys() <= homes.keys()
-        for role, tier in homes.items():
-            held[tier] += need.nbytes(role, tier)
+        for role, where in homes.items():
+            for tier, nbytes in need.parts(role, where):
+                held[tier] += nbytes
     assert all(held[tier] == placement.nbytes[tier] for tier in Tier)
     host = held[Tier.HOST] + (room.staging_bytes if held[Tier.DISK] else 0)
     assert held[Tier.DISK] <= room.nbytes[Tier.DISK]

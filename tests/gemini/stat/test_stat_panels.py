@@ -15,10 +15,12 @@ def test_every_optimizer_state_is_counted_where_it_is() -> None:
     chunks = [
         chunk(master="device", exp_avg="device", exp_avg_sq="device", gradient="device"),
         chunk(master="host", exp_avg="host", exp_avg_sq="disk", gradient="host"),
-        chunk(master="host", exp_avg="disk", exp_avg_sq="disk", gradient="host"),
+        chunk(master="host", exp_avg="host+disk", exp_avg_sq="disk", gradient="host"),
     ]
     line = panels.homes(chunks, 120).plain
-    assert line == " masters: device 1  host 2   states: device 2  host 1  disk 3   gradients: device 1  host 2"
+    assert line == (
+        " masters: device 1  host 2   states: device 2  host 1  disk 2  host+disk 1   gradients: device 1  host 2"
+    )
 
 
 def test_what_moves_is_apart_from_what_waits_however_long_it_is() -> None:

@@ -1,0 +1,239 @@
+"""One visit of a unit whose saved tensors are computed again in backward.
+
+The scheme is that of ``torch.utils.checkpoint`` without reentrant autograd: tensors are numbered as forward saves them,
+and when backward asks for the first one the forward runs again and the same numbers are filled in, up to the last.
+
+Two things are different, which is why it is not torch's own that is called. *It is decided at the end of the forward*:
+until then what was saved is held, and where the forward turns out to have changed what it would need to run again (an
+input in place, a tensor of its module) it stays as it was saved. So no program that plain PyTorch runs is broken. And
+*modules are left as they are*: see `module_state`. A program that changes anything else in its forward does so twice.
+"""
+
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..torch_private import current_backward
+from .inputs import InputCopies, Inputs, KeptInputs, Pack, Packed
+from .module_state import ModuleState, Place
+from .surroundings import Surroundings
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a forward runs again: random states and modules' attributes belong to the whole process."""
+
+
+_Form = tuple[tuple[int, ...], torch.dtype, torch.device]
+"""By which a tensor that was computed again is recognised."""
+
+
+class _Enough(Exception):
+    """All that forward had saved is there: what is left of it need not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a forward cannot run again with the same result."""
+
+    text: str
+    """What it does, in words, as in: "it changes its input in place"."""
+    changing: tuple[Place, ...] = ()
+    """The tensors of its modules that it changes. With copies of these it can run again next time."""
+
+
+class Saved:
+    """A tensor that a forward has saved, by its number; autograd holds it in the tensor's place.
+
+    While forward runs it has the tensor. After that it has it, has moved it, or the visit computes it again.
+    """
+
+    __slots__ = ("__weakref__", "_index", "_packed", "_visit")
+
+    def __init__(self, visit: "RecomputedVisit", index: int, packed: Packed) -> None:
+        self._visit = visit
+        self._index = index
+        self._packed: Packed | None = packed
+
+    def unpack(self) -> Tensor:
+        """The tensor, computed again if need be."""
+        return self._visit.again(self._index) if self._packed is None else self._packed.unpack()
+
+    def drop(self) -> None:
+        """Let the tensor go: it can be computed again."""
+        self._packed = None
+
+    def move(self, pack: Pack) -> None:
+        """Keep the tensor in another way."""
+        tensor = self.unpack()
+        self._packed = None  # who packs it may want to be the only one who has it
+        self._packed = pack(tensor)
+
+
+class RecomputedVisit:
+    """One call of a module that may run again: numbers what it saves.
+
+    Autograd holds it, and the garbage collector does not see through autograd: so it refers to modules weakly.
+
+    Parameters
+    ----------
+    name, module
+        Of the unit.
+    args, kwargs
+        Of the call.
+    changing
+        Where the module has tensors that its forward is known to change in place.
+    """
+
+    def __init__(self, name: str, module: nn.Module, args: Any, kwargs: Any, changing: Collection[Place] = ()) -> None:
+        self._name = name
+        self._module = ref(module)
+        self._inputs: Inputs | KeptInputs = Inputs(args, kwargs)
+        self._state = ModuleState(module.modules(), changing)
+        self._surroundings = Surroundings.now({tensor.device for tensor in self._inputs.tensors})
+        self._saved: list[ref[Saved]] = []
+        self._forms: list[_Form] = []
+        self._again = _Again(-1)
+
+    def save(self, tensor: Tensor, keep: Pack) -> Saved:
+        """Autograd saves a tensor: number it, and ``keep`` it until the forward ends."""
+        saved = Saved(self, len(self._saved), keep(tensor))
+        self._saved.append(ref(saved))
+        self._forms.append(_form(tensor))
+        return saved
+
+    # -- the forward is over
+
+    @property
+    def saved(self) -> Iterator[Saved]:
+        """What it has saved and autograd still holds."""
+        return (saved for saved in (reference() for reference in self._saved) if saved is not None)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that it was given, until it is over."""
+        return self._inputs.tensors if isinstance(self._inputs, Inputs) else []
+
+    def why_held(self) -> Reason | None:
+        """Why the forward cannot run again with the same result; None if it can."""
+        assert isinstance(self._inputs, Inputs)
+        if kind := self._inputs.opaque():
+            return Reason(f"it is given a {kind}, which it may change")
+        if self._inputs.are_changed():
+            return Reason("it changes its input in place")
+        if places := self._state.changed_in_place():
+            names = ", ".join(place.name for place in places)
+            return Reason(f"it changes {names} in place", tuple(places))
+        return None
+
+    def drop(self, copies: InputCopies, pack: Pack) -> None:
+        """Let what was saved go; it is computed again from copies of the inputs.
+
+        Parameters
+        ----------
+        copies
+            Has those of other visits.
+        pack
+            Keeps a copy: where it is, or on another tier.
+        """
+        assert isinstance(self._inputs, Inputs)
+        self._inputs = self._inputs.keep(copies, pack)
+        for saved in self.saved:
+            saved.drop()
+
+    def hold(self) -> None:
+        """It will not run again: forget what only that needs."""
+        self._inputs, self._state = Inputs((), {}), ModuleState(())
+
+    # -- backward
+
+    def again(self, index: int) -> Tensor:
+        """A saved tensor by its number, computed again.
+
+        Raises
+        ------
+        RuntimeError
+            If the forward did not do the same again.
+        """
+        with ONE_AT_A_TIME:
+            backward = current_backward()
+            if backward != self._again.backward or backward == -1:
+                self._again = _Again(backward)
+            if index not in self._again.tensors:
+                self._again.fill(index, self._run_again())
+            return self._again.take(index)
+
+    def _run_again(self) -> dict[int, Tensor]:
+        """All saved tensors that autograd still holds, by their numbers."""
+        module = self._module()
+        assert module is not None and isinstance(self._inputs, KeptInputs)
+        args, kwargs = self._inputs.arguments()
+        found: dict[int, Tensor] = {}
+        forms: list[_Form] = []
+
+        def save(tensor: Tensor) -> Tensor:
+            index = len(forms)
+            if index < len(self._forms):
+                forms.append(_form(tensor))
+                if self._saved[index]() is not None:  # else autograd has freed it already
+                    found[index] = tensor.detach()
+            if len(forms) == len(self._forms):
+                raise _Enough
+            return tensor.detach()
+
+        with (
+            suppress(_Enough),
+            self._surroundings.restored(),
+            self._state.restored(),
+            torch.enable_grad(),
+            saved_tensors_hooks(save, _itself),
+        ):
+            module(*args, **kwargs)
+        if forms != self._forms:
+            raise RuntimeError(_changed_text(self._name, self._forms, forms))
+        return found
+
+
+@dataclass(slots=True)
+class _Again:
+    """What was computed again for one backward."""
+
+    backward: int
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+    """Those that were not asked for yet, by their numbers."""
+    taken: set[int] = field(default_factory=set)
+    is_kept: bool = False
+    """Tensors stay: this backward asks for some of them twice."""
+
+    def fill(self, index: int, tensors: Mapping[int, Tensor]) -> None:
+        """All were computed, because ``index`` was not there."""
+        self.is_kept = index in self.taken
+        self.tensors.update(tensors)
+
+    def take(self, index: int) -> Tensor:
+        """One of them."""
+        self.taken.add(index)
+        return self.tensors[index] if self.is_kept else self.tensors.pop(index)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _form(tensor: Tensor) -> _Form:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+def _changed_text(name: str, expected: Sequence[_Form], got: Sequence[_Form]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    shown = [str(forms[at]) if at < len(forms) else "none" for forms in (expected, got)]
+    return (
+        f"{name}: its forward ran again in backward and saved other tensors than before (number {at}: expected "
+        f"{shown[0]}, got {shown[1]}); it depends on something that it or the program has changed since. "
+        'Set activation_policy="offload" or "keep"'
+    )

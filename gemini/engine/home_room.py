@@ -1,0 +1,184 @@
+"""Homes follow the capacities of their tiers: they go down where these shrink, and come up where there is room."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkPlan, Tier
+from ..config import GeminiConfig
+from ..errors import OutOfMemory
+from ..packing.packing import Packing
+from ..packing.resizing import Resizing, home_bytes, moves, resized
+from ..planning.placement import Unplaced
+from ..process_wide import trim_freed_memory
+from ..sizes import format_bytes
+from ..updates.gradients import Gradients
+from .pacing import Pacing
+
+_ATTEMPTS = 9
+"""Each adds what the one before lacked; two or three do."""
+
+
+class HomeRoom:
+    """Gives tiers other capacities while a model is trained.
+
+    Parameters
+    ----------
+    manager, gradients, pacing
+        The chunks, what ``p.grad`` shows of their gradients, and what is known of their use.
+    config, packing
+        What the user has said, and what was decided when the model was boosted.
+    """
+
+    def __init__(
+        self, manager: ChunkManager, gradients: Gradients, pacing: Pacing, config: GeminiConfig, packing: Packing
+    ) -> None:
+        self.packing = packing
+        """The plans of the chunks, as they are now."""
+        self._manager = manager
+        self._gradients = gradients
+        self._pacing = pacing
+        self._config = config
+
+    def adopt(self, packing: Packing) -> None:
+        """Some chunks have other plans now."""
+        self.packing = packing
+
+    def resize(self, capacities: Mapping[Tier, int], at_least: bool = False) -> bool:
+        """Set what tiers may hold, and move homes as that asks for. All or nothing.
+
+        Parameters
+        ----------
+        at_least
+            Where homes would have no place, give a tier as much more as they need.
+
+        Returns
+        -------
+        bool
+            True if homes have moved.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            If they have no place then, or cannot be moved.
+        ValueError
+            If tiers that share one memory are given several capacities.
+        """
+        manager, ledger = self._manager, self._manager.ledger
+        wanted = self._pools(capacities)
+        manager.snapshots.rest()
+        held = {chunk for chunk in manager.chunks if not self._gradients.give_way(chunk)}
+        try:
+            wanted, after = self._fitting(wanted, held) if at_least else (wanted, self._decide(wanted, held))
+            if isinstance(after, Unplaced):
+                raise self._out_of_memory(wanted, after)
+            before = {tier: ledger.capacity(tier) for tier in wanted}
+            for tier, nbytes in wanted.items():
+                ledger.resize(tier, max(nbytes, before[tier]))
+            try:
+                manager.rehoming.move(after)
+            except BaseException:
+                for tier, nbytes in before.items():
+                    ledger.resize(tier, nbytes)
+                raise
+            finally:
+                self.packing = self.packing.with_plans([chunk.plan for chunk in manager.chunks])
+                if manager.device.is_ram:
+                    trim_freed_memory()
+        finally:
+            self._gradients.moved(chunk for chunk in manager.chunks if chunk.gradient is not None)
+        for tier, nbytes in wanted.items():
+            manager.eviction.make_room_for(tier, ledger.capacity(tier) - nbytes)
+            ledger.resize(tier, nbytes)
+        return bool(after)
+
+    def _pools(self, capacities: Mapping[Tier, int]) -> dict[Tier, int]:
+        """The capacities by the pool that they bound."""
+        found = dict[Tier, int]()
+        for tier, nbytes in capacities.items():
+            pool = self._manager.ledger.memory.pool(tier)
+            if nbytes < 0 or found.setdefault(pool, nbytes) != nbytes:
+                given = ", ".join(f"{t.value}={n}" for t, n in capacities.items())
+                raise ValueError(
+                    f"expected one capacity of at least 0 bytes for {pool.value}, got {given}: tiers that "
+                    "share one memory have one capacity together"
+                )
+        return found
+
+    def _fitting(
+        self, wanted: dict[Tier, int], held: Collection[Chunk]
+    ) -> tuple[dict[Tier, int], list[ChunkPlan] | Unplaced]:
+        """The capacities, with what they lack, and the answer of `_decide` to them."""
+        for _ in range(_ATTEMPTS):
+            after = self._decide(wanted, held)
+            if not isinstance(after, Unplaced):
+                break
+            tier = next(iter(wanted))
+            wanted = {**wanted, tier: wanted[tier] + after.missing_bytes}
+        return wanted, after
+
+    def _decide(self, wanted: Mapping[Tier, int], held: Collection[Chunk]) -> list[ChunkPlan] | Unplaced:
+        """The plans of chunks whose homes are to move; gradients of ``held`` stay where they are."""
+        manager, memory, use = self._manager, self._manager.ledger.memory, self.packing.use
+        fixed = frozenset(chunk.index for chunk in manager.chunks if self._stays(chunk, wanted, held))
+        plans = tuple(chunk.plan for chunk in manager.chunks)
+        order = self._pacing.use_order()
+        found = resized(
+            Resizing(
+                plans=plans,
+                order=sorted(order, key=order.__getitem__),
+                room={pool: self._room(pool, wanted, fixed, held) for pool in memory.pools},
+                fixed=fixed,
+                fixed_gradients=frozenset(chunk.index for chunk in held if chunk.index not in fixed),
+                in_use=[*self._pacing.seen(), *(chunks for _, chunks in use.units)],
+                likely=[chunks for _, chunks in use.siblings],
+                memory=memory,
+                policy=self._config.policy,
+                split_master=self._config.split_master,
+                max_prefetch=self._config.max_prefetch,
+                has_ring=memory.compute_tier is not Tier.DEVICE or Tier.DEVICE in wanted,
+            )
+        )
+        return found if isinstance(found, Unplaced) else moves(plans, found)
+
+    def _stays(self, chunk: Chunk, wanted: Mapping[Tier, int], held: Collection[Chunk]) -> bool:
+        """True if the homes of a chunk cannot move now, or its tier is not asked about."""
+        plan = chunk.plan
+        if chunk in held and (GRADIENT not in plan.tiers or chunk.is_shared):
+            return True  # its gradient lies in memory that is borrowed by the tier of the masters
+        may_be_home = chunk.full_is_home or plan.compute_dtype is torch.float32 or self._config.split_master
+        if may_be_home and (chunk.pins or chunk.is_lent):
+            return True
+        is_apart = self._manager.ledger.memory.compute_tier is Tier.DEVICE
+        return is_apart and chunk.tier is Tier.DEVICE and Tier.DEVICE not in wanted
+
+    def _room(self, pool: Tier, wanted: Mapping[Tier, int], fixed: Collection[int], held: Collection[Chunk]) -> int:
+        """Bytes of a pool for full copies and for homes that may move."""
+        manager, ledger = self._manager, self._manager.ledger
+        if pool is Tier.DEVICE and pool not in wanted:
+            return 0
+        tiers = [tier for tier in Tier if ledger.memory.pool(tier) is pool]
+        moving = staying = 0
+        for chunk in manager.chunks:
+            nbytes = sum(home_bytes(chunk.plan, tier) for tier in tiers)
+            if chunk.index in fixed:
+                staying += nbytes
+            elif chunk in held:
+                staying += sum(home_bytes(chunk.plan, tier, (GRADIENT,)) for tier in tiers)
+            moving += nbytes
+        copies = manager.full_copies.nbytes if pool is ledger.memory.compute_tier else 0
+        others = ledger.used(pool) - moving - copies  # staging, and room for borrowed gradients
+        return wanted.get(pool, ledger.capacity(pool)) - others - staying
+
+    def _out_of_memory(self, wanted: Mapping[Tier, int], found: Unplaced) -> OutOfMemory:
+        ledger = self._manager.ledger
+        asked = " and ".join(f"{tier.value} of {format_bytes(nbytes)}" for tier, nbytes in wanted.items())
+        tier = next(iter(found.working_bytes), Tier.HOST)
+        enough = wanted.get(tier, ledger.capacity(tier)) + found.missing_bytes
+        has_disk = self._manager.disk is not None
+        way_out = "" if has_disk else ", or boost with a folder for what RAM has no room for (offload_dir)"
+        return OutOfMemory(
+            f"{tier.value} tier out of memory. With {asked}, {format_bytes(found.missing_bytes)} of the model data and "
+            f"the room to work on them have no place; nothing has been changed. Give {tier.value} {enough} bytes "
+            f"({format_bytes(enough)}) or more{way_out}"
+        )

@@ -1,0 +1,441 @@
+"""A forward that runs again in backward leaves the bits, the modules and the random states of one that does not."""
+
+import gc
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import ReferenceType, ref
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from gemini.activations.inputs import InputCopies, Kept
+from gemini.activations.recompute import RecomputedVisit, Saved
+from gemini.torch_private import current_backward
+from gemini.units.bracket import bracket
+
+WIDTH = 16
+
+
+class Here:
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+
+    def unpack(self) -> Tensor:
+        return self._tensor
+
+
+class Recomputing:
+    """Has blocks computed again, wherever they can be."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.outcomes: list[str] = []
+        self.reasons: list[str] = []
+        self._copies = InputCopies()
+        self._changing: dict[nn.Module, Any] = {}
+        self._open: list[tuple[RecomputedVisit, Any]] = []
+        for block in blocks:
+            bracket(block, self._before, self._after)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if current_backward() != -1 or not torch.is_grad_enabled():
+            return
+        visit = RecomputedVisit("block", module, args, kwargs, self._changing.get(module, ()))
+        hooks = saved_tensors_hooks(partial(visit.save, keep=Here), Saved.unpack)
+        hooks.__enter__()
+        self._open.append((visit, hooks))
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if current_backward() != -1 or not torch.is_grad_enabled():
+            return
+        visit, hooks = self._open.pop()
+        hooks.__exit__()
+        if reason := visit.why_held():
+            visit.hold()
+            self.reasons.append(reason.text)
+            self._changing[module] = reason.changing
+        else:
+            visit.drop(self._copies, Here)
+        self.outcomes.append("held" if reason else "dropped")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(functional.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+
+
+class Normalised(Block):
+    def __init__(self, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(WIDTH, momentum=momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.batch_norm(x))
+
+
+class Drops(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(super().forward(x), 0.3)
+
+
+class DrawsElsewhere(Block):
+    """Depends on the generators of Python and numpy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * random.random() + float(np.random.rand()))
+
+
+class OwnGenerator(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.rand(x.shape, generator=self.generator))
+
+
+class CountsAndRemembers(Block):
+    """Scales by the number of its calls, and keeps its outputs in a list and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.last, self.seen = 0, torch.zeros(()), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = super().forward(x / self.calls + 0.1 * self.last.mean().detach())
+        self.seen.append(y)
+        self.last = y
+        return y
+
+
+class PowerIteration(Block):
+    """Changes a buffer in place, and computes with it."""
+
+    u: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("u", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.u.mul_(0.9).add_(x.detach().mean(dim=(0, 1)), alpha=0.1)
+        return super().forward(x + self.u.clone())
+
+
+class InPlaceInput(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(1.5)
+        return super().forward(x)
+
+
+class ReturnsItsInput(Block):
+    def forward(self, x: Tensor) -> Any:
+        return {"x": x, "y": super().forward(x), "n": 3, "nothing": None}
+
+
+class Checkpoints(Block):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = super().forward
+        x = functional.dropout(x, 0.1)
+        return checkpoint(lambda x: functional.dropout(run(x), 0.2), x, use_reentrant=self.use_reentrant)  # type: ignore
+
+
+class Differentiates(Block):
+    """Takes a derivative in its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(super().forward(z).square().sum(), z, create_graph=True)
+        return x + 0.1 * gradient
+
+
+class TakesKeywords(Block):
+    def forward(self, x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, extra: Any = None) -> Tensor:
+        y = super().forward(x * scale)
+        return y if mask is None else y * mask + extra["bias"]
+
+
+class Scaled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w / w.norm()
+
+
+def weight_normed() -> nn.Module:
+    block = Block()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(block.up)
+    nn.utils.parametrize.register_parametrization(block.down, "weight", Scaled())
+    return block
+
+
+class Stack(nn.Module):
+    """Blocks, with a loss that uses what they return, whatever that is."""
+
+    def __init__(self, blocks: list[nn.Module], times: int = 1) -> None:
+        super().__init__()
+        self.first, self.blocks, self.times = nn.Linear(WIDTH, WIDTH), nn.ModuleList(blocks), times
+
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        x = self.first(x)
+        for _ in range(self.times):
+            for block in self.blocks:
+                y = block(x, **more)
+                x = y["x"] * 0.5 + y["y"] if isinstance(y, dict) else y
+        return x
+
+
+class RaisesAMaskInPlace(Stack):
+    """Changes an argument of its blocks in place after they have run: no operation has saved it."""
+
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        x, scale = self.first(x), torch.full((1,), 1.0)
+        for block in self.blocks:
+            x = block(x + scale)
+            scale += 1
+            h = x * 1.0
+            x = block(functional.dropout(h, 0.1))
+            with torch.no_grad():
+                h.zero_()
+        return x
+
+
+def stack(make: Callable[[], nn.Module], times: int = 1) -> Callable[[], nn.Module]:
+    return lambda: Stack([make() for _ in range(3)], times)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "blocks": stack(Block),
+    "blocks that are run twice": stack(Block, times=2),
+    "batch norm": stack(Normalised),
+    "batch norm that counts": stack(lambda: Normalised(None)),
+    "dropout": stack(Drops),
+    "other generators": stack(DrawsElsewhere),
+    "a generator of its own": stack(OwnGenerator),
+    "attributes": stack(CountsAndRemembers, times=2),
+    "a buffer in place": stack(PowerIteration),
+    "an input in place": stack(InPlaceInput),
+    "outputs that are inputs": stack(ReturnsItsInput),
+    "checkpoints within": stack(lambda: Checkpoints(False)),
+    "reentrant checkpoints within": stack(lambda: Checkpoints(True)),
+    "a derivative within": stack(Differentiates),
+    "computed weights": stack(weight_normed),
+    "an argument that is changed later": lambda: RaisesAMaskInPlace([Block() for _ in range(2)]),
+}
+
+
+def made(name: str) -> Any:
+    torch.manual_seed(0)
+    return MODELS[name]()
+
+
+def trained(model: Any, steps: int = 3, **how: Any) -> dict[str, Any]:
+    """Everything that training leaves behind."""
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for step in range(steps):
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step)).unsqueeze(1).expand(4, WIDTH, WIDTH)
+        loss = model(x.contiguous(), **how).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {
+        "losses": losses,
+        "state": model.state_dict(),
+        "draws": (torch.rand(3), random.random(), float(np.random.rand())),
+        "attributes": [(getattr(b, "calls", 0), len(getattr(b, "seen", ()))) for b in model.blocks],
+        "last": [getattr(b, "last", torch.zeros(())).detach() for b in model.blocks],
+    }
+
+
+def check_equal(one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            check_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            check_equal(a, b)
+    else:
+        assert one == other
+
+
+@contextmanager
+def surroundings(name: str) -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16) if name == "autocast" else torch.enable_grad():
+        yield
+
+
+@pytest.mark.parametrize("around", ["nothing", "autocast"])
+@pytest.mark.parametrize("name", MODELS)
+def test_training_leaves_the_same_behind(name: str, around: str) -> None:
+    plain, model = made(name), made(name)
+    recomputing = Recomputing(list(model.blocks))
+    with surroundings(around):
+        expected = trained(plain)
+        found = trained(model)
+    check_equal(found, expected)
+    if name == "an input in place":
+        assert set(recomputing.outcomes) == {"held"}
+        assert set(recomputing.reasons) == {"it changes its input in place"}
+    else:
+        assert recomputing.outcomes[-1] == "dropped"
+
+
+def recomputed(name: str = "dropout") -> tuple[Any, Any, Tensor]:
+    plain, model = made(name), made(name)
+    Recomputing(list(model.blocks))
+    return plain, model, torch.randn(4, WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: Any, use: Callable[[Any], None]) -> list[Tensor]:
+    torch.manual_seed(2)
+    use(model)
+    return [p.grad for p in model.parameters()]
+
+
+def backward_twice(model: Any, x: Tensor) -> None:
+    loss = model(x).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def two_forwards_first(model: Any, x: Tensor) -> None:
+    first, second = model(x).square().mean(), model(x + 1).square().mean()
+    first.backward()
+    second.backward()
+
+
+def a_part_first(model: Any, x: Tensor) -> None:
+    loss = model(x).square().mean()
+    torch.autograd.grad(loss, [model.blocks[2].up.weight], retain_graph=True)
+    loss.backward()
+
+
+def derivative_of_a_derivative(model: Any, x: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    loss = model(x).square().mean()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + gradient.square().sum()).backward()
+
+
+def in_evaluation_before_backward(model: Any, x: Tensor) -> None:
+    loss = model(x).square().mean()
+    model.eval()
+    loss.backward()
+
+
+def with_attention_kernels_of_its_own(model: Any, x: Tensor) -> None:
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = model(x).square().mean()
+    loss.backward()
+
+
+class Attends(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + functional.scaled_dot_product_attention(x, x, x, is_causal=True))
+
+
+MODELS["attention"] = stack(Attends)
+USES = [
+    backward_twice,
+    two_forwards_first,
+    a_part_first,
+    derivative_of_a_derivative,
+    in_evaluation_before_backward,
+    with_attention_kernels_of_its_own,
+]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", ["dropout", "attributes", "batch norm", "attention"])
+def test_gradients_are_the_same_in_any_order_of_backwards(name: str, use: Callable[[Any, Tensor], None]) -> None:
+    plain, model, x = recomputed(name)
+    expected = gradients(plain, lambda model: use(model, x))
+    assert all(map(torch.equal, gradients(model, lambda model: use(model, x)), expected))
+
+
+def test_nothing_but_copies_of_inputs_is_held_between_forward_and_backward() -> None:
+    _, model, x = recomputed("blocks")
+    made: list[ReferenceType[Any]] = []
+    model.blocks[1].up.register_forward_hook(lambda module, args, output: made.append(ref(output.untyped_storage())))
+    loss = model(x).square().mean()
+    assert made[0]() is None
+    loss.backward()
+
+
+def test_a_graph_that_nobody_runs_backward_takes_its_copies_along() -> None:
+    _, model, x = recomputed("attributes")
+    losses = [model(x).square().mean() for _ in range(3)]
+    copies = [ref(kept) for kept in gc.get_objects() if type(kept) is Kept]
+    assert len(copies) >= 9
+    del losses
+    for block in model.blocks:
+        block.last, block.seen = torch.zeros(()), []
+    assert not [copy for copy in copies if copy() is not None]
+
+
+def test_what_was_saved_can_move_when_the_forward_is_over() -> None:
+    visit = RecomputedVisit("h.0", nn.Linear(2, 2), (torch.ones(2),), {})
+    saved = visit.save(torch.ones(3), keep=Here)
+    visit.hold()
+    saved.move(lambda tensor: Here(tensor + 1))
+    assert torch.equal(saved.unpack(), torch.full((3,), 2.0))
+
+
+class Alternates(Block):
+    """Depends on a list of the program's."""
+
+    def __init__(self, turns: list[int]) -> None:
+        super().__init__()
+        self.turns = (turns,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turns[0].append(1)
+        return super().forward(x).exp() if len(self.turns[0]) % 2 else x * self.turns[0][-1] * self.up.weight.sum()
+
+
+def test_a_forward_that_does_something_else_the_second_time_is_told_of() -> None:
+    model = Stack([Alternates([])])
+    Recomputing(list(model.blocks))
+    loss = model(torch.randn(2, WIDTH)).sum()
+    with pytest.raises(RuntimeError, match=r"block: its forward ran again in backward and saved other tensors"):
+        loss.backward()
+
+
+def test_an_argument_that_hides_what_is_in_it_keeps_a_block_from_running_again() -> None:
+    model = Stack([TakesKeywords()])
+    recomputing = Recomputing(list(model.blocks))
+    mask, bias = torch.ones(WIDTH), torch.zeros(WIDTH)
+    model(torch.randn(2, WIDTH), mask=mask, extra={"bias": bias}).sum().backward()
+    assert recomputing.outcomes == ["dropped"]
+
+    class Cache(dict[str, Tensor]):
+        pass
+
+    model(torch.randn(2, WIDTH), mask=mask, extra=Cache(bias=bias)).sum().backward()
+    assert recomputing.outcomes[-1] == "held"
+    assert recomputing.reasons == ["it is given a Cache, which it may change"]
