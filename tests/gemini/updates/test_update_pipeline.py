@@ -133,3 +133,15 @@ def test_when_the_first_of_several_updates_fails_all_wait_and_go_on_in_order(tmp
         r.check()
     assert disk.has_failed
     assert disk.log.count(("end", "read", 1)) == len(BUFFERS)  # the retry has kept what was computed
+
+
+@pytest.mark.parametrize("failing", [(), range(3, 300, 17)], ids=["sound", "failing"])
+def test_updates_that_are_arranged_anew_while_others_run_are_all_done_once(tmp_path: Path, failing: range) -> None:
+    with rig(tmp_path, [ON_DISK] * 4, Faults(*failing), numel=100) as r:
+        tickets = []
+        for index in (0, 1, 2, 3) * 6:
+            tickets += r.submit(index)
+            for order in ([3, 2, 1, 0], [0, 1, 2, 3]):
+                r.queue.arrange([r.chunks[each] for each in order])
+        wait_for_all(tickets)
+        r.check()
