@@ -9,7 +9,7 @@
     python scripts/bench peer_steps   the same against FSDP2 and DeepSpeed, each in a process of its own
     python scripts/bench ranks    training steps of several ranks, beside FSDP2 and DeepSpeed
     python scripts/bench saving   saving on several ranks, beside FSDP2 with torch.distributed.checkpoint
-    python scripts/bench async_save | capacity | disk | overhead | overlap | telemetry     see their own --help
+    python scripts/bench activations | async_save | capacity | disk | overhead | overlap | telemetry     see their --help
 
 A benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> dict``; the dict goes to ``--json FILE``.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import report
 
 NAMES = ("adam", "checkpoint", "optimizers", "quantised", "step", "peer_steps", "ranks", "saving", "tiny")
-SCRIPTS = ("async_save", "capacity", "disk", "overhead", "overlap", "telemetry")
+SCRIPTS = ("activations", "async_save", "capacity", "disk", "overhead", "overlap", "telemetry")
 """Have a `main` that reads the command line itself."""
 
 
