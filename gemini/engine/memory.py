@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..chunk import ChunkManager, Tier
+from ..chunk import ChunkManager, GradientTensors, Tier
 from ..errors import OutOfMemory, is_out_of_memory
 from ..packing.packing import Packing
 from .device_room import DeviceRoom
@@ -77,7 +77,9 @@ class Memory:
         manager, is_ram = self._manager, self._manager.device.is_ram
         pools = {manager.ledger.memory.pool(tier) for tier in (Tier.DEVICE, Tier.HOST)}
         used = sum(manager.ledger.used(pool) for pool in pools if pool is Tier.HOST or is_ram)
-        return used - (manager.full_copies.nbytes if is_ram else 0)
+        gradients = (chunk.gradient for chunk in manager.chunks)
+        in_tensors = sum(each.buffer.nbytes for each in gradients if isinstance(each, GradientTensors))
+        return used - in_tensors - (manager.full_copies.nbytes if is_ram else 0)
 
     def explain(self, error: BaseException, torn: str = "") -> None:
         """If the model's own computation ran out of memory: leave it more from now on, and say so.

@@ -39,7 +39,7 @@ def bytes_to_give(shortage: Shortage) -> int:
     """
     taken = max(shortage.free_bytes - shortage.held_bytes, 0)
     need = taken / max(min(shortage.done, 1.0), _LEAST_DONE) * _BACKWARD + shortage.asked_bytes + _GUARD_BYTES
-    least = max(2 * shortage.asked_bytes, shortage.home_bytes // _LEAST_SHARE) * 2**shortage.attempt
+    least = max(2 * shortage.asked_bytes, shortage.home_bytes // _LEAST_SHARE) << shortage.attempt
     return max(round(need) + shortage.room_bytes - shortage.free_bytes, least)
 
 
