@@ -17,10 +17,11 @@ from gemini.chunk import MemoryMap, Requests, Tier, tuned
 from gemini.chunk.disk_tuning import LEAST_TIER_BYTES
 from gemini.config import GeminiConfig
 from gemini.estimate import floor
-from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
+from gemini.estimate.activations import Activations, repeated_layers
 from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes, streamed_bytes
 from gemini.estimate.disk_bench import file_system
 from gemini.estimate.solve import largest, solve_batch_size, solve_memory
+from gemini.estimate.storages import StorageMeter
 from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
