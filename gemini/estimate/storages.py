@@ -1,4 +1,4 @@
-"""Storages of a forward and backward on fake tensors, counted while they live; and those that would have left memory."""
+"""Storages of a forward and backward on fake tensors, counted while they live, and those that would have left."""
 
 from collections.abc import Sequence
 from typing import Any

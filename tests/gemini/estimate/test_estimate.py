@@ -53,7 +53,7 @@ def test_two_and_three_layers_tell_the_rest(kind: str) -> None:
     activations = Activations(subject, torch.bfloat16, checkpointing=False)
     assert activations._lists
     lengths = [len(layers) for layers in activations._lists]
-    assert activations.tracked_bytes(2, 32) == activations._measured(lengths, 2, 32)
+    assert activations.tracked_bytes(2, 32) == activations._measured(lengths, 2, 32).peak_bytes
 
 
 def test_fake_tensors_count_what_real_ones_do() -> None:
@@ -61,7 +61,7 @@ def test_fake_tensors_count_what_real_ones_do() -> None:
         meter = StorageMeter()
         meter.leave_out(list(model.parameters()))
         inputs = batch(0, rows=64)
-        meter._see(inputs)
+        meter.see(inputs)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with meter:
