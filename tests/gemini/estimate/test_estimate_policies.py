@@ -14,7 +14,7 @@ from gemini.stat.cli import main
 from gemini.train.model import GPT2LMHeadModel, GPTConfig
 
 MIB = 1 << 20
-LAYERS, HIDDEN, LENGTH = 8, 256, 2048
+LAYERS, HIDDEN, LENGTH = 6, 256, 2048
 
 
 def small_gpt() -> Any:
