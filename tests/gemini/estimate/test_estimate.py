@@ -16,11 +16,12 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import MemoryMap, Requests, Tier, tuned
 from gemini.chunk.disk_tuning import LEAST_TIER_BYTES
 from gemini.config import GeminiConfig
-from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
+from gemini.estimate.activations import Activations, repeated_layers
 from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes, room_for_copies
 from gemini.estimate.disk_bench import file_system
 from gemini.estimate.solve import largest, solve_batch_size, solve_memory
 from gemini.estimate.step_model import streamed_copies
+from gemini.estimate.storages import StorageMeter
 from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
@@ -52,7 +53,7 @@ def test_two_and_three_layers_tell_the_rest(kind: str) -> None:
     activations = Activations(subject, torch.bfloat16, checkpointing=False)
     assert activations._lists
     lengths = [len(layers) for layers in activations._lists]
-    assert activations.tracked_bytes(2, 32) == activations._measured(lengths, 2, 32)
+    assert activations.tracked_bytes(2, 32) == activations._measured(lengths, 2, 32).peak_bytes
 
 
 def test_fake_tensors_count_what_real_ones_do() -> None:
@@ -60,7 +61,7 @@ def test_fake_tensors_count_what_real_ones_do() -> None:
         meter = StorageMeter()
         meter.leave_out(list(model.parameters()))
         inputs = batch(0, rows=64)
-        meter._see(inputs)
+        meter.see(inputs)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with meter:
