@@ -7,7 +7,7 @@ from torch import nn
 
 from gemini.chunk import GRADIENT, MASTER, SHADOW, ChunkPlan, MemoryMap, Tier
 from gemini.packing.packing import Packing
-from gemini.planning.step_time import ChunkTraffic, DiskRates, Order, Step, Visit, step_time
+from gemini.planning.step_time import Begin, ChunkTraffic, DiskRates, Order, Step, Visit, step_time
 from gemini.torch_private import own_parameters
 
 FORWARD, BACKWARD = 2.0, 4.0
@@ -119,14 +119,13 @@ def streamed_copies(plans: Sequence[ChunkPlan], room_bytes: int) -> frozenset[in
 
 
 def early_updates(packing: Packing, training: Training) -> frozenset[int]:
-    """Chunks whose updates begin in backward: all, or those that are on disk with all that an update changes.
+    """Chunks that are on disk with all that an update changes, if their updates begin ahead of the step.
 
-    The latter are done beside their homes (`UpdatesAhead`), and their full copies are made anew in the next forward.
+    They are done beside their homes (`UpdatesAhead`), and their full copies are made anew in the next forward.
     """
-    trained = [plan for plan in packing.plans if plan.is_trainable]
-    if training.in_backward:
-        return frozenset(plan.layout.index for plan in trained)
-    return frozenset(plan.layout.index for plan in trained if training.ahead and _is_on_disk(plan))
+    if not training.ahead or training.in_backward:
+        return frozenset()
+    return frozenset(plan.layout.index for plan in packing.plans if plan.is_trainable and _is_on_disk(plan))
 
 
 def _is_on_disk(plan: ChunkPlan) -> bool:
@@ -161,8 +160,7 @@ def _step(
     flops: float,
 ) -> Step:
     again = FORWARD if training.checkpointing else 0.0
-    remade = frozenset() if training.in_backward else early - streamed
-    forward = tuple(_visits(uses, streamed, FORWARD * training.tokens / flops, remade))
+    forward = tuple(_visits(uses, streamed, FORWARD * training.tokens / flops, remade=early - streamed))
     backward = tuple(_visits(tuple(reversed(uses)), streamed, (BACKWARD + again) * training.tokens / flops))
     order = dict.fromkeys((*(chunk for use in uses for chunk in use.chunks), *traffic))
     return Step(
@@ -171,6 +169,7 @@ def _step(
         chunks=traffic,
         order=Order(
             updates=tuple(order),
+            begin=Begin.WHEN_COMPLETE if training.in_backward else Begin.AT_STEP,
             early=early,
             prefetched_visits=max(1, training.prefetched),
         ),

@@ -43,6 +43,15 @@ class Urgency(IntEnum):
     READ_AHEAD = 3
 
 
+class Begin(Enum):
+    """When an update may begin."""
+
+    AT_STEP = "at step"
+    """When backward is over."""
+    WHEN_COMPLETE = "when complete"
+    """When backward has run the last visit that uses the chunk."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """Something that a resource does."""
@@ -100,8 +109,9 @@ class Order:
 
     updates: tuple[int, ...]
     """Chunks, in the order of their updates."""
+    begin: Begin = Begin.AT_STEP
     early: frozenset[int] = frozenset()
-    """Those whose updates begin when backward has run the last visit that uses them; others begin when it is over."""
+    """Chunks whose updates begin when they are complete, whatever holds for the others."""
     read_ahead_bytes: int = 0
     """Of what updates read, as much is read in backward, in their order."""
     prefetched_visits: int = 1
@@ -241,7 +251,8 @@ class _Building:
         ahead = step.order.read_ahead_bytes
         for chunk in step.order.updates:
             last_use = complete.get(chunk, at_step)
-            begins = last_use if chunk in step.order.early else at_step
+            is_early = chunk in step.order.early or step.order.begin is Begin.WHEN_COMPLETE
+            begins = last_use if is_early else at_step
             ahead = self._update(chunk, begins, last_use, backward_begins, ahead)
         self.of_step = range(first, len(self.tasks))
         return _Ends(first, visited[0], visited[-1])

@@ -76,7 +76,6 @@ def test_updates_of_what_is_all_on_disk_begin_ahead_of_the_step() -> None:
     on_disk = {plan.layout.index for plan in packing.plans if plan.nbytes_on(Tier.HOST) == 0}
     assert on_disk and early_updates(packing, TRAINING) == on_disk
     assert early_updates(packing, replace(TRAINING, ahead=False)) == frozenset()
-    assert len(early_updates(packing, replace(TRAINING, in_backward=True))) == len(packing.plans)
 
 
 def test_without_a_measured_disk_there_is_no_time_of_a_step_that_needs_it() -> None:
