@@ -18,7 +18,6 @@ from gemini.quantization import Quantization
 from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.estimate_outputs import Estimate, Solved, TierNeed
-from gemini.stat.rates import read_hardware
 from gemini.stat.text import count, seconds
 from gemini.telemetry.discovery import NoRun
 
@@ -158,7 +157,7 @@ def _answer(
         step_seconds_floor_by={name: taken for name, taken in times.items() if name != "step"},
         solved=solved,
         problem=found.problem,
-        remarks=_remarks(options, machine),
+        remarks=_remarks(machine, found.fits and "step" not in times),
     )
 
 
@@ -179,22 +178,22 @@ def _step_seconds(options: argparse.Namespace, data: ModelData, found: Demand, m
     training = Training(
         tokens=options.batch_size * options.seq_len,
         checkpointing=options.checkpointing,
-        ranks=machine.ranks,
         state_bytes=data.state_bytes,
         in_backward=data.config.update_in_backward,
+        ahead=machine.ranks == 1 and data.config.precision != "fp16" and not data.config.max_norm,
         prefetched=data.config.max_prefetch,
     )
     return step_seconds(data.model, packing, room_for_copies(packing, limits), training, read_speed())
 
 
-def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
+def _remarks(machine: Machine, is_without_time: bool) -> list[str]:
     found = ["not counted: the interpreter and libraries, data loader workers, what the user's own code keeps"]
     if machine.memory is not MemoryMap.UNIFIED:
         found.append("activations were tracked on fake CPU tensors; CUDA kernels may need other temporaries")
     if machine.ranks > 1:
         found.append("not counted: the time of messages between ranks, and the memory that they take on their way")
-    if not read_hardware():
-        found.append("no step time: gemini-stat bench FOLDER measures this machine first")
+    if is_without_time:
+        found.append("no step time: gemini-stat bench FOLDER measures this machine, and the disk of the folder, first")
     return found
 
 
