@@ -23,6 +23,8 @@ from gemini.nn.optimizer import HybridAdam
 pytestmark = pytest.mark.timeout(120)
 
 MOMENTS = {"exp_avg", "exp_avg_sq"}
+LEAST = 2_400_000
+"""Bytes of RAM that `Odd` needs for full copies and staging."""
 
 
 class Odd(nn.Module):
@@ -174,6 +176,36 @@ def test_values_go_home_are_saved_and_loaded_and_survive_a_release(tmp_path: Pat
         each[0].load(tmp_path / "saved", model=each[1], optimizer=each[2])
     assert go_on(*again) == go_on(*whole)
     check_same_values(again[1], whole[1])
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_homes_are_divided_elsewhere_as_capacities_change(states: str) -> None:
+    def trained(resizes: bool) -> tuple[list[float], Any]:
+        torch.manual_seed(0)
+        model: Any = Odd()
+        booster = Booster(plugin=GeminiPlugin(telemetry=False, host_memory="16MiB", **ROOM))
+        model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters(), lr=1e-2, states=states))
+        manager, found = boosted(model).manager, []
+        most = manager.ledger.used(Tier.HOST)
+        for number, tokens in enumerate(batches(10)):
+            value = loss(model, tokens)
+            booster.backward(value, optimizer)
+            found.append(value.item())
+            if resizes:  # with gradients there, every other time
+                boosted(model).engine.resize({Tier.HOST: max(most - number * 100_003, LEAST)})
+                on_host = sum(chunk.plan.nbytes_on(Tier.HOST) for chunk in manager.chunks)
+                assert on_host <= manager.ledger.used(Tier.HOST) <= manager.ledger.capacity(Tier.HOST)
+                places.update(divided_buffers(model))
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return found, model
+
+    places = set[str]()
+    (losses, ours), (expected, other) = trained(True), trained(False)
+    assert losses == expected
+    check_same_values(ours, other)
+    assert places
 
 
 def test_layers_are_unfrozen_beside_divided_homes() -> None:
