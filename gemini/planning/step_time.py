@@ -110,6 +110,8 @@ class Order:
     updates: tuple[int, ...]
     """Chunks, in the order of their updates."""
     begin: Begin = Begin.AT_STEP
+    late: frozenset[int] = frozenset()
+    """Chunks whose updates begin at the step whatever is said of the others."""
     read_ahead_bytes: int = 0
     """Of what updates read, as much is read in backward, in their order."""
     prefetched_visits: int = 1
@@ -248,7 +250,8 @@ class _Building:
         at_step = (visited[-1],)
         ahead = step.order.read_ahead_bytes
         for chunk in step.order.updates:
-            begins = at_step if step.order.begin is Begin.AT_STEP else complete.get(chunk, at_step)
+            is_late = step.order.begin is Begin.AT_STEP or chunk in step.order.late
+            begins = at_step if is_late else complete.get(chunk, at_step)
             ahead = self._update(chunk, begins, complete.get(chunk, at_step), backward_begins, ahead)
         self.of_step = range(first, len(self.tasks))
         return _Ends(first, visited[0], visited[-1])
