@@ -9,7 +9,7 @@ from divided_homes import ROOM, divide_everything, divided_buffers
 from loop import check_same
 from other_optimizers import Other
 from other_optimizers import build as build_large
-from parity import Task, check_equal, check_parity, run_managed
+from parity import Task, check_equal, check_parity, run_managed, run_plain
 from torch import Tensor, nn
 from two_owners import Owners, check_owners
 
@@ -241,3 +241,21 @@ def test_statistics_count_each_part_on_its_tier() -> None:
     on = {tier: sum(plan.nbytes_on(tier) for plan in plans) for tier in Tier}
     assert on[Tier.HOST] == placed[Tier.HOST] and 0 < on[Tier.DISK] <= placed[Tier.DISK]
     assert stats["placement/offload_optim_frac"] == on[Tier.DISK] / (on[Tier.HOST] + on[Tier.DISK])
+
+
+def test_the_first_chunk_is_divided_and_the_updates_of_later_ones_begin_in_backward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # as placement has it: RAM goes to what forward waits for first
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(61, 97), *(nn.Linear(97, 97) for _ in range(12)))
+
+    sizes = {"chunk_config_dict": {1: {"chunk_size": 9600}}, "host_memory": "640KiB", "offload_dir": tmp_path}
+    run, model = run_managed(Task(build, batches(6), loss, "bf16"), **sizes)
+    check_equal(run, run_plain(Task(build, batches(6), loss, "bf16")))
+    chunks = boosted(model).manager.chunks
+    divided = [index for index, chunk in enumerate(chunks) if len(chunk.plan.boundaries)]
+    on_disk = [all(tier is Tier.DISK for tier in chunk.plan.tiers.values()) for chunk in chunks]
+    assert len(divided) == 1 and on_disk == [index > divided[0] for index in range(len(chunks))]
+    assert boosted(model).engine.updates._ahead.taken_count > 0
