@@ -50,7 +50,7 @@ class HomeRoom:
         Parameters
         ----------
         at_least
-            Where homes would have no place, give a tier as much more as they need.
+            Where homes would have no place, take less from a tier: nothing is refused that fits into what it has.
 
         Returns
         -------
@@ -108,13 +108,14 @@ class HomeRoom:
     def _fitting(
         self, wanted: dict[Tier, int], held: Collection[Chunk]
     ) -> tuple[dict[Tier, int], list[ChunkPlan] | Unplaced]:
-        """The capacities, with what they lack, and the answer of `_decide` to them."""
+        """The capacities, with what they lack of those of now, and the answer of `_decide` to them."""
+        after = self._decide(wanted, held)
         for _ in range(_ATTEMPTS):
-            after = self._decide(wanted, held)
             if not isinstance(after, Unplaced):
                 break
-            tier = next(iter(wanted))
-            wanted = {**wanted, tier: wanted[tier] + after.missing_bytes}
+            more = {tier: nbytes + after.missing_bytes for tier, nbytes in wanted.items()}
+            wanted = {tier: min(nbytes, self._manager.ledger.capacity(tier)) for tier, nbytes in more.items()}
+            after = self._decide(wanted, held)
         return wanted, after
 
     def _decide(self, wanted: Mapping[Tier, int], held: Collection[Chunk]) -> list[ChunkPlan] | Unplaced:

@@ -1,15 +1,23 @@
 """What the tiers may hold changes: somebody says so, or memory has run out."""
 
+import gc
+import logging
 from collections.abc import Mapping
 
-from ..chunk import ChunkManager, Tier
-from ..errors import OutOfMemory, is_out_of_memory
+from ..chunk import ChunkManager, MemoryMap, Tier
+from ..errors import OffloadError, OutOfMemory, is_out_of_memory
+from ..memory.giving import Shortage, bytes_to_give, is_hopeless
+from ..memory.shortage import Given, asked_bytes, out_of_memory
+from ..memory.tracker import host_headroom
 from ..packing.packing import Packing
+from ..process_wide import return_freed_memory
 from .device_room import DeviceRoom
 from .home_room import HomeRoom
 from .listener import Listener
 from .pacing import Pacing
 from .sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 
 class Memory:
@@ -61,10 +69,10 @@ class Memory:
         if Tier.DEVICE in capacities:
             self._device.limit(capacities[Tier.DEVICE])
 
-    def _move(self, capacities: Mapping[Tier, int]) -> None:
+    def _move(self, capacities: Mapping[Tier, int], at_least: bool = False) -> None:
         before = self._home_ram_bytes
         try:
-            has_moved = self._homes.resize(capacities)
+            has_moved = self._homes.resize(capacities, at_least)
         finally:
             self._sampling.homes_moved(self._home_ram_bytes - before)
         self._pacing.replan()
@@ -79,8 +87,70 @@ class Memory:
         used = sum(manager.ledger.used(pool) for pool in pools if pool is Tier.HOST or is_ram)
         return used - (manager.full_copies.nbytes if is_ram else 0)
 
+    # -- when memory has run out
+
+    def make_room(self, error: BaseException, attempt: int, done: float) -> Given:
+        """The model's own computation, or a move for it, has run out of memory: give it more from now on.
+
+        Full copies go first, then homes go down a tier. Nothing uses full copies.
+
+        Parameters
+        ----------
+        attempt
+            How often the same computation has failed before.
+        done
+            The part of a forward that had run, from 0 to 1.
+        """
+        manager, room = self._manager, self._device
+        held, before, homes = manager.full_copies.nbytes, room.full_capacity_bytes, self.packing.placement.nbytes
+        gc.collect()  # graphs that are in a cycle with their exception
+        manager.eviction.evict_idle()
+        manager.device.trim()
+        if manager.device.is_ram:
+            return_freed_memory()
+        tier = self._short_tier(error)
+        shortage = self._shortage(tier, asked_bytes(error), held, attempt, done)
+        is_alone = manager.together.communicator.owner.is_alone
+        if not is_hopeless(shortage):
+            if tier is not Tier.HOST or manager.ledger.memory is MemoryMap.EMULATED or not is_alone:
+                room.give_up(held, self._pacing.seen_bytes())
+            if is_alone:
+                self._give(tier, bytes_to_give(shortage))
+        self._pacing.replan()
+        after = self.packing.placement.nbytes
+        moved = max(after[Tier.DISK] - homes[Tier.DISK], homes[Tier.DEVICE] - after[Tier.DEVICE], 0)
+        return Given(held, before, room.full_capacity_bytes, moved)
+
+    def _short_tier(self, error: BaseException) -> Tier:
+        """Whose homes share the memory that has run out."""
+        is_in_ram = self._manager.device.is_ram or isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+        return Tier.HOST if is_in_ram else Tier.DEVICE
+
+    def _shortage(self, tier: Tier, asked: int, held: int, attempt: int, done: float) -> Shortage:
+        manager = self._manager
+        is_where_units_run = tier is Tier.DEVICE or manager.device.is_ram
+        return Shortage(
+            free_bytes=manager.eviction.headroom() if is_where_units_run else host_headroom()[0],
+            held_bytes=held if is_where_units_run else 0,
+            room_bytes=self._device.full_capacity_bytes if is_where_units_run else 0,
+            home_bytes=self.packing.placement.nbytes[tier],
+            asked_bytes=asked,
+            done=done,
+            attempt=attempt,
+        )
+
+    def _give(self, tier: Tier, nbytes: int) -> None:
+        """Take bytes from a tier, as far as its homes have another place."""
+        capacity = self._manager.ledger.capacity(tier)
+        try:
+            self._move({tier: max(capacity - nbytes, 0)}, at_least=True)
+        except Exception as error:  # the computation's own error tells of the shortage, and this is what was tried
+            if not (isinstance(error, OffloadError) or is_out_of_memory(error)):
+                raise
+            logger.info("no homes can leave %s: %s", tier.value, error)
+
     def explain(self, error: BaseException, torn: str = "") -> None:
-        """If the model's own computation ran out of memory: leave it more from now on, and say so.
+        """If a backward ran out of memory: leave it more from now on, and say so. It cannot be run again.
 
         Parameters
         ----------
@@ -92,8 +162,8 @@ class Memory:
         OutOfMemory
             From ``error``, if that is what happened. An `OutOfMemory` of ours says it all already.
         """
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             return
-        told = self._device.give_up(error, self._pacing.seen_bytes(), torn)
-        self._pacing.replan()
-        raise told from error
+        given = self.make_room(error, attempt=0, done=1.0)
+        if not isinstance(error, OutOfMemory):
+            raise out_of_memory(error, self._manager, given, torn) from error
