@@ -10,7 +10,7 @@ from .accelerators import accelerator_in_use, driver_of, find_accelerator, memor
 from .away import QUIET, Keeper, reach
 from .block_codes import warm_up as warm_up_codes
 from .block_format import FORMATS, BlockFormat, dequantise, quantise
-from .buffer import Buffer, MemoryBuffer
+from .buffer import Buffer, MemoryBuffer, Room
 from .checksums import Checksums
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
@@ -21,6 +21,7 @@ from .disk_file import PAGE_BYTES, DiskFile, Requests
 from .disk_tuning import tuned
 from .free_room import FreeRoom
 from .gradient import GradientBuffer
+from .gradient_tensors import GradientTensors
 from .layout import ChunkLayout, Slot, TensorSpec, pack
 from .ledger import Ledger, mib
 from .manager import ChunkManager
@@ -76,6 +77,7 @@ __all__ = [
     "FreeRoom",
     "Gradient",
     "GradientBuffer",
+    "GradientTensors",
     "Keeper",
     "Ledger",
     "Marked",
@@ -86,6 +88,7 @@ __all__ = [
     "Plain",
     "Quantised",
     "RamBackend",
+    "Room",
     "Requests",
     "SharedGradient",
     "SingleProcess",

@@ -1,6 +1,7 @@
 """One buffer of one chunk: a flat run of elements that can be read and written in parts, on one tier or on two."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -42,6 +43,23 @@ class Buffer(Protocol):
 
     def write(self, start: int, source: Tensor) -> None:
         """Copy ``source`` (flat, contiguous) to the elements from ``start`` on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Room:
+    """Room on a tier of RAM that is counted and has no memory of its own: values come in tensors made elsewhere."""
+
+    tier: Tier
+    numel: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def parts(self) -> "tuple[Room]":
+        return (self,)
 
 
 class MemoryBuffer(Buffer):

@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 
-from .buffer import Buffer
+from .buffer import Buffer, Room
 from .chunk import Chunk
 from .communicator import Communicator
 from .content import BufferSpec
 from .gradient import GradientBuffer
 from .gradient_pool import GradientPool
+from .gradient_tensors import GradientTensors, is_large
 from .host_arena import padded
 from .ledger import Ledger
 from .memory import Arrived, DeviceBackend
@@ -148,6 +149,9 @@ class ChunkBuilder:
 
     def gradient(self, plan: ChunkPlan) -> Gradient | None:
         """What takes the gradients of a chunk; None if it is not trained."""
+        if (tier := self._comes_in_tensors(plan)) is not None:
+            room = self.memories.reserve(tier, plan.layout.numel, plan.compute_dtype, _what(plan, GRADIENT))
+            return GradientTensors(plan.layout, room, self.device)
         if GRADIENT in plan.tiers:
             buffer = self.home(plan, plan.gradient_spec)
             for memory in (part.tensor for part in buffer.parts if part.tensor is not None):
@@ -160,6 +164,13 @@ class ChunkBuilder:
             return SharedGradient(plan, buffer, self.device, collected, give_back, self.communicator)
         return self._borrowed(plan) if plan.borrows_gradient else None
 
+    def _comes_in_tensors(self, plan: ChunkPlan) -> Tier | None:
+        """The tier of a gradient that stays in autograd's tensors: they are in its memory, and some are large."""
+        where = plan.tiers.get(GRADIENT)
+        if not (self.device.is_ram and plan.owner.is_alone and isinstance(where, Tier) and where is not Tier.DISK):
+            return None
+        return where if any(is_large(slot, plan.compute_dtype) for slot in plan.layout.slots) else None
+
     def _borrowed(self, plan: ChunkPlan) -> GradientBuffer:
         """A gradient in memory that is borrowed when it comes."""
         tier = Tier.DEVICE if plan.tiers[MASTER] is Tier.DEVICE else Tier.HOST
@@ -168,8 +179,11 @@ class ChunkBuilder:
 
     def home(self, plan: ChunkPlan, spec: BufferSpec) -> Buffer:
         """Zeros for one buffer of a chunk."""
-        what = f"{spec.name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
-        return self.memories.allocate_parts(plan.parts(spec.name), spec.dtype, what)
+        return self.memories.allocate_parts(plan.parts(spec.name), spec.dtype, _what(plan, spec.name))
+
+
+def _what(plan: ChunkPlan, name: str) -> str:
+    return f"{name} of chunk {plan.layout.index} (with {plan.layout.slots[0].name})"
 
 
 def _copy(source: Buffer, target: Buffer) -> None:
@@ -179,7 +193,7 @@ def _copy(source: Buffer, target: Buffer) -> None:
         target.write(start, piece)
 
 
-def homes_of(chunk: Chunk) -> list[Buffer]:
+def homes_of(chunk: Chunk) -> list[Buffer | Room]:
     """All homes of a chunk, with its gradient's."""
     gradient = chunk.gradient
     if gradient is None or gradient.buffer is None or gradient.is_borrowed:

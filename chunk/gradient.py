@@ -64,6 +64,11 @@ class GradientBuffer:
         return self.buffer
 
     @property
+    def is_file(self) -> bool:
+        """True if it is on disk."""
+        return self.buffer is not None and self.buffer.tensor is None
+
+    @property
     def is_borrowed(self) -> bool:
         """True if it has memory that is to be given back; a file, it keeps."""
         return self.buffer is not None and self.buffer.tensor is not None and self._borrow is not None
@@ -93,12 +98,7 @@ class GradientBuffer:
         TypeError
             If the gradient is sparse.
         """
-        if gradient.layout is not torch.strided:
-            raise TypeError(
-                f"{self.layout.slots[position].name}: got a {gradient.layout} gradient, expected a dense one; "
-                "build the embedding with sparse=False"
-            )
-        gradient = gradient.detach()  # one of backward(create_graph=True) would keep its graph alive in the buffer
+        gradient = dense(gradient, self.layout.slots[position])
         accumulate = position in self.present
         buffer = self._attach()
         if self._views:
@@ -147,6 +147,18 @@ class GradientBuffer:
         self._views[position] = _shaped(self.buffer.tensor, slot, slot.offset)
         return before
 
+    def can_show(self, parameter: Tensor) -> bool:
+        """True if a gradient itself can be ``parameter.grad``."""
+        view = self.view(0)
+        return view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device)
+
+    def continues(self, position: int) -> bool:
+        """True if the memory of a slot follows that of the slot before, with the same gap between them: it does."""
+        return True
+
+    def memory(self, start: int, stop: int) -> None:
+        """Gradients in other memory than the buffer: there are none."""
+
     def view(self, position: int) -> Tensor | None:
         """The gradient of a slot itself, in its parameter's shape; None where it is a file, or where there is none."""
         return self._views[position] if self._views else None
@@ -193,6 +205,22 @@ def _views(layout: ChunkLayout, buffer: Buffer | None) -> list[Tensor]:
 def _shaped(flat: Tensor, slot: Slot, offset: int) -> Tensor:
     # Through `data`, since torch detaches gradients in place (``zero_grad(set_to_none=False)``), and refuses for views.
     return flat.as_strided(slot.shape, slot.stride, flat.storage_offset() + offset).data
+
+
+def dense(gradient: Tensor, slot: Slot) -> Tensor:
+    """A gradient without its graph, which one of ``backward(create_graph=True)`` would keep alive in the chunk.
+
+    Raises
+    ------
+    TypeError
+        If it is sparse.
+    """
+    if gradient.layout is not torch.strided:
+        raise TypeError(
+            f"{slot.name}: got a {gradient.layout} gradient, expected a dense one; "
+            "build the embedding with sparse=False"
+        )
+    return gradient.detach()
 
 
 def norm_of(tensor: Tensor, order: float) -> Tensor:

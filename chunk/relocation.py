@@ -128,7 +128,7 @@ class Relocation:
 
 
 def replaces_gradient(chunk: Chunk, plan: ChunkPlan) -> bool:
-    """True if moving makes another gradient, which has nothing yet: of several owners, or in borrowed memory."""
+    """True if moving makes another gradient, which has nothing yet: shared, in borrowed memory, or in tensors."""
     is_plain = GRADIENT in plan.tiers and isinstance(chunk.gradient, GradientBuffer)
     return chunk.gradient is not None and not is_plain and not keeps_gradient(chunk, plan)
 

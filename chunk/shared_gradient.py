@@ -18,6 +18,7 @@ from gemini.errors import RankError
 from .buffer import Buffer
 from .communicator import Communicator, Contribution, Delivery, Span
 from .gradient import GradientBuffer, norm_of
+from .gradient_tensors import GradientTensors
 from .memory import DeviceBackend
 from .names import GRADIENT
 from .plan import ChunkPlan
@@ -237,7 +238,25 @@ class SharedGradient:
             self._collected.clear()
             self._give_back(self._collected, None)
 
+    # -- for the update
+
+    @property
+    def is_file(self) -> bool:
+        """True if its home is on disk."""
+        return self.buffer.tensor is None
+
+    def continues(self, position: int) -> bool:
+        """True if the memory of a slot follows that of the slot before: it does, in the home."""
+        return True
+
+    def memory(self, start: int, stop: int) -> None:
+        """Gradients in other memory than the home: there are none."""
+
     # -- what is shown in ``p.grad``: nothing, since no owner has all of it
+
+    def can_show(self, parameter: Tensor) -> bool:
+        """True if a gradient itself can be ``parameter.grad``."""
+        return False
 
     def view(self, position: int) -> None:
         """The gradient of a slot itself; None since it is with several owners."""
@@ -254,5 +273,5 @@ class SharedGradient:
         raise NotImplementedError
 
 
-Gradient = GradientBuffer | SharedGradient
+Gradient = GradientBuffer | GradientTensors | SharedGradient
 """The gradient of a chunk."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from .buffer import Buffer, DividedBuffer, MemoryBuffer
+from .buffer import Buffer, DividedBuffer, MemoryBuffer, Room
 from .disk import DiskBackend
 from .ledger import Ledger
 from .memory import DeviceBackend
@@ -63,8 +63,9 @@ class TierMemories:
 
     def __init__(self, ledger: Ledger, device: DeviceBackend, disk: DiskBackend | None) -> None:
         memories: list[TierMemory] = [CountedMemory(tier, ledger, device) for tier in (Tier.DEVICE, Tier.HOST)]
+        self._ledger = ledger
         self._memories = {memory.tier: memory for memory in (*memories, *([] if disk is None else [disk]))}
-        self._allocated: list[Buffer] | None = None
+        self._allocated: list[Buffer | Room] | None = None
         """What `all_or_nothing` would have to free."""
 
     def allocate(self, tier: Tier, numel: int, dtype: torch.dtype, what: str) -> Buffer:
@@ -87,19 +88,30 @@ class TierMemories:
             raise
         return found[0] if len(found) == 1 else DividedBuffer(*found)
 
+    def reserve(self, tier: Tier, numel: int, dtype: torch.dtype, what: str) -> Room:
+        """Room on a tier of RAM for ``numel`` elements that come in tensors made elsewhere. Raises as `allocate`."""
+        room = Room(tier, numel, dtype)
+        self._ledger.take(tier, room.nbytes, what)
+        if self._allocated is not None:
+            self._allocated.append(room)
+        return room
+
     def has(self, memory: TierMemory) -> bool:
         """True if homes on the tier of ``memory`` are in it."""
         return self._memories.get(memory.tier) is memory
 
-    def free(self, buffer: Buffer) -> None:
+    def free(self, buffer: Buffer | Room) -> None:
         """See `TierMemory.free`."""
         for part in buffer.parts:
-            self._memories[part.tier].free(part)
+            if isinstance(part, Room):
+                self._ledger.give(part.tier, part.nbytes)
+            else:
+                self._memories[part.tier].free(part)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Free what is allocated inside if it ends with an error."""
-        allocated: list[Buffer] = []
+        allocated: list[Buffer | Room] = []
         self._allocated = allocated
         try:
             yield

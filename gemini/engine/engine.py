@@ -84,6 +84,7 @@ class Engine:
             actions = self.pacing.cycle.advance(self.visits.moment(unit, phase, chunks))
             if self.sampling.is_on:
                 self.sampling.end_moment()
+                self.memory.foresee()
             missing = [chunk for chunk in chunks if not chunk.is_valid]
             begin = time.perf_counter() if missing else 0.0
             self.visits.begin(visit)
@@ -190,6 +191,7 @@ class Engine:
         self.manager.eviction.repay()
         batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
+        self.memory.begin(batch)
         if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes):
             self.pacing.replan()
         self.pacing.begin_cycle(with_gradients)

@@ -2,11 +2,15 @@
 
 import gc
 import logging
+import math
+import time
 from collections.abc import Mapping
 
-from ..chunk import ChunkManager, MemoryMap, Tier
+from ..chunk import ChunkManager, GradientTensors, MemoryMap, Tier
 from ..errors import OffloadError, OutOfMemory, is_out_of_memory
+from ..memory.foresight import Foresight, capacity_between_steps
 from ..memory.giving import Shortage, bytes_to_give, is_hopeless
+from ..memory.non_model import Batch
 from ..memory.shortage import Given, asked_bytes, out_of_memory
 from ..memory.tracker import host_headroom
 from ..packing.packing import Packing
@@ -18,6 +22,9 @@ from .pacing import Pacing
 from .sampling import Sampling
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN = 1.0
+"""Between two looks at what the system has: each takes some 0.2 ms of reading files."""
 
 
 class Memory:
@@ -46,6 +53,12 @@ class Memory:
         self._pacing = pacing
         self._sampling = sampling
         self._listener = listener
+        self._foresight = Foresight()
+        self._most_bytes = manager.ledger.capacity(Tier.HOST)
+        """What HOST may hold at most: what it was given."""
+        self._is_exhausted = False
+        """No homes could make way any more when that was tried last."""
+        self._looked_at = -math.inf
 
     @property
     def packing(self) -> Packing:
@@ -66,6 +79,7 @@ class Memory:
     def resize(self, capacities: Mapping[Tier, int]) -> None:
         """See `Engine.resize`. Nothing uses full copies but what code outside of the model holds."""
         self._move(capacities)
+        self._most_bytes = self._manager.ledger.capacity(Tier.HOST)
         if Tier.DEVICE in capacities:
             self._device.limit(capacities[Tier.DEVICE])
 
@@ -85,7 +99,64 @@ class Memory:
         manager, is_ram = self._manager, self._manager.device.is_ram
         pools = {manager.ledger.memory.pool(tier) for tier in (Tier.DEVICE, Tier.HOST)}
         used = sum(manager.ledger.used(pool) for pool in pools if pool is Tier.HOST or is_ram)
-        return used - (manager.full_copies.nbytes if is_ram else 0)
+        gradients = (chunk.gradient for chunk in manager.chunks)
+        in_tensors = sum(each.buffer.nbytes for each in gradients if isinstance(each, GradientTensors))
+        return used - in_tensors - (manager.full_copies.nbytes if is_ram else 0)
+
+    # -- before memory runs out
+
+    def begin(self, batch: Batch) -> None:
+        """A forward begins: have homes leave room for what its non-model data are expected to take, or come back."""
+        self._foresight.begin()
+        peak = self._sampling.profile.expected_peak_bytes(batch)
+        if peak is None or not self._can_balance or not self._is_time():
+            return
+        ledger = self._manager.ledger
+        capacity, room = ledger.capacity(Tier.HOST), self._device.full_capacity_bytes
+        free = self._manager.eviction.headroom() + self._manager.full_copies.nbytes
+        wanted = capacity_between_steps(capacity, self._most_bytes, free, room, peak)
+        if wanted > capacity and self._sampling.profile.is_measuring:
+            return
+        if wanted < capacity:
+            self._give(Tier.HOST, capacity - wanted)
+        elif wanted > capacity:
+            self._rise(wanted)
+
+    def foresee(self) -> None:
+        """A moment of a measured cycle begins: have homes make room for the rest of it in time."""
+        if not self._can_balance:
+            return
+        manager = self._manager
+        room = self._device.full_capacity_bytes - manager.full_copies.nbytes
+        done, taken, free = self._pacing.done, self._sampling.meter.last_bytes, manager.eviction.headroom()
+        lacking = self._foresight.lacking(done, taken, free, room)
+        if lacking and not self._is_exhausted:
+            before = manager.ledger.capacity(Tier.HOST)
+            self._give(Tier.HOST, lacking)
+            self._is_exhausted = manager.ledger.capacity(Tier.HOST) == before
+
+    @property
+    def _can_balance(self) -> bool:
+        """True if homes in RAM have another place, and nobody else has to agree."""
+        manager = self._manager
+        return manager.device.is_ram and manager.disk is not None and manager.together.communicator.owner.is_alone
+
+    def _is_time(self) -> bool:
+        """True if the last look at the system's memory was a while ago."""
+        now = time.monotonic()
+        if now - self._looked_at < _SECONDS_BETWEEN and not self._sampling.profile.is_measuring:
+            return False
+        self._looked_at = now
+        return True
+
+    def _rise(self, capacity: int) -> None:
+        """Let homes come up."""
+        try:
+            self._move({Tier.HOST: capacity})
+        except Exception as error:  # they were well where they are
+            if not (isinstance(error, OffloadError) or is_out_of_memory(error)):
+                raise
+            logger.info("no homes came up: %s", error)
 
     # -- when memory has run out
 

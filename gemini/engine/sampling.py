@@ -1,6 +1,6 @@
 """Measuring non-model data at each moment of a cycle that the profile or a timeline asks for."""
 
-from ..chunk import ChunkManager, Tier
+from ..chunk import ChunkManager, GradientTensors, Tier
 from ..memory.non_model import Batch, NonModelProfile
 from ..memory.timeline import Point, Timeline
 from ..memory.tracker import NonModelMeter, host_headroom
@@ -32,6 +32,8 @@ class Sampling:
         """What homes take of RAM more than when the measurement began; less if negative."""
         self._is_recording = False
         """Somebody wants a timeline of this step; cycles that are measured have one in any case."""
+        self._gradient_bytes = 0
+        """Of gradients in tensors of their own when the moment began."""
         self._returns_memory = False
         """malloc keeps nothing, because of a cycle that is (or was) measured."""
 
@@ -50,6 +52,7 @@ class Sampling:
         """A unit has entered, and has its chunks."""
         if self._manager.device.is_ram:
             trim_freed_memory()
+        self._gradient_bytes = self._held_gradient_bytes()
         self.meter.mark()
         self.timeline.add(unit, phase)
 
@@ -83,7 +86,14 @@ class Sampling:
     def _sample(self) -> None:
         manager = self._manager
         grown = manager.gradient_pool.blocks_nbytes + manager.full_copies.nbytes + manager.snapshots.nbytes
-        self.meter.sample(grown + self._moved_bytes)
+        # What autograd makes within the moment counts as its own: the peak may have come before it.
+        held = self._held_gradient_bytes()
+        self.meter.sample(grown + self._moved_bytes + min(self._gradient_bytes, held))
+        self._gradient_bytes = held
+
+    def _held_gradient_bytes(self) -> int:
+        gradients = (chunk.gradient for chunk in self._manager.chunks)
+        return sum(gradient.held_nbytes for gradient in gradients if isinstance(gradient, GradientTensors))
 
     def _choose_malloc(self) -> None:
         """Have malloc keep nothing while non-model data in RAM are measured, and for as long as RAM is short."""

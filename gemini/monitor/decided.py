@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..chunk import GRADIENT, Chunk, ChunkManager, MemoryMap, Tier
+from ..chunk import GRADIENT, Buffer, Chunk, ChunkManager, MemoryMap, Room, Tier
 from ..chunk.extent import SOLE
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
@@ -90,7 +90,7 @@ def model_facts(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _described(chunk: Chunk, group: str) -> DescribedChunk:
-    buffers = dict(chunk.homes)
+    buffers: dict[str, Buffer | Room] = dict(chunk.homes)
     if chunk.gradient is not None and chunk.gradient.buffer is not None:
         buffers[GRADIENT] = chunk.gradient.buffer
     return DescribedChunk(

@@ -150,8 +150,7 @@ def of_layout(manager: ChunkManager) -> Stats:
     optimizer = sum(c.homes[spec.name].nbytes for c in chunks for spec in c.states)
     buffers = [c.gradient.buffer for c in chunks if c.gradient is not None and c.gradient.buffer is not None]
     gradients = sum(buffer.nbytes for buffer in buffers) or manager.gradient_pool.nbytes
-    homes = [home for c in chunks for name, home in c.homes.items() if name != SHADOW]
-    homes += buffers
+    homes = [*(home for c in chunks for name, home in c.homes.items() if name != SHADOW), *buffers]
     total_bytes = sum(home.nbytes for home in homes)
     parts = [part for home in homes for part in home.parts]
     off = sum(part.nbytes for part in parts if not manager.ledger.memory.shares(part.tier, Tier.DEVICE))

@@ -221,7 +221,9 @@ class GradientSlot:
             self.buffer.write(self.position, self.buffer.renew(self.position))
             self._show(GradState.SHOWN)
         else:
-            self.put(gradient, is_whole=True, state=GradState.READ if was_theirs else GradState.SHOWN)
+            # Detached: another tensor over its memory, by which the chunk knows that it has to copy.
+            state = GradState.READ if was_theirs else GradState.SHOWN
+            self.put(gradient.detach(), is_whole=True, state=state)
             self._held = gradient if was_theirs else ref(gradient)
 
     def replace(self, gradient: Tensor | None) -> None:
@@ -229,6 +231,9 @@ class GradientSlot:
         if self.state is GradState.WITHDRAWN:
             self.forget()
         self._held = None
+        if gradient is None and self._shown is not None and self.stand_in is None:
+            self.forget()  # at once: its memory is free then, as in plain PyTorch
+            self._shown = None
         if gradient is not None and gradient is not self._shown:
             self._move_to(GradState.THEIRS)
         else:

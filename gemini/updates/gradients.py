@@ -19,7 +19,7 @@ from collections.abc import Container, Iterable, Sequence, Set
 
 from torch import Tensor
 
-from ..chunk import QUIET, Chunk, ChunkManager
+from ..chunk import QUIET, Chunk, ChunkManager, GradientTensors, Room
 from ..tensor_parallel import is_sharded
 from .absent_gradient import BOOST_WITHOUT, AbsentGradient
 from .gradient_slot import GradientSlot
@@ -75,13 +75,13 @@ class Gradients:
         assert chunk.gradient is not None
         if is_sharded(parameter):
             return AbsentGradient.of(parameter, "it is this rank's part of the gradient of a DTensor")
-        view, buffer = chunk.gradient.view(position), chunk.gradient.buffer
-        if view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device):
+        if chunk.gradient.can_show(parameter):
             return None
+        buffer = chunk.gradient.buffer
         assert buffer is not None
         if chunk.is_shared:
             return AbsentGradient.of(parameter, "it is summed over the processes that train the model together")
-        where = buffer.tier.value if buffer.tensor is None else str(buffer.tensor.device)
+        where = buffer.tier.value if isinstance(buffer, Room) or buffer.tensor is None else str(buffer.tensor.device)
         return AbsentGradient.of(parameter, f"it is kept on {where}, and the parameter is on {parameter.device}")
 
     # -- during backward
@@ -157,7 +157,7 @@ class Gradients:
             return True
         with QUIET():
             is_theirs = any(slot.is_theirs or slot.is_replaced for slot in slots if not slot.is_withdrawn)
-        if gradient.is_borrowed or chunk.is_shared or is_theirs:
+        if gradient.is_borrowed or chunk.is_shared or is_theirs or isinstance(gradient, GradientTensors):
             return False
         self._withdraw(chunk)
         if gradient.is_held:

@@ -31,6 +31,7 @@ from ..chunk import (
     BufferSpec,
     Caller,
     Chunk,
+    GradientTensors,
     Staging,
     Tier,
     start_workers,
@@ -57,6 +58,12 @@ class Run:
     start: int
     stop: int
     at_step: BoundUpdate
+    gradient: Tensor | None = None
+    """Their gradient (flat) where it is not in the chunk's buffer."""
+
+    def gradient_of(self, start: int, stop: int) -> Tensor | None:
+        """The part of `gradient` for some of the elements."""
+        return None if self.gradient is None else self.gradient.narrow(0, start - self.start, stop - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,8 @@ class Block:
     offset: int
     """Of its elements in staging, so that they lie there as they lie in the file."""
     at_step: BoundUpdate
+    gradient: Tensor | None = None
+    """See `Run`."""
     staged: dict[str, Tensor] = field(default_factory=dict)
     """Borrowed blocks, as the buffers that `Staging` handed out."""
     computed_numel: int = 0
@@ -100,9 +109,10 @@ class Block:
     def buffers(self) -> dict[str, Buffer]:
         """Where the chunk has what its update takes."""
         chunk = self.update.chunk
-        if self.at_step is UNCHANGED:
+        if self.at_step is UNCHANGED or self.gradient is not None:
             return chunk.homes
-        assert chunk.gradient is not None and chunk.gradient.buffer is not None
+        assert chunk.gradient is not None and not isinstance(chunk.gradient, GradientTensors)
+        assert chunk.gradient.buffer is not None
         return {**chunk.homes, GRADIENT: chunk.gradient.buffer}
 
     def to_borrow(self) -> list[str]:
@@ -146,6 +156,8 @@ class Block:
             return
         self.update.chunk.homes.before_change(self.start, self.stop)
         tensors = {name: self.tensor(name, buffer) for name, buffer in self.buffers().items()}
+        if self.gradient is not None:
+            tensors[GRADIENT] = self.gradient
         if self.update.out is not None:
             tensors[_REFRESHED] = self.update.out[self.start : self.stop]
         step = self.at_step.atomic_numel(tensors[MASTER].device) or self.numel

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..chunk import Caller, Staging, close_in_background, pieces, start_workers
 from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Rule
@@ -89,14 +90,14 @@ class UpdateQueue:
             self._thread.submit(self._work)
         return tickets
 
-    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, BoundUpdate]]:
+    def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, BoundUpdate, Tensor | None]]:
         gradient = update.chunk.gradient
-        homes = [*update.chunk.homes.values(), None if gradient is None else gradient.buffer]
-        streams = any(home is not None and home.tensor is None for home in homes)
+        streams = any(home.tensor is None for home in update.chunk.homes.values())
+        streams = streams or (gradient is not None and gradient.is_file)
         size = self._staging.block_numel if streams and self._staging is not None else update.chunk.layout.numel
         first, boundaries = update.chunk.extent.start, update.chunk.plan.boundaries
         return [
-            (first + start, first + stop, offset, run.at_step)
+            (first + start, first + stop, offset, run.at_step, run.gradient_of(first + start, first + stop))
             for run in update.runs
             for part in _divided(run.start - first, run.stop - first, boundaries)
             for start, stop, offset in pieces(*part, size)

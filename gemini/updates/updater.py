@@ -119,10 +119,11 @@ class Updater:
         """
         taken: dict[int, int] = {}
         runs: list[Run] = []
-        assert chunk.gradient is not None
+        gradient = chunk.gradient
+        assert gradient is not None
         previous, is_empty = -2, True
         rules = groups.of_chunk(chunk)
-        for position in sorted(chunk.gradient.present):
+        for position in sorted(gradient.present):
             slot, parameter = chunk.layout.slots[position], chunk.bindings[position].parameter
             index = groups.of.get(id(parameter))
             if index is None:
@@ -136,11 +137,12 @@ class Updater:
             start, stop = max(slot.offset, chunk.extent.start), min(slot.stop, chunk.extent.stop)
             if start >= stop:  # other owners update all of it
                 continue
-            if runs and position == previous + 1 and runs[-1].at_step is at_step:
+            if runs and position == previous + 1 and runs[-1].at_step is at_step and gradient.continues(position):
                 runs[-1] = Run(runs[-1].start, stop, at_step)  # the zeros between them stay zeros
             else:
                 runs.append(Run(start, stop, at_step))
             previous = position
+        runs = [Run(run.start, run.stop, run.at_step, gradient.memory(run.start, run.stop)) for run in runs]
         averages = self.averages.of(chunk)
         if averages:
             runs, is_empty = _without_gaps(runs, chunk.extent), False

@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence, Set
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Tier, all_or_none
+from ..chunk import Chunk, ChunkManager, all_or_none
 from ..errors import RankError
 from ..nn.optimizer.managed import ManagedOptimizer
 from .gradients import Gradients
@@ -108,7 +108,7 @@ class Updates:
         assert self._options is not None and chunk.gradient is not None
         if self._groups is None or not self.schedule.updated_early:
             self._groups = self._updater.groups(self._options)
-        if chunk.gradient.buffer is not None and chunk.gradient.buffer.tier is Tier.DISK:
+        if chunk.gradient.is_file:
             self._manager.device.synchronize()
         self._manager.quiet(chunk)
         planned = self._updater.plan(self._groups, chunk, refresh=refresh)

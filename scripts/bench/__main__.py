@@ -7,6 +7,7 @@
     python scripts/bench tiny     one Adam step of many small tensors, ours and torch's
     python scripts/bench step     one training step, managed against plain PyTorch
     python scripts/bench peer_steps   the same against FSDP2 and DeepSpeed, each in a process of its own
+    python scripts/bench offload_step   with model data in RAM or on a disk: ours, plain, FSDP2, DeepSpeed's NVMe
     python scripts/bench ranks    training steps of several ranks, beside FSDP2 and DeepSpeed
     python scripts/bench saving   saving on several ranks, beside FSDP2 with torch.distributed.checkpoint
     python scripts/bench async_save | capacity | disk | overhead | overlap | telemetry     see their own --help
@@ -22,7 +23,18 @@ from pathlib import Path
 
 import report
 
-NAMES = ("adam", "checkpoint", "optimizers", "quantised", "step", "peer_steps", "ranks", "saving", "tiny")
+NAMES = (
+    "adam",
+    "checkpoint",
+    "optimizers",
+    "quantised",
+    "offload_step",
+    "step",
+    "peer_steps",
+    "ranks",
+    "saving",
+    "tiny",
+)
 SCRIPTS = ("async_save", "capacity", "disk", "overhead", "overlap", "telemetry")
 """Have a `main` that reads the command line itself."""
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import transformers
 
 RATE = 1e-4
+ON_CPU = {"device": "cpu"}
 BYTES_RECEIVED_OFFSET = 128
 """Of ``tcpi_bytes_received`` in Linux's ``struct tcp_info``."""
 
@@ -45,11 +46,21 @@ class Trainer:
         self.optimizer: Any = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
 
     def step(self, batch: Batch) -> torch.Tensor:
-        loss = self.model(**batch).loss
+        """One step; its loss."""
+        loss = self.backward(batch)
+        self.update()
+        return loss
+
+    def backward(self, batch: Batch) -> torch.Tensor:
+        """Forward and backward; the loss."""
+        loss: torch.Tensor = self.model(**batch).loss
         loss.backward()
+        return loss
+
+    def update(self) -> None:
+        """The optimizer's step."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss
 
     def finish(self) -> None:
         """Wait until nothing of the last step is under way."""
@@ -61,26 +72,25 @@ class Trainer:
 class Gemini(Trainer):
     """Ours. Gradients are summed over the ranks, not averaged, so the loss is divided by their number."""
 
-    def __init__(self, build: Callable[[], Any]) -> None:
+    def __init__(self, build: Callable[[], Any], **plugin: Any) -> None:
         import gemini
         from gemini.booster import Booster
         from gemini.booster.plugin import GeminiPlugin
         from gemini.lazy import LazyInitContext
         from gemini.nn.optimizer import HybridAdam
 
-        gemini.launch_from_torch({})
         self.ranks = int(os.environ["WORLD_SIZE"])
+        if self.ranks > 1:
+            gemini.launch_from_torch({})
         with LazyInitContext():
             model = build()
-        self.booster = Booster(plugin=GeminiPlugin(telemetry=False))
+        self.booster = Booster(plugin=GeminiPlugin(telemetry=False, **plugin))
         optimizer: Any = HybridAdam(model.parameters(), lr=RATE, weight_decay=0.01)
         self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
 
-    def step(self, batch: Batch) -> torch.Tensor:
-        loss = self.model(**batch).loss
-        self.booster.backward(loss / self.ranks, self.optimizer)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def backward(self, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = self.model(**batch).loss
+        self.booster.backward(loss / self.ranks if self.ranks > 1 else loss, self.optimizer)
         return loss
 
     def finish(self) -> None:
@@ -114,33 +124,43 @@ class FSDP2(Trainer):
 
 
 class Zero3(Trainer):
-    """DeepSpeed with optimizer and, where asked, parameters on the CPU.
+    """DeepSpeed with optimizer and parameters on the CPU or on a disk.
 
     Its buckets are cut from 5e8 elements (a gigabyte for any model) to what this model can use.
+
+    Parameters
+    ----------
+    zero
+        More of ``zero_optimization``, such as ``offload_optimizer``.
+    aio
+        How it asks a disk.
     """
 
-    def __init__(self, build: Callable[[], Any], batch_size: int, offload_parameters: bool) -> None:
+    def __init__(
+        self, build: Callable[[], Any], batch_size: int, zero: dict[str, Any], aio: dict[str, Any] | None = None
+    ) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
-        zero: dict[str, Any] = {
-            "stage": 3, "offload_optimizer": {"device": "cpu"},
-            "reduce_bucket_size": 20_000_000, "stage3_prefetch_bucket_size": 10_000_000,
-        }  # fmt: skip
-        if offload_parameters:
-            zero["offload_param"] = {"device": "cpu"}
         config = {
-            "train_micro_batch_size_per_gpu": batch_size, "bf16": {"enabled": True}, "zero_optimization": zero,
+            "train_micro_batch_size_per_gpu": batch_size, "bf16": {"enabled": True},
+            "zero_optimization": {
+                "stage": 3, "reduce_bucket_size": 20_000_000, "stage3_prefetch_bucket_size": 10_000_000, **zero
+            },
             "optimizer": {"type": "AdamW", "params": {"lr": RATE, "weight_decay": 0.01}}, "steps_per_print": 10**9,
         }  # fmt: skip
+        if aio is not None:
+            config["aio"] = aio
         model = build()
         self.model, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
-    def step(self, batch: Batch) -> torch.Tensor:
+    def backward(self, batch: Batch) -> torch.Tensor:
         loss: torch.Tensor = self.model(**batch).loss
         self.model.backward(loss)
-        self.model.step()
         return loss
+
+    def update(self) -> None:
+        self.model.step()
 
 
 KINDS: dict[str, Callable[[Callable[[], Any], int], Trainer]] = {
@@ -149,8 +169,10 @@ KINDS: dict[str, Callable[[Callable[[], Any], int], Trainer]] = {
     "FSDP2, bf16 reduced": lambda build, _: FSDP2(build, reduce=torch.bfloat16),
     "FSDP2, kept after forward": lambda build, _: FSDP2(build, reshard=False),
     "FSDP2, CPU offload": lambda build, _: FSDP2(build, offload=True),
-    "ZeRO-3, optimizer offloaded": lambda build, batch_size: Zero3(build, batch_size, offload_parameters=False),
-    "ZeRO-3, all offloaded": lambda build, batch_size: Zero3(build, batch_size, offload_parameters=True),
+    "ZeRO-3, optimizer offloaded": lambda build, batch_size: Zero3(build, batch_size, {"offload_optimizer": ON_CPU}),
+    "ZeRO-3, all offloaded": lambda build, batch_size: Zero3(
+        build, batch_size, {"offload_optimizer": ON_CPU, "offload_param": ON_CPU}
+    ),
 }
 """All compute in bf16 and keep fp32 masters."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+UNKNOWN = "-"
 REST_SECONDS = 10.0
 """Longer than any OpenMP runtime spins unless it was told to, also where other programs want the cores."""
 
@@ -72,6 +73,20 @@ def _is_running(thread: Path) -> bool:
 def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
     """How many times longer ``name`` took than ``base``: the median over the rounds."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows with the same keys, which are the head; the first column to the left, all others to the right."""
+    head = list(rows[0]) if rows else []
+    lines = [head, *([row[name] for name in head] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def machine() -> dict[str, object]:
