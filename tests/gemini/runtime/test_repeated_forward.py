@@ -69,11 +69,12 @@ def seed(number: int) -> None:
 @contextmanager
 def short(run: Trained, times: int, at: int = -1, free_bytes: int = 16 << 10) -> Iterator[list[int]]:
     """The last module (or another one) finds no memory, so often, where the system has next to none."""
-    calls = [0]
-    boosted(run.model).manager.eviction.headroom = lambda: free_bytes
+    calls, eviction = [0], boosted(run.model).manager.eviction
+    headroom = eviction.headroom
 
     def fail(*_: Any) -> None:
         calls[0] += 1
+        eviction.headroom = headroom if calls[0] > times else lambda: free_bytes
         if calls[0] <= times:
             raise RuntimeError(SHORT)
 
@@ -82,6 +83,7 @@ def short(run: Trained, times: int, at: int = -1, free_bytes: int = 16 << 10) ->
         yield calls
     finally:
         handle.remove()
+        eviction.headroom = headroom
 
 
 @pytest.fixture(autouse=True)
