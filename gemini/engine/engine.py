@@ -93,7 +93,8 @@ class Engine:
                     self.pacing.evict(actions.evict)
                 for chunk in missing:
                     if not chunk.is_resident:
-                        is_beyond = bool(visit.extra) and visit.extra is unit.without_gradients
+                        # What stood for all units when there was room for all of them may come when there is not.
+                        is_beyond = unit.is_joined or (bool(visit.extra) and visit.extra is unit.without_gradients)
                         self.pins.fetch(chunk, chunks, overdraw=is_beyond)
                 if actions.prefetch:
                     self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it

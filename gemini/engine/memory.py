@@ -83,10 +83,10 @@ class Memory:
         if Tier.DEVICE in capacities:
             self._device.limit(capacities[Tier.DEVICE])
 
-    def _move(self, capacities: Mapping[Tier, int], at_least: bool = False) -> None:
+    def _move(self, capacities: Mapping[Tier, int], *, at_least: bool = False, in_pass: bool = False) -> None:
         before = self._home_ram_bytes
         try:
-            has_moved = self._homes.resize(capacities, at_least)
+            has_moved = self._homes.resize(capacities, at_least=at_least, in_pass=in_pass)
         finally:
             self._sampling.homes_moved(self._home_ram_bytes - before)
         self._pacing.replan()
@@ -132,7 +132,7 @@ class Memory:
         lacking = self._foresight.lacking(done, taken, free, room)
         if lacking and not self._is_exhausted:
             before = manager.ledger.capacity(Tier.HOST)
-            self._give(Tier.HOST, lacking)
+            self._give(Tier.HOST, lacking, in_pass=True)
             self._is_exhausted = manager.ledger.capacity(Tier.HOST) == before
 
     @property
@@ -210,11 +210,11 @@ class Memory:
             attempt=attempt,
         )
 
-    def _give(self, tier: Tier, nbytes: int) -> None:
+    def _give(self, tier: Tier, nbytes: int, in_pass: bool = False) -> None:
         """Take bytes from a tier, as far as its homes have another place."""
         capacity = self._manager.ledger.capacity(tier)
         try:
-            self._move({tier: max(capacity - nbytes, 0)}, at_least=True)
+            self._move({tier: max(capacity - nbytes, 0)}, at_least=True, in_pass=in_pass)
         except Exception as error:  # the computation's own error tells of the shortage, and this is what was tried
             if not (isinstance(error, OffloadError) or is_out_of_memory(error)):
                 raise

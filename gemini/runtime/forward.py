@@ -34,6 +34,9 @@ from .tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
 
+_MOST_REPETITIONS = 8
+"""Each gives at least twice as much as the one before."""
+
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
 """Attributes that are not the user's."""
 
@@ -139,7 +142,9 @@ class ForwardHooks:
             obstacle = before.obstacle()
             forget_frames(error)  # they have the activations
             given = engine.memory.make_room(error, attempt, done)
-            if not obstacle and given.is_something:
+            # What full copies give up is of no use to a move that has failed: it takes it back.
+            helps = given.moved_bytes > 0 or (given.is_something and not isinstance(error, OutOfMemory))
+            if not obstacle and helps and attempt < _MOST_REPETITIONS:
                 logger.info("a forward ran out of memory (%s) and runs again in more", error)
                 return
             if not isinstance(error, OutOfMemory):
