@@ -21,6 +21,11 @@ class AcceleratorMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @property
+    def name(self) -> str:
+        """The same text for all processes that use this device, as far as that can be known."""
+        return str(self.device)
+
     def free(self) -> FreeMemory:
         return FreeMemory(*torch.accelerator.get_memory_info(self.device), reader=self.device.type.upper())
 

@@ -8,6 +8,11 @@ from .accelerator_memory import AcceleratorMemory, FreeMemory
 class CudaMemory(AcceleratorMemory):
     """The same by ``torch.cuda``, which has it in all versions of torch, and by NVML."""
 
+    @property
+    def name(self) -> str:
+        # torch numbers the visible devices: those of another process may be others.
+        return str(getattr(torch.cuda.get_device_properties(self.device), "uuid", self.device))
+
     def free(self) -> FreeMemory:
         return self._by_nvml() or FreeMemory(*torch.cuda.mem_get_info(self.device), reader="CUDA")
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemini.checkpoint import named_tensors
     from gemini.initialize import launch, launch_from_slurm, launch_from_torch
     from gemini.lazy import LazyInitContext
+    from gemini.lease.budget import Budget
     from gemini.nn.optimizer import HybridAdam
     from gemini.quantization import Quantization
 
@@ -29,6 +30,7 @@ __all__ = [
     "EMA",
     "SWA",
     "Booster",
+    "Budget",
     "GeminiPlugin",
     "HybridAdam",
     "LazyInitContext",
@@ -48,6 +50,7 @@ _HOMES = {
     "GeminiPlugin": "gemini.booster.plugin",
     "HybridAdam": "gemini.nn.optimizer",
     "Quantization": "gemini.quantization",
+    "Budget": "gemini.lease.budget",
     "LazyInitContext": "gemini.lazy",
     "launch": "gemini.initialize",
     "launch_from_slurm": "gemini.initialize",

@@ -15,6 +15,7 @@ from .nn.optimizer.managed import ManagedOptimizer
 from .packing.packing import Packing
 from .runtime.forward import ForwardHooks
 from .runtime.outside import Outside
+from .runtime.tenancy import Tenancy
 from .step.managed_step import ChunkedStep
 from .telemetry.writer import TelemetryWriter
 from .updates.values import Values
@@ -31,6 +32,7 @@ class Boosted:
     manager: ChunkManager
     values: Values
     engine: Engine
+    tenancy: Tenancy
     hooks: ForwardHooks
     outside: Outside
     step: ChunkedStep

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .chunk import ALONE, Communicator
+from .lease.budget import Budget
 from .planning.placement import AutoPlacementPolicy, PlacementPolicy
 from .quantization import Quantization
 
@@ -14,7 +15,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 KEEP = "keep"
 """The precision with which each parameter computes in the dtype that the model gave it."""
 
-ACTIVATION_POLICIES = ("keep", "offload")
+ACTIVATION_POLICIES = ("keep", "offload", "recompute", "auto")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,8 @@ class GeminiConfig:
     """Bytes of model data in RAM; None finds out."""
     disk_memory: int | None = None
     """Bytes on DISK; None takes what is free in ``offload_dir``."""
+    budget: Budget | None = None
+    """What the model shares with others; None: that of the process."""
     offload_dir: Path | None = None
     """Folder of the DISK tier; None: there is none."""
     snapshot_memory: int | None = None

@@ -87,6 +87,12 @@ def saving_is_taken() -> bool:
     return not hooks._saved_tensors_hooks_is_enabled() or hooks._top_saved_tensors_default_hooks(True) is not None
 
 
+def saving_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The innermost pair of hooks for saved tensors. If it goes: see `saving_is_taken`."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else (hooks[0], hooks[1])
+
+
 shown_in_profile: Callable[[str], AbstractContextManager[None]] = torch._C._profiler._RecordFunctionFast
 """A part of what ``torch.profiler`` shows, by its name. ``record_function`` takes microseconds also when nobody looks.
 If it goes: ``torch.profiler.record_function``."""
@@ -291,6 +297,11 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """The children by name, to be replaced for a while. If ``_modules`` goes: ``named_children()`` and ``setattr``."""
     return module._modules
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that run before and after a module's forward. If they go: no block is known to be free of hooks."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 LOAD_LOCALLY = "_load_from_state_dict"

@@ -20,6 +20,7 @@ EXPORTS = {
     "named_tensors": "gemini.checkpoint",
     "Quantization": "gemini.quantization",
     "to_torch": "gemini.boosting.plain",
+    "Budget": "gemini.lease.budget",
     "EMA": "gemini.boosting.averaging",
     "SWA": "gemini.boosting.averaging",
 }

@@ -7,6 +7,7 @@ kernels' results depend on.
 
 import errno
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -58,8 +59,9 @@ class ActivationFile:
         self.file = DiskFile(folder, requests)
         self.ledger = ledger
         self.checksums = checksums
-        self.writer = start_workers(1, "activations-out", IO_STACK_BYTES)
-        self.reader = start_workers(1, "activations-in", IO_STACK_BYTES)
+        self._writer = start_workers(1, "activations-out", IO_STACK_BYTES)
+        self._reader = start_workers(1, "activations-in", IO_STACK_BYTES)
+        self._is_closed = False
         self._gaps = FreeRoom(sys.maxsize)
         self._end = 0
         """Of what was stored since the last `trim`."""
@@ -99,8 +101,22 @@ class ActivationFile:
                 self.file.shrink(self._end)
             self._end = 0
 
+    def write(self, work: Callable[[UntypedStorage], None], memory: UntypedStorage) -> Passage:
+        """Have the writing thread do this."""
+        return _Underway(self._writer.submit(work, memory))
+
+    def read(self, work: Callable[[UntypedStorage], None], memory: UntypedStorage) -> Passage:
+        """Have the reading thread do this, or this one once it is closed: a graph may outlive its model."""
+        if not self._is_closed:
+            return _Underway(self._reader.submit(work, memory))
+        work(memory)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return _Underway(done)
+
     def close(self) -> None:
-        for workers in (self.writer, self.reader):
+        self._is_closed = True
+        for workers in (self._writer, self._reader):
             close_in_background(partial(workers.shutdown, wait=True))
 
 
@@ -128,11 +144,11 @@ class FileRoom:
         self._checksums = Checksums() if file.checksums else None
 
     def store(self, memory: UntypedStorage) -> Passage:
-        return _Underway(self._file.writer.submit(self._write, memory))
+        return self._file.write(self._write, memory)
 
     def load(self) -> tuple[UntypedStorage, Passage]:
         memory = aligned(self._nbytes, self._skip)
-        return memory, _Underway(self._file.reader.submit(self._read, memory))
+        return memory, self._file.read(self._read, memory)
 
     def _write(self, memory: UntypedStorage) -> None:
         address = memory.data_ptr()

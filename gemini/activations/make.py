@@ -1,11 +1,21 @@
 """From what the user asked for to what becomes of saved tensors."""
 
+from functools import partial
+
+from torch import nn
+
 from ..chunk import ChunkManager, tuned
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
+from ..planning.activation_choice import Choice, Link
 from ..telemetry.layout import disks_folder
+from .advice import Always, Auto
+from .blocks import blocks_of
+from .by_block import ByBlock
 from .disk import ActivationFile
+from .leavers import Leavers
 from .place import Place
+from .room import disk_link, room_bytes
 from .saving import KeepAll, Offload, Saving
 from .store import ActivationStore
 
@@ -30,7 +40,7 @@ def check_place(config: GeminiConfig, capacities: Capacities) -> None:
         )
 
 
-def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkManager) -> Saving:
+def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkManager, model: nn.Module) -> Saving:
     """What the policy says.
 
     Raises
@@ -38,11 +48,27 @@ def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkMana
     OffloadError, OutOfMemory
         If a file or a thread for it cannot be had.
     """
-    if config.activation_policy == "keep":
+    policy, device = config.activation_policy, capacities.device
+    if policy == "keep":
         return KeepAll()
+    leavers = Leavers(device, (chunk.full for chunk in manager.chunks))
+    if policy == "offload":
+        return Offload(_store(config, manager), leavers)
+    blocks = blocks_of(model)
+    if policy == "recompute":
+        return ByBlock(model, blocks, policy, Always(Choice.RECOMPUTE, len(blocks)), leavers, None)
+    offload = Offload(_store(config, manager), leavers) if config.offload_dir is not None else None
+    advice = Auto(len(blocks), partial(room_bytes, manager, device), partial(_link, config))
+    return ByBlock(model, blocks, policy, advice, leavers, offload)
+
+
+def _store(config: GeminiConfig, manager: ChunkManager) -> ActivationStore:
     places: list[Place] = []
     if config.offload_dir is not None:
         requests = tuned(config.offload_dir, EXPECTED_BYTES, disks_folder())
         places.append(ActivationFile(config.offload_dir, manager.ledger, requests, config.disk_checksums))
-    store = ActivationStore(places, LIMIT_BYTES)
-    return Offload(store, capacities.device, (chunk.full for chunk in manager.chunks))
+    return ActivationStore(places, LIMIT_BYTES)
+
+
+def _link(config: GeminiConfig) -> Link | None:
+    return None if config.offload_dir is None else disk_link(config.offload_dir, LIMIT_BYTES)

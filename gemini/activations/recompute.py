@@ -45,6 +45,8 @@ class Reason:
     """What it does, in words, as in: "it changes its input in place"."""
     changing: tuple[Place, ...] = ()
     """The tensors of its modules that it changes. With copies of these it can run again next time."""
+    is_passing: bool = False
+    """The next call may be able to run again."""
 
 
 class Saved:

@@ -1,20 +1,35 @@
 """The hooks for tensors that a model's forward saves for backward: which may leave, and which stay."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..torch_private import is_transformed, saving_is_taken, storage_key, without_torch_function
+from ..memory.non_model import Batch
+from ..torch_private import saving_is_taken, without_torch_function
 from .counts import ActivationCounts
+from .leavers import Leavers
 from .store import ActivationStore
 from .tensors import KeptTensor, MovedTensor, Packed, unpack
 
-LEAST_BYTES = 1 << 16
-"""Smaller storages stay: a transfer's latency costs more than they take."""
+_FORBIDDEN = "don't yet support saved tensor hooks"
+"""What torch says of transforms that cannot go with them."""
+
+
+@contextmanager
+def explain_transforms(policy: str) -> Iterator[None]:
+    """Have an error of torch's about transforms name the option that hooks come from."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _FORBIDDEN in str(error):
+            raise RuntimeError(
+                f"{error} activation_policy={policy!r} puts such hooks around the model; boost a model that uses "
+                "these transforms in its forward with activation_policy='keep'"
+            ) from error
+        raise
 
 
 class Saving(Protocol):
@@ -24,6 +39,9 @@ class Saving(Protocol):
 
     def of_call(self) -> AbstractContextManager[object]:
         """A context for a call of the model."""
+
+    def begin(self, batch: Batch) -> None:
+        """The model's forward begins, in the call that is under way."""
 
     def moving(self, may_move: bool) -> AbstractContextManager[None]:
         """A context within a call: what is saved in it may leave, or stays. The innermost one counts."""
@@ -45,6 +63,9 @@ class KeepAll:
     def of_call(self) -> AbstractContextManager[object]:
         return self._nothing
 
+    def begin(self, batch: Batch) -> None:
+        pass
+
     def moving(self, may_move: bool) -> AbstractContextManager[None]:
         return self._nothing
 
@@ -62,17 +83,14 @@ class Offload:
     ----------
     store
         Moves them.
-    device
-        Tensors of this device leave, others stay.
-    full_copies
-        The storages of parameters in use: they come and go by themselves.
+    leavers
+        Says which ones.
     """
 
-    def __init__(self, store: ActivationStore, device: torch.device, full_copies: Iterable[Tensor]) -> None:
+    def __init__(self, store: ActivationStore, leavers: Leavers) -> None:
         self.counts = store.counts
         self._store = store
-        self._device = device
-        self._full_copies = frozenset(storage_key(full.untyped_storage()) for full in full_copies)
+        self._leavers = leavers
         self._may_move = True
 
     @contextmanager
@@ -80,8 +98,15 @@ class Offload:
         if saving_is_taken():  # by hooks of the user's around the model, which are to see what it saves
             yield
             return
-        with saved_tensors_hooks(self._pack, unpack):
+        with explain_transforms("offload"), saved_tensors_hooks(self.pack, unpack):
             yield
+        self.settle()
+
+    def begin(self, batch: Batch) -> None:
+        pass
+
+    def settle(self) -> None:
+        """Let all leave that only graphs hold, as far as that needs no waiting."""
         self._store.settle()
 
     @contextmanager
@@ -98,19 +123,9 @@ class Offload:
     def close(self) -> None:
         self._store.close()
 
-    def _pack(self, tensor: Tensor) -> Packed:
+    def pack(self, tensor: Tensor) -> Packed:
+        """What the graph holds in place of a tensor, which leaves if it may."""
         with without_torch_function():  # none of this is an operation of the model's
-            if self._may_move and self._is_plain(tensor):
-                memory = tensor.untyped_storage()
-                is_own = memory.resizable() and not memory.is_shared()  # else others, such as numpy, may have it
-                if is_own and memory.nbytes() >= LEAST_BYTES and storage_key(memory) not in self._full_copies:
-                    return MovedTensor(tensor, self._store.save(memory), self._store)
+            if self._may_move and self._leavers.may_leave(tensor):
+                return MovedTensor(tensor, self._store.save(tensor.untyped_storage()), self._store)
             return KeptTensor(tensor)
-
-    def _is_plain(self, tensor: Tensor) -> bool:
-        return (
-            type(tensor) is Tensor
-            and tensor.layout is torch.strided
-            and tensor.device == self._device
-            and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or is_transformed())
-        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gemini.lease.budget import said_sizes
 from gemini.quantization import Quantization
 
 from .checkpointing import Checkpointing
@@ -151,6 +152,42 @@ class Booster(Checkpointing):
             "quantize": quantize,
         }
         return add_adapters(model, given)
+
+    def resize(
+        self,
+        model: nn.Module,
+        *,
+        host_memory: int | str | None = None,
+        device_memory: int | str | None = None,
+        disk_memory: int | str | None = None,
+    ) -> None:
+        """Have a boosted model take other budgets from now on, between two steps; its homes move down or up.
+
+        Numbers stay what they are. What is said here is not taken away by other models and runs. All ranks do this
+        together, with the same sizes.
+
+        Parameters
+        ----------
+        model
+            As `boost` returned it.
+        host_memory, device_memory, disk_memory
+            Bytes of model data per tier, as a number or ``"8GiB"``; None leaves one as it is.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            If the model cannot do with that; nothing has been changed. The message says what would be enough.
+        ValueError, TypeError
+            If nothing is given, a size is none, the model has no such tier, or its budget has less.
+        RuntimeError
+            While a forward or backward runs, or the model is released.
+        """
+        from gemini.boosted import boosted
+
+        given = said_sizes({"host": host_memory, "device": device_memory, "disk": disk_memory})
+        if not given:
+            raise ValueError("booster.resize needs host_memory, device_memory or disk_memory, such as '8GiB'; got none")
+        boosted(model).tenancy.set(given)
 
     def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
         """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""

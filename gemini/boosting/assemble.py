@@ -25,6 +25,7 @@ from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks
 from ..runtime.forward import ForwardHooks
 from ..runtime.outside import Outside
+from ..runtime.tenancy import Tenancy
 from ..step.kept_states import KeptStates
 from ..step.managed_step import ChunkedStep
 from ..step.state_id import StateId
@@ -43,6 +44,7 @@ from ..updates.updater import Updater
 from ..updates.updates import Updates
 from ..updates.values import Values
 from .agreement import agree_origin
+from .seating import Seating
 
 
 def assemble(
@@ -55,6 +57,7 @@ def assemble(
     queue: UpdateQueue,
     meter: NonModelMeter,
     saving: Saving,
+    seating: Seating,
 ) -> Boosted:
     """Make the engine and what calls it; from now on the model's modules and parameters have hooks."""
     origin = agree_origin(manager.together.communicator)
@@ -90,10 +93,14 @@ def assemble(
     watch_gradients(engine, packing.parameters)
     backward = BackwardHooks(engine)
     inputs = None if config.compute_dtype is torch.float32 else config.compute_dtype
+    tenancy = Tenancy(engine, seating.budget, seating.seat)
+    seating.occupy(tenancy)
     force_fp32 = config.force_outputs_fp32
-    hooks = ForwardHooks(model, engine, backward, saving, cast_inputs=inputs, force_outputs_fp32=force_fp32)
+    hooks = ForwardHooks(model, engine, backward, saving, tenancy, cast_inputs=inputs, force_outputs_fp32=force_fp32)
     outside = Outside(engine, backward)
-    return Boosted(type(model), config, capacities, manager, values, engine, hooks, outside, step, statistics, saving)
+    return Boosted(
+        type(model), config, capacities, manager, values, engine, tenancy, hooks, outside, step, statistics, saving
+    )
 
 
 def _may_update_ahead(config: GeminiConfig, manager: ChunkManager) -> bool:

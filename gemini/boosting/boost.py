@@ -35,6 +35,7 @@ from .mixing import mix_in
 from .module import GeminiModule
 from .parts import guard_parts
 from .refusals import refuse_model, refuse_optimizer, refuse_sharing, refuse_split_master
+from .seating import Seating
 from .succession import bind_optimizer
 
 
@@ -55,7 +56,16 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     OutOfMemory, OffloadError, ValueError
         If it cannot work. Model and optimizer are as they were before then.
     """
-    config = replace(config, quantization=Quantization.for_model(model, config.quantization))
+    seating = Seating(replace(config, quantization=Quantization.for_model(model, config.quantization)))
+    try:
+        return _boost(model, optimizer, seating)
+    except BaseException:
+        seating.leave()
+        raise
+
+
+def _boost(model: nn.Module, optimizer: ManagedOptimizer | None, seating: Seating) -> GeminiModule:
+    config = seating.config
     communicator = config.communicator
     with ExitStack() as until_built:
         with all_or_none(communicator, "booster.boost, which refuses some models"):
@@ -64,7 +74,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
             _warm_up(optimizer, config, {torch.device("cpu")}, _trained_dtypes(optimizer, config))
             if config.quantization is not None:
                 warm_up_codes(config.quantization.form)
-            capacities = find_capacities(config)
+            capacities = seating.take(model, optimizer, find_capacities(config))
             check_place(config, capacities)
         check_groups(model, communicator)
         check_options(config)
@@ -75,7 +85,7 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         with all_or_none(communicator, "booster.boost, which takes memory"):
             packing = _decide(model, optimizer, config, capacities)
             manager, queue = build(packing, config, capacities)
-            saving = make_saving(config, capacities, manager)
+            saving = make_saving(config, capacities, manager, model)
 
     meter = NonModelMeter(capacities.device)
     compute_dtypes = {plan.compute_dtype for plan in packing.plans if plan.is_trainable}
@@ -87,8 +97,9 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
         take_over_states(optimizer, manager)
     manager.together.serve()
 
-    state = assemble(model, optimizer, config, capacities, packing, manager, queue, meter, saving)
+    state = assemble(model, optimizer, config, capacities, packing, manager, queue, meter, saving, seating)
     boosted = _install(model, optimizer, state, queue)
+    state.attached.callback(weakref.finalize(model, seating.leave))
     if manager.device.is_ram:
         return_freed_memory()  # so that what malloc kept of the building is no part of where the measurement begins
     meter.start()

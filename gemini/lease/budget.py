@@ -4,13 +4,14 @@ import threading
 from collections.abc import Callable, Mapping
 
 from gemini.lease.asked import Asked
+from gemini.lease.holder import LimitsOf
 from gemini.lease.part import MachinePart, Wants
 from gemini.lease.seat import Seat, Use
 from gemini.lease.sharing import Claim, share
 from gemini.lease.standing import DEVICE, DISK, HOST, Answer
 from gemini.sizes import format_bytes, parse_bytes
 
-_CHANGE = 1 << 20
+_CHANGE_RATIO = 0.02
 """A share that differs by less stays as it is."""
 
 
@@ -44,8 +45,9 @@ class Budget:
         device_memory: int | str | None = None,
         disk_memory: int | str | None = None,
     ) -> None:
-        given = {HOST: host_memory, DEVICE: device_memory, DISK: disk_memory}
-        self._said = {memory: _parsed(memory, size) for memory, size in given.items() if size is not None}
+        self._said = said_sizes({HOST: host_memory, DEVICE: device_memory, DISK: disk_memory})
+        self._asked: dict[str, int] = {}
+        """What was asked of the models that are there; it counts before what was said."""
         self._seats: list[Seat] = []
         self._part: MachinePart | None = None
         self._found: dict[str, int | None] = {}
@@ -60,12 +62,16 @@ class Budget:
     @property
     def said(self) -> Mapping[str, int]:
         """The bytes that its user has said, by memory."""
-        return dict(self._said)
+        return {**self._said, **self._asked}
 
     # -- a model comes and goes
 
     def join(
-        self, seat: Seat, measured: Callable[[], Mapping[str, int]], part: Callable[[], MachinePart]
+        self,
+        seat: Seat,
+        measured: Callable[[], Mapping[str, int]],
+        limits: Mapping[str, LimitsOf],
+        part: Callable[[], MachinePart],
     ) -> dict[str, int]:
         """Make room for one more model; the capacities that it has, by memory.
 
@@ -73,12 +79,15 @@ class Budget:
         ----------
         measured
             What is free of each memory for model data.
+        limits
+            By memory, what bounds it on this machine.
         part
             Makes the budget's part of the machine when its first model comes.
         """
         with self._lock:
             if self._part is None:
                 self._part = part()
+            self._part.watch(limits)
             self._seats = [each for each in self._seats if not each.is_left]
             self._seats.append(seat)
             self._part.say(self._wants(), is_waiting=True)
@@ -103,11 +112,11 @@ class Budget:
             elif self._part is not None:
                 self._part.end()
                 self._part = None
-                self._found = {}
+                self._found, self._asked = {}, {}
 
     def _room_for(self, seat: Seat, memory: str, use: Use, measured: Callable[[], Mapping[str, int]]) -> int:
         others = [each for each in self._seats if each is not seat and memory in each.uses()]
-        total = self._said.get(memory)
+        total = self.said.get(memory)
         if total is None:
             assert self._part is not None, "the part is there from the first model on"
             granted = self._part.begin(memory, self._wants()[memory])
@@ -154,13 +163,13 @@ class Budget:
         with self._lock:
             found = {}
             for memory, use in seat.uses().items():
-                is_bound = memory in self._said or memory in self._found
+                is_bound = memory in self.said or memory in self._found
                 if seat.is_said(memory) or not is_bound:
                     continue
-                total = self._said.get(memory, self._found.get(memory))
+                total = self.said.get(memory, self._found.get(memory))
                 wanted = use.claim.wish if total is None else self._divide(memory, total)[seat]
                 has = min(seat.shares.get(memory, use.capacity), use.claim.wish)
-                if abs(wanted - has) > _CHANGE:
+                if abs(wanted - has) > has * _CHANGE_RATIO:
                     found[memory] = wanted
             return found
 
@@ -188,17 +197,16 @@ class Budget:
             if self._part is not None:
                 self._part.say(self._wants(), answer=Answer(asked.id, is_done, text))
 
-    def set(self, nbytes: Mapping[str, int]) -> None:
-        """What all of them are to have together, from now on."""
+    def ask(self, nbytes: Mapping[str, int]) -> dict[str, int]:
+        """Have all of them take this much together from now on; what was asked before, by memory."""
         with self._lock:
-            self._said.update(nbytes)
+            before, self._asked = self._asked, {**self._asked, **nbytes}
+            return before
 
-    def unset(self, nbytes: Mapping[str, int], before: Mapping[str, int]) -> None:
-        """It could not be done: what they had before was ``before``."""
+    def ask_again(self, before: Mapping[str, int]) -> None:
+        """It could not be done: have them take what was asked before."""
         with self._lock:
-            for memory in nbytes:
-                self._said.pop(memory, None)
-            self._said.update({memory: each for memory, each in before.items() if memory in nbytes})
+            self._asked = dict(before)
 
     def begin(self, seat: Seat) -> bool:
         """A model begins to run: borrow for its full copies what idle ones keep beyond their homes.
@@ -253,7 +261,7 @@ class Budget:
                     used=so_far.used + use.used,
                     non_model=max(so_far.non_model, non_model),
                 )
-        for memory, nbytes in self._said.items():
+        for memory, nbytes in self.said.items():
             if memory in found:
                 claim = Claim(floor=nbytes, wish=nbytes)
                 before = found[memory]
@@ -266,6 +274,17 @@ class Budget:
 def _held(use: Use) -> int:
     """What a model may take, as far as it can make use of it."""
     return max(use.used, min(use.capacity, use.claim.wish))
+
+
+def said_sizes(given: Mapping[str, int | str | None]) -> dict[str, int]:
+    """Bytes by memory, of those sizes that a user has given.
+
+    Raises
+    ------
+    ValueError, TypeError
+        With the argument's name, if a size is none.
+    """
+    return {memory: _parsed(memory, size) for memory, size in given.items() if size is not None}
 
 
 def _parsed(memory: str, size: int | str) -> int:

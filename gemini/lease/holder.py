@@ -18,6 +18,7 @@ from gemini.lease.standing import HOST, Answer, Holding, Seen, Standing
 
 logger = logging.getLogger(__name__)
 
+LimitsOf = Callable[[], list[Limit]]
 _WAIT_POLL_SECONDS = 0.02
 _ALONE = "alone"
 
@@ -50,21 +51,29 @@ class Holder:
 
     def __init__(
         self,
-        limits: Mapping[str, Callable[[], list[Limit]]],
+        limits: Mapping[str, LimitsOf],
         standing: Standing,
         folder: LeaseFolder,
         root: Path = ROOT,
     ) -> None:
-        self._limits = limits
         self._folder = folder
         self._root = root
         self._standing = replace(standing, base_bytes=private_ram(root=root))
-        self._base = {limit.pool: limit.total - limit.free for each in limits.values() for limit in each()}
+        self._base: dict[str, int] = {}
+        """By pool, what was taken when the lease began."""
+        self._limits: dict[str, LimitsOf] = {}
+        self.watch(limits)
         self._lease: Lease | None = None
         try:
             self._lease = folder.begin(self._standing)
         except OSError as error:
             logger.warning("other runs cannot see what this one holds of the machine's memory: %s", error)
+
+    def watch(self, limits: Mapping[str, LimitsOf]) -> None:
+        """These limits bound what is held, beside those that are known."""
+        for memory in limits.keys() - self._limits.keys():
+            self._limits[memory] = limits[memory]
+            self._base |= {limit.pool: limit.total - limit.free for limit in limits[memory]()}
 
     @property
     def memories(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemini.lease.asked import Asked
-from gemini.lease.holder import Holder, Holds
+from gemini.lease.holder import Holder, Holds, LimitsOf
 from gemini.lease.pressure import PressureGauge
 from gemini.lease.room import capacity_of, room_of
 from gemini.lease.sharing import Claim
@@ -65,7 +65,12 @@ class MachinePart:
         self._holder = holder
         self._gauge = gauge
         self._steady: dict[str, Steady] = {}
+        """By memory, what is followed where there is less than the models can make use of."""
         self._next_look = 0.0
+
+    def watch(self, limits: Mapping[str, LimitsOf]) -> None:
+        """These limits bound what is held from now on, beside those known."""
+        self._holder.watch(limits)
 
     def say(self, wants: Mapping[str, Wants], is_waiting: bool = False, answer: Answer | None = None) -> None:
         """Tell other runs what is wanted and held."""
@@ -90,7 +95,8 @@ class MachinePart:
             logger.info("waiting up to %g s for what other runs on this machine give back", seconds)
             found = self._holder.wait(memory, lambda seen: seen.left >= min(seen.grant, wish) * _NEARLY, seconds)
         room = found.left if found.grant >= wish or not found.others else min(found.left, found.grant)
-        self._steady[memory] = Steady(min(room, wish))
+        if room < wish:
+            self._steady[memory] = Steady(room)
         return want.capacity_in(memory, room)
 
     @property
@@ -108,13 +114,16 @@ class MachinePart:
         for memory, seen in self._holder.look().items():
             want = wants[memory]
             wish, floor = want.room(memory, want.wish), want.room(memory, want.floor)
-            before = self._steady.get(memory) or Steady(want.room(memory, want.capacity))
+            before = self._steady.pop(memory, None) or Steady(wish)
             grant = min(seen.grant, wish)
             if grant > before.held:
                 grant = min(grant, max(before.held, seen.left))
             after = before.follow(grant, floor, now, is_pressed and memory == HOST)
-            self._steady[memory] = after
-            found[memory] = None if after.held >= int(wish * _NEARLY) else want.capacity_in(memory, after.held)
+            if after.held >= wish * _NEARLY:
+                found[memory] = None
+            else:
+                self._steady[memory] = after
+                found[memory] = want.capacity_in(memory, after.held)
         return found
 
     def take_asked(self) -> Asked | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemini.lease.limits import ROOT, Limit, disk_limit, fields, number, ram_limits, read, tightest
+from gemini.lease.limits import ROOT, Limit, disk_limit, fields, machine, number, ram_limits, read, tightest
 from gemini.lease.room import HOST_SHARE, LEAST_SHARE, capacity_of
 from gemini.sizes import format_bytes
 
@@ -46,7 +46,7 @@ def host_budget(
     ``spare_bytes`` are left too, of each rank's part, though never more than three quarters of it.
     """
     _check_fraction(fraction)
-    ranks = ranks or _local_world_size()
+    ranks = ranks or local_world_size()
     return _budget(tightest(ram_limits(root), ranks), fraction, ranks, spare_bytes)
 
 
@@ -54,7 +54,7 @@ def disk_budget(path: str | os.PathLike[str], fraction: float = 0.9) -> Budget:
     """Room on the file system of ``path`` (which need not exist yet), divided by ``LOCAL_WORLD_SIZE``."""
     _check_fraction(fraction)
     room = disk_limit(Path(path))
-    return _budget(room, fraction, _local_world_size())
+    return _budget(room, fraction, local_world_size())
 
 
 def device_budget(device: "torch.device | str | int", fraction: float = 0.9) -> Budget:
@@ -69,16 +69,22 @@ def device_budget(device: "torch.device | str | int", fraction: float = 0.9) -> 
     """
     import torch
 
-    from gemini.chunk import memory_of
-
     _check_fraction(fraction)
     device = torch.device(device)
     if device.type == "cpu":
         raise ValueError(f"expected an accelerator, got {device}; for RAM use host_budget()")
+    return _budget(device_limit(device), fraction, 1)
+
+
+def device_limit(device: "torch.device") -> Limit:
+    """How much of an accelerator's memory is left to this process. Each rank has a device of its own."""
+    from gemini.chunk import memory_of
+
     memory = memory_of(device)
     found, cached = memory.free(), memory.reserved_bytes - memory.allocated_bytes
     name = f"free memory of {device} by {found.reader}"
-    return _budget(Limit(name, found.free + cached, found.total, shared=False), fraction, 1)
+    pool = f"device {machine()} {memory.name}"
+    return Limit(name, found.free + cached, found.total, shared=False, pool=pool)
 
 
 class NonModelMeter:
@@ -168,7 +174,8 @@ def _check_fraction(fraction: float) -> None:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
 
 
-def _local_world_size() -> int:
+def local_world_size() -> int:
+    """The ranks of this training on this machine."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "1")
     try:
         return max(1, int(text))

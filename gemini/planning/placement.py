@@ -6,15 +6,20 @@ full copies stream through a ring in the pool where units run, whose room is tak
 is filled fastest first:
 
 - DEVICE, where it is a pool of its own, takes whole chunks (all buffers together, so that the update runs there);
-- the pools below it take the masters of all other chunks first, then gradients, then the optimizer's states, each where
-  there is still room: HOST, then DISK;
+- HOST takes the buffers of all other chunks in the order below for as long as there is room, and the first part of the
+  one that does not fit (`Divided`); the rest goes to DISK;
 - what HOST has left, where units do not run there, takes shadows: fetches then move 2 bytes a parameter, not 4.
 
-Within each, chunks go in the order of their first use. HOST's order is by bytes moved per byte held. A master is read
-for each of two fetches and for the update, and written once: 16 bytes moved for 4 held. Gradients and states are
-written once and read once: 2 for 1. A shadow of a master on DISK would save two reads of 4 bytes for the 2 it holds, no
-more per byte than a master does, and would leave the disk idle in backward; so shadows take only what no home can use.
-(Where DEVICE is the same RAM, a full copy that stays is what a shadow would be; the plan keeps as many as have room.)
+HOST's order is by bytes moved per byte held, and then by time. All that an update changes is read and written once: 2
+for 1; a gradient is written and read. A master is also read for each of two fetches, unless there is room for all full
+copies to stay: 4 for 1. Of what moves as often, chunks go as wholes, in the order of their first use. The first ones'
+gradients are complete last, and the next forward waits for their updates first (of a tied embedding both are so), while
+the streams of later chunks hide behind the forward. Within a chunk the gradient comes last: an update that begins in
+backward can take it before it is on disk. ``scripts/bench placement`` simulates what that is worth.
+
+A shadow of a master on DISK would save two reads of 4 bytes for the 2 it holds, no more per byte than a master does,
+and would leave the disk idle in backward; so shadows take only what no home can use. (Where DEVICE is the same RAM, a
+full copy that stays is what a shadow would be; the plan keeps as many as have room.)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,10 +55,16 @@ class ChunkNeed:
         return sum(self.buffers.values())
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """Its buffers by bytes moved per byte held, most first: the master, the gradient, the states in their order."""
-        names = dict.fromkeys((MASTER, ABSMAX, GRADIENT, *self.buffers))
-        return {name: rank for rank, name in enumerate(names) if name in self.buffers}
+    def is_trained(self) -> bool:
+        """True if an update changes it."""
+        return GRADIENT in self.buffers or self.borrows_gradient
+
+    def moves(self, name: str, memory: MemoryMap, copies_stay: bool) -> int:
+        """How many times a step moves the bytes of a buffer if that is on DISK."""
+        if name not in (MASTER, ABSMAX):
+            return 2
+        # What units compute with takes no room for a full copy either.
+        return 2 * (self.is_trained + (not copies_stay) + self.computes_with(name, memory))
 
     def computes_with(self, name: str, memory: MemoryMap) -> bool:
         """True if units compute with this buffer where it is on HOST, and so with all of it."""
@@ -212,8 +223,7 @@ def _fill(
     if any(need.borrows_gradient for _, need in rest):
         gradient_room[below[0]] = capacity.gradient_bytes
         keep_free(below[0], capacity.gradient_bytes)
-    in_order = sorted((rank, index, name) for index, need in rest for name, rank in need.ranks.items())
-    missing = sum(put(index, name, below) for _, index, name in in_order)
+    missing = sum(put(index, name, below) for index, name in _in_order(rest, capacity))
     if missing or working:
         return Unplaced(working, missing)
     for index, need in rest:
@@ -223,6 +233,17 @@ def _fill(
         need.full_can_be_home and _is_on_device(memory, at[MASTER]) for need, at in zip(needs, homes, strict=True)
     )
     return Placement(tuple(homes), used, gradient_room, full_is_home)
+
+
+def _in_order(needs: Sequence[tuple[int, ChunkNeed]], capacity: Capacity) -> list[tuple[int, str]]:
+    """Buffers (with the index of their chunk) as they get the faster tier."""
+    memory = capacity.memory
+    # An accelerator's copies are dropped by updates, which the CPU runs, and fetched again.
+    copies_stay = memory.update_reaches_full(Tier.HOST) and capacity.ring_bytes >= sum(n.full_nbytes for _, n in needs)
+    buffers = [
+        (index, need, name) for index, need in needs for name in sorted(need.buffers, key=lambda name: name == GRADIENT)
+    ]
+    return [(i, name) for i, need, name in sorted(buffers, key=lambda b: -b[1].moves(b[2], memory, copies_stay))]
 
 
 def _places(

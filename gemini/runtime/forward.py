@@ -26,6 +26,7 @@ from .backward import BackwardHooks
 from .brackets import Brackets
 from .casting import cast
 from .dtype_errors import explain_dtypes
+from .tenancy import Tenancy
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
 """Attributes that are not the user's."""
@@ -36,9 +37,9 @@ class ForwardHooks:
 
     Parameters
     ----------
-    model, engine, backward, saving
-        The model that is run, what is told, what puts hooks on the graphs that units make, and what becomes of the
-        tensors that these save.
+    model, engine, backward, saving, tenancy
+        The model that is run, what is told, what puts hooks on the graphs that units make, what becomes of the tensors
+        that these save, and what the model shares.
     cast_inputs
         Floating-point inputs of the model are converted to this dtype; None leaves them.
     force_outputs_fp32
@@ -51,6 +52,7 @@ class ForwardHooks:
         engine: Engine,
         backward: BackwardHooks,
         saving: Saving,
+        tenancy: Tenancy,
         *,
         cast_inputs: torch.dtype | None,
         force_outputs_fp32: bool,
@@ -60,6 +62,7 @@ class ForwardHooks:
         self._engine = engine
         self._backward = backward
         self._saving = saving
+        self._tenancy = tenancy
         self._cast_inputs = cast_inputs
         self._force_outputs_fp32 = force_outputs_fp32
         self._visits = engine.visits
@@ -108,8 +111,11 @@ class ForwardHooks:
         if self._depth <= 1 and not in_backward():
             self._engine.recover()
             self._saving.rest()
+            self._tenancy.before_forward()
             grad = torch.is_grad_enabled()
             self._engine.begin_forward(grad, tuple([tuple(t.shape) for t in tensors_in((args, kwargs))]))
+            if (batch := self._engine.sampling.batch) is not None:
+                self._saving.begin(batch)
             # Without gradients no mode may be there: modules with a fast path for inference would leave it. What is
             # used outside of its unit then comes operation by operation, until a forward with gradients has shown it.
             if grad and not self._discovery.has_watched((grad, model.training)):
@@ -144,6 +150,8 @@ class ForwardHooks:
         if is_in_backward:
             self._engine.leave_passed()
             self._engine.updates.schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
+        elif self._depth:
+            self._tenancy.before_unit()
         discovery = self._discovery
         if not self._brackets.are_coarse:
             self._note_running(unit, module)

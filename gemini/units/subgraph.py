@@ -69,12 +69,12 @@ def unreachable(tensors: Iterable[Tensor], first: Collection[Any], own: range) -
     return found
 
 
-def is_contained(first: Collection[Any], own: range) -> bool:
+def is_contained(first: Collection[Any], own: range, most: int = MOST_NODES) -> bool:
     """True if all nodes that a call made can be reached from the nodes by which backward can enter it.
 
-    False also where that is not known: the call made too many nodes, or is entered by those of others.
+    False also where that is not known: the call made more nodes than ``most``, or is entered by those of others.
     """
-    if not 0 < len(own) <= MOST_NODES:
+    if not 0 < len(own) <= most:
         return False
     found, ahead = set(first), list(first)
     while ahead:

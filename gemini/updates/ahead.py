@@ -9,6 +9,7 @@ one some steps go by without, twice as many each time (`Trust`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, DiskBuffer, GradientBuffer, Tier
@@ -161,7 +162,7 @@ class UpdatesAhead:
         try:
             step.note(options)
             planned = self._updater.plan(self._updater.groups(options), chunk)
-            trial = Trial(chunk, disk, (GRADIENT, chunk.gradient.buffer), self._arrival_of_gradients(chunk))
+            trial = Trial(chunk, disk, (GRADIENT, chunk.gradient.buffer), self._arrival_of(chunk.gradient))
         except (OutOfMemory, OffloadError, ValueError, TypeError):
             self.trust.after_step(was_right=False)  # the step says what is wrong, if it is not only the room
             return
@@ -175,15 +176,11 @@ class UpdatesAhead:
         (ticket,) = self._queue.submit([update], self._manager.device.caller())
         step.begun[chunk] = _Begun(trial, ticket, planned.terms, homes, gradient)
 
-    def _arrival_of_gradients(self, chunk: Chunk) -> Callable[[], None]:
-        assert chunk.gradient is not None and chunk.gradient.buffer is not None
-        device = self._manager.device
-        if not chunk.gradient.is_file:
-            return _nothing  # the update waits for downloads
-        if device.is_ram:
-            return device.synchronize  # on the thread that reads: backward goes on
-        device.synchronize()
-        return _nothing
+    def _arrival_of(self, gradient: GradientBuffer) -> Callable[[], None]:
+        """What returns when the update can read a gradient: in RAM, when downloads are over, for which it waits."""
+        if gradient.buffer is None or not gradient.is_file:
+            return _nothing
+        return partial(self._manager.device.wait_for_stored, gradient.buffer)
 
     def take(self, planned: Sequence[Planned], options: Options) -> dict[Chunk, Ticket]:
         step, self._step = self._step, _Step(reads=self._gradients.reads)

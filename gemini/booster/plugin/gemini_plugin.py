@@ -19,6 +19,7 @@ from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
 from gemini.colossal.boosted import give_names
 from gemini.config import KEEP, PRECISIONS, GeminiConfig
+from gemini.lease.budget import Budget
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.quantization import Quantization
@@ -74,6 +75,9 @@ class GeminiPlugin(DPPluginBase):
         Convert the model's floating-point outputs to fp32.
     device_memory, host_memory, disk_memory
         Bytes of model data per tier, as a number or ``"24GiB"``; None finds out.
+    budget
+        A `gemini.Budget` that several boosted models share; where it says nothing and the arguments above say nothing,
+        models take what the machine has, and leave room for each other and for other runs on it.
     offload_dir
         Folder of the disk tier; None: no disk tier.
     snapshot_memory
@@ -165,6 +169,7 @@ class GeminiPlugin(DPPluginBase):
         device_memory: int | str | None = None,
         host_memory: int | str | None = None,
         disk_memory: int | str | None = None,
+        budget: Budget | None = None,
         offload_dir: str | Path | None = None,
         disk_checksums: bool = False,
         snapshot_memory: int | str | None = None,
@@ -211,6 +216,7 @@ class GeminiPlugin(DPPluginBase):
             device_memory=_bytes("device_memory", device_memory),
             host_memory=_bytes("host_memory", host_memory),
             disk_memory=_bytes("disk_memory", disk_memory),
+            budget=_budget(budget),
             offload_dir=Path(offload_dir) if offload_dir is not None else None,
             disk_checksums=disk_checksums,
             snapshot_memory=_bytes("snapshot_memory", snapshot_memory),
@@ -331,6 +337,12 @@ def _bytes(name: str, value: int | str | None) -> int | None:
         return None if value is None else parse_bytes(value)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def _budget(value: Budget | None) -> Budget | None:
+    if value is not None and not isinstance(value, Budget):
+        raise TypeError(f"budget must be a gemini.Budget or None, got {type(value).__name__}")
+    return value
 
 
 def _policy(name: str, offload_optim_frac: float, offload_param_frac: float) -> PlacementPolicy:

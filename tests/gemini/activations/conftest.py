@@ -2,10 +2,10 @@
 
 import pytest
 
-from gemini.activations import make, saving
+from gemini.activations import leavers, make
 
 
 @pytest.fixture(autouse=True)
 def all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "LEAST_BYTES", 0)
+    monkeypatch.setattr(leavers, "LEAST_BYTES", 0)
     monkeypatch.setattr(make, "EXPECTED_BYTES", 0)

@@ -1,12 +1,11 @@
 """A forward that runs again in backward leaves the bits, the modules and the random states of one that does not."""
 
-import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
-from weakref import ReferenceType, ref
+from typing import Any, ClassVar
+from weakref import ReferenceType, WeakSet, ref
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from gemini.activations.inputs import InputCopies, Kept
+from gemini.activations.inputs import InputCopies
 from gemini.activations.recompute import RecomputedVisit, Saved
 from gemini.torch_private import current_backward
 from gemini.units.bracket import bracket
@@ -25,8 +24,11 @@ WIDTH = 16
 
 
 class Here:
+    alive: ClassVar[WeakSet["Here"]] = WeakSet()
+
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
+        self.alive.add(self)
 
     def unpack(self) -> Tensor:
         return self._tensor
@@ -389,13 +391,13 @@ def test_nothing_but_copies_of_inputs_is_held_between_forward_and_backward() -> 
 
 def test_a_graph_that_nobody_runs_backward_takes_its_copies_along() -> None:
     _, model, x = recomputed("attributes")
+    before = set(Here.alive)
     losses = [model(x).square().mean() for _ in range(3)]
-    copies = [ref(kept) for kept in gc.get_objects() if type(kept) is Kept]
-    assert len(copies) >= 9
+    assert len(set(Here.alive) - before) >= 9
     del losses
     for block in model.blocks:
         block.last, block.seen = torch.zeros(()), []
-    assert not [copy for copy in copies if copy() is not None]
+    assert set(Here.alive) <= before
 
 
 def test_what_was_saved_can_move_when_the_forward_is_over() -> None:

@@ -40,7 +40,7 @@ class Machine:
         return [Limit("RAM", self.free, self.total, True, "the machine")]
 
     def part(self) -> MachinePart:
-        holder = Holder({HOST: self.limits}, own_standing("job", "p", 0, 1), self.folder)
+        holder = Holder({}, own_standing("job", "p", 0, 1), self.folder)
         return MachinePart(holder, self.gauge)
 
 
@@ -64,7 +64,7 @@ class Model:
         self.is_idle, self.non_model_bytes, self.used, self.moves = True, 0, 0, 0
         self.seat = Seat({HOST: Claim(floor=floor, wish=wish)}, {})
         measured = lambda: {HOST: capacity_of(machine.free)}  # noqa: E731
-        self.capacity = budget.join(self.seat, measured, machine.part)[HOST]
+        self.capacity = budget.join(self.seat, measured, {HOST: machine.limits}, machine.part)[HOST]
         self.seat.occupy(ref(self))
         machine.models.append(self)
         self.homes = min(self.capacity, wish)
@@ -258,7 +258,7 @@ def test_what_a_user_asks_reaches_the_budget_and_is_answered(machine: Machine, b
     machine.folder.ask(name, as_text(asked))
     taken = budgets[0].take_asked()
     assert taken == asked
-    budgets[0].set(taken.nbytes)
+    assert budgets[0].ask(taken.nbytes) == {}
     model.follow()
     assert model.homes == 2 * GIB
     budgets[0].answer(asked, True, "done")

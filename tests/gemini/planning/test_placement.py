@@ -1,5 +1,6 @@
-"""Where homes live: within the room, whole chunks on DEVICE, masters first on HOST."""
+"""Where homes live: within the room, whole chunks on DEVICE, on HOST what moves most and is waited for first."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from gemini.chunk import GRADIENT, MASTER, SHADOW, MemoryMap, Tier
 from gemini.chunk.disk import PAGE_BYTES
+from gemini.chunk.division import DIVISION_BYTES, Divided, HomeTier
 from gemini.planning.placement import (
     DISK_PAGE_BYTES as PAGE,
 )
@@ -144,12 +146,19 @@ def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: l
     if isinstance(placement, Unplaced) or not placement.uses_disk:
         return
     taken = room.staging_bytes + (room.ring_bytes if room.memory is MemoryMap.UNIFIED else 0)
-    for name in (MASTER, GRADIENT, "exp_avg", "exp_avg_sq"):
-        for need, homes in zip(needs, placement.homes, strict=True):
-            if homes.get(name) is Tier.HOST:
-                taken += need.buffers[name]
-            elif homes.get(name) is Tier.DISK:
-                assert taken + need.buffers[name] > room.nbytes[Tier.HOST]
+    pairs = list(zip(needs, placement.homes, strict=True))
+    below = [(need, homes) for need, homes in pairs if Tier.DEVICE not in homes.values()]
+    stay = room.memory is not MemoryMap.ACCELERATOR and room.ring_bytes >= sum(need.full_nbytes for need, _ in below)
+    wholes = [(need, homes, name) for need, homes in below for name in (MASTER, "exp_avg", "exp_avg_sq", GRADIENT)]
+    if not stay:  # masters are fetched twice a step beside their update: trained ones move most
+        wholes.sort(key=lambda each: 0 if each[2] == MASTER and GRADIENT in each[0].buffers else 1)
+    else:  # those of frozen chunks do not move at all
+        wholes.sort(key=lambda each: GRADIENT not in each[0].buffers)
+    for need, homes, name in wholes:
+        if homes.get(name) is Tier.HOST:
+            taken += need.buffers[name]
+        elif homes.get(name) is Tier.DISK:
+            assert taken + need.buffers[name] > room.nbytes[Tier.HOST]
 
 
 @settings(deadline=None, max_examples=600)
@@ -167,20 +176,62 @@ def test_with_the_missing_bytes_added_it_fits(needs: list[ChunkNeed], room: Capa
     placed(needs, replace(room, nbytes=capacities), policy)
 
 
-def test_masters_take_the_host_first_then_gradients_then_moments() -> None:
+def names_on(tier: Tier, homes: Mapping[str, HomeTier]) -> set[str]:
+    return {name for name, where in homes.items() if where is tier}
+
+
+def test_masters_that_are_fetched_twice_a_step_take_the_host_first_then_the_first_chunks_states() -> None:
     needs = [trainable(10), trainable(10)]
-    room = room_of(0, 80 + 20 + 20 + 30, 4 * PAGE, staging=30)
-    first, second = placed(needs, room).homes
-    assert first == {
-        MASTER: Tier.HOST, GRADIENT: Tier.HOST, "exp_avg": Tier.DISK, "exp_avg_sq": Tier.DISK
+    first, second = placed(needs, room_of(0, 80 + 80 + 20 + 30, 4 * PAGE, staging=30)).homes
+    assert names_on(Tier.HOST, first) == {MASTER, "exp_avg", "exp_avg_sq", GRADIENT}
+    assert names_on(Tier.HOST, second) == {MASTER}
+
+
+@pytest.mark.parametrize("memory", [MemoryMap.UNIFIED, MemoryMap.EMULATED])
+def test_where_full_copies_stay_the_chunks_that_the_next_forward_waits_for_first_are_in_ram(memory: MemoryMap) -> None:
+    needs, copies = [trainable(10)] * 3, 60
+    host = 140 + 80 + (copies if memory is MemoryMap.UNIFIED else 0)
+    first, second, third = placed(needs, room_of(copies, host, 9 * PAGE, memory, ring=copies)).homes
+    assert names_on(Tier.HOST, first) == {MASTER, "exp_avg", "exp_avg_sq", GRADIENT}
+    assert names_on(Tier.HOST, second) == {MASTER, "exp_avg"}
+    assert names_on(Tier.HOST, third) == set()
+
+
+def test_frozen_masters_whose_copies_stay_leave_the_host_to_what_moves() -> None:
+    needs = [frozen(10), trainable(10)]
+    room = room_of(40, 140, 4 * PAGE, MemoryMap.EMULATED, ring=40)
+    assert [names_on(Tier.HOST, homes) for homes in placed(needs, room).homes] == [set(), set(needs[1].buffers)]
+    fetched = replace(room, ring_bytes=39)
+    assert names_on(Tier.HOST, placed(needs, fetched).homes[0]) == {MASTER}
+
+
+def test_one_large_chunk_is_divided_where_the_host_is_full() -> None:
+    numel = 10 * DIVISION_BYTES
+    need, host = trainable(numel), 4 * numel + DIVISION_BYTES + 100
+    homes = placed([need], room_of(0, host, 1 << 30)).homes[0]
+    assert homes == {
+        MASTER: Tier.HOST, "exp_avg": Divided(DIVISION_BYTES), "exp_avg_sq": Tier.DISK, GRADIENT: Tier.DISK
     }  # fmt: skip
-    assert second == first
+    placement = placed([need], room_of(0, host, 1 << 30))
+    assert placement.nbytes == {
+        Tier.DEVICE: 0,
+        Tier.HOST: 4 * numel + DIVISION_BYTES,
+        Tier.DISK: 10 * numel - DIVISION_BYTES,
+    }
+
+
+def test_a_master_that_units_compute_with_is_on_one_tier() -> None:
+    numel = 10 * DIVISION_BYTES
+    need = replace(trainable(numel), full_can_be_home=True)
+    room = room_of(0, 2 * numel, 1 << 30, MemoryMap.UNIFIED)
+    assert placed([need], room).homes[0][MASTER] is Tier.DISK
+    assert isinstance(placed([need], replace(room, memory=MemoryMap.ACCELERATOR)).homes[0][MASTER], Divided)
 
 
 def test_homes_on_disk_take_whole_pages() -> None:
     needs = [trainable(10), trainable(1025)]
     assert placed(needs, room_of(0, 0, (4 + 3 * 2 + 1) * PAGE)).nbytes[Tier.DISK] == 11 * PAGE
-    assert unplaced(needs, room_of(0, 0, 11 * PAGE - 1)).homes_bytes == 2 * PAGE  # the home that has one page only
+    assert unplaced(needs, room_of(0, 0, 11 * PAGE - 1)).homes_bytes == PAGE  # the last gradient
 
 
 def test_staging_is_taken_only_where_something_is_on_disk() -> None:

@@ -224,7 +224,7 @@ def test_what_comes_before_the_step_counts_as_in_plain_pytorch(placement: dict[s
     for step in range(3):  # by now updates begin ahead of the step
         assert ours.step(step) == plain.step(step)
     assert ahead_of(ours).trust.is_given
-    for step in range(3, 9):
+    for step in range(3, 7):
         ahead_of(ours).trust.steps_without = 0  # as if nothing were learned from it
         assert habit(ours, step) == habit(plain, step)
     check_same(ours, plain)

@@ -1,0 +1,44 @@
+"""How many bytes saved tensors may take, and how fast they move."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from ..chunk import ChunkManager, DiskFile, Tier
+from ..memory.capacity import device_headroom
+from ..planning.activation_choice import Link
+
+PROBE_BYTES = 16 << 20
+
+
+def room_bytes(manager: ChunkManager, device: torch.device) -> int:
+    """Bytes that are free where units run, less what full copies may still take of them."""
+    away = sum(chunk.full_nbytes for chunk in manager.chunks if not chunk.is_resident)
+    return max(device_headroom(device) - min(manager.ledger.free(Tier.DEVICE), away), 0)
+
+
+def disk_link(folder: Path, ahead_bytes: int) -> Link:
+    """Write and read some bytes in the folder of the DISK tier, as saved tensors are.
+
+    Raises
+    ------
+    OSError
+        What the file system says.
+    """
+    memory = torch.zeros(PROBE_BYTES, dtype=torch.uint8)
+    file = DiskFile(folder)
+    try:
+        file.reserve(0, PROBE_BYTES)
+        begin = time.perf_counter()
+        file.write(0, memory.data_ptr(), PROBE_BYTES, "a measurement")
+        written = time.perf_counter()
+        file.read(0, memory.data_ptr(), PROBE_BYTES, "a measurement")
+        end = time.perf_counter()
+    finally:
+        file.close()
+    return Link(
+        down_bytes_per_second=PROBE_BYTES / max(written - begin, 1e-9),
+        up_bytes_per_second=PROBE_BYTES / max(end - written, 1e-9),
+        ahead_bytes=ahead_bytes,
+    )
