@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import gemini
 from gemini.boosted import boosted
+from gemini.chunk import Tier
+from gemini.sizes import parse_bytes
 from gemini.updates.ahead import MOST_STEPS_WITHOUT, Trust, UpdatesAhead
 
 pytestmark = pytest.mark.timeout(60)
@@ -263,6 +265,19 @@ def test_a_model_that_is_released_before_the_step_goes_on_with_the_same_gradient
             ours.booster.resume(ours.model)
             loss = backward(ours, step)
         assert loss == backward(plain, step)
+        end(ours)
+        end(plain)
+    assert ahead_of(ours).taken_count > 0
+    check_same(ours, plain)
+
+
+@pytest.mark.parametrize("capacity", ["4MiB", "280KiB"], ids=["up", "down"])
+def test_homes_that_move_before_the_step_keep_their_numbers(placement: dict[str, Any], capacity: str) -> None:
+    ours, plain = Deep(placement), Deep(None)
+    for step in range(6):
+        assert backward(ours, step) == backward(plain, step)
+        if step == 3:
+            boosted(ours.model).engine.resize({Tier.HOST: parse_bytes(capacity)})
         end(ours)
         end(plain)
     assert ahead_of(ours).taken_count > 0
