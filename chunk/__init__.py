@@ -17,7 +17,7 @@ from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .copyable import converts, copy_fault
-from .disk import DiskBackend
+from .disk import DiskBackend, DiskBuffer
 from .disk_file import PAGE_BYTES, DiskFile, Requests
 from .disk_tuning import tuned
 from .free_room import FreeRoom
@@ -75,6 +75,7 @@ __all__ = [
     "Communicator",
     "DeviceBackend",
     "DiskBackend",
+    "DiskBuffer",
     "DiskFile",
     "FreeRoom",
     "Gradient",

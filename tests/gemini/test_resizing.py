@@ -71,7 +71,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
         ours.booster.resize(ours.model, device_memory="1MiB")
     with pytest.raises(OutOfMemory, match="or more"):
         ours.booster.resize(ours.model, host_memory="1KiB")
-    with pytest.raises(TypeError, match=r"booster\.boost returned"):
+    with pytest.raises(TypeError, match=r"that booster\.boost returned"):
         ours.booster.resize(torch.nn.Linear(2, 2), host_memory="1MiB")
     assert capacity(ours) == 4 << 20
     for number in range(2):
