@@ -103,6 +103,9 @@ class ActivationFile:
     def note_stream(self) -> None:
         pass
 
+    def rest(self) -> None:
+        pass
+
     def trim(self) -> None:
         """Cut off what has not been used since the last time, once nothing is stored and it is worth while."""
         if self._gaps.is_whole:

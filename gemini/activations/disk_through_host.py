@@ -37,6 +37,7 @@ class DiskThroughHost:
         self._passing: list[_Room] = []
         """Rooms that have RAM, as far as their storages have been copied there."""
         self._reading: list[tuple[_Reading, HostRoom]] = []
+        self._has_failed = False
 
     def note_stream(self) -> None:
         self._host.note_stream()
@@ -88,9 +89,22 @@ class DiskThroughHost:
         self._reading.append((reading, passed))
         return memory.untyped_storage(), reading
 
+    def failed(self, error: BaseException) -> None:
+        """Something could not be written; its storage stays in RAM."""
+        if not self._has_failed:
+            logger.warning("tensors saved for backward stay in RAM, and training goes on: %s", error)
+        self._has_failed = True
+
     def _read(self, source: FileRoom, memory: Tensor, part: Tensor) -> Mark:
         source.read(part)
         return self._host.copy_back(memory, part)
+
+    def rest(self) -> None:
+        for room in self._passing:
+            room.rest()
+        for reading, _ in self._reading:
+            reading.rest(float("inf"))
+        self._end_passed()
 
     def trim(self) -> None:
         self._end_passed()
@@ -173,7 +187,7 @@ class _Room:
             try:
                 written.wait()
             except Exception as error:
-                logger.warning("tensors saved for backward stay in RAM, and training goes on: %s", error)
+                self._place.failed(error)
 
     def _end(self) -> None:
         if self._passed is not None:

@@ -95,6 +95,9 @@ class HostPlace:
         """For memory that the calling thread has just allocated."""
         return Arrival(self._driver, memory)
 
+    def rest(self) -> None:
+        pass
+
     def trim(self) -> None:
         self._blocks.trim(self._wait)
 
