@@ -6,6 +6,7 @@ Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or p
 from gemini.process_wide import IO_STACK_BYTES
 
 from .accelerator import AcceleratorBackend
+from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
 from .away import QUIET, Keeper, reach
 from .block_codes import warm_up as warm_up_codes
@@ -16,7 +17,7 @@ from .chunk import Chunk
 from .communicator import ALONE, Communicator, SingleProcess, all_or_none
 from .content import BufferSpec, Codec, Marked, MasterCodec, Plain, SplitBf16, WithShadow
 from .copyable import converts, copy_fault
-from .disk import DiskBackend
+from .disk import DiskBackend, DiskBuffer
 from .disk_file import PAGE_BYTES, DiskFile, Requests
 from .disk_tuning import tuned
 from .free_room import FreeRoom
@@ -58,6 +59,7 @@ __all__ = [
     "SHADOW",
     "STORE_BLOCKS",
     "AcceleratorBackend",
+    "AcceleratorDriver",
     "BlockFormat",
     "Buffer",
     "BufferSpec",
@@ -73,13 +75,16 @@ __all__ = [
     "Communicator",
     "DeviceBackend",
     "DiskBackend",
+    "DiskBuffer",
     "DiskFile",
     "FreeRoom",
     "Gradient",
     "GradientBuffer",
     "GradientTensors",
     "Keeper",
+    "Lane",
     "Ledger",
+    "Mark",
     "Marked",
     "MasterCodec",
     "MemoryBuffer",

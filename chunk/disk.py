@@ -88,6 +88,9 @@ class DiskBackend:
         OffloadError
             If the file cannot be written to.
         """
+        return self._allocate(numel, dtype, what, is_cleared=True)
+
+    def _allocate(self, numel: int, dtype: torch.dtype, what: str, is_cleared: bool) -> "DiskBuffer":
         nbytes = numel * dtype.itemsize
         room = _pages(nbytes)
         self._ledger.take(Tier.DISK, room, what)
@@ -95,7 +98,7 @@ class DiskBackend:
             offset = self._room.take(room)
             assert offset is not None, "the last gap has no end"
             try:
-                self._prepare(offset, room, nbytes, what)
+                self._prepare(offset, room, nbytes, what, is_cleared)
             except BaseException:
                 self._room.give(offset, room)
                 self._ledger.give(Tier.DISK, room)
@@ -103,9 +106,28 @@ class DiskBackend:
         checksums = Checksums() if self._checksums else None
         return DiskBuffer(self.file, offset, numel, dtype, what, checksums)
 
-    def _prepare(self, offset: int, room: int, nbytes: int, what: str) -> None:
-        """Have zeros in ``room`` bytes of the file."""
-        self.file.clear(offset, min(room, max(self.file.nbytes - offset, 0)), what)
+    def beside(self, buffer: "DiskBuffer") -> "DiskBuffer":
+        """Room for other values of a home, which has anything in it.
+
+        Raises
+        ------
+        OutOfMemory, OffloadError
+            As `allocate`.
+        """
+        return self._allocate(buffer.numel, buffer.dtype, buffer.what, is_cleared=False)
+
+    def exchange(self, buffer: "DiskBuffer", other: "DiskBuffer") -> None:
+        """Have a home be where ``other`` is, with the values there, and free where it was. Nobody may be using either.
+
+        Moves no data.
+        """
+        other.take(buffer.take(other.place))
+        self.free(other)
+
+    def _prepare(self, offset: int, room: int, nbytes: int, what: str, is_cleared: bool) -> None:
+        """Have ``room`` bytes of the file, and zeros in them if they are to be cleared."""
+        if is_cleared:
+            self.file.clear(offset, min(room, max(self.file.nbytes - offset, 0)), what)
         try:
             self.file.reserve(offset, room)
         except OSError as error:
@@ -136,6 +158,9 @@ def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
+_Place = tuple[int, Checksums | None]
+
+
 class DiskBuffer(Buffer):
     """A home in a `DiskFile`, from ``offset`` on."""
 
@@ -155,6 +180,22 @@ class DiskBuffer(Buffer):
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def what(self) -> str:
+        """What is in it, in words."""
+        return self._what
+
+    @property
+    def place(self) -> _Place:
+        """Where it is, and what was written there."""
+        return self.offset, self._checksums
+
+    def take(self, place: _Place) -> _Place:
+        """Be at another place, with what was written there. Returns the place until now."""
+        before = self.place
+        self.offset, self._checksums = place
+        return before
 
     def read(self, start: int, out: Tensor) -> None:
         begin, nbytes = self._range(start, out)

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gemini.torch_private import version_of
+
 from .buffer import Buffer
 from .layout import ChunkLayout, Slot
 from .memory import DeviceBackend
@@ -40,6 +42,8 @@ class GradientBuffer:
         self.layout = layout
         self.buffer = buffer
         self.present: set[int] = set()
+        self.changes = 0
+        """How often one of the gradients was set, added to or forgotten, by what this class was told."""
         self._backend = backend
         self._borrow = borrow
         self._is_given_up = False
@@ -100,6 +104,7 @@ class GradientBuffer:
         """
         gradient = dense(gradient, self.layout.slots[position])
         accumulate = position in self.present
+        self.changes += 1
         buffer = self._attach()
         if self._views:
             self._backend.download(gradient, self._views[position], accumulate)
@@ -129,6 +134,11 @@ class GradientBuffer:
         """True if code outside of the manager holds a gradient that `view` gave out (torch, in ``p.grad``, counts)."""
         return any(sys.getrefcount(view) > _OWN_REFERENCES for view in self._views)
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Differs from what it was if a gradient has changed since, as far as torch or this class were told."""
+        return self.changes, sum(map(version_of, self._views))
+
     def part_with(self, position: int) -> None:
         """Leave a copy to the holders of the gradient of a slot: another gradient is about to take its place."""
         if self._views and sys.getrefcount(self._views[position]) > _OWN_REFERENCES - 1:  # no name of ours for it
@@ -143,6 +153,7 @@ class GradientBuffer:
         """Give out another tensor for a slot from now on. Returns the one until now."""
         assert self.buffer is not None and self.buffer.tensor is not None
         before = self._views[position]
+        self.changes += 1
         slot = self.layout.slots[position]
         self._views[position] = _shaped(self.buffer.tensor, slot, slot.offset)
         return before
@@ -187,11 +198,13 @@ class GradientBuffer:
 
     def forget(self, position: int) -> None:
         """Forget one gradient."""
+        self.changes += 1
         self.present.discard(position)
         self._norms.pop(position, None)
 
     def clear(self) -> None:
         """Forget all gradients."""
+        self.changes += 1
         self.present = set()
         self._norms = {}
 

@@ -27,7 +27,14 @@ class Homes(dict[str, Buffer]):
         super().__init__(homes)
         self.edited_in_place: set[int] = set()
         """Positions of parameters that are their own home and were changed in place once, as by ``max_norm``."""
+        self.changes = 0
+        """How often values in them were about to change."""
         self._watcher: Watcher | None = None
+
+    @property
+    def are_watched(self) -> bool:
+        """True if somebody is told before values change."""
+        return self._watcher is not None
 
     def watch(self, watcher: Watcher | None) -> None:
         """Tell ``watcher`` before values change from now on; None: nobody."""
@@ -35,6 +42,7 @@ class Homes(dict[str, Buffer]):
 
     def before_change(self, start: int, stop: int) -> None:
         """Values of elements ``[start, stop)`` of the layout are about to change. See `Watcher`."""
+        self.changes += 1
         if (watcher := self._watcher) is not None:
             watcher.before_change(start, stop)
 

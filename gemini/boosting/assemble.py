@@ -31,13 +31,14 @@ from ..step.managed_step import ChunkedStep
 from ..step.state_id import StateId
 from ..step.unfreezing import Unfreezing
 from ..units.units import Units
+from ..updates.ahead import Ahead, NothingAhead, UpdatesAhead
 from ..updates.completion import Completion
 from ..updates.during_backward import DuringBackward
 from ..updates.gradients import ConsumedGradients, Gradients, ScaledGradients
 from ..updates.options import Options
 from ..updates.scaler import LossScaler
 from ..updates.scaling import Scaling
-from ..updates.schedule import AfterBackward, UpdateSchedule
+from ..updates.schedule import AfterBackward, UpdateSchedule, WhenComplete
 from ..updates.update_queue import UpdateQueue
 from ..updates.updater import Updater
 from ..updates.updates import Updates
@@ -64,11 +65,16 @@ def assemble(
     scaling = Scaling(manager, scaler, config.max_norm)
     schedule: UpdateSchedule = AfterBackward()
     gradients = Gradients(manager) if scaler is None else ScaledGradients(manager)
+    updater = Updater(manager, queue)
+    ahead: Ahead = NothingAhead()
     if config.update_in_backward and optimizer is not None:
         schedule, gradients = DuringBackward(manager, Completion(manager)), ConsumedGradients(manager)
-    updater, values = Updater(manager, queue), Values(manager, schedule)
+    elif optimizer is not None and _may_update_ahead(config, manager):
+        schedule = WhenComplete(Completion(manager))
+        ahead = UpdatesAhead(manager, gradients, updater, queue)
+    values = Values(manager, schedule)
     options = Options.of(optimizer) if optimizer is not None else None
-    updates = Updates(manager, schedule, gradients, updater, scaling, options)
+    updates = Updates(manager, schedule, gradients, updater, ahead, scaling, options)
 
     units, statistics = Units(model, manager), Statistics(manager, saving.counts)
     listener: Listener = Silent(statistics)
@@ -95,3 +101,9 @@ def assemble(
     return Boosted(
         type(model), config, capacities, manager, values, engine, tenancy, hooks, outside, step, statistics, saving
     )
+
+
+def _may_update_ahead(config: GeminiConfig, manager: ChunkManager) -> bool:
+    """True if there is a disk that would be idle in backward, and steps are not sure to need all gradients first."""
+    is_alone = config.communicator.owner.is_alone
+    return manager.disk is not None and is_alone and config.precision != "fp16" and not config.max_norm

@@ -182,6 +182,7 @@ class Engine:
             Of the model's inputs. A heavier batch than any before is measured like the first one.
         """
         self.updates.schedule.check_whole("run a forward")
+        self.updates.schedule.forward_begins()
         self.manager.refuse_released("run a forward")
         if self.pacing.cycle.is_complete:
             self.sampling.end_cycle()
@@ -200,7 +201,7 @@ class Engine:
     @property
     def needs_each_unit(self) -> bool:
         """True if each unit has to enter by itself: its moment is sampled, or its updates begin when it leaves."""
-        return self.sampling.is_on or self.updates.schedule.consumes_gradients
+        return self.sampling.is_on or self.updates.schedule.watches_units
 
     @property
     def step(self) -> StepFacts:

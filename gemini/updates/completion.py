@@ -69,6 +69,11 @@ class Completion:
             return False
         return not any(chunk in unit.chunks or chunk in self._borrowed[unit] for unit in self._without_graph)
 
+    def is_complete(self, chunk: Chunk) -> bool:
+        """True if it has gradients, all of this backward, and nothing uses it any more."""
+        gradient = chunk.gradient
+        return gradient is not None and bool(gradient.present) and not chunk.pins and self.is_over(chunk)
+
     @property
     def is_idle(self) -> bool:
         """True outside of any backward."""

@@ -49,7 +49,7 @@ class DuringBackward(UpdateSchedule):
         The chunks, and when backward needs each of them no more.
     """
 
-    consumes_gradients = True
+    consumes_gradients = watches_units = True
 
     def __init__(self, manager: ChunkManager, completion: Completion) -> None:
         self.progress = Progress.WHOLE
@@ -119,14 +119,7 @@ class DuringBackward(UpdateSchedule):
         return True
 
     def _complete(self, chunks: Iterable[Chunk]) -> list[Chunk]:
-        return [
-            chunk
-            for chunk in chunks
-            if chunk.gradient is not None
-            and chunk.gradient.present
-            and not chunk.pins
-            and self._completion.is_over(chunk)
-        ]
+        return [chunk for chunk in chunks if self._completion.is_complete(chunk)]
 
     # -- the step
 

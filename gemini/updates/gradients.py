@@ -42,12 +42,16 @@ class Gradients:
     """A gradient that has its home elsewhere is shown as a copy when it is asked for."""
 
     def __init__(self, manager: ChunkManager) -> None:
+        self.reads = 0
+        """How often somebody has asked for ``p.grad`` of a parameter that is away."""
         self._manager = manager
         self._slots: dict[int, GradientSlot] = {}
         """By the id of a parameter."""
         self._of_chunk: dict[Chunk, list[GradientSlot]] = {}
         self._withdrawn: set[Chunk] = set()
         """Chunks whose gradients an update has taken, and that nobody has cleared or asked for since."""
+        self._unseen: set[Chunk] = set()
+        """Chunks that are watched, and whose gradients nobody can have seen since."""
 
     def follow(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Take gradients of those that are in chunks with room for them. Returns those that are new."""
@@ -83,6 +87,17 @@ class Gradients:
             return AbsentGradient.of(parameter, "it is summed over the processes that train the model together")
         where = buffer.tier.value if isinstance(buffer, Room) or buffer.tensor is None else str(buffer.tensor.device)
         return AbsentGradient.of(parameter, f"it is kept on {where}, and the parameter is on {parameter.device}")
+
+    # -- updates ahead of the step
+
+    def watch(self, chunk: Chunk) -> None:
+        """From now on note whether somebody sees the gradients of a chunk, and may change them."""
+        self._unseen.add(chunk)
+
+    def were_seen(self, chunk: Chunk) -> bool:
+        """True if somebody may have seen, changed or replaced a gradient of a chunk since it was watched."""
+        with QUIET():
+            return chunk not in self._unseen or any(slot.is_replaced for slot in self._of_chunk.get(chunk, ()))
 
     # -- during backward
 
@@ -177,6 +192,7 @@ class Gradients:
         slot = self._slots.get(id(parameter))
         if slot is None:
             return
+        self.reads += 1
         self.reveal(slot.chunk)
         is_elsewhere = self.may_be_copied and slot.stand_in is not None and not is_sharded(parameter)
         if is_elsewhere and slot.is_present and slot.content is slot.stand_in:
@@ -196,6 +212,7 @@ class Gradients:
 
     def reveal(self, chunk: Chunk) -> None:
         """Show gradients that an update has taken, when it is over."""
+        self._unseen.discard(chunk)
         if chunk in self._withdrawn:
             chunk.settle()
             self._withdrawn.discard(chunk)

@@ -5,7 +5,9 @@ from collections.abc import Collection, Sequence, Set
 from torch import Tensor
 
 from ..chunk import Chunk
+from ..torch_private import current_backward
 from ..units.units import Visit
+from .completion import Completion
 from .options import Options
 
 
@@ -18,10 +20,16 @@ class UpdateSchedule:
     consumes_gradients = False
     """True if updates consume gradients before backward ends. Then chunks may be used within units only."""
 
+    watches_units = False
+    """True if it has to hear of each unit's end in backward."""
+
     @property
     def updated_early(self) -> Set[Chunk]:
         """Chunks already updated in the current step: their values are one step ahead of the others."""
         return frozenset()
+
+    def forward_begins(self) -> None:
+        """The model's forward begins, outside of any backward."""
 
     # -- backward
 
@@ -93,3 +101,54 @@ class UpdateSchedule:
 
 class AfterBackward(UpdateSchedule):
     """Updates all chunks in ``optimizer.step()``; refuses nothing."""
+
+
+class WhenComplete(AfterBackward):
+    """As `AfterBackward`, and names the chunks whose updates could begin before that.
+
+    Parameters
+    ----------
+    completion
+        When backward needs each chunk no more.
+    """
+
+    watches_units = True
+
+    def __init__(self, completion: Completion) -> None:
+        self._completion = completion
+
+    def forward_begins(self) -> None:
+        # Calls whose backward never comes would gather. If it does come, its gradients are seen to come late.
+        self._completion.forget()
+
+    def backward_begins(self, task: int) -> bool:
+        is_outermost = self._completion.is_idle
+        return self._completion.begin(task) and is_outermost
+
+    def gradient_arrived(self, chunk: Chunk, position: int) -> Sequence[Chunk]:
+        self._completion.arrived(chunk, position, current_backward())
+        return self._complete([chunk])
+
+    def unit_called(self, visit: Visit, has_graph: bool, in_backward: bool) -> None:
+        self._completion.called(visit, has_graph, in_backward)
+
+    def unit_left(self, visit: Visit) -> Sequence[Chunk]:
+        self._completion.left(visit)
+        return self._complete(visit.chunks)
+
+    def backward_ended(self, task: int) -> Sequence[Chunk]:
+        self._completion.end(task)
+        return ()  # the step comes next
+
+    def backward_failed(self) -> bool:
+        self._completion.forget()
+        return True
+
+    def after_step(self) -> None:
+        self._completion.forget()
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        self._completion.follow(parameters)
+
+    def _complete(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        return [chunk for chunk in chunks if self._completion.is_complete(chunk)]

@@ -40,6 +40,7 @@ from ..errors import OffloadError, OutOfMemory
 from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate
 from .averages import PIECE_NUMEL, UNCHANGED, BoundAverage
 from .ticket import Ticket
+from .trial import Trial
 
 BLOCK_SETS = 3
 """Staging for three blocks: one arrives, one is computed, one is written back."""
@@ -76,6 +77,8 @@ class ChunkUpdate:
     """The full copy to refresh in the same pass, where one exists in the same memory."""
     averages: Mapping[str, BoundAverage] = field(default_factory=dict)
     """What is to follow the masters, by the names of its buffers."""
+    trial: Trial | None = None
+    """What becomes of its results, where no step has asked for them yet."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +109,10 @@ class Block:
     def is_computed(self) -> bool:
         return self.computed_numel == self.numel and (not self.update.averages or self.averaged_numel == self.numel)
 
-    def buffers(self) -> dict[str, Buffer]:
+    def buffers(self) -> Mapping[str, Buffer]:
         """Where the chunk has what its update takes."""
+        if self.update.trial is not None:
+            return self.update.trial.sources
         chunk = self.update.chunk
         if self.at_step is UNCHANGED or self.gradient is not None:
             return chunk.homes
@@ -124,6 +129,28 @@ class Block:
     def written(self) -> list[str]:
         """What of its staging the update changes."""
         return [name for name in self.staged if name != GRADIENT]
+
+    @property
+    def is_off(self) -> bool:
+        """True if nobody wants it any more."""
+        return self.update.trial is not None and self.update.trial.is_off
+
+    def gives_up(self) -> bool:
+        """Something went wrong with it; False if that has to be told."""
+        return self.update.trial is not None and self.update.trial.fail()
+
+    def read(self, name: str) -> None:
+        """Fill the staging of one buffer."""
+        buffer, trial = self.buffers()[name], self.update.trial
+        if trial is not None and name == GRADIENT:
+            trial.gradient_arrives()
+        buffer.read(self.at_home(name).start, self.tensor(name, buffer))
+
+    def write(self, name: str) -> None:
+        """Write the staging of one buffer where it belongs."""
+        buffer, trial = self.buffers()[name], self.update.trial
+        into = buffer if trial is None else trial.result(name)
+        into.write(self.at_home(name).start, self.tensor(name, buffer))
 
     def follows(self, other: "Block") -> bool:
         """True if it may read what ``other``, of an earlier update, writes."""
@@ -154,7 +181,8 @@ class Block:
         """Update the elements that are not updated yet: a retry computes nothing twice."""
         if self.is_computed:
             return
-        self.update.chunk.homes.before_change(self.start, self.stop)
+        if self.update.trial is None:
+            self.update.chunk.homes.before_change(self.start, self.stop)
         tensors = {name: self.tensor(name, buffer) for name, buffer in self.buffers().items()}
         if self.gradient is not None:
             tensors[GRADIENT] = self.gradient
@@ -252,6 +280,12 @@ class UpdatePipeline:
             self._waiting.extend(blocks)
             self._changed.notify_all()
 
+    def arrange(self, ranks: Mapping[Chunk, int]) -> None:
+        """Have the updates that have not begun come in the order of these ranks of their chunks."""
+        with self._changed:
+            self._waiting = deque(sorted(self._waiting, key=lambda block: ranks.get(block.update.chunk, -1)))
+            self._changed.notify_all()
+
     @property
     def left(self) -> Sequence[Block]:
         """What is not done, in order, while nobody runs it."""
@@ -283,6 +317,8 @@ class UpdatePipeline:
         return any(queue and _is_over(queue) for queue in (self._reading, self._writing)) or self._may_begin()
 
     def _may_begin(self) -> bool:
+        while self._waiting and self._waiting[0].is_off:
+            self._waiting.popleft()
         if not self._waiting or len(self._reading) == _READS:
             return False
         block, in_flight = self._waiting[0], [other for other, _ in chain(self._reading, self._writing)]
@@ -295,31 +331,56 @@ class UpdatePipeline:
 
     def _begin(self) -> None:
         block = self._waiting[0]
+        if block.update.trial is not None and not block.update.trial.begin(block.start):
+            return
         for name in block.to_borrow():
             assert self._staging is not None
             block.staged[name] = self._staging.borrow()
         # A retry reads nothing that is computed already: staging holds it.
-        self._reading.append((block, self._move(self._read, block, () if block.computed_numel else block.staged)))
+        self._reading.append((block, self._move(Block.read, block, () if block.computed_numel else block.staged)))
         self._waiting.popleft()
 
     def _compute_first(self) -> None:
         block, reads = self._reading[0]
-        with _of(block):
-            reads.finish()
-            block.caller.wait_for_downloads()
-            with block.caller.stand_in():
-                block.compute()
-        self._writing.append((block, self._move(self._write, block, block.written)))
+        try:
+            with _of(block):
+                reads.finish()
+                block.caller.wait_for_downloads()
+                with block.caller.stand_in():
+                    block.compute()
+        except Exception:
+            if not block.gives_up():
+                raise
+        if block.is_off:
+            self._drop(self._reading)
+            return
+        self._writing.append((block, self._move(Block.write, block, block.written)))
         self._reading.popleft()
 
     def _finish(self) -> None:
         block, writes = self._writing[0]
-        with _of(block):
-            writes.finish()
+        try:
+            with _of(block):
+                writes.finish()
+        except Exception:
+            if not block.gives_up():
+                raise
+            self._drop(self._writing)
+            return
         self._writing.popleft()
         self._release(block)
+        if block.update.trial is not None:
+            block.update.trial.finish(block.start, block.numel)
         on_device = block.update.chunk.tier is Tier.DEVICE
         block.ticket.finish_block(block.caller.mark() if on_device else None)
+
+    def _drop(self, queue: "deque[_InFlight]") -> None:
+        """Leave out the first block of a queue, which nobody wants any more."""
+        block, moves = queue.popleft()
+        moves.rest()
+        self._release(block)
+        assert block.update.trial is not None
+        block.update.trial.abandon(block.start)
 
     def _move(self, move: Callable[[Block, str], None], block: Block, names: Iterable[str]) -> Moves:
         futures = []
@@ -333,14 +394,6 @@ class UpdatePipeline:
         with self._changed:
             self._changed.notify_all()
 
-    def _read(self, block: Block, name: str) -> None:
-        buffer = block.buffers()[name]
-        buffer.read(block.at_home(name).start, block.tensor(name, buffer))
-
-    def _write(self, block: Block, name: str) -> None:
-        buffer = block.buffers()[name]
-        buffer.write(block.at_home(name).start, block.tensor(name, buffer))
-
     def _release(self, block: Block) -> None:
         for staged in block.staged.values():
             assert self._staging is not None
@@ -352,15 +405,21 @@ class UpdatePipeline:
         undone = []
         while self._writing:
             block, writes = self._writing[0]
-            if writes.have_failed:
+            if not writes.have_failed:
+                self._finish()
+            elif block.gives_up():
+                self._drop(self._writing)
+            else:
                 undone.append(block)
                 self._writing.popleft()
-            else:
-                self._finish()
         while self._reading:
-            block, reads = self._reading.popleft()
-            reads.rest()
-            undone.append(block)
+            block, reads = self._reading[0]
+            if block.gives_up():
+                self._drop(self._reading)
+            else:
+                reads.rest()
+                undone.append(block)
+                self._reading.popleft()
         with self._changed:
             self._waiting.extendleft(reversed(undone))
         for block in self._waiting if undone else ():

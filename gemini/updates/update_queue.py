@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk import Caller, Staging, close_in_background, pieces, start_workers
+from ..chunk import Caller, Chunk, Staging, close_in_background, pieces, start_workers
 from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Rule
 from ..process_wide import compute_on_this_thread
 from .ticket import Ticket
@@ -89,6 +89,10 @@ class UpdateQueue:
             self._pipeline.add(blocks)
             self._thread.submit(self._work)
         return tickets
+
+    def arrange(self, chunks: Sequence[Chunk]) -> None:
+        """Do what has not begun in this order of chunks."""
+        self._pipeline.arrange({chunk: rank for rank, chunk in enumerate(chunks)})
 
     def _cuts(self, update: ChunkUpdate) -> list[tuple[int, int, int, BoundUpdate, Tensor | None]]:
         gradient = update.chunk.gradient

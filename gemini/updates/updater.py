@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
 from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
 from .averages import UNCHANGED, Averages
 from .options import Options
+from .ticket import Ticket
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
 
@@ -59,6 +61,9 @@ class Planned:
     taken: Mapping[int, int]
     is_empty: bool
     """No parameter of the chunk takes a step, wherever its elements are at home."""
+    terms: Sequence[tuple[int, int, int, float, bool]] = ()
+    """Of each parameter that takes a step: its position, its group, the number of the step, what the gradient is
+    multiplied by, and whether its states begin. With the options of the groups they say all that is computed."""
 
     @property
     def chunk(self) -> Chunk:
@@ -119,6 +124,7 @@ class Updater:
         """
         taken: dict[int, int] = {}
         runs: list[Run] = []
+        terms: list[tuple[int, int, int, float, bool]] = []
         gradient = chunk.gradient
         assert gradient is not None
         previous, is_empty = -2, True
@@ -133,6 +139,7 @@ class Updater:
             if group.keeps_state:
                 taken[id(parameter)] = step
             at_step = group.at(step, grad_scale, is_fresh)
+            terms.append((position, index, step, grad_scale, is_fresh))
             is_empty = False
             start, stop = max(slot.offset, chunk.extent.start), min(slot.stop, chunk.extent.stop)
             if start >= stop:  # other owners update all of it
@@ -146,7 +153,8 @@ class Updater:
         averages = self.averages.of(chunk)
         if averages:
             runs, is_empty = _without_gaps(runs, chunk.extent), False
-        return Planned(ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh), averages), taken, is_empty)
+        update = ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh), averages)
+        return Planned(update, taken, is_empty, terms)
 
     def plan_averages(self, chunk: Chunk) -> Planned:
         """Have the averages of a chunk go on that no gradient has come to."""
@@ -166,11 +174,15 @@ class Updater:
         self._manager.evict(chunk)
         return None
 
-    def start(self, planned: Sequence[Planned]) -> None:
-        """Hand updates to the queue, in this order."""
-        tickets = self._queue.submit([each.update for each in planned], self._manager.device.caller())
-        for each, ticket in zip(planned, tickets, strict=True):
-            chunk = each.chunk
+    def start(self, planned: Sequence[Planned], begun: Mapping[Chunk, Ticket] = MappingProxyType({})) -> None:
+        """Hand updates to the queue, in this order; ``begun`` are those of them that are there already."""
+        others = [each for each in planned if each.chunk not in begun]
+        submitted = self._queue.submit([each.update for each in others], self._manager.device.caller())
+        tickets = {**begun, **{each.chunk: ticket for each, ticket in zip(others, submitted, strict=True)}}
+        if begun:
+            self._queue.arrange([each.chunk for each in planned])
+        for each in planned:
+            chunk, ticket = each.chunk, tickets[each.chunk]
             self.steps.update(each.taken)
             chunk.begin_update(ticket, chunk.gradient.present if chunk.gradient is not None else ())
             self._manager.release_gradient_after(chunk, ticket)

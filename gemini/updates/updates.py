@@ -13,6 +13,7 @@ from torch import Tensor
 from ..chunk import Chunk, ChunkManager, all_or_none
 from ..errors import RankError
 from ..nn.optimizer.managed import ManagedOptimizer
+from .ahead import Ahead
 from .gradients import Gradients
 from .options import Options
 from .scaling import Scaling
@@ -27,6 +28,8 @@ class Updates:
     ----------
     manager, schedule, gradients, updater
         The chunks, when they are updated, what ``p.grad`` shows of their gradients, and what starts an update.
+    ahead
+        Begins updates before the step.
     scaling
         What gradients are multiplied by.
     options
@@ -39,6 +42,7 @@ class Updates:
         schedule: UpdateSchedule,
         gradients: Gradients,
         updater: Updater,
+        ahead: Ahead,
         scaling: Scaling,
         options: Options | None,
     ) -> None:
@@ -49,6 +53,7 @@ class Updates:
         """How many gradients autograd has brought so far."""
         self._manager = manager
         self._updater = updater
+        self._ahead = ahead
         self._options = options
         self._groups: Groups | None = None
         """Those of the step under way, if backward has updated a chunk of it."""
@@ -73,6 +78,7 @@ class Updates:
     def backward_begins(self, task: int) -> None:
         """A backward (or one within it) comes to its first node."""
         if self.schedule.backward_begins(task):
+            self._ahead.backward_begins()
             self.before_backward()
 
     def gradient_arrived(self, parameter: Tensor, task: int) -> Sequence[Chunk]:
@@ -106,6 +112,9 @@ class Updates:
             Write through to the full copy: the next forward will find it.
         """
         assert self._options is not None and chunk.gradient is not None
+        if not self.schedule.consumes_gradients:
+            self._ahead.begin(chunk, self._options)
+            return
         if self._groups is None or not self.schedule.updated_early:
             self._groups = self._updater.groups(self._options)
         if chunk.gradient.is_file:
@@ -155,7 +164,9 @@ class Updates:
 
     def start(self, planned: Sequence[Planned]) -> None:
         """Start updates, in this order; from now on the chunks' gradients are theirs."""
-        self._updater.start(planned)
+        assert self._options is not None
+        begun = {} if self.schedule.consumes_gradients else self._ahead.take(planned, self._options)
+        self._updater.start(planned, begun)
         for chunk in (each.chunk for each in planned):
             if chunk.gradient is not None and chunk.gradient.present:
                 self.gradients.hand_over(chunk)
@@ -180,9 +191,11 @@ class Updates:
         chunks, device = self._manager.chunks, self._manager.device
         kept = set() if parameters is None else {chunk for chunk in chunks if _others(chunk, parameters)}
         if kept:
+            self._ahead.call_off()
             device.synchronize()
             self._drop(kept, parameters)
         else:
+            self._ahead.gradients_dropped()
             device.discard()
             with self._manager.together.communicator.forgetting_gradients(failure):
                 self._drop(kept, parameters)

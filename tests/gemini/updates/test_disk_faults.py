@@ -126,10 +126,11 @@ def test_after_a_failure_of_any_one_call_of_a_step_training_goes_on_bit_for_bit(
         assert loss == expected
         if not was_called:
             break
-        assert len(errors) == before + 1, f"call {failed_calls}: {errors[before:]}"
-        assert "Input/output error" in errors[-1] and ("of chunk" in errors[-1])
+        # None, if it was of an update that began ahead of the step, which then does it.
+        assert len(errors) <= before + 1, f"call {failed_calls}: {errors[before:]}"
+        assert len(errors) == before or ("Input/output error" in errors[-1] and "of chunk" in errors[-1])
         failed_calls, number = failed_calls + 1, number + 1
-    assert failed_calls > 20
+    assert failed_calls > 20 and len(errors) > failed_calls // 2
     assert any(chunk.is_split for chunk in boosted(run.model).manager.chunks) == ("split_master" in options)
     check_same(run, sound)
 

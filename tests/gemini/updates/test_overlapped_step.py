@@ -9,7 +9,7 @@ import torch
 from loop import PLACEMENTS, Trained
 
 from gemini.nn.optimizer.kernels.update import adam_update
-from gemini.updates.update_pipeline import UpdatePipeline
+from gemini.updates.update_pipeline import Block
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -31,8 +31,8 @@ def stall_workers(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[str]:
         return run
 
     monkeypatch.setattr("gemini.nn.optimizer.rules.adam_rule.adam_update", stalling("compute", adam_update))
-    for name in ("_read", "_write"):
-        monkeypatch.setattr(UpdatePipeline, name, stalling(name, getattr(UpdatePipeline, name)))
+    for name in ("read", "write"):
+        monkeypatch.setattr(Block, name, stalling(name, getattr(Block, name)))
     return done
 
 
