@@ -246,7 +246,10 @@ class Engine:
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
         self.updates.backward_begins(task)
-        return self.visits.join_backward(task, visit)
+        is_first = self.visits.join_backward(task, visit)
+        if is_first:
+            self.sampling.begin_backward()
+        return is_first
 
     def leave_passed(self) -> None:
         """This thread comes to a node of a backward: leave the visits all of whose nodes have run."""
