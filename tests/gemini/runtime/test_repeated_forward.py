@@ -133,7 +133,7 @@ def test_gradients_of_earlier_micro_batches_are_kept() -> None:
     for run in (ours, plain):
         for number in range(3):
             torch.manual_seed(number)
-            if run is ours:
+            if run is ours and number < 2:  # states and full copies make way; gradients of now stay
                 with short(ours, 1):
                     loss = run.loss(number)
             else:
