@@ -26,7 +26,7 @@ from ..quantization import Quantization
 from ..telemetry.writer import TelemetryWriter
 from ..updates.update_queue import UpdateQueue, warm_up
 from .agreement import agree_capacities, check_alike, check_optimizers, check_options
-from .alive import dismiss, enrol
+from .alive import dismiss, enrol, ram_of_others
 from .assemble import assemble
 from .build import build
 from .dtypes import warn_of_other_dtypes
@@ -88,7 +88,7 @@ def _boost(model: nn.Module, optimizer: ManagedOptimizer | None, seating: Seatin
             manager, queue = build(packing, config, capacities)
             saving = make_saving(config, capacities, manager, model)
 
-    meter = NonModelMeter(capacities.device)
+    meter = NonModelMeter(capacities.device, elsewhere=partial(ram_of_others, manager))
     compute_dtypes = {plan.compute_dtype for plan in packing.plans if plan.is_trainable}
     _warm_up(optimizer, config, {capacities.device, torch.device("cpu")}, compute_dtypes)
     if manager.device.is_ram:
