@@ -6,6 +6,7 @@ Knows tensors, tiers and bytes; knows nothing of modules, hooks, optimizers or p
 from gemini.process_wide import IO_STACK_BYTES
 
 from .accelerator import AcceleratorBackend
+from .accelerator_driver import AcceleratorDriver, Lane, Mark
 from .accelerators import accelerator_in_use, driver_of, find_accelerator, memory_of
 from .away import QUIET, Keeper, reach
 from .block_codes import warm_up as warm_up_codes
@@ -58,6 +59,7 @@ __all__ = [
     "SHADOW",
     "STORE_BLOCKS",
     "AcceleratorBackend",
+    "AcceleratorDriver",
     "BlockFormat",
     "Buffer",
     "BufferSpec",
@@ -80,7 +82,9 @@ __all__ = [
     "GradientBuffer",
     "GradientTensors",
     "Keeper",
+    "Lane",
     "Ledger",
+    "Mark",
     "Marked",
     "MasterCodec",
     "MemoryBuffer",

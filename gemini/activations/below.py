@@ -50,6 +50,11 @@ class Below:
         self._counts.takes(room.tier, room.taken_bytes)
         return room
 
+    def note_stream(self) -> None:
+        """The calling thread saves what it computes in its current stream."""
+        for place in self._places:
+            place.note_stream()
+
     def release(self, room: Room) -> None:
         """Give room back."""
         room.release()
@@ -61,7 +66,7 @@ class Below:
         Parameters
         ----------
         seconds
-            To wait, at most, for copies that have begun and that nothing needs any more.
+            To wait, at most, for each copy that has begun and that nothing needs any more.
         """
         while True:
             try:
@@ -74,10 +79,10 @@ class Below:
                 self._ending.append((passage, room))
         if not self._ending:
             return
-        if seconds:
-            self._ending[-1][0].rest(seconds)
         ending, self._ending = self._ending, []
         for passage, room in ending:
+            if seconds:
+                passage.rest(seconds)
             if passage.done():
                 self.release(room)
             else:

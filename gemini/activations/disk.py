@@ -94,6 +94,9 @@ class ActivationFile:
         self._gaps.give(offset, nbytes)
         self.ledger.give(Tier.DISK, nbytes)
 
+    def note_stream(self) -> None:
+        pass
+
     def trim(self) -> None:
         """Cut off what has not been used since the last time, once nothing is stored and it is worth while."""
         if self._gaps.is_whole:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from ..torch_private import is_transformed, storage_key
 
@@ -35,8 +35,8 @@ class Leavers:
         if not self._is_plain(tensor):
             return False
         memory = tensor.untyped_storage()
-        is_own = memory.resizable() and not memory.is_shared()  # else others, such as numpy, may have it
-        return is_own and memory.nbytes() >= LEAST_BYTES and storage_key(memory) not in self._full_copies
+        is_large = memory.nbytes() >= LEAST_BYTES and storage_key(memory) not in self._full_copies
+        return is_large and not _is_lent(memory)
 
     def _is_plain(self, tensor: Tensor) -> bool:
         return (
@@ -45,3 +45,8 @@ class Leavers:
             and tensor.device == self._device
             and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or is_transformed())
         )
+
+
+def _is_lent(memory: UntypedStorage) -> bool:
+    """True if something besides torch, such as numpy, or another process may have it."""
+    return not memory.resizable() or (memory.device.type == "cpu" and memory.is_shared())

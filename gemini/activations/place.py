@@ -62,6 +62,9 @@ class Place(Protocol):
             If there is none.
         """
 
+    def note_stream(self) -> None:
+        """The calling thread has a graph save what it computes in its current stream."""
+
     def trim(self) -> None:
         """Give the system what nothing has needed lately. Called between two steps."""
 

@@ -8,6 +8,7 @@ import torch
 from ..chunk import ChunkManager, DiskFile, Tier
 from ..memory.capacity import device_headroom
 from ..planning.activation_choice import Link
+from .disk import aligned
 
 PROBE_BYTES = 16 << 20
 
@@ -26,7 +27,7 @@ def disk_link(folder: Path, ahead_bytes: int) -> Link:
     OSError
         What the file system says.
     """
-    memory = torch.zeros(PROBE_BYTES, dtype=torch.uint8)
+    memory = aligned(PROBE_BYTES, 0)  # at a page boundary, as the file: else the page cache is measured
     file = DiskFile(folder)
     try:
         file.reserve(0, PROBE_BYTES)

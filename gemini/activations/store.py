@@ -56,6 +56,7 @@ class ActivationStore:
     def save(self, memory: UntypedStorage) -> SavedStorage:
         """Note that a graph holds one more tensor in this storage, and let others leave that only graphs hold."""
         with self._lock:
+            self._below.note_stream()
             key = storage_key(memory)
             saved = self._known.get(key)
             if saved is None or saved.memory is not memory:
@@ -129,7 +130,7 @@ class ActivationStore:
         Parameters
         ----------
         seconds
-            To wait, at most, for copies that have begun and that nothing needs any more.
+            To wait, at most, for each copy that has begun and that nothing needs any more.
         """
         with self._lock:
             self._below.reclaim(seconds)

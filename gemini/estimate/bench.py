@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 from gemini.chunk import find_accelerator
 from gemini.errors import OffloadError
@@ -29,6 +31,8 @@ TARGET = "FOLDER"
 TARGET_HELP = "folder of the disk tier; nothing: the disk is not measured"
 
 _NUMEL = 1 << 24
+_LAYERS, _WIDTH, _VOCABULARY = 2, 512, 8192
+_BATCH_SIZE, _LENGTH = 2, 256
 _SECONDS = 0.5
 """Each number is the best of the repetitions that fit into so long, at least three."""
 
@@ -54,6 +58,7 @@ def run(options: argparse.Namespace) -> Exit:
         bytes_per_second=links,
         adam_elements_per_second=measure_adam(options.numel),
         flops_per_second=measure_flops(),
+        training_flops_per_second=measure_training(),
         disk=None if disk is None else _as_output(Path(options.target), disk),
     )
     file = Path(options.output) if options.output else hardware_file()
@@ -67,6 +72,7 @@ def run(options: argparse.Namespace) -> Exit:
             print(f" {name.replace('_', ' '):<18}{size(value):>12}/s{spread}")
         print(f" {'optimizer':<18}{count(content.adam_elements_per_second):>12} elements/s")
         print(f" {'matrix products':<18}{count(content.flops_per_second):>12} flop/s in bf16")
+        print(f" {'a GPT':<18}{count(content.training_flops_per_second):>12} flop/s in bf16, forward and backward")
         print(f" written to {file}")
         if disk is not None:
             for line in as_lines(Path(options.target), disk):
@@ -111,7 +117,7 @@ def read_speed(path: Path | None = None) -> dict[str, float]:
         content = json.loads((path or hardware_file()).read_text())
         return {
             **content["bytes_per_second"],
-            **{k: content[k] for k in content if k.endswith("_per_second") and k[0] != "b"},
+            **{k: v for k, v in content.items() if k.endswith("_per_second") and isinstance(v, float)},
         }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -157,6 +163,31 @@ def measure_flops() -> float:
             torch.accelerator.synchronize()
 
     return 2 * side**3 / best(product)
+
+
+def measure_training() -> float:
+    """What is left of these products in a training: forward and backward of a small GPT, without an optimizer."""
+    device = find_accelerator() or torch.device("cpu")
+    with torch.random.fork_rng(devices=[]):
+        blocks = [
+            nn.TransformerEncoderLayer(_WIDTH, _WIDTH // 64, 4 * _WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(_LAYERS)
+        ]
+        head = nn.Linear(_WIDTH, _VOCABULARY, bias=False)
+        tokens = torch.randint(_VOCABULARY, (_BATCH_SIZE, _LENGTH)).to(device)
+    model = nn.Sequential(*blocks, head).to(device, torch.bfloat16)
+    causal = nn.Transformer.generate_square_subsequent_mask(_LENGTH, device, torch.bfloat16)
+
+    def both() -> None:
+        hidden = functional.embedding(tokens, head.weight)
+        for block in blocks:
+            hidden = block(hidden, src_mask=causal, is_causal=True)
+        functional.cross_entropy(head(hidden).flatten(0, 1), tokens.flatten()).backward()
+        model.zero_grad()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    return 6 * sum(p.numel() for p in model.parameters()) * tokens.numel() / best(both)
 
 
 def best(action: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gemini.chunk import FORMATS, MASTER, BufferSpec, MemoryMap, Tier
+from gemini.chunk import FORMATS, BufferSpec, MemoryMap, Tier
 from gemini.config import PRECISIONS, GeminiConfig
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
@@ -22,11 +22,11 @@ from gemini.stat.rates import read_hardware
 from gemini.stat.text import count, seconds
 from gemini.telemetry.discovery import NoRun
 
-from . import floor
 from .activations import Activations
 from .bench import read_speed
-from .demand import Demand, Machine, ModelData, TierDemand, arguments, demand, streamed_bytes, with_machine
+from .demand import Demand, Machine, ModelData, TierDemand, arguments, demand, room_for_copies, with_machine
 from .solve import solve_batch_size, solve_memory, solve_ranks, solve_seq_len
+from .step_model import Training, step_seconds
 from .subject import NotFound, Subject, find_subject
 
 HELP = (
@@ -127,7 +127,7 @@ def _answer(
     machine: Machine,
     solved: Solved | None,
 ) -> Estimate:
-    times = _floor(options, data, found, machine) if found.fits else {}
+    times = _step_seconds(options, data, found, machine) if found.fits else {}
     return Estimate(
         model=subject.name,
         fits=found.fits,
@@ -146,8 +146,8 @@ def _answer(
         device_and_host_are_one=machine.memory is MemoryMap.UNIFIED,
         terms=dict(found.terms),
         arguments=arguments(found, data.config, options.offload_dir) if found.fits else None,
-        step_seconds_floor=max(times.values()) if times else None,
-        step_seconds_floor_by=times,
+        step_seconds_floor=times.get("step"),
+        step_seconds_floor_by={name: taken for name, taken in times.items() if name != "step"},
         solved=solved,
         problem=found.problem,
         remarks=_remarks(options, machine),
@@ -164,27 +164,19 @@ def _need(demand: TierDemand) -> TierNeed:
     )
 
 
-def _floor(options: argparse.Namespace, data: ModelData, found: Demand, machine: Machine) -> dict[str, float]:
-    """The same packing once more, for the bytes that it moves."""
+def _step_seconds(options: argparse.Namespace, data: ModelData, found: Demand, machine: Machine) -> dict[str, float]:
+    """The same packing once more, for what it moves and when."""
     limits = {tier: found.limits.get(f"{tier.value}_memory", 0) for tier in Tier}
     packing = data.pack(limits, machine.memory, machine.ranks)
-    read = written = 0
-    for plan in packing.plans:
-        for name in plan.tiers:
-            nbytes = plan.nbytes_on(Tier.DISK, (name,))
-            read += nbytes * (2 if name == MASTER else 1)  # for the full copy and for the update
-            written += nbytes
-    tokens = options.batch_size * options.seq_len
-    work = floor.Work(
-        # 2 forward and 4 backward a parameter and token, one more forward where activations are recomputed.
-        flops=(8.0 if options.checkpointing else 6.0) * data.numel * tokens,
-        # Of another optimizer's speed nothing is known; it reads and writes so much more or less than Adam.
-        adam_elements=round(data.numel * data.state_bytes / 12 / machine.ranks),
-        disk_read_bytes=read,
-        disk_write_bytes=written,
-        upload_bytes=streamed_bytes(packing, limits),
+    training = Training(
+        tokens=options.batch_size * options.seq_len,
+        checkpointing=options.checkpointing,
+        ranks=machine.ranks,
+        state_bytes=data.state_bytes,
+        in_backward=data.config.update_in_backward,
+        prefetched=data.config.max_prefetch,
     )
-    return floor.seconds(work, read_speed())
+    return step_seconds(data.model, packing, room_for_copies(packing, limits), training, read_speed())
 
 
 def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
@@ -229,9 +221,9 @@ def _show(options: argparse.Namespace, found: Demand, answer: Estimate) -> None:
         listed = ", ".join(f"{names.get(n, n.replace('_', ' '))} {format_bytes(terms[n])}" for n in parts)
         print(f"\n{'of each rank: ' if several else ''}{listed}")
         print(f"{terms['chunk_count']} chunks of up to {count(terms['chunk_numel'])} elements")
-    if answer.step_seconds_floor_by:
+    if answer.step_seconds_floor is not None:
         by = ", ".join(f"{name} {seconds(value)}" for name, value in answer.step_seconds_floor_by.items())
-        print(f"a step takes at least {seconds(answer.step_seconds_floor)}: {by}")
+        print(f"a step takes {seconds(answer.step_seconds_floor)} or more: {by}")
     if found.fits:
         print(f"\nFITS. {answer.arguments}")
     else:

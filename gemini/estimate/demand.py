@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from gemini.chunk import GRADIENT, MASTER, SHADOW, BufferSpec, MemoryMap, Tier
+from gemini.chunk import GRADIENT, SHADOW, BufferSpec, MemoryMap, Tier
 from gemini.chunk.communicator import SingleProcess
 from gemini.chunk.extent import Owner
 from gemini.config import GeminiConfig
@@ -187,14 +187,12 @@ def model_bytes(packing: Packing, limits: Mapping[Tier, int]) -> dict[Tier, int]
     return found
 
 
-def streamed_bytes(packing: Packing, limits: Mapping[Tier, int]) -> int:
-    """Full copies that a step has to fill again, at least: those that no room is left for, nor have homes on DEVICE."""
+def room_for_copies(packing: Packing, limits: Mapping[Tier, int]) -> int:
+    """Bytes that homes, staging and gradients leave for full copies where units run."""
     where = packing.memory.compute_tier
-    kept = model_bytes(packing, limits)[where] - packing.placement.nbytes[where]
-    from_below = [
-        c for plan, c in zip(packing.plans, _copies(packing), strict=True) if plan.tiers[MASTER] is not Tier.DEVICE
-    ]
-    return max(0, sum(from_below) - kept)
+    staging = packing.staging_bytes if where is Tier.HOST else 0
+    room = limits[where] - packing.placement.nbytes[where] - staging - packing.placement.gradient_room.get(where, 0)
+    return room if packing.full_copies_limit_bytes is None else min(room, packing.full_copies_limit_bytes)
 
 
 def _too_narrow(packing: Packing, limit: int) -> str | None:

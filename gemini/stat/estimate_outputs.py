@@ -30,8 +30,11 @@ class Bench(Output):
     measured_at: float
     bytes_per_second: Annotated[dict[str, float], doc("By link, such as host_to_device.")]
     adam_elements_per_second: float
-    flops_per_second: float
+    flops_per_second: Annotated[float, doc("Of products of matrices in bf16.")]
     disk: DiskBench | None = None
+    training_flops_per_second: Annotated[
+        float | None, doc("Of forward and backward of a small GPT in bf16, six operations a parameter and token.")
+    ] = None
 
 
 class TierNeed(Output):
@@ -67,8 +70,11 @@ class Estimate(Output):
     device_and_host_are_one: bool
     terms: Annotated[dict[str, int], doc("Bytes of model data by kind.")]
     arguments: Annotated[str | None, doc("Of GeminiPlugin, ready to paste.")]
-    step_seconds_floor: float | None
-    step_seconds_floor_by: dict[str, float]
+    step_seconds_floor: Annotated[float | None, doc("What waits for what included; null if not all was measured.")]
+    step_seconds_floor_by: Annotated[
+        dict[str, float],
+        doc("Computing, optimizer, uploading, disk; and waiting: what computing stands still for the disk."),
+    ]
     solved: Solved | None
     problem: str | None
     remarks: list[str]

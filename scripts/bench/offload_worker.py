@@ -19,29 +19,19 @@ from typing import Any
 
 import torch
 import transformers
-from ranks_worker import FSDP2, Batch, Gemini, Trainer, Zero3, throw_away
-
-RATE = 1e-4
+from plain_masters import Masters
+from ranks_worker import FSDP2, RATE, Batch, Gemini, Trainer, Zero3, throw_away
 
 
 class PlainMasters(Trainer):
-    """Plain PyTorch as one writes mixed precision by hand: the model in bf16, AdamW on fp32 masters."""
+    """Plain PyTorch, in bf16 with fp32 masters."""
 
     def __init__(self, build: Callable[[], Any]) -> None:
         self.model = build()
-        self.masters = [p.detach().clone().requires_grad_() for p in self.model.parameters()]
-        self.model.to(torch.bfloat16)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=RATE, fused=True)
+        self._masters = Masters(self.model, RATE)
 
     def update(self) -> None:
-        pairs = list(zip(self.masters, self.model.parameters(), strict=True))
-        for master, parameter in pairs:
-            master.grad, parameter.grad = parameter.grad.float(), None
-        self.optimizer.step()
-        with torch.no_grad():
-            for master, parameter in pairs:
-                parameter.copy_(master)
-                master.grad = None
+        self._masters.update()
 
 
 MANAGERS: dict[str, tuple[str, Callable[..., Trainer]]] = {

@@ -16,11 +16,11 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import MemoryMap, Requests, Tier, tuned
 from gemini.chunk.disk_tuning import LEAST_TIER_BYTES
 from gemini.config import GeminiConfig
-from gemini.estimate import floor
 from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
-from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes, streamed_bytes
+from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes, room_for_copies
 from gemini.estimate.disk_bench import file_system
 from gemini.estimate.solve import largest, solve_batch_size, solve_memory
+from gemini.estimate.step_model import streamed_copies
 from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
@@ -246,12 +246,6 @@ def test_models_are_found_by_file_folder_type_and_function(tmp_path: Path, monke
     assert main(["estimate", "gpt2", "--ram", "much"]) == 2
 
 
-def test_a_step_takes_as_long_as_its_slowest_part() -> None:
-    work = floor.Work(flops=10.0, adam_elements=0, disk_read_bytes=30, disk_write_bytes=5, upload_bytes=7)
-    speed = {"flops_per_second": 5.0, "disk_to_host": 10.0, "host_to_disk": 5.0}
-    assert floor.seconds(work, speed) == {"computing": 2.0, "reading disk": 3.0, "writing disk": 1.0}
-
-
 @pytest.mark.parametrize(
     ("ram", "config", "streams"),
     [(16.1, {}, False), (15.0, {}, True), (14.1, {"split_master": True}, False), (16.1, {"precision": "fp32"}, False)],
@@ -262,7 +256,8 @@ def test_only_full_copies_that_do_not_stay_are_filled_in_each_step(
     """Bytes a parameter: 12 of states, a gradient, and a full copy where it is not the master, or half of it."""
     data = ModelData(subject_of(build), GeminiConfig(**config, chunk_numel=1024))
     limits = {Tier.DEVICE: 1, Tier.HOST: round(ram * data.numel), Tier.DISK: 0}
-    assert (streamed_bytes(data.pack(limits, MemoryMap.UNIFIED), limits) > 0) == streams
+    packing = data.pack(limits, MemoryMap.UNIFIED)
+    assert bool(streamed_copies(packing.plans, room_for_copies(packing, limits))) == streams
 
 
 def test_split_masters_take_less_and_are_among_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:
