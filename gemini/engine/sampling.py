@@ -1,12 +1,20 @@
 """Measuring non-model data at each moment of a cycle that the profile or a timeline asks for."""
 
+from collections.abc import Iterator
+
 from ..activations import ActivationCounts
 from ..chunk import ChunkManager, GradientTensors, Tier
 from ..memory.non_model import Batch, NonModelProfile
 from ..memory.timeline import Point, Timeline
 from ..memory.tracker import NonModelMeter, host_headroom
 from ..planning.trace import Phase
-from ..process_wide import can_keep_freed_memory, keep_freed_memory, return_freed_memory, trim_freed_memory
+from ..process_wide import (
+    can_keep_freed_memory,
+    keep_freed_memory,
+    return_freed_memory,
+    trim_freed_memory,
+    trim_large_holes,
+)
 
 
 class Sampling:
@@ -60,6 +68,11 @@ class Sampling:
         self.meter.mark()
         self.timeline.add(unit, phase)
 
+    def begin_backward(self) -> None:
+        """Backward is about to run: all activations are there, and a step takes most memory."""
+        if self._manager.device.is_ram and not self._returns_memory:
+            trim_large_holes()
+
     def end_cycle(self) -> None:
         """The cycle is complete; what it was measured to take goes into the profile."""
         if self.profile.is_measuring:
@@ -96,8 +109,12 @@ class Sampling:
         self._gradient_bytes = held
 
     def _held_gradient_bytes(self) -> int:
-        gradients = (chunk.gradient for chunk in self._manager.chunks)
-        return sum(gradient.held_nbytes for gradient in gradients if isinstance(gradient, GradientTensors))
+        return sum(gradient.held_nbytes for gradient in self._gradient_tensors())
+
+    def _gradient_tensors(self) -> Iterator[GradientTensors]:
+        for chunk in self._manager.chunks:
+            if isinstance(chunk.gradient, GradientTensors):
+                yield chunk.gradient
 
     def _choose_malloc(self) -> None:
         """Have malloc keep nothing while non-model data in RAM are measured, and for as long as RAM is short."""
@@ -110,6 +127,7 @@ class Sampling:
             self._returns_memory = False  # asked once, until something is measured again
             away = sum(chunk.full_nbytes for chunk in self._manager.chunks if not chunk.is_resident)
             growth = min(self._manager.ledger.free(Tier.DEVICE), away)
+            growth += sum(gradient.buffer.nbytes - gradient.held_nbytes for gradient in self._gradient_tensors())
             # What comes back from a tier below is of other sizes than what left, and was freed by other threads: malloc
             # would keep both. Measured: 830 instead of 390 MiB for 64 layers of 8 MiB each.
             has_left = self._activations.leave_count > 0
