@@ -127,7 +127,9 @@ def run(asked: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", json.dumps(asked)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TRIAL_SECONDS)
+        with tempfile.TemporaryDirectory() as state:  # the cap alone counts, not what others on this machine lease
+            environment["XDG_STATE_HOME"] = state
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TRIAL_SECONDS)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {TRIAL_SECONDS} s"}
     if done.returncode == 0:
