@@ -103,13 +103,18 @@ class Sampling:
     def _sample(self) -> None:
         manager = self._manager
         grown = manager.gradient_pool.blocks_nbytes + manager.full_copies.nbytes + manager.snapshots.nbytes
-        # What autograd makes within the moment counts as its own: the peak may have come before it.
-        held = self._held_gradient_bytes()
-        self.meter.sample(grown + self._moved_bytes + min(self._gradient_bytes, held))
-        self._gradient_bytes = held
+        # Those that were there when the moment began: what autograd makes within it is its own, the peak may be before.
+        self.meter.sample(grown + self._moved_bytes + self._gradient_bytes)
+        self._gradient_bytes = self._held_gradient_bytes()
 
     def _held_gradient_bytes(self) -> int:
-        return sum(gradient.held_nbytes for gradient in self._gradient_tensors())
+        """Bytes of gradients in tensors of their own, those included that an update still reads."""
+        held = 0
+        for chunk in self._manager.chunks:
+            if isinstance(chunk.gradient, GradientTensors):
+                is_read = chunk.update is not None and not chunk.update.done()
+                held += chunk.gradient.buffer.nbytes if is_read else chunk.gradient.held_nbytes
+        return held
 
     def _gradient_tensors(self) -> Iterator[GradientTensors]:
         for chunk in self._manager.chunks:
