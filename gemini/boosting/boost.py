@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..activations import Saving, check_place, make_saving
+from ..activations import Saving, beside_activations, check_place, make_saving
 from ..boosted import Boosted
 from ..checkpoint import serve_parts
 from ..chunk import ChunkManager, all_or_none, warm_up_codes
 from ..config import GeminiConfig
+from ..errors import OutOfMemory
 from ..memory.capacity import Capacities, find_capacities
 from ..memory.tracker import NonModelMeter
 from ..nn.optimizer.managed import ManagedOptimizer
@@ -137,7 +138,13 @@ def _decide(
 ) -> Packing:
     rule = optimizer.rule if optimizer is not None else ADAM
     param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
-    packing = decide(model, param_groups, config, capacities, rule.slots)
+    left = beside_activations(config, capacities)
+    try:
+        packing = decide(model, param_groups, config, left, rule.slots)
+    except OutOfMemory:
+        if left is capacities:
+            raise
+        packing = decide(model, param_groups, config, capacities, rule.slots)
     warn_of_other_dtypes(packing, config.precision)
     return packing
 

@@ -84,6 +84,7 @@ class Engine:
             actions = self.pacing.cycle.advance(self.visits.moment(unit, phase, chunks))
             if self.sampling.is_on:
                 self.sampling.end_moment()
+                self.memory.foresee()
             missing = [chunk for chunk in chunks if not chunk.is_valid]
             begin = time.perf_counter() if missing else 0.0
             self.visits.begin(visit)
@@ -92,7 +93,8 @@ class Engine:
                     self.pacing.evict(actions.evict)
                 for chunk in missing:
                     if not chunk.is_resident:
-                        is_beyond = bool(visit.extra) and visit.extra is unit.without_gradients
+                        # What stood for all units when there was room for all of them may come when there is not.
+                        is_beyond = unit.is_joined or (bool(visit.extra) and visit.extra is unit.without_gradients)
                         self.pins.fetch(chunk, chunks, overdraw=is_beyond)
                 if actions.prefetch:
                     self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
@@ -191,6 +193,7 @@ class Engine:
         self.manager.eviction.repay()
         batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
+        self.memory.begin(batch)
         if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes):
             self.pacing.replan()
         self.pacing.begin_cycle(with_gradients)
@@ -243,7 +246,10 @@ class Engine:
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that ``visit`` belongs to the backward ``task``; True if it is the first of that task."""
         self.updates.backward_begins(task)
-        return self.visits.join_backward(task, visit)
+        is_first = self.visits.join_backward(task, visit)
+        if is_first:
+            self.sampling.begin_backward()
+        return is_first
 
     def leave_passed(self) -> None:
         """This thread comes to a node of a backward: leave the visits all of whose nodes have run."""

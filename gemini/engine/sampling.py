@@ -1,11 +1,19 @@
 """Measuring non-model data at each moment of a cycle that the profile or a timeline asks for."""
 
+from collections.abc import Iterator
+
 from ..chunk import ChunkManager, GradientTensors, Tier
 from ..memory.non_model import Batch, NonModelProfile
 from ..memory.timeline import Point, Timeline
 from ..memory.tracker import NonModelMeter, host_headroom
 from ..planning.trace import Phase
-from ..process_wide import can_keep_freed_memory, keep_freed_memory, return_freed_memory, trim_freed_memory
+from ..process_wide import (
+    can_keep_freed_memory,
+    keep_freed_memory,
+    return_freed_memory,
+    trim_freed_memory,
+    trim_large_holes,
+)
 
 
 class Sampling:
@@ -56,6 +64,11 @@ class Sampling:
         self.meter.mark()
         self.timeline.add(unit, phase)
 
+    def begin_backward(self) -> None:
+        """Backward is about to run: all activations are there, and a step takes most memory."""
+        if self._manager.device.is_ram and not self._returns_memory:
+            trim_large_holes()
+
     def end_cycle(self) -> None:
         """The cycle is complete; what it was measured to take goes into the profile."""
         if self.profile.is_measuring:
@@ -92,8 +105,12 @@ class Sampling:
         self._gradient_bytes = held
 
     def _held_gradient_bytes(self) -> int:
-        gradients = (chunk.gradient for chunk in self._manager.chunks)
-        return sum(gradient.held_nbytes for gradient in gradients if isinstance(gradient, GradientTensors))
+        return sum(gradient.held_nbytes for gradient in self._gradient_tensors())
+
+    def _gradient_tensors(self) -> Iterator[GradientTensors]:
+        for chunk in self._manager.chunks:
+            if isinstance(chunk.gradient, GradientTensors):
+                yield chunk.gradient
 
     def _choose_malloc(self) -> None:
         """Have malloc keep nothing while non-model data in RAM are measured, and for as long as RAM is short."""
@@ -106,5 +123,6 @@ class Sampling:
             self._returns_memory = False  # asked once, until something is measured again
             away = sum(chunk.full_nbytes for chunk in self._manager.chunks if not chunk.is_resident)
             growth = min(self._manager.ledger.free(Tier.DEVICE), away)
+            growth += sum(gradient.buffer.nbytes - gradient.held_nbytes for gradient in self._gradient_tensors())
             if can_keep_freed_memory(host_headroom()[0], growth, self.meter.peak_bytes):
                 keep_freed_memory()

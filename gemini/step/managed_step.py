@@ -131,6 +131,7 @@ class ChunkedStep:
         self.averages.refuse_swapped("run backward")
         self._updates.before_backward()
         loss = self.scaling.scaled(loss)
+        self._engine.sampling.begin_backward()  # the loss may take most, and no unit has it
         try:
             loss.backward()
         except BaseException as error:

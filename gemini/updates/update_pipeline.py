@@ -281,9 +281,13 @@ class UpdatePipeline:
             self._changed.notify_all()
 
     def arrange(self, ranks: Mapping[Chunk, int]) -> None:
-        """Have the updates that have not begun come in the order of these ranks of their chunks."""
+        """Have the updates that have not begun come in the order of these ranks of their chunks.
+
+        Those that failed come first, as they did: they hold staging, which the others may be waiting for.
+        """
         with self._changed:
-            self._waiting = deque(sorted(self._waiting, key=lambda block: ranks.get(block.update.chunk, -1)))
+            waiting = sorted(self._waiting, key=lambda each: (not each.staged, ranks.get(each.update.chunk, -1)))
+            self._waiting = deque(waiting)
             self._changed.notify_all()
 
     @property
@@ -304,8 +308,8 @@ class UpdatePipeline:
         """Do what can be done, or wait for something to do; False if nothing is left."""
         while self._writing and _is_over(self._writing):
             self._finish()
-        while self._may_begin():
-            self._begin()
+        while self._begin_next():
+            pass
         if self._reading and _is_over(self._reading):
             self._compute_first()
         elif self._reading or self._writing:
@@ -329,16 +333,21 @@ class UpdatePipeline:
                 return False
         return not any(block.follows(other) for other in in_flight)
 
-    def _begin(self) -> None:
-        block = self._waiting[0]
-        if block.update.trial is not None and not block.update.trial.begin(block.start):
-            return
-        for name in block.to_borrow():
-            assert self._staging is not None
-            block.staged[name] = self._staging.borrow()
-        # A retry reads nothing that is computed already: staging holds it.
-        self._reading.append((block, self._move(Block.read, block, () if block.computed_numel else block.staged)))
-        self._waiting.popleft()
+    def _begin_next(self) -> bool:
+        """Have the next block read; False if none can begin now."""
+        with self._changed:  # another thread may be about to arrange what waits
+            if not self._may_begin():
+                return False
+            block = self._waiting[0]
+            if block.update.trial is not None and not block.update.trial.begin(block.start):
+                return True  # nobody wants it any more
+            for name in block.to_borrow():
+                assert self._staging is not None
+                block.staged[name] = self._staging.borrow()
+            # A retry reads nothing that is computed already: staging holds it.
+            self._reading.append((block, self._move(Block.read, block, () if block.computed_numel else block.staged)))
+            self._waiting.popleft()
+        return True
 
     def _compute_first(self) -> None:
         block, reads = self._reading[0]
@@ -422,9 +431,9 @@ class UpdatePipeline:
                 self._reading.popleft()
         with self._changed:
             self._waiting.extendleft(reversed(undone))
-        for block in self._waiting if undone else ():
-            if not block.computed_numel:
-                self._release(block)  # the retry reads it again
+            for block in self._waiting if undone else ():
+                if not block.computed_numel:
+                    self._release(block)  # the retry reads it again
 
     def close(self) -> None:
         """End the threads that read and write. Waits for what they do."""

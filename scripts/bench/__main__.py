@@ -12,7 +12,7 @@
     python scripts/bench placement   which homes RAM should have: steps simulated, nothing is trained
     python scripts/bench ranks    training steps of several ranks, beside FSDP2 and DeepSpeed
     python scripts/bench saving   saving on several ranks, beside FSDP2 with torch.distributed.checkpoint
-    python scripts/bench async_save | disk | overhead | overlap | telemetry     see their own --help
+    python scripts/bench activations | async_save | disk | overhead | overlap | telemetry     see their own --help
 
 A benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> dict``; the dict goes to ``--json FILE``.
 """
@@ -40,7 +40,7 @@ NAMES = (
     ),
     *("step", "tiny"),
 )
-SCRIPTS = ("async_save", "disk", "overhead", "overlap", "telemetry")
+SCRIPTS = ("activations", "async_save", "disk", "overhead", "overlap", "telemetry")
 """Have a `main` that reads the command line itself."""
 
 

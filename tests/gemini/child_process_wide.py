@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gemini.process_wide import bound_kernels, keep_freed_memory, return_freed_memory
+from gemini.process_wide import bound_kernels, keep_freed_memory, return_freed_memory, trim_large_holes
 
 
 def taken() -> int:
@@ -30,6 +30,8 @@ def blocks() -> None:
     before = taken()
     held = half_freed()
     print("kept", taken() - before)
+    trim_large_holes()
+    print("trimmed", taken() - before)
     return_freed_memory()
     print("returned_later", taken() - before)
     assert len(held) == 128

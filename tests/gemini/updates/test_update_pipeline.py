@@ -1,6 +1,8 @@
 """Reading, computing and writing go on from one update to the next, as far as none reads what another still writes."""
 
+import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,31 @@ def test_when_the_first_of_several_updates_fails_all_wait_and_go_on_in_order(tmp
         r.check()
     assert disk.has_failed
     assert disk.log.count(("end", "read", 1)) == len(BUFFERS)  # the retry has kept what was computed
+
+
+class RearrangingStaging(Staging):
+    """Whenever it lends a block, another thread wants to arrange what waits anew."""
+
+    def __init__(self, arrange: Callable[[], None]) -> None:
+        super().__init__(BLOCK_SETS * len(BUFFERS), BLOCK_NUMEL)
+        self.arrange = arrange
+        self.threads: list[threading.Thread] = []
+
+    def borrow(self):  # type: ignore[no-untyped-def]
+        self.threads.append(threading.Thread(target=self.arrange))
+        self.threads[-1].start()
+        self.threads[-1].join(0.01)  # it may have to wait for us
+        return super().borrow()
+
+
+@pytest.mark.parametrize("failing", [(), range(3, 300, 17)], ids=["sound", "failing"])
+def test_updates_that_are_arranged_while_one_begins_are_all_done_once(tmp_path: Path, failing: range) -> None:
+    with rig(tmp_path, [ON_DISK] * 4, Faults(*failing), numel=100) as r:
+        rng = random.Random(0)
+        staging = RearrangingStaging(lambda: r.queue.arrange(rng.sample(r.chunks, len(r.chunks))))
+        r.queue._staging = r.queue._pipeline._staging = staging
+        tickets = [ticket for index in (0, 1, 2, 3) * 2 for ticket in r.submit(index)]
+        wait_for_all(tickets)
+        for thread in staging.threads:
+            thread.join(SECONDS)
+        r.check()
