@@ -176,3 +176,21 @@ def test_a_neighbour_that_allocates_half_takes_it_and_numbers_stay(tmp_path: Pat
         neighbour.communicate("\n", timeout=20)
         run.go_on()
         check_same(run.outcome(), alone)
+
+
+@pytest.mark.heavy
+def test_two_models_without_an_argument_leave_each_other_room_under_a_limit_of_the_process(tmp_path: Path) -> None:
+    def train(*limit: str) -> Any:
+        child = Path(__file__).with_name("child_two_models.py")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, str(child), str(tmp_path), *limit],
+            capture_output=True, text=True, timeout=200, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    free, limited = train(), train("400")
+    assert free["on_disk"] == [0, 0]
+    assert all(nbytes > 0 for nbytes in limited["on_disk"])
+    assert limited["losses"] == free["losses"]
