@@ -243,6 +243,9 @@ class AcceleratorBackend:
     def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
         self._store.write(into, start, gradient)
 
+    def wait_for_stored(self, into: Buffer) -> None:
+        self._store.wait_for(into)
+
     def synchronize(self) -> None:
         self._wait_for_copies()
         self._store.flush()

@@ -90,6 +90,7 @@ class GradientBuffer:
 
     def relocate(self, buffer: Buffer) -> None:
         """Lie in another buffer from now on, which has the same gradients. Nobody holds what `view` gave out."""
+        self.changes += 1  # what reads the former one reads another's
         self.buffer = buffer
         self._views = _views(self.layout, buffer)
         self._addresses = [view.data_ptr() for view in self._views]

@@ -45,6 +45,12 @@ class Ledger:
         with_device = tier is not Tier.DEVICE and tier is self._compute_tier
         return self._used[tier] + self._used[Tier.DEVICE] if with_device else self._used[tier]
 
+    @property
+    def ram_bytes(self) -> int:
+        """What is used of RAM, an emulated device's included."""
+        apart = Tier.DEVICE if self.memory is MemoryMap.EMULATED else None
+        return self.used(Tier.HOST) + (0 if apart is None else self.used(apart))
+
     def peak(self, tier: Tier) -> int:
         return self._peak[tier]
 

@@ -204,6 +204,15 @@ class DeviceBackend(Protocol):
             If an earlier one could not be written.
         """
 
+    def wait_for_stored(self, into: Buffer) -> None:
+        """Return when what was stored to a disk home can be read. Any thread may wait; others may store meanwhile.
+
+        Raises
+        ------
+        OffloadError
+            If some of it could not be written. `synchronize` raises it as well.
+        """
+
     def caller(self) -> Caller:
         """The calling thread, for those that are to work for it."""
 
@@ -316,6 +325,9 @@ class RamBackend:
 
     def store(self, gradient: Tensor, into: Buffer, start: int) -> None:
         self._store.write(into, start, gradient)
+
+    def wait_for_stored(self, into: Buffer) -> None:
+        self._store.wait_for(into)
 
     def caller(self) -> Caller:
         return NoDevice()

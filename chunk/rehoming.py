@@ -106,7 +106,11 @@ class Rehoming:
         coming = [name for name, at in plan.tiers.items() if at != chunk.plan.tiers.get(name)]
         for tier in (Tier.DEVICE, Tier.HOST):
             self._eviction.make_room_for(tier, plan.nbytes_on(tier, coming))
+        becomes_home, before = plan.full_is_home and not chunk.full_is_home, chunk.full
         relocation.move(chunk, plan)
+        if becomes_home:  # graphs that are still to run have views of what was the full copy, and it is theirs now
+            self._builder.device.grow(before)
+            before.copy_(chunk.full)
 
     def extend(self, plans: Sequence[ChunkPlan]) -> None:
         """Give chunks the homes that these plans have beside theirs. Raises as `rebuild`."""

@@ -102,6 +102,20 @@ class WriteBehind:
         assert self._staging is not None
         self._staging.give_back(write.block)
 
+    def wait_for(self, buffer: Buffer) -> None:
+        """Return when what was taken for a buffer is written. Other writes may come meanwhile.
+
+        Raises
+        ------
+        OffloadError
+            If a write failed. `flush` raises it as well, and has it tried again.
+        """
+        with self._turn:
+            futures = [write.future for write in self._writes if write.buffer is buffer]
+        for future in futures:
+            assert future is not None
+            future.result()
+
     def flush(self) -> None:
         """Have everything written.
 

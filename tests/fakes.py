@@ -135,6 +135,9 @@ class FakeBackend:
         self.log.append(("store", start))
         into.write(start, gradient)
 
+    def wait_for_stored(self, into: Buffer) -> None:
+        self.log.append(("wait_for_stored",))
+
     def discard(self) -> None:
         self.log.append(("discard",))
 

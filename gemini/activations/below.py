@@ -77,8 +77,6 @@ class Below:
                 self.release(room)
             else:
                 self._ending.append((passage, room))
-        if not self._ending:
-            return
         ending, self._ending = self._ending, []
         for passage, room in ending:
             if seconds:
@@ -87,6 +85,11 @@ class Below:
                 self.release(room)
             else:
                 self._ending.append((passage, room))
+
+    def rest(self) -> None:
+        """Wait for what still uses room that was released."""
+        for place in self._places:
+            place.rest()
 
     def trim(self) -> None:
         """Give the system what nothing has needed lately."""

@@ -106,6 +106,8 @@ class ByBlock:
         if self._call is None or self._forward is not None or not torch.is_grad_enabled():
             return
         self._forward = self._advice.begin(batch)
+        if self._offload is not None:
+            self._offload.begin(batch)
         if self._forward is None:
             self._remove_brackets()
             return

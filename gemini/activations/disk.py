@@ -11,9 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
-from torch import UntypedStorage
+from torch import Tensor, UntypedStorage
 
 from gemini.chunk import (
     IO_STACK_BYTES,
@@ -32,6 +33,7 @@ from gemini.chunk import (
 from ..errors import OffloadError, OutOfMemory
 from .place import Passage
 
+T = TypeVar("T")
 _WHAT = "tensors saved for backward"
 
 
@@ -67,8 +69,12 @@ class ActivationFile:
         """Of what was stored since the last `trim`."""
 
     def reserve(self, memory: UntypedStorage) -> "FileRoom":
-        skip = memory.data_ptr() % PAGE_BYTES
-        nbytes = -(-(skip + memory.nbytes()) // PAGE_BYTES) * PAGE_BYTES
+        return self.room_for(memory.data_ptr(), memory.nbytes())
+
+    def room_for(self, address: int, size: int) -> "FileRoom":
+        """Room for ``size`` bytes of RAM that begin at ``address``. Raises as `Place.reserve`."""
+        skip = address % PAGE_BYTES
+        nbytes = -(-(skip + size) // PAGE_BYTES) * PAGE_BYTES
         self.ledger.take(Tier.DISK, nbytes, _WHAT)
         offset = self._gaps.take(nbytes)
         assert offset is not None, "the last gap has no end"
@@ -78,7 +84,7 @@ class ActivationFile:
             self.give(offset, nbytes)
             raise self._refused(error, nbytes) from error
         self._end = max(self._end, offset + nbytes)
-        return FileRoom(self, offset, nbytes, skip, memory.nbytes())
+        return FileRoom(self, offset, nbytes, skip, size)
 
     def _refused(self, error: OSError, nbytes: int) -> Exception:
         folder = str(self.file.folder)
@@ -97,6 +103,9 @@ class ActivationFile:
     def note_stream(self) -> None:
         pass
 
+    def rest(self) -> None:
+        pass
+
     def trim(self) -> None:
         """Cut off what has not been used since the last time, once nothing is stored and it is worth while."""
         if self._gaps.is_whole:
@@ -104,18 +113,17 @@ class ActivationFile:
                 self.file.shrink(self._end)
             self._end = 0
 
-    def write(self, work: Callable[[UntypedStorage], None], memory: UntypedStorage) -> Passage:
+    def write(self, work: Callable[[], None]) -> "Underway[None]":
         """Have the writing thread do this."""
-        return _Underway(self._writer.submit(work, memory))
+        return Underway(self._writer.submit(work))
 
-    def read(self, work: Callable[[UntypedStorage], None], memory: UntypedStorage) -> Passage:
+    def read(self, work: Callable[[], T]) -> "Underway[T]":
         """Have the reading thread do this, or this one once it is closed: a graph may outlive its model."""
         if not self._is_closed:
-            return _Underway(self._reader.submit(work, memory))
-        work(memory)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return _Underway(done)
+            return Underway(self._reader.submit(work))
+        done: Future[T] = Future()
+        done.set_result(work())
+        return Underway(done)
 
     def close(self) -> None:
         self._is_closed = True
@@ -147,19 +155,21 @@ class FileRoom:
         self._checksums = Checksums() if file.checksums else None
 
     def store(self, memory: UntypedStorage) -> Passage:
-        return self._file.write(self._write, memory)
+        return self._file.write(partial(self.write, memory))
 
     def load(self) -> tuple[UntypedStorage, Passage]:
         memory = aligned(self._nbytes, self._skip)
-        return memory, self._file.read(self._read, memory)
+        return memory, self._file.read(partial(self.read, memory))
 
-    def _write(self, memory: UntypedStorage) -> None:
+    def write(self, memory: UntypedStorage | Tensor) -> None:
+        """Write RAM here; returns when it is written."""
         address = memory.data_ptr()
         self._file.file.write(self._offset + self._skip, address, self._nbytes, _WHAT)
         if self._checksums is not None:
             self._checksums.remember(0, address, self._nbytes)
 
-    def _read(self, memory: UntypedStorage) -> None:
+    def read(self, memory: UntypedStorage | Tensor) -> None:
+        """Fill RAM from here; returns when it is filled."""
         address = memory.data_ptr()
         self._file.file.read(self._offset + self._skip, address, self._nbytes, _WHAT)
         if self._checksums is not None and self._checksums.disagreeing(0, address, self._nbytes):
@@ -174,20 +184,28 @@ class FileRoom:
         self._file.give(self._offset, self.taken_bytes)
 
 
-class _Underway:
-    """A copy made by a worker thread, whose task holds the memory (a `Passage`)."""
+class Underway(Generic[T]):
+    """Work of a worker thread, whose task holds the memory (a `Passage`)."""
 
-    def __init__(self, future: "Future[None]") -> None:
+    def __init__(self, future: "Future[T]") -> None:
         self._future = future
 
     def done(self) -> bool:
         return self._future.done()
 
+    def has_result(self) -> bool:
+        """True if the work is over and went well."""
+        return self._future.done() and not self._future.cancelled() and self._future.exception() is None
+
+    def result(self) -> T:
+        """What the work returns, when it is over; raises what went wrong."""
+        return self._future.result()
+
     def wait(self) -> None:
         self._future.result()
 
     def rest(self, seconds: float) -> None:
-        wait([self._future], seconds)
+        wait([self._future], None if seconds == float("inf") else seconds)
 
     def call_off(self) -> bool:
         return self._future.cancel()

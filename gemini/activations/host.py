@@ -19,7 +19,6 @@ from torch import Tensor, UntypedStorage
 
 from ..chunk import AcceleratorDriver, Lane, Ledger, Mark, Tier
 from .host_blocks import HostBlocks
-from .place import Passage
 
 
 class HostPlace:
@@ -49,7 +48,7 @@ class HostPlace:
     def reserve(self, memory: UntypedStorage) -> "HostRoom":
         return HostRoom(self, self._blocks.take(memory.nbytes()))
 
-    def leave(self, memory: UntypedStorage, part: Tensor) -> "_Leaving":
+    def leave(self, memory: UntypedStorage, part: Tensor) -> "Leaving":
         """Copy a storage of the device to a part of a block."""
         for stream in self._streams:
             with stream.entered():
@@ -57,16 +56,25 @@ class HostPlace:
         with self._to_host.entered():
             self._to_device.mark().hold()  # what came back may still be read from this part
         self._put(self._to_host, part, self._bytes_of(memory))
-        return _Leaving(self._to_host.mark(), memory, tuple(self._streams))
+        return Leaving(self._to_host.mark(), memory, tuple(self._streams))
 
-    def come(self, part: Tensor, after: Mark) -> tuple[UntypedStorage, "_Coming"]:
+    def come(self, part: Tensor, after: Mark) -> tuple[UntypedStorage, "Coming"]:
         """Copy a part of a block to new memory of the device."""
-        memory = torch.empty(part.numel(), dtype=torch.uint8, device=self._driver.device)
-        self._to_device.follow_current()  # until then the memory may be in use
+        memory = self.new_memory(part.numel())
         with self._to_device.entered():
             after.hold()
+        return memory.untyped_storage(), Coming(self._driver, self.copy_back(memory, part), memory)
+
+    def new_memory(self, nbytes: int) -> Tensor:
+        """Memory of the device (uint8) that may be copied to."""
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self._driver.device)
+        self._to_device.follow_current()  # until then the memory may be in use
+        return memory
+
+    def copy_back(self, memory: Tensor, part: Tensor) -> Mark:
+        """Copy a part of a block to the device. Any thread may do so."""
         self._put(self._to_device, memory, part)
-        return memory.untyped_storage(), _Coming(self._driver, self._to_device.mark(), memory)
+        return self._to_device.mark()
 
     def _bytes_of(self, memory: UntypedStorage) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._driver.device).set_(memory)
@@ -82,6 +90,13 @@ class HostPlace:
     def give_back(self, part: Tensor) -> None:
         """Have a part of a block for others."""
         self._blocks.give_back(part)
+
+    def arrival(self, memory: Tensor) -> "Arrival":
+        """For memory that the calling thread has just allocated."""
+        return Arrival(self._driver, memory)
+
+    def rest(self) -> None:
+        pass
 
     def trim(self) -> None:
         self._blocks.trim(self._wait)
@@ -100,28 +115,28 @@ class HostRoom:
     tier = Tier.HOST
 
     def __init__(self, place: HostPlace, part: Tensor) -> None:
+        self.part = part
         self._place = place
-        self._part = part
         self._stored: Mark | None = None
 
     @property
     def taken_bytes(self) -> int:
-        return self._part.numel()
+        return self.part.numel()
 
-    def store(self, memory: UntypedStorage) -> Passage:
-        leaving = self._place.leave(memory, self._part)
+    def store(self, memory: UntypedStorage) -> "Leaving":
+        leaving = self._place.leave(memory, self.part)
         self._stored = leaving.mark
         return leaving
 
-    def load(self) -> tuple[UntypedStorage, Passage]:
+    def load(self) -> tuple[UntypedStorage, "Coming"]:
         assert self._stored is not None
-        return self._place.come(self._part, self._stored)
+        return self._place.come(self.part, self._stored)
 
     def release(self) -> None:
-        self._place.give_back(self._part)
+        self._place.give_back(self.part)
 
 
-class _Leaving:
+class Leaving:
     """A copy to RAM (a `Passage`)."""
 
     def __init__(self, mark: Mark, memory: UntypedStorage, streams: tuple[Lane, ...]) -> None:
@@ -144,25 +159,36 @@ class _Leaving:
         return False
 
 
-class _Coming:
+class Coming:
     """A copy to the device (a `Passage`)."""
 
     def __init__(self, driver: AcceleratorDriver, mark: Mark, memory: Tensor) -> None:
-        self._driver = driver
         self._mark = mark
-        self._memory = memory
-        self._stream = driver.current()
+        self._arrival = Arrival(driver, memory)
 
     def done(self) -> bool:
         return self._mark.reached()
 
     def wait(self) -> None:
-        self._mark.hold()
-        if self._driver.current() != self._stream:
-            self._driver.outlast(self._memory)
+        self._arrival.behind(self._mark)
 
     def rest(self, seconds: float) -> None:
         self._mark.wait()
 
     def call_off(self) -> bool:
         return False
+
+
+class Arrival:
+    """New memory of the device, and the stream that it was allocated in."""
+
+    def __init__(self, driver: AcceleratorDriver, memory: Tensor) -> None:
+        self._driver = driver
+        self._memory = memory
+        self._stream = driver.current()
+
+    def behind(self, mark: Mark) -> None:
+        """Let the current stream use the memory behind a mark."""
+        mark.hold()
+        if self._driver.current() != self._stream:
+            self._driver.outlast(self._memory)

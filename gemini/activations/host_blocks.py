@@ -8,8 +8,8 @@ from ..chunk import FreeRoom, Ledger, Tier, mib
 from ..errors import OutOfMemory
 
 BLOCK_BYTES = 64 << 20
-ALIGN_BYTES = 256
-"""Copies are fastest between addresses that are multiples of this."""
+ALIGN_BYTES = 4096
+"""What goes on to a disk, and comes from there, lies in a page as it does in the file."""
 
 
 class _Block:

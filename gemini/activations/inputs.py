@@ -87,6 +87,11 @@ class Inputs:
         """True if one of the tensors was changed in place since."""
         return any(_version(leaf) != version for leaf, version in zip(self._leaves, self._versions, strict=True))
 
+    def is_alike(self, other: "Inputs") -> bool:
+        """True if both consist of the same tensors and values."""
+        pairs = zip(self._leaves, other._leaves, strict=False)
+        return bool(self._form == other._form) and all(one is another for one, another in pairs)
+
     def keep(self, copies: InputCopies, pack: Pack) -> "KeptInputs":
         """Copies of them, from which the call can be made again."""
         leaves = [

@@ -1,5 +1,6 @@
 """From what the user asked for to what becomes of saved tensors."""
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -13,6 +14,7 @@ from .advice import Always, Auto
 from .blocks import blocks_of
 from .by_block import ByBlock
 from .disk import ActivationFile
+from .disk_through_host import DiskThroughHost
 from .host import HostPlace
 from .leavers import Leavers
 from .place import Place
@@ -22,6 +24,9 @@ from .store import ActivationStore
 
 LIMIT_BYTES = 32 << 20
 """What may be on its way, in each direction."""
+MOVING = ("offload", "auto")
+LEAST_PART = 8
+"""Of the RAM, one part of so many is left for tensors that pass through it."""
 HOST_SHARE = 3
 """Quarters of the RAM that homes leave, for what leaves a device."""
 EXPECTED_BYTES = 1 << 30
@@ -66,18 +71,33 @@ def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkMana
     return ByBlock(model, blocks, policy, advice, leavers, offload)
 
 
+def beside_activations(config: GeminiConfig, capacities: Capacities) -> Capacities:
+    """The capacities that leave RAM for saved tensors to pass through, on their way from a device to the disk."""
+    passes = capacities.memory is MemoryMap.ACCELERATOR and config.offload_dir is not None
+    if not passes or config.activation_policy not in MOVING:
+        return capacities
+    host = capacities.budgets[Tier.HOST]
+    less = replace(host, bytes=host.bytes - min(4 * LIMIT_BYTES, host.bytes // LEAST_PART))
+    return replace(capacities, budgets={**capacities.budgets, Tier.HOST: less})
+
+
 def _has_place(config: GeminiConfig, capacities: Capacities) -> bool:
     return config.offload_dir is not None or capacities.memory is MemoryMap.ACCELERATOR
 
 
 def _store(config: GeminiConfig, capacities: Capacities, manager: ChunkManager) -> ActivationStore:
-    places: list[Place] = []
-    if capacities.memory is MemoryMap.ACCELERATOR:
-        share = manager.ledger.free(Tier.HOST) * HOST_SHARE // 4
-        places.append(HostPlace(driver_of(capacities.device), manager.ledger, share, config.pin_memory))
-    elif config.offload_dir is not None:
+    ledger, places, file = manager.ledger, list[Place](), None
+    if config.offload_dir is not None:
         requests = tuned(config.offload_dir, EXPECTED_BYTES, disks_folder())
-        places.append(ActivationFile(config.offload_dir, manager.ledger, requests, config.disk_checksums))
+        file = ActivationFile(config.offload_dir, ledger, requests, config.disk_checksums)
+    if capacities.memory is MemoryMap.ACCELERATOR:
+        driver, pin, share = driver_of(capacities.device), config.pin_memory, ledger.free(Tier.HOST) * HOST_SHARE // 4
+        passing = min(2 * LIMIT_BYTES, share // 2) if file is not None else 0
+        places.append(HostPlace(driver, ledger, share - passing, pin))
+        if file is not None:
+            places.append(DiskThroughHost(HostPlace(driver, ledger, passing, pin), file))
+    elif file is not None:
+        places.append(file)
     return ActivationStore(places, LIMIT_BYTES)
 
 

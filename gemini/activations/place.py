@@ -65,6 +65,9 @@ class Place(Protocol):
     def note_stream(self) -> None:
         """The calling thread has a graph save what it computes in its current stream."""
 
+    def rest(self) -> None:
+        """Wait for what still uses room that was released."""
+
     def trim(self) -> None:
         """Give the system what nothing has needed lately. Called between two steps."""
 

@@ -103,7 +103,8 @@ class Offload:
         self.settle()
 
     def begin(self, batch: Batch) -> None:
-        pass
+        if batch.with_gradients:
+            self._store.trim()
 
     def settle(self) -> None:
         """Let all leave that only graphs hold, as far as that needs no waiting."""

@@ -125,7 +125,7 @@ class ActivationStore:
         return self._returns.need(saved)
 
     def rest(self, seconds: float = 0.0) -> None:
-        """Between two steps: give back what is left behind, and have places give the system what they do not need.
+        """Give back what graphs have left behind.
 
         Parameters
         ----------
@@ -134,6 +134,13 @@ class ActivationStore:
         """
         with self._lock:
             self._below.reclaim(seconds)
+            if seconds:
+                self._below.rest()
+
+    def trim(self) -> None:
+        """A training step begins: have places give the system what the last one did not need."""
+        with self._lock:
+            self._below.reclaim()
             self._below.trim()
 
     def close(self) -> None:

@@ -29,6 +29,11 @@ def managers() -> Iterator[ChunkManager]:
     return iter(list(_managers))
 
 
+def ram_of_others(manager: ChunkManager) -> int:
+    """Bytes of RAM that the model data of all other models take."""
+    return sum(other.ledger.ram_bytes for other in managers() if other is not manager)
+
+
 def is_managed(parameter: Tensor) -> bool:
     """True if a parameter lives in the chunks of any boosted model."""
     return any(manager.find(parameter) is not None for manager in managers())

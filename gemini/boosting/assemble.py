@@ -81,7 +81,7 @@ def assemble(
     if config.telemetry is not False:
         listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
     pacing, room = Pacing(manager, units, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
-    homes, sampling = HomeRoom(manager, gradients, pacing, config, packing), Sampling(manager, meter)
+    homes, sampling = HomeRoom(manager, gradients, pacing, config, packing), Sampling(manager, meter, saving.counts)
     memory = Memory(manager, room, homes, pacing, sampling, listener)
     engine = Engine(manager, units, updates, pacing, room, memory, sampling, listener)
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..activations import Saving, check_place, make_saving
+from ..activations import Saving, beside_activations, check_place, make_saving
 from ..boosted import Boosted
 from ..checkpoint import serve_parts
 from ..chunk import ChunkManager, all_or_none, warm_up_codes
 from ..config import GeminiConfig
+from ..errors import OutOfMemory
 from ..memory.capacity import Capacities, find_capacities
 from ..memory.tracker import NonModelMeter
 from ..nn.optimizer.managed import ManagedOptimizer
@@ -25,7 +26,7 @@ from ..quantization import Quantization
 from ..telemetry.writer import TelemetryWriter
 from ..updates.update_queue import UpdateQueue, warm_up
 from .agreement import agree_capacities, check_alike, check_optimizers, check_options
-from .alive import dismiss, enrol
+from .alive import dismiss, enrol, ram_of_others
 from .assemble import assemble
 from .build import build
 from .dtypes import warn_of_other_dtypes
@@ -87,7 +88,7 @@ def _boost(model: nn.Module, optimizer: ManagedOptimizer | None, seating: Seatin
             manager, queue = build(packing, config, capacities)
             saving = make_saving(config, capacities, manager, model)
 
-    meter = NonModelMeter(capacities.device)
+    meter = NonModelMeter(capacities.device, elsewhere=partial(ram_of_others, manager))
     compute_dtypes = {plan.compute_dtype for plan in packing.plans if plan.is_trainable}
     _warm_up(optimizer, config, {capacities.device, torch.device("cpu")}, compute_dtypes)
     if manager.device.is_ram:
@@ -137,7 +138,13 @@ def _decide(
 ) -> Packing:
     rule = optimizer.rule if optimizer is not None else ADAM
     param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
-    packing = decide(model, param_groups, config, capacities, rule.slots)
+    left = beside_activations(config, capacities)
+    try:
+        packing = decide(model, param_groups, config, left, rule.slots)
+    except OutOfMemory:
+        if left is capacities:
+            raise
+        packing = decide(model, param_groups, config, capacities, rule.slots)
     warn_of_other_dtypes(packing, config.precision)
     return packing
 

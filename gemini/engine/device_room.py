@@ -3,10 +3,7 @@
 from collections.abc import Callable
 
 from ..chunk import ChunkManager, Tier
-from ..errors import OutOfMemory
 from ..memory.non_model import Batch, NonModelProfile
-from ..memory.shortage import out_of_memory
-from ..process_wide import return_freed_memory
 
 
 class DeviceRoom:
@@ -65,33 +62,23 @@ class DeviceRoom:
         ledger.resize(Tier.DEVICE, room)
         return True
 
-    def give_up(self, error: BaseException, least_bytes: int, torn: str = "") -> OutOfMemory:
-        """Leave more to the model's own computation from now on, which ran out of memory.
+    def give_up(self, held_bytes: int, least_bytes: int) -> bool:
+        """Leave more to the model's own computation from now on, which ran out of memory; False if there is no more.
 
         Half of the full copies that were there may stay, and what one moment needs at least.
 
         Parameters
         ----------
+        held_bytes
+            Full copies that were there when it did.
         least_bytes
             What full copies need in any case.
-        torn
-            What the error has left half done, in words.
-
-        Returns
-        -------
-        OutOfMemory
-            To be raised in place of ``error``.
         """
-        held = self._manager.full_copies.nbytes
-        self._manager.eviction.evict_idle()
-        self._manager.device.trim()
-        if self._manager.device.is_ram:
-            return_freed_memory()
         before = self.full_capacity_bytes
-        after = min(before, max(held // 2, least_bytes))
-        self._resize(after - before)
-        self.given_up_bytes += before - after
-        return out_of_memory(error, self._manager, held, before, after, torn)
+        less = before - min(before, max(held_bytes // 2, least_bytes))
+        self._resize(-less)
+        self.given_up_bytes += less
+        return less > 0
 
     def take_back(self) -> bool:
         """Give full copies again what they have given up; False if that is nothing."""

@@ -84,6 +84,7 @@ class Engine:
             actions = self.pacing.cycle.advance(self.visits.moment(unit, phase, chunks))
             if self.sampling.is_on:
                 self.sampling.end_moment()
+                self.memory.foresee()
             missing = [chunk for chunk in chunks if not chunk.is_valid]
             begin = time.perf_counter() if missing else 0.0
             self.visits.begin(visit)
@@ -92,7 +93,8 @@ class Engine:
                     self.pacing.evict(actions.evict)
                 for chunk in missing:
                     if not chunk.is_resident:
-                        is_beyond = bool(visit.extra) and visit.extra is unit.without_gradients
+                        # What stood for all units when there was room for all of them may come when there is not.
+                        is_beyond = unit.is_joined or (bool(visit.extra) and visit.extra is unit.without_gradients)
                         self.pins.fetch(chunk, chunks, overdraw=is_beyond)
                 if actions.prefetch:
                     self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
@@ -191,6 +193,7 @@ class Engine:
         self.manager.eviction.repay()
         batch = Batch(with_gradients, shapes)
         self.sampling.begin_cycle(batch, with_gradients == self.pacing.cycle.with_gradients)
+        self.memory.begin(batch)
         if self.room.fit(self.sampling.profile, batch, self.pacing.seen_bytes):
             self.pacing.replan()
         self.pacing.begin_cycle(with_gradients)

@@ -15,6 +15,8 @@ from ..sizes import format_bytes
 from ..updates.gradients import Gradients
 from .pacing import Pacing
 
+Staying = Mapping[Chunk, frozenset[str]]
+"""Buffers that stay where they are."""
 _ATTEMPTS = 9
 """Each adds what the one before lacked; two or three do."""
 
@@ -44,13 +46,15 @@ class HomeRoom:
         """Some chunks have other plans now."""
         self.packing = packing
 
-    def resize(self, capacities: Mapping[Tier, int], at_least: bool = False) -> bool:
+    def resize(self, capacities: Mapping[Tier, int], *, at_least: bool = False, in_pass: bool = False) -> bool:
         """Set what tiers may hold, and move homes as that asks for. All or nothing.
 
         Parameters
         ----------
         at_least
-            Where homes would have no place, give a tier as much more as they need.
+            Where homes would have no place, take less from a tier: nothing is refused that fits into what it has.
+        in_pass
+            A forward or backward runs, whose graph may have saved full copies that are homes: these stay.
 
         Returns
         -------
@@ -68,8 +72,9 @@ class HomeRoom:
         wanted = self._pools(capacities)
         manager.snapshots.rest()
         held = {chunk for chunk in manager.chunks if not self._gradients.give_way(chunk)}
+        staying = {chunk: names for chunk in manager.chunks if (names := self._staying(chunk, held, in_pass))}
         try:
-            wanted, after = self._fitting(wanted, held) if at_least else (wanted, self._decide(wanted, held))
+            wanted, after = self._fitting(wanted, staying) if at_least else (wanted, self._decide(wanted, staying))
             if isinstance(after, Unplaced):
                 raise self._out_of_memory(wanted, after)
             before = {tier: ledger.capacity(tier) for tier in wanted}
@@ -105,31 +110,30 @@ class HomeRoom:
                 )
         return found
 
-    def _fitting(
-        self, wanted: dict[Tier, int], held: Collection[Chunk]
-    ) -> tuple[dict[Tier, int], list[ChunkPlan] | Unplaced]:
-        """The capacities, with what they lack, and the answer of `_decide` to them."""
+    def _fitting(self, wanted: dict[Tier, int], staying: Staying) -> tuple[dict[Tier, int], list[ChunkPlan] | Unplaced]:
+        """The capacities, with what they lack of those of now, and the answer of `_decide` to them."""
+        after = self._decide(wanted, staying)
         for _ in range(_ATTEMPTS):
-            after = self._decide(wanted, held)
             if not isinstance(after, Unplaced):
                 break
-            tier = next(iter(wanted))
-            wanted = {**wanted, tier: wanted[tier] + after.missing_bytes}
+            more = {tier: nbytes + after.missing_bytes for tier, nbytes in wanted.items()}
+            wanted = {tier: min(nbytes, self._manager.ledger.capacity(tier)) for tier, nbytes in more.items()}
+            after = self._decide(wanted, staying)
         return wanted, after
 
-    def _decide(self, wanted: Mapping[Tier, int], held: Collection[Chunk]) -> list[ChunkPlan] | Unplaced:
-        """The plans of chunks whose homes are to move; gradients of ``held`` stay where they are."""
+    def _decide(self, wanted: Mapping[Tier, int], staying: Staying) -> list[ChunkPlan] | Unplaced:
+        """The plans of chunks whose homes are to move."""
         manager, memory, use = self._manager, self._manager.ledger.memory, self.packing.use
-        fixed = frozenset(chunk.index for chunk in manager.chunks if self._stays(chunk, wanted, held))
+        fixed = frozenset(chunk.index for chunk in manager.chunks if self._stays(chunk, wanted, staying))
         plans = tuple(chunk.plan for chunk in manager.chunks)
         order = self._pacing.use_order()
         found = resized(
             Resizing(
                 plans=plans,
                 order=sorted(order, key=order.__getitem__),
-                room={pool: self._room(pool, wanted, fixed, held) for pool in memory.pools},
+                room={pool: self._room(pool, wanted, fixed, staying) for pool in memory.pools},
                 fixed=fixed,
-                fixed_gradients=frozenset(chunk.index for chunk in held if chunk.index not in fixed),
+                staying={chunk.index: names for chunk, names in staying.items() if chunk.index not in fixed},
                 in_use=[*self._pacing.seen(), *(chunks for _, chunks in use.units)],
                 likely=[chunks for _, chunks in use.siblings],
                 memory=memory,
@@ -141,34 +145,47 @@ class HomeRoom:
         )
         return found if isinstance(found, Unplaced) else moves(plans, found)
 
-    def _stays(self, chunk: Chunk, wanted: Mapping[Tier, int], held: Collection[Chunk]) -> bool:
+    def _stays(self, chunk: Chunk, wanted: Mapping[Tier, int], staying: Staying) -> bool:
         """True if the homes of a chunk cannot move now, or its tier is not asked about."""
         plan = chunk.plan
-        if chunk in held and (GRADIENT not in plan.tiers or chunk.is_shared):
+        if GRADIENT in staying.get(chunk, ()) and (GRADIENT not in plan.tiers or chunk.is_shared):
             return True  # its gradient lies in memory that is borrowed by the tier of the masters
-        may_be_home = chunk.full_is_home or plan.compute_dtype is torch.float32 or self._config.split_master
-        if may_be_home and (chunk.pins or chunk.is_lent):
-            return True
         is_apart = self._manager.ledger.memory.compute_tier is Tier.DEVICE
         return is_apart and chunk.tier is Tier.DEVICE and Tier.DEVICE not in wanted
 
-    def _room(self, pool: Tier, wanted: Mapping[Tier, int], fixed: Collection[int], held: Collection[Chunk]) -> int:
+    def _staying(self, chunk: Chunk, held: Collection[Chunk], in_pass: bool) -> frozenset[str]:
+        """The buffers of a chunk that cannot move now, while others of it can.
+
+        A full copy that is a home stays one while it is in use, while code outside holds its memory, and while a graph
+        may have saved it, whose memory would be beside the new home's.
+        """
+        plan, names = chunk.plan, frozenset[str]()
+        may_be_home = chunk.full_is_home or plan.compute_dtype is torch.float32 or self._config.split_master
+        if may_be_home and (chunk.pins or chunk.is_lent or in_pass):
+            names |= {spec.name for spec in plan.codec.specs}
+        return names | {GRADIENT} if chunk in held else names
+
+    def _room(
+        self,
+        pool: Tier,
+        wanted: Mapping[Tier, int],
+        fixed: Collection[int],
+        staying: Staying,
+    ) -> int:
         """Bytes of a pool for full copies and for homes that may move."""
         manager, ledger = self._manager, self._manager.ledger
         if pool is Tier.DEVICE and pool not in wanted:
             return 0
         tiers = [tier for tier in Tier if ledger.memory.pool(tier) is pool]
-        moving = staying = 0
+        homes = stay = 0
         for chunk in manager.chunks:
             nbytes = sum(home_bytes(chunk.plan, tier) for tier in tiers)
-            if chunk.index in fixed:
-                staying += nbytes
-            elif chunk in held:
-                staying += sum(home_bytes(chunk.plan, tier, (GRADIENT,)) for tier in tiers)
-            moving += nbytes
+            names = staying.get(chunk, ())
+            homes += nbytes
+            stay += nbytes if chunk.index in fixed else sum(home_bytes(chunk.plan, tier, names) for tier in tiers)
         copies = manager.full_copies.nbytes if pool is ledger.memory.compute_tier else 0
-        others = ledger.used(pool) - moving - copies  # staging, and room for borrowed gradients
-        return wanted.get(pool, ledger.capacity(pool)) - others - staying
+        others = ledger.used(pool) - homes - copies  # staging, and room for borrowed gradients
+        return wanted.get(pool, ledger.capacity(pool)) - others - stay
 
     def _out_of_memory(self, wanted: Mapping[Tier, int], found: Unplaced) -> OutOfMemory:
         ledger = self._manager.ledger

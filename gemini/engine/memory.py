@@ -1,15 +1,30 @@
 """What the tiers may hold changes: somebody says so, or memory has run out."""
 
+import gc
+import logging
+import math
+import time
 from collections.abc import Mapping
 
-from ..chunk import ChunkManager, GradientTensors, Tier
-from ..errors import OutOfMemory, is_out_of_memory
+from ..chunk import ChunkManager, GradientTensors, MemoryMap, Tier
+from ..errors import OffloadError, OutOfMemory, is_out_of_memory
+from ..memory.foresight import Foresight, capacity_between_steps
+from ..memory.giving import Shortage, bytes_to_give, is_hopeless
+from ..memory.non_model import Batch
+from ..memory.shortage import Given, asked_bytes, out_of_memory
+from ..memory.tracker import host_headroom
 from ..packing.packing import Packing
+from ..process_wide import return_freed_memory
 from .device_room import DeviceRoom
 from .home_room import HomeRoom
 from .listener import Listener
 from .pacing import Pacing
 from .sampling import Sampling
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN = 1.0
+"""Between two looks at what the system has: each takes some 0.2 ms of reading files."""
 
 
 class Memory:
@@ -38,6 +53,12 @@ class Memory:
         self._pacing = pacing
         self._sampling = sampling
         self._listener = listener
+        self._foresight = Foresight()
+        self._most_bytes = manager.ledger.capacity(Tier.HOST)
+        """What HOST may hold at most: what it was given."""
+        self._is_exhausted = False
+        """No homes could make way any more when that was tried last."""
+        self._looked_at = -math.inf
 
     @property
     def packing(self) -> Packing:
@@ -58,13 +79,14 @@ class Memory:
     def resize(self, capacities: Mapping[Tier, int]) -> None:
         """See `Engine.resize`. Nothing uses full copies but what code outside of the model holds."""
         self._move(capacities)
+        self._most_bytes = self._manager.ledger.capacity(Tier.HOST)
         if Tier.DEVICE in capacities:
             self._device.limit(capacities[Tier.DEVICE])
 
-    def _move(self, capacities: Mapping[Tier, int]) -> None:
+    def _move(self, capacities: Mapping[Tier, int], *, at_least: bool = False, in_pass: bool = False) -> None:
         before = self._home_ram_bytes
         try:
-            has_moved = self._homes.resize(capacities)
+            has_moved = self._homes.resize(capacities, at_least=at_least, in_pass=in_pass)
         finally:
             self._sampling.homes_moved(self._home_ram_bytes - before)
         self._pacing.replan()
@@ -81,8 +103,125 @@ class Memory:
         in_tensors = sum(each.buffer.nbytes for each in gradients if isinstance(each, GradientTensors))
         return used - in_tensors - (manager.full_copies.nbytes if is_ram else 0)
 
+    # -- before memory runs out
+
+    def begin(self, batch: Batch) -> None:
+        """A forward begins: have homes leave room for what its non-model data are expected to take, or come back."""
+        self._foresight.begin()
+        peak = self._sampling.profile.expected_peak_bytes(batch)
+        if peak is None or not self._can_balance or not self._is_time():
+            return
+        ledger = self._manager.ledger
+        capacity, room = ledger.capacity(Tier.HOST), self._device.full_capacity_bytes
+        free = self._manager.eviction.headroom() + self._manager.full_copies.nbytes
+        wanted = capacity_between_steps(capacity, self._most_bytes, free, room, peak)
+        if wanted > capacity and self._sampling.profile.is_measuring:
+            return
+        if wanted < capacity:
+            self._give(Tier.HOST, capacity - wanted)
+        elif wanted > capacity:
+            self._rise(wanted)
+
+    def foresee(self) -> None:
+        """A moment of a measured cycle begins: have homes make room for the rest of it in time."""
+        if not self._can_balance:
+            return
+        manager = self._manager
+        room = self._device.full_capacity_bytes - manager.full_copies.nbytes
+        done, taken, free = self._pacing.done, self._sampling.meter.last_bytes, manager.eviction.headroom()
+        lacking = self._foresight.lacking(done, taken, free, room)
+        if lacking and not self._is_exhausted:
+            before = manager.ledger.capacity(Tier.HOST)
+            self._give(Tier.HOST, lacking, in_pass=True)
+            self._is_exhausted = manager.ledger.capacity(Tier.HOST) == before
+
+    @property
+    def _can_balance(self) -> bool:
+        """True if homes in RAM have another place, and nobody else has to agree."""
+        manager = self._manager
+        return manager.device.is_ram and manager.disk is not None and manager.together.communicator.owner.is_alone
+
+    def _is_time(self) -> bool:
+        """True if the last look at the system's memory was a while ago."""
+        now = time.monotonic()
+        if now - self._looked_at < _SECONDS_BETWEEN and not self._sampling.profile.is_measuring:
+            return False
+        self._looked_at = now
+        return True
+
+    def _rise(self, capacity: int) -> None:
+        """Let homes come up."""
+        try:
+            self._move({Tier.HOST: capacity})
+        except Exception as error:  # they were well where they are
+            if not (isinstance(error, OffloadError) or is_out_of_memory(error)):
+                raise
+            logger.info("no homes came up: %s", error)
+
+    # -- when memory has run out
+
+    def make_room(self, error: BaseException, attempt: int, done: float) -> Given:
+        """The model's own computation, or a move for it, has run out of memory: give it more from now on.
+
+        Full copies go first, then homes go down a tier. Nothing uses full copies.
+
+        Parameters
+        ----------
+        attempt
+            How often the same computation has failed before.
+        done
+            The part of a forward that had run, from 0 to 1.
+        """
+        manager, room = self._manager, self._device
+        held, before, homes = manager.full_copies.nbytes, room.full_capacity_bytes, self.packing.placement.nbytes
+        gc.collect()  # graphs that are in a cycle with their exception
+        manager.eviction.evict_idle()
+        manager.device.trim()
+        if manager.device.is_ram:
+            return_freed_memory()
+        tier = self._short_tier(error)
+        shortage = self._shortage(tier, asked_bytes(error), held, attempt, done)
+        is_alone = manager.together.communicator.owner.is_alone
+        if not is_hopeless(shortage):
+            if tier is not Tier.HOST or manager.ledger.memory is MemoryMap.EMULATED or not is_alone:
+                room.give_up(held, self._pacing.seen_bytes())
+            if is_alone:
+                self._give(tier, bytes_to_give(shortage))
+        self._pacing.replan()
+        after = self.packing.placement.nbytes
+        moved = max(after[Tier.DISK] - homes[Tier.DISK], homes[Tier.DEVICE] - after[Tier.DEVICE], 0)
+        return Given(held, before, room.full_capacity_bytes, moved)
+
+    def _short_tier(self, error: BaseException) -> Tier:
+        """Whose homes share the memory that has run out."""
+        is_in_ram = self._manager.device.is_ram or isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+        return Tier.HOST if is_in_ram else Tier.DEVICE
+
+    def _shortage(self, tier: Tier, asked: int, held: int, attempt: int, done: float) -> Shortage:
+        manager = self._manager
+        is_where_units_run = tier is Tier.DEVICE or manager.device.is_ram
+        return Shortage(
+            free_bytes=manager.eviction.headroom() if is_where_units_run else host_headroom()[0],
+            held_bytes=held if is_where_units_run else 0,
+            room_bytes=self._device.full_capacity_bytes if is_where_units_run else 0,
+            home_bytes=self.packing.placement.nbytes[tier],
+            asked_bytes=asked,
+            done=done,
+            attempt=attempt,
+        )
+
+    def _give(self, tier: Tier, nbytes: int, in_pass: bool = False) -> None:
+        """Take bytes from a tier, as far as its homes have another place."""
+        capacity = self._manager.ledger.capacity(tier)
+        try:
+            self._move({tier: max(capacity - nbytes, 0)}, at_least=True, in_pass=in_pass)
+        except Exception as error:  # the computation's own error tells of the shortage, and this is what was tried
+            if not (isinstance(error, OffloadError) or is_out_of_memory(error)):
+                raise
+            logger.info("no homes can leave %s: %s", tier.value, error)
+
     def explain(self, error: BaseException, torn: str = "") -> None:
-        """If the model's own computation ran out of memory: leave it more from now on, and say so.
+        """If a backward ran out of memory: leave it more from now on, and say so. It cannot be run again.
 
         Parameters
         ----------
@@ -94,8 +233,8 @@ class Memory:
         OutOfMemory
             From ``error``, if that is what happened. An `OutOfMemory` of ours says it all already.
         """
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             return
-        told = self._device.give_up(error, self._pacing.seen_bytes(), torn)
-        self._pacing.replan()
-        raise told from error
+        given = self.make_room(error, attempt=0, done=1.0)
+        if not isinstance(error, OutOfMemory):
+            raise out_of_memory(error, self._manager, given, torn) from error

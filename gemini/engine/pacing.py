@@ -92,6 +92,15 @@ class Pacing:
         """The chunks in use at each of the moments seen so far."""
         return [frozenset(moment.in_use) for moment in self._moments()]
 
+    @property
+    def done(self) -> float:
+        """The part of its units that the cycle under way has entered, from 0 to 1."""
+        entered = self.cycle.units()
+        units = {unit.index for unit in self._units.all if unit.chunks and not unit.is_joined}
+        if not units or any(self._units.all[index].is_joined for index in entered):
+            return 1.0
+        return len(entered & units) / len(units)
+
     def seen_bytes(self) -> int:
         """What one of the moments seen so far needs at least; 0 before the first."""
         return self.least_bytes({}) if any(True for _ in self._moments()) else 0

@@ -5,17 +5,22 @@ the rest is added. Fake tensors and not ``meta``: on ``meta`` attention takes an
 activations (measured).
 """
 
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from gemini.activations.blocks import blocks_of
+from gemini.activations.make import LIMIT_BYTES
 from gemini.estimate.subject import Subject, loss_of
+from gemini.planning.activation_choice import Choice
 
-from ..torch_private import FakeTensorMode, TorchDispatchMode, own_modules, own_parameters, storage_key, tree_leaves
+from ..torch_private import FakeTensorMode, own_modules, own_parameters
+from .storages import SavedAway, StorageMeter
 
 SCRATCH_BYTES = 3 << 20
 """A thread: what kernels keep for themselves and no operation shows, most of it oneDNN's code (0.6 MiB for each shape
@@ -25,40 +30,17 @@ SHORT = 2
 """Layers that stay of a list that is cut; one more is run to see what a layer adds."""
 
 
-class StorageMeter(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make while it is on, and their peak."""
+class Tracked(NamedTuple):
+    """Bytes of one step."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-        self.peak_bytes = 0
-        self._sizes: dict[int, int] = {}
+    peak_bytes: int
+    """The most that operations have made at once, where they compute."""
+    away_bytes: int = 0
+    """The most that has left it at once."""
 
-    def leave_out(self, tensors: Sequence[Tensor]) -> None:
-        """These are model data: neither they nor views of them count."""
-        for tensor in tensors:
-            self._sizes[storage_key(tensor.untyped_storage())] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf)
-        return result
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage_key(storage)
-        if key in self._sizes:
-            return
-        nbytes = storage.nbytes()
-        self._sizes[key] = nbytes
-        self.nbytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self.nbytes)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.nbytes -= self._sizes.pop(key, 0)
+    def plus(self, one_more: "Tracked", count: int) -> "Tracked":
+        """With ``count`` more of the layers of which ``one_more`` has one more than this."""
+        return Tracked(*(a + count * max(0, b - a) for a, b in zip(self, one_more, strict=True)))
 
 
 class Activations:
@@ -72,19 +54,26 @@ class Activations:
         The compute dtype.
     checkpointing
         Recompute activations in backward, as transformers' models do it.
+    choice
+        What becomes of the tensors that each block saves, as `GeminiPlugin`'s ``activation_policy`` has it.
     """
 
-    def __init__(self, subject: Subject, dtype: torch.dtype, checkpointing: bool) -> None:
+    def __init__(
+        self, subject: Subject, dtype: torch.dtype, checkpointing: bool = False, choice: Choice = Choice.KEEP
+    ) -> None:
         self._subject = subject
         self._dtype = dtype
+        self._choice = choice
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._known: dict[tuple[int, int], int] = {}
+        self._known: dict[tuple[int, int], Tracked] = {}
         with self._mode:
             self._model = subject.build()
             _convert(self._model, dtype)
             self._model.train()
             if checkpointing:
                 _checkpoint(self._model)
+            if choice.recomputes:
+                _run_again(blocks_of(self._model))
             for parameter in self._model.parameters():
                 # As in managed training: a gradient goes to its chunk at once.
                 if parameter.requires_grad:
@@ -93,38 +82,76 @@ class Activations:
 
     def peak_bytes(self, batch_size: int, seq_len: int) -> int:
         """The most that activations and temporaries take at once in forward and backward, kernels' scratch included."""
-        return self.tracked_bytes(batch_size, seq_len) + SCRATCH_BYTES * torch.get_num_threads()
+        scratch = SCRATCH_BYTES * torch.get_num_threads()
+        on_their_way = 2 * LIMIT_BYTES if self._choice.moves else 0
+        tracked = self._tracked(batch_size, seq_len)
+        return tracked.peak_bytes + min(on_their_way, tracked.away_bytes) + scratch
+
+    def away_bytes(self, batch_size: int, seq_len: int) -> int:
+        """The most that is on a tier below at once."""
+        return self._tracked(batch_size, seq_len).away_bytes
 
     def tracked_bytes(self, batch_size: int, seq_len: int) -> int:
         """What operations make, at its peak."""
+        return self._tracked(batch_size, seq_len).peak_bytes
+
+    def _tracked(self, batch_size: int, seq_len: int) -> Tracked:
         key = (batch_size, seq_len)
         if key not in self._known:
             self._known[key] = self._extrapolated(batch_size, seq_len)
         return self._known[key]
 
-    def _extrapolated(self, batch_size: int, seq_len: int) -> int:
+    def _extrapolated(self, batch_size: int, seq_len: int) -> Tracked:
         lengths = [len(layers) for layers in self._lists]
         short = [min(SHORT, length) for length in lengths]
         total = base = self._measured(short, batch_size, seq_len)
         for index, length in enumerate(lengths):
             one_more = [count + (i == index) for i, count in enumerate(short)]
-            total += (length - SHORT) * max(0, self._measured(one_more, batch_size, seq_len) - base)
+            more = base.plus(self._measured(one_more, batch_size, seq_len), length - SHORT)
+            total = Tracked(*(t + m - b for t, m, b in zip(total, more, base, strict=True)))
         return total
 
-    def _measured(self, lengths: Sequence[int], batch_size: int, seq_len: int) -> int:
+    def _measured(self, lengths: Sequence[int], batch_size: int, seq_len: int) -> Tracked:
         meter = StorageMeter()
+        away = SavedAway(meter) if self._choice.moves else None
         with self._mode, _cut(self._lists, lengths):
             meter.leave_out([*self._model.parameters(), *self._model.buffers()])
             batch = {key: self._cast(value) for key, value in self._subject.batch(batch_size, seq_len).items()}
             for value in batch.values():
                 if isinstance(value, torch.Tensor):
-                    meter._see(value)
-            with meter:
+                    meter.see(value)
+            with meter, away.hooks() if away is not None else nullcontext():
                 loss_of(self._model(**batch)).backward()
-        return meter.peak_bytes
+        return Tracked(meter.peak_bytes, away.peak_bytes if away is not None else 0)
 
     def _cast(self, value: Any) -> Any:
         return value.to(self._dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+class Ways:
+    """What a policy may do with saved tensors, in the order in which it is tried.
+
+    Parameters
+    ----------
+    subject, dtype, checkpointing
+        See `Activations`.
+    policy
+        One of `ACTIVATION_POLICIES`.
+    disk_bytes
+        0: there is no tier to which tensors could leave.
+    """
+
+    def __init__(self, subject: Subject, dtype: torch.dtype, checkpointing: bool, policy: str, disk_bytes: int) -> None:
+        choices = [Choice(policy)] if policy != "auto" else [Choice.KEEP, Choice.RECOMPUTE, Choice.OFFLOAD]
+        self.all = [
+            Activations(subject, dtype, checkpointing, choice)
+            for choice in choices
+            if policy != "auto" or disk_bytes or not choice.moves
+        ]
+
+    def peak_bytes(self, batch_size: int, seq_len: int) -> int:
+        """See `Activations.peak_bytes`; of the way that takes least."""
+        return min(way.peak_bytes(batch_size, seq_len) for way in self.all)
 
 
 def repeated_layers(model: nn.Module) -> list[nn.ModuleList]:
@@ -183,6 +210,12 @@ def _checkpoint(model: nn.Module) -> None:
     raise TypeError(
         f"{type(model).__name__} has no gradient_checkpointing_enable(); have your function build it with checkpointing"
     )
+
+
+def _run_again(blocks: Iterable[nn.Module]) -> None:
+    """Have torch run each block's forward again in backward, as ``activation_policy="recompute"`` does."""
+    for block in blocks:
+        vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

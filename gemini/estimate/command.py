@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gemini.chunk import FORMATS, BufferSpec, MemoryMap, Tier
-from gemini.config import PRECISIONS, GeminiConfig
+from gemini.config import ACTIVATION_POLICIES, PRECISIONS, GeminiConfig
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
 from gemini.packing.quantised import quantised_parameters
@@ -18,14 +18,13 @@ from gemini.quantization import Quantization
 from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.estimate_outputs import Estimate, Solved, TierNeed
-from gemini.stat.rates import read_hardware
 from gemini.stat.text import count, seconds
 from gemini.telemetry.discovery import NoRun
 
-from .activations import Activations
+from .activations import Ways
 from .bench import read_speed
-from .demand import Demand, Machine, ModelData, TierDemand, arguments, demand, room_for_copies, with_machine
-from .solve import solve_batch_size, solve_memory, solve_ranks, solve_seq_len
+from .demand import Demand, Machine, ModelData, TierDemand, arguments, room_for_copies, with_machine
+from .solve import demand_of, solve_batch_size, solve_memory, solve_ranks, solve_seq_len
 from .step_model import Training, step_seconds
 from .subject import NotFound, Subject, find_subject
 
@@ -45,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-s", "--seq-len", type=_positive, default=128, metavar="N", help="tokens a sample (128)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument(
+        "--activation-policy", choices=ACTIVATION_POLICIES, default="keep", help="as GeminiPlugin's (keep)"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="as GeminiPlugin's (bf16)")
     parser.add_argument(
         "--optimizer", nargs="+", default=["AdamW"], metavar=("NAME", "OPTION=VALUE"),
@@ -77,13 +79,19 @@ def run(options: argparse.Namespace) -> Exit:
     try:
         subject = find_subject(options.target, dict(assignment(text) for text in options.set))
         data = _data(subject, config, slots)
-        activations = Activations(subject, config.dtype_of(torch.float32), options.checkpointing)
+        activations = Ways(
+            subject,
+            config.dtype_of(torch.float32),
+            options.checkpointing,
+            options.activation_policy,
+            machine.disk_bytes,
+        )
     except NotFound as error:
         raise NoRun(str(error)) from error
     solved: Solved | None = None
     if options.solve is not None:
         solved, machine = _solve(options, data, activations, machine)
-    found = demand(data, activations.peak_bytes(options.batch_size, options.seq_len), machine)
+    found = demand_of(data, activations, machine, options.batch_size, options.seq_len)
     answer = _answer(options, subject, data, found, machine, solved)
     if options.json:
         print_json(answer)
@@ -92,9 +100,7 @@ def run(options: argparse.Namespace) -> Exit:
     return Exit.OK if found.fits and (solved is None or solved.value) else Exit.NEGATIVE
 
 
-def _solve(
-    options: argparse.Namespace, data: ModelData, activations: Activations, machine: Machine
-) -> tuple[Solved, Machine]:
+def _solve(options: argparse.Namespace, data: ModelData, activations: Ways, machine: Machine) -> tuple[Solved, Machine]:
     """Puts the answer into the options or the machine, so that the rest is about it."""
     name = options.solve
     try:
@@ -137,6 +143,7 @@ def _answer(
         precision=options.precision,
         optimizer=" ".join(options.optimizer),
         checkpointing=options.checkpointing,
+        activation_policy=options.activation_policy,
         non_model_bytes=found.tiers[machine.memory.compute_tier].non_model_bytes,
         ranks=machine.ranks,
         ranks_per_node=machine.neighbours,
@@ -150,7 +157,7 @@ def _answer(
         step_seconds_floor_by={name: taken for name, taken in times.items() if name != "step"},
         solved=solved,
         problem=found.problem,
-        remarks=_remarks(options, machine),
+        remarks=_remarks(machine, found.fits and "step" not in times),
     )
 
 
@@ -171,27 +178,29 @@ def _step_seconds(options: argparse.Namespace, data: ModelData, found: Demand, m
     training = Training(
         tokens=options.batch_size * options.seq_len,
         checkpointing=options.checkpointing,
-        ranks=machine.ranks,
         state_bytes=data.state_bytes,
         in_backward=data.config.update_in_backward,
+        ahead=machine.ranks == 1 and data.config.precision != "fp16" and not data.config.max_norm,
         prefetched=data.config.max_prefetch,
     )
     return step_seconds(data.model, packing, room_for_copies(packing, limits), training, read_speed())
 
 
-def _remarks(options: argparse.Namespace, machine: Machine) -> list[str]:
+def _remarks(machine: Machine, is_without_time: bool) -> list[str]:
     found = ["not counted: the interpreter and libraries, data loader workers, what the user's own code keeps"]
     if machine.memory is not MemoryMap.UNIFIED:
         found.append("activations were tracked on fake CPU tensors; CUDA kernels may need other temporaries")
     if machine.ranks > 1:
         found.append("not counted: the time of messages between ranks, and the memory that they take on their way")
-    if not read_hardware():
-        found.append("no step time: gemini-stat bench FOLDER measures this machine first")
+    if is_without_time:
+        found.append("no step time: gemini-stat bench FOLDER measures this machine, and the disk of the folder, first")
     return found
 
 
 def _show(options: argparse.Namespace, found: Demand, answer: Estimate) -> None:
     mode = "checkpointed" if options.checkpointing else "not checkpointed"
+    if options.activation_policy != "keep":
+        mode += f", saved tensors: {options.activation_policy}"
     print(f"{answer.model}: {count(answer.parameters)} parameters, {options.precision}, {answer.optimizer}")
     several = answer.ranks > 1
     print(f"batch {options.batch_size} x {options.seq_len} tokens{' a rank' if several else ''}, {mode}")
@@ -259,6 +268,7 @@ def _config(options: argparse.Namespace, slots: Sequence[BufferSpec]) -> GeminiC
         return GeminiConfig(
             precision=options.precision,
             split_master=options.split_master,
+            activation_policy=options.activation_policy,
             quantization=Quantization.of(options.quantize),
         )
     except ValueError as error:

@@ -137,15 +137,15 @@ def capacities(limits: Mapping[Tier, int], memory: MemoryMap) -> Capacities:
     return Capacities(torch.device("cpu"), memory, {tier: pools[memory.pool(tier)] for tier in Tier}, None)
 
 
-def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
-    """What a training needs that leaves ``non_model_bytes`` room where units run."""
+def demand(data: ModelData, non_model_bytes: int, machine: Machine, saved_on_disk_bytes: int = 0) -> Demand:
+    """What a training needs that leaves ``non_model_bytes`` room where units run, and others on DISK."""
     memory = machine.memory
     aside = non_model_bytes + round(non_model_bytes * GUARD)
     stacks = stack_bytes(machine.disk_bytes > 0)
     limits = {
         Tier.DEVICE: max(1, (machine.device_bytes or 0) - aside),
         Tier.HOST: max(1, machine.ram_bytes - stacks - (aside if memory.compute_tier is Tier.HOST else 0)),
-        Tier.DISK: machine.disk_bytes,
+        Tier.DISK: max(0, machine.disk_bytes - saved_on_disk_bytes),
     }
     problem = None
     try:
@@ -158,14 +158,16 @@ def demand(data: ModelData, non_model_bytes: int, machine: Machine) -> Demand:
         everything = _everything(data, machine.ranks)
         model, terms = {Tier.DEVICE: 0, Tier.HOST: everything, Tier.DISK: 0}, {}
     totals = {Tier.DEVICE: machine.device_bytes or machine.ram_bytes, Tier.HOST: machine.ram_bytes}
+    non_model = {memory.compute_tier: non_model_bytes, Tier.DISK: saved_on_disk_bytes}
     tiers = {
         tier: TierDemand(
             model_bytes=model[tier],
-            non_model_bytes=non_model_bytes if tier is memory.compute_tier else 0,
+            non_model_bytes=non_model.get(tier, 0),
             capacity_bytes=totals.get(tier, machine.disk_bytes),
         )
         for tier in Tier
     }
+    limits[Tier.DISK] = machine.disk_bytes  # which saved tensors share
     given = {f"{tier.value}_memory": limits[tier] for tier in memory.pools if limits[tier]}
     return Demand(tiers=tiers, terms={**terms, "non_model": non_model_bytes}, limits=given, problem=problem)
 
@@ -254,6 +256,8 @@ def arguments(found: Demand, config: GeminiConfig, offload_dir: str | None) -> s
     """What fits, ready to paste."""
     parts = [f'precision="{config.precision}"']
     parts += [f"{name}=True" for name in ("update_in_backward", "split_master") if getattr(config, name)]
+    if config.activation_policy != "keep":
+        parts.append(f'activation_policy="{config.activation_policy}"')
     parts += [f'quantize="{config.quantization.format}"'] if config.quantization is not None else []
     parts += [f"{name}={as_argument(nbytes, up=True)}" for name, nbytes in found.limits.items() if nbytes >= 1024]
     if found.limits.get("disk_memory"):

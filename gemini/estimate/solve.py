@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .activations import Activations
+from .activations import Activations, Ways
 from .demand import Demand, Machine, ModelData, demand, with_machine
 
 LARGEST_BATCH = 1 << 16
@@ -75,8 +75,20 @@ def room(data: ModelData, machine: Machine) -> int:
     return low
 
 
+def demand_of(data: ModelData, ways: Ways, machine: Machine, batch_size: int, seq_len: int) -> Demand:
+    """The demand of the first of a policy's ways with which it fits, else of the one that takes least memory."""
+    found: list[tuple[int, Demand]] = []
+    for way in ways.all:
+        peak = way.peak_bytes(batch_size, seq_len)
+        asked = demand(data, peak, machine, way.away_bytes(batch_size, seq_len))
+        if asked.fits:
+            return asked
+        found.append((peak, asked))
+    return min(found, key=lambda each: each[0])[1]
+
+
 def solve_batch_size(
-    data: ModelData, activations: Activations, machine: Machine, seq_len: int, most: int | None = None
+    data: ModelData, activations: Activations | Ways, machine: Machine, seq_len: int, most: int | None = None
 ) -> int:
     """The largest batch size, up to ``most``; what it needs is tracked at each size tried, not scaled."""
 
@@ -88,7 +100,7 @@ def solve_batch_size(
 
 def solve_seq_len(
     data: ModelData,
-    activations: Activations,
+    activations: Activations | Ways,
     machine: Machine,
     batch_size: int,
     step: int = 32,

@@ -23,11 +23,12 @@ class Training:
     tokens: int
     """Of one rank, in a step."""
     checkpointing: bool
-    ranks: int
     state_bytes: float
     """Of a parameter, master included. Another optimizer reads and writes that much more or less than Adam."""
     in_backward: bool
-    """Updates begin when gradients are complete (``update_in_backward``)."""
+    """All updates begin when gradients are complete (``update_in_backward``)."""
+    ahead: bool
+    """Those of chunks on disk do: one rank, no clipping, no loss scale."""
     prefetched: int
 
 
@@ -57,7 +58,8 @@ def step_seconds(
     streamed = streamed_copies(packing.plans, room_bytes)
     traffic = {plan.layout.index: _traffic(plan, training, speed) for plan in packing.plans}
     flops = speed.get("training_flops_per_second") or speed.get("flops_per_second")
-    step = _step(uses(model, packing), streamed, traffic, training, packing.memory, flops or 1.0)
+    early = early_updates(packing, training)
+    step = _step(uses(model, packing), streamed, early, traffic, training, packing.memory, flops or 1.0)
     uploaded = sum(_copy_nbytes(plan) for plan in packing.plans if plan.layout.index in streamed)
     found = {
         "uploading": _per(2 * uploaded, speed.get("host_to_device")),
@@ -116,6 +118,20 @@ def streamed_copies(plans: Sequence[ChunkPlan], room_bytes: int) -> frozenset[in
     return frozenset(streamed)
 
 
+def early_updates(packing: Packing, training: Training) -> frozenset[int]:
+    """Chunks that are on disk with all that an update changes, if their updates begin ahead of the step.
+
+    They are done beside their homes (`UpdatesAhead`), and their full copies are made anew in the next forward.
+    """
+    if not training.ahead or training.in_backward:
+        return frozenset()
+    return frozenset(plan.layout.index for plan in packing.plans if plan.is_trainable and _is_on_disk(plan))
+
+
+def _is_on_disk(plan: ChunkPlan) -> bool:
+    return all(tier is Tier.DISK for name in plan.tiers if name != GRADIENT for tier, _ in plan.parts(name))
+
+
 def _copy_nbytes(plan: ChunkPlan) -> int:
     """Of a full copy beside the home."""
     return 0 if plan.full_is_home else plan.layout.numel * plan.compute_dtype.itemsize
@@ -137,13 +153,14 @@ def _traffic(plan: ChunkPlan, training: Training, speed: Mapping[str, float]) ->
 def _step(
     uses: Sequence[Use],
     streamed: frozenset[int],
+    early: frozenset[int],
     traffic: Mapping[int, ChunkTraffic],
     training: Training,
     memory: MemoryMap,
     flops: float,
 ) -> Step:
     again = FORWARD if training.checkpointing else 0.0
-    forward = tuple(_visits(uses, streamed, FORWARD * training.tokens / flops))
+    forward = tuple(_visits(uses, streamed, FORWARD * training.tokens / flops, remade=early - streamed))
     backward = tuple(_visits(tuple(reversed(uses)), streamed, (BACKWARD + again) * training.tokens / flops))
     order = dict.fromkeys((*(chunk for use in uses for chunk in use.chunks), *traffic))
     return Step(
@@ -153,19 +170,31 @@ def _step(
         order=Order(
             updates=tuple(order),
             begin=Begin.WHEN_COMPLETE if training.in_backward else Begin.AT_STEP,
+            early=early,
             prefetched_visits=max(1, training.prefetched),
         ),
         updates_on_computing_cores=memory is MemoryMap.UNIFIED,
     )
 
 
-def _visits(uses: Sequence[Use], streamed: frozenset[int], seconds: float) -> Iterator[Visit]:
-    """What needs the same chunks one after the other is one visit, for which a copy is made once."""
+def _visits(
+    uses: Sequence[Use], streamed: frozenset[int], seconds: float, remade: frozenset[int] = frozenset()
+) -> Iterator[Visit]:
+    """What needs the same chunks one after the other is one visit, for which a copy is made once.
+
+    Parameters
+    ----------
+    remade
+        Chunks whose copies are made for their first use alone.
+    """
+    left = set(remade)
     chunks: tuple[int, ...] | None = None
     numel = 0
     for use in (*uses, Use((), 0)):
         if chunks is not None and use.chunks != chunks:
-            yield Visit(chunks=chunks, seconds=numel * seconds, fetched=tuple(c for c in chunks if c in streamed))
+            fetched = tuple(c for c in chunks if c in streamed or c in left)
+            left.difference_update(chunks)
+            yield Visit(chunks=chunks, seconds=numel * seconds, fetched=fetched)
             numel = 0
         chunks = use.chunks
         numel += use.numel

@@ -126,7 +126,25 @@ class Budget:
             for each in others:
                 if not each.is_said(memory):
                     self._shrink(each, memory, targets[each])
+        if memory in self.said:
+            for each in others:
+                self._trim(each, memory)
         return max(0, total - sum(_held(each.uses()[memory]) for each in others))
+
+    def _trim(self, seat: Seat, memory: str) -> None:
+        """Take from an idle model what it cannot make use of, so that all together stay within what was said."""
+        occupant = seat.occupant
+        if occupant is not None and occupant.is_idle and not seat.is_said(memory):
+            seat.give(memory, occupant.cut(memory, _held(occupant.uses()[memory])))
+
+    def _end_loans(self, seat: Seat) -> None:
+        """Have an idle model give back what it has borrowed: shares are about to change."""
+        occupant = seat.occupant
+        if occupant is None or not occupant.is_idle or len(self._seats) < 2:
+            return
+        for memory, use in seat.uses().items():
+            if memory in self.said and use.capacity > seat.shares.get(memory, use.capacity):
+                occupant.cut(memory, seat.shares[memory])
 
     def _shrink(self, seat: Seat, memory: str, nbytes: int) -> None:
         """Bring an idle model down to its share: full copies first, then homes."""
@@ -155,8 +173,10 @@ class Budget:
             if self._part is not None:
                 self._found = self._part.look(self._wants())
             for other in self._seats:
-                for memory, nbytes in self.targets(other).items() if other is not seat else ():
-                    self._shrink(other, memory, nbytes)
+                if other is not seat:
+                    self._end_loans(other)
+                    for memory, nbytes in self.targets(other).items():
+                        self._shrink(other, memory, nbytes)
 
     def targets(self, seat: Seat) -> dict[str, int]:
         """The capacities that a model is to have, where they are others than its share of before."""

@@ -7,6 +7,7 @@ _BACKWARD = 1.25
 _LEAST_DONE = 0.1
 """A forward that failed at once tells little of what it needs."""
 _GUARD_BYTES = 16 << 20
+"""What threads, kernels and malloc take besides, or an eighth of what is free."""
 _LEAST_SHARE = 16
 """At least this part (one over it) of the homes goes at first, then twice as much each time."""
 
@@ -34,11 +35,12 @@ class Shortage:
 def bytes_to_give(shortage: Shortage) -> int:
     """What full copies and homes are to take less from now on.
 
-    When the computation failed it had taken all that is free now, but for the full copies. The rest of it is taken to
-    need as much in proportion.
+    When the computation failed it had taken all that is free now, but for the full copies and as much as it asked for.
+    The rest of it is taken to need as much in proportion.
     """
-    taken = max(shortage.free_bytes - shortage.held_bytes, 0)
-    need = taken / max(min(shortage.done, 1.0), _LEAST_DONE) * _BACKWARD + shortage.asked_bytes + _GUARD_BYTES
+    taken = max(shortage.free_bytes - shortage.held_bytes - shortage.asked_bytes, 0)
+    guard = min(_GUARD_BYTES, shortage.free_bytes // 8)
+    need = taken / max(min(shortage.done, 1.0), _LEAST_DONE) * _BACKWARD + shortage.asked_bytes + guard
     least = max(2 * shortage.asked_bytes, shortage.home_bytes // _LEAST_SHARE) << shortage.attempt
     return max(round(need) + shortage.room_bytes - shortage.free_bytes, least)
 

@@ -7,6 +7,7 @@ All files are read below one ``root``, so the tests run on made-up ``/proc`` and
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,12 +106,15 @@ class NonModelMeter:
     anyone is refused memory. The kernel keeps the peak (VmHWM) and lets us reset it; where it does not (``exact`` is
     then False), the current resident set stands in and temporaries inside an interval are missed. RSS counts touched
     pages only: ``model_bytes`` should leave out memory that was allocated but never written. Memory that malloc keeps
-    after a free stays counted: that errs on the safe side.
+    after a free stays counted: that errs on the safe side. What other models of the process take of RAM is theirs:
+    ``elsewhere`` tells how much that is.
 
     One sample costs some 50 microseconds of system calls on CPU: for warm-up, not for every step.
     """
 
-    def __init__(self, device: "torch.device | str" = "cpu", *, root: Path = ROOT) -> None:
+    def __init__(
+        self, device: "torch.device | str" = "cpu", *, root: Path = ROOT, elsewhere: Callable[[], int] = lambda: 0
+    ) -> None:
         import torch
 
         from gemini.chunk import memory_of
@@ -118,6 +122,7 @@ class NonModelMeter:
         of = torch.device(device)
         self._memory = None if of.type == "cpu" else memory_of(of)
         self._proc = root / "proc/self"
+        self._elsewhere = elsewhere
         self._baseline = 0
         self._file_bytes = 0
         """Pages of files in the resident set when the interval began."""
@@ -133,7 +138,7 @@ class NonModelMeter:
         # On a device whatever else is allocated already *is* non-model data and takes room from chunks: no baseline.
         if self._memory is None:
             resident, _, self._file_bytes = _resident_bytes(self._proc)
-            self._baseline = resident - self._file_bytes - model_bytes
+            self._baseline = resident - self._file_bytes - model_bytes - self._elsewhere()
 
     def mark(self) -> None:
         """Begin an interval here; without it an interval begins at the previous sample."""
@@ -150,6 +155,7 @@ class NonModelMeter:
             resident, highest, files = _resident_bytes(self._proc)
             # Files' pages may have come or gone before or after the peak: on the safe side.
             peak = (highest if self.exact else resident) - min(files, self._file_bytes)
+            peak -= self._elsewhere()
             self._file_bytes = files
         self.last_bytes = max(0, peak - self._baseline - model_bytes)
         self.peak_bytes = max(self.peak_bytes, self.last_bytes)

@@ -6,9 +6,9 @@ come back bring the same homes back.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from ..chunk import GRADIENT, ChunkPlan, MemoryMap, Tier
+from ..chunk import MASTER, ChunkPlan, MemoryMap, Tier
 from ..planning.placement import Capacity, ChunkNeed, Placement, PlacementPolicy, Unplaced, on_tier, place
 from .group import Group, plans
 
@@ -27,8 +27,8 @@ class Resizing:
     """Bytes for homes and full copies."""
     fixed: frozenset[int] = frozenset()
     """Chunks whose homes stay where they are; ``room`` is beside these."""
-    fixed_gradients: frozenset[int] = frozenset()
-    """Chunks whose gradient stays where it is; ``room`` is beside these, too."""
+    staying: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    """Index of other chunks -> their buffers that stay where they are; ``room`` is beside these, too."""
     in_use: Sequence[frozenset[int]]
     """Chunks whose full copies are needed at once."""
     likely: Sequence[frozenset[int]] = ()
@@ -49,7 +49,7 @@ def resized(problem: Resizing) -> tuple[ChunkPlan, ...] | Unplaced:
         return Unplaced(lacking, 0)
     moving = [problem.plans[index] for index in problem.order if index not in problem.fixed]
     groups = [Group.of_plan(plan, problem.split_master) for plan in moving]
-    stays = [plan.layout.index in problem.fixed_gradients for plan in moving]
+    stays = [problem.staying.get(plan.layout.index, frozenset()) for plan in moving]
     needs = [_need(*each) for each in zip(moving, groups, stays, strict=True)]
     found: Placement | Unplaced | None = None
     for ring in _rings(problem):
@@ -76,34 +76,26 @@ def _rise(old: ChunkPlan, new: ChunkPlan) -> int:
     return sum(_SPEED[tier] * (new.nbytes_on(tier) - old.nbytes_on(tier)) for tier in Tier)
 
 
-def _need(plan: ChunkPlan, group: Group, gradient_stays: bool) -> ChunkNeed:
-    """What a chunk asks for anew."""
+def _need(plan: ChunkPlan, group: Group, staying: frozenset[str]) -> ChunkNeed:
+    """What a chunk asks for anew. Room for borrowed gradients has been set aside, and grows as they need it."""
     need = group.need(plan.layout.numel, plan.borrows_gradient)
     averages = {spec.name: spec.nbytes(len(plan.extent)) for spec in plan.averages}
-    buffers = {**need.buffers, **averages}
-    if gradient_stays:
-        del buffers[GRADIENT]
-    # Room for borrowed gradients has been set aside, and grows as they need it.
-    return ChunkNeed(
-        buffers=buffers,
-        full_nbytes=need.full_nbytes,
-        shadow_nbytes=need.shadow_nbytes,
-        full_can_be_home=need.full_can_be_home,
-    )
+    buffers = {name: nbytes for name, nbytes in {**need.buffers, **averages}.items() if name not in staying}
+    need = replace(need, buffers=buffers, borrows_gradient=False)
+    return replace(need, shadow_nbytes=0, full_can_be_home=False) if MASTER in staying else need
 
 
 def _plans(
     before: Sequence[ChunkPlan],
     groups: Sequence[Group],
-    gradient_stays: Sequence[bool],
+    staying: Sequence[frozenset[str]],
     found: Placement,
     memory: MemoryMap,
 ) -> tuple[ChunkPlan, ...]:
-    homes = tuple(
-        {**at, GRADIENT: plan.tiers[GRADIENT]} if stays else at
-        for plan, at, stays in zip(before, found.homes, gradient_stays, strict=True)
-    )
-    placed = Placement(homes, found.nbytes, found.gradient_room, found.full_is_home)
+    each = list(zip(before, staying, found.homes, found.full_is_home, strict=True))
+    homes = tuple({**at, **{name: plan.tiers[name] for name in names}} for plan, names, at, _ in each)
+    full_is_home = tuple(plan.full_is_home if MASTER in names else is_home for plan, names, _, is_home in each)
+    placed = replace(found, homes=homes, full_is_home=full_is_home)
     return plans([plan.layout for plan in before], groups, placed, memory, [plan.averages for plan in before])
 
 

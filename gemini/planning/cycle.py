@@ -67,6 +67,10 @@ class Cycle:
                 yield from planner.trace.moments
         yield from self._moments
 
+    def units(self) -> set[int]:
+        """The units that have entered in the cycle under way."""
+        return {moment.unit for moment in self._moments}
+
     def advance(self, moment: Moment) -> Actions:
         """Record a moment. Returns what the plan says for it; nothing where it does not know it."""
         self._moments.append(moment)

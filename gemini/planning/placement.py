@@ -11,11 +11,12 @@ is filled fastest first:
 - what HOST has left, where units do not run there, takes shadows: fetches then move 2 bytes a parameter, not 4.
 
 HOST's order is by bytes moved per byte held, and then by time. All that an update changes is read and written once: 2
-for 1; a gradient is written and read. A master is also read for each of two fetches, unless there is room for all full
+for 1; a gradient is written and read. A master is also read for each of two fetches, unless there is room for most full
 copies to stay: 4 for 1. Of what moves as often, chunks go as wholes, in the order of their first use. The first ones'
 gradients are complete last, and the next forward waits for their updates first (of a tied embedding both are so), while
-the streams of later chunks hide behind the forward. Within a chunk the gradient comes last: an update that begins in
-backward can take it before it is on disk. ``scripts/bench placement`` simulates what that is worth.
+the streams of later chunks hide behind the forward, and behind backward: an update can begin there where all that it
+changes is on disk. Within a chunk the master comes first, which is read again should its copy have to leave.
+``scripts/bench placement`` simulates what that is worth.
 
 A shadow of a master on DISK would save two reads of 4 bytes for the 2 it holds, no more per byte than a master does,
 and would leave the disk idle in backward; so shadows take only what no home can use. (Where DEVICE is the same RAM, a
@@ -30,6 +31,8 @@ from ..chunk.memory_map import MemoryMap
 from ..chunk.names import ABSMAX, GRADIENT, MASTER, SHADOW
 from ..chunk.tier import Tier
 
+STAYING_SHARE = 0.75
+"""Of all full copies: with room for less, masters that are fetched again cost more than what hides saves."""
 DISK_PAGE_BYTES = 4096
 """The disk tier's unit (`chunk.disk.PAGE_BYTES`; not imported, because that needs torch)."""
 
@@ -239,7 +242,8 @@ def _in_order(needs: Sequence[tuple[int, ChunkNeed]], capacity: Capacity) -> lis
     """Buffers (with the index of their chunk) as they get the faster tier."""
     memory = capacity.memory
     # An accelerator's copies are dropped by updates, which the CPU runs, and fetched again.
-    copies_stay = memory.update_reaches_full(Tier.HOST) and capacity.ring_bytes >= sum(n.full_nbytes for _, n in needs)
+    copies_bytes = sum(need.full_nbytes for _, need in needs)
+    copies_stay = memory.update_reaches_full(Tier.HOST) and capacity.ring_bytes >= STAYING_SHARE * copies_bytes
     buffers = [
         (index, need, name) for index, need in needs for name in sorted(need.buffers, key=lambda name: name == GRADIENT)
     ]

@@ -5,7 +5,7 @@
     computing   | forward 0 | forward 1 |  ...  | backward 1 | backward 0 |
                   ^ waits for the update of its chunks            | gradients of a chunk are complete
     disk          | update 0 | update 1 | fetch | ...             v
-                  ^ begins at the step, or when gradients are complete
+                  ^ begins at the step, or when its gradients are complete
 
 Steps follow each other; an update may reach into the next forward, which waits for it chunk by chunk. A resource does
 one thing at a time, of what may begin the most urgent one, then what was asked first (list scheduling; Graham, 1966).
@@ -110,6 +110,8 @@ class Order:
     updates: tuple[int, ...]
     """Chunks, in the order of their updates."""
     begin: Begin = Begin.AT_STEP
+    early: frozenset[int] = frozenset()
+    """Chunks whose updates begin when they are complete, whatever holds for the others."""
     read_ahead_bytes: int = 0
     """Of what updates read, as much is read in backward, in their order."""
     prefetched_visits: int = 1
@@ -248,8 +250,10 @@ class _Building:
         at_step = (visited[-1],)
         ahead = step.order.read_ahead_bytes
         for chunk in step.order.updates:
-            begins = at_step if step.order.begin is Begin.AT_STEP else complete.get(chunk, at_step)
-            ahead = self._update(chunk, begins, complete.get(chunk, at_step), backward_begins, ahead)
+            last_use = complete.get(chunk, at_step)
+            is_early = chunk in step.order.early or step.order.begin is Begin.WHEN_COMPLETE
+            begins = last_use if is_early else at_step
+            ahead = self._update(chunk, begins, last_use, backward_begins, ahead)
         self.of_step = range(first, len(self.tasks))
         return _Ends(first, visited[0], visited[-1])
 

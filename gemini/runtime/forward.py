@@ -5,6 +5,7 @@ was running becomes a unit, and brings the parameter from then on. Uses outside 
 themselves: see `outside`.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ..activations import Saving
 from ..chunk import reach
 from ..engine import Engine, in_backward
+from ..errors import OutOfMemory, is_out_of_memory
+from ..memory.shortage import out_of_memory
 from ..planning.trace import Phase
 from ..torch_private import is_compiled, next_number
 from ..units.bracket import Bracket, bracket
@@ -23,10 +26,16 @@ from ..units.observer import Observer, tensors_in
 from ..units.results import Mark
 from ..units.units import Unit, Visit, bracketed_modules
 from .backward import BackwardHooks
+from .before import Before, BufferHabits, forget_frames
 from .brackets import Brackets
 from .casting import cast
 from .dtype_errors import explain_dtypes
 from .tenancy import Tenancy
+
+logger = logging.getLogger(__name__)
+
+_MOST_REPETITIONS = 8
+"""Each gives at least twice as much as the one before."""
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
 """Attributes that are not the user's."""
@@ -67,6 +76,7 @@ class ForwardHooks:
         self._force_outputs_fp32 = force_outputs_fp32
         self._visits = engine.visits
         self._discovery = engine.discovery
+        self._habits = BufferHabits()
         self._depth = 0
         """How many calls of the model are under way, one inside the other."""
         self._brackets = Brackets(engine.units, self._install)
@@ -89,23 +99,58 @@ class ForwardHooks:
     def call(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the model; whatever ends it, nothing is left pinned.
 
+        A forward that ran out of memory runs again, for as long as there is something to give it room with.
+
         Raises
         ------
         OutOfMemory
             In place of what torch raises when there is no memory for the model's own computation.
         """
+        if self._depth or in_backward():
+            return self._run(forward, args, kwargs)
+        attempt, before = 0, self._before(args, kwargs)
+        while True:
+            try:
+                result = self._run(forward, args, kwargs)
+            except BaseException as error:
+                self._failed(error, before, attempt)
+            else:
+                before.learn()
+                return result
+            before.restore()
+            attempt += 1
+
+    def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._depth += 1
         try:
             with self._saving.of_call():
                 return forward(*args, **kwargs)
-        except BaseException as error:
-            if self._depth == 1 and not in_backward():
-                self._engine.abort()  # a KeyboardInterrupt calls no hooks
-                self._engine.memory.explain(error)
-                explain_dtypes(error, self._model, self._cast_inputs)
-            raise
         finally:
             self._depth -= 1
+
+    def _before(self, args: Any, kwargs: Any) -> Before:
+        """What the forward has to find if it is repeated."""
+        updates, parameters = self._engine.updates, self._engine.memory.packing.parameters
+        return Before(self._model, parameters, args, kwargs, self._habits, lambda: updates.arrivals)
+
+    def _failed(self, error: BaseException, before: Before, attempt: int) -> None:
+        """The model's forward has raised. Raises, if it cannot run again."""
+        engine = self._engine
+        done = engine.pacing.done
+        engine.abort()  # a KeyboardInterrupt calls no hooks
+        if is_out_of_memory(error):
+            obstacle = before.obstacle()
+            forget_frames(error)  # they have the activations
+            given = engine.memory.make_room(error, attempt, done)
+            # What full copies give up is of no use to a move that has failed: it takes it back.
+            helps = given.moved_bytes > 0 or (given.is_something and not isinstance(error, OutOfMemory))
+            if not obstacle and helps and attempt < _MOST_REPETITIONS:
+                logger.info("a forward ran out of memory (%s) and runs again in more", error)
+                return
+            if not isinstance(error, OutOfMemory):
+                raise out_of_memory(error, engine.manager, given, obstacle=obstacle) from error
+        explain_dtypes(error, self._model, self._cast_inputs)
+        raise error
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._depth <= 1 and not in_backward():

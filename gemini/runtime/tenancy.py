@@ -132,8 +132,9 @@ class Tenancy:
         manager, tier = self._engine.manager, _TIERS[memory]
         with self._engine.lock:
             before = manager.ledger.capacity(tier)
-            manager.eviction.make_room_for(tier, before - nbytes)
-            manager.ledger.resize(tier, min(before, nbytes))  # never below what is used
+            after = min(before, max(nbytes, self.uses()[memory].least))
+            manager.eviction.make_room_for(tier, before - after)
+            manager.ledger.resize(tier, after)  # never below what is used
             manager.device.trim()
             if manager.device.is_ram:
                 trim_freed_memory()

@@ -61,6 +61,7 @@ class Estimate(Output):
     precision: str
     optimizer: str
     checkpointing: bool
+    activation_policy: Annotated[str, doc("What becomes of tensors saved for backward.")]
     non_model_bytes: Natural
     ranks: Annotated[Natural, doc("That keep the model together.")]
     ranks_per_node: Annotated[Natural, doc("On the machine that has most of them.")]

@@ -10,7 +10,7 @@ from gemini.lease.pools import Pool
 from gemini.lease.standing import DEVICE, DISK, HOST, Standing
 from gemini.stat.text import UNKNOWN, duration, printable, size
 
-_HEADINGS = ("pid", "rank", "script", "began", "host held", "used", "wish", "device held", "disk held", "")
+_HEADINGS = ("pid", "rank", "began", "host", "used", "wish", "device", "disk", "script")
 
 
 def memories(machine: Machine, width: int) -> list[Text]:
@@ -26,10 +26,11 @@ def _line(pool: Pool) -> str:
 
 
 def leases(machine: Machine) -> Table:
-    """A row for each lease."""
-    table = Table.grid(padding=(0, 2), pad_edge=False)
-    for justify in ("right", "right", "left", "right", "right", "right", "right", "right", "right", "left"):
-        table.add_column(justify=justify, no_wrap=True)
+    """A row for each lease: what is promised to it of each memory, and of RAM what it uses and can make use of."""
+    table = Table.grid(padding=(0, 1), pad_edge=False)
+    for _ in _HEADINGS[:-1]:
+        table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
     table.add_row(*(Text(word, style="dim") for word in _HEADINGS))
     for standing in machine.leases.values():
         table.add_row(*_row(standing))
@@ -41,12 +42,11 @@ def _row(standing: Standing) -> list[str]:
     return [
         str(standing.pid),
         str(standing.rank) if standing.ranks > 1 else UNKNOWN,
-        printable(standing.program, 24),
         f"{duration(time.time() - standing.started).split()[0]} ago",
         size(None if host is None else host.held),
         size(None if host is None else host.used),
         size(None if host is None else host.wish),
         size(None if device is None else device.held),
         size(None if disk is None else disk.held),
-        "waits" if standing.is_waiting else "",
+        printable(standing.program, 24) + (" (waits)" if standing.is_waiting else ""),
     ]

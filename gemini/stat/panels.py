@@ -1,6 +1,6 @@
 """The parts of the live screen, each as lines of a given width. No part knows of the others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from rich.text import Text
@@ -209,6 +209,20 @@ def moves(found: Rates, width: int) -> list[Text]:
     left += [""] * (rows - len(left))
     right += [""] * (rows - len(right))
     return [Text(f"{a:<{column}}{b}"[:width]) for a, b in zip(left, right, strict=True)]
+
+
+def activations(stats: Mapping[str, float], width: int) -> list[Text]:
+    """A line on tensors saved for backward, if any have left: where they are, and how often they were back in time."""
+    if not stats.get("activation/leave_count"):
+        return []
+    needs = {name: stats.get(f"activation/{name}_count") or 0 for name in ("hit", "late", "miss")}
+    total = sum(needs.values()) or 1
+    waited = sum(stats.get(f"activation/{way}_wait_seconds") or 0 for way in ("leave", "return"))
+    shares = "  ".join(f"{name} {percent(number / total)}" for name, number in needs.items())
+    below = "  ".join(f"{tier} {size(stats.get(f'activation/{tier}_bytes'))}" for tier in ("host", "disk"))
+    peak = size(stats.get("activation/below_peak_bytes"))
+    line = f" saved tensors: below now {below}, at most {peak}   back {shares}   waited {seconds(waited)} in all"
+    return [Text(line[:width])]
 
 
 def _of_ceiling(speed: float | None, ceiling: float | None) -> str:

@@ -175,7 +175,8 @@ def _parts(shown: Shown, view: View, width: int, height: int, plain: bool) -> li
         few = height < _ROOM_FOR_DETAILS
         blocks["ranks"] = _ranks(shown.over_ranks, width, max(2, height - (14 if few else 30)), plain)
     blocks["machine"] = [] if shown.machine is None else _machine(shown.machine, width, plain)
-    blocks["moves"] = [panels.heading(_moves_title(shown), width, plain), *panels.moves(shown.rates, width)]
+    moving = [*panels.moves(shown.rates, width), *panels.activations(run.stats, width)]
+    blocks["moves"] = [panels.heading(_moves_title(shown), width, plain), *moving]
     limit = 4 if height >= 34 else 1
     blocks["advice"] = [
         panels.heading("advice", width, plain, "arguments of GeminiPlugin"),

@@ -9,6 +9,7 @@ one some steps go by without, twice as many each time (`Trust`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, DiskBuffer, GradientBuffer, Tier
@@ -20,7 +21,7 @@ from .ticket import Ticket
 from .trial import Trial
 from .update_pipeline import ChunkUpdate, Run
 from .update_queue import UpdateQueue
-from .updater import Planned, Updater
+from .updater import Groups, Planned, Updater
 
 MOST_STEPS_WITHOUT = 64
 REST_SECONDS = 1.0
@@ -108,6 +109,7 @@ class _Step:
     """Of gradients, by the user, since the start and until it began."""
     rule: Rule | None = None
     options: Sequence[Mapping[str, Any]] = ()
+    groups: Groups | None = None
     """Those that updates were begun with."""
     begun: dict[Chunk, _Begun] = field(default_factory=dict)
 
@@ -116,10 +118,12 @@ class _Step:
         self.backwards += 1
         return self.backwards == 1
 
-    def note(self, options: Options) -> None:
-        """An update begins with these options. Those of the first count: if they change, all were guessed wrong."""
-        if self.rule is None:
+    def groups_of(self, updater: Updater, options: Options) -> Groups:
+        """The groups with their options at the first update that is begun: if they change, all were guessed wrong."""
+        if self.groups is None:
             self.rule, self.options = options.rule, options.copied()
+            self.groups = updater.groups(options)
+        return self.groups
 
     def has(self, options: Options) -> bool:
         """True if updates were begun, and with these options."""
@@ -159,9 +163,8 @@ class UpdatesAhead:
             return
         assert isinstance(chunk.gradient, GradientBuffer) and chunk.gradient.buffer is not None
         try:
-            step.note(options)
-            planned = self._updater.plan(self._updater.groups(options), chunk)
-            trial = Trial(chunk, disk, (GRADIENT, chunk.gradient.buffer), self._arrival_of_gradients(chunk))
+            planned = self._updater.plan(step.groups_of(self._updater, options), chunk)
+            trial = Trial(chunk, disk, (GRADIENT, chunk.gradient.buffer), self._arrival_of(chunk.gradient))
         except (OutOfMemory, OffloadError, ValueError, TypeError):
             self.trust.after_step(was_right=False)  # the step says what is wrong, if it is not only the room
             return
@@ -175,15 +178,11 @@ class UpdatesAhead:
         (ticket,) = self._queue.submit([update], self._manager.device.caller())
         step.begun[chunk] = _Begun(trial, ticket, planned.terms, homes, gradient)
 
-    def _arrival_of_gradients(self, chunk: Chunk) -> Callable[[], None]:
-        assert chunk.gradient is not None and chunk.gradient.buffer is not None
-        device = self._manager.device
-        if not chunk.gradient.is_file:
-            return _nothing  # the update waits for downloads
-        if device.is_ram:
-            return device.synchronize  # on the thread that reads: backward goes on
-        device.synchronize()
-        return _nothing
+    def _arrival_of(self, gradient: GradientBuffer) -> Callable[[], None]:
+        """What returns when the update can read a gradient: in RAM, when downloads are over, for which it waits."""
+        if gradient.buffer is None or not gradient.is_file:
+            return _nothing
+        return partial(self._manager.device.wait_for_stored, gradient.buffer)
 
     def take(self, planned: Sequence[Planned], options: Options) -> dict[Chunk, Ticket]:
         step, self._step = self._step, _Step(reads=self._gradients.reads)
@@ -206,10 +205,10 @@ class UpdatesAhead:
     def _takes(self, planned: Planned, begun: _Begun) -> bool:
         """Confirm an update if it is the planned one. The full copy has older values then, and goes."""
         chunk = planned.chunk
-        assert isinstance(chunk.gradient, GradientBuffer)
         if (
             not begun.trial.has_begun  # as it was planned it writes through to the full copy
             or not _can_be_tried(chunk)
+            or not isinstance(chunk.gradient, GradientBuffer)
             or begun.terms != planned.terms
             or begun.homes != _identity(chunk)
             or begun.gradient != chunk.gradient.version

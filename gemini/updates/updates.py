@@ -49,6 +49,8 @@ class Updates:
         self.schedule = schedule
         self.gradients = gradients
         self.scaling = scaling
+        self.arrivals = 0
+        """How many gradients autograd has brought so far."""
         self._manager = manager
         self._updater = updater
         self._ahead = ahead
@@ -81,6 +83,7 @@ class Updates:
 
     def gradient_arrived(self, parameter: Tensor, task: int) -> Sequence[Chunk]:
         """Autograd has put a gradient into ``p.grad``. Returns chunks to `update` now."""
+        self.arrivals += 1
         slot = self.gradients.slot(parameter)
         chunk, position = slot.chunk, slot.position
         arrival = slot.take(self.gradients.leaves_theirs)

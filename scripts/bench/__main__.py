@@ -9,10 +9,11 @@
     python scripts/bench step     one training step, managed against plain PyTorch
     python scripts/bench peer_steps   the same against FSDP2 and DeepSpeed, each in a process of its own
     python scripts/bench offload_step   with model data in RAM or on a disk: ours, plain, FSDP2, DeepSpeed's NVMe
+    python scripts/bench timeline   a step that the disk bounds, phase by phase, beside its bounds and others
     python scripts/bench placement   which homes RAM should have: steps simulated, nothing is trained
     python scripts/bench ranks    training steps of several ranks, beside FSDP2 and DeepSpeed
     python scripts/bench saving   saving on several ranks, beside FSDP2 with torch.distributed.checkpoint
-    python scripts/bench async_save | disk | overhead | overlap | telemetry     see their own --help
+    python scripts/bench activations | async_save | disk | overhead | overlap | telemetry     see their own --help
 
 A benchmark is a module with ``add_arguments(parser)`` and ``run(arguments) -> dict``; the dict goes to ``--json FILE``.
 """
@@ -38,9 +39,9 @@ NAMES = (
         "ranks",
         "saving",
     ),
-    *("step", "tiny"),
+    *("step", "timeline", "tiny"),
 )
-SCRIPTS = ("async_save", "disk", "overhead", "overlap", "telemetry")
+SCRIPTS = ("activations", "async_save", "disk", "overhead", "overlap", "telemetry")
 """Have a `main` that reads the command line itself."""
 
 

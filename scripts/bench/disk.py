@@ -5,7 +5,7 @@
 Threads read and write a preallocated file in order, ``preadv`` and ``pwritev`` and nothing else: around the page cache
 (O_DIRECT) and through it, reading and writing alone and both at once. Through the page cache the time includes
 ``fsync`` after writing, and the file's pages are dropped before reading; what fits into free RAM and stays there is
-faster, as long as nobody else wants that RAM. Other scripts take `mixed_rate` as the disk's measured speed.
+faster, as long as nobody else wants that RAM. What the disk tier's own code gets of it is in `disk_rate.py`.
 """
 
 import argparse
@@ -58,17 +58,6 @@ def seconds(fd: int, reads: range, writes: range, depth: int = DEPTH, request_by
     for thread in threads:
         thread.join()
     return time.perf_counter() - begin
-
-
-def mixed_rate(folder: Path, read_share: float, nbytes: int = 8 << 30, depth: int = DEPTH) -> float:
-    """Bytes a second of reading and writing at once, around the page cache, at this share of reads.
-
-    The file has been written once before, as the homes of a model have been.
-    """
-    reads = int(nbytes * read_share) // REQUEST_BYTES * REQUEST_BYTES
-    with scratch(folder, nbytes, direct=True) as fd:
-        seconds(fd, range(0), range(nbytes))
-        return nbytes / seconds(fd, range(reads), range(reads, nbytes), depth)
 
 
 def main() -> None:

@@ -8,14 +8,14 @@ beside our torch, so only its kernel is compared (``bench adam``).
 import argparse
 import json
 import os
-import subprocess
+import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import peers
 import report
 from step_worker import KINDS
+from worker_process import WorkerError, WorkerProcess
 
 WORKER = Path(__file__).with_name("step_worker.py")
 BASE = "ours, bf16"
@@ -37,38 +37,21 @@ class Trainer:
             "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # ninja
         }  # fmt: skip
         command = [python, WORKER, kind, json.dumps(fields), str(options.batch_size), str(options.seq_len)]
-        self._log = (folder / f"step {kind.replace('/', ' ')}.log").open("w+")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
-        )
-        self.parameters: int = self._answer()["parameters"]
+        self._worker = WorkerProcess(command, environment, folder / f"step {kind.replace('/', ' ')}.log")
+        self.parameters: int = self._worker.first["parameters"]
         self.losses: list[float] = []
         self.peak_bytes = 0
 
     def step(self) -> float:
         """Train one step; its seconds."""
-        assert self._process.stdin is not None
-        print(file=self._process.stdin, flush=True)
-        took = self._answer()
+        took = self._worker.ask()
         self.losses.append(took["loss"])
         self.peak_bytes = took["peak_bytes"]
         seconds: float = took["seconds"]
         return seconds
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            raise peers.PeerError(f"its process ended: {self._log.read().strip()[-1500:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._log.close()
+        self._worker.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +77,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
                 for _ in range(WARM_UP):
                     trainer.step()
                 trainers[kind] = trainer
-            except peers.PeerError as error:
+            except WorkerError as error:
                 errors[kind] = str(error)
         seconds = report.take_turns({kind: trainer.step for kind, trainer in trainers.items()}, options.repeats)
     finally:
@@ -104,14 +87,20 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     print(
         f"{parameters / 1e6:.1f}M parameters, batch {options.batch_size} x {options.seq_len}, {options.threads} threads"
     )
-    print(f"{'':<32}{'ms a step':>10}{'to ours':>9}{'peak MiB':>10}{'loss':>10}")
-    rows = {}
+    rows, table = {}, []
     for kind, trainer in trainers.items():
-        ratio, best = report.ratio(seconds, kind, BASE), sorted(seconds[kind])
-        peak, losses = trainer.peak_bytes, trainer.losses
+        ratio, peak, losses = report.ratio(seconds, kind, BASE), trainer.peak_bytes, trainer.losses
         rows[kind] = {"seconds": seconds[kind], "ratio": ratio, "peak_bytes": peak, "losses": losses}
-        middle = best[len(best) // 2]
-        print(f"{kind:<32}{1e3 * middle:>10.0f}{ratio:>9.2f}{peak >> 20:>10}{losses[-1]:>10.4f}")
+        table.append(
+            {
+                "run": kind,
+                "ms a step": f"{1e3 * statistics.median(seconds[kind]):.0f}",
+                "to ours": f"{ratio:.2f}",
+                "peak MiB": str(peak >> 20),
+                "loss": f"{losses[-1]:.4f}",
+            }
+        )
+    print(report.table(table))
     for kind, text in errors.items():
         print(f"{kind}: did not run: {text}")
     return {"parameters": parameters, "rows": rows, "errors": errors}

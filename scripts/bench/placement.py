@@ -74,8 +74,8 @@ def step_of(
 ) -> Step:
     """A step; ``fetched`` is the share of full copies for which there is no room to stay.
 
-    An embedding computes nothing where it is looked up; forward takes a third of the time. An update that begins in
-    backward has its gradient from there.
+    An embedding computes nothing where it is looked up; forward takes a third of the time. An update begins in backward
+    only where all that it changes is on disk, beside which its results are kept until the step confirms them.
     """
     heads = [0] if tied else [len(numels) - 1]
     layers = range(1, len(numels) - (not tied))
@@ -85,20 +85,25 @@ def step_of(
     def visit(index: int, took: float) -> Visit:
         return Visit(chunks=(index,), seconds=took, fetched=(index,) if fetched else ())
 
+    kept = (MASTER, *STATES)
+    wholes = [sum(need.buffers[name] for name in kept) for need in needs_of(numels)]
+    is_ahead = begin is Begin.WHEN_COMPLETE
+    wholly_on_disk = (i for i, held in enumerate(on_disk) if sum(held[name] for name in kept) >= wholes[i])
+    early = frozenset(wholly_on_disk if is_ahead else ())
     chunks = {}
     for index, held in enumerate(on_disk):
-        updated = held[MASTER] + sum(held[name] for name in STATES)
+        updated = sum(held[name] for name in kept)
         chunks[index] = ChunkTraffic(
             fetch_bytes=round(held[MASTER] * fetched),
             update_read_bytes=updated,
             update_written_bytes=updated,
-            gradient_bytes=held[GRADIENT] if begin is Begin.AT_STEP else 0,
+            gradient_bytes=held[GRADIENT],
         )
     return Step(
         forward=tuple(visit(index, took) for index, took in visits),
         backward=tuple(visit(index, 2 * took) for index, took in reversed(visits)),
         chunks=chunks,
-        order=Order(updates=tuple(range(len(numels))), begin=begin),
+        order=Order(updates=tuple(range(len(numels))), early=early),
     )
 
 
@@ -130,7 +135,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         numels = chunk_numels(options.layers, options.hidden, options.vocabulary, tied)
         for homes in options.homes:
             for begin in Begin:
-                for stay in (1.0, 0.5):
+                for stay in (1.0, 0.75, 0.5):
                     found = compared(numels, homes * MIB, options.seconds, options.rate * 1e9, tied, begin, stay)
                     rows.append({"tied": tied, "homes_mib": homes, "begin": begin.value, "stay": stay, **found})
                     print(

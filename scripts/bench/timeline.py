@@ -8,6 +8,7 @@ and the two bounds of the step: computing alone, and moving the bytes at the dis
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import torch
 import transformers
 from torch import nn
 
+from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk.disk_file import DiskFile, Requests
@@ -27,6 +29,10 @@ from gemini.updates.update_pipeline import Block
 
 COLUMNS = 50
 MIB = 1 << 20
+RATE_BYTES = 256 * MIB
+TURN = 5
+"""Steps that a model takes before the next one's turn. The first is not counted: the updates before it are over."""
+PHASES = ("forward", "backward", "step")
 Span = tuple[float, float]
 
 
@@ -124,10 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--host-memory", default="330MiB")
-    parser.add_argument("--untied", action="store_true")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--update-in-backward", action="store_true")
-    parser.add_argument("--picture", action="store_true", help="of the last step")
+    parser.add_argument("--untied", action="store_true", help="an embedding and a head of their own")
+    parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted")
+    parser.add_argument("--compare", action="store_true", help="interleaved with updates in step() only, and in RAM")
+    parser.add_argument("--picture", action="store_true", help="of the last step of each")
     parser.add_argument("--folder", default=None, help="of the disk")
 
 
@@ -142,61 +148,100 @@ def build(options: argparse.Namespace) -> nn.Module:
     )  # fmt: skip
 
 
-def run(options: argparse.Namespace) -> dict[str, object]:
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rate_before = mixed_rate(Path(folder), 256 * MIB)
+class Row:
+    """One model in training, and what its steps took."""
+
+    def __init__(self, options: argparse.Namespace, **plugin: Any) -> None:
         model = build(options)
-        memory = {} if options.host_memory == "all" else {"host_memory": options.host_memory}
-        plugin = GeminiPlugin(
-            telemetry=False, offload_dir=folder, update_in_backward=options.update_in_backward, **memory
-        )
-        booster = Booster(plugin=plugin)
-        model, optimizer, *_ = booster.boost(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
-        tokens = torch.randint(0, options.vocabulary, (options.batch_size, options.seq_len))
-        recording, seconds, losses = Recording(), [], []
-        phases: list[dict[str, float]] = []
+        self.booster = Booster(plugin=GeminiPlugin(telemetry=False, **plugin))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
+        self.losses: list[float] = []
+        self.phases: list[dict[str, float]] = []
+        self.picture: list[str] = []
+
+    def step(self, tokens: torch.Tensor, recording: Recording) -> None:
+        """One step, whose updates may go on in the background."""
+        recording.clear()
+        times, cpu = [time.perf_counter()], os.times()
+        loss = self.model(input_ids=tokens, labels=tokens).loss
+        times.append(time.perf_counter())
+        self.booster.backward(loss, self.optimizer)
+        times.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        times.append(time.perf_counter())
+        used = os.times()
+        self.losses.append(loss.item())
+        disk = [*recording.spans.get("read", []), *recording.spans.get("write", [])]
+        found = {"seconds": times[-1] - times[0], "cpu": used.user - cpu.user, "system": used.system - cpu.system}
+        for name, begin, end in zip(PHASES, times, times[1:], strict=False):
+            found[name] = end - begin
+            found[f"disk in {name}"] = union(disk, begin, end)
+            found[f"waits in {name}"] = union(recording.spans.get("enter", []), begin, end)
+        found["read MiB"] = recording.nbytes.get("read", 0) / MIB
+        found["written MiB"] = recording.nbytes.get("write", 0) / MIB
+        self.phases.append(found)
+        self.picture = picture(recording, times)
+
+    def turn(self, tokens: torch.Tensor, recording: Recording) -> None:
+        """Some steps in a row, all of whose updates are over at the end."""
+        for _ in range(TURN):
+            self.step(tokens, recording)
+        boosted(self.model).manager.settle()
+
+    def counted(self, name: str) -> list[float]:
+        """Of all steps but those of the first turn, and the first of each."""
+        return [phases[name] for at, phases in enumerate(self.phases) if at >= TURN and at % TURN]
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.counted(name))
+
+
+def picture(recording: Recording, times: Sequence[float]) -> list[str]:
+    """One line for each kind of work, and one with the phases."""
+    begin, end = times[0], times[-1]
+    marks = ["-"] * COLUMNS
+    for at in times[1:-1]:
+        marks[min(COLUMNS - 1, int((at - begin) / (end - begin) * COLUMNS))] = "|"
+    kinds = ("read", "write", "update", "enter")
+    rows = [f"{kind:>8} |{row(recording.spans.get(kind, []), begin, end)}|" for kind in kinds]
+    return [*rows, " " * 10 + "".join(marks) + "  forward | backward | step"]
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    recording = Recording()
+    tokens = torch.randint(0, options.vocabulary, (options.batch_size, options.seq_len))
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rate_before = mixed_rate(Path(folder), RATE_BYTES)
+        on_disk = {"host_memory": options.host_memory, "offload_dir": folder}
+        rows = {"on disk": Row(options, **on_disk)}
+        if options.compare:
+            rows["on disk, updates in step()"] = late = Row(options, **on_disk)
+            boosted(late.model).engine.updates._ahead.trust.steps_without = sys.maxsize
+            rows["in RAM"] = Row(options)
         with recorded(recording):
-            for _ in range(options.steps):
-                recording.clear()
-                times = [time.perf_counter()]
-                cpu = os.times()
-                loss = model(input_ids=tokens, labels=tokens).loss
-                times.append(time.perf_counter())
-                booster.backward(loss, optimizer)
-                times.append(time.perf_counter())
-                optimizer.step()
-                optimizer.zero_grad()
-                times.append(time.perf_counter())
-                used = os.times()
-                losses.append(loss.item())
-                seconds.append(times[-1] - times[0])
-                disk = [*recording.spans.get("read", []), *recording.spans.get("write", [])]
-                found = {"seconds": seconds[-1], "cpu": used.user - cpu.user, "system": used.system - cpu.system}
-                for name, begin, end in zip(("forward", "backward", "step"), times, times[1:], strict=False):
-                    found[name] = end - begin
-                    found[f"disk in {name}"] = union(disk, begin, end)
-                    found[f"waits in {name}"] = union(recording.spans.get("enter", []), begin, end)
-                found["update"] = union(recording.spans.get("update", []), times[0], times[-1])
-                found["read MiB"] = recording.nbytes.get("read", 0) / MIB
-                found["written MiB"] = recording.nbytes.get("write", 0) / MIB
-                phases.append(found)
-                print("  ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
+            for _ in range(1 + options.rounds):
+                for each in rows.values():
+                    each.turn(tokens, recording)
+        rate = (rate_before + mixed_rate(Path(folder), RATE_BYTES)) / 2
+    for name, each in rows.items():
+        print(f"{name}: " + "  ".join(f"{key} {each.median(key):.2f}" for key in each.phases[0]))
         if options.picture:
-            for kind in ("read", "write", "update", "enter"):
-                print(f"{kind:>8} |{row(recording.spans.get(kind, []), times[0], times[-1])}|")
-            marks = ["-"] * COLUMNS
-            for at in times[1:-1]:
-                marks[min(COLUMNS - 1, int((at - times[0]) / (times[-1] - times[0]) * COLUMNS))] = "|"
-            print(" " * 10 + "".join(marks) + "  forward | backward | step")
-        rate = (rate_before + mixed_rate(Path(folder), 256 * MIB)) / 2
-    timed = phases[3:] or phases
-    median = {key: statistics.median(each[key] for each in timed) for key in timed[0]}
-    moved = (median["read MiB"] + median["written MiB"]) * MIB
-    print(f"mixed rate {rate / MIB:.0f} MiB/s; traffic / rate {moved / rate:.2f} s; step {median['seconds']:.2f} s")
-    return {"median": median, "rate_bytes": rate, "losses": losses, "seconds": seconds}
+            print(*each.picture, sep="\n")
+    traffic = (rows["on disk"].median("read MiB") + rows["on disk"].median("written MiB")) * MIB / rate
+    seconds = {name: each.median("seconds") for name, each in rows.items()}
+    print(f"mixed rate {rate / MIB:.0f} MiB/s; traffic / rate {traffic:.2f} s; step {seconds['on disk']:.2f} s")
+    if options.compare:
+        assert all(each.losses == rows["in RAM"].losses for each in rows.values()), "placement has changed numbers"
+        bound = max(traffic, seconds["in RAM"])
+        pairs = zip(rows["on disk"].counted("seconds"), late.counted("seconds"), strict=True)
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"{seconds['on disk'] / bound:.2f} of the bound {bound:.2f} s; {ratio:.2f} of updates in step() only")
+    return {"seconds": seconds, "traffic_seconds": traffic, "rate_bytes": rate, "losses": rows["on disk"].losses}
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     add_arguments(arguments)
-    print(run(arguments.parse_args())["losses"])
+    run(arguments.parse_args())

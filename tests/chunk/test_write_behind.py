@@ -115,3 +115,27 @@ def test_closing_finishes_what_is_under_way(behind: WriteBehind) -> None:
     behind.write(buffer, 0, torch.ones(BLOCK_NUMEL))
     behind.close()
     assert buffer.tensor.all()
+
+
+def test_who_waits_for_one_buffer_finds_it_written_while_another_is_not(behind: WriteBehind) -> None:
+    slow, quick = Slow(BLOCK_NUMEL), Slow(BLOCK_NUMEL)
+    behind.write(quick, 0, torch.ones(BLOCK_NUMEL))
+    slow.may_go_on.clear()
+    behind.write(slow, 0, torch.ones(BLOCK_NUMEL))
+    behind.wait_for(quick)
+    assert bool(quick.tensor.all()) and not slow.tensor.any()
+    slow.may_go_on.set()
+    behind.wait_for(slow)
+    assert bool(slow.tensor.all())
+
+
+def test_an_error_is_told_to_who_waits_for_its_buffer_and_to_the_flush(behind: WriteBehind) -> None:
+    failing, sound = Slow(BLOCK_NUMEL, 0), Slow(BLOCK_NUMEL)
+    for buffer in (failing, sound):
+        behind.write(buffer, 0, torch.ones(BLOCK_NUMEL))
+    behind.wait_for(sound)
+    for work in (lambda: behind.wait_for(failing), behind.flush):
+        with pytest.raises(OffloadError, match="call 0 fails"):
+            work()
+    behind.flush()
+    assert bool(failing.tensor.all())

@@ -9,7 +9,7 @@ from divided_homes import ROOM, divide_everything, divided_buffers
 from loop import check_same
 from other_optimizers import Other
 from other_optimizers import build as build_large
-from parity import Task, check_equal, check_parity, run_managed
+from parity import Task, check_equal, check_parity, run_managed, run_plain
 from torch import Tensor, nn
 from two_owners import Owners, check_owners
 
@@ -23,6 +23,8 @@ from gemini.nn.optimizer import HybridAdam
 pytestmark = pytest.mark.timeout(120)
 
 MOMENTS = {"exp_avg", "exp_avg_sq"}
+LEAST = 2_400_000
+"""Bytes of RAM that `Odd` needs for full copies and staging."""
 
 
 class Odd(nn.Module):
@@ -176,6 +178,36 @@ def test_values_go_home_are_saved_and_loaded_and_survive_a_release(tmp_path: Pat
     check_same_values(again[1], whole[1])
 
 
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_homes_are_divided_elsewhere_as_capacities_change(states: str) -> None:
+    def trained(resizes: bool) -> tuple[list[float], Any]:
+        torch.manual_seed(0)
+        model: Any = Odd()
+        booster = Booster(plugin=GeminiPlugin(telemetry=False, host_memory="16MiB", **ROOM))
+        model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters(), lr=1e-2, states=states))
+        manager, found = boosted(model).manager, []
+        most = manager.ledger.used(Tier.HOST)
+        for number, tokens in enumerate(batches(10)):
+            value = loss(model, tokens)
+            booster.backward(value, optimizer)
+            found.append(value.item())
+            if resizes:  # with gradients there, every other time
+                boosted(model).engine.resize({Tier.HOST: max(most - number * 100_003, LEAST)})
+                on_host = sum(chunk.plan.nbytes_on(Tier.HOST) for chunk in manager.chunks)
+                assert on_host <= manager.ledger.used(Tier.HOST) <= manager.ledger.capacity(Tier.HOST)
+                places.update(divided_buffers(model))
+            if number % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return found, model
+
+    places = set[str]()
+    (losses, ours), (expected, other) = trained(True), trained(False)
+    assert losses == expected
+    check_same_values(ours, other)
+    assert places
+
+
 def test_layers_are_unfrozen_beside_divided_homes() -> None:
     def losses(**plugin: Any) -> list[float]:
         model: Any = build_large()
@@ -209,3 +241,21 @@ def test_statistics_count_each_part_on_its_tier() -> None:
     on = {tier: sum(plan.nbytes_on(tier) for plan in plans) for tier in Tier}
     assert on[Tier.HOST] == placed[Tier.HOST] and 0 < on[Tier.DISK] <= placed[Tier.DISK]
     assert stats["placement/offload_optim_frac"] == on[Tier.DISK] / (on[Tier.HOST] + on[Tier.DISK])
+
+
+def test_the_first_chunk_is_divided_and_the_updates_of_later_ones_begin_in_backward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # as placement has it: RAM goes to what forward waits for first
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(61, 97), *(nn.Linear(97, 97) for _ in range(12)))
+
+    sizes = {"chunk_config_dict": {1: {"chunk_size": 9600}}, "host_memory": "640KiB", "offload_dir": tmp_path}
+    run, model = run_managed(Task(build, batches(6), loss, "bf16"), **sizes)
+    check_equal(run, run_plain(Task(build, batches(6), loss, "bf16")))
+    chunks = boosted(model).manager.chunks
+    divided = [index for index, chunk in enumerate(chunks) if len(chunk.plan.boundaries)]
+    on_disk = [all(tier is Tier.DISK for tier in chunk.plan.tiers.values()) for chunk in chunks]
+    assert len(divided) == 1 and on_disk == [index > divided[0] for index in range(len(chunks))]
+    assert boosted(model).engine.updates._ahead.taken_count > 0

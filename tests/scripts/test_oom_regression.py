@@ -108,3 +108,9 @@ def test_scenarios_are_listed_and_unknown_ones_refused() -> None:
     said = oom_regression("--list", expect=0)
     assert re.search(r"^plain_dies_gemini_trains +quick", said, re.MULTILINE) and "lazy_boost_peak" in said
     assert "invalid choice" in oom_regression("--only", "no_such", expect=2)
+
+
+@pytest.mark.heavy
+def test_what_the_estimate_says_fits_trains_without_an_argument() -> None:
+    said = oom_regression("--only", "nothing_but_offload_dir", "--small", expect=0)
+    assert said.count("3 steps, the losses of") == 2

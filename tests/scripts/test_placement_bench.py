@@ -23,8 +23,11 @@ def bench() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("stay", [1.0, 0.5], ids=["copies stay", "half of the copies stay"])
-@pytest.mark.parametrize("begin", Begin)
+@pytest.mark.parametrize(
+    ("stay", "begin"),
+    [(1.0, Begin.AT_STEP), (1.0, Begin.WHEN_COMPLETE), (0.5, Begin.AT_STEP)],
+    ids=["copies stay", "copies stay, updates in backward", "half of the copies stay"],
+)
 @pytest.mark.parametrize("homes", [106, 300, 600])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_no_other_way_to_fill_ram_gives_a_shorter_step(
@@ -40,6 +43,14 @@ def test_the_simulation_tells_placements_apart(bench: ModuleType) -> None:
     """With what is waited for first in RAM a step is a fifth shorter than with homes placed by kind and as wholes."""
     found = bench.compared(bench.chunk_numels(8, 768, 50257, True), 600 * MIB, 1.25, 1.8e9, True, Begin.WHEN_COMPLETE)
     assert found["rule"] < 0.8 * found["by kind, whole"]
+
+
+def test_an_update_begins_in_backward_only_where_all_that_it_changes_is_on_disk(bench: ModuleType) -> None:
+    numels = bench.chunk_numels(2, 64, 1000, True)
+    on_disk = [dict(need.buffers) for need in bench.needs_of(numels)]
+    on_disk[1]["exp_avg"] -= 8192
+    on_disk[2]["gradient"] = 0
+    assert bench.step_of(numels, on_disk, 1.0, True, Begin.WHEN_COMPLETE).order.late == {1}
 
 
 def test_what_is_on_disk_by_the_rule_is_what_ram_has_no_room_for(bench: ModuleType) -> None:

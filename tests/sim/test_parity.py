@@ -1,10 +1,12 @@
 """Training on a device with memory and streams of its own gives the numbers of plain PyTorch on the CPU."""
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from divided_homes import ROOM, divide_everything, divided_buffers
 from other_optimizers import make
 from parity import check_equal, run_managed, run_plain
 from sim_tasks import PLACEMENTS, OnDevice, expected, task
@@ -205,3 +207,14 @@ def test_a_parameter_with_hooks_is_to_be_moved_to_the_device_first(device: Simul
     model.weight.register_hook(lambda gradient: gradient)
     with pytest.raises(ValueError, match=r"has hooks .*model\.to\('sim'\)"):
         managed.booster.boost(model, HybridAdam(model.parameters()))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_homes_divided_between_ram_and_disk_give_the_numbers_of_the_cpu(
+    device: SimulatedDevice, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divide_everything(monkeypatch)
+    chunks = {"chunk_config_dict": {1: {"chunk_size": 1 << 13}}}
+    run, model = run_managed(task(precision), device_memory="200KiB", **{**ROOM, **chunks, "offload_dir": tmp_path})
+    check_equal(run, expected(precision))
+    assert "master" in divided_buffers(model)

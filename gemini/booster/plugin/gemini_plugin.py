@@ -98,9 +98,10 @@ class GeminiPlugin(DPPluginBase):
         Keep frozen linear layers in fewer bits: ``"nf4"`` (0.5625 bytes a parameter), ``"int8"`` (1.0625), or a
         `gemini.Quantization`, which also says which layers. `Booster.enable_lora` takes the same argument.
     activation_policy
-        What becomes of the tensors that the model saves for its backward: ``"keep"``, or ``"offload"``: they leave for
-        RAM (from a device of its own) or for ``offload_dir`` while forward runs, and come back ahead of backward. Same
-        numbers; it buys longer sequences and larger batches.
+        What becomes of the tensors that the model saves for its backward: ``"keep"``; ``"offload"``: they leave for RAM
+        (from a device of its own) or for ``offload_dir`` while forward runs, and come back ahead of backward;
+        ``"recompute"``: each block's forward runs again in backward; ``"auto"``: block by block what memory demands, in
+        the least time, and nothing where everything fits. Same numbers; longer sequences and larger batches.
     process_group
         The ranks that train the model together: a group, or a ``DeviceMesh`` of one dimension, or of two (replicate,
         shard); None for all of them. All build the same model, call `Booster.boost`, and take the same steps.

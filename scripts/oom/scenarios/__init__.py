@@ -7,6 +7,7 @@ from . import (
     budgets_held,
     lazy_boost_peak,
     lora_on_disk,
+    nothing_but_offload_dir,
     plain_dies_gemini_trains,
     pretrained_larger_than_limit,
 )
@@ -18,4 +19,5 @@ ALL: tuple[Scenario, ...] = (
     lazy_boost_peak.SCENARIO,
     *lora_on_disk.SCENARIOS,
     pretrained_larger_than_limit.SCENARIO,
+    nothing_but_offload_dir.SCENARIO,
 )

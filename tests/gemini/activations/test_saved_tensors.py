@@ -115,8 +115,7 @@ def test_views_and_results_that_share_memory_leave_once_and_come_back_sharing(tm
         assert ours_one.storage_offset() == plain_one.storage_offset()
         assert ours_one.requires_grad == plain_one.requires_grad
     assert len({view.untyped_storage().data_ptr() for view in ours}) == 1
-    stats = model.memory_stats()
-    assert stats["activation/leave_count"] == stats["activation/return_count"] + stats["activation/hit_count"] - 6
+    assert model.memory_stats()["activation/leave_count"] == 3  # what sin and square have saved besides
 
 
 def test_parameters_buffers_and_what_the_program_holds_stay(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop import SMALL, Trained, batch, check_same
+from loop import SMALL, Trained, check_same
 from torch import Tensor, nn
 
 import gemini
@@ -14,6 +14,7 @@ from gemini.boosted import boosted
 from gemini.chunk import MemoryMap, Tier
 from gemini.chunk.disk import DiskBuffer
 from gemini.errors import OffloadError, OutOfMemory
+from gemini.memory.foresight import Foresight, capacity_between_steps
 
 KIB = 1 << 10
 IN_RAM: dict[str, Any] = {"host_memory": "4MiB", "offload_dir": "disk", **SMALL}
@@ -256,16 +257,71 @@ def test_inside_of_a_forward_it_is_refused() -> None:
     check_same(ours, plain)
 
 
-def test_an_old_graph_finds_its_numbers_when_homes_have_moved() -> None:
-    ours, plain = Trained(IN_RAM), Trained(None)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "split"])
+def test_an_old_graph_finds_its_numbers_when_homes_have_moved(kind: str) -> None:
+    ours, other = (Trained(IN_RAM, **KINDS[kind]) for _ in range(2))
     assert boosted(ours.model).manager.ledger.memory is MemoryMap.UNIFIED
-    losses = []
-    for each in (ours, plain):
-        torch.manual_seed(0)
-        losses.append(each.loss(0))
-    least(ours)
-    for each, loss in zip((ours, plain), losses, strict=True):
-        each.backward(loss)
-        each.optimizer.step()
-    assert batch(0).shape
-    check_same(ours, plain)
+    most = capacity(ours)
+    for number in range(4):
+        losses = []
+        for each in (ours, other):
+            torch.manual_seed(number)
+            losses.append(each.loss(number))
+        resize(ours, host=most) if number % 2 else least(ours)
+        for each, loss in zip((ours, other), losses, strict=True):
+            each.backward(loss)
+            each.optimizer.step()
+            each.optimizer.zero_grad()
+        assert losses[0].item() == losses[1].item()
+    check_alike(ours, other)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "split"])
+def test_in_a_first_forward_homes_leave_before_memory_has_run_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, other = (Trained(IN_RAM, **KINDS[kind]) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Foresight, "lacking", lambda *_: 2048 * KIB)
+        loss = step(ours, 0)
+    assert bytes_on(ours, Tier.DISK) > 0
+    assert loss == step(other, 0) and step(ours, 1) == step(other, 1)
+    check_alike(ours, other)
+
+
+def test_homes_come_back_when_there_is_room_again() -> None:
+    ours, other = Trained(IN_RAM, "bf16"), Trained(IN_RAM, "bf16")
+    for number in range(2):
+        assert step(ours, number) == step(other, number)
+    memory = boosted(ours.model).engine.memory
+    smallest = least(ours)
+    boosted(ours.model).engine.resize({Tier.HOST: smallest})
+    memory._most_bytes = 4096 * KIB
+    memory._looked_at = 0.0
+    assert bytes_on(ours, Tier.DISK) > 0
+    assert step(ours, 2) == step(other, 2)
+    assert bytes_on(ours, Tier.DISK) == 0
+    check_alike(ours, other)
+
+
+def test_growth_that_was_seen_goes_on_and_backward_takes_some_more() -> None:
+    mib, foresight = 1 << 20, Foresight()
+    foresight.begin()
+    assert foresight.lacking(0.1, 100 * mib, 1000 * mib, 0) == 0
+    assert foresight.lacking(0.15, 110 * mib, 1000 * mib, 0) == 0  # too early to tell
+    # 200 MiB in half of it: 160 to come, and a quarter of 400 in backward; 48 MiB stay free.
+    assert foresight.lacking(0.6, 300 * mib, 300 * mib, 20 * mib) == (160 + 100 + 20 + 48 - 300) * mib
+    assert foresight.lacking(1.0, 500 * mib, 30 * mib, 0) == 18 * mib
+
+
+def test_homes_do_not_swing() -> None:
+    mib = 1 << 20
+    most = 1024 * mib
+
+    def next_capacity(capacity: int, free: int) -> int:
+        return capacity_between_steps(capacity * mib, most, free * mib, 0, 100 * mib) // mib
+
+    assert next_capacity(1024, 96) == 1024 - 16  # what is to stay free is missing
+    assert next_capacity(512, 300) == 512  # there is room, but hardly more than what is to stay free
+    assert next_capacity(512, 500) == 512 + 500 - 100 - 48 - 128
+    assert next_capacity(1000, 500) == next_capacity(1024, 5000) == 1024
+    raised = next_capacity(512, 500)
+    assert next_capacity(raised, 500 - (raised - 512)) == raised

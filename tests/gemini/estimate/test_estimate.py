@@ -16,16 +16,18 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.chunk import MemoryMap, Requests, Tier, tuned
 from gemini.chunk.disk_tuning import LEAST_TIER_BYTES
 from gemini.config import GeminiConfig
-from gemini.estimate.activations import Activations, StorageMeter, repeated_layers
+from gemini.estimate.activations import Activations, repeated_layers
 from gemini.estimate.demand import Machine, ModelData, as_argument, demand, model_bytes, room_for_copies
 from gemini.estimate.disk_bench import file_system
 from gemini.estimate.solve import largest, solve_batch_size, solve_memory
 from gemini.estimate.step_model import streamed_copies
+from gemini.estimate.storages import StorageMeter
 from gemini.estimate.subject import NotFound, Subject, find_subject
 from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
 from gemini.stat.cli import main
 from gemini.stat.commands.schema import output_schema
+from gemini.stat.rates import hardware_file
 from gemini.telemetry.layout import disks_folder
 
 GPT2 = ["gpt2", "--set", "n_embd=64", "--set", "n_head=4", "--set", "n_layer=5", "--set", "vocab_size=256"]
@@ -52,7 +54,7 @@ def test_two_and_three_layers_tell_the_rest(kind: str) -> None:
     activations = Activations(subject, torch.bfloat16, checkpointing=False)
     assert activations._lists
     lengths = [len(layers) for layers in activations._lists]
-    assert activations.tracked_bytes(2, 32) == activations._measured(lengths, 2, 32)
+    assert activations.tracked_bytes(2, 32) == activations._measured(lengths, 2, 32).peak_bytes
 
 
 def test_fake_tensors_count_what_real_ones_do() -> None:
@@ -60,7 +62,7 @@ def test_fake_tensors_count_what_real_ones_do() -> None:
         meter = StorageMeter()
         meter.leave_out(list(model.parameters()))
         inputs = batch(0, rows=64)
-        meter._see(inputs)
+        meter.see(inputs)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with meter:
@@ -300,6 +302,26 @@ def test_bench_measures_this_machine(
     assert "/proc/no" in capsys.readouterr().err
     assert main(["bench", str(tmp_path), "--numel", "65536", "--disk-size", "a lot"]) == 2
     assert "--disk-size" in capsys.readouterr().err
+
+
+def test_an_estimate_has_the_time_of_a_step_once_the_machine_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert main(["estimate", *GPT2, "--ram", "1GiB", "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert before["step_seconds_floor"] is None and any("gemini-stat bench" in text for text in before["remarks"])
+    links = {"host_to_device": 1e9, "disk_to_host": 1e6, "host_to_disk": 1e6, "disk_mixed": 1e6}
+    speed = {"training_flops_per_second": 1e12, "flops_per_second": 2e12, "adam_elements_per_second": 1e9}
+    hardware_file().parent.mkdir(parents=True)
+    hardware_file().write_text(json.dumps({"bytes_per_second": links, **speed}))
+    assert main(["estimate", *GPT2, "--ram", "1GiB", "--json"]) == 0
+    resident = json.loads(capsys.readouterr().out)
+    assert resident["step_seconds_floor"] > 0 and "disk" not in resident["step_seconds_floor_by"]
+    assert not any("gemini-stat bench" in text for text in resident["remarks"])
+    assert main(["estimate", *GPT2, "--ram", "42MiB", "--disk", "1GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "a step takes" in said and "waiting" in said
 
 
 def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 from gemini.chunk import MemoryMap, Tier
 from gemini.config import GeminiConfig
 from gemini.estimate.demand import ModelData, room_for_copies
-from gemini.estimate.step_model import Training, disk_rates, step_seconds, uses
+from gemini.estimate.step_model import Training, disk_rates, early_updates, step_seconds, uses
 from gemini.estimate.subject import Subject
 
-TRAINING = Training(tokens=10, checkpointing=False, ranks=1, state_bytes=12.0, in_backward=False, prefetched=2)
+TRAINING = Training(tokens=10, checkpointing=False, state_bytes=12.0, in_backward=False, ahead=True, prefetched=2)
 SPEED = {
     "flops_per_second": 2e7, "training_flops_per_second": 1e7, "adam_elements_per_second": 1e6,
     "host_to_device": 1e12, "disk_to_host": 1e6, "host_to_disk": 2e6, "disk_mixed": 1.5e6,
@@ -67,6 +67,15 @@ def test_what_is_on_the_disk_takes_longer_than_its_traffic_because_it_begins_lat
     )
     earlier = answer(chain, 12.0, training=replace(TRAINING, in_backward=True))
     assert earlier["step"] < found["step"]
+
+
+def test_updates_of_what_is_all_on_disk_begin_ahead_of_the_step() -> None:
+    data = ModelData(Subject("test", chain, lambda size, length: {}), GeminiConfig(chunk_numel=4352))
+    limits = {Tier.DEVICE: 1, Tier.HOST: 12 * data.numel, Tier.DISK: 1 << 30}
+    packing = data.pack(limits, MemoryMap.UNIFIED)
+    on_disk = {plan.layout.index for plan in packing.plans if plan.nbytes_on(Tier.HOST) == 0}
+    assert on_disk and early_updates(packing, TRAINING) == on_disk
+    assert early_updates(packing, replace(TRAINING, ahead=False)) == frozenset()
 
 
 def test_without_a_measured_disk_there_is_no_time_of_a_step_that_needs_it() -> None:

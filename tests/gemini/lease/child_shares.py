@@ -3,8 +3,8 @@
     python child_shares.py '{"folder": ..., "total": bytes, "layers": 4, "steps": 6, "waits_after": [2]}'
 
 The limit is a double of a group's: what is free of it is ``total`` less the RAM that all processes that are named in
-the folder have taken, really, since they began. ``RLIMIT_DATA`` holds each to it besides. It says what it does, a line
-for each step, and waits for a line on stdin after some of them.
+the folder have really taken since they began. ``RLIMIT_DATA`` holds each to it besides. The child says what it does, a
+line for each step, and waits for a line on stdin after some of them.
 """
 
 import gc

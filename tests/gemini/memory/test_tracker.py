@@ -357,3 +357,16 @@ def test_other_types_are_refused(size: object) -> None:
 )
 def test_sizes_are_written(nbytes: float, text: str) -> None:
     assert format_bytes(nbytes) == text
+
+
+def test_what_other_models_take_meanwhile_is_theirs(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    status = tmp_path / "proc/self/status"
+    others = [0]
+    meter = NonModelMeter(root=tmp_path, elsewhere=lambda: others[0])
+    status.write_text("VmHWM:\t1000 kB\nVmRSS:\t1000 kB\nRssFile:\t0 kB\n")
+    meter.start()
+    status.write_text("VmHWM:\t1700 kB\nVmRSS:\t1700 kB\nRssFile:\t0 kB\n")
+    others[0] = 500 << 10
+    meter.sample(0)
+    assert meter.last_bytes == 200 << 10

@@ -14,6 +14,7 @@ from gemini.planning.placement import (
     DISK_PAGE_BYTES as PAGE,
 )
 from gemini.planning.placement import (
+    STAYING_SHARE,
     AutoPlacementPolicy,
     Capacity,
     ChunkNeed,
@@ -148,7 +149,8 @@ def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: l
     taken = room.staging_bytes + (room.ring_bytes if room.memory is MemoryMap.UNIFIED else 0)
     pairs = list(zip(needs, placement.homes, strict=True))
     below = [(need, homes) for need, homes in pairs if Tier.DEVICE not in homes.values()]
-    stay = room.memory is not MemoryMap.ACCELERATOR and room.ring_bytes >= sum(need.full_nbytes for need, _ in below)
+    copies = sum(need.full_nbytes for need, _ in below)
+    stay = room.memory is not MemoryMap.ACCELERATOR and room.ring_bytes >= STAYING_SHARE * copies
     wholes = [(need, homes, name) for need, homes in below for name in (MASTER, "exp_avg", "exp_avg_sq", GRADIENT)]
     if not stay:  # masters are fetched twice a step beside their update: trained ones move most
         wholes.sort(key=lambda each: 0 if each[2] == MASTER and GRADIENT in each[0].buffers else 1)
@@ -201,7 +203,7 @@ def test_frozen_masters_whose_copies_stay_leave_the_host_to_what_moves() -> None
     needs = [frozen(10), trainable(10)]
     room = room_of(40, 140, 4 * PAGE, MemoryMap.EMULATED, ring=40)
     assert [names_on(Tier.HOST, homes) for homes in placed(needs, room).homes] == [set(), set(needs[1].buffers)]
-    fetched = replace(room, ring_bytes=39)
+    fetched = replace(room, ring_bytes=29)
     assert names_on(Tier.HOST, placed(needs, fetched).homes[0]) == {MASTER}
 
 

@@ -57,7 +57,7 @@ def test_updates_in_backward_begin_when_gradients_are_complete() -> None:
     model = step([(1.0, 9.0), (1.0, 1.0)], [ChunkTraffic(), streamed(4)], begin=Begin.WHEN_COMPLETE)
     assert step_time(model, DISK).seconds == 12.0
     # What is used first in forward is complete last: it cannot begin before backward ends.
-    first = step([(1.0, 9.0), (1.0, 1.0)], [streamed(4), ChunkTraffic()], begin=Begin.WHEN_COMPLETE)
+    first = step([(1.0, 9.0), (1.0, 1.0)], [streamed(4), ChunkTraffic()], early=frozenset({0, 1}))
     assert step_time(first, DISK).seconds == 16.0
 
 
@@ -133,6 +133,7 @@ def test_no_step_takes_less_than_its_computing_or_its_traffic_nor_more_than_both
         order=Order(
             updates=tuple(of.sample(range(count), count)),
             begin=of.choice(list(Begin)),
+            early=frozenset(of.sample(range(count), of.randint(0, count))),
             read_ahead_bytes=of.choice([0, 10 * MIB, 1 << 40]),
             prefetched_visits=of.randint(1, 3),
         ),

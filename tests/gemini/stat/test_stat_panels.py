@@ -33,3 +33,15 @@ def test_what_moves_is_apart_from_what_waits_however_long_it_is() -> None:
         stall_ratio=0.1, stall_by_tier={}, evictions=0.0, disk_written_per_day=None, risk={},
     )  # fmt: skip
     assert f"{panels.size(link.ceiling)}/s  needs a step" in panels.moves(rates, 140)[0].plain
+
+
+def test_saved_tensors_have_a_line_where_some_have_left() -> None:
+    stats = {
+        "activation/leave_count": 8, "activation/hit_count": 9, "activation/late_count": 1, "activation/miss_count": 0,
+        "activation/leave_wait_seconds": 0.25, "activation/return_wait_seconds": 0.25, "activation/host_bytes": 0,
+        "activation/disk_bytes": GIB, "activation/below_peak_bytes": 2 * GIB,
+    }  # fmt: skip
+    (line,) = panels.activations(stats, 140)
+    for text in (f"disk {panels.size(GIB)}, at most {panels.size(2 * GIB)}", "hit 90", "late 10", "waited"):
+        assert text in line.plain
+    assert panels.activations({"activation/leave_count": 0}, 140) == []

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import gemini
 from gemini.boosted import boosted
+from gemini.chunk import Tier
+from gemini.sizes import parse_bytes
 from gemini.updates.ahead import MOST_STEPS_WITHOUT, Trust, UpdatesAhead
 
 pytestmark = pytest.mark.timeout(60)
@@ -224,7 +226,7 @@ def test_what_comes_before_the_step_counts_as_in_plain_pytorch(placement: dict[s
     for step in range(3):  # by now updates begin ahead of the step
         assert ours.step(step) == plain.step(step)
     assert ahead_of(ours).trust.is_given
-    for step in range(3, 9):
+    for step in range(3, 7):
         ahead_of(ours).trust.steps_without = 0  # as if nothing were learned from it
         assert habit(ours, step) == habit(plain, step)
     check_same(ours, plain)
@@ -263,6 +265,19 @@ def test_a_model_that_is_released_before_the_step_goes_on_with_the_same_gradient
             ours.booster.resume(ours.model)
             loss = backward(ours, step)
         assert loss == backward(plain, step)
+        end(ours)
+        end(plain)
+    assert ahead_of(ours).taken_count > 0
+    check_same(ours, plain)
+
+
+@pytest.mark.parametrize("capacity", ["4MiB", "296KiB"], ids=["up", "down"])
+def test_homes_that_move_before_the_step_keep_their_numbers(placement: dict[str, Any], capacity: str) -> None:
+    ours, plain = Deep(placement), Deep(None)
+    for step in range(6):
+        assert backward(ours, step) == backward(plain, step)
+        if step == 3:
+            boosted(ours.model).engine.resize({Tier.HOST: parse_bytes(capacity)})
         end(ours)
         end(plain)
     assert ahead_of(ours).taken_count > 0
