@@ -157,7 +157,7 @@ def _answer(
         step_seconds_floor_by={name: taken for name, taken in times.items() if name != "step"},
         solved=solved,
         problem=found.problem,
-        remarks=_remarks(machine, found.fits and "step" not in times),
+        remarks=_remarks(machine, found.tiers[Tier.DISK].model_bytes > 0, found.fits and "step" not in times),
     )
 
 
@@ -186,12 +186,14 @@ def _step_seconds(options: argparse.Namespace, data: ModelData, found: Demand, m
     return step_seconds(data.model, packing, room_for_copies(packing, limits), training, read_speed())
 
 
-def _remarks(machine: Machine, is_without_time: bool) -> list[str]:
+def _remarks(machine: Machine, uses_disk: bool, is_without_time: bool) -> list[str]:
     found = ["not counted: the interpreter and libraries, data loader workers, what the user's own code keeps"]
     if machine.memory is not MemoryMap.UNIFIED:
         found.append("activations were tracked on fake CPU tensors; CUDA kernels may need other temporaries")
     if machine.ranks > 1:
         found.append("not counted: the time of messages between ranks, and the memory that they take on their way")
+    if uses_disk:
+        found.append("not counted: results of updates ahead of a step, at most as much disk again, where there is room")
     if is_without_time:
         found.append("no step time: gemini-stat bench FOLDER measures this machine, and the disk of the folder, first")
     return found

@@ -125,8 +125,9 @@ def test_model_data_peak_where_the_estimate_says(
     for tier in Tier:
         measured = stats[f"{tier.value}/peak_bytes"]
         slack = max(chunk.full_nbytes for chunk in boosted(model).manager.chunks)
-        assert abs(expected[tier] - measured) <= slack, tier
-    assert expected[Tier.DISK] == stats["disk/peak_bytes"]
+        assert tier is Tier.DISK or abs(expected[tier] - measured) <= slack, tier
+    # Beside the homes the results of updates ahead of the step, as many as there were in time.
+    assert expected[Tier.DISK] <= stats["disk/peak_bytes"] <= 2 * expected[Tier.DISK]
 
 
 def test_solutions_fit_and_more_does_not() -> None:

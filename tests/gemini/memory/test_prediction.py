@@ -109,7 +109,9 @@ def test_steps_take_what_was_predicted(plugin: dict[str, Any], tmp_path: Path) -
     for index, tier in enumerate(Tier):
         said, seen = (found[f"prediction/{tier.value}_{when}_bytes"] for when in ("predicted", "measured"))
         assert (said, seen) == (outlook.predicted.tiers[index], outlook.measured.tiers[index])
-        if index != where:
+        if tier is Tier.DISK:
+            assert said <= seen <= 2 * said  # the results of updates ahead of the step, as many as there were in time
+        elif index != where:
             assert said == seen, tier  # model data to the byte
     used = max(point.used[where] for point in points)
     assert found[f"prediction/{tuple(Tier)[where].value}_predicted_bytes"] >= used
