@@ -174,8 +174,8 @@ class HomeRoom:
     ) -> int:
         """Bytes of a pool for full copies and for homes that may move."""
         manager, ledger = self._manager, self._manager.ledger
-        if pool is Tier.DEVICE and pool not in wanted:
-            return 0
+        if (pool is Tier.DEVICE and pool not in wanted) or (pool is Tier.DISK and manager.disk is None):
+            return 0  # a folder is given, and RAM had no room for staging
         tiers = [tier for tier in Tier if ledger.memory.pool(tier) is pool]
         homes = stay = 0
         for chunk in manager.chunks:
