@@ -32,7 +32,6 @@ from ..activations.held_state import SMALL_BYTES, HeldState
 from ..activations.inputs import Inputs
 from ..torch_private import own_buffers, own_modules, version_of, without_torch_function
 
-
 _TINY_BYTES = 16 << 10
 """Up to this size the values of a buffer are compared although no forward has changed it so far."""
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini")) - {"training"}
