@@ -8,7 +8,7 @@ from threading import Lock
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class _Piece:
+class Piece:
     """Bytes ``[begin, end)`` as one write left them."""
 
     begin: int
@@ -23,14 +23,14 @@ class Checksums:
     """
 
     def __init__(self) -> None:
-        self._pieces: list[_Piece] = []
+        self._pieces: list[Piece] = []
         """In order, none overlapping another."""
         self._lock = Lock()
 
     def remember(self, begin: int, address: int, nbytes: int) -> None:
         """Memory at ``address`` has been written from byte ``begin`` on."""
         if nbytes:
-            piece = _Piece(begin, begin + nbytes, _crc(address, nbytes))
+            piece = Piece(begin, begin + nbytes, _crc(address, nbytes))
             with self._lock:
                 self._drop(begin, begin + nbytes)
                 insort(self._pieces, piece)
@@ -48,12 +48,21 @@ class Checksums:
             ]
         return [(p.begin, p.end) for p in within if _crc(address + p.begin - begin, p.end - p.begin) != p.crc]
 
-    def overlapping(self, begin: int, end: int) -> list[tuple[int, int]]:
+    def overlapping(self, begin: int, end: int) -> list[Piece]:
         """The pieces that lie only partly within the range."""
         with self._lock:
-            return [(p.begin, p.end) for p in self._overlapping(begin, end) if p.begin < begin or p.end > end]
+            return [p for p in self._overlapping(begin, end) if p.begin < begin or p.end > end]
 
-    def _overlapping(self, begin: int, end: int) -> list[_Piece]:
+    def disagrees(self, piece: Piece, address: int) -> bool:
+        """True if a piece, read to ``address``, is not as it was written; False if some of it has been written since.
+
+        The rest of a piece may be another reader's or writer's, who does not wait for this one.
+        """
+        has_changed = _crc(address, piece.end - piece.begin) != piece.crc
+        with self._lock:
+            return has_changed and piece in self._overlapping(piece.begin, piece.end)
+
+    def _overlapping(self, begin: int, end: int) -> list[Piece]:
         first = bisect_right(self._pieces, begin, key=lambda piece: piece.end)
         last = bisect_left(self._pieces, end, key=lambda piece: piece.begin)
         return self._pieces[first:last]

@@ -12,7 +12,7 @@ from torch import Tensor
 from gemini.errors import OffloadError, OutOfMemory
 
 from .buffer import Buffer
-from .checksums import Checksums
+from .checksums import Checksums, Piece
 from .disk_file import PAGE_BYTES, DiskFile, Requests
 from .free_room import FreeRoom
 from .ledger import Ledger, mib
@@ -202,15 +202,16 @@ class DiskBuffer(Buffer):
         self._file.read(self.offset + begin, out.data_ptr(), nbytes, self._what)
         if self._checksums is not None:
             self._check(self._checksums.disagreeing(begin, out.data_ptr(), nbytes))
-            for first, last in self._checksums.overlapping(begin, begin + nbytes):
-                self._check_whole(first, last)
+            for piece in self._checksums.overlapping(begin, begin + nbytes):
+                self._check_whole(piece, self._checksums)
 
-    def _check_whole(self, begin: int, end: int) -> None:
+    def _check_whole(self, piece: Piece, checksums: Checksums) -> None:
         """Read what was written as one piece and read only in part."""
-        assert self._checksums is not None
-        whole = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
-        self._file.read(self.offset + begin, whole.data_ptr(), end - begin, self._what)
-        self._check(self._checksums.disagreeing(begin, whole.data_ptr(), end - begin))
+        nbytes = piece.end - piece.begin
+        whole = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        self._file.read(self.offset + piece.begin, whole.data_ptr(), nbytes, self._what)
+        if checksums.disagrees(piece, whole.data_ptr()):
+            self._check([(piece.begin, piece.end)])
 
     def _check(self, disagreeing: Iterable[tuple[int, int]]) -> None:
         for begin, end in disagreeing:

@@ -97,3 +97,25 @@ def test_without_being_asked_for_nothing_is_compared(tmp_path: Path) -> None:
     flip(disk, 0)
     buffer.read(0, torch.empty(NUMEL))
     disk.close()
+
+
+def test_the_rest_of_a_piece_may_be_written_while_a_part_of_it_is_read(
+    disk: DiskBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by updates of neighbouring blocks: one is read while the one before it is written."""
+    home = disk.allocate(4096, torch.float32, "master of chunk 0")
+    home.write(0, torch.zeros(4096))
+    read, calls = disk.file.read, []
+
+    def and_write(*arguments: Any) -> None:
+        read(*arguments)
+        calls.append(arguments)
+        if len(calls) == 2:  # the whole piece, to be compared
+            home.write(0, torch.ones(2048))
+
+    monkeypatch.setattr(disk.file, "read", and_write)
+    out = torch.empty(2048)
+    home.read(2048, out)
+    assert len(calls) == 2 and torch.equal(out, torch.zeros(2048))
+    home.read(0, out)
+    assert torch.equal(out, torch.ones(2048))
