@@ -183,7 +183,7 @@ class GradientSlot:
         if isinstance(self.buffer, SharedGradient):
             self._make_way_for_all(self.buffer)
             return
-        if self._shown is None or self._shown is not self.stand_in:
+        if not isinstance(self._shown, AbsentGradient):
             return
         gradient = self.content
         if gradient is self._shown:
@@ -242,7 +242,7 @@ class GradientSlot:
     def zero(self) -> None:
         """Fill the gradient with zeros."""
         gradient = self.content
-        if gradient is not None and gradient is not self.stand_in:
+        if gradient is not None and not isinstance(gradient, AbsentGradient):
             (gradient if gradient.grad_fn is None else gradient.detach_()).zero_()
         elif self.is_present:
             view = self.chunk.bindings[self.position].view

@@ -194,8 +194,8 @@ class Gradients:
             return
         self.reads += 1
         self.reveal(slot.chunk)
-        is_elsewhere = self.may_be_copied and slot.stand_in is not None and not is_sharded(parameter)
-        if is_elsewhere and slot.is_present and slot.content is slot.stand_in:
+        is_elsewhere = self.may_be_copied and isinstance(slot.content, AbsentGradient) and not is_sharded(parameter)
+        if is_elsewhere and slot.is_present:
             if self._manager.eviction.headroom() >= slot.parameter.nbytes:
                 slot.copy_in_reach()
 
@@ -245,7 +245,7 @@ class ConsumedGradients(Gradients):
         for slot in self._slots.values():
             if not slot.is_used_up:
                 continue
-            if slot.content is not None and slot.content is slot.stand_in:
+            if isinstance(slot.content, AbsentGradient):
                 raise ValueError(
                     f"the gradient of {slot.name} was not zeroed since the last step. Plain PyTorch would add to it, "
                     "but with update_in_backward=True it is used up: call optimizer.zero_grad() before each backward"
