@@ -4,7 +4,8 @@
 
              arrives, is collected         optimizer.step()
     ABSENT -----------------------> SHOWN ------------------> WITHDRAWN --asked for, pin--> SHOWN
-       ^  '--------.                 |  ^                       ^   |
+       ^  '--------.                 |  ^--copied, collected--> COPIED <--the copy, if held--'
+       |           |                 |  ^                       ^   |
        |           '--p.grad = g-->THEIRS--collected--> READ ---'   '--their tensor goes back--> THEIRS or ABSENT
        '-- zero_grad, p.grad = None, from each of them
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..chunk import QUIET, Chunk, Gradient, SharedGradient
 from ..errors import StateError
 from .absent_gradient import AbsentGradient
+from .held_gradient import KeptForHolders, is_held, is_shared_memory, references
 
 
 class GradState(Enum):
@@ -30,6 +32,8 @@ class GradState(Enum):
     """The chunk's gradient: a view of it, or an `AbsentGradient`."""
     THEIRS = auto()
     """A tensor that the user has put there: backward adds to it, as in plain PyTorch."""
+    COPIED = auto()
+    """A copy of the chunk's gradient, made for somebody who asked: as THEIRS, as long as somebody holds it."""
     READ = auto()
     """The chunk's gradient, which has been read from the user's tensor for a step to come."""
     WITHDRAWN = auto()
@@ -40,10 +44,11 @@ class GradState(Enum):
 
 _TRANSITIONS: dict[GradState, frozenset[GradState]] = {
     GradState.ABSENT: frozenset({GradState.SHOWN, GradState.THEIRS, GradState.WITHDRAWN}),
-    GradState.SHOWN: frozenset({GradState.ABSENT, GradState.THEIRS, GradState.WITHDRAWN}),
+    GradState.SHOWN: frozenset({GradState.ABSENT, GradState.THEIRS, GradState.COPIED, GradState.WITHDRAWN}),
+    GradState.COPIED: frozenset({GradState.ABSENT, GradState.SHOWN, GradState.THEIRS, GradState.WITHDRAWN}),
     GradState.THEIRS: frozenset({GradState.ABSENT, GradState.SHOWN, GradState.READ, GradState.WITHDRAWN}),
     GradState.READ: frozenset({GradState.ABSENT, GradState.SHOWN, GradState.THEIRS, GradState.WITHDRAWN}),
-    GradState.WITHDRAWN: frozenset({GradState.ABSENT, GradState.SHOWN, GradState.THEIRS}),
+    GradState.WITHDRAWN: frozenset({GradState.ABSENT, GradState.SHOWN, GradState.THEIRS, GradState.COPIED}),
 }
 
 
@@ -63,15 +68,8 @@ class GradientSlot:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_held",
-        "_makes_way",
-        "_shown",
-        "chunk",
-        "parameter",
-        "position",
-        "stand_in",
-        "state",
+        *("__weakref__", "chunk", "parameter", "position", "stand_in", "state"),
+        *("_kept", "_makes_way", "_shown", "_unheld"),
     )
 
     def __init__(self, chunk: Chunk, position: int, parameter: Tensor, stand_in: AbsentGradient | None) -> None:
@@ -82,8 +80,10 @@ class GradientSlot:
         self.state = GradState.ABSENT
         self._shown: Tensor | None = None
         """What ``p.grad`` was last set to; the user may have set it to another tensor since."""
-        self._held: Tensor | ref[Tensor] | None = None
-        """The tensor that was in ``p.grad`` when a step read it: the user's, or (weak) one that somebody has."""
+        self._kept: KeptForHolders | None = None
+        """The tensor that was in ``p.grad`` when a step read it."""
+        self._unheld = 0
+        """References to a copy in ``p.grad`` that nobody holds."""
         self._makes_way = False
         """Autograd tells before it adds to ``p.grad``."""
         self.stand_in_with(stand_in)
@@ -125,8 +125,25 @@ class GradientSlot:
 
     @property
     def is_theirs(self) -> bool:
-        """True if a tensor of the user's is in ``p.grad``, as far as we have been told."""
-        return self.state in (GradState.THEIRS, GradState.READ)
+        """True if a tensor of the user's is in ``p.grad``, as far as we have been told, or a copy that is held."""
+        if self.state is not GradState.COPIED:
+            return self.state in (GradState.THEIRS, GradState.READ)
+        return is_held(self.parameter, self._unheld)
+
+    @property
+    def is_kept(self) -> bool:
+        """True if the chunk's gradient was read from a tensor that somebody holds, and may have changed since."""
+        return self._kept is not None and self._kept.tensor is not None
+
+    @property
+    def is_set_aside(self) -> bool:
+        """True if a step has read a tensor that somebody holds, and that is not in ``p.grad`` again yet."""
+        return self.is_withdrawn and not self.chunk.is_shared and self.is_kept
+
+    @property
+    def may_differ(self) -> bool:
+        """True if what counts may be another gradient than the chunk has. To be asked within `QUIET`."""
+        return self.is_replaced or self.is_set_aside
 
     @property
     def is_used_up(self) -> bool:
@@ -149,14 +166,27 @@ class GradientSlot:
             For `put`. It is whole if the user had replaced what was shown, and autograd added to that.
         """
         with QUIET():
+            is_theirs = self.is_theirs  # before the gradient has a name here
             gradient = self.parameter.grad
             if gradient is None or gradient is self._shown:
                 return None  # in the last case autograd added to the view, so the chunk has it
-            if leaves_theirs and (gradient.requires_grad or self.state in (GradState.THEIRS, GradState.READ)):
+            if leaves_theirs and self.is_set_aside:
+                self._add_to_kept(gradient)
+                return None
+            if leaves_theirs and (gradient.requires_grad or is_theirs):
                 return None
             self.parameter.grad = None  # first: if what follows fails, the next backward must not find it here
         is_whole, self._shown = self._shown is not None, None
         return gradient, is_whole
+
+    def _add_to_kept(self, gradient: Tensor) -> None:
+        """Add to the tensor that was in ``p.grad`` before the last step, as autograd would have, had it been there."""
+        self._set(None)
+        self.chunk.settle()  # the last step may still be reading the chunk, which has no gradient from now on
+        self.reveal()
+        kept = self.content
+        assert kept is not None
+        self._set(kept + gradient if gradient.requires_grad else kept.add_(gradient))
 
     def put(self, gradient: Tensor, is_whole: bool, state: GradState = GradState.SHOWN) -> None:
         """Put a gradient into the chunk, and show it.
@@ -172,10 +202,9 @@ class GradientSlot:
         buffer, position = self.buffer, self.position
         if is_whole or position not in buffer.present:
             buffer.part_with(position)
-        if is_whole:
-            buffer.write(position, gradient)
-        else:
-            buffer.add(position, gradient)
+        put = buffer.write if is_whole else buffer.add
+        put(position, gradient)
+        self._kept = None
         self._show(state)
 
     def make_way(self) -> None:
@@ -183,7 +212,7 @@ class GradientSlot:
         if isinstance(self.buffer, SharedGradient):
             self._make_way_for_all(self.buffer)
             return
-        if self._shown is None or self._shown is not self.stand_in:
+        if not isinstance(self._shown, AbsentGradient):
             return
         gradient = self.content
         if gradient is self._shown:
@@ -210,9 +239,11 @@ class GradientSlot:
 
     def collect(self) -> None:
         """Take over what the user has put into ``p.grad``."""
-        gradient, was_theirs = self.content, self.state in (GradState.THEIRS, GradState.READ)
+        gradient, was_copy = self.content, self.state is GradState.COPIED
+        was_theirs = self.state in (GradState.THEIRS, GradState.READ)
+        has_alias = was_copy and gradient is not None and is_shared_memory(gradient)  # before it is being written
         self.chunk.settle()
-        self._held = None
+        self._kept = None
         self._end(GradState.ABSENT if gradient is None else self.state)
         if gradient is None:
             self.forget()
@@ -224,13 +255,13 @@ class GradientSlot:
             # Detached: another tensor over its memory, by which the chunk knows that it has to copy.
             state = GradState.READ if was_theirs else GradState.SHOWN
             self.put(gradient.detach(), is_whole=True, state=state)
-            self._held = gradient if was_theirs else ref(gradient)
+            self._kept = KeptForHolders(gradient, was_theirs, was_copy, has_alias)
 
     def replace(self, gradient: Tensor | None) -> None:
         """The user is about to set ``p.grad``."""
         if self.state is GradState.WITHDRAWN:
             self.forget()
-        self._held = None
+        self._kept = None
         if gradient is None and self._shown is not None and self.stand_in is None:
             self.forget()  # at once: its memory is free then, as in plain PyTorch
             self._shown = None
@@ -241,21 +272,23 @@ class GradientSlot:
 
     def zero(self) -> None:
         """Fill the gradient with zeros."""
+        if not self.chunk.is_shared and self.is_present and self.is_kept:
+            self._set(None)
+            self._restore()  # its holder finds zeros, too
         gradient = self.content
-        if gradient is not None and gradient is not self.stand_in:
+        if gradient is not None and not isinstance(gradient, AbsentGradient):
             (gradient if gradient.grad_fn is None else gradient.detach_()).zero_()
         elif self.is_present:
-            view = self.chunk.bindings[self.position].view
-            zeros = torch.zeros((), dtype=view.dtype).expand(view.shape)
-            if isinstance(self.buffer, SharedGradient):
-                self.buffer.begin_with(self.position, zeros)
-            else:
-                self.buffer.write(self.position, zeros)
+            write = self.buffer.begin_with if isinstance(self.buffer, SharedGradient) else self.buffer.write
+            write(self.position, _zeros_like(self.chunk.bindings[self.position].view))
 
     def copy_in_reach(self) -> None:
         """Put a copy into ``p.grad`` in place of the stand-in; it counts as the user's own tensor would."""
         self.chunk.settle()
         self._set(self.buffer.read(self.position).to(self.parameter.device))
+        self._unheld = references(self.parameter)
+        if self.state is GradState.SHOWN:
+            self._move_to(GradState.COPIED)
 
     # -- the step and after
 
@@ -267,27 +300,27 @@ class GradientSlot:
 
     def reveal(self) -> None:
         """Show the gradient that an update has taken and read, or what was in ``p.grad`` before that update."""
-        is_theirs = isinstance(self._held, Tensor)
-        held, self._held = self._held() if isinstance(self._held, ref) else self._held, None
-        if self.content is not None:
-            return
-        if held is None:
+        if self.content is None and not self._restore():
             self._show(GradState.SHOWN)
-        else:
-            self._set(held)
-            self.forget()  # what counts is that tensor, with what the user does to it
-            self._end(GradState.THEIRS if is_theirs else GradState.ABSENT)
+        self._kept = None
+
+    def _restore(self) -> bool:
+        """Have the tensor in ``p.grad`` again that was read, with what its holder does to it; False if it is gone."""
+        kept, self._kept = self._kept, None
+        if kept is None or (held := kept.tensor) is None:
+            return False
+        self._set(held)
+        self.forget()  # what counts is that tensor, with what the user does to it
+        self._end(GradState.THEIRS if kept.is_theirs else GradState.COPIED if kept.is_copy else GradState.ABSENT)
+        return True
 
     def stand_in_with(self, stand_in: AbsentGradient | None) -> None:
         """Show this in the gradient's place from now on; None: itself."""
         self.stand_in = stand_in
         if stand_in is None or self._makes_way:
             return
-        parameter, self._makes_way = self.parameter, True
-        is_trained = parameter.requires_grad
-        parameter.requires_grad_(True)  # of one that is frozen just now autograd tells nothing
-        parameter.register_hook(Watching(_arriving, ref(self)))
-        parameter.requires_grad_(is_trained)
+        self._makes_way = True
+        _watch(self.parameter, Watching(_arriving, ref(self)))
 
     def _show(self, state: GradState) -> None:
         shown = self.stand_in if self.stand_in is not None else self.buffer.view(self.position)
@@ -300,7 +333,7 @@ class GradientSlot:
         """Show no gradient any more; no tensor of the user's is it."""
         if self._shown is not None:
             self._set(None)
-        self._held = None
+        self._kept = None
         self._end(GradState.ABSENT)
 
     def forget(self) -> None:
@@ -323,6 +356,18 @@ class GradientSlot:
         if state is not self.state and state not in _TRANSITIONS[self.state]:
             raise StateError(f"the gradient of {self.name}: {self.state.name} -> {state.name} is not a transition")
         self.state = state
+
+
+def _zeros_like(view: Tensor) -> Tensor:
+    """Zeros that take no memory."""
+    return torch.zeros((), dtype=view.dtype).expand(view.shape)
+
+
+def _watch(parameter: Tensor, watching: Watching) -> None:
+    is_trained = parameter.requires_grad
+    parameter.requires_grad_(True)  # of one that is frozen just now autograd tells nothing
+    parameter.register_hook(watching)
+    parameter.requires_grad_(is_trained)
 
 
 def _arriving(of: "ref[GradientSlot]", gradient: Tensor) -> None:

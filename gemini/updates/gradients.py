@@ -97,7 +97,7 @@ class Gradients:
     def were_seen(self, chunk: Chunk) -> bool:
         """True if somebody may have seen, changed or replaced a gradient of a chunk since it was watched."""
         with QUIET():
-            return chunk not in self._unseen or any(slot.is_replaced for slot in self._of_chunk.get(chunk, ()))
+            return chunk not in self._unseen or any(slot.may_differ for slot in self._of_chunk.get(chunk, ()))
 
     # -- during backward
 
@@ -110,7 +110,7 @@ class Gradients:
     def have_changed(self) -> bool:
         """True if the user has put something into ``p.grad`` that is to be taken over."""
         with QUIET():
-            return any(slot.is_replaced for slots in self._of_chunk.values() for slot in slots)
+            return any(slot.may_differ for slots in self._of_chunk.values() for slot in slots)
 
     def collect(self, consumed: Container[Chunk]) -> None:
         """Take over what the user has done to ``p.grad`` since.
@@ -128,7 +128,22 @@ class Gradients:
             If one that was used up within backward has been replaced since.
         """
         with QUIET():
+            changed = [slot for slots in self._of_chunk.values() for slot in slots if slot.may_differ]
+        for slot in changed:
+            if slot.is_set_aside:  # its holder may have changed it since it was read
+                slot.chunk.settle()
+                slot.reveal()
+        self._collect(changed, consumed)
+
+    def collect_ours(self, consumed: Container[Chunk]) -> None:
+        """As `collect`, but what the user has put into ``p.grad`` or holds stays there."""
+        with QUIET():
             replaced = [slot for slots in self._of_chunk.values() for slot in slots if slot.is_replaced]
+        left = {slot for slot in replaced if self.leaves_theirs and slot.is_theirs and slot.content is not None}
+        self._collect([slot for slot in replaced if slot not in left], consumed)
+
+    @staticmethod
+    def _collect(replaced: Iterable[GradientSlot], consumed: Container[Chunk]) -> None:
         for slot in replaced:
             if slot.chunk in consumed and slot.is_used_up:
                 raise ValueError(
@@ -171,7 +186,7 @@ class Gradients:
         if gradient is None or not gradient.present:
             return True
         with QUIET():
-            is_theirs = any(slot.is_theirs or slot.is_replaced for slot in slots if not slot.is_withdrawn)
+            is_theirs = any(s.is_theirs or s.is_replaced or s.is_kept for s in slots if not s.is_withdrawn)
         if gradient.is_borrowed or chunk.is_shared or is_theirs or isinstance(gradient, GradientTensors):
             return False
         self._withdraw(chunk)
@@ -194,8 +209,8 @@ class Gradients:
             return
         self.reads += 1
         self.reveal(slot.chunk)
-        is_elsewhere = self.may_be_copied and slot.stand_in is not None and not is_sharded(parameter)
-        if is_elsewhere and slot.is_present and slot.content is slot.stand_in:
+        is_elsewhere = self.may_be_copied and isinstance(slot.content, AbsentGradient) and not is_sharded(parameter)
+        if is_elsewhere and slot.is_present:
             if self._manager.eviction.headroom() >= slot.parameter.nbytes:
                 slot.copy_in_reach()
 
@@ -245,7 +260,7 @@ class ConsumedGradients(Gradients):
         for slot in self._slots.values():
             if not slot.is_used_up:
                 continue
-            if slot.content is not None and slot.content is slot.stand_in:
+            if isinstance(slot.content, AbsentGradient):
                 raise ValueError(
                     f"the gradient of {slot.name} was not zeroed since the last step. Plain PyTorch would add to it, "
                     "but with update_in_backward=True it is used up: call optimizer.zero_grad() before each backward"

@@ -222,7 +222,7 @@ class Updates:
     def zero(self, parameters: Set[int] | None = None) -> None:
         """Fill gradients with zeros; those of all parameters, or of these (ids)."""
         if self._manager.together.communicator.owner.is_alone:
-            self.gradients.collect(self.schedule.updated_early)  # those that the user has put into p.grad
+            self.gradients.collect_ours(self.schedule.updated_early)  # what is theirs is zeroed where it is
         self.gradients.zero(parameters)
 
 

@@ -178,6 +178,27 @@ def test_a_gradient_that_somebody_holds_stays_what_it_is() -> None:
     check_same(ours, plain)
 
 
+@pytest.mark.parametrize("then", ["backward", "zero_grad", "read"])
+def test_gradients_stay_whole_where_one_of_a_chunk_was_read_before_homes_move(then: str) -> None:
+    ours, plain = Trained({**IN_RAM, "host_memory": "300KiB"}), Trained(None)
+    norms: dict[Trained, list[float]] = {ours: [], plain: []}
+    for number in range(3):
+        for each in (ours, plain):
+            add_gradients(each, number)
+            norms[each].append(float(each.model[0].bias.grad.norm()))
+        resize(ours, host=(300 if number % 2 else 4096) * KIB)
+        for each in (ours, plain):
+            if then == "zero_grad":
+                each.optimizer.zero_grad(set_to_none=False)
+            if then == "read":
+                norms[each] += [float(p.grad.norm()) for p in each.model.parameters()]
+            add_gradients(each, number + 100)
+            each.optimizer.step()
+            each.optimizer.zero_grad()
+    assert norms[ours] == norms[plain]
+    check_same(ours, plain)
+
+
 def test_memory_that_somebody_holds_stays_where_it_is() -> None:
     ours, plain = Trained(IN_RAM), Trained(None)
     held = [[p.data for p in list(each.model.parameters())[:2]] for each in (ours, plain)]
