@@ -3,6 +3,10 @@
 A forward may count its calls, update running statistics, keep its last output, append to a list. When it runs again it
 must find what it found then, and leave no trace: the modules' own dicts are exchanged for that time, so that it changes
 copies. Running statistics are updated once, as without any recomputation.
+
+That goes for values, tensors, generators of torch, and for lists, dicts, sets and deques of these. What is deeper in
+attributes is noted, and must be the same after the forward (see `held_state`); should the program change it before
+backward it is put back for the time of the second forward.
 """
 
 from collections import deque
@@ -16,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import own_buffers, own_parameters, version_of, without_torch_function
+from .held_state import HeldState
 
-_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_INTERNALS = frozenset((*vars(nn.Module()), "_gemini")) - {"training"}
 """Attributes that no forward changes by itself."""
+_COPIED = (list, dict, set, deque, torch.Generator)
+"""Kinds of attributes that are exchanged for a copy while a forward runs again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,9 @@ class ModuleState:
     def __init__(self, modules: Iterable[nn.Module], changing: Collection[Place] = ()) -> None:
         self._versions: list[tuple[Place, Tensor, int]] = []
         self._held: list[tuple[ref[nn.Module], list[_Held], list[_Held]]] = []
+        modules = list(modules)
+        self._deep = HeldState(modules)
+        self._note_deep(modules)
         for module in modules:
             attributes = [self._noted(module, *item, changing) for item in _state(vars(module)).items()]
             is_changing = getattr(module, "track_running_stats", False) is True  # by an operation that does not say so
@@ -64,6 +74,27 @@ class ModuleState:
             for name, parameter in own_parameters(module).items():
                 if parameter is not None:
                     self._watch(Place(ref(module), name), parameter)
+
+    def _note_deep(self, modules: Iterable[nn.Module]) -> None:
+        """Note what a copy of an attribute would share with it, and what two attributes share."""
+        met: set[int] = set()
+        for module in modules:
+            for attribute, value in vars(module).items():
+                if attribute in _INTERNALS or isinstance(value, torch.Tensor):
+                    continue
+                name = f"{type(module).__name__}.{attribute}"
+                if type(value) not in _COPIED or id(value) in met:
+                    self._deep.note(name, value)
+                    continue
+                met.add(id(value))
+                if not isinstance(value, torch.Generator):
+                    for each in tuple(value.values() if isinstance(value, dict) else value):
+                        self._deep.note(name, each)
+
+    def changed_deep(self) -> str:
+        """What is not as it was and cannot be had back, in words; empty if there is nothing."""
+        with without_torch_function():
+            return self._deep.changed()
 
     def _noted(
         self, module: nn.Module, name: str, value: Any, changing: Collection[Place], is_changing: bool = False
@@ -95,7 +126,8 @@ class ModuleState:
                 for where, noted in zip((vars(module), own_buffers(module)), held, strict=True):
                     before.append((where, _state(where)))
                     _replace(where, {each.name: _copy(each.value, each.is_changing) for each in noted})
-            yield
+            with self._deep.restored():
+                yield
         finally:
             for where, values in before:
                 _replace(where, values)

@@ -131,6 +131,8 @@ class RecomputedVisit:
         if places := self._state.changed_in_place():
             names = ", ".join(place.name for place in places)
             return Reason(f"it changes {names} in place", tuple(places))
+        if text := self._state.changed_deep():
+            return Reason(text)
         return None
 
     def drop(self, copies: InputCopies, pack: Pack) -> None:
