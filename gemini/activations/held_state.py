@@ -20,7 +20,7 @@ from enum import Enum
 from functools import partial
 from pathlib import PurePath
 from re import Pattern
-from types import BuiltinFunctionType, BuiltinMethodType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, BuiltinMethodType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import ReferenceType
 
@@ -44,6 +44,12 @@ _STEADY = (
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini")) - {"training"}
 _MADE_BY_PYTHON = 1 << 9
 """The bit of a class that was made by a ``class`` statement."""
+
+
+def is_small(tensor: Tensor) -> bool:
+    """True if a tensor's values are copied, so that a change is seen which raises no version."""
+    is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+    return is_dense and not tensor.is_meta and tensor.nbytes <= SMALL_BYTES
 
 
 class HeldState:
@@ -99,8 +105,7 @@ class HeldState:
         if tensor.grad_fn is not None:
             tensor = tensor.detach()  # not to keep its graph
         self._versions.append((tensor, version_of(tensor)))
-        is_plain = type(tensor) is Tensor and tensor.layout is torch.strided
-        if is_plain and tensor.device.type == "cpu" and tensor.nbytes <= SMALL_BYTES:
+        if tensor.device.type == "cpu" and is_small(tensor):
             self._copies.append((tensor, tensor.detach().clone()))
 
     def obstacle(self) -> str:
@@ -193,13 +198,24 @@ class HeldState:
 
 def _is_same(value: Any, then: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.shape == then.shape and torch.equal(value.detach().view(torch.uint8), then.view(torch.uint8))
+        return has_same_bits(value, then)
     return bool(value.shape == then.shape and value.tobytes() == then.tobytes())
+
+
+def has_same_bits(one: Tensor, other: Tensor) -> bool:
+    """True if two dense tensors are alike in shape, dtype and every bit."""
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    return torch.equal(_bytes_of(one), _bytes_of(other))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _is_told_by_its_dict(kind: type) -> bool:
     """True if objects of a class have no state but their ``__dict__``: not what C code or slots hold."""
-    own = [base for base in kind.__mro__ if base is not object]
+    own = [base for base in kind.__mro__ if base not in (object, SimpleNamespace)]
     return all(base.__flags__ & _MADE_BY_PYTHON and not base.__dict__.get("__slots__") for base in own)
 
 

@@ -19,8 +19,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import own_buffers, own_parameters, version_of, without_torch_function
-from .held_state import HeldState
+from ..torch_private import own_buffers, own_parameters, storage_key, version_of, without_torch_function
+from .held_state import HeldState, has_same_bits, is_small
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini")) - {"training"}
 """Attributes that no forward changes by itself."""
@@ -62,6 +62,9 @@ class ModuleState:
 
     def __init__(self, modules: Iterable[nn.Module], changing: Collection[Place] = ()) -> None:
         self._versions: list[tuple[Place, Tensor, int]] = []
+        self._values: list[tuple[Place, Tensor, Tensor]] = []
+        """Small tensors with their values, until the forward is over: not every change raises a version."""
+        self._changing: list[Tensor] = []
         self._held: list[tuple[ref[nn.Module], list[_Held], list[_Held]]] = []
         modules = list(modules)
         self._deep = HeldState(modules)
@@ -102,8 +105,13 @@ class ModuleState:
         if isinstance(value, torch.Tensor):
             place = Place(ref(module), name)
             is_changing = is_changing or place in changing
-            if not is_changing and not value.is_inference():
-                self._watch(place, value.detach())
+            if is_changing:
+                self._changing.append(value.detach())
+            elif not value.is_inference():
+                watched = value if value.grad_fn is None else value.detach()  # without its graph
+                self._watch(place, watched)
+                if is_small(watched):
+                    self._values.append((place, watched, watched.detach().clone()))
         return _Held(name, _copy(value, is_changing), is_changing)
 
     def _watch(self, place: Place, tensor: Tensor) -> None:
@@ -113,7 +121,22 @@ class ModuleState:
     def changed_in_place(self) -> list[Place]:
         """Tensors whose values of then are lost: they were changed in place since."""
         with without_torch_function():
-            return [place for place, tensor, version in self._versions if version_of(tensor) != version]
+            places = [place for place, tensor, version in self._versions if version_of(tensor) != version]
+            places += [place for place, tensor, values in self._values if not has_same_bits(tensor, values)]
+            return list(dict.fromkeys(places))
+
+    def share_memory(self, places: Collection[Place]) -> bool:
+        """True if two of these tensors, or of those that change anyway, are one: copies of them would be two."""
+        tensors = self._changing + list(
+            {place: tensor for place, tensor, _ in self._versions if place in places}.values()
+        )
+        with without_torch_function():
+            keys = [storage_key(tensor.untyped_storage()) for tensor in tensors if tensor.layout is torch.strided]
+        return len(set(keys)) < len(keys)
+
+    def settle(self) -> None:
+        """The forward is over: let values go that are not needed to run it again."""
+        self._values.clear()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
