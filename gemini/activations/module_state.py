@@ -3,6 +3,10 @@
 A forward may count its calls, update running statistics, keep its last output, append to a list. When it runs again it
 must find what it found then, and leave no trace: the modules' own dicts are exchanged for that time, so that it changes
 copies. Running statistics are updated once, as without any recomputation.
+
+That goes for values, tensors, generators of torch, and for lists, dicts, sets and deques of these. What is deeper in
+attributes is noted, and must be the same after the forward (see `held_state`); should the program change it before
+backward it is put back for the time of the second forward.
 """
 
 from collections import deque
@@ -15,10 +19,13 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import own_buffers, own_parameters, version_of, without_torch_function
+from ..torch_private import own_buffers, own_parameters, storage_key, version_of, without_torch_function
+from .held_state import HeldState, has_same_bits, is_small
 
-_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_INTERNALS = frozenset((*vars(nn.Module()), "_gemini")) - {"training"}
 """Attributes that no forward changes by itself."""
+_COPIED = (list, dict, set, deque, torch.Generator)
+"""Kinds of attributes that are exchanged for a copy while a forward runs again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,13 @@ class ModuleState:
 
     def __init__(self, modules: Iterable[nn.Module], changing: Collection[Place] = ()) -> None:
         self._versions: list[tuple[Place, Tensor, int]] = []
+        self._values: list[tuple[Place, Tensor, Tensor]] = []
+        """Small tensors with their values, until the forward is over: not every change raises a version."""
+        self._changing: list[Tensor] = []
         self._held: list[tuple[ref[nn.Module], list[_Held], list[_Held]]] = []
+        modules = list(modules)
+        self._deep = HeldState(modules)
+        self._note_deep(modules)
         for module in modules:
             attributes = [self._noted(module, *item, changing) for item in _state(vars(module)).items()]
             is_changing = getattr(module, "track_running_stats", False) is True  # by an operation that does not say so
@@ -65,14 +78,40 @@ class ModuleState:
                 if parameter is not None:
                     self._watch(Place(ref(module), name), parameter)
 
+    def _note_deep(self, modules: Iterable[nn.Module]) -> None:
+        """Note what a copy of an attribute would share with it, and what two attributes share."""
+        met: set[int] = set()
+        for module in modules:
+            for attribute, value in vars(module).items():
+                if attribute in _INTERNALS or isinstance(value, torch.Tensor):
+                    continue
+                name = f"{type(module).__name__}.{attribute}"
+                if type(value) not in _COPIED or id(value) in met:
+                    self._deep.note(name, value)
+                    continue
+                met.add(id(value))
+                if not isinstance(value, torch.Generator):
+                    for each in tuple(value.values() if isinstance(value, dict) else value):
+                        self._deep.note(name, each)
+
+    def changed_deep(self) -> str:
+        """What is not as it was and cannot be had back, in words; empty if there is nothing."""
+        with without_torch_function():
+            return self._deep.changed()
+
     def _noted(
         self, module: nn.Module, name: str, value: Any, changing: Collection[Place], is_changing: bool = False
     ) -> "_Held":
         if isinstance(value, torch.Tensor):
             place = Place(ref(module), name)
             is_changing = is_changing or place in changing
-            if not is_changing and not value.is_inference():
-                self._watch(place, value.detach())
+            if is_changing:
+                self._changing.append(value.detach())
+            elif not value.is_inference():
+                watched = value if value.grad_fn is None else value.detach()  # without its graph
+                self._watch(place, watched)
+                if is_small(watched):
+                    self._values.append((place, watched, watched.detach().clone()))
         return _Held(name, _copy(value, is_changing), is_changing)
 
     def _watch(self, place: Place, tensor: Tensor) -> None:
@@ -82,7 +121,22 @@ class ModuleState:
     def changed_in_place(self) -> list[Place]:
         """Tensors whose values of then are lost: they were changed in place since."""
         with without_torch_function():
-            return [place for place, tensor, version in self._versions if version_of(tensor) != version]
+            places = [place for place, tensor, version in self._versions if version_of(tensor) != version]
+            places += [place for place, tensor, values in self._values if not has_same_bits(tensor, values)]
+            return list(dict.fromkeys(places))
+
+    def share_memory(self, places: Collection[Place]) -> bool:
+        """True if two of these tensors, or of those that change anyway, are one: copies of them would be two."""
+        tensors = self._changing + list(
+            {place: tensor for place, tensor, _ in self._versions if place in places}.values()
+        )
+        with without_torch_function():
+            keys = [storage_key(tensor.untyped_storage()) for tensor in tensors if tensor.layout is torch.strided]
+        return len(set(keys)) < len(keys)
+
+    def settle(self) -> None:
+        """The forward is over: let values go that are not needed to run it again."""
+        self._values.clear()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -95,7 +149,8 @@ class ModuleState:
                 for where, noted in zip((vars(module), own_buffers(module)), held, strict=True):
                     before.append((where, _state(where)))
                     _replace(where, {each.name: _copy(each.value, each.is_changing) for each in noted})
-            yield
+            with self._deep.restored():
+                yield
         finally:
             for where, values in before:
                 _replace(where, values)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..torch_private import current_backward
+from .held_state import HeldState
 from .inputs import InputCopies, Inputs, KeptInputs, Pack, Packed
 from .module_state import ModuleState, Place
 from .surroundings import Surroundings
@@ -96,6 +97,10 @@ class RecomputedVisit:
         self._name = name
         self._module = ref(module)
         self._inputs: Inputs | KeptInputs = Inputs(args, kwargs)
+        self._values = HeldState()
+        """Those of small inputs: not every change in place raises a version."""
+        for tensor in self._inputs.tensors:
+            self._values.note_tensor(tensor)
         self._state = ModuleState(module.modules(), changing)
         self._surroundings = Surroundings.now({tensor.device for tensor in self._inputs.tensors})
         self._saved: list[ref[Saved]] = []
@@ -126,11 +131,17 @@ class RecomputedVisit:
         assert isinstance(self._inputs, Inputs)
         if kind := self._inputs.opaque():
             return Reason(f"it is given a {kind}, which it may change")
-        if self._inputs.are_changed():
+        if self._inputs.are_changed() or self._values.changed():
             return Reason("it changes its input in place")
         if places := self._state.changed_in_place():
             names = ", ".join(place.name for place in places)
-            return Reason(f"it changes {names} in place", tuple(places))
+            is_one = self._state.share_memory(places)
+            return Reason(
+                f"it changes {names} in place{', which share memory' if is_one else ''}",
+                () if is_one else tuple(places),
+            )
+        if text := self._state.changed_deep():
+            return Reason(text)
         return None
 
     def drop(self, copies: InputCopies, pack: Pack) -> None:
@@ -145,12 +156,14 @@ class RecomputedVisit:
         """
         assert isinstance(self._inputs, Inputs)
         self._inputs = self._inputs.keep(copies, pack)
+        self._values = HeldState()
+        self._state.settle()
         for saved in self.saved:
             saved.drop()
 
     def hold(self) -> None:
         """It will not run again: forget what only that needs."""
-        self._inputs, self._state = Inputs((), {}), ModuleState(())
+        self._inputs, self._values, self._state = Inputs((), {}), HeldState(), ModuleState(())
 
     # -- backward
 

@@ -86,7 +86,7 @@ class Before:
         self._count_gradients, self._gradients = count_gradients, count_gradients()
         self._given, self._inputs = (args, kwargs), Inputs(args, kwargs)
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
-        self._held = HeldState()
+        self._held = HeldState(_all_modules(model))
         self._tensors: list[tuple[Tensor, int]] = []
         """Those that are not copied, with their versions."""
         self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []

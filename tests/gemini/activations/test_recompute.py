@@ -1,6 +1,8 @@
 """A forward that runs again in backward leaves the bits, the modules and the random states of one that does not."""
 
+import itertools
 import random
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -141,6 +143,84 @@ class InPlaceInput(Block):
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(1.5)
         return super().forward(x)
+
+
+class Keeps(Block):
+    """Scales by what it makes of an object that it keeps in an attribute."""
+
+    def __init__(self, kept: Any, use: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.kept, self.use = kept, use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.use(self.kept))
+
+
+class Config:
+    def __init__(self) -> None:
+        self.scale, self.sizes, self.more = 1.0, [1, 2], {"kind": "silu"}
+
+
+class Counts:
+    calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return float(self.calls)
+
+
+def appended(kept: list[Any]) -> float:
+    kept.append(len(kept))
+    return float(kept[-1])
+
+
+def counted(kept: Any) -> float:
+    kept["n"] += 1
+    return float(kept["n"])
+
+
+def raised(kept: Any) -> float:
+    kept += 1
+    return float(kept.sum()) / 10
+
+
+def normalised(kept: list[nn.Module]) -> float:
+    kept[0](torch.arange(6.0).view(2, 3))
+    return float(kept[0].running_mean.sum())  # type: ignore[operator]
+
+
+class Aliases(Block):
+    """Has one list in two attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = self.other = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.one[0] += 1
+        return super().forward(x * self.other[0])
+
+
+DEEP: dict[str, Callable[[], nn.Module]] = {
+    "a list in a list": lambda: Keeps([[], [1]], lambda kept: appended(kept[1])),
+    "a list in a tuple": lambda: Keeps(([1],), lambda kept: appended(kept[0])),
+    "a counter": lambda: Keeps(Counter(), counted),
+    "a defaultdict": lambda: Keeps(defaultdict(int), counted),
+    "an object": lambda: Keeps(Config(), lambda kept: counted(kept.__dict__.setdefault("counts", {"n": 0}))),
+    "a callable": lambda: Keeps(Counts(), lambda kept: float(kept())),
+    "a bound method": lambda: Keeps(Counts().__call__, lambda kept: float(kept())),
+    "an iterator": lambda: Keeps(itertools.count(1), lambda kept: float(next(kept))),
+    "an array": lambda: Keeps(np.ones(3), raised),
+    "a tensor in a dict": lambda: Keeps({"t": torch.ones(2)}, lambda kept: raised(kept["t"])),
+    "a generator of numpy": lambda: Keeps(np.random.default_rng(0), lambda kept: float(kept.random())),
+    "an old generator of numpy": lambda: Keeps(np.random.RandomState(0), lambda kept: float(kept.rand())),
+    "a generator of Python": lambda: Keeps(random.Random(0), lambda kept: float(kept.random())),
+    "a generator in a list": lambda: Keeps(
+        [torch.Generator().manual_seed(0)], lambda kept: float(torch.rand((), generator=kept[0]))
+    ),
+    "batch norm in a list": lambda: Keeps([nn.BatchNorm1d(3, affine=False)], normalised),
+    "aliases": Aliases,
+}
 
 
 class ReturnsItsInput(Block):
@@ -408,20 +488,20 @@ def test_what_was_saved_can_move_when_the_forward_is_over() -> None:
     assert torch.equal(saved.unpack(), torch.full((3,), 2.0))
 
 
-class Alternates(Block):
-    """Depends on a list of the program's."""
+TURNS: list[int] = []
 
-    def __init__(self, turns: list[int]) -> None:
-        super().__init__()
-        self.turns = (turns,)
+
+class Alternates(Block):
+    """Depends on a list that no attribute holds."""
 
     def forward(self, x: Tensor) -> Tensor:
-        self.turns[0].append(1)
-        return super().forward(x).exp() if len(self.turns[0]) % 2 else x * self.turns[0][-1] * self.up.weight.sum()
+        TURNS.append(1)
+        return super().forward(x).exp() if len(TURNS) % 2 else x * TURNS[-1] * self.up.weight.sum()
 
 
 def test_a_forward_that_does_something_else_the_second_time_is_told_of() -> None:
-    model = Stack([Alternates([])])
+    TURNS.clear()
+    model = Stack([Alternates()])
     Recomputing(list(model.blocks))
     loss = model(torch.randn(2, WIDTH)).sum()
     with pytest.raises(RuntimeError, match=r"block: its forward ran again in backward and saved other tensors"):
@@ -441,3 +521,88 @@ def test_an_argument_that_hides_what_is_in_it_keeps_a_block_from_running_again()
     model(torch.randn(2, WIDTH), mask=mask, extra=Cache(bias=bias)).sum().backward()
     assert recomputing.outcomes[-1] == "held"
     assert recomputing.reasons == ["it is given a Cache, which it may change"]
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_block_that_changes_what_is_deep_in_its_attributes_is_kept(name: str) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(stack(DEEP[name])())
+    plain, model = models
+    recomputing = Recomputing(list(model.blocks))
+    check_equal(trained(model), trained(plain))
+    assert set(recomputing.outcomes) == {"held"}
+
+
+def test_a_block_with_an_object_that_stays_as_it_is_runs_again() -> None:
+    plain, model = (stack(lambda: Keeps(Config(), lambda kept: float(kept.scale)))() for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    recomputing = Recomputing(list(model.blocks))
+    x, found = torch.randn(2, WIDTH), []
+    for each in (plain, model):
+        losses = []
+        for scale in (1.0, 2.0):  # the program's change is no obstacle
+            for block in each.blocks:  # type: ignore[union-attr]
+                block.kept.scale = scale
+            losses.append(each(x).square().mean())
+        sum(losses).backward()
+        found.append([p.grad for p in each.parameters()])
+        assert all(block.kept.scale == 2.0 for block in each.blocks)  # type: ignore[union-attr]
+    check_equal(*found)
+    assert set(recomputing.outcomes) == {"dropped"}
+
+
+class Changes(Block):
+    """Changes a buffer, or what it is given, in a way that raises no version."""
+
+    n: Tensor
+
+    def __init__(self, change: Callable[[Any, Tensor], None], size: int = WIDTH) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros(size))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self, x)
+        return super().forward(x + self.n[-1])
+
+
+def through_data(block: Any, x: Tensor) -> None:
+    block.n.data.mul_(0.9).add_(x.detach().mean())
+
+
+def through_numpy(block: Any, x: Tensor) -> None:
+    block.n.numpy()[-1] += 1
+
+
+def by_another_memory(block: Any, x: Tensor) -> None:
+    block.n.data = block.n.data + 1
+
+
+def as_running_mean(block: Any, x: Tensor) -> None:
+    functional.batch_norm(x.flatten(0, -2), block.n, block.n + 1, training=True)
+
+
+def the_input(block: Any, x: Tensor) -> None:
+    x.data.mul_(1.5)
+
+
+def a_view_of_it(block: Any, x: Tensor) -> None:
+    block.view.add_(1)
+
+
+@pytest.mark.parametrize(
+    "change", [through_data, through_numpy, by_another_memory, as_running_mean, the_input, a_view_of_it]
+)
+def test_a_change_of_small_values_that_raises_no_version_is_seen(change: Callable[[Any, Tensor], None]) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(stack(lambda: Changes(change))())
+        for block in models[-1].blocks:  # type: ignore[union-attr]
+            block.view = block.n[1:]
+    plain, model = models
+    recomputing = Recomputing(list(model.blocks))
+    check_equal(trained(model), trained(plain))
+    assert recomputing.outcomes[:3] == ["held"] * 3
