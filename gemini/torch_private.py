@@ -20,6 +20,7 @@ import torch._compile
 import torch.utils.dlpack
 from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import module as _modules
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -302,6 +303,11 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before and after a module's forward. If they go: no block is known to be free of hooks."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def global_forward_hooks() -> list[Callable[..., Any]]:
+    """The hooks of ``register_module_forward_hook`` and the like. If they go: see `forward_hooks`."""
+    return [*_modules._global_forward_pre_hooks.values(), *_modules._global_forward_hooks.values()]
 
 
 LOAD_LOCALLY = "_load_from_state_dict"

@@ -28,8 +28,8 @@ from .escapes import Escapes, Watch
 from .inputs import InputCopies
 from .leavers import Leavers
 from .module_state import Place
-from .recompute import Reason, RecomputedVisit
-from .repeatable import why_not
+from .recompute import RecomputedVisit
+from .repeatable import Reason, why_not
 from .saving import Offload, explain_transforms
 from .tensors import KeptTensor, Packed, unpack
 
@@ -151,7 +151,7 @@ class ByBlock:
         if visit is None or running.watch is None:
             return
         running.watch.end()
-        reason = block.reason or visit.why_held() or why_not(module) or block.lets_escape(running.watch.found(output))
+        reason = block.reason or why_not(module) or visit.why_held() or block.lets_escape(running.watch.found(output))
         if reason is not None:
             self._note(block, reason)
         choice = running.choice

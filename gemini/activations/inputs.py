@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol
 from weakref import ref
 
@@ -14,7 +14,7 @@ from ..torch_private import tree_flatten, tree_unflatten, version_of
 
 _UNCHANGING = (
     *(type(None), bool, int, float, complex, str, bytes, Enum, slice, range, type),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format, FunctionType, BuiltinFunctionType, MethodType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, FunctionType, BuiltinFunctionType),
 )
 """Kinds of inputs that a forward cannot change."""
 
@@ -79,8 +79,13 @@ class Inputs:
     def opaque(self) -> str | None:
         """The class of an argument that the forward may change without a trace; None if there is none."""
         for leaf in self._leaves:
-            if not isinstance(leaf, (torch.Tensor, *_UNCHANGING)):
+            if isinstance(leaf, MethodType):
+                if not isinstance(leaf.__self__, (type, nn.Module)):
+                    return f"method of a {type(leaf.__self__).__name__}"
+            elif not isinstance(leaf, (torch.Tensor, *_UNCHANGING)):
                 return type(leaf).__name__
+            elif isinstance(leaf, BuiltinFunctionType) and not isinstance(leaf.__self__, (ModuleType, type(None))):
+                return f"method of a {type(leaf.__self__).__name__}"
         return None
 
     def are_changed(self) -> bool:

@@ -19,7 +19,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import own_buffers, own_parameters, storage_key, version_of, without_torch_function
+from ..torch_private import own_buffers, own_modules, own_parameters, storage_key, version_of, without_torch_function
 from .held_state import HeldState, has_same_bits, is_small
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini")) - {"training"}
@@ -65,6 +65,8 @@ class ModuleState:
         self._values: list[tuple[Place, Tensor, Tensor]] = []
         """Small tensors with their values, until the forward is over: not every change raises a version."""
         self._changing: list[Tensor] = []
+        self._parts: dict[str, int] = {}
+        """Parameters, modules and methods at the end of the forward."""
         self._held: list[tuple[ref[nn.Module], list[_Held], list[_Held]]] = []
         modules = list(modules)
         self._deep = HeldState(modules)
@@ -135,8 +137,25 @@ class ModuleState:
         return len(set(keys)) < len(keys)
 
     def settle(self) -> None:
-        """The forward is over: let values go that are not needed to run it again."""
+        """The forward is over: let values go that are not needed to run it again, and note what must be as it is."""
         self._values.clear()
+        self._parts = self._parts_now()
+
+    def replaced(self) -> list[str]:
+        """Parameters, modules and methods that are other objects than at the end of the forward, by name."""
+        now = self._parts_now()
+        return [name for name in dict.fromkeys((*self._parts, *now)) if self._parts.get(name) != now.get(name)]
+
+    def _parts_now(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for number, (reference, *_) in enumerate(self._held):
+            module = reference()
+            if module is None:
+                continue
+            methods = {name: each for name, each in vars(module).items() if name not in _INTERNALS and callable(each)}
+            for name, each in (own_parameters(module) | own_modules(module) | methods).items():
+                found[f"{type(module).__name__}.{name} (module {number})"] = id(each)
+        return found
 
     @contextmanager
     def restored(self) -> Iterator[None]:

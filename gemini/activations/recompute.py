@@ -24,6 +24,7 @@ from ..torch_private import current_backward
 from .held_state import HeldState
 from .inputs import InputCopies, Inputs, KeptInputs, Pack, Packed
 from .module_state import ModuleState, Place
+from .repeatable import Reason, why_not
 from .surroundings import Surroundings
 
 ONE_AT_A_TIME = threading.RLock()
@@ -36,18 +37,6 @@ _Form = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 class _Enough(Exception):
     """All that forward had saved is there: what is left of it need not run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a forward cannot run again with the same result."""
-
-    text: str
-    """What it does, in words, as in: "it changes its input in place"."""
-    changing: tuple[Place, ...] = ()
-    """The tensors of its modules that it changes. With copies of these it can run again next time."""
-    is_passing: bool = False
-    """The next call may be able to run again."""
 
 
 class Saved:
@@ -187,6 +176,7 @@ class RecomputedVisit:
         """All saved tensors that autograd still holds, by their numbers."""
         module = self._module()
         assert module is not None and isinstance(self._inputs, KeptInputs)
+        self._check_unchanged(module)
         args, kwargs = self._inputs.arguments()
         found: dict[int, Tensor] = {}
         forms: list[_Form] = []
@@ -212,6 +202,22 @@ class RecomputedVisit:
         if forms != self._forms:
             raise RuntimeError(_changed_text(self._name, self._forms, forms))
         return found
+
+    def _check_unchanged(self, module: nn.Module) -> None:
+        """Raise if the program has changed what the forward depends on since it ran."""
+        if places := self._state.changed_in_place():
+            names = ", ".join(place.name for place in places)
+            text = f"variables needed for gradient computation have been modified by an inplace operation: {names}"
+        elif names := ", ".join(self._state.replaced()):
+            text = f"parts needed for gradient computation have been replaced: {names}"
+        elif reason := why_not(module):
+            text = reason.text
+        else:
+            return
+        raise RuntimeError(
+            f"{self._name}: {text}. Its forward has to run again in backward, as it ran before. Change it after the "
+            'backward, or set activation_policy="offload" or "keep"'
+        )
 
 
 @dataclass(slots=True)

@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gemini.activations.inputs import InputCopies
 from gemini.activations.recompute import RecomputedVisit, Saved
+from gemini.activations.repeatable import why_not
 from gemini.torch_private import current_backward
+from gemini.units.attached import Attached
 from gemini.units.bracket import bracket
 
 WIDTH = 16
@@ -463,7 +465,8 @@ def test_gradients_are_the_same_in_any_order_of_backwards(name: str, use: Callab
 def test_nothing_but_copies_of_inputs_is_held_between_forward_and_backward() -> None:
     _, model, x = recomputed("blocks")
     made: list[ReferenceType[Any]] = []
-    model.blocks[1].up.register_forward_hook(lambda module, args, output: made.append(ref(output.untyped_storage())))
+    see = Attached(lambda module, args, output: made.append(ref(output.untyped_storage())))
+    model.blocks[1].up.register_forward_hook(see)
     loss = model(x).square().mean()
     assert made[0]() is None
     loss.backward()
@@ -606,3 +609,95 @@ def test_a_change_of_small_values_that_raises_no_version_is_seen(change: Callabl
     recomputing = Recomputing(list(model.blocks))
     check_equal(trained(model), trained(plain))
     assert recomputing.outcomes[:3] == ["held"] * 3
+
+
+def a_weight(block: Any) -> None:
+    with torch.no_grad():
+        block.up.weight.mul_(1.1)
+
+
+def a_bias(block: Any) -> None:
+    with torch.no_grad():
+        block.up.bias.add_(0.1)
+
+
+def a_buffer(block: Any) -> None:
+    block.n.fill_(1.0)
+
+
+def another_parameter(block: Any) -> None:
+    block.up.bias = nn.Parameter(torch.ones(4 * WIDTH))
+
+
+def another_module(block: Any) -> None:
+    block.norm = nn.Identity()
+
+
+def another_method(block: Any) -> None:
+    block.forward = lambda x: x
+
+
+def a_hook(block: Any) -> None:
+    block.up.register_forward_hook(lambda module, args, output: output * 2)
+
+
+BETWEEN = {
+    a_weight: r"modified by an inplace operation: Linear\.weight",
+    a_bias: r"modified by an inplace operation: Linear\.bias",
+    a_buffer: r"modified by an inplace operation: Changes\.n",
+    another_parameter: r"have been replaced: Linear\.bias",
+    another_module: r"have been replaced: Changes\.norm",
+    another_method: r"have been replaced: Changes\.forward",
+    a_hook: r"a forward hook of its Linear would be called again",
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN)
+def test_what_the_program_changes_between_forward_and_backward_is_told(change: Callable[[Any], None]) -> None:
+    model = Stack([Changes(lambda block, x: None)])
+    recomputing = Recomputing(list(model.blocks))
+    loss = model(torch.randn(2, WIDTH)).sum()
+    assert recomputing.outcomes == ["dropped"]
+    change(model.blocks[0])
+    with pytest.raises(RuntimeError, match=BETWEEN[change]):
+        loss.backward()
+
+
+class Observed:
+    """What a block is given a method of."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def see(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach())
+        return torch.stack(self.seen).mean(0)
+
+
+class CallsBack(Block):
+    def forward(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        return super().forward(x + call(x))
+
+
+def test_a_block_that_is_given_a_method_of_an_object_is_kept() -> None:
+    block = CallsBack()
+    recomputing = Recomputing([block])
+    block(torch.randn(2, WIDTH), Observed().see)
+    block(torch.randn(2, WIDTH), torch.sigmoid)
+    assert recomputing.reasons == ["it is given a method of a Observed, which it may change"]
+    assert recomputing.outcomes == ["held", "dropped"]
+
+
+def test_tensors_in_the_place_of_parameters_and_hooks_on_all_modules_are_seen() -> None:
+    block, x, reasons = Block(), torch.randn(2, WIDTH), []
+    block.norm.register_forward_hook(Attached(lambda *_: reasons.append(why_not(block))))
+    torch.func.functional_call(block, {"up.bias": torch.ones(4 * WIDTH)}, (x,))
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    block(x)
+    hook.remove()
+    block(x)
+    assert [reason and reason.text for reason in reasons] == [
+        "other tensors took the place of its parameters for the call",
+        "a forward hook on all modules would be called again",
+        None,
+    ]
