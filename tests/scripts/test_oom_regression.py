@@ -50,6 +50,7 @@ def test_a_cap_that_plain_survives_is_a_failure() -> None:
     assert "FAILED: plain_dies_gemini_trains" in said
 
 
+@pytest.mark.heavy
 def test_a_cap_under_which_gemini_dies_is_a_failure() -> None:
     said = oom_regression("--only", "plain_dies_gemini_trains", "--small", "--headroom-ratio", "1.2", expect=1)
     assert "FAIL  Gemini with" in said

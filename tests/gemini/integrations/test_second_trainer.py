@@ -16,13 +16,18 @@ from gemini.boosted import boosted
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]  # libraries' own warnings
 
 
-@pytest.fixture(params=PLACES)
+@pytest.fixture(params=[p if p == "disk" else pytest.param(p, marks=pytest.mark.heavy) for p in PLACES])
 def makers(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Maker, Maker]:
     return Maker(None, tmp_path), Maker(request.param, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("optim", "place"), [*(("adamw_torch_fused", place) for place in PLACES), ("adagrad", "streamed")]
+    ("optim", "place"),
+    [
+        ("adamw_torch_fused", "disk"),
+        *(pytest.param("adamw_torch_fused", place, marks=pytest.mark.heavy) for place in PLACES if place != "disk"),
+        pytest.param("adagrad", "streamed", marks=pytest.mark.heavy),
+    ],
 )
 def test_a_second_trainer_begins_with_new_states(optim: str, place: str, tmp_path: Path) -> None:
     results = []

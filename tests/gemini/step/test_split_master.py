@@ -236,6 +236,7 @@ def test_statistics_placement_and_estimate_say_14_bytes_a_parameter() -> None:
         run_managed(one, host_memory=14 * numel)
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(300)
 def test_14_bytes_a_parameter_are_enough_for_all_to_stay_under_a_system_limit() -> None:
     whole = {"precision": "bf16", "split_master": False}
