@@ -5,8 +5,10 @@ and when backward asks for the first one the forward runs again and the same num
 
 Two things are different, which is why it is not torch's own that is called. *It is decided at the end of the forward*:
 until then what was saved is held, and where the forward turns out to have changed what it would need to run again (an
-input in place, a tensor of its module) it stays as it was saved. So no program that plain PyTorch runs is broken. And
-*modules are left as they are*: see `module_state`. A program that changes anything else in its forward does so twice.
+input in place, a tensor of its module, what is deep in an attribute) it stays as it was saved. And *modules are left as
+they are*: see `module_state`. What the program changes before backward is put back for that time, or backward raises.
+What lies outside of its modules and inputs (a global list, a context variable) is not seen, nor is a change of a
+parameter or a large tensor through ``.data``: a program that changes these in its forward does so twice.
 """
 
 import threading
