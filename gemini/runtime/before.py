@@ -9,19 +9,18 @@ what                           how
 random numbers                 states of torch's generators (CPU and device), of Python's and of NumPy's
 buffers                        values of those that forwards change, and of small ones until a forward has not changed
                                them
-attributes of user's modules   as they were; lists, dicts, sets and deques with what was in them
-inputs, parameters, other      are not copied: if one was changed in place the forward cannot run again
-tensors
+attributes of user's modules   as they were, with what is in them: see `held_state`
+inputs, parameters             are not copied: if one was changed in place the forward cannot run again
 gradients                      if a backward within the forward has made some, the forward cannot run again
 =============================  =======================================================================================
 
-What lies elsewhere (a global counter, a list that a user's hook fills) is not seen.
+What lies elsewhere (a global counter, a list that a user's hook fills) is not seen, nor is a change of a large tensor
+through its ``.data``.
 """
 
 import random
 import sys
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -29,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.held_state import SMALL_BYTES, HeldState
 from ..activations.inputs import Inputs
 from ..torch_private import own_buffers, own_modules, version_of, without_torch_function
 
-_SMALL_BYTES = 1 << 20
+_TINY_BYTES = 16 << 10
+"""Up to this size the values of a buffer are compared although no forward has changed it so far."""
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini")) - {"training"}
 _PLAIN = frozenset({bool, int, float, str, type(None)})
-_CONTAINERS: dict[type, Callable[[Any], Any]] = {list: list, dict: dict, set: set, deque: list}
 
 
 class BufferHabits:
@@ -48,7 +48,7 @@ class BufferHabits:
     def is_copied(self, buffer: Tensor) -> bool:
         """True if the values of a buffer have to be noted."""
         key = id(buffer)  # of one that has been dropped it may be another's: then nothing is copied, and it shows
-        return key in self._changing or (key not in self._steady and buffer.nbytes <= _SMALL_BYTES)
+        return key in self._changing or (key not in self._steady and buffer.nbytes <= SMALL_BYTES)
 
     def learn(self, buffer: Tensor, has_changed: bool) -> None:
         """A forward has changed a buffer, or has not."""
@@ -86,7 +86,7 @@ class Before:
         self._count_gradients, self._gradients = count_gradients, count_gradients()
         self._given, self._inputs = (args, kwargs), Inputs(args, kwargs)
         self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
-        self._containers: list[tuple[Any, Any]] = []
+        self._held = HeldState()
         self._tensors: list[tuple[Tensor, int]] = []
         """Those that are not copied, with their versions."""
         self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
@@ -96,6 +96,8 @@ class Before:
             for module in _all_modules(model):
                 self._note(module)
             self._tensors += [(parameter, version_of(parameter)) for parameter in parameters]
+            for tensor in self._inputs.tensors:
+                self._held.note_tensor(tensor)
         self._random = _random_states(parameters[0].device if parameters else torch.device("cpu"))
 
     def _note(self, module: nn.Module) -> None:
@@ -106,6 +108,8 @@ class Before:
             for buffer in buffers.values():
                 if buffer is not None and (is_changing or self._habits.is_copied(buffer)):
                     self._values.append((buffer, buffer.clone()))
+                elif buffer is not None and buffer.nbytes <= _TINY_BYTES:
+                    self._held.note_tensor(buffer)
                 elif buffer is not None and not buffer.is_inference():
                     self._tensors.append((buffer, version_of(buffer)))
         if type(module).__module__.startswith("torch.nn.modules."):
@@ -113,16 +117,9 @@ class Before:
         held = vars(module)
         attributes = {name: held[name] for name in held.keys() - _INTERNALS}
         self._attributes.append((module, attributes))
-        for value in attributes.values():
+        for name, value in attributes.items():
             if type(value) not in _PLAIN:
-                self._note_value(value)
-
-    def _note_value(self, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            if not value.is_inference():
-                self._tensors.append((value, version_of(value)))
-        elif (copied := _CONTAINERS.get(type(value))) is not None:
-            self._containers.append((value, copied(value)))
+                self._held.note(f"{type(module).__name__}.{name}", value)
 
     def learn(self) -> None:
         """The forward is over, and has not failed."""
@@ -142,7 +139,7 @@ class Before:
         with without_torch_function():
             if any(version_of(tensor) != version for tensor, version in self._tensors):
                 return "it has changed a tensor of the model in place"
-        return ""
+            return self._held.obstacle()
 
     def restore(self) -> None:
         """Have all be as it was then. There must be no `obstacle`."""
@@ -158,8 +155,7 @@ class Before:
             for name in held.keys() - _INTERNALS - attributes.keys():
                 del held[name]
             held.update(attributes)
-        for container, content in self._containers:
-            _refill(container, content)
+        self._held.restore()
         for set_state, state in self._random:
             set_state(state)
 
@@ -173,11 +169,6 @@ def _all_modules(model: nn.Module) -> Iterator[nn.Module]:
             if part is not None and part not in seen:
                 seen.add(part)
                 left.append(part)
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
 
 
 def _random_states(device: torch.device) -> list[tuple[Callable[[Any], Any], Any]]:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,68 @@ def test_an_input_of_unknown_kind_is_not_taken_for_unchanged() -> None:
         ours.model(Box(batch(0)))
     handle.remove()
     assert first is ours.model[0]
+
+
+class Keeps(nn.Module):
+    """Has a state deep in its attributes, which its forward changes and looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng, self.python, self.numpy = torch.Generator(), random.Random(0), np.random.default_rng(0)
+        self.nested, self.object = {"a": [0]}, SimpleNamespace(count=0, seen=[0.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.nested["a"][0] += 1
+        self.object.count += self.nested["a"][0]
+        self.object.seen.append(float(torch.rand((), generator=self.rng)) + self.python.random() + self.numpy.random())
+        return x * (self.object.count + self.object.seen[-1])
+
+
+class Deep(Trained):
+    def build_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), Keeps(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8))
+
+
+def test_what_is_deep_in_attributes_is_as_it_was() -> None:
+    ours, plain = Deep(PLACEMENTS["one RAM"]), Deep(None)
+    for number in range(3):
+        with short(ours, int(number == 1)) as calls:
+            assert ours.step(number) == plain.step(number)
+        assert calls[0] == 1 + (number == 1)
+    check_same(ours, plain)
+
+
+class Iterates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = iter(range(100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * next(self.numbers)
+
+
+class Arrays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = np.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts += 1
+        return x * float(self.counts[0])
+
+
+@pytest.mark.parametrize(("kind", "what"), [(Iterates, "holds a range_iterator"), (Arrays, "a tensor or an array")])
+def test_a_state_that_cannot_be_put_back_is_said(kind: type[nn.Module], what: str) -> None:
+    class Other(Trained):
+        def build_model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(WIDTH, WIDTH), kind(), nn.Linear(WIDTH, 8))
+
+    ours = Other(PLACEMENTS["one RAM"])
+    ours.step(0)
+    with short(ours, 1), pytest.raises(OutOfMemory, match=what):
+        ours.step(1)
+    ours.step(2)
 
 
 def test_an_error_of_another_kind_is_raised_at_once() -> None:
