@@ -119,6 +119,7 @@ def check_at_rest(model: nn.Module) -> None:
     manager = boosted(model).manager
     manager.settle()
     boosted(model).saving.rest(10.0)
+    boosted(model).step._updater._queue._thread.submit(int).result(10.0)  # behind updates that were called off
     assert [c.pins for c in manager.chunks] == [0] * len(manager.chunks)
     assert not [c for c in manager.chunks if c.state is ChunkState.IN_USE]
     homes = [home for c in manager.chunks for home in c.homes.values()]
