@@ -84,7 +84,8 @@ PLACEMENTS = {
         Placement("roomy"),  # full copies are homes
         Placement("tight", device_share=0.35),  # full copies move
         Placement("disk", host_weights=0.0, refusal=ELSEWHERE),  # all homes are on disk, gradients too
-        Placement("mixed", device_share=0.35, host_weights=1.0, topics=ON_SEVERAL_TIERS),  # moments are on disk
+        # Moments are on disk, and some gradients.
+        Placement("mixed", device_share=0.35, host_weights=1.0, topics=ON_SEVERAL_TIERS, refusal=ELSEWHERE),
     )
 }
 

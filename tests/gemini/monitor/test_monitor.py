@@ -248,17 +248,17 @@ class Inner(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("error", "is_recorded"),
+    ("error", "times"),
     [
-        (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-        (lambda: MemoryError(), True),
-        (lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 12 bytes"), True),
-        (lambda: OutOfMemory("device tier out of memory. a needs 1 MiB"), True),
-        (lambda: ValueError("not a matter of memory"), False),
+        (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 2),
+        (lambda: MemoryError(), 2),
+        (lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 12 bytes"), 2),
+        (lambda: OutOfMemory("device tier out of memory. a needs 1 MiB"), 1),
+        (lambda: ValueError("not a matter of memory"), 0),
     ],
 )
 def test_an_out_of_memory_error_in_forward_is_recorded_where_it_began(
-    tmp_path: Path, error: Callable[[], BaseException], is_recorded: bool
+    tmp_path: Path, error: Callable[[], BaseException], times: int
 ) -> None:
     training = Training(tmp_path / "run", Refuses(error))
     training.step(2)
@@ -268,9 +268,9 @@ def test_an_out_of_memory_error_in_forward_is_recorded_where_it_began(
     training.model.inner.is_full = False
     training.step()  # training goes on
     records = of_type(training.close(), "oom")
-    assert len(records) == is_recorded
-    assert oom_file(tmp_path / "run", 0).exists() == is_recorded
-    if is_recorded:
+    assert len(records) == times  # the forward runs once more where that may help
+    assert oom_file(tmp_path / "run", 0).exists() == bool(times)
+    if times:
         found = documents.read_oom(tmp_path / "run", 0)
         assert found is not None
         jsonschema.Draft202012Validator(records_schema()).validate(records[0])
