@@ -136,10 +136,13 @@ def check_at_rest(model: nn.Module) -> None:
     on_disk = sum(-(-part.nbytes // PAGE_BYTES) * PAGE_BYTES for part in parts if part.tier is Tier.DISK)
     assert manager.ledger.used(Tier.DISK) == on_disk + boosted(model).saving.counts.disk_bytes
     given_up = boosted(model).engine.room.given_up_bytes  # after an out of memory; the peak is from before
-    before_warm_up = boosted(model).capacities.nbytes  # of which the model's own computation has had its part since
+    found = boosted(model).capacities
     for tier in Tier:
         beyond = given_up + manager.ledger.peak_overdraft(tier)
-        assert manager.ledger.peak(tier) <= max(manager.ledger.capacity(tier), before_warm_up[tier]) + beyond
+        # The model's own computation has had its part since, or has given some of it back for a while.
+        limit = (found.device_limit_bytes or 0) if tier is Tier.DEVICE else 0
+        most = max(manager.ledger.capacity(tier), found.nbytes[tier], limit)
+        assert manager.ledger.peak(tier) <= most + beyond, tier
 
 
 def check_equal(run: Run, expected: Run) -> None:
