@@ -31,6 +31,7 @@ SHAPES = {
     "oneDNN": RuntimeError("could not create a primitive"),
     "Python": MemoryError(),
 }
+FEW = ("torch on CPU", "Python")
 
 
 class Fails(torch.autograd.Function):
@@ -72,8 +73,14 @@ def go_on(*runs: Trained) -> None:
         run.step(4)
 
 
-@pytest.mark.parametrize("error", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        pytest.param(error, where, id=f"{name}-{where}", marks=() if is_quick else pytest.mark.heavy)
+        for name, error in SHAPES.items()
+        for where, is_quick in (("backward", True), ("forward", name in FEW))  # it is tried again and again
+    ],
+)
 def test_whatever_form_it_has_it_becomes_ours_and_training_goes_on(
     error: BaseException, where: str, placement: dict[str, Any]
 ) -> None:

@@ -18,6 +18,7 @@ from gemini.planning.gradient_room import gradient_room
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.heavy
 def test_under_a_limit_of_the_system_gradients_of_a_few_chunks_fit_and_all_do_not() -> None:
     """fp32: 12 bytes of master and moments and 4 of gradient a parameter, and what malloc leaves between; 24 chunks."""
     normal = {"precision": "fp32", "update_in_backward": False}
