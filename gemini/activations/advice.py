@@ -13,8 +13,8 @@ from ..planning.activation_choice import Choice, Decision, Link, UnitCost, all_a
 REST = -1
 """In place of a block's number: what is saved outside of all blocks."""
 WORKING_SHARE = 0.5
-"""Of what a block saves, in temporaries of its backward: for a layer of GPT gradients of its wide part (8 of 17 of the
-numbers that it saves)."""
+"""Temporaries of a block's backward, as a share of the bytes that the block saves. In a layer of GPT these are the
+gradients of its wide part: 8 of 17 of the numbers that it saves."""
 USED_SHARE = 0.9
 """Of the room that is found, used for what was measured: allocators round up, and other things grow."""
 AFTER_SHORTAGE = 0.7

@@ -12,7 +12,7 @@ from torch import nn
 from ..torch_private import is_compiled
 
 FEW = 4
-"""Up to so many modules of a kind may be stages, each with the blocks in it."""
+"""Modules of one kind, up to this number, may be stages, each with the blocks in it."""
 
 
 def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:

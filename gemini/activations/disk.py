@@ -66,7 +66,7 @@ class ActivationFile:
         self._is_closed = False
         self._gaps = FreeRoom(sys.maxsize)
         self._end = 0
-        """Of what was stored since the last `trim`."""
+        """The byte where the last of the tensors stored since the last `trim` ends."""
 
     def reserve(self, memory: UntypedStorage) -> "FileRoom":
         return self.room_for(memory.data_ptr(), memory.nbytes())

@@ -28,8 +28,10 @@ class HostPlace:
     ----------
     driver
         The driver of the device.
-    ledger, limit_bytes
-        Asked for RAM, of which at most so many bytes are taken.
+    ledger
+        Is asked for RAM.
+    limit_bytes
+        The most RAM that is taken.
     pin
         Page-lock it. Copies from and to ordinary RAM make the training thread wait.
     """

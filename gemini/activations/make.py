@@ -26,7 +26,7 @@ LIMIT_BYTES = 32 << 20
 """What may be on its way, in each direction."""
 MOVING = ("offload", "auto")
 LEAST_PART = 8
-"""Of the RAM, one part of so many is left for tensors that pass through it."""
+"""One eighth of the RAM for homes, at most, is left for tensors that pass through it."""
 HOST_SHARE = 3
 """Quarters of the RAM that homes leave, for what leaves a device."""
 EXPECTED_BYTES = 1 << 30

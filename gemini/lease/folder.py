@@ -6,9 +6,9 @@
     <state folder>/leases/1234-5f0c.ask      something that is asked of its holder, until it follows
 
 A POSIX lock ends with its process, however that ends, so there is nothing to tidy up after a SIGKILL: a file without
-its lock counts no longer, and whoever sees it removes it. Such a lock belongs to the process, not to a descriptor: a
-process that closes any descriptor of a file of its own drops its lock, and never sees it. Therefore what this process
-holds is remembered here, and its files are not opened again.
+its lock counts no longer, and the next run that sees it removes it. Such a lock belongs to the process, not to a
+descriptor: a process that closes any descriptor of a file of its own drops its lock, and never sees it. Therefore what
+this process holds is remembered here, and its files are not opened again.
 """
 
 import fcntl

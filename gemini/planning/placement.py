@@ -12,7 +12,7 @@ is filled fastest first:
 
 HOST's order is by bytes moved per byte held, and then by time. All that an update changes is read and written once: 2
 for 1; a gradient is written and read. A master is also read for each of two fetches, unless there is room for most full
-copies to stay: 4 for 1. Of what moves as often, chunks go as wholes, in the order of their first use. The first ones'
+copies to stay: 4 for 1. Homes that move equally often go chunk by chunk, in the order of first use. The first chunks'
 gradients are complete last, and the next forward waits for their updates first (of a tied embedding both are so), while
 the streams of later chunks hide behind the forward, and behind backward: an update can begin there where all that it
 changes is on disk. Within a chunk the master comes first, which is read again should its copy have to leave.

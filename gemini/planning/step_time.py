@@ -113,7 +113,7 @@ class Order:
     early: frozenset[int] = frozenset()
     """Chunks whose updates begin when they are complete, whatever holds for the others."""
     read_ahead_bytes: int = 0
-    """Of what updates read, as much is read in backward, in their order."""
+    """Bytes that updates need and that are read in backward already, in the order of the updates."""
     prefetched_visits: int = 1
     """A full copy is asked for when there are as many visits before the one that needs it."""
 
