@@ -66,8 +66,9 @@ class GeminiConfig:
     """Arguments of the fp16 loss scaler."""
     telemetry: bool | Path = True
     """Write a run's records to the default folder, nowhere, or to this folder."""
-    activation_policy: str = "keep"
-    """What becomes of tensors that are saved for backward: one of `ACTIVATION_POLICIES`."""
+    activation_policy: str | None = None
+    """What becomes of tensors that are saved for backward: one of `ACTIVATION_POLICIES`; None: ``"keep"`` for as long as
+    memory suffices, then ``"auto"``."""
     verbose: bool = False
     communicator: Communicator = ALONE
     """The other ranks that keep the model together with this one."""
@@ -83,9 +84,9 @@ class GeminiConfig:
         if self.precision not in (*PRECISIONS, KEEP):
             names = ", ".join(map(repr, (*PRECISIONS, KEEP)))
             raise ValueError(f"precision must be one of {names}, got {self.precision!r}")
-        if self.activation_policy not in ACTIVATION_POLICIES:
+        if self.activation_policy not in (None, *ACTIVATION_POLICIES):
             names = ", ".join(map(repr, ACTIVATION_POLICIES))
-            raise ValueError(f"activation_policy must be one of {names}, got {self.activation_policy!r}")
+            raise ValueError(f"activation_policy must be None or one of {names}, got {self.activation_policy!r}")
         for name in ("device_memory", "host_memory", "disk_memory", "chunk_numel", "search_step"):
             value = getattr(self, name)
             if value is not None and value <= 0:

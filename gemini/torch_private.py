@@ -4,15 +4,16 @@ Each says what it is for, why no public name will do, and what to do should torc
 ``tests/test_torch_private.py``, the first to run with another version of torch.
 """
 
+import gc
 import pathlib
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from functools import cache
 from operator import attrgetter, methodcaller
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -303,6 +304,23 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks that run before and after a module's forward. If they go: no block is known to be free of hooks."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+_WITHIN_CALLS = frozenset(code for code in nn.Module._call_impl.__code__.co_consts if isinstance(code, CodeType))
+"""Of the functions that a call of a module makes for itself. If that has another name: arguments live a little longer."""
+
+
+def forget_arguments(frame: FrameType) -> None:
+    """Let go the arguments of a module's call that an exception has ended.
+
+    They are in the closure of a function that was made for this call, and a frame keeps its function when it is cleared.
+    """
+    if frame.f_code in _WITHIN_CALLS:
+        for function in gc.get_referents(frame):
+            if isinstance(function, FunctionType) and function.__code__ is frame.f_code:
+                for cell in function.__closure__ or ():
+                    with suppress(ValueError):  # it is empty
+                        del cell.cell_contents
 
 
 def global_forward_hooks() -> list[Callable[..., Any]]:

@@ -36,6 +36,10 @@ class Forward(Protocol):
     def block_ended(self, cost: UnitCost) -> Choice:
         """For a block that has ended, by what it was measured to save."""
 
+    @property
+    def keeps_something(self) -> bool:
+        """True if some block keeps what it saves, as far as that has been decided."""
+
 
 class Advice(Protocol):
     """A policy."""
@@ -49,8 +53,8 @@ class Advice(Protocol):
     def ended(self, rest_bytes: int, rest_movable_bytes: int) -> None:
         """A forward is over that was measured; so much was saved outside of its blocks."""
 
-    def ran_short(self) -> None:
-        """Memory has run out in a forward or its backward."""
+    def ran_short(self) -> bool:
+        """Memory has run out in a forward or its backward; True if the next forward keeps less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,10 @@ class Fixed:
 
     def block_ended(self, cost: UnitCost) -> Choice:
         return self.choice(cost.unit)
+
+    @property
+    def keeps_something(self) -> bool:
+        return Choice.KEEP in self.choices.values()
 
 
 class Always:
@@ -82,8 +90,8 @@ class Always:
     def ended(self, rest_bytes: int, rest_movable_bytes: int) -> None:
         pass
 
-    def ran_short(self) -> None:
-        pass
+    def ran_short(self) -> bool:
+        return False
 
 
 class Auto:
@@ -110,10 +118,16 @@ class Auto:
         """By the batch's number of elements."""
         self._forwards = 0
         """Since something was measured."""
+        self._last: Forward | None = None
+        """The latest forward with gradients; None if everything was kept."""
 
     def begin(self, batch: Batch) -> Forward | None:
         if not batch.with_gradients:
             return None
+        self._last = self._begin(batch)
+        return self._last
+
+    def _begin(self, batch: Batch) -> Forward | None:
         self._measuring = None
         if self._measured is None or batch.weight > self._measured.batch.weight:
             self._measuring = _Measuring(batch, self._blocks, self._usable_bytes(), self._link)
@@ -144,9 +158,10 @@ class Auto:
             self._measuring, self._forwards = None, 0
             self._decided.clear()
 
-    def ran_short(self) -> None:
+    def ran_short(self) -> bool:
         self._share *= AFTER_SHORTAGE
         self._decided.clear()
+        return self._last is None or self._last.keeps_something
 
 
 class _Measuring:
@@ -179,6 +194,11 @@ class _Measuring:
             self._expected = cost
             self._decision = decide([*self.all_costs().values()], self._room_bytes, self._link)
         return self.choice(cost.unit)
+
+    @property
+    def keeps_something(self) -> bool:
+        """Nothing is known before the first block has ended: with less room it would be as it was."""
+        return self._decision is not None and Choice.KEEP in self._decision.choices.values()
 
     def all_costs(self) -> dict[int, UnitCost]:
         """Of each block in turn; one that did not run is taken to be like the one that saved most."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..errors import is_out_of_memory
 from ..memory.non_model import Batch
 from ..planning.activation_choice import Choice, UnitCost
 from ..torch_private import current_backward, saving_hooks, saving_is_taken, storage_key, without_torch_function
@@ -50,7 +49,11 @@ class ByBlock:
         Says what may move, and what is model data.
     offload
         Moves tensors; None if there is no tier below.
+    counts
+        Where there is none: go on with these; None: begin.
     """
+
+    keeps_until_short = False
 
     def __init__(
         self,
@@ -60,9 +63,10 @@ class ByBlock:
         advice: Advice,
         leavers: Leavers,
         offload: Offload | None,
+        counts: ActivationCounts | None = None,
     ) -> None:
         self._policy = policy
-        self.counts = offload.counts if offload is not None else ActivationCounts()
+        self.counts = offload.counts if offload is not None else counts or ActivationCounts()
         self._advice = advice
         self._leavers = leavers
         self._offload = offload
@@ -91,10 +95,6 @@ class ByBlock:
                 yield
             if self._forward is not None and self._forward.is_measured:
                 self._advice.ended(self._rest.nbytes, self._rest.movable_bytes)
-        except Exception as error:
-            if is_out_of_memory(error):
-                self._advice.ran_short()
-            raise
         finally:
             if self._running is not None and self._running.watch is not None:
                 self._running.watch.end()
@@ -198,6 +198,9 @@ class ByBlock:
 
     def moving(self, may_move: bool) -> AbstractContextManager[None]:
         return self._offload.moving(may_move) if self._offload is not None else nullcontext()
+
+    def ran_short(self, others_help: bool) -> bool:
+        return self._advice.ran_short()
 
     def rest(self, seconds: float = 0.0) -> None:
         if self._offload is not None:

@@ -21,6 +21,8 @@ class ActivationCounts:
     """Storages that were on their way."""
     miss_count: int = 0
     """Storages that had to be asked for."""
+    switch_count: int = 0
+    """1 once memory has run out and not everything is kept any more."""
     refuse_count: int = 0
     """Storages that stayed because there was no room below, or because writing failed."""
     leave_wait_seconds: float = 0.0
@@ -37,6 +39,10 @@ class ActivationCounts:
     def saved(self, nbytes: int) -> None:
         """A graph holds a storage that may leave."""
         self.saved_bytes += nbytes
+
+    def switched(self) -> None:
+        """What forwards save is no longer kept as ever."""
+        self.switch_count += 1
 
     def leaves(self, nbytes: int) -> None:
         """A storage is on its way to a tier below."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from weakref import ref
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from ..telemetry.layout import disks_folder
 from .advice import Always, Auto
 from .blocks import blocks_of
 from .by_block import ByBlock
+from .counts import ActivationCounts
 from .disk import ActivationFile
 from .disk_through_host import DiskThroughHost
 from .host import HostPlace
@@ -21,6 +23,7 @@ from .place import Place
 from .room import disk_link, room_bytes
 from .saving import KeepAll, Offload, Saving
 from .store import ActivationStore
+from .until_short import KeepUntilShort
 
 LIMIT_BYTES = 32 << 20
 """What may be on its way, in each direction."""
@@ -56,19 +59,39 @@ def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkMana
     OffloadError, OutOfMemory
         If a file or a thread for it cannot be had.
     """
-    policy, device = config.activation_policy, capacities.device
+    policy = config.activation_policy
+    if policy is None:
+        return KeepUntilShort(partial(_auto, config, capacities, manager, ref(model)))
     if policy == "keep":
         return KeepAll()
-    leavers = Leavers(device, (chunk.full for chunk in manager.chunks))
+    if policy == "auto":
+        return _auto(config, capacities, manager, ref(model), ActivationCounts())
+    leavers = _leavers(manager, capacities)
     if policy == "offload":
-        return Offload(_store(config, capacities, manager), leavers)
+        return Offload(_store(config, capacities, manager, ActivationCounts()), leavers)
     blocks = blocks_of(model)
-    if policy == "recompute":
-        return ByBlock(model, blocks, policy, Always(Choice.RECOMPUTE, len(blocks)), leavers, None)
+    return ByBlock(model, blocks, policy, Always(Choice.RECOMPUTE, len(blocks)), leavers, None)
+
+
+def _auto(
+    config: GeminiConfig,
+    capacities: Capacities,
+    manager: ChunkManager,
+    of_model: "ref[nn.Module]",
+    counts: ActivationCounts,
+) -> ByBlock:
+    """The policy ``"auto"`` for a model that is there."""
+    model = of_model()
+    assert model is not None
+    leavers, blocks = _leavers(manager, capacities), blocks_of(model)
     has_place = _has_place(config, capacities)
-    offload = Offload(_store(config, capacities, manager), leavers) if has_place else None
-    advice = Auto(len(blocks), partial(room_bytes, manager, device), partial(_link, config))
-    return ByBlock(model, blocks, policy, advice, leavers, offload)
+    offload = Offload(_store(config, capacities, manager, counts), leavers) if has_place else None
+    advice = Auto(len(blocks), partial(room_bytes, manager, capacities.device), partial(_link, config))
+    return ByBlock(model, blocks, "auto", advice, leavers, offload, counts)
+
+
+def _leavers(manager: ChunkManager, capacities: Capacities) -> Leavers:
+    return Leavers(capacities.device, (chunk.full for chunk in manager.chunks))
 
 
 def beside_activations(config: GeminiConfig, capacities: Capacities) -> Capacities:
@@ -77,15 +100,22 @@ def beside_activations(config: GeminiConfig, capacities: Capacities) -> Capaciti
     if not passes or config.activation_policy not in MOVING:
         return capacities
     host = capacities.budgets[Tier.HOST]
-    less = replace(host, bytes=host.bytes - min(4 * LIMIT_BYTES, host.bytes // LEAST_PART))
+    less = replace(host, bytes=host.bytes - passing_bytes(host.bytes))
     return replace(capacities, budgets={**capacities.budgets, Tier.HOST: less})
+
+
+def passing_bytes(host_bytes: int) -> int:
+    """Of the RAM for homes, what is left for saved tensors that pass through it on their way to the disk."""
+    return min(4 * LIMIT_BYTES, host_bytes // LEAST_PART)
 
 
 def _has_place(config: GeminiConfig, capacities: Capacities) -> bool:
     return config.offload_dir is not None or capacities.memory is MemoryMap.ACCELERATOR
 
 
-def _store(config: GeminiConfig, capacities: Capacities, manager: ChunkManager) -> ActivationStore:
+def _store(
+    config: GeminiConfig, capacities: Capacities, manager: ChunkManager, counts: ActivationCounts
+) -> ActivationStore:
     ledger, places, file = manager.ledger, list[Place](), None
     if config.offload_dir is not None:
         requests = tuned(config.offload_dir, EXPECTED_BYTES, disks_folder())
@@ -98,7 +128,7 @@ def _store(config: GeminiConfig, capacities: Capacities, manager: ChunkManager) 
             places.append(DiskThroughHost(HostPlace(driver, ledger, passing, pin), file))
     elif file is not None:
         places.append(file)
-    return ActivationStore(places, LIMIT_BYTES)
+    return ActivationStore(places, LIMIT_BYTES, counts)
 
 
 def _link(config: GeminiConfig) -> Link | None:

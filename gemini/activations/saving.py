@@ -46,6 +46,24 @@ class Saving(Protocol):
     def moving(self, may_move: bool) -> AbstractContextManager[None]:
         """A context within a call: what is saved in it may leave, or stays. The innermost one counts."""
 
+    @property
+    def keeps_until_short(self) -> bool:
+        """True if everything is kept now, and less would be if memory ran out."""
+
+    def ran_short(self, others_help: bool) -> bool:
+        """Memory has run out in a forward or its backward.
+
+        Parameters
+        ----------
+        others_help
+            Model data have made room, so that the same forward may fit.
+
+        Returns
+        -------
+        bool
+            True if the next forward keeps less than this one.
+        """
+
     def rest(self, seconds: float = 0.0) -> None:
         """Between two steps: see `ActivationStore.rest`."""
 
@@ -55,6 +73,8 @@ class Saving(Protocol):
 
 class KeepAll:
     """Nothing moves, and no hook is there."""
+
+    keeps_until_short = False
 
     def __init__(self) -> None:
         self.counts = ActivationCounts()
@@ -68,6 +88,9 @@ class KeepAll:
 
     def moving(self, may_move: bool) -> AbstractContextManager[None]:
         return self._nothing
+
+    def ran_short(self, others_help: bool) -> bool:
+        return False
 
     def rest(self, seconds: float = 0.0) -> None:
         pass
@@ -86,6 +109,8 @@ class Offload:
     leavers
         Says which ones.
     """
+
+    keeps_until_short = False
 
     def __init__(self, store: ActivationStore, leavers: Leavers) -> None:
         self.counts = store.counts
@@ -117,6 +142,9 @@ class Offload:
             yield
         finally:
             self._may_move = before
+
+    def ran_short(self, others_help: bool) -> bool:
+        return False
 
     def rest(self, seconds: float = 0.0) -> None:
         self._store.rest(seconds)

@@ -40,10 +40,12 @@ class ActivationStore:
         The tiers below, the first choice first.
     limit_bytes
         The most that may be on its way out (forward waits then), and on its way back ahead of use.
+    counts
+        Go on with these; None: begin.
     """
 
-    def __init__(self, places: Sequence[Place], limit_bytes: int) -> None:
-        self.counts = ActivationCounts()
+    def __init__(self, places: Sequence[Place], limit_bytes: int, counts: ActivationCounts | None = None) -> None:
+        self.counts = counts if counts is not None else ActivationCounts()
         self._below = Below(places, self.counts)
         self._departures = Departures(self._below, self.counts, limit_bytes)
         self._returns = Returns(self.counts, limit_bytes)

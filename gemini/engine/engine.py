@@ -95,7 +95,7 @@ class Engine:
                     if not chunk.is_resident:
                         # What stood for all units when there was room for all of them may come when there is not.
                         is_beyond = unit.is_joined or (bool(visit.extra) and visit.extra is unit.without_gradients)
-                        self.pins.fetch(chunk, chunks, overdraw=is_beyond)
+                        self.pins.fetch(chunk, chunks, overdraw=is_beyond or self.memory.is_lowered)
                 if actions.prefetch:
                     self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
                 for chunk in chunks:

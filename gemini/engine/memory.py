@@ -5,10 +5,12 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
+from ..activations import Saving, passing_bytes
 from ..chunk import ChunkManager, GradientTensors, MemoryMap, Tier
 from ..errors import OffloadError, OutOfMemory, is_out_of_memory
-from ..memory.foresight import Foresight, capacity_between_steps
+from ..memory.foresight import Foresight, capacity_between_steps, lacking_for_backward
 from ..memory.giving import Shortage, bytes_to_give, is_hopeless
 from ..memory.non_model import Batch
 from ..memory.shortage import Given, asked_bytes, out_of_memory
@@ -36,6 +38,8 @@ class Memory:
         The chunks, and what sizes the room for their full copies and for their homes.
     pacing, sampling, listener
         Plans the moves, measures what else is in memory, and hears of it.
+    saving
+        What becomes of the tensors that forwards save.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Memory:
         pacing: Pacing,
         sampling: Sampling,
         listener: Listener,
+        saving: Saving,
     ) -> None:
         self._manager = manager
         self._device = device
@@ -53,6 +58,7 @@ class Memory:
         self._pacing = pacing
         self._sampling = sampling
         self._listener = listener
+        self._saving = saving
         self._foresight = Foresight()
         self._most_bytes = manager.ledger.capacity(Tier.HOST)
         """What HOST may hold at most: what it was given."""
@@ -64,6 +70,15 @@ class Memory:
     def packing(self) -> Packing:
         """The plans of the chunks, as they are now."""
         return self._homes.packing
+
+    @property
+    def is_lowered(self) -> bool:
+        """True if model data where units run have made way for what is not: what a unit needs may come back.
+
+        Room was left for what had been needed at once until then.
+        """
+        ledger = self._manager.ledger
+        return ledger.memory.compute_tier is Tier.HOST and ledger.capacity(Tier.HOST) < self._most_bytes
 
     def adopt(self, packing: Packing) -> None:
         """Some chunks have other plans now."""
@@ -135,6 +150,34 @@ class Memory:
             self._give(Tier.HOST, lacking, in_pass=True)
             self._is_exhausted = manager.ledger.capacity(Tier.HOST) == before
 
+    def makes_room_for_backward(self, loss_numel: int) -> bool:
+        """A forward is over: have homes make room for its loss and its backward, which cannot be run again.
+
+        Parameters
+        ----------
+        loss_numel
+            Elements of which a loss will be computed.
+
+        Returns
+        -------
+        bool
+            True if they cannot, and the forward would keep less if it ran once more.
+        """
+        batch = self._sampling.batch
+        if batch is None or not (batch.with_gradients and self._sampling.profile.is_measuring):
+            return False
+        lacking = self._lacking_for_backward(loss_numel)
+        if lacking and self._can_balance:
+            self._give(Tier.HOST, lacking, in_pass=True)
+            lacking = self._lacking_for_backward(loss_numel)
+        return lacking > 0 and self._keep_less(others_help=False)
+
+    def _lacking_for_backward(self, loss_numel: int) -> int:
+        manager, sampling = self._manager, self._sampling
+        free = manager.eviction.headroom() + manager.full_copies.nbytes
+        room = self._pacing.seen_bytes() + sampling.gradients_to_come_bytes()
+        return lacking_for_backward(sampling.meter.last_bytes, loss_numel, free, room)
+
     @property
     def _can_balance(self) -> bool:
         """True if homes in RAM have another place, and nobody else has to agree."""
@@ -163,7 +206,8 @@ class Memory:
     def make_room(self, error: BaseException, attempt: int, done: float) -> Given:
         """The model's own computation, or a move for it, has run out of memory: give it more from now on.
 
-        Full copies go first, then homes go down a tier. Nothing uses full copies.
+        Full copies go first, then homes go down a tier, then forwards keep less for their backwards. Nothing uses full
+        copies.
 
         Parameters
         ----------
@@ -190,7 +234,24 @@ class Memory:
         self._pacing.replan()
         after = self.packing.placement.nbytes
         moved = max(after[Tier.DISK] - homes[Tier.DISK], homes[Tier.DEVICE] - after[Tier.DEVICE], 0)
-        return Given(held, before, room.full_capacity_bytes, moved)
+        given = Given(held, before, room.full_capacity_bytes, moved, keeps_less=False)
+        return given if is_hopeless(shortage) else replace(given, keeps_less=self._keep_less(given.is_something))
+
+    def _keep_less(self, others_help: bool) -> bool:
+        """Have forwards keep less for their backwards; False if they keep as much as before."""
+        batch = self._sampling.batch
+        if batch is None or not batch.with_gradients:
+            return False
+        is_first, manager = self._saving.keeps_until_short, self._manager
+        if not self._saving.ran_short(others_help):
+            return False
+        self._sampling.profile.forget_training()
+        if is_first and manager.ledger.memory is MemoryMap.ACCELERATOR and manager.disk is not None:
+            capacity = manager.ledger.capacity(Tier.HOST)
+            if manager.together.communicator.owner.is_alone:
+                self._give(Tier.HOST, passing_bytes(capacity))
+                manager.ledger.resize(Tier.HOST, capacity)
+        return True
 
     def _short_tier(self, error: BaseException) -> Tier:
         """Whose homes share the memory that has run out."""
@@ -236,5 +297,7 @@ class Memory:
         if not is_out_of_memory(error):
             return
         given = self.make_room(error, attempt=0, done=1.0)
+        if not given.keeps_less:  # it cannot run again, and the next one is not to fail as well
+            given = replace(given, keeps_less=self._keep_less(others_help=False))
         if not isinstance(error, OutOfMemory):
             raise out_of_memory(error, self._manager, given, torn) from error

@@ -116,6 +116,10 @@ class Sampling:
                 held += chunk.gradient.buffer.nbytes if is_read else chunk.gradient.held_nbytes
         return held
 
+    def gradients_to_come_bytes(self) -> int:
+        """Bytes that gradients in tensors of their own will take besides those that are there."""
+        return sum(gradient.buffer.nbytes - gradient.held_nbytes for gradient in self._gradient_tensors())
+
     def _gradient_tensors(self) -> Iterator[GradientTensors]:
         for chunk in self._manager.chunks:
             if isinstance(chunk.gradient, GradientTensors):
@@ -132,7 +136,7 @@ class Sampling:
             self._returns_memory = False  # asked once, until something is measured again
             away = sum(chunk.full_nbytes for chunk in self._manager.chunks if not chunk.is_resident)
             growth = min(self._manager.ledger.free(Tier.DEVICE), away)
-            growth += sum(gradient.buffer.nbytes - gradient.held_nbytes for gradient in self._gradient_tensors())
+            growth += self.gradients_to_come_bytes()
             # What comes back from a tier below is of other sizes than what left, and was freed by other threads: malloc
             # would keep both. Measured: 830 instead of 390 MiB for 64 layers of 8 MiB each.
             has_left = self._activations.leave_count > 0

@@ -10,6 +10,8 @@ _GUARD_BYTES = 48 << 20
 """What kernels, threads and malloc may take in one unit besides."""
 _BACKWARD = 0.25
 """What backward takes at its peak beyond what the forward has left, relative to that: gradients of activations."""
+_LOSS_BYTES = 12
+"""For each element of a model's output: the output in fp32, its logarithm of softmax, and the gradient of one of them."""
 _LEAST_DONE = 0.1
 """Part of a forward whose growth tells of the rest."""
 _RISE_SHARE = 8
@@ -46,6 +48,22 @@ class Foresight:
             growth = max(taken_bytes - self._taken_bytes, 0) / (done - self._done)
             rest = growth * (1.0 - min(done, 1.0) + (_BACKWARD if done < 1.0 else 0.0))
         return max(round(rest) + room_bytes + guard(free_bytes + taken_bytes) - free_bytes, 0)
+
+
+def lacking_for_backward(taken_bytes: int, loss_numel: int, free_bytes: int, room_bytes: int) -> int:
+    """Bytes that the loss and the backward of a forward that is over will lack.
+
+    Parameters
+    ----------
+    taken_bytes
+        By non-model data.
+    loss_numel
+        Elements of which a loss will be computed, or has been.
+    free_bytes, room_bytes
+        What the process may still take, and how much of it full copies and gradients need.
+    """
+    need = round(_BACKWARD * taken_bytes) + _LOSS_BYTES * loss_numel + guard(free_bytes + taken_bytes)
+    return max(need + room_bytes - free_bytes, 0)
 
 
 def guard(total_bytes: int) -> int:

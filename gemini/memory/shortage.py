@@ -20,10 +20,12 @@ class Given:
     """What they may take from now on."""
     moved_bytes: int
     """Homes that have gone down a tier."""
+    keeps_less: bool
+    """The next forward keeps less of what it saves for backward."""
 
     @property
     def is_something(self) -> bool:
-        return self.after_bytes < self.before_bytes or self.moved_bytes > 0
+        return self.after_bytes < self.before_bytes or self.moved_bytes > 0 or self.keeps_less
 
 
 def asked_bytes(error: BaseException) -> int:
@@ -62,6 +64,8 @@ def out_of_memory(
         )
     if given.moved_bytes:
         done.append(f"{format_bytes(given.moved_bytes)} of homes have gone down a tier")
+    if given.keeps_less:
+        done.append("The next forward keeps less of what it saves for backward")
     if done:
         done[-1] += ", so the same batch may fit when tried again"
     else:

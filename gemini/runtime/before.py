@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..activations.held_state import SMALL_BYTES, HeldState
 from ..activations.inputs import Inputs
-from ..torch_private import own_buffers, own_modules, version_of, without_torch_function
+from ..torch_private import forget_arguments, own_buffers, own_modules, version_of, without_torch_function
 
 _TINY_BYTES = 16 << 10
 """Up to this size the values of a buffer are compared although no forward has changed it so far."""
@@ -192,4 +192,6 @@ def forget_frames(error: BaseException) -> None:
     while each is not None and id(each) not in seen:
         seen.add(id(each))
         traceback.clear_frames(each.__traceback__)
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            forget_arguments(frame)
         each = each.__cause__ or each.__context__

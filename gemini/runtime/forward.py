@@ -99,7 +99,8 @@ class ForwardHooks:
     def call(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the model; whatever ends it, nothing is left pinned.
 
-        A forward that ran out of memory runs again, for as long as there is something to give it room with.
+        A forward that ran out of memory runs again, for as long as there is something to give it room with. So does one
+        that is being measured and leaves too little for its backward, if it can keep less.
 
         Raises
         ------
@@ -115,10 +116,22 @@ class ForwardHooks:
             except BaseException as error:
                 self._failed(error, before, attempt)
             else:
-                before.learn()
-                return result
+                if attempt == _MOST_REPETITIONS or not self._is_to_keep_less(result, before):
+                    before.learn()
+                    return result
+                result = None
             before.restore()
             attempt += 1
+
+    def _is_to_keep_less(self, result: Any, before: Before) -> bool:
+        """True if a forward that is over is to run again, since its backward would find no memory."""
+        if not self._engine.sampling.profile.is_measuring or before.obstacle():
+            return False
+        results = [tensor for tensor in tensors_in(result) if tensor.requires_grad]
+        if not self._engine.memory.makes_room_for_backward(max((tensor.numel() for tensor in results), default=0)):
+            return False
+        logger.info("a forward leaves too little memory for its backward and runs again")
+        return True
 
     def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._depth += 1
@@ -143,7 +156,7 @@ class ForwardHooks:
             forget_frames(error)  # they have the activations
             given = engine.memory.make_room(error, attempt, done)
             # What full copies give up is of no use to a move that has failed: it takes it back.
-            helps = given.moved_bytes > 0 or (given.is_something and not isinstance(error, OutOfMemory))
+            helps = given.moved_bytes > 0 or given.keeps_less or (given.is_something and not isinstance(error, OutOfMemory))
             if not obstacle and helps and attempt < _MOST_REPETITIONS:
                 logger.info("a forward ran out of memory (%s) and runs again in more", error)
                 return

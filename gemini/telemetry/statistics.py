@@ -168,6 +168,7 @@ class Activations(Group):
     hit_count: Annotated[Whole, RETURNS.sample("Times one was there when backward needed it.", "hit")]
     late_count: Annotated[Whole, RETURNS.sample("Times one was still on its way.", "late")]
     miss_count: Annotated[Whole, RETURNS.sample("Times one had to be asked for.", "miss")]
+    switch_count: Annotated[Whole, doc("1 once memory ran out and activation_policy=None has become 'auto'.")]
     refuse_count: Annotated[Whole, doc("Storages that stayed because there was no room below, or writing failed.")]
     leave_wait_seconds: Annotated[Real, ACTIVATION_WAITS.sample("Time that forward waited for some to leave.", "leave")]
     return_wait_seconds: Annotated[

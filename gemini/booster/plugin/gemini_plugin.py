@@ -101,7 +101,8 @@ class GeminiPlugin(DPPluginBase):
         What becomes of the tensors that the model saves for its backward: ``"keep"``; ``"offload"``: they leave for RAM
         (from a device of its own) or for ``offload_dir`` while forward runs, and come back ahead of backward;
         ``"recompute"``: each block's forward runs again in backward; ``"auto"``: block by block what memory demands, in
-        the least time, and nothing where everything fits. Same numbers; longer sequences and larger batches.
+        the least time, and nothing where everything fits. None: they are kept until memory runs out and homes cannot
+        make way any more, from then on it is ``"auto"``. Same numbers; longer sequences and larger batches.
     process_group
         The ranks that train the model together: a group, or a ``DeviceMesh`` of one dimension, or of two (replicate,
         shard); None for all of them. All build the same model, call `Booster.boost`, and take the same steps.
@@ -177,7 +178,7 @@ class GeminiPlugin(DPPluginBase):
         update_in_backward: bool = False,
         split_master: bool = False,
         quantize: str | Quantization | None = None,
-        activation_policy: str = "keep",
+        activation_policy: str | None = None,
         telemetry: bool | str | Path = True,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         hybrid_shard_size: int | None = None,
