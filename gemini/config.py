@@ -67,8 +67,8 @@ class GeminiConfig:
     telemetry: bool | Path = True
     """Write a run's records to the default folder, nowhere, or to this folder."""
     activation_policy: str | None = None
-    """What becomes of tensors that are saved for backward: one of `ACTIVATION_POLICIES`; None: ``"keep"`` for as long as
-    memory suffices, then ``"auto"``."""
+    """What becomes of tensors that are saved for backward: one of `ACTIVATION_POLICIES`; None: ``"keep"`` while memory
+    suffices, then ``"auto"``."""
     verbose: bool = False
     communicator: Communicator = ALONE
     """The other ranks that keep the model together with this one."""

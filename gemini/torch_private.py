@@ -307,13 +307,13 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 _WITHIN_CALLS = frozenset(code for code in nn.Module._call_impl.__code__.co_consts if isinstance(code, CodeType))
-"""Of the functions that a call of a module makes for itself. If that has another name: arguments live a little longer."""
+"""Of the functions that a call of a module makes for itself. If ``_call_impl`` goes: arguments live a little longer."""
 
 
 def forget_arguments(frame: FrameType) -> None:
     """Let go the arguments of a module's call that an exception has ended.
 
-    They are in the closure of a function that was made for this call, and a frame keeps its function when it is cleared.
+    They are in the closure of a function that was made for this call, and a cleared frame still has its function.
     """
     if frame.f_code in _WITHIN_CALLS:
         for function in gc.get_referents(frame):

@@ -3,6 +3,7 @@
 import pickle
 import re
 import sys
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable
@@ -65,6 +66,25 @@ def test_the_oldest_torch_is_declared_once_and_this_one_is_not_older() -> None:
     assert len(declared) == 1
     assert kept == declared
     assert tuple(map(int, torch.__version__.split(".")[:2])) >= tuple(map(int, declared[0]))
+
+
+def test_a_call_that_failed_lets_go_its_arguments() -> None:
+    class Raises(nn.Module):
+        def forward(self, x: Tensor) -> None:
+            raise MemoryError
+
+    module, there = Raises(), torch.ones(2)
+    module.register_forward_hook(lambda *_: None)  # torch then makes a function for the call
+    gone = weakref.ref(there)
+    try:
+        module(there)
+    except MemoryError as error:
+        del there
+        traceback.clear_frames(error.__traceback__)
+        for frame, _ in list(traceback.walk_tb(error.__traceback__))[1:]:
+            private.forget_arguments(frame)
+        del frame, _
+        assert gone() is None
 
 
 # -- autograd's engine and graph

@@ -4,4 +4,13 @@ from .counts import ActivationCounts
 from .make import beside_activations, check_place, make_saving, passing_bytes
 from .saving import KeepAll, Offload, Saving
 
-__all__ = ["ActivationCounts", "KeepAll", "Offload", "Saving", "beside_activations", "check_place", "make_saving", "passing_bytes"]
+__all__ = [
+    "ActivationCounts",
+    "KeepAll",
+    "Offload",
+    "Saving",
+    "beside_activations",
+    "check_place",
+    "make_saving",
+    "passing_bytes",
+]

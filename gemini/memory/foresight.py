@@ -11,7 +11,7 @@ _GUARD_BYTES = 48 << 20
 _BACKWARD = 0.25
 """What backward takes at its peak beyond what the forward has left, relative to that: gradients of activations."""
 _LOSS_BYTES = 12
-"""For each element of a model's output: the output in fp32, its logarithm of softmax, and the gradient of one of them."""
+"""For each element of a model's output: the output in fp32, its logarithm of softmax, the gradient of one of them."""
 _LEAST_DONE = 0.1
 """Part of a forward whose growth tells of the rest."""
 _RISE_SHARE = 8

@@ -156,7 +156,9 @@ class ForwardHooks:
             forget_frames(error)  # they have the activations
             given = engine.memory.make_room(error, attempt, done)
             # What full copies give up is of no use to a move that has failed: it takes it back.
-            helps = given.moved_bytes > 0 or given.keeps_less or (given.is_something and not isinstance(error, OutOfMemory))
+            helps = (
+                given.moved_bytes > 0 or given.keeps_less or (given.is_something and not isinstance(error, OutOfMemory))
+            )
             if not obstacle and helps and attempt < _MOST_REPETITIONS:
                 logger.info("a forward ran out of memory (%s) and runs again in more", error)
                 return

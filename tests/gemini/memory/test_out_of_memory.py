@@ -181,7 +181,7 @@ def test_a_failed_forward_keeps_what_earlier_micro_batches_have_added(placement:
 
 
 def test_fewer_full_copies_are_kept_afterwards_but_never_too_few() -> None:
-    ours, plain = trained({"device_memory": "80KiB", **SMALL})
+    ours, plain = trained({"device_memory": "80KiB", "activation_policy": "keep", **SMALL})
     room = boosted(ours.model).engine.room
     rooms = [room.full_capacity_bytes]
     for attempt in range(6):
