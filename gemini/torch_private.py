@@ -74,6 +74,19 @@ number_of: Callable[[Any], int] = methodcaller("_sequence_nr")
 """The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
 If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond."""
 
+
+
+def is_result_of_new_node(tensor: Tensor) -> bool:
+    """True in a hook for saved tensors if the node that saves a tensor is the one that has made it.
+
+    torch tells its hooks nothing of nodes; but what a node saves of others was made by older nodes. An
+    ``autograd.Function`` that makes nodes in its forward is taken for an older one, and then its graph holds itself until
+    a backward. If the names go: all are detached, and ``x.data = y`` is not followed.
+    """
+    node = tensor.grad_fn
+    return node is not None and bool(number_of(node) >= next_number() - 1)
+
+
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """What a tensor is a view of, for autograd: after a change in place its node is on the way of the view's gradient.
 If it goes: units whose results are views count as not contained."""
