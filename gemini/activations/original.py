@@ -12,7 +12,7 @@ from ..torch_private import storage_key, use_count
 
 _OWN_REFERENCES = 2
 """References from Python to a tensor that nobody but its `Original` has: its attribute and an argument."""
-Form = tuple[int, int, torch.Size, tuple[int, ...]]
+Form = tuple[int, int | torch.SymInt, torch.Size, tuple[int, ...]]
 """Where a tensor lies in which storage."""
 
 

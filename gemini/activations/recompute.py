@@ -7,7 +7,7 @@ Two things are different, which is why it is not torch's own that is called. *It
 until then what was saved is held, and where the forward turns out to have changed what it would need to run again (an
 input in place, a tensor of its module, what is deep in an attribute) it stays as it was saved. And *modules are left as
 they are*: see `module_state`. What the program changes before backward is put back for that time, or backward raises.
-What lies outside of its modules and inputs (a global list, a context variable) is not seen, nor is a change of a
+What lies outside of its modules and inputs (a global list) is not seen, nor is a change of a
 parameter or a large tensor through ``.data``: a program that changes these in its forward does so twice.
 """
 
@@ -150,6 +150,8 @@ class RecomputedVisit:
             )
         if text := self._state.changed_deep():
             return Reason(text)
+        if mode := self._surroundings.unknown_mode:
+            return Reason(f"it runs under a {mode}, which sees its operations", is_passing=True)
         if any(saved.is_changed for saved in self.saved):
             return Reason("it changes what operations have saved for backward")
         return None
@@ -216,10 +218,9 @@ class RecomputedVisit:
             suppress(_Enough),
             self._surroundings.restored(),
             self._state.restored(),
-            torch.enable_grad(),
             saved_tensors_hooks(save, _itself),
         ):
-            module(*args, **kwargs)
+            self._surroundings.variables.copy().run(module, *args, **kwargs)
         if forms != self._forms:
             raise RuntimeError(_changed_text(self._name, self._forms, forms))
         return found

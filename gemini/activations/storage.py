@@ -2,7 +2,6 @@
 
 import sys
 from queue import SimpleQueue
-
 from weakref import ReferenceType, ref
 
 from torch import Tensor, UntypedStorage

@@ -1,4 +1,4 @@
-"""What a program changes behind autograd's back after it was saved: backward sees what plain PyTorch sees, or raises."""
+"""What a program changes behind autograd's back after it was saved: backward sees it as in plain PyTorch, or raises."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
