@@ -10,6 +10,7 @@
     python scripts/bench peer_steps   the same against FSDP2 and DeepSpeed, each in a process of its own
     python scripts/bench offload_step   with model data in RAM or on a disk: ours, plain, FSDP2, DeepSpeed's NVMe
     python scripts/bench timeline   a step that the disk bounds, phase by phase, beside its bounds and others
+    python scripts/bench estimate   what gemini-stat estimate says of such a step, part by part, over what it takes
     python scripts/bench placement   which homes RAM should have: steps simulated, nothing is trained
     python scripts/bench ranks    training steps of several ranks, beside FSDP2 and DeepSpeed
     python scripts/bench saving   saving on several ranks, beside FSDP2 with torch.distributed.checkpoint
@@ -31,6 +32,7 @@ NAMES = (
         "adam",
         "capacity",
         "checkpoint",
+        "estimate",
         "offload_step",
         "optimizers",
         "peer_steps",
