@@ -199,6 +199,9 @@ class ByBlock:
     def moving(self, may_move: bool) -> AbstractContextManager[None]:
         return self._offload.moving(may_move) if self._offload is not None else nullcontext()
 
+    def ran_short(self) -> None:
+        self._advice.ran_short()
+
     def rest(self, seconds: float = 0.0) -> None:
         if self._offload is not None:
             self._offload.rest(seconds)

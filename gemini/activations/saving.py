@@ -46,6 +46,9 @@ class Saving(Protocol):
     def moving(self, may_move: bool) -> AbstractContextManager[None]:
         """A context within a call: what is saved in it may leave, or stays. The innermost one counts."""
 
+    def ran_short(self) -> None:
+        """Memory has run out in a backward."""
+
     def rest(self, seconds: float = 0.0) -> None:
         """Between two steps: see `ActivationStore.rest`."""
 
@@ -68,6 +71,9 @@ class KeepAll:
 
     def moving(self, may_move: bool) -> AbstractContextManager[None]:
         return self._nothing
+
+    def ran_short(self) -> None:
+        pass
 
     def rest(self, seconds: float = 0.0) -> None:
         pass
@@ -117,6 +123,9 @@ class Offload:
             yield
         finally:
             self._may_move = before
+
+    def ran_short(self) -> None:
+        pass  # all that can moves already
 
     def rest(self, seconds: float = 0.0) -> None:
         self._store.rest(seconds)

@@ -82,7 +82,7 @@ def assemble(
         listener = Monitor(Decided.of(model, config, capacities), packing, manager, units.all, statistics)
     pacing, room = Pacing(manager, units, config.max_prefetch), DeviceRoom(manager, capacities.device_limit_bytes)
     homes, sampling = HomeRoom(manager, gradients, pacing, config, packing), Sampling(manager, meter, saving.counts)
-    memory = Memory(manager, room, homes, pacing, sampling, listener)
+    memory = Memory(manager, room, homes, pacing, sampling, listener, saving)
     engine = Engine(manager, units, updates, pacing, room, memory, sampling, listener)
 
     kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)

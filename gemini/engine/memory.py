@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 
+from ..activations import Saving
 from ..chunk import ChunkManager, GradientTensors, MemoryMap, Tier
 from ..errors import OffloadError, OutOfMemory, is_out_of_memory
 from ..memory.foresight import Foresight, capacity_between_steps
@@ -36,6 +37,8 @@ class Memory:
         The chunks, and what sizes the room for their full copies and for their homes.
     pacing, sampling, listener
         Plans the moves, measures what else is in memory, and hears of it.
+    saving
+        Says what becomes of saved tensors.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class Memory:
         pacing: Pacing,
         sampling: Sampling,
         listener: Listener,
+        saving: Saving,
     ) -> None:
+        self._saving = saving
         self._manager = manager
         self._device = device
         self._homes = homes
@@ -235,6 +240,7 @@ class Memory:
         """
         if not is_out_of_memory(error):
             return
+        self._saving.ran_short()
         given = self.make_room(error, attempt=0, done=1.0)
         if not isinstance(error, OutOfMemory):
             raise out_of_memory(error, self._manager, given, torn) from error
