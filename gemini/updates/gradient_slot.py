@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..chunk import QUIET, Chunk, Gradient, SharedGradient
 from ..errors import StateError
+from ..tensor_parallel import is_sharded
+from ..torch_private import put_hook_last
 from .absent_gradient import AbsentGradient
 from .held_gradient import KeptForHolders, is_held, is_shared_memory, references
 
@@ -208,7 +210,11 @@ class GradientSlot:
         self._show(state)
 
     def make_way(self) -> None:
-        """Before autograd adds to ``p.grad``: a stand-in cannot be added to."""
+        """Before autograd adds to ``p.grad``: a stand-in cannot be added to.
+
+        Hooks of the user's run before ours then, and find the sum there.
+        """
+        has_others = put_hook_last(self.parameter, Watching)
         if isinstance(self.buffer, SharedGradient):
             self._make_way_for_all(self.buffer)
             return
@@ -217,6 +223,10 @@ class GradientSlot:
         gradient = self.content
         if gradient is self._shown:
             self._set(None)
+            if has_others and self.is_present and not is_sharded(self.parameter):
+                self.chunk.settle()
+                self._set(self.buffer.read(self.position).to(self.parameter.device))
+                return  # `take` has the whole
         elif gradient is None:
             self.forget()
         else:
