@@ -85,6 +85,16 @@ class Loan:
         """Positions in the chunk whose memory has been lent."""
         return list(self._parts)
 
+    @property
+    def is_addressed(self) -> bool:
+        """True if somebody has asked for an address, which is good until the next forward."""
+        return self._is_addressed
+
+    @property
+    def held_positions(self) -> list[int]:
+        """Those of memory that somebody holds."""
+        return [position for position, part in self._parts.items() if part.is_held()]
+
     def view(self, position: int) -> Tensor:
         """The memory of one parameter. Not to be given out itself, but what torch makes of it."""
         if position not in self._parts:

@@ -160,6 +160,19 @@ TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 If they go: hooks do not follow a lazy tensor that becomes real, and must be refused."""
 
 
+def put_hook_last(parameter: Tensor, kind: type) -> bool:
+    """Have a parameter's hook of a kind run after all others that run when a gradient was added. Returns whether there
+    are others.
+
+    torch runs them in the order in which they were registered. If it goes: hooks of users do not see gradients on disk.
+    """
+    hooks = getattr(parameter, TENSOR_HOOKS[1], None) or {}
+    if len(hooks) > 1 and not isinstance(next(reversed(hooks.values())), kind):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            hooks[key] = hooks.pop(key)
+    return len(hooks) > 1
+
+
 def storage_key(storage: UntypedStorage) -> int:
     """Return the same number for two objects of one storage.
 

@@ -605,3 +605,21 @@ def test_the_order_of_kernels_for_attention_can_be_set() -> None:
     assert private.attention_order() == before[::-1]
     private.set_attention_order(before)
     assert private.attention_order() == before
+
+
+def test_a_hook_on_added_gradients_can_be_put_last() -> None:
+    class Ours:
+        def __call__(self, parameter: Tensor) -> None:
+            order.append("ours")
+
+    order: list[str] = []
+    x = torch.ones(2, requires_grad=True)
+    assert not private.put_hook_last(x, Ours)
+    x.register_post_accumulate_grad_hook(Ours())
+    assert not private.put_hook_last(x, Ours)
+    handle = x.register_post_accumulate_grad_hook(lambda _: order.append("theirs"))
+    x.register_hook(lambda gradient: order.append(f"others: {private.put_hook_last(x, Ours)}"))
+    x.sum().backward()
+    handle.remove()
+    x.sum().backward()
+    assert order == ["others: True", "theirs", "ours", "others: False", "ours"]

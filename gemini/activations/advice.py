@@ -112,6 +112,10 @@ class Auto:
         self._room = room
         self._link = link
         self._share = USED_SHARE
+        self._most_bytes: int | None = None
+        """What saved tensors and temporaries may take, whatever room there is; None if memory has never run out."""
+        self._batch: Batch | None = None
+        """The last one with gradients."""
         self._measured: _Measured | None = None
         self._measuring: _Measuring | None = None
         self._decided: dict[int, Decision] = {}
@@ -124,6 +128,7 @@ class Auto:
     def begin(self, batch: Batch) -> Forward | None:
         if not batch.with_gradients:
             return None
+        self._batch = batch
         self._last = self._begin(batch)
         return self._last
 
@@ -142,7 +147,8 @@ class Auto:
         return None if decision.keeps_all else Fixed(decision.choices)
 
     def _usable_bytes(self) -> int:
-        return int(self._room() * self._share)
+        usable = int(self._room() * self._share)
+        return usable if self._most_bytes is None else min(usable, self._most_bytes)
 
     def block_took(self, block: int, seconds: float) -> None:
         if self._measured is not None:
@@ -159,6 +165,10 @@ class Auto:
             self._decided.clear()
 
     def ran_short(self) -> bool:
+        if self._measured is not None and self._batch is not None:  # the room may be many times what was taken
+            costs = self._measured.costs_of(self._batch)
+            taken = decide(costs, self._usable_bytes(), self._link).peak_bytes + working_bytes(costs)
+            self._most_bytes = int(AFTER_SHORTAGE * min(taken, self._usable_bytes()))
         self._share *= AFTER_SHORTAGE
         self._decided.clear()
         return self._last is None or self._last.keeps_something
@@ -230,13 +240,19 @@ class _Measured:
 def decide(costs: Sequence[UnitCost], room_bytes: int, link: Callable[[], Link | None]) -> Decision:
     """`choose` within what temporaries leave of a room; the link is asked for only if not everything is kept."""
     blocks = [cost for cost in costs if cost.unit != REST]
-    working = int(WORKING_SHARE * max((cost.saved_bytes for cost in blocks), default=0))
     rest = [cost for cost in costs if cost.unit == REST]
-    working += sum(cost.saved_bytes for cost in rest)  # their gradients
+    working = working_bytes(costs)
     kept = choose(costs, room_bytes - working, None)
     if kept.keeps_all and kept.peak_bytes <= room_bytes - working:
         return kept
     return choose([*blocks, *rest], room_bytes - working, link())
+
+
+def working_bytes(costs: Sequence[UnitCost]) -> int:
+    """Temporaries of backward, as far as they are foreseen."""
+    blocks = (cost.saved_bytes for cost in costs if cost.unit != REST)
+    gradients = sum(cost.saved_bytes for cost in costs if cost.unit == REST)
+    return int(WORKING_SHARE * max(blocks, default=0)) + gradients
 
 
 def scaled(cost: UnitCost, ratio: float) -> UnitCost:

@@ -1,6 +1,6 @@
 """Homes follow the capacities of their tiers: they go down where these shrink, and come up where there is room."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ Staying = Mapping[Chunk, frozenset[str]]
 """Buffers that stay where they are."""
 _ATTEMPTS = 9
 """Each adds what the one before lacked; two or three do."""
+_SHOWN_NAMES = 3
 
 
 class HomeRoom:
@@ -76,7 +77,7 @@ class HomeRoom:
         try:
             wanted, after = self._fitting(wanted, staying) if at_least else (wanted, self._decide(wanted, staying))
             if isinstance(after, Unplaced):
-                raise self._out_of_memory(wanted, after)
+                raise self._out_of_memory(wanted, after, staying)
             before = {tier: ledger.capacity(tier) for tier in wanted}
             for tier, nbytes in wanted.items():
                 ledger.resize(tier, max(nbytes, before[tier]))
@@ -187,7 +188,35 @@ class HomeRoom:
         others = ledger.used(pool) - homes - copies  # staging, and room for borrowed gradients
         return wanted.get(pool, ledger.capacity(pool)) - others - stay
 
-    def _out_of_memory(self, wanted: Mapping[Tier, int], found: Unplaced) -> OutOfMemory:
+    def _what_stays(self, wanted: Mapping[Tier, int], found: Unplaced, staying: Staying) -> str:
+        """What cannot move and would leave room, in words, and how to let it go; empty if that would not help."""
+        others = self._decide(wanted, {})
+        if isinstance(others, Unplaced) and others.missing_bytes >= found.missing_bytes:
+            return ""
+        lent, addressed, held, waiting = list[str](), list[str](), list[str](), list[str]()
+        for chunk in staying:
+            if chunk.loan is not None and chunk.is_lent:
+                lent += (chunk.layout.slots[position].name for position in chunk.loan.held_positions)
+                if chunk.loan.is_addressed:
+                    addressed += (chunk.layout.slots[position].name for position in chunk.loan.positions)
+            if GRADIENT in staying[chunk]:
+                theirs, ours = self._gradients.staying(chunk)
+                held, waiting = held + theirs, waiting + ours
+        parts = []
+        if lent:
+            parts.append(
+                f"drop what holds memory of {_some(lent)} (p.data, p.detach(), an array, a view), or hold a clone"
+            )
+        if addressed:
+            parts.append(f"run a forward, until which addresses of {_some(addressed)} that were asked for are good")
+        if held:
+            parts.append(f"drop what holds the gradient of {_some(held)} (p.grad, a view of it), or hold a clone")
+        if held or waiting:
+            gradients = _some(held + waiting)
+            parts.append(f"call optimizer.step() and zero_grad() first: until then the gradients of {gradients} stay")
+        return f". Or, as this cannot move and takes room: {'; '.join(parts)}" if parts else ""
+
+    def _out_of_memory(self, wanted: Mapping[Tier, int], found: Unplaced, staying: Staying) -> OutOfMemory:
         ledger = self._manager.ledger
         asked = " and ".join(f"{tier.value} of {format_bytes(nbytes)}" for tier, nbytes in wanted.items())
         tier = next(iter(found.working_bytes), Tier.HOST)
@@ -197,5 +226,11 @@ class HomeRoom:
         return OutOfMemory(
             f"{tier.value} tier out of memory. With {asked}, {format_bytes(found.missing_bytes)} of the model data and "
             f"the room to work on them have no place; nothing has been changed. Give {tier.value} {enough} bytes "
-            f"({format_bytes(enough)}) or more{way_out}"
+            f"({format_bytes(enough)}) or more{way_out}{self._what_stays(wanted, found, staying)}"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are."""
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    return shown if len(names) <= _SHOWN_NAMES else f"{shown} and {len(names) - _SHOWN_NAMES} more"

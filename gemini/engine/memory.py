@@ -52,6 +52,7 @@ class Memory:
         listener: Listener,
         saving: Saving,
     ) -> None:
+        self._saving = saving
         self._manager = manager
         self._device = device
         self._homes = homes

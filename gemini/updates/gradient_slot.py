@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..chunk import QUIET, Chunk, Gradient, SharedGradient
 from ..errors import StateError
+from ..tensor_parallel import is_sharded
+from ..torch_private import put_hook_last
 from .absent_gradient import AbsentGradient
 from .held_gradient import KeptForHolders, is_held, is_shared_memory, references
 
@@ -207,8 +209,8 @@ class GradientSlot:
         self._kept = None
         self._show(state)
 
-    def make_way(self) -> None:
-        """Before autograd adds to ``p.grad``: a stand-in cannot be added to."""
+    def make_way(self, is_seen: bool) -> None:
+        """Before autograd adds to ``p.grad``: a stand-in cannot be added to. The sum is there if it ``is_seen``."""
         if isinstance(self.buffer, SharedGradient):
             self._make_way_for_all(self.buffer)
             return
@@ -216,12 +218,12 @@ class GradientSlot:
             return
         gradient = self.content
         if gradient is self._shown:
-            self._set(None)
-        elif gradient is None:
+            is_whole = is_seen and self.is_present and not is_sharded(self.parameter)
+            self._set(_copied(self) if is_whole else None)
+        elif not (is_whole := gradient is not None):
             self.forget()
-        else:
-            return  # the user's tensor: autograd adds to it, and `take` has the whole
-        self._end(GradState.ABSENT)
+        if not is_whole:  # else autograd adds to what is there, and `take` has the whole
+            self._end(GradState.ABSENT)
 
     def _make_way_for_all(self, shared: SharedGradient) -> None:
         """As `make_way` where several ranks add to what the user has put there."""
@@ -284,8 +286,7 @@ class GradientSlot:
 
     def copy_in_reach(self) -> None:
         """Put a copy into ``p.grad`` in place of the stand-in; it counts as the user's own tensor would."""
-        self.chunk.settle()
-        self._set(self.buffer.read(self.position).to(self.parameter.device))
+        self._set(_copied(self))
         self._unheld = references(self.parameter)
         if self.state is GradState.SHOWN:
             self._move_to(GradState.COPIED)
@@ -358,6 +359,11 @@ class GradientSlot:
         self.state = state
 
 
+def _copied(slot: GradientSlot) -> Tensor:
+    slot.chunk.settle()
+    return slot.buffer.read(slot.position).to(slot.parameter.device)
+
+
 def _zeros_like(view: Tensor) -> Tensor:
     """Zeros that take no memory."""
     return torch.zeros((), dtype=view.dtype).expand(view.shape)
@@ -374,4 +380,4 @@ def _arriving(of: "ref[GradientSlot]", gradient: Tensor) -> None:
     """Autograd is about to add to ``p.grad``."""
     slot = of()
     if slot is not None:
-        slot.make_way()
+        slot.make_way(is_seen=put_hook_last(slot.parameter, Watching))  # hooks of the user's run before ours

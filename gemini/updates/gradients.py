@@ -195,6 +195,16 @@ class Gradients:
             return False
         return True
 
+    def staying(self, chunk: Chunk) -> tuple[list[str], list[str]]:
+        """Of the gradients that cannot move: the parameters whose gradient somebody holds, and those of the others."""
+        slots = [slot for slot in self._of_chunk.get(chunk, ()) if slot.is_present or slot.is_theirs]
+        is_held = chunk.gradient is not None and chunk.gradient.is_held
+        with QUIET():
+            held = {
+                s for s in slots if is_held or s.is_theirs or s.is_kept or (s.is_replaced and s.content is not None)
+            }
+        return [s.name for s in slots if s in held], [s.name for s in slots if s not in held]
+
     def moved(self, chunks: Iterable[Chunk]) -> None:
         """Gradients of these chunks may be elsewhere since `give_way`."""
         for chunk in chunks:

@@ -111,6 +111,28 @@ def test_after_a_shortage_less_is_kept() -> None:
     assert AFTER_SHORTAGE < 1
 
 
+@pytest.mark.parametrize("room", [1 << 30, 1 << 40])
+@pytest.mark.parametrize("length", [100, 60])
+def test_after_a_shortage_less_is_kept_however_much_room_was_found(room: int, length: int) -> None:
+    auto = Machine(room).policy()
+    run(auto, 100)
+    kept = run(auto, length)[1].count(Choice.KEEP)
+    assert kept == BLOCKS
+    for _ in range(3):
+        auto.ran_short()
+        less = run(auto, length)[1].count(Choice.KEEP)
+        assert less < kept
+        kept = less
+
+
+def test_a_heavier_batch_after_a_shortage_takes_no_more_than_the_lighter_one() -> None:
+    auto = Machine(1 << 40).policy()
+    run(auto, 100)
+    run(auto, 100)
+    auto.ran_short()
+    assert run(auto, 200)[1].count(Choice.KEEP) < BLOCKS / 2
+
+
 def test_choices_settle_after_some_forwards() -> None:
     machine = Machine(150 * 100 * 1024)
     auto = machine.policy()

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-CHILD = Path(__file__).parent / "child_capped.py"
-
 
 def trained(policy: str, folder: Path) -> str:
+    return child("child_capped.py", policy, str(folder))
+
+
+def child(name: str, *arguments: str) -> str:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, str(CHILD), policy, str(folder)], capture_output=True, text=True, timeout=250, env=clean
-    )
+        [sys.executable, str(Path(__file__).parent / name), *arguments],
+        capture_output=True, text=True, timeout=250, env=clean,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
 
@@ -23,3 +26,14 @@ def trained(policy: str, folder: Path) -> str:
 def test_saved_tensors_of_twice_the_limit_are_trained_where_they_may_leave(tmp_path: Path) -> None:
     assert trained("keep", tmp_path) == "OutOfMemory"
     assert float(trained("offload", tmp_path)) > 0
+
+
+@pytest.mark.heavy
+def test_a_batch_whose_backward_runs_out_of_memory_fits_the_next_time(tmp_path: Path) -> None:
+    ends = {}
+    for limit in ("limited", "free"):
+        *failures, ends[limit] = child("child_short_in_backward.py", str(tmp_path), limit).splitlines()
+        assert failures == (["OutOfMemory"] if limit == "limited" else [])
+    digests = {end.split()[0] for end in ends.values()}
+    assert len(digests) == 1
+    assert ends["limited"].endswith("True")

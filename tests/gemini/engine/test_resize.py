@@ -210,6 +210,62 @@ def test_memory_that_somebody_holds_stays_where_it_is() -> None:
     check_same(ours, plain)
 
 
+HELD: dict[str, Callable[[Any], Any]] = {
+    "p.data": lambda p: p.data,
+    "p.detach()": lambda p: p.detach(),
+    "a view": lambda p: p.detach().view(-1)[1:],
+    "an array": lambda p: p.detach().numpy(),
+    "a capsule": lambda p: torch.from_dlpack(p.detach()),
+    "a storage": lambda p: p.untyped_storage(),
+    "p.grad": lambda p: p.grad,
+    "a view of p.grad": lambda p: p.grad.view(-1)[1:],
+    "an array of p.grad": lambda p: p.grad.numpy(),
+    "a detached p.grad": lambda p: p.grad.detach(),
+    "p.grad of theirs": lambda p: setattr(p, "grad", torch.ones_like(p)) or p.grad,
+    "nothing": lambda p: None,
+}
+
+
+@pytest.mark.parametrize("placement", [IN_RAM, APART], ids=["one RAM", "a device of its own"])
+@pytest.mark.parametrize("how", HELD)
+def test_what_somebody_holds_is_named_where_homes_have_no_place_because_of_it(
+    how: str, placement: dict[str, Any]
+) -> None:
+    ours, plain = Trained(placement), Trained(None)
+    most, smallest = capacity(ours), least(ours)
+    resize(ours, host=most)
+    is_gradient = "grad" in how or how == "nothing"
+    if is_gradient:
+        for each in (ours, plain):
+            add_gradients(each, 0)
+    parameters = list(ours.model.parameters())
+    held = [HELD[how](p) for p in parameters]
+    names = [name for name, _ in ours.model.named_parameters()]
+    text = ""
+    try:
+        resize(ours, host=smallest)
+    except OutOfMemory as error:
+        text = str(error)
+        assert capacity(ours) == most
+        named = {"nothing": "the gradients of", "a storage": "addresses of"}
+        assert named.get(how, "the gradient of" if is_gradient else "memory of") in text
+        assert any(name in text for name in names)
+        assert ("or hold a clone" in text) == (how not in named)
+        assert ("zero_grad()" in text) == is_gradient
+    assert text or placement is APART or (is_gradient and how != "p.grad")
+    del held
+    if how == "a storage":
+        assert "run a forward, until which addresses of" in text
+        for each in (ours, plain):
+            each.loss(7)
+    for each in (ours, plain):
+        each.optimizer.zero_grad()
+    resize(ours, host=smallest)
+    for number in range(2):
+        assert step(ours, number) == step(plain, number)
+    check_same(ours, plain)
+
+
 def test_averages_and_parameters_unfrozen_since_move_along() -> None:
     ours, other = (HalfFrozen(IN_RAM, precision="bf16") for _ in range(2))
     most, averages = capacity(ours), [gemini.EMA(each.model) for each in (ours, other)]
