@@ -230,7 +230,7 @@ def test_an_unknown_model_says_how_to_have_it_estimated(tmp_path: Path, capsys: 
     [
         ("small_gpt:gpt", 160, 128, 256, {}),
         ("small_gpt:wide", 14, 128, 232, {"host_memory": "216MiB"}),
-        ("gpt2", 4, 256, 560, {"host_memory": "400MiB"}),
+        ("gpt2", 4, 256, 480, {"host_memory": "320MiB"}),
     ],
     ids=["activations", "model data", "recorded"],
 )
