@@ -1,5 +1,6 @@
 """Eviction: which full copies go from DEVICE when another one, or a gradient, needs the memory."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from gemini.errors import is_out_of_memory
@@ -12,6 +13,11 @@ from .shortage import no_room
 from .snapshots import Snapshots
 from .state import ChunkState
 from .tier import Tier
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
+"""The first error may be an old one. Its wait has the update tried again at once, before there is more room."""
 
 
 class Eviction:
@@ -81,11 +87,28 @@ class Eviction:
         for chunk in self._idle(keep):
             try:
                 self._full_copies.arrive(chunk)
+                self._full_copies.evict(chunk)
             except BaseException as error:
                 if not is_out_of_memory(error):
                     raise
-                continue  # and its memory has been given back
-            self._full_copies.evict(chunk)
+                # A move has given its memory back; behind an update that is tried again the full copy stays.
+
+    def clear(self, keep: Sequence[Chunk] = ()) -> None:
+        """The same, and their memory goes back to the system."""
+        self.evict_idle(keep)
+        self._full_copies.trim()
+
+    def settle(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
+        """Wait for the update of a chunk; one that ran out of memory is tried again in the room of all that is idle."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                chunk.settle()
+                return
+            except BaseException as error:
+                if attempt == _ATTEMPTS or not is_out_of_memory(error):
+                    raise
+                logger.info("an update is tried again: %s", error)
+                self.clear(keep)
 
     def _evict_one(self, keep: Sequence[Chunk] = ()) -> bool:
         """Evict the least recently used full copy, one that is arriving last; False if all are in use or ``keep``."""

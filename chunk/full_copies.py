@@ -162,6 +162,10 @@ class FullCopies:
         self._device.outlast(value)  # in plain PyTorch the parameter would keep it
         put(chunk, position, value)
 
+    def trim(self) -> None:
+        """Have the backend give back what it keeps of the memory of those that are gone."""
+        self._device.trim()
+
     def mend(self) -> None:
         """Give back the memory of chunks that are at home: interrupts came before that."""
         for chunk in [chunk for chunk in self.resident if not chunk.is_resident]:

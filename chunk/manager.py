@@ -179,8 +179,7 @@ class ChunkManager:
             if background or not is_out_of_memory(error):
                 raise
             # The ledger had room, the allocator had not: whatever took it, what nothing uses can go.
-            self.eviction.evict_idle(keep)
-            self.device.trim()
+            self.eviction.clear(keep)
             try:
                 self.full_copies.begin(chunk, background)
             except BaseException as again:
@@ -197,8 +196,8 @@ class ChunkManager:
     def pin(self, chunk: Chunk, keep: Sequence[Chunk] = ()) -> None:
         """Wait for the chunk (it must have been fetched) and keep it until `unpin`.
 
-        Where the move ran out of memory on its way it is made again, in the room of all that nothing uses (but for
-        ``keep``).
+        Where the move, or the update before it, ran out of memory on its way it is made again, in the room of all that
+        nothing uses (but for ``keep``).
         """
         self.access_count += 1
         if chunk.state is ChunkState.FETCHING:
@@ -208,6 +207,8 @@ class ChunkManager:
             self._ahead.discard(chunk)
         if chunk.bindings.is_hidden:  # else the parameters stay where they point, and are looked at before home is
             self.full_copies.take_assigned(chunk)
+        if chunk.update is not None:
+            self.eviction.settle(chunk, keep)
         chunk.pin()
         self.eviction.note_use(chunk, self.access_count)
 
@@ -221,8 +222,8 @@ class ChunkManager:
         except BaseException as error:
             if not is_out_of_memory(error):
                 raise
-            self.eviction.evict_idle(keep)
-            self.device.trim()
+            self.eviction.clear(keep)
+            self.eviction.settle(chunk, keep)
             self.fetch(chunk, keep)
             self.full_copies.arrive(chunk)
 

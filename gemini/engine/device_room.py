@@ -29,6 +29,11 @@ class DeviceRoom:
         """Room for full copies on DEVICE."""
         return self._manager.ledger.free(Tier.DEVICE) + self._manager.full_copies.nbytes
 
+    def is_guessed(self, profile: NonModelProfile) -> bool:
+        """True if the capacity is what is left beside a guess: no training step has shown what non-model data take."""
+        is_trained = any(chunk.is_trainable for chunk in self._manager.chunks)
+        return self._limit_bytes is not None and is_trained and True not in profile.heaviest
+
     def limit(self, nbytes: int) -> None:
         """Model and non-model data may take less on DEVICE from now on, or more."""
         if self._limit_bytes is not None:

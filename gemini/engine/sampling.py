@@ -76,6 +76,8 @@ class Sampling:
     def end_cycle(self) -> None:
         """The cycle is complete; what it was measured to take goes into the profile."""
         if self.profile.is_measuring:
+            if not self._manager.device.is_ram:
+                self._manager.settle()  # however late updates begin, what they take beside their chunks counts
             self._sample()
             self.profile.end(self.meter.last_bytes)
             self.is_on = self._is_recording

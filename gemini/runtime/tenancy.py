@@ -12,6 +12,7 @@ from ..lease.asked import Asked
 from ..lease.budget import Budget
 from ..lease.seat import Seat, Use
 from ..lease.sharing import Claim
+from ..lease.standing import DEVICE
 from ..packing.packing import Packing
 from ..process_wide import trim_freed_memory
 from ..sizes import format_bytes
@@ -51,7 +52,7 @@ class Tenancy:
             self.budget.look(self.seat)
             if (asked := self.budget.take_asked()) is not None:
                 self._follow(asked)
-            elif targets := self.budget.targets(self.seat):
+            elif targets := self._targets():
                 self._go_to(targets)
         if self.budget.begin(self.seat):
             self._engine.pacing.replan()
@@ -167,6 +168,14 @@ class Tenancy:
             self.budget.answer(asked, False, str(error))
             return
         self.budget.answer(asked, True, ", ".join(f"{m} {format_bytes(n)}" for m, n in asked.nbytes.items()))
+
+    def _targets(self) -> dict[str, int]:
+        """What the budget grants. Of an accelerator no more is taken while what the rest will take is a guess."""
+        targets, engine = self.budget.targets(self.seat), self._engine
+        granted = targets.get(DEVICE, 0)
+        if granted > engine.manager.ledger.capacity(Tier.DEVICE) and engine.room.is_guessed(engine.sampling.profile):
+            del targets[DEVICE]
+        return targets
 
     def _go_to(self, targets: Mapping[str, int]) -> None:
         """Have these capacities, or as near to them as homes find a place."""

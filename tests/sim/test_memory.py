@@ -53,6 +53,28 @@ def test_a_device_of_any_size_trains_with_the_same_numbers(device: SimulatedDevi
     check_at_rest(run.model)
 
 
+def test_what_updates_take_is_measured_however_late_they_begin(device: SimulatedDevice, late_updates: None) -> None:
+    """Those of the first step begin with the next forward, when the room for full copies has been fitted already."""
+    device.set_capacity(5 << 19)
+    run = Wide({"chunk_config_dict": {1: {"chunk_size": 4096}}})
+    resting = torch.accelerator.memory_allocated()
+    check_loop(run, Wide(None), steps=2)
+    measured = boosted(run.model).engine.sampling.profile.heaviest[True]
+    temporaries = 16 * 4 * 128 * 128  # eight in float64, at least, of a layer's weight
+    assert measured.peak_bytes - resting >= temporaries
+    check_at_rest(run.model)
+
+
+def test_the_first_forward_takes_no_more_of_a_device_than_the_guess_says(device: SimulatedDevice) -> None:
+    device.set_capacity(5 << 19)
+    run = Wide({"chunk_config_dict": {1: {"chunk_size": 4096}}})
+    ledger = boosted(run.model).manager.ledger
+    guessed = ledger.capacity(Tier.DEVICE)
+    assert guessed < (5 << 19) // 2
+    run.loss(0)
+    assert ledger.capacity(Tier.DEVICE) == guessed
+
+
 @pytest.mark.parametrize("name", LOOP_PLACEMENTS)
 def test_full_copies_and_homes_take_what_the_ledger_says(device: SimulatedDevice, tmp_path: Path, name: str) -> None:
     run = OnDevice(in_folder(LOOP_PLACEMENTS[name], tmp_path))

@@ -229,8 +229,8 @@ def test_an_unknown_model_says_how_to_have_it_estimated(tmp_path: Path, capsys: 
     ("spec", "batch_size", "length", "ram", "plugin"),
     [
         ("small_gpt:gpt", 160, 128, 256, {}),
-        ("small_gpt:wide", 14, 128, 256, {"host_memory": "240MiB"}),
-        ("gpt2", 4, 256, 560, {"host_memory": "400MiB"}),
+        ("small_gpt:wide", 14, 128, 232, {"host_memory": "216MiB"}),
+        ("gpt2", 4, 256, 480, {"host_memory": "320MiB"}),
     ],
     ids=["activations", "model data", "recorded"],
 )

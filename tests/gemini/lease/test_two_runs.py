@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gemini.lease.folder import LeaseFolder
+from gemini.lease.standing import Standing
 
 ROOT = Path(__file__).parents[3]
 CHILD = Path(__file__).with_name("child_shares.py")
@@ -108,7 +109,7 @@ def test_a_second_run_gets_its_share_of_what_the_first_would_fill(tmp_path: Path
         assert first.on_disk < 40 * MIB  # it has what it wants, or nearly
         second = Run(tmp_path)
         with running(second):
-            while sum(standing.is_waiting for standing in standings(tmp_path).values()) == 0:
+            while not any(map(waits_in_the_group, standings(tmp_path).values())):
                 assert second.child.poll() is None
             first.go_on()
             outcomes = first.outcome(), second.outcome()
@@ -117,6 +118,14 @@ def test_a_second_run_gets_its_share_of_what_the_first_would_fill(tmp_path: Path
     assert outcomes[0]["capacities"][-1] < outcomes[0]["capacities"][2]
     assert max(outcomes[0]["on_disk"]) > 0
     assert outcomes[1]["on_disk"][0] > 0
+
+
+def waits_in_the_group(standing: Standing) -> bool:
+    """True where a run waits for the RAM that is shared: its warm-up, which is boosted before, has that of the machine.
+
+    What went on at the warm-up could be over before the other run asks for its share.
+    """
+    return standing.is_waiting and any("the group" in holding.pools for holding in standing.holdings.values())
 
 
 def standings(folder: Path) -> Any:

@@ -190,6 +190,23 @@ def failing_at(numbers: set[int]) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
+def test_an_update_that_ran_out_of_memory_is_tried_again_when_a_unit_needs_its_chunk(
+    placement: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(PLACEMENTS[placement])
+    if "offload_dir" in options:
+        options["offload_dir"] = tmp_path
+    plain = Trained(None)
+    losses = [plain.step(step) for step in range(4)]
+    ours = Trained(options)
+    assert ours.step(0) == losses[0]
+    ours.model._gemini.manager.settle()
+    monkeypatch.setattr(adam_rule, "adam_update", failing_at({0, 2, 3}))
+    assert [ours.step(step) for step in range(1, 4)] == losses[1:]
+    check_same(ours, plain)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("atomic", [None, 512], ids=["whole", "slices"])
 def test_memory_that_runs_out_in_the_background_is_an_error_and_costs_nothing(
     placement: str, atomic: int | None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
