@@ -204,7 +204,7 @@ class ChunkManager:
         if chunk.state is ChunkState.FETCHING:
             self._arrive(chunk, keep)
         if chunk in self._ahead:
-            self.moves.count_used()
+            self.full_copies.counts.count_used()
             self._ahead.discard(chunk)
         if chunk.bindings.is_hidden:  # else the parameters stay where they point, and are looked at before home is
             self.full_copies.take_assigned(chunk)
