@@ -33,13 +33,10 @@ class Chunk:
     def __init__(self, plan: ChunkPlan, homes: dict[str, Buffer], full: Tensor, gradient: Gradient | None) -> None:
         self.plan = plan
         self.layout = layout = plan.layout
-        self.index = layout.index
         self.codecs = plan.codecs
         self.homes = Homes(homes)
         """Where each buffer of the plan is, but for the gradient's."""
         self.full = full
-        self.full_nbytes = _nbytes_beside_homes(plan, full)
-        """Bytes that the full copy takes on DEVICE beside the homes."""
         with torch.no_grad():
             # Made now and kept: a view of a storage that is 0 bytes long cannot be made, but it can be held.
             self.views = tuple(
@@ -57,6 +54,10 @@ class Chunk:
         """The move of a chunk that is FETCHING."""
         self._update: Transfer | None = None
         """The update of a chunk that is UPDATING in one form or another, or that a chunk is FETCHING behind."""
+
+    @property
+    def index(self) -> int:
+        return self.layout.index
 
     @property
     def states(self) -> tuple[BufferSpec, ...]:
@@ -117,6 +118,11 @@ class Chunk:
         """What a fetch reads."""
         codec = self.plan.codec
         return Decoded(self.homes, self.specs, codec) if codec.source is None else self.homes[codec.source]
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that the full copy takes on DEVICE beside the homes."""
+        return 0 if self.plan.full_is_home else self.full.nbytes
 
     # -- loans
 
@@ -289,7 +295,7 @@ class Chunk:
 
     def _move_to(self, state: ChunkState) -> None:
         is_allowed = state in TRANSITIONS[self.state]  # looked at here, since `transition` is a call more
-        self.state = state if is_allowed else transition(self.index, self.state, state)
+        self.state = state if is_allowed else transition(self.layout.index, self.state, state)
 
     # -- parameters
 
@@ -312,12 +318,8 @@ class Chunk:
         parameters = [binding.parameter for binding in self.bindings]
         if self.full_is_home or built.full_is_home:
             self.full, self.views, self.own_full = built.full, built.views, built.own_full
-        self.plan, self.codecs, self.full_nbytes = built.plan, built.codecs, built.full_nbytes
+        self.plan, self.codecs = built.plan, built.codecs
         self.homes, self.gradient, self.state, self.loan = built.homes, built.gradient, built.state, None
         self.bindings = Bindings(is_hidden=not built.full_is_home, are_copies=not built.full_is_home)
         for position, parameter in enumerate(parameters):
             self.bind(position, parameter)
-
-
-def _nbytes_beside_homes(plan: ChunkPlan, full: Tensor) -> int:
-    return 0 if plan.full_is_home else full.nbytes

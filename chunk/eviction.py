@@ -40,7 +40,7 @@ class Eviction:
 
     def note_use(self, chunk: Chunk, moment: int) -> None:
         """A chunk is pinned."""
-        self._last_used[chunk.index] = moment
+        self._last_used[chunk.layout.index] = moment  # at each visit: `index` is a call more
 
     def make_room(self, chunk: Chunk, keep: Sequence[Chunk] = (), overdraw: bool = False) -> None:
         """Evict others than those of ``keep`` until the full copy of ``chunk`` fits.

@@ -262,7 +262,7 @@ class ChunkManager:
             loan.adopt(position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
-        self.moves.count_wait(chunk.tier, time.perf_counter() - begin)
+        self.full_copies.counts.count_wait(chunk.tier, time.perf_counter() - begin)
 
     def mend(self, held: Collection[Chunk]) -> None:
         """Nothing runs: take back what interrupts have left behind.

@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_REPETITIONS = 8
 """Each gives at least twice as much as the one before."""
+
+_node_of = attrgetter("grad_fn")
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
 """Attributes that are not the user's."""
@@ -202,7 +205,7 @@ class ForwardHooks:
             self._note_running(unit, module)
         self._visits.begin_call(visit)
         if has_gradients:
-            nodes = [t.grad_fn for t in needing_gradients(args, kwargs)]
+            nodes = list(map(_node_of, needing_gradients(args, kwargs)))
             is_watched_alone = unit.leaks_graph is not False and discovery.results is None and bool(visit.chunks)
             watching = discovery.watch() if is_watched_alone else discovery.results
             mark = Mark(next_number(), 0) if watching is None else watching.mark()
