@@ -7,8 +7,8 @@ Each says what it is for, why no public name will do, and what to do should torc
 import pathlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
 from operator import attrgetter, methodcaller
@@ -23,7 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as _modules
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.overrides import _get_current_function_mode as current_function_mode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 if TYPE_CHECKING:
@@ -74,6 +76,18 @@ If it goes: see `number_of`."""
 number_of: Callable[[Any], int] = methodcaller("_sequence_nr")
 """The number of a node, by which a call's own nodes are known. The largest of 64 bits for an ``AccumulateGrad``.
 If it goes: collect the nodes of results in a ``TorchFunctionMode``, which costs each operation a microsecond."""
+
+
+def is_result_of_new_node(tensor: Tensor) -> bool:
+    """True in a hook for saved tensors if the node that saves a tensor is the one that has made it.
+
+    torch tells its hooks nothing of nodes; but what a node saves of others was made by older nodes. An
+    ``autograd.Function`` that makes nodes in its forward is taken for an older one, and its graph holds itself until a
+    backward. If the names go: all are detached, and ``x.data = y`` is not followed.
+    """
+    node = tensor.grad_fn
+    return node is not None and bool(number_of(node) >= next_number() - 1)
+
 
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """What a tensor is a view of, for autograd: after a change in place its node is on the way of the view's gradient.
@@ -208,6 +222,36 @@ If it goes: ``as_subclass(Tensor)`` of every argument."""
 without_torch_function = torch._C.DisableTorchFunction
 """A context in which neither subclasses nor modes are asked.
 If it goes: `without_subclasses`, and the observer has to be told."""
+
+
+def modes() -> list[Any]:
+    """The modes that see this thread's operations, but for a default device.
+
+    If it goes: none are seen, and a block that runs under one is computed again without it.
+    """
+    of_functions = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    return of_functions + _get_current_dispatch_mode_stack()
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """A context without any `modes`, and without a default device that a context has set.
+
+    If it goes: modes that are on in a backward see what that computes again.
+    """
+    popped = [_pop_mode() for _ in _get_current_function_mode_stack()]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(popped):
+            _push_mode(mode)
+
+
+attention_order: Callable[[], list[int]] = torch._C._get_sdp_priority_order
+set_attention_order: Callable[[list[int]], None] = torch._C._set_sdp_priority_order
+"""Which of the kernels for attention is taken first; ``sdpa_kernel(..., set_priority=True)`` sets it.
+If they go: a forward that runs again takes the first one of then."""
 
 without_transforms = torch._C._DisableFuncTorch
 """A context without ``torch.func``'s transforms: memory that moves is no part of what they record.

@@ -539,3 +539,49 @@ def test_a_distributed_tensor_without_its_local_one_has_let_go_of_the_memory(tmp
             distributed.to_local()
     finally:
         dist.destroy_process_group()
+
+
+def test_a_node_s_own_result_is_told_from_what_it_saves_of_others() -> None:
+    found: list[bool] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.append(private.is_result_of_new_node(tensor))
+        return tensor.detach()
+
+    class Saves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            y = x * 2
+            ctx.save_for_backward(x, y)
+            return y
+
+    x = torch.ones(2, requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for run in (torch.exp, torch.sin, lambda x: torch.relu_(x * 1), lambda x: torch.exp_((x * 1)[1:]), Saves.apply):
+            run(x)
+    assert found == [True, False, True, True, False, True]
+
+
+def test_modes_are_seen_and_can_be_left_for_a_while() -> None:
+    class Below(private.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {})) * 2
+
+    with torch.device("meta"), Mode() as mode, Below() as below:
+        assert private.modes() == [mode, below]
+        mode.asked.clear()
+        with private.without_modes():
+            assert private.modes() == []
+            assert torch.ones(1).item() == 1.0
+        assert not mode.asked
+        assert private.modes() == [mode, below]
+        assert torch.ones(1).device.type == "meta"
+    assert private.modes() == []
+
+
+def test_the_order_of_kernels_for_attention_can_be_set() -> None:
+    before = private.attention_order()
+    private.set_attention_order(before[::-1])
+    assert private.attention_order() == before[::-1]
+    private.set_attention_order(before)
+    assert private.attention_order() == before

@@ -7,15 +7,15 @@ Two things are different, which is why it is not torch's own that is called. *It
 until then what was saved is held, and where the forward turns out to have changed what it would need to run again (an
 input in place, a tensor of its module, what is deep in an attribute) it stays as it was saved. And *modules are left as
 they are*: see `module_state`. What the program changes before backward is put back for that time, or backward raises.
-What lies outside of its modules and inputs (a global list, a context variable) is not seen, nor is a change of a
+What lies outside of its modules and inputs (a global list) is not seen, nor is a change of a
 parameter or a large tensor through ``.data``: a program that changes these in its forward does so twice.
 """
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -33,6 +33,14 @@ ONE_AT_A_TIME = threading.RLock()
 """Held while a forward runs again: random states and modules' attributes belong to the whole process."""
 
 
+class Held(Packed, Protocol):
+    """A tensor that is kept where it is."""
+
+    @property
+    def is_changed(self) -> bool:
+        """True if it was changed in place since, or given other memory."""
+
+
 _Form = tuple[tuple[int, ...], torch.dtype, torch.device]
 """By which a tensor that was computed again is recognised."""
 
@@ -47,12 +55,19 @@ class Saved:
     While forward runs it has the tensor. After that it has it, has moved it, or the visit computes it again.
     """
 
-    __slots__ = ("__weakref__", "_index", "_packed", "_visit")
+    __slots__ = ("__weakref__", "_held", "_index", "_packed", "_visit")
 
-    def __init__(self, visit: "RecomputedVisit", index: int, packed: Packed) -> None:
+    def __init__(self, visit: "RecomputedVisit", index: int, packed: Held) -> None:
         self._visit = visit
         self._index = index
         self._packed: Packed | None = packed
+        self._held: Held | None = packed
+        """The same, while it is where it was."""
+
+    @property
+    def is_changed(self) -> bool:
+        """True if the tensor was changed since, so that it has to stay where it is."""
+        return self._held is not None and self._held.is_changed
 
     def unpack(self) -> Tensor:
         """The tensor, computed again if need be."""
@@ -60,12 +75,14 @@ class Saved:
 
     def drop(self) -> None:
         """Let the tensor go: it can be computed again."""
-        self._packed = None
+        self._packed = self._held = None
 
     def move(self, pack: Pack) -> None:
-        """Keep the tensor in another way."""
+        """Keep the tensor in another way, if it is as it was."""
+        if self.is_changed:
+            return
         tensor = self.unpack()
-        self._packed = None  # who packs it may want to be the only one who has it
+        self._packed = self._held = None  # who packs it may want to be the only one who has it
         self._packed = pack(tensor)
 
 
@@ -98,7 +115,7 @@ class RecomputedVisit:
         self._forms: list[_Form] = []
         self._again = _Again(-1)
 
-    def save(self, tensor: Tensor, keep: Pack) -> Saved:
+    def save(self, tensor: Tensor, keep: Callable[[Tensor], Held]) -> Saved:
         """Autograd saves a tensor: number it, and ``keep`` it until the forward ends."""
         saved = Saved(self, len(self._saved), keep(tensor))
         self._saved.append(ref(saved))
@@ -133,6 +150,10 @@ class RecomputedVisit:
             )
         if text := self._state.changed_deep():
             return Reason(text)
+        if mode := self._surroundings.unknown_mode:
+            return Reason(f"it runs under a {mode}, which sees its operations", is_passing=True)
+        if any(saved.is_changed for saved in self.saved):
+            return Reason("it changes what operations have saved for backward")
         return None
 
     def drop(self, copies: InputCopies, pack: Pack) -> None:
@@ -197,10 +218,9 @@ class RecomputedVisit:
             suppress(_Enough),
             self._surroundings.restored(),
             self._state.restored(),
-            torch.enable_grad(),
             saved_tensors_hooks(save, _itself),
         ):
-            module(*args, **kwargs)
+            self._surroundings.variables.copy().run(module, *args, **kwargs)
         if forms != self._forms:
             raise RuntimeError(_changed_text(self._name, self._forms, forms))
         return found

@@ -2,10 +2,12 @@
 
 import sys
 from queue import SimpleQueue
+from weakref import ReferenceType, ref
 
-from torch import UntypedStorage
+from torch import Tensor, UntypedStorage
 
 from ..torch_private import storage_uses
+from .original import Original
 from .place import Passage, Room
 from .state import SavedState, changed
 
@@ -27,7 +29,10 @@ class SavedStorage:
         Gets what is to be given back when the graph has let this go.
     """
 
-    __slots__ = ("__weakref__", "_abandoned", "memory", "nbytes", "number", "passage", "room", "state", "was_used")
+    __slots__ = (
+        *("__weakref__", "_abandoned", "_originals"),
+        *("memory", "nbytes", "number", "passage", "room", "state", "was_used"),
+    )
 
     def __init__(self, memory: UntypedStorage, abandoned: Abandoned) -> None:
         self.memory: UntypedStorage | None = memory
@@ -41,6 +46,8 @@ class SavedStorage:
         self.was_used = False
         """Backward has come to it."""
         self._abandoned = abandoned
+        self._originals: list[ReferenceType[Original]] = []
+        """Weakly: what graphs have saved holds them, and a tensor may hold the graph that this belongs to."""
 
     def __del__(self) -> None:
         if self.room is not None:
@@ -54,7 +61,25 @@ class SavedStorage:
     @property
     def lies_in_tensors(self) -> bool:
         """True if some tensor holds the memory: one of the program's, or one that backward has got again."""
-        return self.memory is not None and storage_uses(self.memory) > 1
+        if self.memory is None:
+            return False
+        while any(original.let_go() for original in self._held()):
+            pass  # a view is gone, and with it a reference to what it was a view of
+        return storage_uses(self.memory) > 1
+
+    def original(self, tensor: Tensor) -> Original:
+        """What holds a tensor of the graph that lies in it, while somebody else has that."""
+        original = next((each for each in self._held() if each.is_of(tensor)), None)
+        if original is None:
+            original = Original(tensor)
+            self._originals.append(ref(original))
+        return original
+
+    def _held(self) -> list[Original]:
+        held = [original for original in (reference() for reference in self._originals) if original is not None]
+        if len(held) < len(self._originals):
+            self._originals = [ref(original) for original in held]
+        return held
 
     def saved_again(self, number: int) -> None:
         """One more tensor of the graph lies in it."""

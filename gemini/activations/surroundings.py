@@ -1,18 +1,23 @@
-"""What a forward's numbers depend on beside its module and its inputs: random states, autocast, kernels chosen."""
+"""What a forward's numbers depend on beside its module and its inputs.
+
+Random states, autocast, context variables, the gradient mode, defaults, and settings of torch (`settings`) are noted
+and put back. Of a mode that sees operations (``TorchFunctionMode``, ``TorchDispatchMode``) nobody can tell what it does
+the second time: forwards under one are not run again.
+"""
 
 import random
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.backends import cuda as kernels
 
-_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
-"""Kernels of attention, which ``torch.nn.attention.sdpa_kernel`` turns on and off."""
+from ..torch_private import modes, without_modes
+from .settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +48,12 @@ class Surroundings:
     of_python: Any
     of_numpy: Any
     autocast: tuple[_Autocast, ...]
-    attention: Mapping[str, bool]
+    settings: Settings
     default_device: torch.device
-    default_dtype: torch.dtype
+    is_grad_enabled: bool
+    variables: Context
+    unknown_mode: str
+    """The class of a mode that sees operations; empty if there is none."""
 
     @classmethod
     def now(cls, devices: Collection[torch.device]) -> "Surroundings":
@@ -59,9 +67,11 @@ class Surroundings:
             random.getstate(),
             numpy.random.get_state() if numpy is not None else None,
             tuple(_Autocast.now(kind) for kind in types if torch.amp.is_autocast_available(kind)),
-            {name: getattr(kernels, f"{name}_sdp_enabled")() for name in _ATTENTION},
+            Settings.now(),
             torch.get_default_device(),
-            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            copy_context(),
+            next((type(mode).__name__ for mode in modes() if not type(mode).__module__.startswith("gemini.")), ""),
         )
 
     @contextmanager
@@ -69,8 +79,10 @@ class Surroundings:
         """Have this state for as long as the context lasts, and after it the one before."""
         present = Surroundings.now(self.of_devices.keys())
         with ExitStack() as contexts:
-            if self.default_device != present.default_device:
+            contexts.enter_context(without_modes())
+            if self.default_device != torch.get_default_device():
                 contexts.enter_context(torch.device(self.default_device))
+            contexts.enter_context(torch.set_grad_enabled(self.is_grad_enabled))
             for autocast in self.autocast:
                 contexts.enter_context(autocast.restored())
             contexts.callback(present._put_back)
@@ -84,7 +96,4 @@ class Surroundings:
         random.setstate(self.of_python)
         if self.of_numpy is not None:
             sys.modules["numpy"].random.set_state(self.of_numpy)
-        for name, is_on in self.attention.items():
-            getattr(kernels, f"enable_{name}_sdp")(is_on)
-        if self.default_dtype is not torch.get_default_dtype():
-            torch.set_default_dtype(self.default_dtype)
+        self.settings.put_back()

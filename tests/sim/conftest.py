@@ -25,9 +25,12 @@ from gemini.updates.update_queue import UpdateQueue
 def _registered() -> SimulatedDevice:
     torch.set_num_threads(1)
     try:
-        return register()
+        simulated = register()
     except Unavailable as error:
         pytest.skip(str(error))
+    gc.collect()
+    gc.freeze()  # what imports have made: the collection before each test would look at all of it
+    return simulated
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ WIDTH = 16
 
 class Here:
     alive: ClassVar[WeakSet["Here"]] = WeakSet()
+    is_changed = False
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
