@@ -37,7 +37,7 @@ from .shared_gradient import Gradient, SharedGradient
 from .slot_values import SlotValues, accept_replaced, open_to_replace, open_values
 from .split_master import halves, joined, marked, unmarked
 from .staging import Staging, pieces
-from .state import ChunkState
+from .state import VALID, ChunkState
 from .tier import Tier
 from .together import Together
 from .values import announce_change, read_part, write_part, write_slot
@@ -58,6 +58,7 @@ __all__ = [
     "RESERVED",
     "SHADOW",
     "STORE_BLOCKS",
+    "VALID",
     "AcceleratorBackend",
     "AcceleratorDriver",
     "BlockFormat",

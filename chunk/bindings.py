@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from .away import QUIET, Keeper, away_class, copied_class, is_linked, link, plai
 
 _set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
 """Sets ``data`` past the property of a `CopiedParameter`, at each fetch."""
+
+
+_parameter_of: Callable[["Binding"], Tensor] = attrgetter("parameter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,4 +207,4 @@ class Bindings:
 
     def _versions_now(self) -> list[int]:
         with QUIET():
-            return [version_of(binding.parameter) for binding in self._all]
+            return list(map(version_of, map(_parameter_of, self._all)))

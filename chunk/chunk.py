@@ -18,7 +18,7 @@ from .memory import Transfer
 from .names import MASTER
 from .plan import ChunkPlan
 from .shared_gradient import Gradient
-from .state import RESIDENT, SETTLED, UPDATING, ChunkState, transition
+from .state import RESIDENT, SETTLED, TRANSITIONS, UPDATING, VALID, ChunkState, transition
 from .stored import Decoded
 from .tier import Tier
 
@@ -164,7 +164,7 @@ class Chunk:
     @property
     def is_valid(self) -> bool:
         """True if the full copy has the values of home, and no update is changing them."""
-        return self.state is ChunkState.READY or self.state is ChunkState.IN_USE
+        return self.state in VALID
 
     @property
     def is_idle(self) -> bool:
@@ -294,7 +294,8 @@ class Chunk:
         self.bindings.hide()
 
     def _move_to(self, state: ChunkState) -> None:
-        self.state = transition(self.layout.index, self.state, state)  # `index` is a call more
+        is_allowed = state in TRANSITIONS[self.state]  # looked at here, since `transition` is a call more
+        self.state = state if is_allowed else transition(self.layout.index, self.state, state)
 
     # -- parameters
 

@@ -203,7 +203,7 @@ class ChunkManager:
         if chunk.state is ChunkState.FETCHING:
             self._arrive(chunk, keep)
         if chunk in self._ahead:
-            self.moves.count_used()
+            self.full_copies.counts.count_used()
             self._ahead.discard(chunk)
         if chunk.bindings.is_hidden:  # else the parameters stay where they point, and are looked at before home is
             self.full_copies.take_assigned(chunk)
@@ -263,7 +263,7 @@ class ChunkManager:
             loan.adopt(position, value)
 
     def _count_wait(self, chunk: Chunk, begin: float) -> None:
-        self.moves.count_wait(chunk.tier, time.perf_counter() - begin)
+        self.full_copies.counts.count_wait(chunk.tier, time.perf_counter() - begin)
 
     def mend(self, held: Collection[Chunk]) -> None:
         """Nothing runs: take back what interrupts have left behind.

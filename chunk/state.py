@@ -63,6 +63,9 @@ SETTLED = {updating: settled for settled, updating in UPDATING.items()}
 RESIDENT = frozenset(ChunkState) - {ChunkState.HOME, ChunkState.HOME_UPDATING}
 """The full copy exists or is arriving."""
 
+VALID = frozenset({ChunkState.READY, ChunkState.IN_USE})
+"""The full copy has the values of home, and no update is changing them."""
+
 
 def transition(chunk_index: int, old: ChunkState, new: ChunkState) -> ChunkState:
     """Return ``new`` if the table allows it.

@@ -49,9 +49,10 @@ __all__ = [
 
 # -- autograd's engine and graph
 
+NO_BACKWARD = -1
 current_backward: Callable[[], int] = torch._C._current_graph_task_id
-"""The backward that this thread runs, -1 outside of one. torch tells nowhere else of reentrant and failed backwards.
-If it goes: count in an ``autograd.Function`` before the loss, which users would have to call."""
+"""The backward that this thread runs, `NO_BACKWARD` outside of one. torch tells nowhere else of reentrant and failed
+backwards. If it goes: count in an ``autograd.Function`` before the loss, which users would have to call."""
 
 current_node: Callable[[], Any] = torch._C._current_autograd_node
 """The node that this thread runs in a backward; None outside of one, and at its end.
@@ -301,6 +302,9 @@ def is_composite(operator: Any) -> bool:
 never_compiled: Callable[..., Any] = torch._compile._disable_dynamo
 """A decorator: not to be compiled. ``torch.compiler.disable`` imports the compiler at once, which takes seconds.
 If it goes: ``torch.compiler.disable``."""
+
+is_traced: Callable[[], bool] = torch._C._is_tracing
+"""True while ``torch.jit.trace`` records; asked at each visit. If it goes: ``torch.jit.is_tracing``, two calls more."""
 
 COMPILED_CALL = "_compiled_call_impl"
 """Where ``module.compile()`` puts the compiled call of a module; its hooks are compiled with it.

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from ..chunk import Chunk, ChunkManager, Tier
+from ..chunk import VALID, Chunk, ChunkManager, Tier
 from ..errors import OutOfMemory
 from ..memory.non_model import Batch
 from ..planning.trace import Phase
-from ..torch_private import current_backward, current_node, number_of
+from ..torch_private import NO_BACKWARD, current_backward, current_node, number_of
 from ..units.units import Units, Visit
 from ..updates.updates import Updates
 from .device_room import DeviceRoom
@@ -85,9 +85,9 @@ class Engine:
             if self.sampling.is_on:
                 self.sampling.end_moment()
                 self.memory.foresee()
-            missing = [chunk for chunk in chunks if not chunk.is_valid]
+            missing = [chunk for chunk in chunks if chunk.state not in VALID]
             begin = time.perf_counter() if missing else 0.0
-            self.visits.begin(visit)
+            pinned = self.visits.begin(visit)
             try:
                 if actions.evict:
                     self.pacing.evict(actions.evict)
@@ -100,7 +100,7 @@ class Engine:
                     self.pacing.prefetch(actions.prefetch)  # behind what is needed now, ahead of waiting for it
                 for chunk in chunks:
                     self.pins.pin(chunk, chunks)
-                    self.visits.open[visit].append(chunk)
+                    pinned.append(chunk)
                 if missing:
                     self.stall_seconds += time.perf_counter() - begin
                 if self.sampling.is_on:
@@ -138,9 +138,9 @@ class Engine:
         """Backward comes to what code outside of any unit made: bring its chunks. No moment of the cycle."""
         if visit in self.visits.open:
             return
-        self.visits.begin(visit)
+        pinned = self.visits.begin(visit)
         try:
-            self.visits.open[visit].extend(self.pins.bring(visit.chunks))
+            pinned.extend(self.pins.bring(visit.chunks))
         except BaseException:
             self.leave(visit)
             raise
@@ -251,10 +251,10 @@ class Engine:
             self.sampling.begin_backward()
         return is_first
 
-    def leave_passed(self) -> None:
-        """This thread comes to a node of a backward: leave the visits all of whose nodes have run."""
+    def leave_passed(self, task: int) -> None:
+        """This thread comes to a node of the backward ``task``: leave the visits all of whose nodes have run."""
         node = current_node()
-        for visit in self.visits.passed(current_backward(), -1 if node is None else number_of(node)):
+        for visit in self.visits.passed(task, -1 if node is None else number_of(node)):
             self.leave_backward(visit)
 
     def end_backward(self, task: int) -> None:
@@ -264,16 +264,19 @@ class Engine:
         self.visits.end_backward(task)
         if not self.visits.is_in_backward:
             self.manager.together.complete_gradients()
-        self._update(self.updates.schedule.backward_ended(task))
+        if chunks := self.updates.schedule.backward_ended(task):
+            self._update(chunks)
 
     def leave_backward(self, visit: Visit) -> None:
         """A backward has run every node of a visit."""
         self.leave(visit)
-        self._update(self.updates.schedule.unit_left(visit))
+        if chunks := self.updates.schedule.unit_left(visit):
+            self._update(chunks)
 
     def gradient_arrived(self, parameter: Tensor) -> None:
         """Autograd has put a gradient into ``p.grad``."""
-        self._update(self.updates.gradient_arrived(parameter, current_backward()))
+        if chunks := self.updates.gradient_arrived(parameter, current_backward()):
+            self._update(chunks)
 
     def _update(self, chunks: Sequence[Chunk]) -> None:
         """Update chunks while backward runs."""
@@ -323,4 +326,4 @@ class Engine:
 
 def in_backward() -> bool:
     """True on a thread of autograd that runs a backward."""
-    return current_backward() != -1
+    return current_backward() != NO_BACKWARD

@@ -73,8 +73,8 @@ class Pacing:
     def use_order(self) -> dict[int, int]:
         """Chunk index -> rank in the order of first use in a training cycle (by index while unknown)."""
         planner = self.cycle.expected(with_gradients=True)
-        used = planner.trace.first_uses() if planner is not None else ()
-        order = dict.fromkeys((*used, *(chunk.index for chunk in self._manager.chunks)))
+        used = planner.first_uses if planner is not None else ()
+        order = dict.fromkeys((*used, *range(len(self._manager.chunks))))
         return {index: rank for rank, index in enumerate(order)}
 
     def least_bytes(self, other: Mapping[int, int]) -> int:
@@ -103,7 +103,10 @@ class Pacing:
 
     def seen_bytes(self) -> int:
         """What one of the moments seen so far needs at least; 0 before the first."""
-        return self.least_bytes({}) if any(True for _ in self._moments()) else 0
+        chunks, units = self._manager.chunks, self._units.all
+        new = [moment for moment in self.cycle.unplanned() if not units[moment.unit].is_joined]
+        needs = [sum(chunks[index].full_nbytes for index in moment.in_use) for moment in new]
+        return max((*needs, *(planner.least_bytes for planner in self.cycle.planners())), default=0)
 
     def _moments(self) -> Iterator[Moment]:
         """The moments known, without those of units that stand for several."""
@@ -116,4 +119,5 @@ class Pacing:
         # Where the update runs on the host, it cannot refresh full copies on a device, and they are evicted instead.
         lost = [chunk.index for chunk in chunks if chunk.is_trainable and not chunk.plan.update_reaches_full]
         capacity = manager.ledger.free(Tier.DEVICE) + manager.full_copies.nbytes
-        return Planner(trace, nbytes, capacity, self._depth, lost)
+        joined = {unit.index for unit in self._units.all if unit.is_joined}
+        return Planner(trace, nbytes, capacity, self._depth, lost, joined)

@@ -1,6 +1,7 @@
 """Which calls of units are under way, in forward and in backward."""
 
-import threading
+from collections.abc import Sequence
+from threading import get_ident
 
 from ..chunk import Chunk
 from ..planning.trace import Moment, Phase
@@ -28,7 +29,7 @@ class Visits:
     def begin_call(self, visit: Visit) -> None:
         """The forward of a unit begins."""
         self.running.append(visit)
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
 
     def call_of(self, unit: Unit) -> Visit | None:
         """The innermost call of a unit whose forward is under way."""
@@ -36,19 +37,22 @@ class Visits:
 
     def end_call(self, unit: Unit) -> Visit | None:
         """The innermost call of a unit, whose forward is over; None if there is none."""
-        for at in reversed(range(len(self.running))):
-            if self.running[at].unit is unit:
-                return self.running.pop(at)
-        return None
+        at = len(self.running) - 1
+        while at >= 0 and self.running[at].unit is not unit:
+            at -= 1
+        return self.running.pop(at) if at >= 0 else None
 
     @property
     def innermost(self) -> Visit | None:
         """The call whose forward this thread is in, if any."""
-        return self.running[-1] if self.running and self._thread == threading.get_ident() else None
+        return self.running[-1] if self.running and self._thread == get_ident() else None
 
     def moment(self, unit: Unit, phase: Phase, chunks: tuple[Chunk, ...]) -> Moment:
         """The moment at which a unit enters and these chunks are pinned beside those of the visits that are open."""
-        groups = (chunks, *[tuple(pinned) for pinned in self.open.values() if pinned])
+        groups: tuple[tuple[Chunk, ...], ...] = (chunks,)
+        for pinned in self.open.values():
+            if pinned:
+                groups += (tuple(pinned),)
         moment = self._moments.get((unit, phase, groups))
         if moment is None:
             if len(self._moments) >= MOMENTS_KEPT:
@@ -57,9 +61,11 @@ class Visits:
             self._moments[unit, phase, groups] = moment
         return moment
 
-    def begin(self, visit: Visit) -> None:
-        """Count a visit as open; its chunks are pinned next."""
-        self.open[visit] = []
+    def begin(self, visit: Visit) -> list[Chunk]:
+        """Count a visit as open; its chunks are pinned next. Returns the list that is to have them then."""
+        pinned: list[Chunk] = []
+        self.open[visit] = pinned
+        return pinned
 
     def end(self, visit: Visit) -> None:
         """Unpin what a visit has pinned, if it is open."""
@@ -82,17 +88,21 @@ class Visits:
 
     def join_backward(self, task: int, visit: Visit) -> bool:
         """Note that this thread, in the backward ``task``, comes to a visit; True if it is the first of that task."""
-        is_first, here = task not in self._of_backward, threading.get_ident()
-        visits = self._of_backward.setdefault(task, {})
+        here, visits = get_ident(), self._of_backward.get(task)
+        if visits is None:
+            self._of_backward[task] = {visit: here}
+            return True
         visits[visit] = here if visits.get(visit, here) == here else 0
-        return is_first
+        return False
 
-    def passed(self, task: int, number: int) -> list[Visit]:
+    def passed(self, task: int, number: int) -> Sequence[Visit]:
         """The visits of a backward that has run all of their nodes when this thread comes to the node of this number.
 
         They belong to it no longer. Of the nodes that are ready a thread of autograd runs the one that was made last.
         """
-        visits, here = self._of_backward.get(task, {}), threading.get_ident()
+        visits, here = self._of_backward.get(task), get_ident()
+        if not visits:
+            return ()
         passed = [v for v, at in visits.items() if at == here and v.begin is not None and v.begin.number > number]
         for visit in passed:
             del visits[visit]

@@ -1,6 +1,7 @@
 """`Budget`: memory that several boosted models share, and what they leave each other."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from gemini.lease.asked import Asked
@@ -165,7 +166,7 @@ class Budget:
     @property
     def is_due(self) -> bool:
         """True if it is time to look at the machine again."""
-        return self._part is not None and self._part.is_due
+        return self._part is not None and time.monotonic() >= self._part.next_look  # asked at each visit
 
     def look(self, seat: Seat) -> None:
         """See what there is for all of them now, on behalf of one; others that are idle give back what they have to."""

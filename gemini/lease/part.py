@@ -66,7 +66,8 @@ class MachinePart:
         self._gauge = gauge
         self._steady: dict[str, Steady] = {}
         """By memory, what is followed where there is less than the models can make use of."""
-        self._next_look = 0.0
+        self.next_look = 0.0
+        """When it is time for another look, by ``time.monotonic()``."""
 
     def watch(self, limits: Mapping[str, LimitsOf]) -> None:
         """These limits bound what is held from now on, beside those known."""
@@ -99,15 +100,10 @@ class MachinePart:
             self._steady[memory] = Steady(room)
         return want.capacity_in(memory, room)
 
-    @property
-    def is_due(self) -> bool:
-        """True if it is time for another look."""
-        return time.monotonic() >= self._next_look
-
     def look(self, wants: Mapping[str, Wants]) -> dict[str, int | None]:
         """The capacities from now on, by memory; None where there is as much as the models can make use of."""
         now = time.monotonic()
-        self._next_look = now + LOOK_SECONDS
+        self.next_look = now + LOOK_SECONDS
         self.say(wants)
         is_pressed = self._gauge.is_pressed(now)
         found: dict[str, int | None] = {}

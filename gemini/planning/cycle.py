@@ -62,10 +62,19 @@ class Cycle:
 
     def moments(self) -> Iterator[Moment]:
         """Every moment known, of plans and of the cycle under way."""
-        for planners in self._planners.values():
-            for planner in planners:
-                yield from planner.trace.moments
+        for planner in self.planners():
+            yield from planner.trace.moments
         yield from self._moments
+
+    def unplanned(self) -> tuple[Moment, ...]:
+        """The moments of the cycle under way; none where a plan begins with the same ones."""
+        done = tuple(self._moments)
+        planners = self._planners[self.with_gradients]
+        return () if any(planner.trace.moments[: len(done)] == done for planner in planners) else done
+
+    def planners(self) -> Iterator[Planner]:
+        """Every plan there is."""
+        return (planner for planners in self._planners.values() for planner in planners)
 
     def units(self) -> set[int]:
         """The units that have entered in the cycle under way."""

@@ -67,6 +67,8 @@ class Planner:
         How many chunks may be on their way ahead of use; 0 prefetches nothing.
     lost
         Chunks whose full copies do not outlive a cycle: the optimizer step rewrites their homes out of its reach.
+    aside
+        Units whose moments do not count for `least_bytes`.
 
     Raises
     ------
@@ -81,8 +83,12 @@ class Planner:
         capacity_bytes: int | Sequence[int],
         depth: int,
         lost: Collection[int] = (),
+        aside: Collection[int] = (),
     ) -> None:
         self.trace = trace
+        self.first_uses = trace.first_uses()
+        self.least_bytes = 0
+        """What one of the moments needs at least."""
         self._nbytes = nbytes
         self._depth = depth
         self._lost = frozenset(lost)
@@ -92,6 +98,8 @@ class Planner:
             need = sum(nbytes[c] for c in chunks)
             if need > room:
                 raise ValueError(f"unit {moment.unit} needs {need} bytes of full copies at once, capacity is {room}")
+            if need > self.least_bytes and moment.unit not in aside:
+                self.least_bytes = need
         self._in_use = [*in_use, frozenset()]  # the last one is the time between two cycles
         self._capacity = [*capacity, *capacity[:1]]
         self._ahead = _ahead(self._in_use, depth, self._lost)

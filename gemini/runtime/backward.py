@@ -17,6 +17,7 @@ through nodes, and a model that keeps a tensor with a graph would keep itself.
 import sys
 from collections.abc import Collection
 from functools import partial
+from operator import attrgetter
 from typing import Any
 from weakref import ref
 
@@ -32,6 +33,7 @@ from ..units.results import Mark, Results
 from ..units.subgraph import first_nodes, is_contained, unreachable
 from ..units.units import Unit, Visit
 
+_moved_bytes = attrgetter("full_nbytes")
 _OUTSIDE = Unit(-1, "code outside of any unit", None, ())
 
 
@@ -83,7 +85,7 @@ class BackwardHooks:
             return False
         if results is not None:
             unit.contains_graph(is_contained(nodes, own))
-        elif unit.graph_is_contained and any(c.full_nbytes for c in visit.chunks) and not is_contained(nodes, own):
+        elif unit.graph_is_contained and any(map(_moved_bytes, visit.chunks)) and not is_contained(nodes, own):
             unit.contains_graph(False)
             self._engine.pins.hold(visit.chunks)
             return True
@@ -117,7 +119,7 @@ def _enter(reference: "ref[Engine]", visit: Visit, gradients: Any) -> None:
     if engine is None:
         return
     task = current_backward()
-    engine.leave_passed()
+    engine.leave_passed(task)
     if engine.join_backward(task, visit):
         at_end_of_backward(partial(engine.end_backward, task))
     if visit.unit is _OUTSIDE:

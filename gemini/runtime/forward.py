@@ -9,10 +9,11 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..activations import Saving
 from ..chunk import reach
@@ -20,9 +21,9 @@ from ..engine import Engine, in_backward
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.shortage import out_of_memory
 from ..planning.trace import Phase
-from ..torch_private import is_compiled, next_number
+from ..torch_private import NO_BACKWARD, current_backward, is_compiled, next_number
 from ..units.bracket import Bracket, bracket
-from ..units.observer import Observer, tensors_in
+from ..units.observer import Observer, needing_gradients, tensors_in
 from ..units.results import Mark
 from ..units.units import Unit, Visit, bracketed_modules
 from .backward import BackwardHooks
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_REPETITIONS = 8
 """Each gives at least twice as much as the one before."""
+
+_node_of = attrgetter("grad_fn")
 
 _INTERNALS = frozenset((*vars(nn.Module()), "_gemini"))
 """Attributes that are not the user's."""
@@ -202,34 +205,36 @@ class ForwardHooks:
     # -- units
 
     def _before_unit(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
-        is_in_backward = in_backward()
-        if not (self._depth or self._visits.running or is_in_backward):
+        engine, discovery, task = self._engine, self._discovery, current_backward()
+        is_in_backward = task != NO_BACKWARD
+        if not (self._depth or is_in_backward or self._visits.running):
             self._before_part(unit)
         has_gradients = torch.is_grad_enabled()
         visit = Visit(unit) if has_gradients else Visit(unit, extra=unit.without_gradients)
         if is_in_backward:
-            self._engine.leave_passed()
-            self._engine.updates.schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
-        elif self._depth:
-            self._tenancy.before_unit()
-        discovery = self._discovery
-        if not self._brackets.are_coarse:
+            engine.leave_passed(task)
+            engine.updates.schedule.check_current(f"{unit.name}, run again by backward,", visit.chunks)
+        elif self._depth and self._tenancy.budget.is_due:
+            self._tenancy.look_before_unit()
+        if discovery.observer is not None or not (self._depth or is_in_backward):
             self._note_running(unit, module)
         self._visits.begin_call(visit)
         if has_gradients:
-            nodes = [t.grad_fn for t in tensors_in((args, kwargs)) if t.requires_grad]
-            is_watched_alone = unit.leaks_graph is not False and bool(visit.chunks) and discovery.results is None
+            nodes = list(map(_node_of, needing_gradients(args, kwargs)))
+            is_watched_alone = unit.leaks_graph is not False and discovery.results is None and bool(visit.chunks)
             watching = discovery.watch() if is_watched_alone else discovery.results
             mark = Mark(next_number(), 0) if watching is None else watching.mark()
             visit.begins(mark, nodes, watching if is_watched_alone else None)
-        self._engine.enter(visit, Phase.FORWARD)
+        engine.enter(visit, Phase.FORWARD)
         if discovery.results is not None and is_compiled(module):
             discovery.results.pause()
 
     def _note_running(self, unit: Unit, module: nn.Module) -> None:
+        if self._brackets.are_coarse:
+            return
         if self._discovery.observer is not None:
             self._brackets.saw(unit, (*self._discovery.observer.running, module))
-        elif not (self._depth or in_backward()):
+        else:
             units = (visit.unit.module for visit in self._visits.running)
             self._brackets.saw(unit, (module, *(around for around in units if around is not None)))
 
@@ -247,7 +252,7 @@ class ForwardHooks:
         if output is None:
             self._engine.listener.failed(self._engine, sys.exc_info()[1])  # while its visit is still open
         engine, discovery, has_gradients = self._engine, self._discovery, torch.is_grad_enabled()
-        if engine.pacing.cycle.with_gradients and output is not None:
+        if engine.updates.schedule.watches_units and engine.pacing.cycle.with_gradients and output is not None:
             engine.updates.schedule.unit_called(visit, has_gradients, in_backward())
         engine.leave(visit)
         if discovery.results is not None and is_compiled(module):
@@ -257,14 +262,11 @@ class ForwardHooks:
                 unit.leaves_graphs_in(
                     name for name, value in vars(module).items() if name not in _INTERNALS and _has_graph(value)
                 )
-            self._watch_backward(visit, [t for t in tensors_in((args, kwargs)) if t.requires_grad], output)
+            if self._backward.watch(visit, needing_gradients(args, kwargs), output, discovery.results):
+                discovery.watch_again()
         if visit.results is not None:
             discovery.stop_watching()
         visit.ends()
-
-    def _watch_backward(self, visit: Visit, inputs: list[Tensor], output: Any) -> None:
-        if self._backward.watch(visit, inputs, output, self._discovery.results):
-            self._discovery.watch_again()
 
     # -- uses outside of a parameter's own unit
 
@@ -293,7 +295,8 @@ class ForwardHooks:
         self._engine.leave(visit)
         if torch.is_grad_enabled():
             visit.begins(begin)
-            self._watch_backward(visit, [], output)
+            if self._backward.watch(visit, [], output, self._discovery.results):
+                self._discovery.watch_again()
 
 
 def _has_graph(value: Any) -> bool:

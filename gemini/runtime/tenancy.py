@@ -57,17 +57,16 @@ class Tenancy:
         if self.budget.begin(self.seat):
             self._engine.pacing.replan()
 
-    def before_unit(self) -> None:
-        """A unit is about to run: give back full copies if others need their room."""
-        if self.budget.is_due:
-            self.budget.look(self.seat)
-            uses = self.uses()
-            smaller = {m: n for m, n in self.budget.targets(self.seat).items() if n < uses[m].capacity}
-            for memory, nbytes in smaller.items():
-                self.cut(memory, nbytes)
-            if smaller:
-                self._is_behind = True
-                self.budget.settled()
+    def look_before_unit(self) -> None:
+        """A unit is about to run, and a look is due: give back full copies if others need their room."""
+        self.budget.look(self.seat)
+        uses = self.uses()
+        smaller = {m: n for m, n in self.budget.targets(self.seat).items() if n < uses[m].capacity}
+        for memory, nbytes in smaller.items():
+            self.cut(memory, nbytes)
+        if smaller:
+            self._is_behind = True
+            self.budget.settled()
 
     # -- what users call
 

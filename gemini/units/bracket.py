@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
-from ..torch_private import COMPILED_CALL, never_compiled
+from ..torch_private import COMPILED_CALL, is_traced, never_compiled
 from .attached import Attached
 
 Before = Callable[[nn.Module, Any, Any], Any]
@@ -61,9 +61,9 @@ def refuse_compilation() -> None:
     RuntimeError
         Saying what to compile when.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         _raise_uncompiled()
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if is_traced():
         raise RuntimeError(
             "torch.jit.trace was called on a boosted model, or a part of one, whose parameters move between calls: "
             "trace a plain model that has loaded model.state_dict()"
@@ -73,7 +73,8 @@ def refuse_compilation() -> None:
 def _never_compiled(before: Before) -> Before:
     @wraps(before)
     def guarded(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        refuse_compilation()
+        if is_compiling() or is_traced():  # asked here, since it is a call less
+            refuse_compilation()
         return before(module, args, kwargs)
 
     return guarded

@@ -113,8 +113,21 @@ def tensors_in(value: Any) -> list[Tensor]:
 
     Attributes are followed to a depth of four: an output may refer to half of a program.
     """
+    if isinstance(value, torch.Tensor):
+        return [value]
     found: list[Tensor] = []
-    _collect(value, 4, found)
+    _collect(value, _DEPTH, found)
+    return found
+
+
+def needing_gradients(args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors in the arguments of a call that need a gradient."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if not isinstance(value, torch.Tensor):
+            found += [tensor for tensor in tensors_in(value) if tensor.requires_grad]
+        elif value.requires_grad:
+            found.append(value)
     return found
 
 
@@ -132,6 +145,7 @@ def _collect(value: Any, depth: int, found: list[Tensor]) -> None:
             _collect(getattr(value, name, None), depth - 1, found)
 
 
+_DEPTH = 4
 _COLLECTIONS = (list, tuple, set, deque, dict)
 _WITHOUT_TENSORS = (str, bytes, int, float, complex, type, nn.Module, FunctionType, MethodType, ModuleType, type(None))
 

@@ -76,12 +76,12 @@ def is_contained(first: Collection[Any], own: range, most: int = MOST_NODES) -> 
     """
     if not 0 < len(own) <= most:
         return False
-    found, ahead = set(first), list(first)
-    while ahead:
-        node = ahead.pop()
+    for node in first:
         if number_of(node) not in own:
             return False
-        for following, _ in node.next_functions:
+    found, ahead = set(first), list(first)
+    while ahead:
+        for following, _ in ahead.pop().next_functions:
             if following is not None and following not in found and number_of(following) in own:
                 found.add(following)
                 ahead.append(following)

@@ -21,7 +21,7 @@ class UpdateSchedule:
     """True if updates consume gradients before backward ends. Then chunks may be used within units only."""
 
     watches_units = False
-    """True if it has to hear of each unit's end in backward."""
+    """True if it has to hear of each unit's end, in forward and in backward."""
 
     @property
     def updated_early(self) -> Set[Chunk]:

@@ -53,3 +53,18 @@ def test_cycles_that_take_turns_have_no_fetch_on_demand_once_each_is_known(patte
     steps(12)
     assert moves.fetch_count > fetched
     assert moves.miss_count == demanded
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_plans_tell_what_one_moment_needs_as_all_moments_seen_do(pattern: Callable[[int], bool]) -> None:
+    model: Any = TwoPaths(pattern)
+    booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, device_memory="64KiB", **SMALL))
+    model, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters()))
+    pacing = boosted(model).engine.pacing
+    assert pacing.seen_bytes() == 0
+    for step in range(6):
+        booster.backward(model(batch(step)).square().mean(), optimizer)
+        assert 0 < pacing.seen_bytes() == pacing.least_bytes({})
+        optimizer.step()
+        optimizer.zero_grad()
+        assert pacing.seen_bytes() == pacing.least_bytes({})

@@ -8,6 +8,7 @@ from belady import belady, play
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gemini.planning.cycle import Cycle
 from gemini.planning.planner import Actions, Plan, Planner
 from gemini.planning.trace import Moment, Phase, Trace
 
@@ -226,3 +227,33 @@ def test_a_trace_of_thousands_of_moments_is_planned_soon(kind: str) -> None:
 
 def test_a_trace_says_in_which_order_chunks_are_first_used() -> None:
     assert trace_of([[3, 1], [2], [1]]).first_uses() == (1, 3, 2)
+
+
+# -- what a plan needs at least
+
+
+def test_a_plan_tells_the_most_that_one_moment_needs_but_for_units_that_are_aside() -> None:
+    trace, nbytes = trace_of([[0], [1, 2], [0, 1, 2], [2]]), {0: 4, 1: 2, 2: 1}
+    assert Planner(trace, nbytes, 8, 1).least_bytes == 7
+    assert Planner(trace, nbytes, 8, 1, aside={2}).least_bytes == 4
+    assert Planner(trace, nbytes, 8, 1, aside=range(4)).least_bytes == 0
+
+
+def test_moments_are_unplanned_until_a_plan_begins_with_them() -> None:
+    cycle, moments = Cycle(), trace_of([[0], [1], [2]]).moments
+    back = Moment(0, Phase.BACKWARD, frozenset([2]))
+
+    def restart() -> None:
+        cycle.restart(True, lambda trace: Planner(trace, dict.fromkeys(range(3), 1), 2, 1), ())
+
+    restart()
+    for moment in (*moments, back):
+        cycle.advance(moment)
+    assert cycle.unplanned() == (*moments, back)
+    restart()
+    assert cycle.unplanned() == ()
+    for moment in moments[:2]:
+        cycle.advance(moment)
+        assert cycle.unplanned() == ()
+    cycle.advance(back)
+    assert cycle.unplanned() == (*moments[:2], back)
