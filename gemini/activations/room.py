@@ -4,13 +4,17 @@ import time
 from pathlib import Path
 
 import torch
+from torch import UntypedStorage
 
 from ..chunk import ChunkManager, DiskFile, Tier
+from ..errors import is_out_of_memory
 from ..memory.capacity import device_headroom
 from ..planning.activation_choice import Link
 from .disk import aligned
 
 PROBE_BYTES = 16 << 20
+LEAST_PROBE_BYTES = 1 << 20
+"""Where memory is short, which may be why the link is asked for."""
 
 
 def room_bytes(manager: ChunkManager, device: torch.device) -> int:
@@ -27,19 +31,32 @@ def disk_link(folder: Path, ahead_bytes: int) -> Link:
     OSError
         What the file system says.
     """
-    memory = aligned(PROBE_BYTES, 0)  # at a page boundary, as the file: else the page cache is measured
+    memory = _probe()
+    nbytes = memory.nbytes()
     file = DiskFile(folder)
     try:
-        file.reserve(0, PROBE_BYTES)
+        file.reserve(0, nbytes)
         begin = time.perf_counter()
-        file.write(0, memory.data_ptr(), PROBE_BYTES, "a measurement")
+        file.write(0, memory.data_ptr(), nbytes, "a measurement")
         written = time.perf_counter()
-        file.read(0, memory.data_ptr(), PROBE_BYTES, "a measurement")
+        file.read(0, memory.data_ptr(), nbytes, "a measurement")
         end = time.perf_counter()
     finally:
         file.close()
     return Link(
-        down_bytes_per_second=PROBE_BYTES / max(written - begin, 1e-9),
-        up_bytes_per_second=PROBE_BYTES / max(end - written, 1e-9),
+        down_bytes_per_second=nbytes / max(written - begin, 1e-9),
+        up_bytes_per_second=nbytes / max(end - written, 1e-9),
         ahead_bytes=ahead_bytes,
     )
+
+
+def _probe() -> UntypedStorage:
+    """Memory at a page boundary, as the file: else the page cache is measured."""
+    nbytes = PROBE_BYTES
+    while True:
+        try:
+            return aligned(nbytes, 0)
+        except (RuntimeError, MemoryError) as error:
+            if nbytes <= LEAST_PROBE_BYTES or not is_out_of_memory(error):
+                raise
+            nbytes //= 2

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import UntypedStorage
+
+from gemini.activations import room
+from gemini.activations.disk import aligned
 
 
 def trained(policy: str, folder: Path) -> str:
@@ -37,3 +41,17 @@ def test_a_batch_whose_backward_runs_out_of_memory_fits_the_next_time(tmp_path: 
     digests = {end.split()[0] for end in ends.values()}
     assert len(digests) == 1
     assert ends["limited"].endswith("True")
+
+
+def test_the_link_is_measured_with_less_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def short(nbytes: int, skip: int) -> UntypedStorage:
+        asked.append(nbytes)
+        if nbytes > 4 << 20:
+            raise MemoryError
+        return aligned(nbytes, skip)
+
+    monkeypatch.setattr(room, "aligned", short)
+    assert room.disk_link(tmp_path, 1).up_bytes_per_second > 0
+    assert asked == [16 << 20, 8 << 20, 4 << 20]
