@@ -22,6 +22,9 @@ from child_measured import train  # noqa: E402
 from gemini.errors import is_out_of_memory  # noqa: E402
 from gemini.estimate.subject import Subject, find_subject  # noqa: E402
 
+KEEPS = {"activation_policy": "keep"}
+"""What the command estimates; without a policy, a training that is short keeps less and goes on."""
+
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
@@ -48,7 +51,7 @@ def attempt(subject: Subject, precision: str, trial: dict[str, Any]) -> dict[str
             bool(trial.get("checkpointing")),
             3,
             precision=precision,
-            **trial["plugin"],
+            **{**KEEPS, **trial["plugin"]},
         )
         return {"error": None, "stats": model.memory_stats()}
     except (RuntimeError, MemoryError) as error:
