@@ -6,8 +6,14 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 from own_process import pytest_collection_modifyitems, pytest_runtest_protocol, pytest_unconfigure
+from sampled import pytest_pycollect_makeitem
 
-__all__ = ["pytest_collection_modifyitems", "pytest_runtest_protocol", "pytest_unconfigure"]  # hooks
+__all__ = [  # hooks
+    "pytest_collection_modifyitems",
+    "pytest_pycollect_makeitem",
+    "pytest_runtest_protocol",
+    "pytest_unconfigure",
+]
 
 # The same examples in every run: whether a change is accepted must not depend on luck. To look for new ones:
 # HYPOTHESIS_PROFILE=explore scripts/test tests/...

@@ -81,6 +81,7 @@ def precision(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
 def test_every_placement_gives_the_numbers_of_the_unmanaged_model(
     build: Any, precision: str, placement: dict[str, Any]
@@ -88,6 +89,7 @@ def test_every_placement_gives_the_numbers_of_the_unmanaged_model(
     check_parity(task(build, precision), **placement)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("chunk_numel", [1 << 12, 1 << 16])
 def test_a_device_of_two_chunks_gives_the_same_numbers(
@@ -102,6 +104,7 @@ def test_a_device_of_two_chunks_gives_the_same_numbers(
     assert model.memory_stats()["move/evict_count"] > 0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 def test_host_and_disk_alone_give_the_same_numbers(
     build: Any, precision: str, use_reentrant: bool | None, tmp_path: Any

@@ -43,6 +43,7 @@ def both(*arguments: Any, **plugin: Any) -> tuple[Owners, Owners]:
     return Owners(2, *arguments, **plugin), Owners(1, *arguments, **plugin)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("place", PLACES)
 def test_two_owners_train_as_one_that_accumulates_their_batches(place: str, precision: str) -> None:
@@ -75,6 +76,7 @@ def test_gradients_of_several_rounds_are_summed_in_the_order_of_rounds_and_owner
     check_owners(ours, alone)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("place", PLACES)
 def test_gradients_are_clipped_by_the_norm_of_the_sums(place: str, precision: str) -> None:
@@ -107,6 +109,7 @@ def test_a_split_master_has_the_same_bits_as_halves_of_whole_ones(place: str) ->
     check_owners(ours, alone)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("states", ["bf16", "8bit"])
 @pytest.mark.parametrize("place", PLACES)
 def test_states_that_a_block_of_elements_shares_are_cut_between_blocks(place: str, states: str) -> None:

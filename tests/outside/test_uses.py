@@ -6,7 +6,11 @@ import pytest
 from outside.catalogue import USES, cases
 from outside.placements import PLACEMENTS
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]  # libraries' own warnings
+pytestmark = [
+    pytest.mark.one_in(3),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),
+]  # libraries' own warnings
 
 
 @pytest.mark.parametrize(("name", "placement"), cases(PLACEMENTS))

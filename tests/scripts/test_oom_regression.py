@@ -70,6 +70,16 @@ def test_a_batch_that_is_not_too_large_is_a_failure() -> None:
     assert "FAIL  losses after it" in said
 
 
+def test_more_than_the_chunks_and_more_than_the_baseline_are_failures(tmp_path: Path) -> None:
+    limits = {"peak resident set": {"peak_bytes": 1 << 20, "tolerance_bytes": 1 << 20}}
+    file = baselines(tmp_path, {"lazy_boost_peak": limits})
+    arguments = ("--only", "lazy_boost_peak", "--small", "--headroom-ratio", "0.5", "--baselines", file)
+    said = oom_regression(*arguments, expect=1)
+    assert "FAIL  resident set's growth" in said
+    assert "FAIL  peak resident set" in said
+
+
+@pytest.mark.heavy
 def test_a_model_that_is_boosted_in_more_than_its_chunks_is_a_failure() -> None:
     said = oom_regression("--only", "lazy_boost_peak", "--small", "--headroom-ratio", "0.5", expect=1)
     assert "FAIL  resident set's growth" in said
@@ -87,6 +97,7 @@ def test_a_limit_under_which_nothing_can_be_read_is_a_failure() -> None:
     assert "FAIL  7 shards" in said
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("peak_bytes", "expect"), [(1 << 20, 1), (1 << 40, 0)])
 def test_a_peak_above_its_baseline_is_a_failure(peak_bytes: int, expect: int, tmp_path: Path) -> None:
     limits = {"peak resident set": {"peak_bytes": peak_bytes, "tolerance_bytes": 1 << 20}}

@@ -9,7 +9,7 @@ from parity import check_equal, run_managed
 from sim_tasks import expected, task
 from simulated import SimulatedDevice
 
-pytestmark = pytest.mark.own_process()
+pytestmark = [pytest.mark.one_in(3), pytest.mark.own_process()]
 
 ORDERS = {
     "any": (0.3, 0.5),

@@ -1,12 +1,9 @@
 """Uses outside of forward, where parameters are on a device with memory of its own."""
 
 import gc
-from collections import Counter
-from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +11,11 @@ from outside.catalogue import USES, cases
 from outside.placements import SIMULATED
 from simulated import SimulatedDevice
 
-pytestmark = [pytest.mark.own_process(), pytest.mark.filterwarnings("ignore")]  # libraries' own warnings
-
-ONE_IN = 4
-"""Of the uses in a placement, those that run by default; the others are ``heavy``: they take four minutes."""
+pytestmark = [
+    pytest.mark.one_in(4, by="placement"),
+    pytest.mark.own_process(),
+    pytest.mark.filterwarnings("ignore"),
+]  # libraries' own warnings
 
 
 @pytest.fixture(scope="session")
@@ -44,15 +42,7 @@ def _imports_stay(_libraries: None, device: SimulatedDevice) -> None:
 _is_frozen = False
 
 
-def some_of(pairs: list[tuple[str, str]]) -> Iterator[Any]:
-    seen = Counter[str]()
-    for name, placement in pairs:
-        marks = pytest.mark.heavy if seen[placement] % ONE_IN else ()
-        seen[placement] += 1
-        yield pytest.param(name, placement, marks=marks)
-
-
-@pytest.mark.parametrize(("name", "placement"), list(some_of(cases(SIMULATED))))
+@pytest.mark.parametrize(("name", "placement"), cases(SIMULATED))
 def test_a_use_is_equal_to_plain_pytorch_or_refused(
     name: str, placement: str, device: SimulatedDevice, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import gemini
 from gemini.memory import capacity
 from gemini.nn.optimizer import HybridAdam
 
-pytestmark = pytest.mark.own_process()
+pytestmark = [pytest.mark.one_in(3), pytest.mark.own_process()]
 
 few = pytest.mark.parametrize("name", ["device", "mixed", "host"])
 STEPS = 3

@@ -11,7 +11,7 @@ from sim_tasks import SEED, OnDevice
 from simulated import SimulatedDevice
 from torch import Tensor
 
-pytestmark = pytest.mark.own_process()
+pytestmark = [pytest.mark.one_in(3), pytest.mark.own_process()]
 
 ORDERS = [(SEED, 0.0, 1.0), (SEED, 0.3, 0.5), (SEED + 1, 0.0, 1.0), (SEED + 1, 0.3, 0.5)]
 """Seed, and the chances that the device goes on by itself and that a wait runs only what it needs."""

@@ -12,7 +12,7 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.one_in(6), pytest.mark.usefixtures("one_thread")]
 
 WIDTH = 64
 HELD: list[Tensor] = []

@@ -28,6 +28,7 @@ def moved_weights(source: Other, target: Other) -> None:
     target.model.load_state_dict({name: value.clone() for name, value in source.weights().items()})
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_from_boosted_to_torch_and_back_with_the_same_bits(

@@ -59,6 +59,7 @@ def test_what_is_frozen_and_thawed_between_trainers_rests_and_trains(makers: tup
     assert not differing(results[1][1], results[0][1])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("place", ["default", "streamed"])
 def test_what_was_frozen_when_boosted_is_trained_by_a_later_trainer(place: str, tmp_path: Path) -> None:
     trained = [model(), model()]

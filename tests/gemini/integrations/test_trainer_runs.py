@@ -25,6 +25,7 @@ def makers(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Maker, Maker
     return Maker(None, tmp_path), Maker(request.param, tmp_path)
 
 
+@pytest.mark.one_in(3)
 def test_two_trainings_with_the_same_clipping_arguments_are_both_clipped(makers: tuple[Maker, Maker]) -> None:
     results = []
     for maker in makers:
@@ -81,6 +82,7 @@ def test_gradients_of_the_disk_place_are_on_disk(tmp_path: Path) -> None:
     assert any(gradient.buffer is not None and gradient.buffer.tier is Tier.DISK for gradient in gradients)
 
 
+@pytest.mark.one_in(3)
 def test_evaluation_and_prediction_are_the_same_before_between_and_after(makers: tuple[Maker, Maker]) -> None:
     results = []
     for maker in makers:
@@ -148,6 +150,7 @@ def test_training_resumes_from_either_kind_of_checkpoint_and_ends_with_the_best(
         assert not differing(again.model, results[0][3])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("place", ["default", "streamed"])
 def test_neftune_and_gradient_checkpointing_and_a_model_made_anew_train_the_same(place: str, tmp_path: Path) -> None:
     results = []

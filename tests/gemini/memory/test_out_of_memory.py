@@ -73,6 +73,7 @@ def go_on(*runs: Trained) -> None:
         run.step(4)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("error", "where"),
     [
@@ -95,6 +96,7 @@ def test_whatever_form_it_has_it_becomes_ours_and_training_goes_on(
     check_same(ours, plain)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("next_call", ["step", "forward", "evaluation"])
 def test_a_failed_backward_called_by_the_user_leaves_no_gradients(next_call: str, placement: dict[str, Any]) -> None:
     ours, plain = trained(placement)

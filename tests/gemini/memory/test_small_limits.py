@@ -12,6 +12,7 @@ MIXES = {"600MiB": (600, 512, 8), "800MiB": (800, 768, 10), "1200MiB": (1200, 76
 """The limit in MiB, the GPT's width and layers: 26M to 87M parameters, more than fit the budget with their states."""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_a_gpt_trains_under_a_small_limit_with_no_argument_but_offload_dir(
     mix: tuple[int, int, int], tmp_path: Path

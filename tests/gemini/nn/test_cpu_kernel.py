@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +103,24 @@ def test_updating_a_buffer_in_pieces_gives_the_same_bits(cuts: list[int], seed: 
     check_equal([*pieces[:3], pieces[4]], whole)
 
 
+@cache
+def of_many_threads() -> tuple[list[torch.Tensor], Any, list[torch.Tensor]]:
+    """Buffers that are long enough for eight threads, numbers, and what the reference makes of them."""
+    tensors, s = buffers(600_001, seed=4), scalars(HYPERS[2], 2)
+    assert len(tensors[0]) > 8 * kernel_pool._SMALLEST_SLICE_NUMEL
+    return tensors, s, result(adam_reference, tensors, s, torch.float16)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_the_number_of_threads_does_not_change_bits(threads: int) -> None:
-    tensors = buffers(3_000_001, seed=4)
-    s = scalars(HYPERS[2], 2)
+    tensors, s, expected = of_many_threads()
     pool = KernelPool(threads)
 
     def update(*args: object) -> None:
         adam_cpu(*args, pool=pool)  # type: ignore[arg-type]
 
     try:
-        check_equal(result(update, tensors, s, torch.float16), result(adam_reference, tensors, s, torch.float16))
+        check_equal(result(update, tensors, s, torch.float16), expected)
     finally:
         pool.close()
 

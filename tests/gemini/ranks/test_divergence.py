@@ -14,7 +14,7 @@ from torch import Tensor
 pytestmark = pytest.mark.timeout(4 * SECONDS)
 
 STEP = ["forward", "backward", "step", "zero"]
-DEFAULT_SEEDS = 6
+DEFAULT_SEEDS = 3
 HEAVY_SEEDS = 200
 
 

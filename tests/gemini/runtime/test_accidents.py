@@ -49,6 +49,7 @@ def test_after_an_exception_the_next_step_is_as_if_nothing_had_been(
     check_same(ours, plain)
 
 
+@pytest.mark.one_in(3)  # test_out_of_memory.py has the same in all of them
 def test_out_of_memory_in_the_model_leaves_everything_usable(placement: dict[str, Any]) -> None:
     ours, plain = Trained(placement), Trained(None)
 
@@ -132,6 +133,7 @@ class FailsAtCall:
         return call
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("plain_backward", [False, True], ids=["booster", "loss.backward"])
 def test_a_failure_at_any_call_of_a_step_leaves_no_trace(plain_backward: bool, placement: dict[str, Any]) -> None:

@@ -68,6 +68,7 @@ def go_backward(run: Trained) -> None:
     run.loss(1000).backward()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("use", [read, evaluate, go_backward])
 def test_an_interrupt_after_any_call_that_moves_leaves_no_trace(use: Any, placement: dict[str, Any]) -> None:

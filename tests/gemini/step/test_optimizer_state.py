@@ -17,6 +17,8 @@ from gemini.nn.optimizer import HybridAdam
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
+PARTS = 4
+"""In which other optimizers go through the edits."""
 OTHERS = ["SGD with momentum", "RMSprop", "Adagrad", "Rprop"]
 RESETS = {"clear", "pop_all", "delete_one", "assign_nothing_to_one", "clear_one", "new_defaultdict", "pop_items"}
 RESETS |= {"new_dict_with_some", "put_aside_and_back"}
@@ -43,6 +45,7 @@ def expected(use: str) -> Any:
     return outcome(run, use), run
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("use", EDITS)
 def test_what_is_done_to_states_counts_as_in_plain_pytorch(use: str, placement: dict[str, Any]) -> None:
     ours = Trained(placement)
@@ -51,11 +54,19 @@ def test_what_is_done_to_states_counts_as_in_plain_pytorch(use: str, placement: 
     check_same(ours, plain)
 
 
+def edits_of(part: int) -> list[str]:
+    """Edits that follow each other, a part of them all."""
+    edits = [*EDITS]
+    return edits[part * len(edits) // PARTS : (part + 1) * len(edits) // PARTS]
+
+
+@pytest.mark.one_in(PARTS)
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", OTHERS)
-def test_it_does_so_for_other_optimizers(name: str, tmp_path: Any) -> None:
+def test_it_does_so_for_other_optimizers(name: str, part: int, tmp_path: Any) -> None:
     ours = Other(name, {**OTHER_PLACEMENTS["disk"], "offload_dir": tmp_path})
     plain = Other(name, None)
-    uses = [use for use in EDITS if use not in FAILS_IN_PLAIN_PYTORCH.get(name, ())]
+    uses = [use for use in edits_of(part) if use not in FAILS_IN_PLAIN_PYTORCH.get(name, ())]
     for number, use in enumerate(uses):
         found, wanted = (outcome(run, use, number, each=1) for run in (ours, plain))
         assert same(found, wanted), use
@@ -85,6 +96,7 @@ class Kept(Trained):
         return self.model(batch(step).to(next(self.model.parameters()).dtype)).float().square().mean()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kept", KEPT_OTHERWISE)
 def test_edits_are_those_of_a_state_dict_where_states_are_kept_in_another_form(
     kept: str, placement: dict[str, Any], tmp_path: Any

@@ -16,7 +16,7 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.nn.optimizer import HybridAdam
 from gemini.updates.absent_gradient import AbsentGradient
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.one_in(3), pytest.mark.usefixtures("one_thread")]
 
 WIDTH, LAYERS = 64, 5
 PLACEMENTS: dict[str, dict[str, Any]] = {
