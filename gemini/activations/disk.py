@@ -204,6 +204,10 @@ class Underway(Generic[T]):
     def wait(self) -> None:
         self._future.result()
 
+    def error(self) -> BaseException | None:
+        """What went wrong in work that is over. It is not raised here, or it would hold the frames of callers."""
+        return self._future.exception()
+
     def rest(self, seconds: float) -> None:
         wait([self._future], None if seconds == float("inf") else seconds)
 

@@ -89,7 +89,7 @@ class DiskThroughHost:
         self._reading.append((reading, passed))
         return memory.untyped_storage(), reading
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException | None) -> None:
         """Something could not be written; its storage stays in RAM."""
         if not self._has_failed:
             logger.warning("tensors saved for backward stay in RAM, and training goes on: %s", error)
@@ -184,10 +184,7 @@ class _Room:
     def _fail(self, written: Underway[None]) -> None:
         if not self._has_failed:
             self._has_failed = True
-            try:
-                written.wait()
-            except Exception as error:
-                self._place.failed(error)
+            self._place.failed(written.error())
 
     def _end(self) -> None:
         if self._passed is not None:

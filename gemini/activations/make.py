@@ -60,9 +60,9 @@ def make_saving(config: GeminiConfig, capacities: Capacities, manager: ChunkMana
         If a file or a thread for it cannot be had.
     """
     policy = config.activation_policy
-    if policy is None:
+    if policy is None and (_has_place(config, capacities) or blocks_of(model)):  # else nothing could be kept less
         return KeepUntilShort(partial(_auto, config, capacities, manager, ref(model)))
-    if policy == "keep":
+    if policy in (None, "keep"):
         return KeepAll()
     if policy == "auto":
         return _auto(config, capacities, manager, ref(model), ActivationCounts())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
@@ -61,7 +62,8 @@ def refuse_compilation() -> None:
     RuntimeError
         Saying what to compile when.
     """
-    if is_compiling():
+    # The compiler runs a frame as it is, without asking, if it has neither tensors nor the name ``torch``.
+    if torch.compiler.is_compiling():
         _raise_uncompiled()
     if is_traced():
         raise RuntimeError(

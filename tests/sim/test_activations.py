@@ -1,9 +1,11 @@
 """Saved tensors leave a device with memory and streams of its own, and come back, in any order of streams."""
 
 import errno
+import gc
 import os
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 from parity import check_equal, run_managed
@@ -84,9 +86,14 @@ def test_what_cannot_be_written_to_disk_stays_in_ram(
     monkeypatch.setattr(make, "EXPECTED_BYTES", 0)
     monkeypatch.setattr(os, "pwritev", fails)
     monkeypatch.setattr(HostPlace, "reserve", _only_passing(HostPlace.reserve))
-    run, _ = run_managed(task(), **OFFLOAD, offload_dir=tmp_path)
+    run, model = run_managed(task(), **OFFLOAD, offload_dir=tmp_path)
     check_equal(run, expected())
     assert len([record for record in caplog.records if "stay in RAM" in record.message]) == 1
+    caplog.clear()
+    alive = ref(model)
+    del run, model
+    gc.collect()
+    assert alive() is None
 
 
 def _only_passing(reserve: Any) -> Any:

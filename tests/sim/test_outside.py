@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from outside.catalogue import USES, cases
 from outside.placements import SIMULATED
 from simulated import SimulatedDevice
@@ -19,14 +20,28 @@ ONE_IN = 4
 """Of the uses in a placement, those that run by default; the others are ``heavy``: they take four minutes."""
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def _libraries() -> None:
-    """Import all that uses need, and keep it out of the collection before each test: that took half a second."""
+    """Import all that uses need."""
     for library in {library for use in USES.values() for library in use.libraries}:
         if find_spec(library) is not None:
             import_module(library)
-    gc.collect()
-    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _imports_stay(_libraries: None, device: SimulatedDevice) -> None:
+    """Keep what imports have made out of the collection before each test: that took half a second.
+
+    Tests of other files may have run before. What they hold on the device would stay there until the process ends.
+    """
+    global _is_frozen
+    if not _is_frozen and not torch.accelerator.memory_allocated():
+        gc.collect()
+        gc.freeze()
+        _is_frozen = True
+
+
+_is_frozen = False
 
 
 def some_of(pairs: list[tuple[str, str]]) -> Iterator[Any]:

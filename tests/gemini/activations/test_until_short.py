@@ -122,6 +122,16 @@ def test_an_evaluation_that_failed_changes_nothing(tmp_path: Path) -> None:
     assert ours.model.memory_stats()["activation/switch_count"] == 0
 
 
+def test_a_model_that_can_keep_no_less_never_changes() -> None:
+    ours = Trained(SMALL)  # has no blocks, and there is no tier below
+    Fails(ours, "backward")
+    for _ in range(2):
+        with pytest.raises(OutOfMemory) as raised:
+            ours.backward(ours.loss(0))
+        assert "next forward keeps less" not in str(raised.value)
+    assert isinstance(boosted(ours.model).saving, KeepAll)
+
+
 def test_while_everything_fits_no_hook_is_there(tmp_path: Path) -> None:
     ours = Trained({"offload_dir": tmp_path, **SMALL})
     seen = []
