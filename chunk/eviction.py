@@ -84,6 +84,8 @@ class Eviction:
 
     def evict_idle(self, keep: Sequence[Chunk] = ()) -> None:
         """Free every full copy that nothing uses, but for those of ``keep``."""
+        for chunk in [chunk for chunk in self._full_copies.taken if chunk not in keep]:
+            self._full_copies.reclaim(chunk)
         for chunk in self._idle(keep):
             try:
                 self._full_copies.arrive(chunk)
@@ -111,12 +113,17 @@ class Eviction:
                 self.clear(keep)
 
     def _evict_one(self, keep: Sequence[Chunk] = ()) -> bool:
-        """Evict the least recently used full copy, one that is arriving last; False if all are in use or ``keep``."""
+        """Evict the least recently used full copy, one that is arriving last; False if all are in use or ``keep``.
+
+        An update that fills memory before a step has asked for it loses that after all of them.
+        """
         idle = self._idle(keep)
         if idle:
             oldest = min(idle, key=lambda c: (c.state is ChunkState.FETCHING, self._last_used.get(c.index, 0), c.index))
             self._full_copies.evict(oldest)
-        return bool(idle)
+            return True
+        filled = next((chunk for chunk in self._full_copies.taken if chunk not in keep), None)
+        return filled is not None and self._full_copies.reclaim(filled)
 
     def _idle(self, keep: Sequence[Chunk]) -> list[Chunk]:
         return [

@@ -4,11 +4,13 @@ Forward and backward change no parameter, but ``nn.Embedding(max_norm=...)`` ren
 initialise and assign parameters. `FullCopies.quiet` brings all of that home.
 """
 
+from collections.abc import Callable, Collection
+
 from torch import Tensor
 
 from .chunk import Chunk
 from .communicator import ALONE, Communicator, Gathering, Span
-from .edits import bring_edits_home, check_shape, is_ahead, put
+from .edits import bring_edits_home, check_shape, has_to_stay, is_ahead, put
 from .ledger import Ledger
 from .memory import DeviceBackend, Transfer
 from .move_counts import MoveCounts
@@ -33,11 +35,13 @@ class FullCopies:
         self.counts = MoveCounts()
         self.resident: dict[Chunk, None] = {}
         """Chunks whose full copy has memory of its own, and maybe one that an interrupt has kept here."""
+        self.nbytes = 0
+        """What the ledger counts for full copies."""
         self._ledger = ledger
         self._device = device
         self._communicator = communicator
-        self.nbytes = 0
-        """What the ledger counts for full copies."""
+        self._taken: dict[Chunk, Callable[[], bool]] = {}
+        """Chunks at home whose full copy's memory an update is filling -> what ends that, and waits for it."""
 
     def begin(self, chunk: Chunk, background: bool) -> None:
         """Take the memory and start the move, behind the chunk's update if one is under way.
@@ -94,6 +98,51 @@ class FullCopies:
         chunk.evict()
         self._free(chunk)
         self.counts.count_eviction()
+
+    # -- memory of full copies that updates fill before a step has asked for them
+
+    @property
+    def taken(self) -> Collection[Chunk]:
+        """Chunks at home whose full copy's memory an update is filling."""
+        return self._taken.keys()
+
+    def hand_out(self, chunk: Chunk, end: Callable[[], bool]) -> Tensor | None:
+        """READY -> HOME, and the memory stays for an update that fills it with other values; None if it cannot.
+
+        Parameters
+        ----------
+        end
+            Called when the memory is wanted for anything else: has the update write no more, and waits for that. False if
+            it goes on.
+
+        Raises
+        ------
+        ValueError, OffloadError
+            As `quiet`.
+        """
+        self.quiet(chunk)
+        if chunk.state is not ChunkState.READY or chunk.full_is_home or has_to_stay(chunk):
+            return None
+        chunk.evict()
+        del self.resident[chunk]
+        self._taken[chunk] = end
+        return chunk.full
+
+    def take_over(self, chunk: Chunk) -> bool:
+        """The update that fills a chunk's memory is the step's: it is its full copy again. False if it has none."""
+        if self._taken.pop(chunk, None) is None:
+            return False
+        self.resident[chunk] = None
+        return True
+
+    def reclaim(self, chunk: Chunk) -> bool:
+        """Free the memory that an update is filling, which is worth nothing then. False if there is none."""
+        end = self._taken.get(chunk)
+        if end is None or not end():
+            return False
+        del self._taken[chunk]
+        self._free(chunk)
+        return True
 
     def quiet(self, chunk: Chunk) -> None:
         """Have the homes be the whole truth: no update is under way, and what was changed in parameters is home.
@@ -168,6 +217,8 @@ class FullCopies:
 
     def mend(self) -> None:
         """Give back the memory of chunks that are at home: interrupts came before that."""
+        for chunk in list(self._taken):
+            self.reclaim(chunk)
         for chunk in [chunk for chunk in self.resident if not chunk.is_resident]:
             self._device.shrink(chunk.full)
             del self.resident[chunk]
@@ -178,6 +229,7 @@ class FullCopies:
     def close(self) -> None:
         """Let the chunks go. What lends them memory for gradients leads here, and would keep them."""
         self.resident.clear()
+        self._taken.clear()
 
     def _free(self, chunk: Chunk) -> None:
         self._device.shrink(chunk.full)

@@ -171,6 +171,7 @@ class ChunkManager:
         self.origin.refuse_elsewhere()
         self.refuse_released("use parameters")
         self.full_copies.take_assigned(chunk)
+        self.full_copies.reclaim(chunk)
         self.eviction.make_room(chunk, keep, overdraw)
         begin = time.perf_counter()
         try:

@@ -97,6 +97,7 @@ class Rehoming:
         return [(self._chunks[plan.layout.index], plan) for plan in plans]
 
     def _move(self, relocation: Relocation, chunk: Chunk, plan: ChunkPlan) -> None:
+        self._full_copies.reclaim(chunk)
         self._full_copies.arrive(chunk)
         self._full_copies.bring_home(chunk)
         self._builder.device.synchronize()  # no home is being written
@@ -205,6 +206,7 @@ class Rehoming:
         rebuilt = [self._chunks[plan.layout.index] for plan in plans]
         self.refuse_lent(rebuilt)
         for old in rebuilt:
+            self._full_copies.reclaim(old)
             self._full_copies.arrive(old)  # what can go wrong goes wrong now
             self._full_copies.bring_home(old)
         builder.device.synchronize()  # no home is being written
@@ -218,6 +220,7 @@ class Rehoming:
             builder.replace(old, new)
 
     def _let_go(self, builder: ChunkBuilder, chunk: Chunk, memory: Sequence[Tensor]) -> None:
+        self._full_copies.reclaim(chunk)
         if chunk.is_resident:
             self._full_copies.evict(chunk)
         chunk.bindings.let_go(memory)

@@ -12,6 +12,8 @@
           settle      fetch (behind the update)    unpin
 
 The full copy is a clean cache of home: forward and backward never change parameters, so READY -> HOME copies nothing.
+
+HOME -> READY_UPDATING: the step takes an update ahead of it that fills the memory of the full copy.
 """
 
 from enum import Enum, auto
@@ -41,7 +43,7 @@ class ChunkState(Enum):
 
 
 TRANSITIONS: dict[ChunkState, frozenset[ChunkState]] = {
-    ChunkState.HOME: frozenset({ChunkState.FETCHING, ChunkState.HOME_UPDATING}),
+    ChunkState.HOME: frozenset({ChunkState.FETCHING, ChunkState.HOME_UPDATING, ChunkState.READY_UPDATING}),
     ChunkState.HOME_UPDATING: frozenset({ChunkState.FETCHING, ChunkState.HOME}),
     ChunkState.FETCHING: frozenset({ChunkState.READY, ChunkState.HOME, ChunkState.HOME_UPDATING}),
     ChunkState.READY: frozenset({ChunkState.IN_USE, ChunkState.HOME, ChunkState.READY_UPDATING}),

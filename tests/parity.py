@@ -126,7 +126,7 @@ def check_at_rest(model: nn.Module) -> None:
     gradients = [c.gradient for c in manager.chunks if c.gradient is not None]
     homes += [g.buffer for g in gradients if g.buffer is not None and not g.is_borrowed]
     parts = [part for home in homes for part in home.parts]
-    full = sum(c.full_nbytes for c in manager.chunks if c.is_resident)
+    full = sum(c.full_nbytes for c in manager.chunks if c.is_resident or c in manager.full_copies.taken)
     on_device = (
         full
         + manager.gradient_pool.nbytes_on(Tier.DEVICE)

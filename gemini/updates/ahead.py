@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, DiskBuffer, GradientBuffer, Tier
 from ..errors import OffloadError, OutOfMemory
 from ..nn.optimizer.rules.rule import Rule
@@ -68,8 +70,14 @@ class Ahead(Protocol):
     def backward_begins(self) -> None:
         """A new, outermost backward."""
 
-    def begin(self, chunk: Chunk, options: Options) -> None:
-        """The gradient of a chunk is complete, and backward needs it no more."""
+    def begin(self, chunk: Chunk, options: Options, refresh: bool) -> None:
+        """The gradient of a chunk is complete, and backward needs it no more.
+
+        Parameters
+        ----------
+        refresh
+            The next forward will find the full copy, if there is one.
+        """
 
     def take(self, planned: Sequence[Planned], options: Options) -> dict[Chunk, Ticket]:
         """The updates under way that are what the step has planned, by their chunks; the others are called off."""
@@ -87,7 +95,7 @@ class NothingAhead:
     def backward_begins(self) -> None:
         pass
 
-    def begin(self, chunk: Chunk, options: Options) -> None:
+    def begin(self, chunk: Chunk, options: Options, refresh: bool) -> None:
         pass
 
     def take(self, planned: Sequence[Planned], options: Options) -> dict[Chunk, Ticket]:
@@ -155,7 +163,7 @@ class UpdatesAhead:
         if not self._step.backward_begins():
             self.call_off()
 
-    def begin(self, chunk: Chunk, options: Options) -> None:
+    def begin(self, chunk: Chunk, options: Options, refresh: bool) -> None:
         step, disk = self._step, self._manager.disk
         if not self.trust.is_given or step.backwards != 1 or chunk in step.begun or disk is None:
             return
@@ -173,10 +181,20 @@ class UpdatesAhead:
             return
         self._gradients.watch(chunk)
         run = Run(chunk.extent.start, chunk.extent.stop, planned.update.runs[0].at_step)  # what is between stays zero
-        update = ChunkUpdate(chunk, (run,), None, trial=trial)
+        update = ChunkUpdate(chunk, (run,), self._filled(chunk, trial, refresh), trial=trial)
         homes, gradient = _identity(chunk), chunk.gradient.version
         (ticket,) = self._queue.submit([update], self._manager.device.caller())
         step.begun[chunk] = _Begun(trial, ticket, planned.terms, homes, gradient)
+
+    def _filled(self, chunk: Chunk, trial: Trial, refresh: bool) -> Tensor | None:
+        """The memory of the full copy, for the results: what it has now, others find at home until the step."""
+        if not (refresh and chunk.plan.update_reaches_full):
+            return None
+        try:
+            return self._manager.full_copies.hand_out(chunk, trial.end)
+        except BaseException:
+            trial.call_off()
+            raise
 
     def _arrival_of(self, gradient: GradientBuffer) -> Callable[[], None]:
         """What returns when the update can read a gradient: in RAM, when downloads are over, for which it waits."""
@@ -195,6 +213,8 @@ class UpdatesAhead:
         for begun in step.begun.values():
             begun.trial.call_off()  # those that are not confirmed
             begun.trial.rest(REST_SECONDS)  # so that a step leaves nothing behind
+            if begun.trial.is_off:
+                self._manager.full_copies.reclaim(begun.trial.chunk)
         self.taken_count += len(taken)
         self.dropped_count += len(step.begun) - len(taken)
         untouched = step.backwards == 1 and step.reads == self._gradients.reads

@@ -138,7 +138,13 @@ class Trial:
                 self._move_to(TrialState.CALLED_OFF)
                 self._end()
 
-    def rest(self, seconds: float) -> None:
+    def end(self) -> bool:
+        """Call it off, and return when nothing of it is under way; False if the step has confirmed it."""
+        self.call_off()
+        self.rest(None)
+        return self.is_off
+
+    def rest(self, seconds: float | None) -> None:
         """Return when nothing of what was called off is under way, or after so long."""
         with self._lock:
             self._lock.wait_for(lambda: not (self.is_off and self._under_way), seconds)

@@ -184,7 +184,8 @@ class Updater:
         for each in planned:
             chunk, ticket = each.chunk, tickets[each.chunk]
             self.steps.update(each.taken)
-            chunk.begin_update(ticket, chunk.gradient.present if chunk.gradient is not None else ())
+            positions = chunk.gradient.present if chunk.gradient is not None else ()
+            chunk.begin_update(ticket, positions, fills_full=self._manager.full_copies.take_over(chunk))
             self._manager.release_gradient_after(chunk, ticket)
 
     def wait_for_holders(self, planned: Sequence[Planned]) -> None:

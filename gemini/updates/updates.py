@@ -113,7 +113,7 @@ class Updates:
         """
         assert self._options is not None and chunk.gradient is not None
         if not self.schedule.consumes_gradients:
-            self._ahead.begin(chunk, self._options)
+            self._ahead.begin(chunk, self._options, refresh)
             return
         if self._groups is None or not self.schedule.updated_early:
             self._groups = self._updater.groups(self._options)

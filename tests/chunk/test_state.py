@@ -10,6 +10,7 @@ from gemini.errors import GeminiError, StateError
 ALLOWED = {
     ("HOME", "FETCHING"),
     ("HOME", "HOME_UPDATING"),
+    ("HOME", "READY_UPDATING"),
     ("HOME_UPDATING", "HOME"),
     ("HOME_UPDATING", "FETCHING"),
     ("FETCHING", "READY"),

@@ -23,10 +23,10 @@ Habit = Callable[[Trained, int], float]
 """One step as some user takes it. Returns its loss."""
 
 
-@pytest.fixture
-def placement(tmp_path: Any) -> dict[str, Any]:
-    """Most homes are on disk."""
-    return {"host_memory": "300KiB", "offload_dir": tmp_path, **SMALL}
+@pytest.fixture(params=["300KiB", "360KiB"], ids=["copies go", "copies stay"])
+def placement(request: pytest.FixtureRequest, tmp_path: Any) -> dict[str, Any]:
+    """Most homes are on disk, and there is room for few full copies or for some more."""
+    return {"host_memory": request.param, "offload_dir": tmp_path, **SMALL}
 
 
 def ahead_of(run: Trained) -> UpdatesAhead:
@@ -69,6 +69,37 @@ def test_a_usual_loop_has_its_updates_begun_in_backward_and_trains_as_in_ram(
     assert ahead_of(ours).trust.is_given
     theirs = in_ram.weights()
     assert not [name for name, value in ours.weights().items() if not torch.equal(value, theirs[name])]
+
+
+@pytest.mark.parametrize("ends", ["step", "zero_grad", "read", "evict"])
+def test_the_memory_of_full_copies_that_updates_fill_is_theirs_again(placement: dict[str, Any], ends: str) -> None:
+    ours, plain = Deep({**placement, "host_memory": "360KiB"}), Deep(None)
+    for step in range(4):
+        assert ours.step(step) == plain.step(step)
+    manager = boosted(ours.model).manager
+    assert backward(ours, 4) == backward(plain, 4)
+    handed_out = list(manager.full_copies.taken)
+    assert handed_out
+    assert not any(chunk.is_resident for chunk in handed_out)
+    if ends == "read":  # what others find is the value before the step
+        values = dict(plain.model.named_parameters())
+        assert all(torch.equal(p.detach(), values[name]) for name, p in ours.model.named_parameters())
+    elif ends == "evict":
+        manager.eviction.evict_idle()
+    elif ends == "zero_grad":
+        ours.optimizer.zero_grad()
+        plain.optimizer.zero_grad()
+    if ends == "zero_grad":
+        check_at_rest(ours.model)
+    end(ours)
+    end(plain)
+    manager.settle()
+    if ends == "step":
+        assert all(chunk.is_valid for chunk in handed_out)
+        assert not manager.full_copies.taken
+    check_at_rest(ours.model)
+    assert ours.step(5) == plain.step(5)
+    check_same(ours, plain)
 
 
 def accumulates(run: Trained, step: int) -> float:
