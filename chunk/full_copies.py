@@ -112,8 +112,8 @@ class FullCopies:
         Parameters
         ----------
         end
-            Called when the memory is wanted for anything else: has the update write no more, and waits for that. False if
-            it goes on.
+            Called when the memory is wanted for anything else: has the update write no more, and waits for that; False
+            if it goes on.
 
         Raises
         ------
