@@ -209,10 +209,9 @@ class Chunk:
         return self._update
 
     def begin_update(self, update: Transfer, positions: Iterable[int], fills_full: bool = False) -> None:
-        """An update is under way that gives the parameters at these positions other values.
+        """An update of the parameters at these positions is under way; it may fill the full copy of a chunk at HOME.
 
-        Nobody finds the old ones from here on, but in a chunk that is in use: its update is to be settled at once. With
-        ``fills_full`` the chunk is at HOME, and the update fills the memory of its full copy.
+        Nobody finds the old values from here on, but in a chunk that is in use: its update is to be settled at once.
         """
         self._update = update
         self._move_to(ChunkState.READY_UPDATING if fills_full else UPDATING.get(self.state, self.state))
