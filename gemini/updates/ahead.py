@@ -3,8 +3,10 @@
 A chunk whose homes are on disk is updated as soon as its gradient is complete, with the results beside its homes (see
 `Trial`). The step takes those results if they are what it would compute: of the same gradients, homes, options and
 counts. Else they are dropped, and it computes what it always did. So this changes no number and forbids nothing; a
-wrong guess costs the work. Who accumulates, clips by hand or looks at gradients makes every guess wrong: after a wrong
-one some steps go by without, twice as many each time (`Trust`).
+wrong guess costs the work. Where the next forward would find the chunk's full copy, the update fills its memory: until
+the step the chunk is at home for all others, with the values before it (see `FullCopies.hand_out`). Who accumulates,
+clips by hand or looks at gradients makes every guess wrong: after a wrong one some steps go by without, twice as many
+each time (`Trust`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
