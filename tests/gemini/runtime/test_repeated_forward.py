@@ -127,6 +127,7 @@ def test_evaluation_runs_again_as_well(error: Exception) -> None:
             found.append(run.model(batch(0)))
     assert torch.equal(*found) and calls[0] == 2
     handle.remove()
+    assert error.__traceback__ is None  # it lives on, and the model is not to
 
 
 def test_gradients_of_earlier_micro_batches_are_kept() -> None:
