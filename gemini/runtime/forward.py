@@ -164,7 +164,7 @@ class ForwardHooks:
             )
             if not obstacle and helps and attempt < _MOST_REPETITIONS:
                 logger.info("a forward ran out of memory (%s) and runs again in more", error)
-                error.__traceback__ = None  # code that keeps the error would keep the model
+                error.with_traceback(None)  # code that keeps the error would keep the model
                 return
             if not isinstance(error, OutOfMemory):
                 raise out_of_memory(error, engine.manager, given, obstacle=obstacle) from error
