@@ -214,8 +214,7 @@ class UpdatesAhead:
         }
         for begun in step.begun.values():
             begun.trial.call_off()  # those that are not confirmed
-            begun.trial.rest(REST_SECONDS)  # so that a step leaves nothing behind
-            if begun.trial.is_off:
+            if begun.trial.rest(REST_SECONDS) and begun.trial.is_off:  # so that a step leaves nothing behind
                 self._manager.full_copies.reclaim(begun.trial.chunk)
         self.taken_count += len(taken)
         self.dropped_count += len(step.begun) - len(taken)

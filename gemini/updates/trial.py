@@ -144,10 +144,10 @@ class Trial:
         self.rest(None)
         return self.is_off
 
-    def rest(self, seconds: float | None) -> None:
-        """Return when nothing of what was called off is under way, or after so long."""
+    def rest(self, seconds: float | None) -> bool:
+        """Return when nothing of what was called off is under way, or after so long: then False."""
         with self._lock:
-            self._lock.wait_for(lambda: not (self.is_off and self._under_way), seconds)
+            return self._lock.wait_for(lambda: not (self.is_off and self._under_way), seconds)
 
     # -- with the lock
 
