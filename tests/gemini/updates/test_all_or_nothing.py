@@ -189,13 +189,18 @@ def failing_at(numbers: set[int]) -> Callable[..., None]:
     return update
 
 
+def options_of(placement: str, folder: Any) -> dict[str, Any]:
+    options = dict(PLACEMENTS[placement])
+    if "offload_dir" in options:
+        options["offload_dir"] = folder
+    return options
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_an_update_that_ran_out_of_memory_is_tried_again_when_a_unit_needs_its_chunk(
     placement: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = dict(PLACEMENTS[placement])
-    if "offload_dir" in options:
-        options["offload_dir"] = tmp_path
+    options = options_of(placement, tmp_path)
     plain = Trained(None)
     losses = [plain.step(step) for step in range(4)]
     ours = Trained(options)
@@ -211,9 +216,7 @@ def test_an_update_that_ran_out_of_memory_is_tried_again_when_a_unit_needs_its_c
 def test_memory_that_runs_out_in_the_background_is_an_error_and_costs_nothing(
     placement: str, atomic: int | None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = dict(PLACEMENTS[placement])
-    if "offload_dir" in options:
-        options["offload_dir"] = tmp_path
+    options = options_of(placement, tmp_path)
     plain = Trained(None)
     losses = [plain.step(step) for step in range(4)]
     ours = Trained(options)
