@@ -1,5 +1,6 @@
 """For all tests: nothing is written outside of the test's own folders, and no hub is asked."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -25,6 +26,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported. Its threads would else wait for work by spinning, and take the cores from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_collection_finish() -> None:
+    from seeding import seed_only_what_is_there
+
+    seed_only_what_is_there()
+    gc.collect()
+    gc.freeze()  # what imports have made: each collection would look at all of it
 
 
 @pytest.fixture(autouse=True)

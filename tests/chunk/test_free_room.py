@@ -9,7 +9,7 @@ from gemini.chunk.free_room import FreeRoom
 NBYTES = 64
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=40))
 def test_what_is_taken_is_apart_and_the_first_gap_that_fits(steps: list[tuple[bool, int]]) -> None:
     room, taken = FreeRoom(NBYTES), dict[int, int]()

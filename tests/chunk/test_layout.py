@@ -22,7 +22,7 @@ def keys(layouts: tuple[ChunkLayout, ...]) -> list[list[int]]:
 specs = st.lists(st.builds(spec, st.integers(0, 400), st.integers(0, 2)), max_size=40)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(specs=specs, chunk_numel=st.integers(1, 500))
 def test_every_tensor_gets_one_slot_that_overlaps_no_other_and_is_aligned(
     specs: list[TensorSpec], chunk_numel: int
@@ -40,7 +40,7 @@ def test_every_tensor_gets_one_slot_that_overlaps_no_other_and_is_aligned(
         assert layout.used_numel == sum(specs[slot.key].numel for slot in layout.slots)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(specs=specs, chunk_numel=st.integers(1, 500))
 def test_groups_do_not_share_chunks_and_chunks_are_numbered_by_first_use(
     specs: list[TensorSpec], chunk_numel: int
@@ -53,7 +53,7 @@ def test_groups_do_not_share_chunks_and_chunks_are_numbered_by_first_use(
         assert [slot.key for slot in layout.slots] == sorted(slot.key for slot in layout.slots)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(specs=specs, chunk_numel=st.integers(1, 500))
 def test_only_a_tensor_on_its_own_exceeds_the_chunk_size(specs: list[TensorSpec], chunk_numel: int) -> None:
     for layout in pack(specs, chunk_numel):
@@ -61,7 +61,7 @@ def test_only_a_tensor_on_its_own_exceeds_the_chunk_size(specs: list[TensorSpec]
             assert len(layout.slots) == 1 and layout.slots[0].numel > chunk_numel
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(specs=specs, chunk_numel=st.integers(1, 500))
 def test_no_tensor_would_have_fitted_into_the_chunk_before_its_own(specs: list[TensorSpec], chunk_numel: int) -> None:
     usual = [layout for layout in pack(specs, chunk_numel) if layout.slots[0].numel <= chunk_numel]

@@ -27,7 +27,7 @@ def layouts(sizes: list[int], numel: int, groups: list[int] | None = None) -> li
     return [layout for layout in pack(specs, numel) if layout.slots[0].numel <= numel]
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(
     tensors=st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([0, 0, 0, 1, 2])), max_size=60),
     blocks=st.integers(1, 100),
@@ -54,7 +54,7 @@ def test_the_search_knows_that_groups_do_not_share_chunks() -> None:
     assert search_chunk_numel(sizes, 1000, 1100, groups=groups).numel == 1024
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     sizes=sizes_of_tensors, low=st.integers(1, 4000), span=st.integers(0, 4000), step=st.none() | st.integers(1, 5000)
 )
@@ -105,7 +105,7 @@ def test_a_model_of_ten_thousand_tensors_tries_a_bounded_number_of_sizes(monkeyp
         assert {(high - numel) % (step or 32) for numel in tried} == {0}
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(sizes=st.lists(st.integers(0, 1 << 30), max_size=30), room=st.none() | st.integers(0, 1 << 34))
 @example(sizes=[], room=None)
 @example(sizes=[], room=0)
@@ -118,7 +118,7 @@ def test_the_range_is_never_empty_nor_above_the_largest_size(sizes: list[int], r
     search_chunk_numel(sizes, low, high)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(sizes=st.lists(st.integers(0, SMALLEST_NUMEL // 20), max_size=10))
 @example(sizes=[1] * 10)
 def test_a_small_model_is_one_chunk_without_waste(sizes: list[int]) -> None:

@@ -88,6 +88,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("tiers", TIERS)
 @pytest.mark.parametrize("form", FORMS)
 def test_averages_have_the_bits_of_torchs_over_a_plain_model(form: str, tiers: str, tmp_path: Path) -> None:

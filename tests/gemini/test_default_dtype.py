@@ -87,6 +87,7 @@ def check_same(ours: tuple[list[float], dict[str, Tensor]], plain: tuple[list[fl
     assert not [name for name, value in ours[1].items() if value.dtype is not torch.float32]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_does_not_depend_on_the_default_dtype(kind: str, tmp_path: Any) -> None:
     expected = run(None, "", kind, None)

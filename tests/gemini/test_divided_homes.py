@@ -57,6 +57,7 @@ def everything_is_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     divide_everything(monkeypatch)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_form_of_states_has_the_bits_of_plain_torch(precision: str, states: str) -> None:

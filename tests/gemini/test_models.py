@@ -178,6 +178,7 @@ MODELS: list[Callable[[], nn.Module]] = [
 NAMES = [getattr(m, "__name__", "model").replace("<lambda>", "in_place_module") for m in MODELS]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("build", MODELS, ids=NAMES)
 def test_an_unusual_model_trains_as_without_management(build: Callable[[], nn.Module], tmp_path: Any) -> None:
     task = Task(build, batches(8 if build is AlternatingExperts else 4), loss)

@@ -81,7 +81,7 @@ def precision(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
 def test_every_placement_gives_the_numbers_of_the_unmanaged_model(
     build: Any, precision: str, placement: dict[str, Any]
@@ -89,7 +89,7 @@ def test_every_placement_gives_the_numbers_of_the_unmanaged_model(
     check_parity(task(build, precision), **placement)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("chunk_numel", [1 << 12, 1 << 16])
 def test_a_device_of_two_chunks_gives_the_same_numbers(

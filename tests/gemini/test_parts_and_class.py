@@ -43,6 +43,7 @@ FUTURES = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("future", [None, *FUTURES], ids=["now", "overwrite", "swap"])
 @pytest.mark.parametrize("where", ["resident", "streamed"])
 def test_converting_a_part_is_refused_and_what_changes_nothing_is_not(where: str, future: Any) -> None:

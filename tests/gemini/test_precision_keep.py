@@ -52,6 +52,7 @@ class MixedAndTrained(Mixed):
     trains_base = True
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [Mixed, MixedAndTrained])
 @pytest.mark.parametrize("place", PLACEMENTS)
 def test_a_model_of_two_dtypes_trains_as_in_plain_pytorch(place: str, kind: type[Mixed]) -> None:

@@ -125,6 +125,7 @@ CASES = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("placement", "quantize"), CASES)
 def test_adapters_train_as_beside_weights_dequantised_by_hand(
     build: Any, precision: str, placement: str, quantize: str, tmp_path: Any
@@ -269,6 +270,7 @@ def as_peft_merges(weight: Any) -> None:
     weight.data += 1.0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("change", "seen"),
     [

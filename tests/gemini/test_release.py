@@ -30,7 +30,7 @@ def homes(model: nn.Module) -> set[Tier]:
     return {home.tier for chunk in boosted(model).manager.chunks for home in chunk.homes.values()}
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("precision", "in_backward", "options"),
     [

@@ -1,6 +1,5 @@
 """Budgets that change while a model is trained: by its user, and by somebody outside of its process."""
 
-import gc
 import json
 import threading
 from pathlib import Path
@@ -8,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from collected import collect_all
 from loop import SMALL, Trained, check_same
 
 from gemini.boosted import boosted
+from gemini.boosting import seating
 from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
 from gemini.lease import part
+from gemini.lease.budget import Budget
 from gemini.lease.folder import LeaseFolder
+from gemini.process_wide import PerProcess
 from gemini.stat.cli import main
 from gemini.stat.console import Exit
 
@@ -24,7 +27,8 @@ ROOMY: dict[str, Any] = {"host_memory": "4MiB", "offload_dir": "disk", **SMALL}
 
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gc.collect()  # models of other tests, which share the process's budget
+    collect_all()  # models of other tests, which share the process's budget
+    monkeypatch.setattr(seating, "_budget_of_process", PerProcess(Budget))  # theirs may have its lease elsewhere
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(part, "LOOK_SECONDS", 0.0)
@@ -159,7 +163,7 @@ def test_a_lease_goes_with_the_last_model_of_its_process() -> None:
     ours = Trained({"offload_dir": "disk", **SMALL})
     assert len(LeaseFolder().standings()) == 1
     del ours.model, ours.optimizer, ours.booster
-    gc.collect()
+    collect_all()
     assert LeaseFolder().standings() == {}
 
 

@@ -38,6 +38,7 @@ def parameters(run: Trained) -> list[nn.Parameter]:
     return list(run.model.parameters())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_states_begin_anew_and_those_of_the_first_stay_with_who_has_them(
     in_backward: bool, placement: dict[str, Any]

@@ -1,11 +1,11 @@
 """Several models in one budget: they share it, idle ones make room, and numbers are those of each alone."""
 
-import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from collected import collect_all
 from loop import SMALL, batch
 from parity import check_at_rest, masters
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ TRAINED = ("actor", "critic")
 
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gc.collect()  # models of other tests, which share the process's budget
+    collect_all()  # models of other tests, which share the process's budget
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(part, "LOOK_SECONDS", 0.0)
@@ -116,7 +116,7 @@ def test_a_budget_holds_one_lease_for_all_of_its_models() -> None:
     (standing,) = LeaseFolder().standings().values()
     assert standing.holdings["host"].floor >= 4 << 20
     del four
-    gc.collect()
+    collect_all()
     assert LeaseFolder().standings() == {}
 
 
@@ -132,7 +132,7 @@ def test_homes_of_a_model_that_idles_leave_for_one_that_is_boosted_and_come_back
         losses = [each.step(number) for each in (plain, teacher, student)]
         assert losses == losses[:1] * 3
     del student
-    gc.collect()
+    collect_all()
     for number in range(2, 4):
         assert teacher.step(number) == plain.step(number)
     assert boosted(teacher.model).manager.ledger.used(Tier.DISK) == 0

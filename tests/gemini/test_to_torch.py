@@ -38,6 +38,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("precision", "options"), [("fp32", {}), ("bf16", {}), ("bf16", {"split_master": True})])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_it_is_the_module_that_it_was_with_the_values_that_it_has(

@@ -165,6 +165,7 @@ def test_parameter_groups_schedulers_and_changed_learning_rates_work(placement: 
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[1])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
 def test_a_torch_optimizer_and_its_scheduler_are_taken_over(kind: Any, placement: dict[str, Any]) -> None:
     results = []

@@ -122,6 +122,7 @@ def test_states_that_a_block_of_elements_shares_are_cut_between_blocks(place: st
     check_owners(ours, alone)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["SGD", "SGD of Nesterov", "Adagrad", "RMSprop with all", "Adam amsgrad", "Rprop"])
 @pytest.mark.parametrize("place", ["streamed"])
 def test_other_optimizers_have_their_bits(place: str, kind: str) -> None:

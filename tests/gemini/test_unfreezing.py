@@ -45,6 +45,7 @@ def train_plain(precision: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {n: optimizer.state[p].get("master", p).detach() for n, p in model.named_parameters()}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("placement", "in_backward", "precision"),
     [
@@ -87,6 +88,7 @@ def test_what_is_frozen_after_boosting_is_unfrozen_with_the_bits_of_plain_pytorc
     assert len(optimizer.state_dict()["state"]) == len(head) + len(rest)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("placement", "precision", "in_backward", "in_group"),
     [

@@ -70,6 +70,7 @@ def check_load(assert_same_models):
     return check
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, "auto"])
 @pytest.mark.parametrize("name", [
     "GPT2LMHeadModel", "LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration", "MixtralForCausalLM",

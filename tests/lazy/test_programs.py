@@ -97,7 +97,7 @@ def shared(tensors):
     return [[i for i, other in enumerate(keys) if other == key] for key in keys]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs, st.booleans())
 def test_random_programs_give_what_eager_gives(steps, use_sink):
     eager, state, lazy = run_both(steps)
@@ -120,7 +120,7 @@ def test_random_programs_give_what_eager_gives(steps, use_sink):
         assert shared(eager.state_dict().values()) == shared(lazy.state_dict().values())
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs, st.integers(0, 10**6))
 def test_random_programs_give_what_eager_gives_in_any_order_of_materialisation(steps, seed):
     eager, state, lazy = run_both(steps)

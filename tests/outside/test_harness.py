@@ -20,7 +20,7 @@ def verdict_of(run: Any, folder: Path, placement: str = "tight", **options: Any)
     return judge(Use("reading", "a use", run, **options), PLACEMENTS[placement], str(folder)).kind
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("model", MODELS)
 def test_training_alone_is_equal_and_chunks_do_move(placement: str, model: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from outside.catalogue import USES, cases
 from outside.placements import PLACEMENTS
 
 pytestmark = [
-    pytest.mark.one_in(3),
+    pytest.mark.one_in(5),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore"),
 ]  # libraries' own warnings

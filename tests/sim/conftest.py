@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from collected import collect_all
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,7 +29,7 @@ def _registered() -> SimulatedDevice:
         simulated = register()
     except Unavailable as error:
         pytest.skip(str(error))
-    gc.collect()
+    collect_all()
     gc.freeze()  # what imports have made: the collection before each test would look at all of it
     return simulated
 
@@ -36,7 +37,7 @@ def _registered() -> SimulatedDevice:
 @pytest.fixture
 def device(_registered: SimulatedDevice) -> Iterator[SimulatedDevice]:
     """The simulated device, at rest, with all its memory."""
-    gc.collect()  # what failed tests and their errors have held
+    collect_all()  # what failed tests and their errors have held
     torch.accelerator.synchronize()
     torch.accelerator.empty_cache()
     _registered.seed(SEED)

@@ -20,6 +20,7 @@ ORDERS = {
 """Chances: that the device goes on by itself, and that a wait runs only what it needs."""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_no_order_of_streams_changes_the_numbers(
     device: SimulatedDevice, placement: dict[str, Any], order: tuple[float, float]
@@ -30,6 +31,7 @@ def test_no_order_of_streams_changes_the_numbers(
         check_equal(run, expected("bf16"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_user_may_train_in_a_stream_of_their_own(
     device: SimulatedDevice, placement: dict[str, Any], precision: str
@@ -43,6 +45,7 @@ def test_a_user_may_train_in_a_stream_of_their_own(
         check_equal(run, expected(precision))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("own_stream", [False, True], ids=["", "in a stream of the user's"])
 @pytest.mark.parametrize("options", [{}, {"update_in_backward": True}], ids=["in step", "in backward"])
 @pytest.mark.usefixtures("late_updates")

@@ -12,7 +12,7 @@ from outside.placements import SIMULATED
 from simulated import SimulatedDevice
 
 pytestmark = [
-    pytest.mark.one_in(4, by="placement"),
+    pytest.mark.one_in(6, by="placement"),
     pytest.mark.own_process(),
     pytest.mark.filterwarnings("ignore"),
 ]  # libraries' own warnings

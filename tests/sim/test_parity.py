@@ -24,6 +24,7 @@ few = pytest.mark.parametrize("name", ["device", "mixed", "host"])
 STEPS = 3
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_training_gives_the_numbers_of_the_cpu(
     device: SimulatedDevice, placement: dict[str, Any], precision: str

@@ -24,6 +24,7 @@ def of_little_room(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     monkeypatch.setattr(make, "room_bytes", lambda manager, device: nbytes)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ALL_USES)
 @pytest.mark.filterwarnings("ignore:.*requires_grad=True.*:UserWarning")
 def test_blocks_that_run_again_leave_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,7 @@ def test_blocks_that_run_again_leave_the_same_bits(name: str, monkeypatch: pytes
 FEW = ("checkpoint", "nested reentrant checkpoint", "retain_graph", "penalty in an attribute", "random depth")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "room"),
     [pytest.param(n, r, marks=() if n in FEW else pytest.mark.heavy) for n in ALL_USES for r in (0, 30_000)],

@@ -175,6 +175,7 @@ def check_same(found: list[Any], expected: list[Any]) -> None:
         assert torch.equal(one, other) if isinstance(other, Tensor) else one == other
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", AROUND)
 def test_what_is_around_a_block_in_forward_only(name: str, tmp_path: Path) -> None:
     around, run = AROUND[name]
@@ -183,6 +184,7 @@ def test_what_is_around_a_block_in_forward_only(name: str, tmp_path: Path) -> No
     assert modes() == []
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [name for name in AROUND if name != "no gradients"])
 def test_what_is_around_the_whole_forward(name: str, tmp_path: Path) -> None:
     around, run = AROUND[name]
@@ -190,6 +192,7 @@ def test_what_is_around_the_whole_forward(name: str, tmp_path: Path) -> None:
     check_same(gradients(recomputed(Model(nullcontext, run), tmp_path), around, nullcontext), expected)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [name for name in AROUND if name != "a seed"])
 def test_what_is_around_the_backward_only(name: str, tmp_path: Path) -> None:
     around, run = AROUND[name]

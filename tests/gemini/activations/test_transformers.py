@@ -66,6 +66,7 @@ KINDS, POLICIES = ("plain", "checkpointed", "reentrant"), ("offload", "recompute
 CASES = [case(*each) for each in product((gpt2, llama), KINDS, TIERS, POLICIES)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("build", "kind", "tier", "policy"), CASES)
 def test_a_policy_gives_the_numbers_of_the_unmanaged_model(
     build: Any, kind: str, tier: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -101,6 +101,7 @@ def test_a_transposed_layer_of_transformers_gets_its_own_layout(tmp_path: Path) 
     assert torch.equal(model.state_dict()["0.weight"], expected.t())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("spoilt", "message"),
     [

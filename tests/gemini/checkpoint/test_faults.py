@@ -45,6 +45,7 @@ _REST = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("error", "stays"), _ONCE + _REST)
 def test_refused_at_any_call(case: Prepared, error: int, stays: bool) -> None:
     outcomes: Counter[int] = Counter()

@@ -340,6 +340,7 @@ SCALERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("what", SCALERS)
 def test_a_loss_scaler_that_makes_no_sense_is_refused(what: str, tmp_path: Path) -> None:
     run = Small(HybridAdam, precision="fp16")

@@ -15,6 +15,7 @@ from gemini.lazy import LazyInitContext
 SHARDS = {"shard": True, "size_per_shard": "10KiB"}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", [{}, SHARDS, {"use_safetensors": False}], ids=str)
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_from_pretrained_gives_the_same_logits(tmp_path, build, options) -> None:

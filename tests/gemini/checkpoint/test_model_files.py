@@ -24,6 +24,7 @@ SHAPES = [{}, {"shard": True, "size_per_shard": "10KiB"}, {"use_safetensors": Fa
 SHAPES += [{**SHAPES[1], **SHAPES[2]}]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("boosted", [True, False])
 @pytest.mark.parametrize("build", [gpt2, mixed])

@@ -66,6 +66,7 @@ def filled(build: Callable[[], nn.Module]) -> nn.Module:
     return build()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("build", [Hooked, Migrated, Overridden])
 def test_load_state_dict_has_the_numbers_of_torch(build: Any, precision: str) -> None:
@@ -78,6 +79,7 @@ def test_load_state_dict_has_the_numbers_of_torch(build: Any, precision: str) ->
         assert getattr(model, "loads", 0) == getattr(plain, "loads", 0)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.bin"])
 @pytest.mark.parametrize("build", [Hooked, Migrated, Overridden])
 def test_files_load_with_the_numbers_of_torch(build: Any, name: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def moved_weights(source: Other, target: Other) -> None:
     target.model.load_state_dict({name: value.clone() for name, value in source.weights().items()})
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_from_boosted_to_torch_and_back_with_the_same_bits(
@@ -63,6 +63,7 @@ def test_training_goes_on_from_boosted_to_torch_and_back_with_the_same_bits(
     check_same(last, straight)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["SGD", "SGD with momentum", "Adagrad", "Rprop"])
 def test_parameters_that_had_not_stepped_begin_again(name: str, form: str, tmp_path: Path) -> None:
@@ -94,6 +95,7 @@ def linear(cls: Any, **options: Any) -> tuple[Booster, nn.Module, Any]:
     return booster, model, optimizer
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("source", "target"),

@@ -38,6 +38,7 @@ def lazily_boosted(build: Callable[[int], nn.Module]) -> Any:
 FORMS = [("GPT2", True), ("GPT2", False), ("Llama", True), ("T5", False), ("Mixtral", True), ("BERT", False)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("family", "safe"), FORMS)
 def test_weights_of_colossalai_and_deepspeed_are_loaded(tmp_path: Path, family: str, safe: bool) -> None:
     theirs, ours = FAMILIES[family](0), lazily_boosted(FAMILIES[family])

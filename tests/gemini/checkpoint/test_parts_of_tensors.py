@@ -58,6 +58,7 @@ def boost(seed: int, place: str, folder: Path) -> tuple[Booster, Any, Any]:
     return booster, model, optimizer
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_file_has_the_values_of_every_place_and_gives_them_back(tmp_path: Path, place: str) -> None:
     booster, model, optimizer = boost(0, place, tmp_path)

@@ -30,6 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return folder, ended
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_training_goes_on_bit_for_bit_in_a_new_process_with_another_placement(

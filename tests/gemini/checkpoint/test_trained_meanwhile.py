@@ -41,6 +41,7 @@ def step(booster: Any, model: Any, optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("save", SAVES)
 def test_a_save_in_which_a_step_is_taken_commits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: str

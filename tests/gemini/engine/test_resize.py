@@ -100,6 +100,7 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("placement", [IN_RAM, APART], ids=["one RAM", "a device of its own"])
 def test_numbers_do_not_see_homes_go_down_and_come_up(placement: dict[str, Any], kind: str) -> None:
@@ -226,6 +227,7 @@ HELD: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("placement", [IN_RAM, APART], ids=["one RAM", "a device of its own"])
 @pytest.mark.parametrize("how", HELD)
 def test_what_somebody_holds_is_named_where_homes_have_no_place_because_of_it(

@@ -87,6 +87,7 @@ def test_only_alike_layers_are_cut() -> None:
     assert repeated_layers(nn.ModuleList([alike, unlike, nested, few])) == [alike, nested]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "plugin",
     [

@@ -50,6 +50,7 @@ def owners_of(count: int, **plugin: Any) -> Owners:
     return Owners(count, made, lambda model, number: model(batch(number)).float().square().mean(), **plugin)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("precision", "count"), [("fp32", 2), ("bf16", 3)])
 @pytest.mark.parametrize("place", PLACES)
 def test_each_rank_needs_what_the_estimate_says(

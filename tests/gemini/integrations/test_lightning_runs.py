@@ -106,6 +106,7 @@ def check_equal(ours: Any, plain: Any) -> None:
     assert not [name for name, value in ours.state_dict().items() if not torch.equal(value, expected[name])]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -227,6 +228,7 @@ class Manual(Module):
 WAYS = [name for name in vars(Manual) if not name.startswith("_") and name != "training_step"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_optimising_by_hand_is_that_of_lightning_alone(way: str, tmp_path: Path) -> None:
     modules = [Manual(way), Manual(way), Manual(way)]
@@ -291,6 +293,7 @@ def averaging() -> list[Any]:
     return [callback.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1), callback.EMAWeightAveraging(decay=0.9)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("index", [0, 1], ids=["of epochs", "of steps"])
 def test_averages_of_weights_are_those_of_a_plain_fit(index: int, kinds: tuple[Fitting, Fitting]) -> None:
     modules = [Module(), Module()]

@@ -119,6 +119,7 @@ CONFIGURATIONS = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", CONFIGURATIONS)
 def test_all_kinds_of_adapters_are_saved_as_peft_saves_them(tmp_path: Path, kind: str) -> None:
     booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=False, device_memory="256KiB", **SMALL))

@@ -217,6 +217,7 @@ for use in (
     PROGRAMS[use.__name__] = use
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["modules beside it", "tokens", *list(PROGRAMS)[-9:]])
 def test_a_use_of_adapters_has_the_numbers_of_plain_peft(name: str, tmp_path: Path) -> None:
     check(PROGRAMS[name], "disk", "keep", tmp_path)

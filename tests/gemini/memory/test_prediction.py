@@ -1,6 +1,5 @@
 """What a step takes of each tier is predicted after the warm-up, compared with what it takes, and shown."""
 
-import gc
 import json
 import random
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from collected import collect_all
 from loop import SMALL, batch, build
 from stat_runs import GIB, make_run
 from torch import nn
@@ -32,7 +32,7 @@ class Training:
     """A small boosted model that writes every step of its telemetry into a folder of its own."""
 
     def __init__(self, folder: Path, model: nn.Module | None = None, **plugin: Any) -> None:
-        gc.collect()  # models of earlier tests, which would go while this one's memory is measured
+        collect_all()  # models of earlier tests, which would go while this one's memory is measured
         model = build() if model is None else model
         self.booster = Booster(plugin=GeminiPlugin(precision="fp32", telemetry=folder, **plugin))
         self.model, self.optimizer, *_ = self.booster.boost(model, HybridAdam(model.parameters()))

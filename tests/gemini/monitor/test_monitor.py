@@ -1,6 +1,5 @@
 """What training writes about itself: steps, timelines, the chunk map, out-of-memory errors."""
 
-import gc
 import json
 import mmap
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from collected import collect_all
 from loop import SMALL, WIDTH, batch, build
 from torch import Tensor, nn
 from two_owners import Owners
@@ -169,7 +169,7 @@ class Greedy(nn.Module):
 
 
 def test_the_timeline_says_where_non_model_data_peak(tmp_path: Path) -> None:
-    gc.collect()  # what earlier tests left would else go in the middle, and take its part of the resident set with it
+    collect_all()  # what earlier tests left would else go in the middle, and take its part of the resident set with it
     training = Training(tmp_path / "run", Greedy())
     training.step(2)
     training.close()
@@ -312,7 +312,7 @@ def test_telemetry_keeps_no_model_alive(tmp_path: Path) -> None:
     channel = training.writer._channel
     assert channel is not None
     del training
-    gc.collect()
+    collect_all()
     channel._thread.join(10)
     assert not channel._thread.is_alive()
     assert reader.read_run(tmp_path / "run").status is RunStatus.FINISHED

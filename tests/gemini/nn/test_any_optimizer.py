@@ -101,6 +101,7 @@ INPUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("given", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("groups", [one, two])
 def test_pytorchs_options_give_pytorchs_numbers(given: dict[str, Any], groups: Any, kind: str) -> None:
@@ -176,6 +177,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_drive_it_and_load_their_state(name: str, kind: str) -> None:
     ours, theirs = pair(kind, two)

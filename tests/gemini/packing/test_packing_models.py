@@ -81,6 +81,7 @@ def padding(packing: Packing) -> float:
     return 1.0 - sum(plan.layout.used_numel for plan in packing.plans) / total
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("groups", ["one group", "decay and no decay"])
 @pytest.mark.parametrize("share", [1, 8], ids=["a large device", "a small device"])
 @pytest.mark.parametrize("name", MODELS)

@@ -86,7 +86,7 @@ def copies(problem: Problem, found: Solution) -> dict[int, int]:
     }
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(problem=problems())
 def test_what_is_found_holds_every_tensor_once_and_chunks_are_of_one_group(problem: Problem) -> None:
     found = solve(problem)
@@ -102,7 +102,7 @@ def test_what_is_found_holds_every_tensor_once_and_chunks_are_of_one_group(probl
         assert homes.keys() - {SHADOW} == group.need(layout.numel, borrows).buffers.keys()
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(problem=problems())
 def test_homes_leave_room_for_each_unit_staging_and_borrowed_gradients(problem: Problem) -> None:
     found = solve(problem)
@@ -124,7 +124,7 @@ def test_homes_leave_room_for_each_unit_staging_and_borrowed_gradients(problem: 
     assert found.staging_block_numel > 0 or not placement.uses_disk
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(problem=problems())
 def test_a_shortfall_names_the_unit_that_needs_most_and_more_memory_ends_it(problem: Problem) -> None:
     found = solve(problem)

@@ -73,7 +73,7 @@ def unplaced(needs: list[ChunkNeed], room: Capacity) -> Unplaced:
     return found
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=200)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy
@@ -101,7 +101,7 @@ def test_every_role_has_one_home_and_no_tier_holds_more_than_its_room(
     assert placement.nbytes[Tier.DISK] <= room.nbytes[Tier.DISK]
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=200)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_the_device_takes_whole_chunks_in_order_and_leaves_out_what_does_not_fit(
     needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy
@@ -120,7 +120,7 @@ def test_the_device_takes_whole_chunks_in_order_and_leaves_out_what_does_not_fit
         taken += whole(need) if fits else 0
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=200)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_shadows_take_what_the_host_has_left_and_nothing_that_a_home_could_use(
     needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy
@@ -140,7 +140,7 @@ def test_shadows_take_what_the_host_has_left_and_nothing_that_a_home_could_use(
             assert host + need.shadow_nbytes > room.nbytes[Tier.HOST]
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=200)
 @given(needs=needs_of_models, room=rooms)
 def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: list[ChunkNeed], room: Capacity) -> None:
     placement = place(needs, room, AutoPlacementPolicy())
@@ -163,7 +163,7 @@ def test_what_goes_to_disk_has_no_place_on_host_and_buffers_go_in_order(needs: l
             assert taken + need.buffers[name] > room.nbytes[Tier.HOST]
 
 
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=200)
 @given(needs=needs_of_models, room=rooms, policy=policies)
 def test_with_the_missing_bytes_added_it_fits(needs: list[ChunkNeed], room: Capacity, policy: PlacementPolicy) -> None:
     found = place(needs, room, policy)
@@ -264,7 +264,7 @@ def test_no_chunks_need_no_room() -> None:
     assert placed([], room_of(0, 0)) == Placement((), dict.fromkeys(Tier, 0))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(needs=needs_of_models, fraction=st.floats(0, 1))
 def test_a_static_fraction_is_kept_to_one_chunk(needs: list[ChunkNeed], fraction: float) -> None:
     total = sum(map(whole, needs))
@@ -290,7 +290,7 @@ def test_a_fraction_outside_of_zero_to_one_is_refused(name: str, value: float) -
         StaticPlacementPolicy(**{name: value})
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(needs=needs_of_models, room=rooms)
 def test_a_master_where_units_run_is_the_full_copy_if_they_can_compute_with_it(
     needs: list[ChunkNeed], room: Capacity
@@ -304,7 +304,7 @@ def test_a_master_where_units_run_is_the_full_copy_if_they_can_compute_with_it(
         assert is_home == (len(need.buffers) == 1 and homes[MASTER] in in_reach)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(needs=needs_of_models, room=rooms, gradient=st.integers(1, 200))
 def test_gradients_without_a_home_have_room_on_each_tier_with_masters_of_theirs(
     needs: list[ChunkNeed], room: Capacity, gradient: int

@@ -43,7 +43,7 @@ def problems(draw: st.DrawFn) -> tuple[Trace, dict[int, int], int, int]:
     return trace_of(moments), nbytes, capacity, draw(st.integers(0, 4))
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=150)
 @given(problem=problems(), data=st.data())
 def test_a_plan_keeps_every_promise_whatever_it_begins_with(
     problem: tuple[Trace, dict[int, int], int, int], data: st.DataObject
@@ -58,7 +58,7 @@ def test_a_plan_keeps_every_promise_whatever_it_begins_with(
     play(planner, nbytes, capacity, depth, 4, lost, resident - {99})
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(problem=problems(), data=st.data())
 def test_room_that_differs_from_moment_to_moment_is_never_exceeded(
     problem: tuple[Trace, dict[int, int], int, int], data: st.DataObject
@@ -68,7 +68,7 @@ def test_room_that_differs_from_moment_to_moment_is_never_exceeded(
     play(Planner(trace, nbytes, rooms, depth), nbytes, rooms, depth, 4)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(problem=problems())
 def test_without_depth_nothing_is_prefetched(problem: tuple[Trace, dict[int, int], int, int]) -> None:
     trace, nbytes, capacity, _ = problem
@@ -76,7 +76,7 @@ def test_without_depth_nothing_is_prefetched(problem: tuple[Trace, dict[int, int
     assert not plan.between.prefetch and not any(actions.prefetch for actions in plan.actions)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(problem=problems())
 def test_where_all_fits_nothing_moves_twice(problem: tuple[Trace, dict[int, int], int, int]) -> None:
     trace, nbytes, _, depth = problem

@@ -39,6 +39,7 @@ def check(ranks: Sequence[Ended], want: dict[str, Tensor] | None) -> None:
         assert not [name for name, value in want.items() if not torch.equal(rank.value["weights"][name], value)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "differing",
     [
@@ -95,6 +96,7 @@ def test_after_an_error_that_all_are_told_training_goes_on_with_right_numbers(
         assert not [n for n, value in alone.weights().items() if not torch.equal(rank.value["weights"][n], value)]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("programs", "told"),
     [

@@ -162,6 +162,7 @@ CASES: dict[str, tuple[type[Training], Where, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one_process(worlds, case):
     kind, reference, options = CASES[case]

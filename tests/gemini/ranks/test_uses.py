@@ -169,6 +169,7 @@ ALWAYS = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ALWAYS)
 def test_with_two_ranks_it_is_as_in_plain_pytorch(worlds, kind):
     check_exact(worlds(2), kind, **TIERS["streamed"])

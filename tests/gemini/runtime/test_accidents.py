@@ -20,6 +20,7 @@ def fail(*_: Any) -> None:
     raise Accident
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("plain_backward", [False, True], ids=["booster", "loss.backward"])
 def test_after_an_exception_the_next_step_is_as_if_nothing_had_been(

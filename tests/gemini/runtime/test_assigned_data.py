@@ -22,6 +22,7 @@ def placement(request: Any, tmp_path: Any, monkeypatch: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("when", ["before", "between", "after"])
 def test_training_goes_on_from_what_was_assigned(placement: dict[str, Any], when: str) -> None:
     ours, plain = Trained(placement), Trained(None)

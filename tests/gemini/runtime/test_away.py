@@ -100,6 +100,7 @@ READINGS: dict[str, Callable[[Any, Path], object]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("read", READINGS.values(), ids=READINGS)
 @pytest.mark.parametrize("moment", ["at rest", "after a forward", "after a dropped forward", "after a backward"])
 def test_reading_at_any_moment_takes_no_room_that_training_has_not(

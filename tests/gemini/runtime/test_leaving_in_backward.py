@@ -257,6 +257,7 @@ class Chain(nn.Module):
         return loss
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("part", "call"), PARTS.values(), ids=PARTS)
 @UPDATING
 def test_what_a_unit_leaves_for_backward_finds_its_parameters(part: Any, call: Any, options: Any) -> None:

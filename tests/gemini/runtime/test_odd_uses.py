@@ -17,7 +17,7 @@ from gemini.nn.optimizer import HybridAdam
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("prefetch", [{}, {"max_prefetch": 0}], ids=["", "without prefetching"])
 @pytest.mark.parametrize("name", [*USES, *IN_PLACE])
 def test_an_unusual_use_trains_as_without_management(name: str, prefetch: dict[str, Any]) -> None:

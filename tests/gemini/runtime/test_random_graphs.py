@@ -151,6 +151,7 @@ def batches() -> list[Any]:
     return [torch.randn(5, WIDTH, generator=generator) for _ in range(STEPS)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # nested reentrant checkpoints
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=[] if seed < BY_DEFAULT else pytest.mark.heavy) for seed in range(GRAPHS)]
@@ -166,6 +167,7 @@ AMONG_OTHERS = (41, 60, 110, 195, 237)
 reentrant checkpoint borrows for the first time in the second step."""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize(
     "seed",

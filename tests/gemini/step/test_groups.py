@@ -79,6 +79,7 @@ def test_zero_grad_leaves_the_gradients_of_parameters_in_no_group(set_to_none: b
     check_same(ours, plain)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("how", ["norm", "infinity norm", "value"])
 def test_clipping_looks_at_parameters_in_groups_alone(how: str, placement: dict[str, Any]) -> None:
     ours, plain = Grouped(placement), Grouped(None)

@@ -41,7 +41,7 @@ def check_states(ours: Other, plain: Other) -> None:
             assert torch.equal(found["state"][index][name], value), (index, name)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("placement", OTHER_PLACEMENTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_has_the_bits_of_plain_torch_wherever_the_chunks_are(name: str, placement: str, tmp_path: Any) -> None:
@@ -58,6 +58,7 @@ def test_training_has_the_bits_of_plain_torch_wherever_the_chunks_are(name: str,
     check_states(ours, plain)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("placement", ["resident", "disk"])
 def test_clipping_and_accumulation_have_the_bits_of_plain_torch(name: str, placement: str, tmp_path: Any) -> None:
@@ -81,6 +82,7 @@ def test_clipping_and_accumulation_have_the_bits_of_plain_torch(name: str, place
     check_states(ours, plain)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("placement", OTHER_PLACEMENTS)
 def test_bf16_trains_fp32_masters(name: str, placement: str, tmp_path: Any) -> None:
@@ -149,6 +151,7 @@ class Branches(nn.Module):
         return x.square().mean() + (self.wide * (step + 1)).sum()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_without_a_gradient_and_outside_of_chunks_go_as_in_torch(name: str) -> None:
     models, optimizers = [Branches(), Branches()], []
@@ -241,6 +244,7 @@ def test_models_built_without_memory_train_the_same(name: str, tmp_path: Any) ->
     check_states(ours, plain)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("placement", OTHER_PLACEMENTS)
 @pytest.mark.parametrize("name", ["SGD of Nesterov", "Adagrad", "RMSprop with all"])
 def test_memory_that_runs_out_in_the_background_costs_nothing(

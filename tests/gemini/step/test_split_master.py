@@ -90,6 +90,7 @@ def chunks_of(model: nn.Module) -> tuple[Chunk, ...]:
     return boosted(model).manager.chunks
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("place", PLACES)
 def test_every_placement_gives_the_numbers_of_the_unmanaged_model(place: str, tmp_path: Path) -> None:
     model = check_parity(task(), split_master=True, **arguments(place, tmp_path))
@@ -108,6 +109,7 @@ def test_every_placement_gives_the_numbers_of_the_unmanaged_model(place: str, tm
     assert ("exp_avg_sq" in on_disk) == ("disk" in place)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("lr", [1e-2, 1e-9])
 def test_masters_that_are_ties_are_those_of_whole_masters(place: str, lr: float, tmp_path: Path) -> None:
@@ -123,6 +125,7 @@ def test_masters_that_are_ties_are_those_of_whole_masters(place: str, lr: float,
     assert marks > 1000 or lr > 1e-9 or "disk" in place
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "options", [{"update_in_backward": True}, {"max_norm": 0.05}, {"disk_checksums": True}], ids=str
 )
@@ -293,6 +296,7 @@ def assigned_to_held_memory(run: Trained) -> object:
     return held
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "edit",
     [

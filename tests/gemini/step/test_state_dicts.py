@@ -59,6 +59,7 @@ def model_and_optimizer(run: Trained) -> Any:
     return dcp.get_state_dict(run.model, run.optimizer)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("use", [get_and_forget, get_and_set, get_and_set_flat, model_and_optimizer])
 def test_torchs_distributed_state_dicts_do_to_training_what_they_do_to_plain_pytorch(
@@ -121,6 +122,7 @@ def through(name: str) -> Callable[[Trained, Path], None]:
     return save_and_load
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("way", [through_a_dict, through("folder"), through("file.pt")], ids=["dict", "folder", "file"])
 def test_hooks_of_all_kinds_are_called_and_what_they_return_counts(
     way: Callable[[Trained, Path], None], placement: dict[str, Any], tmp_path: Path
@@ -184,6 +186,7 @@ class NamedOtherwise(Named):
         return torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("cls", [Named, NamedOtherwise])
 def test_names_of_parameters_are_kept(cls: type[Named], placement: dict[str, Any], tmp_path: Path) -> None:
     ours, plain = cls(placement), cls(None)
@@ -254,6 +257,7 @@ class Copied:
         self._optimizer = optimizer
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("wrap", [Wrapper, Copied])
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 def test_wrappers_of_the_optimizers_class_do_what_it_does(wrap: Any, states: str, placement: dict[str, Any]) -> None:

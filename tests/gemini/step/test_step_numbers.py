@@ -93,6 +93,7 @@ def different(a: Moments, b: Moments) -> list[tuple[str, int]]:
     return [(name, i) for name in a for i in range(3) if not torch.equal(a[name][i], b[name][i])]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("precision", "clips", "scale", "accumulate"), CASES)
 def test_masters_and_moments_after_three_steps_are_those_of_the_reference(
     precision: str, clips: bool, scale: float, accumulate: int

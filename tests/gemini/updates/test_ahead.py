@@ -71,6 +71,7 @@ def test_a_usual_loop_has_its_updates_begun_in_backward_and_trains_as_in_ram(
     assert not [name for name, value in ours.weights().items() if not torch.equal(value, theirs[name])]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ends", ["step", "zero_grad", "read", "evict"])
 def test_the_memory_of_full_copies_that_updates_fill_is_theirs_again(placement: dict[str, Any], ends: str) -> None:
     ours, plain = Deep({**placement, "host_memory": "360KiB"}), Deep(None)
@@ -251,6 +252,7 @@ HABITS: list[Habit] = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("habit", HABITS, ids=lambda habit: habit.__name__.replace("_", " "))
 def test_what_comes_before_the_step_counts_as_in_plain_pytorch(placement: dict[str, Any], habit: Habit) -> None:
     ours, plain = Deep(placement), Deep(None)

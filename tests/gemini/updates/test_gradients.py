@@ -112,6 +112,7 @@ def forget_all(i: int, params: list[nn.Parameter], optimizer: torch.optim.Optimi
 EDITS = {edit.__name__: edit for edit in (clip_norm, clip_value, forget_one, replace_one, scale_all)}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("between", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("plugin", [{}, {"device_memory": "36KiB"}], ids=["resident", "streamed"])
 def test_what_is_done_to_gradients_counts_as_in_plain_pytorch(between: Between, plugin: dict[str, Any]) -> None:
@@ -121,6 +122,7 @@ def test_what_is_done_to_gradients_counts_as_in_plain_pytorch(between: Between, 
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("between", [nothing, zero_all, forget_all, *EDITS.values()])
 def test_between_two_backwards_too(between: Between) -> None:
     check_same(between, backwards=2)

@@ -135,6 +135,7 @@ PROGRAMS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("placement", [ON_DISK, IN_RAM], ids=["disk", "RAM"])
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_what_is_done_to_a_held_gradient_counts(

@@ -147,6 +147,7 @@ def check_same(ours: Run, plain: Run) -> None:
     assert all(map(torch.equal, ours.weights(), plain.weights()))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("early", [False, True], ids=["after boost", "before boost"])
 @pytest.mark.parametrize(
     ("placement", "backwards"),
@@ -226,6 +227,7 @@ def all_finite(run: Run) -> Any:
     return torch.stack([gradient_of(p).isfinite().all() for p in run.parameters])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name != "in backward"])
 @pytest.mark.parametrize(
     "use",

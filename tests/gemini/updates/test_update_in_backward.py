@@ -17,6 +17,7 @@ from gemini.nn.optimizer import HybridAdam
 pytestmark = pytest.mark.timeout(60)
 
 
+@pytest.mark.one_in(3)
 @everywhere
 @pytest.mark.parametrize("precision", BY_PRECISION)
 def test_it_trains_as_the_normal_step_does(backward_placement: dict[str, Any], precision: str) -> None:
@@ -89,6 +90,7 @@ ODD_PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("precision", BY_PRECISION)
 @pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
 @pytest.mark.parametrize("where", ODD_PLACEMENTS)

@@ -84,6 +84,7 @@ SECONDS: dict[str, Callable[[Trained], Any]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("second", SECONDS.values(), ids=SECONDS)
 def test_what_would_mix_two_steps_is_refused_and_the_step_can_go_on(
     second: Callable[[Trained], Any], backward_placement: dict[str, Any]
