@@ -1,5 +1,7 @@
 """How fast a disk is for a training, by the disk tier's own code: what benchmarks compare traffic with."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gemini.chunk.disk_probe import Probe, Traffic
@@ -9,14 +11,25 @@ from gemini.estimate.disk_bench import BLOCK_BYTES, LANES
 SPAN_BYTES = 4 << 30
 SECONDS = 10.0
 """Of one measurement at most."""
+_MOMENT_BYTES = 512 << 20
+"""What is moved to see how fast a disk is just now: shared ones change by half within a minute."""
+
+
+@contextmanager
+def mixed_rates(folder: Path, span_bytes: int = SPAN_BYTES, seconds: float = SECONDS) -> Iterator[Callable[[], float]]:
+    """What tells each time it is called how many bytes a second a disk reads and writes now, half of each at once.
+
+    Around the page cache, with the requests that a training on this disk uses, on a file that caches on the way to the
+    disk do not hold and that has been written once before, as the homes of a model have been.
+    """
+    requests = measure(folder, min(span_bytes, 1 << 30))
+    with Probe(folder, span_bytes, LANES, BLOCK_BYTES, seconds, requests) as probe:
+        nbytes = min(_MOMENT_BYTES, probe.span_bytes)
+        yield lambda: probe.rate(Traffic.MIXED, LANES, BLOCK_BYTES, nbytes, seconds)
 
 
 def mixed_rate(folder: Path, span_bytes: int = SPAN_BYTES, seconds: float = SECONDS) -> float:
-    """Bytes a second of reading and writing at once, half of each, around the page cache.
-
-    With the requests that a training on this disk uses, on a file that caches on the way to the disk do not hold and
-    that has been written once before, as the homes of a model have been.
-    """
+    """The rate over a whole file: see `mixed_rates`."""
     requests = measure(folder, min(span_bytes, 1 << 30))
     with Probe(folder, span_bytes, LANES, BLOCK_BYTES, seconds, requests) as probe:
         return probe.rate(Traffic.MIXED, LANES, BLOCK_BYTES, probe.span_bytes, seconds)

@@ -23,6 +23,10 @@ LARGEST_PARAMETER = 40_000_000
 """Elements that a buffer must hold: the embedding of GPT2 at a width of 768."""
 
 
+_BUFFERS = 4
+"""Masters, two moments and the gradient of a group of parameters; pipelined, of three groups at a time."""
+
+
 def zero_options(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What `Zero3` takes for a setting."""
     folder_of = {"nvme_path": str(folder)}
@@ -32,7 +36,7 @@ def zero_options(setting: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "zero": {
             "sub_group_size": setting["sub_group_size"],
-            "offload_optimizer": {**on_disk, **pipelined, "buffer_count": 4},
+            "offload_optimizer": {**on_disk, **pipelined, "buffer_count": _BUFFERS * (3 if setting["pipeline"] else 1)},
             "offload_param": on_cpu if setting["parameters"] == "cpu" else {**on_disk, **buffers},
         },
         "aio": {

@@ -6,7 +6,8 @@ thing compared is the losses: ours and plain PyTorch's with ``==``, as their ari
 are shown. The peak is what the process had resident at most beyond its imports (VmHWM).
 
 The bound is the larger of computing alone (ours, all in RAM) and the traffic of this row by the disk's rate, reading
-and writing at once, which is measured before and after. Traffic is the system's count (``/proc/PID/io``).
+and writing at once. That is measured before and after each turn, since a shared disk is twice as fast in one minute as
+in another: the median over turns is shown. Traffic is the system's count (``/proc/PID/io``).
 
     python scripts/bench offload_step                                     95M parameters, all rows: 17 GiB of RAM
     python scripts/bench offload_step --only plain ours                   without peers
@@ -31,7 +32,7 @@ from typing import Any
 
 import peers
 import report
-from disk_rate import SECONDS, SPAN_BYTES, mixed_rate
+from disk_rate import SECONDS, SPAN_BYTES, mixed_rates
 from nvme import BEST, best_setting, zero_options
 from worker_process import WorkerError, WorkerProcess
 
@@ -106,6 +107,8 @@ class Training:
         self._worker = WorkerProcess([python, WORKER, json.dumps(asked)], environment, log)
         self._steps: int = options.steps
         self.turns: list[dict[str, Any]] = []
+        self.begun_at: list[int] = []
+        """How many rates had been measured when a turn that counts began."""
 
     def turn(self) -> float:
         """Some steps; the seconds of one."""
@@ -116,9 +119,18 @@ class Training:
     def losses(self) -> list[float]:
         return [loss for turn in self.turns for loss in turn["losses"]]
 
+    @property
+    def counted(self) -> list[dict[str, Any]]:
+        """The turns after those that warm up."""
+        return self.turns[WARM_UP_TURNS:]
+
+    def rates(self, measured: Sequence[float]) -> list[float]:
+        """The disk's rate during each turn that counts: what was measured before and after it."""
+        return [statistics.fmean(measured[at - 1 : at + 1]) for at in self.begun_at]
+
     def result(self) -> dict[str, Any]:
-        """Of the turns that counted."""
-        counted = self.turns[WARM_UP_TURNS:]
+        """Of the turns that count."""
+        counted = self.counted
         return {
             "step_seconds": [seconds for turn in counted for seconds in turn["seconds"]],
             "cpu_seconds": [turn["cpu_seconds"] for turn in counted],
@@ -178,18 +190,24 @@ def _seconds_of_nvme(options: argparse.Namespace, folder: Path, setting: Mapping
 
 def _compare(options: argparse.Namespace, asked: Mapping[str, Row]) -> dict[str, object]:
     errors: dict[str, str] = {}
-    measure = partial(mixed_rate, options.disk, options.span, SECONDS)
-    rates = [measure()]
+    rates: list[float] = []
     with ExitStack() as stack:
+        measure = stack.enter_context(mixed_rates(options.disk, options.span, SECONDS))
         trainings = dict(_started(asked, options, stack, errors))
-        actions: dict[str, Callable[[], float]] = {name: training.turn for name, training in trainings.items()}
+
+        def turn(training: Training) -> float:
+            rates.append(measure())
+            training.begun_at.append(len(rates))
+            return training.turn()
+
+        actions: dict[str, Callable[[], float]] = {name: partial(turn, each) for name, each in trainings.items()}
         report.take_turns(actions, options.repeats)
+        rates.append(measure())
         results = {name: training.result() for name, training in trainings.items()}
-    rates.append(measure())
     equal = equal_losses({name: results[name]["losses"] for name in results if asked[name].is_same_arithmetic})
     alone = statistics.median(results[RESIDENT]["step_seconds"]) if RESIDENT in results else None
-    for result in results.values():
-        result["bound_seconds"] = bound_seconds(result, alone, statistics.fmean(rates))
+    for name, training in trainings.items():
+        results[name]["of_bound"] = of_bound(training.counted, training.rates(rates), alone)
     _show(options, results, rates, equal)
     for name, text in errors.items():
         print(f"{name}: did not run: {text}")
@@ -216,11 +234,17 @@ def equal_losses(losses: Mapping[str, Sequence[float]]) -> bool | None:
     return all(one == each[0] for one in each[1:]) if len(each) > 1 else None
 
 
-def bound_seconds(result: Mapping[str, Any], alone: float | None, rate: float) -> float | None:
-    """What a step takes at least: computing, or its traffic at the disk's rate; None if computing is not known."""
+def of_bound(turns: Sequence[Mapping[str, Any]], rates: Sequence[float], alone: float | None) -> float | None:
+    """The median over turns of a step's time to what it takes at least: computing, or its traffic at the disk's rate.
+
+    None if computing is not known.
+    """
     if alone is None:
         return None
-    return max(alone, (result["read_bytes"] + result["written_bytes"]) / rate)
+    return statistics.median(
+        statistics.fmean(turn["seconds"]) / max(alone, (turn["read_bytes"] + turn["written_bytes"]) / rate)
+        for turn, rate in zip(turns, rates, strict=True)
+    )
 
 
 def _show(
@@ -232,7 +256,8 @@ def _show(
         f"{options.steps} steps"
     )
     print(
-        f"disk, reading and writing at once: {' and '.join(f'{rate / 1e9:.2f}' for rate in rates)} GB/s before, after"
+        f"disk, reading and writing at once: {statistics.median(rates) / 1e9:.2f} GB/s "
+        f"({min(rates) / 1e9:.2f} to {max(rates) / 1e9:.2f})"
     )
     if equal is not None:
         print(f"losses of plain and ours {'are equal, ==' if equal else 'DIFFER'}")
@@ -240,7 +265,7 @@ def _show(
     table = []
     for name, result in results.items():
         seconds = statistics.median(result["step_seconds"])
-        bound = result["bound_seconds"]
+        ratio = result["of_bound"]
         table.append(
             {
                 "run": name,
@@ -249,7 +274,7 @@ def _show(
                 "to plain": report.UNKNOWN
                 if base is None
                 else f"{seconds / statistics.median(base['step_seconds']):.2f}",
-                "of bound": report.UNKNOWN if bound is None else f"{seconds / bound:.2f}",
+                "of bound": report.UNKNOWN if ratio is None else f"{ratio:.2f}",
                 "read GB": f"{result['read_bytes'] / 1e9:.2f}",
                 "written GB": f"{result['written_bytes'] / 1e9:.2f}",
                 "peak MiB": f"{result['peak_bytes'] >> 20}",

@@ -57,10 +57,10 @@ def test_each_row_is_asked_for_by_name_and_ours_means_all_budgets(bench: Any, tm
 
 def test_a_bound_is_computing_or_the_traffic_and_losses_that_differ_are_seen(bench: Any) -> None:
     module = bench("offload_step")
-    moved = {"read_bytes": 3e9, "written_bytes": 1e9}
-    assert module.bound_seconds(moved, 1.0, 2e9) == 2.0
-    assert module.bound_seconds(moved, 3.0, 2e9) == 3.0
-    assert module.bound_seconds(moved, None, 2e9) is None
+    turns = [{"seconds": [3.0, 5.0], "read_bytes": 3e9, "written_bytes": 1e9}] * 3
+    assert module.of_bound(turns, [1e9, 2e9, 4e9], 0.5) == 2.0  # of the turn in the middle
+    assert module.of_bound(turns, [1e9, 2e9, 4e9], 4.0) == 1.0
+    assert module.of_bound(turns, [1e9, 2e9, 4e9], None) is None
     assert module.equal_losses({"a": [1.0, 2.0], "b": [1.0, 2.0]}) is True
     assert module.equal_losses({"a": [1.0, 2.0], "b": [1.0, 2.5]}) is False
     assert module.equal_losses({"a": [1.0]}) is None
