@@ -241,10 +241,11 @@ def of_bound(turns: Sequence[Mapping[str, Any]], rates: Sequence[float], alone: 
     """
     if alone is None:
         return None
-    return statistics.median(
+    ratio: float = statistics.median(
         statistics.fmean(turn["seconds"]) / max(alone, (turn["read_bytes"] + turn["written_bytes"]) / rate)
         for turn, rate in zip(turns, rates, strict=True)
     )
+    return ratio
 
 
 def _show(
