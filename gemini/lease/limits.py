@@ -105,10 +105,8 @@ def _cgroup_limits(root: Path, pid: str) -> Iterator[Limit]:
         limits, usage = _FILES[version]
         for file in limits:
             limit = number(read(folder / file))
-            if limit is None or limit >= _UNLIMITED:
-                continue  # most groups have none, and each file costs some 30 us
-            if (used := number(read(folder / usage))) is None:
-                continue
+            if limit is None or limit >= _UNLIMITED or (used := number(read(folder / usage))) is None:
+                continue  # most groups have none: nothing more of them is read
             # The kernel drops file cache that was not used lately before it kills a process.
             reclaimable = field(read(folder / "memory.stat"), "total_inactive_file", "inactive_file")
             free = max(0, limit - max(0, used - reclaimable))
