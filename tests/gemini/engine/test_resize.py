@@ -404,3 +404,19 @@ def test_homes_do_not_swing() -> None:
     assert next_capacity(1000, 500) == next_capacity(1024, 5000) == 1024
     raised = next_capacity(512, 500)
     assert next_capacity(raised, 500 - (raised - 512)) == raised
+
+
+def test_a_unit_has_its_full_copy_where_homes_have_made_way_for_too_much(tmp_path: Path) -> None:
+    """What is left was enough for what had been needed at once until then. The next unit may need more."""
+    ours, plain = Trained({"host_memory": "310KiB", "offload_dir": tmp_path, **SMALL}), Trained(None)
+    for number in range(2):
+        assert step(ours, number) == step(plain, number)
+    manager = boosted(ours.model).manager
+    manager.settle()
+    manager.eviction.evict_idle()
+    manager.ledger.resize(Tier.HOST, manager.ledger.used(Tier.HOST) + KIB)  # as where activations needed the rest
+    assert max(chunk.full_nbytes for chunk in manager.chunks) > KIB
+    for number in range(2, 4):
+        assert step(ours, number) == step(plain, number)
+    assert ours.model.memory_stats()["device/overdraft_peak_bytes"] > 0
+    check_same(ours, plain)
