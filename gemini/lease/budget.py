@@ -229,8 +229,13 @@ class Budget:
         with self._lock:
             self._asked = dict(before)
 
-    def begin(self, seat: Seat) -> bool:
+    def begin(self, seat: Seat, may_borrow: bool = True) -> bool:
         """A model begins to run: borrow for its full copies what idle ones keep beyond their homes.
+
+        Parameters
+        ----------
+        may_borrow
+            False where its model data have made way for what is not: it would take that back.
 
         Returns
         -------
@@ -240,7 +245,7 @@ class Budget:
         with self._lock:
             self._turn += 1
             seat.begin(self._turn)
-            if len(self._seats) < 2:
+            if len(self._seats) < 2 or not may_borrow:
                 return False
             uses = seat.uses()
             borrowed = [self._borrow(seat, memory, uses[memory]) for memory in uses if not seat.is_said(memory)]

@@ -54,7 +54,7 @@ class Tenancy:
                 self._follow(asked)
             elif targets := self._targets():
                 self._go_to(targets)
-        if self.budget.begin(self.seat):
+        if self.budget.begin(self.seat, may_borrow=not self._engine.memory.is_lowered):
             self._engine.pacing.replan()
 
     def look_before_unit(self) -> None:

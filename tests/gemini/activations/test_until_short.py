@@ -12,6 +12,7 @@ import torch
 from loop import SMALL, Trained, check_same
 from torch import nn
 
+import gemini
 from gemini.activations import ActivationCounts, KeepAll
 from gemini.activations.until_short import KeepUntilShort
 from gemini.boosted import boosted
@@ -82,6 +83,23 @@ def test_a_forward_that_failed_runs_again_and_keeps_less(placement: dict[str, An
             losses.append(run.step(number))
         assert losses[0] == losses[1]
     assert fails.failed
+    assert ours.model.memory_stats()["activation/switch_count"] == 1
+    check_same(ours, plain)
+
+
+def test_what_a_forward_was_given_is_not_taken_back_by_what_idle_models_can_lend(tmp_path: Path) -> None:
+    shared = {"budget": gemini.Budget(), "offload_dir": tmp_path, **SMALL}
+    other = Trained(shared)
+    other.step(0)
+    ours, plain = Trained(shared), Trained(None)
+    fails = Fails(ours, "forward")
+    for number in range(3):
+        losses = []
+        for run in (ours, plain):
+            torch.manual_seed(number)
+            losses.append(run.step(number))
+        assert losses[0] == losses[1]
+    assert 0 < fails.failed < 4
     assert ours.model.memory_stats()["activation/switch_count"] == 1
     check_same(ours, plain)
 
