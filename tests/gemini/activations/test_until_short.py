@@ -72,16 +72,20 @@ class Fails:
         raise RuntimeError(SHORT)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
-def test_a_forward_that_failed_runs_again_and_keeps_less(placement: dict[str, Any], tmp_path: Path) -> None:
-    ours, plain = Trained({"offload_dir": tmp_path, **placement, **SMALL}), Trained(None)
-    fails = Fails(ours, "forward")
+def check_steps(ours: Trained, plain: Trained) -> None:
     for number in range(3):
         losses = []
         for run in (ours, plain):
             torch.manual_seed(number)
             losses.append(run.step(number))
         assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_a_forward_that_failed_runs_again_and_keeps_less(placement: dict[str, Any], tmp_path: Path) -> None:
+    ours, plain = Trained({"offload_dir": tmp_path, **placement, **SMALL}), Trained(None)
+    fails = Fails(ours, "forward")
+    check_steps(ours, plain)
     assert fails.failed
     assert ours.model.memory_stats()["activation/switch_count"] == 1
     check_same(ours, plain)
@@ -93,12 +97,7 @@ def test_what_a_forward_was_given_is_not_taken_back_by_what_idle_models_can_lend
     other.step(0)
     ours, plain = Trained(shared), Trained(None)
     fails = Fails(ours, "forward")
-    for number in range(3):
-        losses = []
-        for run in (ours, plain):
-            torch.manual_seed(number)
-            losses.append(run.step(number))
-        assert losses[0] == losses[1]
+    check_steps(ours, plain)
     assert 0 < fails.failed < 4
     assert ours.model.memory_stats()["activation/switch_count"] == 1
     check_same(ours, plain)
