@@ -11,8 +11,9 @@ stacks of new threads      `small_stacks`: while a thread of ours is started   a
 torch's number of threads  `compute_on_this_thread`: on threads of ours        for the process, before it returns
 environment variables      `set_variables`: those that torchrun sets, when a   never: other libraries read them
                            task of Slurm is launched
-signal handlers            `signals_to`: in ``gemini-stat top`` and training   at the end of the context
-                           by command
+signal handlers            ``signals.py``: `signals_to` in ``gemini-stat top`` at the end of the context
+                           and training by command, `uninterrupted` while our
+                           code runs
 calls at exit and fork     `at_exit`, `before_fork`, `after_fork_in_child`:    never: they look for what is alive
                            when their modules are imported; in a launch
 =========================  ==================================================  =======================================
@@ -266,43 +267,7 @@ def set_variables(**variables: str | int) -> None:
     os.environ.update({name: str(value) for name, value in variables.items()})
 
 
-# -- signals, exit, fork
-
-
-@contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """A context in which SIGINT and SIGTERM come to ``handler``; on another than the main thread they do not."""
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is None:
-                continue  # code in C has set a handler, which could not be set again
-            try:
-                before[number] = signal.signal(number, handler)
-            except ValueError:  # not the main thread: the program around us handles signals
-                break
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
-
-
-@contextmanager
-def signals_later() -> Iterator[None]:
-    """A context at whose end a first SIGINT or SIGTERM reaches its handler; a second one interrupts at once."""
-    held: list[int] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        if held:
-            raise KeyboardInterrupt
-        held.append(number)
-
-    try:
-        with signals_to(hold):
-            yield
-    finally:
-        for number in held:
-            signal.raise_signal(number)
+# -- exit, fork
 
 
 def at_exit(call: Callable[[], object]) -> None:

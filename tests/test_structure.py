@@ -212,7 +212,7 @@ def _torch_private_names() -> frozenset[str]:
 
 def process_wide_effect(module: str, tree: ast.Module) -> Iterator[str]:
     """Calls that set something for the whole process, besides the module that says when each is undone."""
-    if module != "gemini.process_wide":
+    if module not in ("gemini.process_wide", "gemini.signals"):
         called = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
         yield from (f"{module}: {name}" for name in called if PROCESS_WIDE.fullmatch(name))
         written = (node for node in ast.walk(tree) if isinstance(node, ast.Subscript))

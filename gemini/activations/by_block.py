@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..memory.non_model import Batch
 from ..planning.activation_choice import Choice, UnitCost
+from ..signals import uninterrupted
 from ..torch_private import current_backward, saving_hooks, saving_is_taken, storage_key, without_torch_function
 from ..units.bracket import Bracket, bracket
 from .advice import REST, Advice, Forward
@@ -182,6 +183,7 @@ class ByBlock:
 
     # -- a tensor is saved
 
+    @uninterrupted
     def _pack(self, tensor: Tensor) -> Packed:
         running, forward = self._running, self._forward
         if forward is not None and forward.is_measured:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..memory.non_model import Batch
+from ..signals import uninterrupted
 from ..torch_private import saving_is_taken, without_torch_function
 from .counts import ActivationCounts
 from .leavers import Leavers
@@ -131,6 +132,7 @@ class Offload:
         if batch.with_gradients:
             self._store.trim()
 
+    @uninterrupted
     def settle(self) -> None:
         """Let all leave that only graphs hold, as far as that needs no waiting."""
         self._store.settle()
@@ -152,6 +154,7 @@ class Offload:
     def close(self) -> None:
         self._store.close()
 
+    @uninterrupted
     def pack(self, tensor: Tensor) -> Packed:
         """What the graph holds in place of a tensor, which leaves if it may."""
         with without_torch_function():  # none of this is an operation of the model's

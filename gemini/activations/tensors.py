@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, UntypedStorage
 
+from ..signals import uninterrupted
 from ..torch_private import is_result_of_new_node, version_of, without_torch_function
 from .original import Form, Original, form_of
 from .storage import SavedStorage
@@ -115,6 +116,7 @@ class MovedTensor:
         self._witness = tensor.detach()
         self._witness.data = _nothing(tensor.dtype, tensor.device)
 
+    @uninterrupted
     def unpack(self) -> Tensor:
         with without_torch_function(), torch.no_grad():
             self._saved_at.check(self._witness, self._shape)

@@ -16,7 +16,7 @@ from gemini.chunk.extent import SOLE
 from gemini.errors import RankError
 
 from ..boosted import Boosted
-from ..process_wide import signals_later
+from ..signals import uninterrupted
 from ..step.managed_step import ChunkedStep
 from .names import entries
 from .swapped import refuse_swapped
@@ -182,7 +182,7 @@ def loaded_by_all(of: Any, doing: str) -> Iterator[None]:
     Ctrl-C waits until everything is loaded: half of a checkpoint would train on without a word.
     """
     together = together_of(of)
-    with signals_later():
+    with uninterrupted:
         if together is None:
             yield
             return

@@ -1,6 +1,5 @@
 """The mediator of a training step: hooks, the optimizer and outside uses call it, and it tells its parts what to do."""
 
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -15,6 +14,7 @@ from ..units.units import Units, Visit
 from ..updates.updates import Updates
 from .device_room import DeviceRoom
 from .discovery import Discovery
+from .guard import Guard
 from .listener import Listener, StepFacts, Steps
 from .memory import Memory
 from .pacing import Pacing
@@ -61,7 +61,7 @@ class Engine:
         self.visits = Visits()
         self.pins = Pins(manager, updates.gradients, room)
         self.discovery = Discovery()
-        self.lock = threading.RLock()
+        self.lock = Guard()
         """Held while chunks move and while parameters are used outside of units: any thread may read parameters."""
         self.stall_seconds = 0.0
         self._steps = Steps()

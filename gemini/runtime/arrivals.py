@@ -10,6 +10,7 @@ from weakref import ref
 from torch import Tensor
 
 from ..engine import Engine
+from ..signals import uninterrupted
 from ..torch_private import TENSOR_HOOKS
 from ..updates.gradient_slot import Watching
 
@@ -29,6 +30,7 @@ def unwatch_gradients(parameter: Tensor) -> None:
             del hooks[key]
 
 
+@uninterrupted
 def _arrived(reference: "ref[Engine]", parameter: Tensor) -> None:
     engine = reference()
     if engine is not None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..chunk import Chunk
 from ..engine import Engine
 from ..planning.trace import Phase
+from ..signals import uninterrupted
 from ..torch_private import at_end_of_backward, current_backward, next_number, number_of
 from ..units.observer import tensors_in
 from ..units.results import Mark, Results
@@ -114,6 +115,7 @@ class BackwardHooks:
             node.register_prehook(before)
 
 
+@uninterrupted
 def _enter(reference: "ref[Engine]", visit: Visit, gradients: Any) -> None:
     engine = reference()
     if engine is None:
@@ -121,7 +123,7 @@ def _enter(reference: "ref[Engine]", visit: Visit, gradients: Any) -> None:
     task = current_backward()
     engine.leave_passed(task)
     if engine.join_backward(task, visit):
-        at_end_of_backward(partial(engine.end_backward, task))
+        at_end_of_backward(uninterrupted(partial(engine.end_backward, task)))
     if visit.unit is _OUTSIDE:
         engine.enter_outside(visit)
     else:

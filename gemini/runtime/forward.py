@@ -21,6 +21,7 @@ from ..engine import Engine, in_backward
 from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.shortage import out_of_memory
 from ..planning.trace import Phase
+from ..signals import uninterrupted
 from ..torch_private import NO_BACKWARD, current_backward, is_compiled, next_number
 from ..units.bracket import Bracket, bracket
 from ..units.observer import Observer, needing_gradients, tensors_in
@@ -112,6 +113,10 @@ class ForwardHooks:
         """
         if self._depth or in_backward():
             return self._run(forward, args, kwargs)
+        with uninterrupted.watched():
+            return self._call(forward, args, kwargs)
+
+    def _call(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         attempt, before = 0, self._before(args, kwargs)
         while True:
             try:
@@ -119,11 +124,13 @@ class ForwardHooks:
             except BaseException as error:
                 self._failed(error, before, attempt)
             else:
-                if attempt == _MOST_REPETITIONS or not self._is_to_keep_less(result, before):
-                    before.learn()
-                    return result
+                with uninterrupted:
+                    if attempt == _MOST_REPETITIONS or not self._is_to_keep_less(result, before):
+                        before.learn()
+                        return result
                 result = None
-            before.restore()
+            with uninterrupted:
+                before.restore()
             attempt += 1
 
     def _is_to_keep_less(self, result: Any, before: Before) -> bool:
@@ -137,18 +144,21 @@ class ForwardHooks:
         return True
 
     def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self._depth += 1
+        depth = self._depth
         try:
+            self._depth = depth + 1
             with self._saving.of_call():
                 return forward(*args, **kwargs)
         finally:
-            self._depth -= 1
+            self._depth = depth
 
+    @uninterrupted
     def _before(self, args: Any, kwargs: Any) -> Before:
         """What the forward has to find if it is repeated."""
         updates, parameters = self._engine.updates, self._engine.memory.packing.parameters
         return Before(self._model, parameters, args, kwargs, self._habits, lambda: updates.arrivals)
 
+    @uninterrupted
     def _failed(self, error: BaseException, before: Before, attempt: int) -> None:
         """The model's forward has raised. Raises, if it cannot run again."""
         engine = self._engine

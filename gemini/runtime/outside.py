@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..chunk import Chunk, Keeper, announce_change
 from ..engine import Engine
+from ..signals import uninterrupted
 from ..torch_private import is_transformed, next_number, storage_key, without_transforms
 from ..units.observer import tensors_in
 from .backward import BackwardHooks
@@ -87,9 +88,11 @@ class Outside(Keeper):
             finally:
                 self._engine.pins.let_go(pinned)
 
+    @uninterrupted
     def show_gradient(self, parameter: Tensor) -> None:
         self._gradients.show(parameter)
 
+    @uninterrupted
     def replace_gradient(self, parameter: Tensor, gradient: Tensor | None) -> None:
         self._gradients.replace(parameter, gradient)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 
-from ..process_wide import signals_to
+from ..signals import signals_to
 
 
 class Interrupt(ExitStack):

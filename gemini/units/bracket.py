@@ -10,6 +10,7 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from ..signals import uninterrupted
 from ..torch_private import COMPILED_CALL, is_traced, never_compiled
 from .attached import Attached
 
@@ -33,6 +34,7 @@ class Bracket:
 
 def bracket(module: nn.Module, before: Before, after: After) -> Bracket:
     """Install both on the module, before the user's hooks."""
+    before, after = uninterrupted(before), uninterrupted(after)
     if getattr(module, COMPILED_CALL, None) is None:
         first = module.register_forward_pre_hook(Attached(_never_compiled(before)), with_kwargs=True, prepend=True)
         return Bracket((first, module.register_forward_hook(Attached(after), with_kwargs=True, always_call=True)))

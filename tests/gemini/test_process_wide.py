@@ -114,7 +114,7 @@ def test_large_holes_are_given_back_before_backward_where_memory_is_kept(
 
 def test_signals_come_to_a_handler_only_within_the_context() -> None:
     before, came = signal.getsignal(signal.SIGINT), []
-    with process_wide.signals_to(lambda number, frame: came.append(number)):
+    with signals.signals_to(lambda number, frame: came.append(number)):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
     assert came == [signal.SIGINT, signal.SIGTERM]
@@ -125,7 +125,7 @@ def test_signals_stay_with_the_program_on_other_threads() -> None:
     before, found = signal.getsignal(signal.SIGINT), []
 
     def enter() -> None:
-        with process_wide.signals_to(lambda number, frame: None):
+        with signals.signals_to(lambda number, frame: None):
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=enter)

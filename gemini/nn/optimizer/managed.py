@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 from gemini.colossal.boosted import OptimizerNames
 from gemini.lazy.session import is_recording
 
+from ...signals import uninterrupted
 from ...torch_private import OPTIMIZER_HOOKS, mark_stepped
 from .rules.rule import Rule
 
@@ -119,7 +120,6 @@ class ManagedOptimizer(OptimizerNames, Optimizer):
             raise AttributeError(f"{type(self).__name__} has no state of its own")  # a wrapper asks its optimizer then
         return own  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
 
@@ -145,13 +145,18 @@ class ManagedOptimizer(OptimizerNames, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @uninterrupted  # around the other: an interrupt within `no_grad` would leave gradients disabled
+    @torch.no_grad()
+    def _step(self) -> None:
         if self._managed is not None:
             self._managed.step(self)
-            return loss
+            return
         # Everything that can fail happens before the first parameter changes.
         work = [step for group in self.param_groups for step in self.prepare_parameters(group, group["params"])]
         self.commit_parameters(work)
-        return loss
 
     def prepare_parameters(
         self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0

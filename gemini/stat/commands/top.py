@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from gemini.process_wide import signals_to
+from gemini.signals import signals_to
 from gemini.stat import as_json
 from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, print_json, show
 from gemini.stat.follow import Follower
