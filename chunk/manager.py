@@ -38,6 +38,7 @@ from .values import last_value, read_slot, write_slot
 from .workers import close_in_background
 
 
+@uninterrupted.in_methods("rebuild", "let_go", "read", "write", "settle", "come_to_rest")
 class ChunkManager:
     """Owns the chunks and moves them, within the ledger's capacities.
 
@@ -127,7 +128,6 @@ class ChunkManager:
 
     # -- homes
 
-    @uninterrupted
     def rebuild(self, plans: Sequence[ChunkPlan], fill: Callable[[Chunk], None] | None = None) -> None:
         """See `Rehoming.rebuild`. Raises StateError while the model is released."""
         self.refuse_released("give parameters other homes")
@@ -148,7 +148,6 @@ class ChunkManager:
                 f"{str(parking.folder)!r}; call booster.resume(model) first"
             )
 
-    @uninterrupted
     def let_go(self, room: Mapping[Chunk, Sequence[Tensor]]) -> None:
         """Have parameters follow their chunks no longer: see `Rehoming.let_go`."""
         self.snapshots.rest()
@@ -292,7 +291,6 @@ class ChunkManager:
 
     # -- values
 
-    @uninterrupted
     def read(self, parameter: Tensor, name: str) -> Tensor:
         """A copy, on CPU, of the masters or one state of a parameter (waits for a pending update).
 
@@ -304,7 +302,6 @@ class ChunkManager:
         values = read_slot(chunk, position, name, self.together.communicator)
         return with_edits(chunk, position, values) if name == MASTER and is_ahead(chunk) else values
 
-    @uninterrupted
     def write(self, parameter: Tensor, name: str, value: Tensor) -> None:
         """Replace the masters or one state of a parameter; a full copy is dropped, or follows if it is lent."""
         self.origin.refuse_elsewhere()
@@ -320,13 +317,11 @@ class ChunkManager:
             else:
                 write_slot(chunk, position, name, value)
 
-    @uninterrupted
     def settle(self) -> None:
         """Wait for every pending update."""
         for chunk in self.chunks:
             chunk.settle()
 
-    @uninterrupted
     def come_to_rest(self, seconds: float) -> None:
         """Wait until no update and no move is under way, for so long at most. What failed is raised elsewhere."""
         deadline = time.monotonic() + seconds

@@ -48,11 +48,9 @@ import atexit
 import ctypes
 import functools
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FrameType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")

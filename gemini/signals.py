@@ -14,13 +14,12 @@ meanwhile is held, and raised again when the section ends. Between sections, in 
 Sections are short. Who waits longer than `PATIENCE_SECONDS` and asks again, is heard at once.
 
 [Note: Handlers] Signals are held by handlers of ours, which are there only while a section runs, or while the model's
-forward or backward does (`watched`), since setting them for each hook would cost more than the hook. Outside of them the
-user's handlers are where the user has put them. Within ``watched`` and outside of sections ours hand on to the user's.
+forward or backward does (`watched`), since setting them for each hook would cost more than the hook. Outside of both
+the user's handlers are where the user has put them. Between the sections of a ``watched`` ours hand on to the user's.
 """
 
-import _signal  # ``signal`` makes an enum of each answer, which takes ten times as long
+import _signal  # type: ignore[import-not-found]  # ``signal`` makes enums of answers, which takes ten times as long
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +79,16 @@ class _Uninterrupted:
                 return function(*args, **kwargs)
 
         return run
+
+    def in_methods(self, *names: str) -> Callable[[type[T]], type[T]]:
+        """Decorates these methods of a class."""
+
+        def decorate(cls: type[T]) -> type[T]:
+            for name in names:
+                setattr(cls, name, self(vars(cls)[name]))
+            return cls
+
+        return decorate
 
     @contextmanager
     def watched(self) -> Iterator[None]:

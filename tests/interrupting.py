@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from loop import PLACEMENTS, Trained
 from parity import check_at_rest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from gemini.errors import TornStep
 
@@ -55,7 +57,7 @@ class AfterSeconds(Interrupt):
 
 
 class AtLine(Interrupt):
-    """Before a line of our code runs on this thread for the n-th time; None counts all lines instead."""
+    """Ctrl-C before a line of our code runs on this thread for the n-th time; without a place all lines are counted."""
 
     def __init__(self, place: tuple[CodeType, int] | None = None, nth: int = 1) -> None:
         self.counts: collections.Counter[tuple[CodeType, int]] = collections.Counter()
@@ -87,7 +89,7 @@ class AtLine(Interrupt):
         if place == self._place and self.counts[place] == self._nth:
             self.was_raised = True
             sys.settrace(None)
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return self._line
 
 
@@ -106,18 +108,27 @@ class Interrupted:
 
     def __init__(self, placement: str, folder: Path, make: Callable[..., Trained] = Trained, **plugin: Any) -> None:
         self.ours, self.plain = make(PLACEMENTS[placement], **plugin), make(None)
+        self._is_torn_by_interrupts = plugin.get("update_in_backward", False)
         self.number = 0
         self.folder = folder
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.step("", Interrupt())
         self.step("", Interrupt())
         self.save()
+        self._saved = self.ours.weights()
+        """What is in the checkpoint for certain."""
 
     def save(self) -> None:
-        self.ours.booster.save_model(self.ours.model, str(self.folder / "saved"))
+        self.ours.booster.save_model(self.ours.model, str(self._file))
+        if self._is_torn_by_interrupts:
+            self.ours.booster.save_optimizer(self.ours.optimizer, str(self.folder / "optimizer"))
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "saved.safetensors"
 
     def step(self, phase: str, interrupt: Interrupt) -> str:
-        """Take the next step, with an interrupt in a phase of it. What came of it: see `OUTCOMES`."""
+        """Take the next step, with an interrupt in a phase of it. What came of it, in words; "wrong" is one."""
         run, number = self.ours, self.number
         armed = {each: Interrupt() for each in PHASES} | {phase: interrupt}
         torch.manual_seed(number)
@@ -133,24 +144,44 @@ class Interrupted:
                     self.save()
         except KeyboardInterrupt:
             outcome = "interrupted"
-        except TornStep:
-            outcome = "torn"
         if interrupt.was_raised and outcome == "no interrupt":
             outcome = "swallowed"
-        if outcome == "torn":
-            return outcome
-        run.optimizer.zero_grad()
-        taken = {int(state["step"]) for state in run.optimizer.state_dict()["state"].values()}
+        try:
+            if self._is_torn_by_interrupts and outcome == "interrupted":
+                run.optimizer.step()  # backward may have taken its part of it
+            run.optimizer.zero_grad()
+            states = run.optimizer.state_dict()["state"].values()
+        except TornStep:
+            return self._reload()
+        taken = {int(state["step"]) for state in states}
         if len(taken) > 1:
             return f"wrong: parameters are at steps {sorted(taken)}"
         if taken == {number} or (not taken and number == 0):
             torch.manual_seed(number)
             run.step(number)
             outcome += ", not taken" if outcome == "interrupted" else ""
+        if phase == PHASES[2] and not self._is_saved_whole():
+            return f"{outcome}; wrong: the checkpoint is neither the old one nor the new one"
         torch.manual_seed(number)
         self.plain.step(number)
         self.number += 1
         return outcome + self._difference()
+
+    def _reload(self) -> str:
+        """Load the checkpoint after a torn step; nothing can be compared with plain PyTorch from then on."""
+        if not self._is_torn_by_interrupts:
+            return "wrong: TornStep"
+        self.ours.booster.load_model(self.ours.model, str(self._file))
+        self.ours.booster.load_optimizer(self.ours.optimizer, str(self.folder / "optimizer"))
+        return "torn, reloaded" if _are_equal(self.ours.weights(), self._saved) else "torn; wrong: not what was saved"
+
+    def _is_saved_whole(self) -> bool:
+        """After a save, which may have been interrupted."""
+        found, new = load_file(self._file), self.ours.weights()
+        if _are_equal(found, new):
+            self._saved = new
+            return True
+        return _are_equal(found, self._saved)
 
     def _difference(self) -> str:
         check_at_rest(self.ours.model)
@@ -163,6 +194,10 @@ class Interrupted:
         begin = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - begin
+
+
+def _are_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def outcome_of(run: Interrupted, phase: str, interrupt: Interrupt) -> str:

@@ -19,6 +19,7 @@ from .state_home import StateHome
 from .state_tensor import StateTensor
 
 
+@uninterrupted.in_methods("get", "copy", "open", "close", "set", "unset", "replace", "load", "begin", "forget", "drop")
 class KeptStates:
     """Says which parameters have a state, and reads, replaces and forgets it.
 
@@ -108,7 +109,6 @@ class KeptStates:
 
     # -- reading
 
-    @uninterrupted
     def get(self, parameter: Tensor, name: Any) -> Any:
         """One entry of a state: a tensor that shows it, or a note.
 
@@ -124,7 +124,6 @@ class KeptStates:
             raise KeyError(name)
         return self.shown.place(self, parameter, name).show()
 
-    @uninterrupted
     def copy(self, parameter: Tensor, name: Any) -> Any:
         """One entry of a state, as state dicts have it: tensors as copies on CPU."""
         notes = self._notes.get(id(parameter), {})
@@ -134,7 +133,6 @@ class KeptStates:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         return read_state(self._values, self._rule, parameter, name)
 
-    @uninterrupted
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""
         self._values.check_readable()
@@ -149,7 +147,6 @@ class KeptStates:
         """Raise where the values are of no single step."""
         self._values.check_readable()
 
-    @uninterrupted
     def close(self, parameter: Tensor, name: str, values: Tensor) -> None:
         """Bring home what was changed in what `open` returned."""
         if name == STEP:
@@ -158,7 +155,6 @@ class KeptStates:
             check_value(self._chunk(parameter), parameter, name, values)
             write_state(self._values, self._rule, parameter, name, values)
 
-    @uninterrupted
     def set(self, parameter: Tensor, name: Any, value: Any) -> None:
         """Replace one entry of a state, which begins with it if there was none. Copies, but for notes.
 
@@ -181,7 +177,6 @@ class KeptStates:
             if name != MASTER:
                 self._updater.steps.setdefault(id(parameter), 0 if self._rule.takes_step else 1)
 
-    @uninterrupted
     def unset(self, parameter: Tensor, name: Any) -> None:
         """Take one entry away: a note, or the only thing that is kept.
 
@@ -222,7 +217,6 @@ class KeptStates:
         for name, value in given.items():
             check_value(self._chunk(parameter), parameter, name, value)
 
-    @uninterrupted
     def replace(
         self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value
     ) -> None:
@@ -245,7 +239,6 @@ class KeptStates:
                 self.load(parameter, name, values)
         self._begin(parameter, given, {name: read(value) for name, value in notes.items()})
 
-    @uninterrupted
     def load(self, parameter: Tensor, name: str, value: Any) -> None:
         """Put one entry of a state, which has been checked, where it belongs."""
         if isinstance(value, StateTensor):
@@ -258,7 +251,6 @@ class KeptStates:
         else:
             write_state(self._values, self._rule, parameter, name, value)
 
-    @uninterrupted
     def begin(self, parameter: Tensor, saved: Mapping[Any, Any]) -> None:
         """Say that a parameter has this state, whose values are in their places: count steps, and keep the notes."""
         kept = {slot.name for slot in self._chunk(parameter).states}
@@ -266,13 +258,11 @@ class KeptStates:
         given = {name: value for name, value in saved.items() if name in known}
         self._begin(parameter, given, {name: saved[name] for name in saved.keys() - known if saved[name] is not None})
 
-    @uninterrupted
     def forget(self, parameter: Tensor) -> None:
         """Make the state of a parameter what it is before the first step."""
         self._forget_values(parameter)
         self._notes.pop(id(parameter), None)
 
-    @uninterrupted
     def drop(self, parameter: Tensor) -> None:
         """Give a parameter no state, as before the first step; what shows the one of now keeps it."""
         self.shown.release(parameter)

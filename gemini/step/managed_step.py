@@ -29,6 +29,10 @@ from .unfreezing import Unfreezing
 logger = logging.getLogger(__name__)
 
 
+@uninterrupted.in_methods(
+    *("step", "zero_grad", "zero_gradients", "clip_grad_by_norm", "clip_grad_by_value", "state_dict"),
+    *("load_state_dict", "replace_states", "add_param_group", "succeed", "add_average", "remove_average", "swap"),
+)
 class ChunkedStep:
     """The optimizer step over chunks (a `ManagedStep`).
 
@@ -84,7 +88,6 @@ class ChunkedStep:
         """What follows the parameters in each step."""
         return self._updater.averages
 
-    @uninterrupted
     def add_average(self, average: Average) -> None:
         """Have an average follow the parameters, beginning with what they are.
 
@@ -100,13 +103,11 @@ class ChunkedStep:
         room = AverageRoom(self.manager, self._updater)
         self._unfreezing.adopt(room.make(average, self._engine.pacing.least_bytes({})))
 
-    @uninterrupted
     def remove_average(self, average: Average) -> None:
         """Give the memory of an average back."""
         self._updates.schedule.check_whole("end an average")
         self._unfreezing.adopt(AverageRoom(self.manager, self._updater).free(average))
 
-    @uninterrupted
     def swap(self, average: Average) -> None:
         """Give the parameters the values of an average, and it theirs."""
         self._engine.recover()
@@ -152,7 +153,6 @@ class ChunkedStep:
     def gradient_norm(self) -> float | None:
         return self.scaling.grad_norm
 
-    @uninterrupted
     def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
         """Forget what is in the chunks (of these parameters, by id), or fill it with zeros."""
         if set_to_none:
@@ -163,7 +163,6 @@ class ChunkedStep:
 
     # -- ManagedStep
 
-    @uninterrupted
     def step(self, optimizer: ManagedOptimizer) -> None:
         self.manager.snapshots.raise_fault()
         self.averages.refuse_swapped("step")
@@ -228,7 +227,6 @@ class ChunkedStep:
         except (OSError, RuntimeError, MemoryError) as error:  # the next forward fetches what it needs, or raises
             logger.debug("nothing is fetched ahead of the next forward: %s", error)
 
-    @uninterrupted
     def zero_grad(self, optimizer: ManagedOptimizer, set_to_none: bool) -> None:
         self.zero_gradients(set_to_none, _parameters(optimizer))
         for group in optimizer.param_groups:
@@ -241,7 +239,6 @@ class ChunkedStep:
                 if self.manager.find(parameter) is None and parameter.grad is not None:
                     parameter.grad.detach_().zero_()
 
-    @uninterrupted
     def add_param_group(self, optimizer: ManagedOptimizer, group: dict[str, Any]) -> None:
         self._updates.schedule.check_whole("add parameters")
         optimizer.register_param_group(group)
@@ -251,7 +248,6 @@ class ChunkedStep:
             optimizer.param_groups.pop()
             raise
 
-    @uninterrupted
     def succeed(self, optimizer: ManagedOptimizer) -> None:
         """Work for another optimizer from now on. States begin anew, or with those that it brings.
 
@@ -270,7 +266,6 @@ class ChunkedStep:
         self._states.succeed(optimizer)
         self._updates.serve(optimizer)
 
-    @uninterrupted
     def clip_grad_by_norm(
         self,
         optimizer: ManagedOptimizer,
@@ -290,7 +285,6 @@ class ChunkedStep:
         self.scaling.clip(norms[0], max_norm)
         return norms[0]
 
-    @uninterrupted
     def clip_grad_by_value(self, optimizer: ManagedOptimizer, value: float) -> None:
         self._updates.schedule.check_clipping()
         self._unfreezing.admit_all(optimizer, self.kept)
@@ -307,15 +301,12 @@ class ChunkedStep:
     def states(self, optimizer: ManagedOptimizer) -> OptimizerStates:
         return self._states.shown(optimizer)
 
-    @uninterrupted
     def replace_states(self, optimizer: ManagedOptimizer, states: Mapping[Any, Any]) -> None:
         self._states.replace(optimizer, states)
 
-    @uninterrupted
     def state_dict(self, optimizer: ManagedOptimizer) -> dict[str, Any]:
         return self._states.state_dict(optimizer)
 
-    @uninterrupted
     def load_state_dict(self, optimizer: ManagedOptimizer, state_dict: dict[str, Any]) -> None:
         self.averages.refuse_swapped("load_state_dict")
         self._states.load_state_dict(optimizer, state_dict)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loop import SMALL, batch, build
 
-from gemini import process_wide
+from gemini import process_wide, signals
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.engine import sampling

@@ -24,6 +24,7 @@ from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.quantization import Quantization
 from gemini.ranks import group_of, join
+from gemini.signals import uninterrupted
 from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
 
@@ -255,6 +256,7 @@ class GeminiPlugin(DPPluginBase):
     def support_no_sync(self) -> bool:
         return not self.config.update_in_backward
 
+    @uninterrupted
     def configure(
         self, model: nn.Module, optimizer: Optimizer | None, criterion: Any, dataloader: Any, lr_scheduler: Any
     ) -> tuple[Any, Any, Any, Any, Any]:
