@@ -19,7 +19,12 @@ from gemini.booster.plugin import GeminiPlugin
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.usefixtures("one_thread"),
+    # An interrupt may come out of the standard library's own iterators, which are not closed then.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 LINES = 12
 
 
