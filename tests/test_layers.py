@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private", "colossal"),
+    ("errors", "sizes", "arguments", "cores", "initialize", "process_wide", "torch_private", "colossal"),
     ("formats",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
@@ -41,11 +41,11 @@ ISOLATED: Mapping[str, frozenset[str]] = {
     "colossal": frozenset(),
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
     "chunk": frozenset({"errors", "process_wide", "torch_private"}),
-    "lazy": frozenset({"errors", "torch_private"}),
+    "lazy": frozenset({"errors", "arguments", "torch_private"}),
     "formats": frozenset({"cores", "process_wide"}),
-    "telemetry": frozenset({"sizes", "process_wide"}),
-    "lease": frozenset({"telemetry", "sizes", "process_wide"}),
-    "stat": frozenset({"telemetry", "lease", "formats", "sizes", "cores", "process_wide"}),
+    "telemetry": frozenset({"sizes", "arguments", "process_wide"}),
+    "lease": frozenset({"telemetry", "sizes", "arguments", "process_wide"}),
+    "stat": frozenset({"telemetry", "lease", "formats", "sizes", "arguments", "cores", "process_wide"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
@@ -56,6 +56,8 @@ WITHOUT_TORCH = (
     "packing.solve",
     "memory.non_model",
     "sizes",
+    "arguments.rules",
+    "arguments.places",
     "cores",
     "process_wide",
     "formats",
