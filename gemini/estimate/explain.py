@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODEL", help="what was trained, as for estimate (models of transformers are recorded)"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of its configuration")
+    parser.add_argument(
+        "--set", type=assignment, action="append", default=[], metavar="NAME=VALUE", help="a field of its configuration"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="it did recompute activations")
 
 
@@ -138,7 +140,7 @@ def _case(
 
 def _subject(options: argparse.Namespace, chunks: Description) -> tuple[Subject, bool]:
     if options.model is not None:
-        return find_subject(options.model, dict(assignment(text) for text in options.set)), options.checkpointing
+        return find_subject(options.model, dict(options.set)), options.checkpointing
     if chunks.model is None or not isinstance(chunks.model.get("config"), dict):
         raise NotFound("the model is not known: --model MODEL has the estimate verify changes")
     return recorded_subject(chunks.model, len(chunks.parameters)), bool(chunks.model.get("checkpointing"))
