@@ -50,7 +50,7 @@ class Telemetry:
 class Quantized:
     """What `Quantization.of` takes."""
 
-    allowed = f"one of {', '.join(map(repr, FORMATS))}, a gemini.Quantization, True, False or None"
+    allowed = f"{', '.join(map(repr, FORMATS))}, a gemini.Quantization, True, False or None"
 
     def meant(self, value: Any) -> Any:
         if not (value is None or isinstance(value, bool | str | Quantization)):
