@@ -11,7 +11,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "arguments", "cores", "initialize", "process_wide", "torch_private", "colossal"),
+    (
+        "errors",
+        "sizes",
+        "arguments",
+        "cores",
+        "system_limits",
+        "initialize",
+        "process_wide",
+        "torch_private",
+        "colossal",
+    ),
     ("formats",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
@@ -40,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ISOLATED: Mapping[str, frozenset[str]] = {
     "colossal": frozenset(),
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
-    "chunk": frozenset({"errors", "process_wide", "torch_private"}),
+    "chunk": frozenset({"errors", "sizes", "process_wide", "system_limits", "torch_private"}),
     "lazy": frozenset({"errors", "arguments", "torch_private"}),
     "formats": frozenset({"cores", "process_wide"}),
     "telemetry": frozenset({"sizes", "arguments", "process_wide"}),

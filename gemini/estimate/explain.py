@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from gemini.chunk import Tier
-from gemini.sizes import format_bytes
+from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat import estimate_outputs
 from gemini.stat.console import Exit, find, print_json
 from gemini.stat.sight import Sight, read
@@ -272,15 +272,11 @@ def _tier_of(oom: OutOfMemoryDocument | None) -> str:
 def _missing(oom: OutOfMemoryDocument | None) -> int:
     """Bytes that could not be had, as far as the error says so."""
     text = "" if oom is None else oom.error
-    for pattern, scale in (
-        (r"needs ([\d.]+) MiB", _MIB),
-        (r"Tried to allocate ([\d.]+) GiB", 1 << 30),
-        (r"Tried to allocate ([\d.]+) MiB", _MIB),
-        (r"tried to allocate (\d+) bytes", 1),
-    ):
+    for pattern in (r"needs ([\d.]+ [KMGT]?i?B)\b", r"[Tt]ried to allocate ([\d.]+ (?:[KMGT]i)?B)\b"):
         if match := re.search(pattern, text):
-            return int(float(match[1]) * scale)
-    return 0
+            return parse_bytes(match[1])
+    match = re.search(r"tried to allocate (\d+) bytes", text)
+    return 0 if match is None else int(match[1])
 
 
 def _show(
