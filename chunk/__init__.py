@@ -24,7 +24,7 @@ from .free_room import FreeRoom
 from .gradient import GradientBuffer
 from .gradient_tensors import GradientTensors
 from .layout import ChunkLayout, Slot, TensorSpec, pack
-from .ledger import Ledger, mib
+from .ledger import Ledger
 from .manager import ChunkManager
 from .memory import FETCH_WORKERS, Caller, DeviceBackend, NoDevice, RamBackend, Transfer
 from .memory_map import MemoryMap
@@ -121,7 +121,6 @@ __all__ = [
     "joined",
     "marked",
     "memory_of",
-    "mib",
     "own_place",
     "pack",
     "pieces",

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from gemini.errors import OffloadError, OutOfMemory
+from gemini.sizes import format_bytes
 
 from .buffer import Buffer
 from .checksums import Checksums, Piece
 from .disk_file import PAGE_BYTES, DiskFile, Requests
 from .free_room import FreeRoom
-from .ledger import Ledger, mib
+from .ledger import Ledger
 from .tier import Tier
 
 
@@ -133,12 +134,12 @@ class DiskBackend:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise OffloadError(
-                    error.errno, f"{self.folder}: {error.strerror}, taking {mib(nbytes)} for {what}"
+                    error.errno, f"{self.folder}: {error.strerror}, taking {format_bytes(nbytes)} for {what}"
                 ) from error
             raise OutOfMemory(
-                f"disk tier out of memory. {what} needs {mib(nbytes)} in {str(self.folder)!r}, the file system is "
-                f"full after {mib(self.file.nbytes)} of ours ({error.strerror}); free some room, or set offload_dir to "
-                "another disk"
+                f"disk tier out of memory. {what} needs {format_bytes(nbytes)} in {str(self.folder)!r}, the file "
+                f"system is full after {format_bytes(self.file.nbytes)} of ours ({error.strerror}); free some room, or "
+                "set offload_dir to another disk"
             ) from error
 
     def free(self, buffer: Buffer) -> None:

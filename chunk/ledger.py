@@ -4,14 +4,10 @@ from collections.abc import Mapping
 from threading import Lock
 
 from gemini.errors import OutOfMemory
+from gemini.sizes import format_bytes
 
 from .memory_map import MemoryMap
 from .tier import Tier
-
-
-def mib(nbytes: int) -> str:
-    """Bytes as text for messages."""
-    return f"{nbytes / 2**20:.1f} MiB"
 
 
 class Ledger:
@@ -105,8 +101,9 @@ class Ledger:
             if nbytes > free:
                 bound, enough = self._pool(tier).value, self.capacity(tier) + nbytes - free
                 raise OutOfMemory(
-                    f"{bound} tier out of memory. {what} needs {mib(nbytes)}, {mib(free)} of "
-                    f"{mib(self.capacity(tier))} are free; set {bound}_memory to {enough} bytes ({mib(enough)}) or more"
+                    f"{bound} tier out of memory. {what} needs {format_bytes(nbytes)}, {format_bytes(free)} of "
+                    f"{format_bytes(self.capacity(tier))} are free; set {bound}_memory to {enough} bytes "
+                    f"({format_bytes(enough)}) or more, a floor: what comes next may need more"
                 )
             self._used[tier] += nbytes
             for each in (tier, self._pool(tier)):

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from gemini.errors import OutOfMemory
+from gemini.sizes import format_bytes
 
 from .chunk import Chunk
-from .ledger import Ledger, mib
+from .ledger import Ledger
 from .tier import Tier
 
 HOLDERS_NAMED = 4
@@ -19,8 +20,8 @@ def no_room(ledger: Ledger, chunks: Sequence[Chunk], chunk: Chunk, keep: Sequenc
     missing = sum(c.full_nbytes for c in {chunk, *keep} if not c.is_resident)  # the others are asked for next
     enough = ledger.capacity(tier) + missing - free
     return OutOfMemory(
-        f"{tier.value} tier out of memory. {_needs(chunk)}, {mib(free)} are free, {_holders(chunks)}; "
-        f"set {tier.value}_memory to {enough} bytes ({mib(enough)}) or more"
+        f"{tier.value} tier out of memory. {_needs(chunk)}, {format_bytes(free)} are free, {_holders(chunks)}; "
+        f"set {tier.value}_memory to {enough} bytes ({format_bytes(enough)}) or more"
     )
 
 
@@ -29,22 +30,22 @@ def refused(ledger: Ledger, chunks: Sequence[Chunk], chunk: Chunk, error: BaseEx
     tier = ledger.memory.compute_tier
     less = max(ledger.capacity(tier) - chunk.full_nbytes, 0)
     return OutOfMemory(
-        f"{tier.value} tier out of memory. {_needs(chunk)}; of the capacity of {mib(ledger.capacity(tier))} "
-        f"{mib(ledger.free(Tier.DEVICE))} are free, but the system gives no more "
+        f"{tier.value} tier out of memory. {_needs(chunk)}; of the capacity of {format_bytes(ledger.capacity(tier))} "
+        f"{format_bytes(ledger.free(Tier.DEVICE))} are free, but the system gives no more "
         f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); {_holders(chunks)}; use a smaller "
-        f"batch or checkpoint activations, or set {tier.value}_memory to {less} bytes ({mib(less)}) or less"
+        f"batch or checkpoint activations, or set {tier.value}_memory to {less} bytes ({format_bytes(less)}) or less"
     )
 
 
 def _needs(chunk: Chunk) -> str:
-    return f"Chunk {chunk.index} (with {chunk.layout.slots[0].name}) needs {mib(chunk.full_nbytes)}"
+    return f"Chunk {chunk.index} (with {chunk.layout.slots[0].name}) needs {format_bytes(chunk.full_nbytes)}"
 
 
 def _holders(chunks: Sequence[Chunk]) -> str:
     """Which full copies are in the way."""
     held = [c for c in chunks if c.is_resident and c.full_nbytes]
     largest = sorted(held, key=lambda c: -c.full_nbytes)[:HOLDERS_NAMED]
-    named = ", ".join(f"{c.index} (with {c.layout.slots[0].name}, {mib(c.full_nbytes)})" for c in largest)
+    named = ", ".join(f"{c.index} (with {c.layout.slots[0].name}, {format_bytes(c.full_nbytes)})" for c in largest)
     more = f" and {len(held) - len(largest)} more" if len(held) > len(largest) else ""
-    total = mib(sum(c.full_nbytes for c in held))
+    total = format_bytes(sum(c.full_nbytes for c in held))
     return f"chunks in use hold {total}{f': {named}{more}' if named else ''}, none is left to evict"

@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import ParamSpec, TypeVar
 
-from gemini.errors import OutOfMemory
-from gemini.process_wide import small_stacks
+from gemini.process_wide import IO_STACK_BYTES, small_stacks
+from gemini.system_limits import refused_thread
 
 from .origin import Origin
 
@@ -48,8 +48,8 @@ def start_workers(count: int, name: str, stack_bytes: int = 0) -> Workers:
 
     Raises
     ------
-    OutOfMemory
-        If the system refuses a thread.
+    OutOfMemory, LimitError
+        If the system refuses a thread its memory, or another thread.
     """
     pool = Workers(count, name)
     here = threading.Barrier(count + 1)  # each task holds its thread until all are there
@@ -61,11 +61,12 @@ def start_workers(count: int, name: str, stack_bytes: int = 0) -> Workers:
     except RuntimeError as error:
         here.abort()
         pool.shutdown(wait=False, cancel_futures=True)
-        raise OutOfMemory(
-            f"host tier out of memory. The system refuses a worker thread ({error}); "
-            "lower host_memory, so that more of the limit is left for stacks and activations"
-        ) from error
-    _closer.start()
+        raise refused_thread(error, stack_bytes) from error
+    try:
+        _closer.start()
+    except RuntimeError as error:
+        pool.shutdown(wait=False)
+        raise refused_thread(error, IO_STACK_BYTES) from error
     return pool
 
 

@@ -9,6 +9,7 @@
     +-- LazyInitError        a lazy tensor was used in a way that cannot be replayed
     +-- OffloadError         the disk tier could not read or write
     +-- LaunchError          the ranks did not meet
+    +-- LimitError           the system allows this process no more threads, or no more open files
     +-- ForkError            a boosted model was used in a forked child, which has none of its threads
     +-- RankError            another rank is gone, late, or does something else
     +-- TornStep             backward failed when update_in_backward had updated some of the parameters
@@ -16,6 +17,8 @@
 This file is the bottom of the import order: it imports nothing of ours, so ``chunk`` and ``lazy`` may use it.
 User mistakes (a bad argument) are ``ValueError`` and ``TypeError``.
 """
+
+import errno
 
 import torch
 
@@ -48,6 +51,10 @@ class LaunchError(GeminiError, RuntimeError):
     """The ranks did not meet within the timeout. There is no process group."""
 
 
+class LimitError(GeminiError, RuntimeError):
+    """The system allows this process no more threads, or no more open files. The message names the limit."""
+
+
 class ForkError(GeminiError, RuntimeError):
     """A boosted model was used in a forked child of the process that boosted it. Nothing has been changed there."""
 
@@ -67,6 +74,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for every shape in which Python and torch report that an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if type(error) is OSError:  # of mmap; ours say what they were about
+        return error.errno == errno.ENOMEM
     if not isinstance(error, RuntimeError):
         return False
     return str(error) == _ONEDNN or any(text in str(error) for text in _ALLOCATION_FAILED)

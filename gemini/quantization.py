@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments.brief import brief
+from .arguments.checked import accepted, check
+from .arguments.rules import OneOf
 from .chunk import FORMATS, BlockFormat, dequantise, quantise
 
 _DECLARED = "_gemini_quantization"
@@ -28,10 +31,9 @@ class Quantization:
     """Further modules to leave as they are: names, or ends of names that begin after a dot."""
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"quantize must be one of {', '.join(map(repr, FORMATS))}, got {self.format!r}")
-        if not (isinstance(self.skip, tuple) and all(isinstance(name, str) for name in self.skip)):
-            raise TypeError(f"skip must be a tuple of names of modules, got {self.skip!r}")
+        check({"format": OneOf(tuple(FORMATS))}, {"format": self.format})
+        if not (isinstance(self.skip, tuple) and all(isinstance(name, str) and name for name in self.skip)):
+            raise TypeError(f"skip must be a tuple of names of modules, got {brief(self.skip)}")
 
     @classmethod
     def of(cls, given: object) -> "Quantization | None":
@@ -48,8 +50,8 @@ class Quantization:
             return cls() if given else None
         if not isinstance(given, str):
             names = ", ".join(map(repr, FORMATS))
-            raise TypeError(f"quantize must be {names}, a gemini.Quantization or None, got {given!r}")
-        return cls(given)
+            raise TypeError(f"quantize must be {names}, a gemini.Quantization or None, got {brief(given)}")
+        return cls(accepted("quantize", OneOf(tuple(FORMATS)), given))
 
     @classmethod
     def of_bitsandbytes(cls, config: Any) -> "Quantization | None":

@@ -1,6 +1,9 @@
 """Sizes in bytes as people write them."""
 
+import operator
 import re
+
+from gemini.arguments.brief import brief
 
 _UNITS = {
     "": 1,
@@ -14,10 +17,15 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_LONGEST_TEXT = 100  # Python refuses to read numbers of thousands of digits
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
-_ACCEPTED = (
+ACCEPTED = (
     'a number of bytes or a string such as "24GiB" (KiB, MiB, GiB, TiB: binary) or "24GB" (KB, MB, GB, TB: decimal)'
 )
+
+
+LARGEST_BYTES = 2**63 - 1
+"""What the system counts with."""
 
 
 def parse_bytes(size: int | str) -> int:
@@ -26,19 +34,31 @@ def parse_bytes(size: int | str) -> int:
     Raises
     ------
     ValueError
-        The text is not a size, or the number is negative.
+        The text is not a size, or the number is negative, or larger than `LARGEST_BYTES`.
     TypeError
-        Neither an int nor a str (a float is refused: ``24.0`` could mean bytes or GiB).
+        Neither an integer nor a str (a float is refused: ``24.0`` could mean bytes or GiB).
     """
-    if isinstance(size, bool) or not isinstance(size, (int, str)):
-        raise TypeError(f"expected {_ACCEPTED}, got {size!r} of type {type(size).__name__}")
-    if isinstance(size, int):
-        if size < 0:
-            raise ValueError(f"expected {_ACCEPTED}, got the negative number {size}")
-        return size
+    nbytes = _parsed(size) if isinstance(size, str) else _integer(size)
+    if nbytes < 0:
+        raise ValueError(f"expected {ACCEPTED}, got the negative number {brief(size)}")
+    if nbytes > LARGEST_BYTES:
+        raise ValueError(f"expected {ACCEPTED}, got {brief(size)}, which is more than any machine can have")
+    return nbytes
+
+
+def _integer(size: object) -> int:
+    try:
+        if not isinstance(size, bool):
+            return operator.index(size)  # type: ignore[arg-type]  # what has no index raises, which is the question
+    except TypeError:
+        pass
+    raise TypeError(f"expected {ACCEPTED}, got {brief(size)} of type {type(size).__name__}")
+
+
+def _parsed(size: str) -> int:
     match = _SIZE.fullmatch(size)
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"expected {_ACCEPTED}, got {size!r}")
+    if match is None or match[2].upper() not in _UNITS or len(size) > _LONGEST_TEXT:
+        raise ValueError(f"expected {ACCEPTED}, got {brief(size)}")
     scale = _UNITS[match[2].upper()]
     whole, _, fraction = match[1].partition(".")
     # Integer arithmetic: a float has 53 bits, too few for "0.3TiB" to come out the same everywhere.

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gemini.arguments.checked import checked
+from gemini.arguments.devices import Device
+from gemini.arguments.rules import OrNone
 from gemini.errors import LazyInitError
 from gemini.torch_private import TorchDispatchMode, is_composite, without_torch_function
 
@@ -74,6 +77,7 @@ class LazyInitContext:
     >>> model = LazyInitContext.materialize(model)
     """
 
+    @checked({"default_device": OrNone(Device())})
     def __init__(self, default_device: str | torch.device | None = None) -> None:
         self._device = None if default_device is None else torch.device(default_device)
         if self._device is not None:

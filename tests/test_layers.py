@@ -11,7 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "cores", "initialize", "process_wide", "signals", "torch_private", "colossal"),
+    (
+        "errors",
+        "sizes",
+        "arguments",
+        "cores",
+        "system_limits",
+        "initialize",
+        "process_wide",
+        "signals",
+        "torch_private",
+        "colossal",
+    ),
     ("formats",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
@@ -40,12 +51,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ISOLATED: Mapping[str, frozenset[str]] = {
     "colossal": frozenset(),
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
-    "chunk": frozenset({"errors", "process_wide", "signals", "torch_private"}),
-    "lazy": frozenset({"errors", "torch_private"}),
+    "chunk": frozenset({"errors", "sizes", "process_wide", "signals", "system_limits", "torch_private"}),
+    "lazy": frozenset({"errors", "arguments", "torch_private"}),
     "formats": frozenset({"cores", "process_wide"}),
-    "telemetry": frozenset({"sizes", "process_wide"}),
-    "lease": frozenset({"telemetry", "sizes", "process_wide"}),
-    "stat": frozenset({"telemetry", "lease", "formats", "sizes", "cores", "process_wide", "signals"}),
+    "telemetry": frozenset({"sizes", "arguments", "process_wide"}),
+    "lease": frozenset({"telemetry", "sizes", "arguments", "process_wide"}),
+    "stat": frozenset({"telemetry", "lease", "formats", "sizes", "arguments", "cores", "process_wide", "signals"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
@@ -56,6 +67,8 @@ WITHOUT_TORCH = (
     "packing.solve",
     "memory.non_model",
     "sizes",
+    "arguments.rules",
+    "arguments.places",
     "cores",
     "process_wide",
     "signals",

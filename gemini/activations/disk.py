@@ -26,11 +26,11 @@ from gemini.chunk import (
     Requests,
     Tier,
     close_in_background,
-    mib,
     start_workers,
 )
 
 from ..errors import OffloadError, OutOfMemory
+from ..sizes import format_bytes
 from .place import Passage
 
 T = TypeVar("T")
@@ -89,10 +89,11 @@ class ActivationFile:
     def _refused(self, error: OSError, nbytes: int) -> Exception:
         folder = str(self.file.folder)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return OffloadError(error.errno, f"{folder}: {error.strerror}, taking {mib(nbytes)} for {_WHAT}")
+            return OffloadError(error.errno, f"{folder}: {error.strerror}, taking {format_bytes(nbytes)} for {_WHAT}")
         return OutOfMemory(
-            f"disk tier out of memory. {_WHAT} need {mib(nbytes)} in {folder!r}, the file system is full after "
-            f"{mib(self.file.nbytes)} of them ({error.strerror}); free some room, or set offload_dir to another disk"
+            f"disk tier out of memory. {_WHAT} need {format_bytes(nbytes)} in {folder!r}, the file system is full "
+            f"after {format_bytes(self.file.nbytes)} of them ({error.strerror}); free some room, or set offload_dir to "
+            "another disk"
         )
 
     def give(self, offset: int, nbytes: int) -> None:
@@ -175,9 +176,9 @@ class FileRoom:
         if self._checksums is not None and self._checksums.disagreeing(0, address, self._nbytes):
             raise OffloadError(
                 errno.EIO,
-                f"{self._file.file.folder}: {mib(self._nbytes)} of {_WHAT} are not what was written there; the disk "
-                "corrupts data, or something else writes to it. Set offload_dir to another disk and go on from the "
-                "last checkpoint",
+                f"{self._file.file.folder}: {format_bytes(self._nbytes)} of {_WHAT} are not what was written there; "
+                "the disk corrupts data, or something else writes to it. Set offload_dir to another disk and go on "
+                "from the last checkpoint",
             )
 
     def release(self) -> None:

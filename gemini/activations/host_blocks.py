@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..chunk import FreeRoom, Ledger, Tier, mib
+from ..chunk import FreeRoom, Ledger, Tier
 from ..errors import OutOfMemory
+from ..sizes import format_bytes
 
 BLOCK_BYTES = 64 << 20
 ALIGN_BYTES = 4096
@@ -81,8 +82,9 @@ class HostBlocks:
         left = min(left, self._ledger.free(Tier.HOST))
         if nbytes > left:
             raise OutOfMemory(
-                f"host tier out of memory. Tensors saved for backward need {mib(nbytes)}, {mib(max(left, 0))} are left "
-                f"of the {mib(self._limit_bytes)} that they may take; set host_memory higher or offload_dir"
+                f"host tier out of memory. Tensors saved for backward need {format_bytes(nbytes)}, "
+                f"{format_bytes(max(left, 0))} are left of the {format_bytes(self._limit_bytes)} that they may take; "
+                "set host_memory higher or offload_dir"
             )
         size = min(max(nbytes, BLOCK_BYTES), left)
         self._ledger.take(Tier.HOST, size, "tensors saved for backward")

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gemini.arguments.brief import brief
+from gemini.arguments.checked import checked
 from gemini.lease.budget import said_sizes
 from gemini.quantization import Quantization
 
+from .arguments import BACKWARD, BOOSTER, ENABLE_LORA, NO_SYNC, RELEASE, RESIZE, RESUME
 from .checkpointing import Checkpointing
 from .lora import add_adapters
 from .plugin import GeminiPlugin
@@ -33,6 +36,7 @@ class Booster(Checkpointing):
         None: ``GeminiPlugin()``.
     """
 
+    @checked(BOOSTER)
     def __init__(
         self,
         device: str | torch.device | None = None,
@@ -40,12 +44,14 @@ class Booster(Checkpointing):
         plugin: GeminiPlugin | None = None,
     ) -> None:
         if plugin is not None and not isinstance(plugin, GeminiPlugin):
-            raise TypeError(f"plugin must be a GeminiPlugin or None, got {type(plugin).__name__}")
+            raise TypeError(
+                f"plugin must be a GeminiPlugin or None, got {brief(plugin)} of type {type(plugin).__name__}"
+            )
         if plugin is not None and mixed_precision is not None:
             raise ValueError(
                 "the plugin controls the precision: give GeminiPlugin(precision=...) instead of mixed_precision"
             )
-        self.plugin = plugin or (GeminiPlugin(precision=mixed_precision) if mixed_precision else GeminiPlugin())
+        self.plugin = plugin or (GeminiPlugin() if mixed_precision is None else GeminiPlugin(precision=mixed_precision))
 
     def boost(
         self,
@@ -96,6 +102,7 @@ class Booster(Checkpointing):
             return tuple(result[kind] for kind in KINDS)
         return tuple(result[kind] if kind is not None else None for kind in kinds)
 
+    @checked(BACKWARD)
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """Run backward; with fp16, on the scaled loss.
 
@@ -103,12 +110,14 @@ class Booster(Checkpointing):
         """
         self.plugin.backward(loss, optimizer)
 
+    @checked(NO_SYNC)
     def no_sync(
         self, model: nn.Module | None = None, optimizer: Optimizer | None = None
     ) -> AbstractContextManager[None]:
         """Gradients add up over several backwards (with or without this context); no exchange between ranks inside."""
         return self.plugin.no_sync(model, optimizer)
 
+    @checked(ENABLE_LORA)
     def enable_lora(
         self,
         model: nn.Module,
@@ -153,6 +162,7 @@ class Booster(Checkpointing):
         }
         return add_adapters(model, given)
 
+    @checked(RESIZE)
     def resize(
         self,
         model: nn.Module,
@@ -189,12 +199,14 @@ class Booster(Checkpointing):
             raise ValueError("booster.resize needs host_memory, device_memory or disk_memory, such as '8GiB'; got none")
         boosted(model).tenancy.set(given)
 
+    @checked(RELEASE)
     def release(self, model: nn.Module, folder: str | Path | None = None) -> None:
         """Give the memory of a model and its optimizer back until `resume`; see `gemini.boosting.release.release`."""
         from gemini.boosting.release import release
 
         release(model, folder)
 
+    @checked(RESUME)
     def resume(self, model: nn.Module) -> None:
         """Take memory for a released model again; see `gemini.boosting.release.resume`."""
         from gemini.boosting.release import resume

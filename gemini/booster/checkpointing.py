@@ -9,12 +9,25 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gemini.arguments.checked import checked
 from gemini.boosting.alive import managers
+
+from .arguments import (
+    LOAD,
+    LOAD_MODEL,
+    LOAD_OPTIMIZER,
+    LR_SCHEDULER,
+    SAVE,
+    SAVE_LORA,
+    SAVE_MODEL,
+    SAVE_OPTIMIZER,
+)
 
 
 class Checkpointing:
     """Saves and loads a training run, as a whole or in parts."""
 
+    @checked(SAVE)
     def save(
         self,
         folder: str | Path,
@@ -92,6 +105,7 @@ class Checkpointing:
         for manager in managers():
             manager.snapshots.wait()
 
+    @checked(LOAD)
     def load(
         self,
         folder: str | Path,
@@ -144,6 +158,7 @@ class Checkpointing:
             extra.update(found)
         return found
 
+    @checked(SAVE_MODEL)
     def save_model(
         self,
         model: nn.Module,
@@ -171,6 +186,7 @@ class Checkpointing:
             dtype=dtype,
         )
 
+    @checked(LOAD_MODEL)
     def load_model(
         self,
         model: nn.Module,
@@ -191,6 +207,7 @@ class Checkpointing:
 
         return io.load_model(model, checkpoint, strict=strict, verify=verify)
 
+    @checked(SAVE_OPTIMIZER)
     def save_optimizer(
         self,
         optimizer: Optimizer,
@@ -212,6 +229,7 @@ class Checkpointing:
             optimizer, checkpoint, shard=shard, prefix=prefix, size_per_shard=size_per_shard, use_async=use_async
         )
 
+    @checked(LOAD_OPTIMIZER)
     def load_optimizer(
         self,
         optimizer: Optimizer,
@@ -227,18 +245,21 @@ class Checkpointing:
 
         io.load_optimizer(optimizer, checkpoint, strict=strict, verify=verify)
 
+    @checked(LR_SCHEDULER)
     def save_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
         """Write a scheduler's state."""
         from gemini import checkpoint as io
 
         io.save_lr_scheduler(lr_scheduler, checkpoint)
 
+    @checked(LR_SCHEDULER)
     def load_lr_scheduler(self, lr_scheduler: LRScheduler, checkpoint: str) -> None:
         """Read what `save_lr_scheduler` wrote."""
         from gemini import checkpoint as io
 
         io.load_lr_scheduler(lr_scheduler, checkpoint)
 
+    @checked(SAVE_LORA)
     def save_lora_as_pretrained(self, model: nn.Module, checkpoint: str, use_safetensors: bool = False) -> None:
         """Write the adapters of `enable_lora` alone; see `gemini.checkpoint.save_lora`."""
         from gemini import checkpoint as io

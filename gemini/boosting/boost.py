@@ -15,14 +15,16 @@ from ..boosted import Boosted
 from ..checkpoint import serve_parts
 from ..chunk import ChunkManager, all_or_none, warm_up_codes
 from ..config import GeminiConfig
-from ..errors import OutOfMemory
+from ..errors import GeminiError, OutOfMemory, is_out_of_memory
 from ..memory.capacity import Capacities, find_capacities
-from ..memory.tracker import NonModelMeter
+from ..memory.system_memory import check_least_room, is_of_ram, refused_memory
+from ..memory.tracker import NonModelMeter, host_budget, host_headroom
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.adam_rule import ADAM
 from ..packing.packing import MANAGED_DTYPES, Packing, decide
 from ..process_wide import bound_kernels, return_freed_memory
 from ..quantization import Quantization
+from ..system_limits import refused
 from ..telemetry.writer import TelemetryWriter
 from ..updates.update_queue import UpdateQueue, warm_up
 from .agreement import agree_capacities, check_alike, check_optimizers, check_options
@@ -54,14 +56,19 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
 
     Raises
     ------
-    OutOfMemory, OffloadError, ValueError
+    OutOfMemory, OffloadError, LimitError, ValueError
         If it cannot work. Model and optimizer are as they were before then.
     """
+    free_bytes, _ = host_headroom()
     seating = Seating(replace(config, quantization=Quantization.for_model(model, config.quantization)))
     try:
         return _boost(model, optimizer, seating)
-    except BaseException:
+    except BaseException as error:
         seating.leave()
+        if (told := refused(error)) is not None:
+            raise told from error
+        if is_out_of_memory(error) and is_of_ram(error) and not isinstance(error, GeminiError):
+            raise refused_memory(error, free_bytes, config.host_memory or host_budget().bytes) from error
         raise
 
 
@@ -72,6 +79,7 @@ def _boost(model: nn.Module, optimizer: ManagedOptimizer | None, seating: Seatin
         with all_or_none(communicator, "booster.boost, which refuses some models"):
             until_built.enter_context(local_parts(model, optimizer))
             _refuse(model, optimizer, config)
+            check_least_room()
             _warm_up(optimizer, config, {torch.device("cpu")}, _trained_dtypes(optimizer, config))
             if config.quantization is not None:
                 warm_up_codes(config.quantization.form)

@@ -244,7 +244,13 @@ class Memory:
         if batch is None or not batch.with_gradients:
             return False
         is_first, manager = self._saving.keeps_until_short, self._manager
-        if not self._saving.ran_short(others_help):
+        try:
+            if not self._saving.ran_short(others_help):
+                return False
+        except Exception as error:  # as above: what had no memory has an error that tells of it
+            if not (isinstance(error, OSError) or is_out_of_memory(error)):
+                raise
+            logger.info("what forwards save has no place below: %s", error)
             return False
         self._sampling.profile.forget_training()
         if is_first and manager.ledger.memory is MemoryMap.ACCELERATOR and manager.disk is not None:

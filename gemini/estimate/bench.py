@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gemini.arguments.command_line import option
+from gemini.arguments.places import Name
+from gemini.arguments.rules import Size, Whole
 from gemini.chunk import find_accelerator
 from gemini.errors import OffloadError
 from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.kernels.update import adam_update
-from gemini.sizes import parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.estimate_outputs import Bench, DiskBench
 from gemini.stat.rates import hardware_file
@@ -38,18 +40,23 @@ _SECONDS = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--numel", type=int, default=_NUMEL, metavar="N", help="elements of the chunk that is moved")
     parser.add_argument(
-        "--disk-size", default=f"{DEFAULT_BYTES >> 30}GiB", metavar="SIZE",
-        help="of the scratch file in FOLDER: more than what caches on the way to the disk hold (%(default)s, "
+        "--numel",
+        type=option(Whole(1 << 12, 1 << 34)),
+        default=_NUMEL,
+        metavar="N",
+        help="elements of the chunk that is moved",
+    )
+    parser.add_argument(
+        "--disk-size", type=option(Size()), default=DEFAULT_BYTES, metavar="SIZE",
+        help="of the scratch file in FOLDER: more than what caches on the way to the disk hold "
+        f"({DEFAULT_BYTES >> 30}GiB, "
         "at most half of what is free)",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", metavar="FILE", help=f"default: {hardware_file()}")
+    parser.add_argument("-o", "--output", type=option(Name()), metavar="FILE", help=f"default: {hardware_file()}")
 
 
 def run(options: argparse.Namespace) -> Exit:
-    if options.numel < 1 << 12:
-        raise Usage(f"--numel must be 4096 or more, got {options.numel}")
     disk = _disk(options)
     links = measure_links(options.numel) | ({} if disk is None else disk.bytes_per_second)
     content = Bench(
@@ -61,7 +68,7 @@ def run(options: argparse.Namespace) -> Exit:
         training_flops_per_second=measure_training(),
         disk=None if disk is None else _as_output(Path(options.target), disk),
     )
-    file = Path(options.output) if options.output else hardware_file()
+    file = options.output or hardware_file()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_document(file, as_mapping(content))
     if options.json:
@@ -84,7 +91,7 @@ def _disk(options: argparse.Namespace) -> DiskFound | None:
     if options.target is None:
         return None
     try:
-        return measure_disk(Path(options.target), parse_bytes(options.disk_size), disks_folder())
+        return measure_disk(Path(options.target), options.disk_size, disks_folder())
     except ValueError as error:
         raise Usage(f"--disk-size: {error}") from error
     except OffloadError as error:

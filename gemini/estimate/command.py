@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
+from gemini.arguments.brief import brief
+from gemini.arguments.command_line import option
+from gemini.arguments.places import Name
+from gemini.arguments.rules import Size, Whole
 from gemini.chunk import FORMATS, BufferSpec, MemoryMap, Tier
 from gemini.config import ACTIVATION_POLICIES, PRECISIONS, GeminiConfig
 from gemini.nn.optimizer import HybridAdam
 from gemini.nn.optimizer.acceptance import accepted
 from gemini.packing.quantised import quantised_parameters
 from gemini.quantization import Quantization
-from gemini.sizes import format_bytes, parse_bytes
+from gemini.sizes import format_bytes
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.estimate_outputs import Estimate, Solved, TierNeed
 from gemini.stat.text import count, seconds
@@ -40,9 +44,11 @@ _MIB = 1 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-b", "--batch-size", type=_positive, default=1, metavar="N", help="samples a step, of each rank (1)"
+        "-b", "--batch-size", type=option(Whole(1)), default=1, metavar="N", help="samples a step, of each rank (1)"
     )
-    parser.add_argument("-s", "--seq-len", type=_positive, default=128, metavar="N", help="tokens a sample (128)")
+    parser.add_argument(
+        "-s", "--seq-len", type=option(Whole(1)), default=128, metavar="N", help="tokens a sample (128)"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument(
         "--activation-policy", choices=ACTIVATION_POLICIES, default="keep", help="as GeminiPlugin's (keep)"
@@ -54,17 +60,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--split-master", action="store_true", help="as GeminiPlugin's; HybridAdam or AdamW in bf16")
     parser.add_argument("--quantize", choices=tuple(FORMATS), help="as GeminiPlugin's, for a model with frozen layers")
-    parser.add_argument("--gpu", metavar="SIZE", help="memory of a rank's accelerator; nothing: train on the CPU")
     parser.add_argument(
-        "--ram", metavar="SIZE", help="a machine's RAM for this training beside the libraries (what is free here)"
+        "--gpu", type=option(Size()), metavar="SIZE", help="memory of a rank's accelerator; nothing: train on the CPU"
     )
-    parser.add_argument("--disk", metavar="SIZE", help="room of a machine's disk tier; nothing: no disk tier")
-    parser.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes that keep the model (1)")
     parser.add_argument(
-        "--per-node", type=_positive, metavar="M", help="of them on a machine, whose RAM and disk they share (all)"
+        "--ram",
+        type=option(Size()),
+        metavar="SIZE",
+        help="a machine's RAM for this training beside the libraries (what is free here)",
     )
-    parser.add_argument("--offload-dir", metavar="FOLDER", help="its folder, for the arguments that are printed")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the configuration")
+    parser.add_argument(
+        "--disk", type=option(Size()), metavar="SIZE", help="room of a machine's disk tier; nothing: no disk tier"
+    )
+    parser.add_argument(
+        "--ranks", type=option(Whole(1)), default=1, metavar="N", help="processes that keep the model (1)"
+    )
+    parser.add_argument(
+        "--per-node",
+        type=option(Whole(1)),
+        metavar="M",
+        help="of them on a machine, whose RAM and disk they share (all)",
+    )
+    parser.add_argument(
+        "--offload-dir", type=option(Name()), metavar="FOLDER", help="its folder, for the arguments that are printed"
+    )
+    parser.add_argument(
+        "--set", type=assignment, action="append", default=[], metavar="NAME=VALUE", help="a field of the configuration"
+    )
     parser.add_argument(
         "--solve", choices=("batch-size", "seq-len", "host", "disk", "ranks"), help="find the best that fits"
     )
@@ -77,7 +99,7 @@ def run(options: argparse.Namespace) -> Exit:
     slots = _slots(*options.optimizer)
     config = _config(options, slots)
     try:
-        subject = find_subject(options.target, dict(assignment(text) for text in options.set))
+        subject = find_subject(options.target, dict(options.set))
         data = _data(subject, config, slots)
         activations = Ways(
             subject,
@@ -152,7 +174,9 @@ def _answer(
         node_tiers={tier.value: _need(of_tier.times(machine.neighbours)) for tier, of_tier in found.tiers.items()},
         device_and_host_are_one=machine.memory is MemoryMap.UNIFIED,
         terms=dict(found.terms),
-        arguments=arguments(found, data.config, options.offload_dir) if found.fits else None,
+        arguments=arguments(found, data.config, options.offload_dir and str(options.offload_dir))
+        if found.fits
+        else None,
         step_seconds_floor=times.get("step"),
         step_seconds_floor_by={name: taken for name, taken in times.items() if name != "step"},
         solved=solved,
@@ -258,7 +282,7 @@ def _slots(name: str, *assignments: str) -> tuple[BufferSpec, ...]:
         raise Usage(f"--optimizer expects the name of one of torch.optim or HybridAdam, got {name!r}")
     try:
         optimizer = accepted(cls([torch.zeros(1)], **dict(assignment(text) for text in assignments)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise Usage(f"--optimizer {name}: {error}") from error
     return optimizer.rule.slots(optimizer.param_groups[0])
 
@@ -298,34 +322,21 @@ def _machine(options: argparse.Namespace, ranks: int) -> Machine:
     if options.ram is None:
         ram_bytes = host_budget(spare_bytes=NON_MODEL_HOST_BYTES, ranks=here).bytes
     else:
-        ram_bytes = _bytes("--ram", options.ram) // here
+        ram_bytes = options.ram // here
     return Machine(
-        device_bytes=None if options.gpu is None else _bytes("--gpu", options.gpu),
+        device_bytes=None if options.gpu is None else options.gpu,
         ram_bytes=ram_bytes,
-        disk_bytes=0 if options.disk is None else _bytes("--disk", options.disk) // here,
+        disk_bytes=0 if options.disk is None else options.disk // here,
         ranks=ranks,
         per_node=per_node,
     )
 
 
-def _bytes(name: str, text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise Usage(f"{name}: {error}") from error
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
-
-
 def assignment(text: str) -> tuple[str, Any]:
+    """A name, and a value that is JSON or else a text."""
     name, separator, value = text.partition("=")
     if not separator or not name.isidentifier():
-        raise Usage(f"expected NAME=VALUE, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {brief(text)}")
     try:
         parsed = json.loads(value)
     except ValueError:

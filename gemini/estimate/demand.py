@@ -256,7 +256,7 @@ def arguments(found: Demand, config: GeminiConfig, offload_dir: str | None) -> s
     """What fits, ready to paste."""
     parts = [f'precision="{config.precision}"']
     parts += [f"{name}=True" for name in ("update_in_backward", "split_master") if getattr(config, name)]
-    if config.activation_policy != "keep":
+    if config.activation_policy not in (None, "keep"):
         parts.append(f'activation_policy="{config.activation_policy}"')
     parts += [f'quantize="{config.quantization.format}"'] if config.quantization is not None else []
     parts += [f"{name}={as_argument(nbytes, up=True)}" for name, nbytes in found.limits.items() if nbytes >= 1024]

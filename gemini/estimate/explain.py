@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from gemini.chunk import Tier
-from gemini.sizes import format_bytes
+from gemini.sizes import format_bytes, parse_bytes
 from gemini.stat import estimate_outputs
 from gemini.stat.console import Exit, find, print_json
 from gemini.stat.sight import Sight, read
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODEL", help="what was trained, as for estimate (models of transformers are recorded)"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of its configuration")
+    parser.add_argument(
+        "--set", type=assignment, action="append", default=[], metavar="NAME=VALUE", help="a field of its configuration"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="it did recompute activations")
 
 
@@ -138,7 +140,7 @@ def _case(
 
 def _subject(options: argparse.Namespace, chunks: Description) -> tuple[Subject, bool]:
     if options.model is not None:
-        return find_subject(options.model, dict(assignment(text) for text in options.set)), options.checkpointing
+        return find_subject(options.model, dict(options.set)), options.checkpointing
     if chunks.model is None or not isinstance(chunks.model.get("config"), dict):
         raise NotFound("the model is not known: --model MODEL has the estimate verify changes")
     return recorded_subject(chunks.model, len(chunks.parameters)), bool(chunks.model.get("checkpointing"))
@@ -270,15 +272,11 @@ def _tier_of(oom: OutOfMemoryDocument | None) -> str:
 def _missing(oom: OutOfMemoryDocument | None) -> int:
     """Bytes that could not be had, as far as the error says so."""
     text = "" if oom is None else oom.error
-    for pattern, scale in (
-        (r"needs ([\d.]+) MiB", _MIB),
-        (r"Tried to allocate ([\d.]+) GiB", 1 << 30),
-        (r"Tried to allocate ([\d.]+) MiB", _MIB),
-        (r"tried to allocate (\d+) bytes", 1),
-    ):
+    for pattern in (r"needs ([\d.]+ [KMGT]?i?B)\b", r"[Tt]ried to allocate ([\d.]+ (?:[KMGT]i)?B)\b"):
         if match := re.search(pattern, text):
-            return int(float(match[1]) * scale)
-    return 0
+            return parse_bytes(match[1])
+    match = re.search(r"tried to allocate (\d+) bytes", text)
+    return 0 if match is None else int(match[1])
 
 
 def _show(

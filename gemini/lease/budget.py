@@ -3,14 +3,17 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
+from gemini.arguments.checked import checked
+from gemini.arguments.rules import OrNone, Size
 from gemini.lease.asked import Asked
 from gemini.lease.holder import LimitsOf
 from gemini.lease.part import MachinePart, Wants
 from gemini.lease.seat import Seat, Use
 from gemini.lease.sharing import Claim, share
 from gemini.lease.standing import DEVICE, DISK, HOST, Answer
-from gemini.sizes import format_bytes, parse_bytes
+from gemini.sizes import format_bytes
 
 _CHANGE_RATIO = 0.02
 """A share that differs by less stays as it is."""
@@ -39,6 +42,7 @@ class Budget:
         If a size is none.
     """
 
+    @checked(dict.fromkeys(("host_memory", "device_memory", "disk_memory"), OrNone(Size())))
     def __init__(
         self,
         *,
@@ -302,22 +306,6 @@ def _held(use: Use) -> int:
     return max(use.used, min(use.capacity, use.claim.wish))
 
 
-def said_sizes(given: Mapping[str, int | str | None]) -> dict[str, int]:
-    """Bytes by memory, of those sizes that a user has given.
-
-    Raises
-    ------
-    ValueError, TypeError
-        With the argument's name, if a size is none.
-    """
-    return {memory: _parsed(memory, size) for memory, size in given.items() if size is not None}
-
-
-def _parsed(memory: str, size: int | str) -> int:
-    try:
-        nbytes = parse_bytes(size)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{memory}_memory: {error}") from None
-    if nbytes <= 0:
-        raise ValueError(f"{memory}_memory must be positive, got {nbytes}")
-    return nbytes
+def said_sizes(given: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes by memory, of those sizes that a user has given."""
+    return {memory: nbytes for memory, nbytes in given.items() if nbytes is not None}

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ..chunk.tier import Tier
 from ..errors import OutOfMemory
+from ..memory.system_memory import more_room
 from ..memory.tracker import Budget
 from ..sizes import format_bytes
 from .problem import Problem
@@ -37,7 +38,10 @@ def out_of_memory(problem: Problem, shortfall: Shortfall, budgets: Mapping[Tier,
             f"all tiers out of memory. The model data need {format_bytes(shortfall.homes_bytes)} and room to work, "
             f"{format_bytes(shortfall.unplaced.missing_bytes)} have no place"
         )
-    told = list(dict.fromkeys(_told(enough, there_is[Tier.DISK] > 0) for enough in remedies if enough is not None))
+    is_said = budgets[Tier.HOST].source == "argument host_memory"
+    told = list(
+        dict.fromkeys(_told(enough, there_is[Tier.DISK] > 0, is_said) for enough in remedies if enough is not None)
+    )
     if is_too_wide:
         told.append("make chunks smaller (chunk_config_dict)")
     return OutOfMemory(f"{fault}; there are {have}; {', or '.join(told)}")
@@ -61,12 +65,15 @@ def _remedy(problem: Problem, shortfall: Shortfall, tier: Tier) -> dict[Tier, in
     return None
 
 
-def _told(enough: Mapping[Tier, int], has_disk: bool) -> str:
-    parts = [f"{tier.value}_memory to {nbytes} bytes" for tier, nbytes in enough.items() if tier is not Tier.DISK]
-    if Tier.DISK not in enough:
-        return f"set {' and '.join(parts)} or more"
-    disk = f"disk_memory to {enough[Tier.DISK]} bytes"
-    if has_disk:
-        return f"set {' and '.join((disk, *parts))} or more"
-    folder = f"give a folder for the disk tier, GeminiPlugin(offload_dir=...), and set {disk}"
-    return f"{' and '.join((folder, *parts))} or more"
+def _told(enough: Mapping[Tier, int], has_disk: bool, is_host_said: bool) -> str:
+    """What to do, so that these are the capacities."""
+    raised = more_room(enough[Tier.HOST]) if Tier.HOST in enough else None
+    is_found = raised is not None and not is_host_said  # with more room more is found
+    left_out = {Tier.DISK, Tier.HOST} if is_found else {Tier.DISK}
+    parts = [f"{tier.value}_memory to {nbytes} bytes" for tier, nbytes in enough.items() if tier not in left_out]
+    first = []
+    if Tier.DISK in enough:
+        parts.insert(0, f"disk_memory to {enough[Tier.DISK]} bytes")
+        first = [] if has_disk else ["give a folder for the disk tier, GeminiPlugin(offload_dir=...),"]
+    done = [*first, *([f"set {' and '.join(parts)}"] if parts else []), *([raised] if raised is not None else [])]
+    return f"{' and '.join(done)} or more"

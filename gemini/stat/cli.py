@@ -10,8 +10,10 @@ import traceback
 from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
+from typing import NoReturn
 
 from gemini import __version__
+from gemini.arguments.command_line import Parser, one_line
 from gemini.stat.commands import MODULES, SUMMARY
 from gemini.stat.console import Exit, Usage, print_json, rank
 from gemini.stat.text import printable
@@ -46,16 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name, rest = _command(given)
     module = importlib.import_module(MODULES[name])
-    options = _parser(name, module).parse_args(rest)
+    is_json = "--json" in rest
+    try:
+        options = _parser(name, module).parse_args(rest)
+    except Usage as error:
+        return int(_fail(is_json, Exit.USAGE, str(error)))
     try:
         code = module.run(options)
         sys.stdout.flush()
     except Usage as error:
-        code = _fail(options, Exit.USAGE, str(error))
+        code = _fail(is_json, Exit.USAGE, str(error))
     except NoRun as error:
-        code = _fail(options, Exit.NO_RUN, f"no run found: {error}{_meant(options.target)}")
+        code = _fail(is_json, Exit.NO_RUN, f"no run found: {error}{_meant(options.target)}")
     except Unreadable as error:
-        code = _fail(options, Exit.UNREADABLE, str(error))
+        code = _fail(is_json, Exit.UNREADABLE, str(error))
     except BrokenPipeError:
         # The reader has seen enough. stdout goes nowhere from here on, or the interpreter's own flush would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,8 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.verbose:
             traceback.print_exc()
-        code = _fail(options, Exit.INTERNAL, f"internal error: {type(error).__name__}: {error} (-v shows where)")
+        code = _fail(is_json, Exit.INTERNAL, f"internal error: {type(error).__name__}: {error} (-v shows where)")
     return int(code)
+
+
+class _Parser(Parser):
+    """Mistakes are told as those that a command finds: as JSON where that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Usage(one_line(message))
 
 
 def _command(given: list[str]) -> tuple[str, list[str]]:
@@ -89,7 +102,7 @@ def _command(given: list[str]) -> tuple[str, list[str]]:
 def _parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
     is_plain = name == "show"
     about = textwrap.fill(module.HELP, 78)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gemini-stat" if is_plain else f"gemini-stat {name}",
         usage="gemini-stat [COMMAND] [TARGET] [options]" if is_plain else None,
         description=f"{_EXAMPLES}\n{about}\n\ncommands:\n{SUMMARY}" if is_plain else about,
@@ -126,8 +139,8 @@ def _meant(target: str | None) -> str:
     return f"; did you mean gemini-stat {close[0]}?" if close else ""
 
 
-def _fail(options: argparse.Namespace, code: Exit, message: str) -> Exit:
-    if options.json:
+def _fail(is_json: bool, code: Exit, message: str) -> Exit:
+    if is_json:
         from gemini.stat.outputs import Failed, Failure
 
         print_json(Failed(Failure(code, message)))

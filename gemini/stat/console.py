@@ -8,12 +8,16 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemini.arguments.rules import Real
 from gemini.stat.text import printable
 from gemini.telemetry.discovery import find_run
 from gemini.telemetry.run_status import RunStatus
 
 if TYPE_CHECKING:
     from msgspec import Struct
+
+INTERVAL = Real(0, 86400, has_low=False)
+"""Seconds between two looks."""
 
 SCHEMA_VERSION = 1
 """Of ``--json``. Raised when a field goes or changes its meaning; fields may be added without."""

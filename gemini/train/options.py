@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from gemini.arguments.command_line import Parser, option
+from gemini.arguments.places import Folder, Name
+from gemini.arguments.rules import Real, Size, Whole
 from gemini.checkpoint import is_checkpoint
 from gemini.errors import CheckpointError
-from gemini.sizes import parse_bytes
 from gemini.train import checkpoints
 from gemini.train.model import GPTConfig
 
@@ -94,7 +96,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = {field.name: field.default for field in fields(Options)}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m gemini.train",
         usage="python -m gemini.train [options]",
         description="Train a GPT on text in less memory than its model data need, and show that it is so.",
@@ -110,28 +112,36 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument(flag, type=kind, metavar=metavar, help=text + shown)
 
     model = parser.add_argument_group("model and training")
-    add(model, "--layers", _positive, "N", "transformer blocks")
-    add(model, "--hidden", _positive, "N", "width; a multiple of the heads")
-    add(model, "--heads", _positive, "N", "attention heads")
-    add(model, "--seq-len", _positive, "N", "bytes a sequence")
-    add(model, "--batch-size", _positive, "N", "sequences a step, on each rank")
-    add(model, "--steps", _positive, "N", "steps in all")
-    add(model, "--lr", _rate, "X", "highest learning rate; warms up, then falls along a cosine")
-    add(model, "--seed", _natural, "N", "of the weights and of the order of the data")
+    add(model, "--layers", option(Whole(1)), "N", "transformer blocks")
+    add(model, "--hidden", option(Whole(1)), "N", "width; a multiple of the heads")
+    add(model, "--heads", option(Whole(1)), "N", "attention heads")
+    add(model, "--seq-len", option(Whole(1)), "N", "bytes a sequence")
+    add(model, "--batch-size", option(Whole(1)), "N", "sequences a step, on each rank")
+    add(model, "--steps", option(Whole(1)), "N", "steps in all")
+    add(
+        model,
+        "--lr",
+        option(Real(0, 10, has_low=False, has_high=False)),
+        "X",
+        "highest learning rate; warms up, then falls along a cosine",
+    )
+    add(model, "--seed", option(Whole()), "N", "of the weights and of the order of the data")
     model.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="of the computation [bf16]")
-    add(model, "--text", Path, "FILE", "train on this file [Python's own reference]")
+    add(model, "--text", option(Name()), "FILE", "train on this file [Python's own reference]")
     memory = parser.add_argument_group("memory for model data")
-    add(memory, "--device-memory", _size, "SIZE", "on the device; without a GPU, emulates one")
-    add(memory, "--host-memory", _size, "SIZE", "in RAM [without a GPU: half of the model data]")
-    add(memory, "--disk-memory", _size, "SIZE", "in the offload folder [what is free]")
-    add(memory, "--offload-dir", Path, "DIR", "folder of the disk tier [a temporary one]")
+    add(memory, "--device-memory", option(Size()), "SIZE", "on the device; without a GPU, emulates one")
+    add(memory, "--host-memory", option(Size()), "SIZE", "in RAM [without a GPU: half of the model data]")
+    add(memory, "--disk-memory", option(Size()), "SIZE", "in the offload folder [what is free]")
+    add(memory, "--offload-dir", option(Folder()), "DIR", "folder of the disk tier [a temporary one]")
     memory.add_argument("--placement-policy", choices=("auto", "static"), help="[auto]")
     output = parser.add_argument_group("output")
-    add(output, "--checkpoint", Path, "DIR", "write checkpoints here [a new folder in gemini_memory_runs]")
-    add(output, "--resume", Path, "DIR", "go on from the newest checkpoint here, or this one (and write here)")
-    add(output, "--save-every", _positive, "N", "write one every N steps too")
-    add(output, "--keep", _positive, "N", "how many stay, the newest ones")
-    add(output, "--sample-length", _natural, "N", "bytes of text to generate at the end")
+    add(output, "--checkpoint", option(Folder()), "DIR", "write checkpoints here [a new folder in gemini_memory_runs]")
+    add(
+        output, "--resume", option(Name()), "DIR", "go on from the newest checkpoint here, or this one (and write here)"
+    )
+    add(output, "--save-every", option(Whole(1)), "N", "write one every N steps too")
+    add(output, "--keep", option(Whole(1)), "N", "how many stay, the newest ones")
+    add(output, "--sample-length", option(Whole()), "N", "bytes of text to generate at the end")
     output.add_argument("--json", action="store_true", help="one JSON object on stdout, the rest on stderr")
     return parser
 
@@ -141,7 +151,10 @@ def _remembered(given: dict[str, Any]) -> dict[str, Any]:
     folder: Path | None = given.get("resume")
     if folder is None:
         return {}
-    saved = read_state(folder)["options"]
+    try:
+        saved = read_state(folder)["options"]
+    except (ValueError, OSError, CheckpointError) as error:
+        raise ValueError(f"--resume {folder}: {error}") from error
     for name in SHAPE:
         if given.get(name, saved[name]) != saved[name]:
             flag = "--" + name.replace("_", "-")
@@ -161,46 +174,8 @@ def _check(options: Options) -> None:
     _ = options.model  # hidden and heads fit
     if options.text is not None and not options.text.is_file():
         raise ValueError(f"--text {options.text}: no such file")
-    if options.offload_dir is not None and options.offload_dir.exists() and not options.offload_dir.is_dir():
-        raise ValueError(f"--offload-dir {options.offload_dir}: not a folder")
     target = options.checkpoint_folder
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"--checkpoint {target}: not a folder")
     if is_checkpoint(target):
         raise ValueError(f"--checkpoint {target}: is one checkpoint; give the folder of them, {target.parent}")
     if target.is_dir() and any(target.iterdir()) and not checkpoints.holds_checkpoints(target):
         raise ValueError(f"--checkpoint {target}: holds other files; give an empty or a new folder")
-
-
-def _positive(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _natural(text: str) -> int:
-    return _whole(text, least=0)
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
-    return int(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 10:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 10, got {text!r}")
-    return number
-
-
-def _size(text: str) -> int:
-    try:
-        nbytes = parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if nbytes == 0:
-        raise argparse.ArgumentTypeError("must be more than 0")
-    return nbytes

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from gemini.chunk import close_in_background, start_workers, workers
-from gemini.errors import OutOfMemory
+from gemini.errors import LimitError
 
 
 def test_all_threads_are_there_before_the_first_task() -> None:
@@ -14,7 +14,7 @@ def test_all_threads_are_there_before_the_first_task() -> None:
     pool.shutdown()
 
 
-def test_a_refused_thread_is_out_of_memory_and_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_thread_is_a_limit_and_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     start, started = threading.Thread.start, []
 
     def refuse_the_second(thread: threading.Thread) -> None:
@@ -24,7 +24,7 @@ def test_a_refused_thread_is_out_of_memory_and_leaves_none_behind(monkeypatch: p
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse_the_second)
-    with pytest.raises(OutOfMemory, match="lower host_memory"):
+    with pytest.raises(LimitError, match=r"raise RLIMIT_NPROC .* by 64 or more"):
         start_workers(2, "test")
     started[0].join(10)
     assert not started[0].is_alive()

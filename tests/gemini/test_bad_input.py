@@ -32,7 +32,7 @@ def test_capacities_that_cannot_work_are_named_before_anything_is_changed(start:
             OutOfMemory,
             "disk_memory",
         ),
-        ({"host_memory": "300KiB", "offload_dir": tmp_path / "file" / "x", **SMALL}, OSError, "offload_dir"),
+        ({"host_memory": "300KiB", "offload_dir": tmp_path / "file" / "x", **SMALL}, ValueError, "offload_dir"),
         ({"device_memory": 100}, OutOfMemory, "device_memory to"),
         ({"host_memory": 100, "offload_dir": tmp_path}, OutOfMemory, "host_memory"),
     ):

@@ -25,34 +25,9 @@ def test_a_precision_is_a_dtype(precision: str, dtype: torch.dtype) -> None:
     assert GeminiConfig(precision=precision).compute_dtype is dtype
 
 
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"precision": "fp8"}, "precision must be one of 'fp32', 'bf16', 'fp16', 'keep', got 'fp8'"),
-        ({"device_memory": 0}, "device_memory must be positive, got 0"),
-        ({"host_memory": -1}, "host_memory must be positive, got -1"),
-        ({"disk_memory": 0, "offload_dir": Path("x")}, "disk_memory must be positive, got 0"),
-        ({"disk_memory": 10}, "set offload_dir to a folder as well"),
-        ({"chunk_numel": 0}, "chunk_numel must be positive, got 0"),
-        ({"search_step": 0}, "search_step must be positive, got 0"),
-        ({"search_step": -64}, "search_step must be positive, got -64"),
-        ({"search_range": (0, 10)}, "search_range must be two positive sizes"),
-        ({"search_range": (20, 10)}, "the smaller one first"),
-        ({"max_prefetch": -1}, "max_prefetch must be 0 or more, got -1"),
-        ({"max_norm": -1.0}, "max_norm must be 0"),
-        ({"max_norm": NAN}, "max_norm must be 0"),
-        ({"steady_device_ratio": 0.0}, "steady_device_ratio must be above 0"),
-        ({"steady_device_ratio": 1.5}, "steady_device_ratio must be above 0 and at most 1, got 1.5"),
-        ({"warmup_non_model_ratio": 1.0}, "warmup_non_model_ratio must be at least 0 and below 1"),
-        ({"warmup_non_model_ratio": NAN}, "warmup_non_model_ratio"),
-    ],
-)
-def test_an_option_that_makes_no_sense_is_refused_by_name(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        GeminiConfig(**options)
+def test_options_that_cannot_go_together_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="set offload_dir to a folder as well"):
+        GeminiConfig(disk_memory=10)
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,8 @@ def test_a_bitsandbytes_config_says_it_too_and_another_form_is_refused() -> None
 @pytest.mark.parametrize(
     ("quantize", "error", "message"),
     [
-        ("fp4", ValueError, "quantize must be one of 'nf4', 'int8', got 'fp4'"),
-        (4, TypeError, r"quantize must be 'nf4', 'int8', a gemini\.Quantization or None, got 4"),
+        ("fp4", ValueError, "quantize must be 'nf4', 'int8', a .*, got 'fp4'"),
+        (4, TypeError, r"quantize must be 'nf4', 'int8', a gemini\.Quantization, .*, got 4 of type int"),
     ],
 )
 def test_an_unknown_form_is_an_error(quantize: Any, error: type[Exception], message: str) -> None:

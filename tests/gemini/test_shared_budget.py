@@ -167,7 +167,7 @@ def test_a_model_may_be_given_more_within_its_budget_and_not_beyond() -> None:
 
 
 def test_what_is_no_budget_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"budget must be a gemini\.Budget or None, got int"):
+    with pytest.raises(TypeError, match=r"budget must be None or a gemini\.Budget, got 8589934592 of type int"):
         GeminiPlugin(budget=8 << 30)  # type: ignore[arg-type]
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gemini.arguments.checked import checked
+from gemini.booster.arguments import PREPARE_DATALOADER
 from gemini.booster.dataloader import prepare_dataloader
 from gemini.colossal.plugin import Plugin
 
@@ -15,6 +17,7 @@ __all__ = ["DPPluginBase"]
 class DPPluginBase(Plugin):
     """Gives each rank its batches."""
 
+    @checked(PREPARE_DATALOADER)
     def prepare_dataloader(
         self,
         dataset: Dataset[Any],

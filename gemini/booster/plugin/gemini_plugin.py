@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from gemini.arguments.checked import checked
 from gemini.boosted import boosted
+from gemini.booster.arguments import PLUGIN
 from gemini.boosting.boost import boost_model
 from gemini.chunk import Communicator
 from gemini.colossal.boosted import give_names
@@ -25,7 +27,6 @@ from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, Stat
 from gemini.quantization import Quantization
 from gemini.ranks import group_of, join
 from gemini.signals import uninterrupted
-from gemini.sizes import parse_bytes
 from gemini.step.managed_step import ChunkedStep
 
 from .dp_plugin_base import DPPluginBase
@@ -126,6 +127,7 @@ class GeminiPlugin(DPPluginBase):
         For ColossalAI's arguments that mean something this package does not do; the message names the alternative.
     """
 
+    @checked(PLUGIN)
     def __init__(
         self,
         chunk_config_dict: Mapping[int, Mapping[str, Any]] | None = None,
@@ -201,10 +203,6 @@ class GeminiPlugin(DPPluginBase):
             enable_sequence_parallelism=enable_sequence_parallelism,
             enable_jit_fused=enable_jit_fused,
         )
-        if gradient_reduction not in ("sum", "mean"):
-            raise ValueError(f"gradient_reduction must be 'sum' or 'mean', got {gradient_reduction!r}")
-        if hybrid_shard_size is not None and hybrid_shard_size < 1:
-            raise ValueError(f"hybrid_shard_size must be 1 or more, got {hybrid_shard_size}")
         self.process_group, of_mesh = group_of(process_group)
         self.hybrid_shard_size = hybrid_shard_size if hybrid_shard_size is not None else of_mesh
         self.gradient_reduction = gradient_reduction
@@ -213,17 +211,24 @@ class GeminiPlugin(DPPluginBase):
                 "update_in_backward=True cannot go with enable_gradient_accumulation=True: gradients are used up "
                 "within each backward; choose one of them"
             )
+        if not min_scale <= initial_scale <= max_scale:
+            raise ValueError(
+                f"initial_scale must be from min_scale to max_scale, got {initial_scale} and {min_scale}, {max_scale}"
+            )
+        meant: dict[str, Any] = {  # the rules have made bytes, elements and paths of what the user wrote
+            "device_memory": device_memory,
+            "host_memory": host_memory,
+            "disk_memory": disk_memory,
+            "snapshot_memory": snapshot_memory,
+            "chunk_numel": chunk_config_dict,
+            "offload_dir": offload_dir,
+            "telemetry": telemetry,
+        }
         self.config = GeminiConfig(
             precision=precision,
             policy=_policy(placement_policy, offload_optim_frac, offload_param_frac),
-            device_memory=_bytes("device_memory", device_memory),
-            host_memory=_bytes("host_memory", host_memory),
-            disk_memory=_bytes("disk_memory", disk_memory),
-            budget=_budget(budget),
-            offload_dir=Path(offload_dir) if offload_dir is not None else None,
+            budget=budget,
             disk_checksums=disk_checksums,
-            snapshot_memory=_bytes("snapshot_memory", snapshot_memory),
-            chunk_numel=_chunk_numel(chunk_config_dict),
             search_range=_search_range(min_chunk_size_m, search_range_m),
             search_step=hidden_dim,
             max_prefetch=max_prefetch,
@@ -237,17 +242,17 @@ class GeminiPlugin(DPPluginBase):
             steady_device_ratio=steady_cuda_cap_ratio,
             warmup_non_model_ratio=warmup_non_model_data_ratio,
             scaler={
-                "scale": float(initial_scale),
-                "min_scale": float(min_scale),
-                "max_scale": float(max_scale),
-                "growth_factor": float(growth_factor),
+                "scale": initial_scale,
+                "min_scale": min_scale,
+                "max_scale": max_scale,
+                "growth_factor": growth_factor,
                 "backoff_factor": backoff_factor,
                 "growth_interval": growth_interval,
                 "hysteresis": hysteresis,
             },
             sync_module_states=sync_module_states,
-            telemetry=Path(telemetry) if isinstance(telemetry, str) else telemetry,
             verbose=verbose,
+            **meant,
         )
 
     def supported_precisions(self) -> list[str]:
@@ -324,7 +329,7 @@ def _warn_without_effect(**asked: bool) -> None:
     for name, is_asked in asked.items():
         if is_asked:
             warnings.warn(
-                f"{name} has no effect, as in ColossalAI without tensor parallelism; use {_INSTEAD[name]}", stacklevel=3
+                f"{name} has no effect, as in ColossalAI without tensor parallelism; use {_INSTEAD[name]}", stacklevel=4
             )
 
 
@@ -336,42 +341,16 @@ def _search_range(min_chunk_size_m: float | None, search_range_m: int) -> tuple[
     return low, low + search_range_m * _MEBI
 
 
-def _bytes(name: str, value: int | str | None) -> int | None:
-    try:
-        return None if value is None else parse_bytes(value)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def _budget(value: Budget | None) -> Budget | None:
-    if value is not None and not isinstance(value, Budget):
-        raise TypeError(f"budget must be a gemini.Budget or None, got {type(value).__name__}")
-    return value
-
-
 def _policy(name: str, offload_optim_frac: float, offload_param_frac: float) -> PlacementPolicy:
     if name == "auto":
         return AutoPlacementPolicy()
     if name == "static":
         return StaticPlacementPolicy(offload_optim_frac=offload_optim_frac, offload_param_frac=offload_param_frac)
-    if name in ("cpu", "cuda"):
-        share = 1.0 if name == "cpu" else 0.0
-        warnings.warn(
-            f"placement_policy={name!r} is ColossalAI's old name; write placement_policy='static', "
-            f"offload_optim_frac={share}, offload_param_frac={share}",
-            DeprecationWarning,
-            stacklevel=3,
-        )
-        return StaticPlacementPolicy(offload_optim_frac=share, offload_param_frac=share)
-    raise ValueError(f"placement_policy must be 'auto' or 'static', got {name!r}")
-
-
-def _chunk_numel(chunk_config_dict: Mapping[int, Mapping[str, Any]] | None) -> int | None:
-    if chunk_config_dict is None:
-        return None
-    try:
-        return int(chunk_config_dict[1]["chunk_size"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"chunk_config_dict must be {{1: {{'chunk_size': elements}}}} for one rank, got {chunk_config_dict!r}"
-        ) from error
+    share = 1.0 if name == "cpu" else 0.0
+    warnings.warn(
+        f"placement_policy={name!r} is ColossalAI's old name; write placement_policy='static', "
+        f"offload_optim_frac={share}, offload_param_frac={share}",
+        DeprecationWarning,
+        stacklevel=4,
+    )
+    return StaticPlacementPolicy(offload_optim_frac=share, offload_param_frac=share)

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from gemini.arguments.checked import Table, checked
+from gemini.arguments.places import Name
+from gemini.arguments.rules import Has, OneOf, OrNone, Real, Unchecked
+
 from .managed import ManagedOptimizer, Prepared
+from .rules import moments
 from .rules.adam_rule import ADAM, AdamRule
 from .rules.group_options import TORCH_DEFAULTS, completed, refuse_options
 from .unmanaged.fitting import check_dtype
@@ -15,6 +20,21 @@ from .unmanaged.parameter_state import check_saved, exported, restored
 from .unmanaged.prepared import prepare
 
 _Self = TypeVar("_Self", bound="HybridAdam")
+
+
+_BY_GROUP = Unchecked("an option of each group, see option_ranges.py")
+_ARGUMENTS: Table = {
+    "model_params": Has(("__iter__",), "parameters, named parameters, or dicts that define groups"),
+    "lr": _BY_GROUP,
+    "bias_correction": _BY_GROUP,
+    "betas": _BY_GROUP,
+    "eps": _BY_GROUP,
+    "weight_decay": _BY_GROUP,
+    "adamw_mode": _BY_GROUP,
+    "nvme_offload_fraction": Real(0, 1),
+    "nvme_offload_dir": OrNone(Name()),
+    "states": OneOf(tuple(moments.CODECS)),
+}
 
 
 class _SavedState:
@@ -77,6 +97,7 @@ class HybridAdam(ManagedOptimizer):
     nvme_offload_fraction: float
     nvme_offload_dir: str | None
 
+    @checked(_ARGUMENTS)
     def __init__(
         self,
         model_params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -98,7 +119,7 @@ class HybridAdam(ManagedOptimizer):
                 "Leave it at 0 and give the plugin a folder: GeminiPlugin(offload_dir=...)"
             )
         self.nvme_offload_fraction = nvme_offload_fraction
-        self.nvme_offload_dir = nvme_offload_dir
+        self.nvme_offload_dir = None if nvme_offload_dir is None else str(nvme_offload_dir)
         own = {
             "lr": lr,
             "betas": betas,

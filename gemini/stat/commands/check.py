@@ -5,6 +5,9 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gemini.arguments.command_line import option
+from gemini.arguments.places import Name
+from gemini.arguments.rules import Real, Size, Whole
 from gemini.sizes import parse_bytes
 from gemini.stat.console import Exit, Usage, find, print_json
 from gemini.stat.follow import Follower
@@ -28,15 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-peak", action="append", default=[], metavar="TIER=SIZE", help="such as host=22GiB; may be repeated"
     )
-    parser.add_argument("--max-non-model", metavar="SIZE", help="highest non-model data")
-    parser.add_argument("--max-rss", metavar="SIZE", help="highest RAM of the process, of what is recorded")
-    parser.add_argument("--max-risk", type=float, metavar="RATIO", help="such as 0.9, of any tier")
-    parser.add_argument("--min-hit-ratio", type=float, metavar="RATIO", help="share of needs met in time")
-    parser.add_argument("--max-stall-ratio", type=float, metavar="RATIO", help="share of a step spent waiting")
-    parser.add_argument("--max-step-seconds", type=float, metavar="S", help="the last step's time")
-    parser.add_argument("--min-steps", type=int, metavar="N", help="steps done")
-    parser.add_argument("--against-estimate", metavar="FILE", help="what gemini-stat estimate --json printed")
-    parser.add_argument("--tolerance", type=float, default=0.05, metavar="RATIO", help="of --against-estimate (0.05)")
+    parser.add_argument("--max-non-model", type=option(Size()), metavar="SIZE", help="highest non-model data")
+    parser.add_argument(
+        "--max-rss", type=option(Size()), metavar="SIZE", help="highest RAM of the process, of what is recorded"
+    )
+    parser.add_argument("--max-risk", type=option(Real(0)), metavar="RATIO", help="such as 0.9, of any tier")
+    parser.add_argument("--min-hit-ratio", type=option(Real(0, 1)), metavar="RATIO", help="share of needs met in time")
+    parser.add_argument(
+        "--max-stall-ratio", type=option(Real(0)), metavar="RATIO", help="share of a step spent waiting"
+    )
+    parser.add_argument("--max-step-seconds", type=option(Real(0)), metavar="S", help="the last step's time")
+    parser.add_argument("--min-steps", type=option(Whole()), metavar="N", help="steps done")
+    parser.add_argument(
+        "--against-estimate", type=option(Name()), metavar="FILE", help="what gemini-stat estimate --json printed"
+    )
+    parser.add_argument(
+        "--tolerance", type=option(Real(0)), default=0.05, metavar="RATIO", help="of --against-estimate (0.05)"
+    )
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -71,12 +82,12 @@ def _results(over: OverRanks, options: argparse.Namespace) -> Iterator[Check]:
         tier, _, limit = text.partition("=")
         if tier not in TIERS or not limit:
             raise Usage(f"--max-peak expects TIER=SIZE with a tier of {', '.join(TIERS)}, got {text!r}")
-        yield at_most(f"peak on {tier}", _peak(tier), _bytes(limit), size)
+        yield at_most(f"peak on {tier}", _peak(tier), _bytes(limit, text), size)
     if options.max_non_model is not None:
-        yield at_most("non-model data", _stat("non_model/peak_bytes"), _bytes(options.max_non_model), size)
+        yield at_most("non-model data", _stat("non_model/peak_bytes"), options.max_non_model, size)
     if options.max_rss is not None:
         rss: Number = lambda run, _: run.process.get("rss_peak_bytes")  # noqa: E731 - as short as the others
-        yield at_most("RAM of the process", rss, _bytes(options.max_rss), size)
+        yield at_most("RAM of the process", rss, options.max_rss, size)
     if options.max_risk is not None:
         yield at_most("risk", lambda _, found: highest_risk(found), options.max_risk, percent)
     if options.max_stall_ratio is not None:
@@ -88,7 +99,7 @@ def _results(over: OverRanks, options: argparse.Namespace) -> Iterator[Check]:
     if options.min_steps is not None:
         yield at_least("steps", _stat("step/count"), options.min_steps, lambda v: f"{v:,.0f}")
     if options.against_estimate is not None:
-        yield from _against(over, Path(options.against_estimate), options.tolerance)
+        yield from _against(over, options.against_estimate, options.tolerance)
 
 
 def _peak(tier: str) -> Number:
@@ -141,8 +152,8 @@ def _rank(found: Spread | None, over: OverRanks, is_most: bool) -> int | None:
     return found.max_rank if is_most else found.min_rank
 
 
-def _bytes(text: str) -> int:
+def _bytes(limit: str, text: str) -> int:
     try:
-        return parse_bytes(text)
+        return parse_bytes(limit)
     except ValueError as error:
-        raise Usage(str(error)) from error
+        raise Usage(f"--max-peak {text}: {error}") from error

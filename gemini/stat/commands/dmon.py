@@ -5,8 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from gemini.arguments.command_line import option
+from gemini.arguments.rules import Whole
 from gemini.stat import as_json
-from gemini.stat.console import Exit, Usage, find, of_run, print_json_line
+from gemini.stat.console import INTERVAL, Exit, Usage, find, of_run, print_json_line
 from gemini.stat.follow import Follower
 from gemini.stat.over_ranks import OverRanks, highest_risk, spread
 from gemini.stat.rates import Rates
@@ -70,8 +72,10 @@ _STEP_SECONDS: Column = ("s/step", 9, seconds, _stat("step/seconds"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-d", "--interval", type=float, default=1.0, metavar="S", help="seconds between rows (1)")
-    parser.add_argument("-c", "--count", type=int, metavar="N", help="stop after N rows")
+    parser.add_argument(
+        "-d", "--interval", type=option(INTERVAL), default=1.0, metavar="S", help="seconds between rows (1)"
+    )
+    parser.add_argument("-c", "--count", type=option(Whole(1)), metavar="N", help="stop after N rows")
     parser.add_argument(
         "-s",
         "--select",
@@ -84,8 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Exit:
     if unknown := set(options.select) - set(GROUPS):
         raise Usage(f"--select knows the letters {''.join(GROUPS)}, got {''.join(sorted(unknown))!r}")
-    if options.interval <= 0 or (options.count is not None and options.count <= 0):
-        raise Usage("--interval and --count must be positive")
     chosen = [column for letter in options.select for column in GROUPS[letter]]
     follower = Follower(find(options), options)
     row = 0

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gemini.arguments.command_line import option
+from gemini.arguments.places import Folder, Name
 from gemini.stat import export_formats
 from gemini.stat.console import Exit, Usage, find, print_json
 from gemini.stat.outputs import Export
@@ -18,8 +20,13 @@ FORMATS = ("prom", "jsonl", "csv", "perfetto")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
-    parser.add_argument("-o", "--output", metavar="FILE", help="default: stdout")
-    parser.add_argument("--textfile", metavar="FOLDER", help="prom, as a file for node_exporter's textfile collector")
+    parser.add_argument("-o", "--output", type=option(Name()), metavar="FILE", help="default: stdout")
+    parser.add_argument(
+        "--textfile",
+        type=option(Folder()),
+        metavar="FOLDER",
+        help="prom, as a file for node_exporter's textfile collector",
+    )
 
 
 def run(options: argparse.Namespace) -> Exit:
@@ -30,9 +37,9 @@ def run(options: argparse.Namespace) -> Exit:
     if options.textfile is not None and options.format != "prom":
         raise Usage("--textfile is for --format prom")
     parts = _prom(views) if options.format == "prom" else _FORMATS[options.format](path, ranks)
-    target = Path(options.output) if options.output else None
+    target = options.output
     if options.textfile is not None:
-        target = Path(options.textfile) / f"gemini_memory_{run.identity.run_id}.prom"
+        target = options.textfile / f"gemini_memory_{run.identity.run_id}.prom"
     if target is None:
         if options.json:
             raise Usage("--json tells where a file was written: give --output or --textfile")

@@ -3,11 +3,12 @@
 import argparse
 import time
 
+from gemini.arguments.command_line import option
+from gemini.arguments.rules import Real, Size
 from gemini.lease.asked import Asked, as_text
 from gemini.lease.folder import LeaseFolder
 from gemini.lease.machine import Machine, read_machine
 from gemini.lease.standing import Standing
-from gemini.sizes import parse_bytes
 from gemini.stat.console import Exit, Usage, console, print_json, remark, show
 from gemini.stat.lease_outputs import LeaseAnswer, LeasedMemory, LeaseState, MachineState, SharedMemory
 from gemini.telemetry.discovery import NoRun, find_run
@@ -24,12 +25,16 @@ _POLL_SECONDS = 0.05
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("host", "device", "disk"):
-        parser.add_argument(f"--{name}", metavar="SIZE", help=f"bytes of model data on {name}, or 8GiB")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for the answer (60)")
+        parser.add_argument(
+            f"--{name}", type=option(Size()), metavar="SIZE", help=f"bytes of model data on {name}, or 8GiB"
+        )
+    parser.add_argument(
+        "--timeout", type=option(Real(0)), default=60.0, metavar="S", help="seconds to wait for the answer (60)"
+    )
 
 
 def run(options: argparse.Namespace) -> Exit:
-    wanted = {name: _bytes(name, getattr(options, name)) for name in ("host", "device", "disk")}
+    wanted = {name: getattr(options, name) for name in ("host", "device", "disk")}
     if any(nbytes is not None for nbytes in wanted.values()):
         return _ask(options, Asked.of(**wanted))
     machine = read_machine()
@@ -86,16 +91,6 @@ def _state_of(name: str, standing: Standing) -> LeaseState:
     )
 
 
-def _bytes(name: str, text: str | None) -> int | None:
-    try:
-        nbytes = None if text is None else parse_bytes(text)
-    except ValueError as error:
-        raise Usage(f"--{name}: {error}") from None
-    if nbytes == 0:
-        raise Usage(f"--{name} must be more than 0")
-    return nbytes
-
-
 def _leases_of(target: str, machine: Machine) -> dict[str, Standing]:
     """The leases of a run.
 
@@ -116,8 +111,6 @@ def _leases_of(target: str, machine: Machine) -> dict[str, Standing]:
 
 
 def _ask(options: argparse.Namespace, asked: Asked) -> Exit:
-    if options.timeout < 0:
-        raise Usage(f"--timeout must be 0 or more, got {options.timeout}")
     if options.target is None:
         raise Usage("name the run that is to change: gemini-stat lease RUN --host 8GiB")
     leases = _leases_of(options.target, read_machine())

@@ -7,6 +7,8 @@ import os
 import time
 from pathlib import Path
 
+from gemini.arguments.command_line import option
+from gemini.arguments.places import Name
 from gemini.stat import page_data, web_files
 from gemini.stat.console import Exit, Usage, as_text, find, print_json, remark
 from gemini.stat.follow import Follower
@@ -17,13 +19,19 @@ HELP = "Writes the run as one HTML file that works offline."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", metavar="FILE", help="default: gemini-stat-RUN.html in the present folder")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=option(Name()),
+        metavar="FILE",
+        help="default: gemini-stat-RUN.html in the present folder",
+    )
 
 
 def run(options: argparse.Namespace) -> Exit:
     path = find(options)
     shown = Follower(path, options).look()
-    target = Path(options.output) if options.output else Path(f"gemini-stat-{_safe(shown.run.identity.run_id)}.html")
+    target = options.output or Path(f"gemini-stat-{_safe(shown.run.identity.run_id)}.html")
     page = render(path, shown)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:

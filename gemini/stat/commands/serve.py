@@ -5,6 +5,8 @@ import sys
 import threading
 import webbrowser
 
+from gemini.arguments.command_line import option
+from gemini.arguments.rules import Whole
 from gemini.stat import web_files
 from gemini.stat.console import Exit, Usage, find, print_json_line
 from gemini.stat.outputs import Address
@@ -18,7 +20,7 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; not loopback: asks for a token")
-    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
+    parser.add_argument("--port", type=option(Whole(0, 65535)), default=8765, help="0 takes a free one (8765)")
     parser.add_argument("--token", action="store_true", help="ask for a token on loopback, too")
     parser.add_argument("--open", action="store_true", help="open it in a browser")
 

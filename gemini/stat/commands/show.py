@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from gemini.stat.console import Exit, console, find, of_run, print_json, show
+from gemini.arguments.command_line import option
+from gemini.stat.console import INTERVAL, Exit, console, find, of_run, print_json, show
 from gemini.stat.sight import read
 
 HELP = "Shows where a training run's memory is: live on a terminal, once otherwise."
@@ -11,7 +12,9 @@ HELP = "Shows where a training run's memory is: live on a terminal, once otherwi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-1", "--once", action="store_true", help="one snapshot, also on a terminal")
-    parser.add_argument("-d", "--interval", type=float, default=1.0, metavar="S", help="seconds between looks (1)")
+    parser.add_argument(
+        "-d", "--interval", type=option(INTERVAL), default=1.0, metavar="S", help="seconds between looks (1)"
+    )
 
 
 def run(options: argparse.Namespace) -> Exit:

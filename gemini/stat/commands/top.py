@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from gemini.arguments.command_line import option
 from gemini.signals import signals_to
 from gemini.stat import as_json
-from gemini.stat.console import Exit, Usage, console, find, is_ascii, of_run, print_json, show
+from gemini.stat.console import INTERVAL, Exit, Usage, console, find, is_ascii, of_run, print_json, show
 from gemini.stat.follow import Follower
 from gemini.stat.keyboard import keyboard
 from gemini.stat.screen import Shown, View, screen
@@ -21,7 +22,9 @@ HELP = "The live screen: tiers, one step by moment, the chunk map, moves, waits,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-d", "--interval", type=float, default=1.0, metavar="S", help="seconds between looks (1)")
+    parser.add_argument(
+        "-d", "--interval", type=option(INTERVAL), default=1.0, metavar="S", help="seconds between looks (1)"
+    )
     parser.add_argument("-1", "--once", action="store_true", help="one screen, without keys")
     parser.add_argument(
         "--only", metavar="PARTS", help="some of: tiers, ranks, machine, timeline, chunks, moves, advice"
@@ -33,8 +36,6 @@ def run(options: argparse.Namespace) -> Exit:
         found = read(find(options), options)
         print_json(as_json.snapshot(found))
         return of_run(found.status)
-    if options.interval <= 0:
-        raise Usage(f"--interval must be positive, got {options.interval}")
     view = View(hidden=_hidden(getattr(options, "only", None)))
     follower = Follower(find(options), options)
     out = console(options)

@@ -3,8 +3,10 @@
 import argparse
 import time
 
+from gemini.arguments.command_line import option
+from gemini.arguments.rules import Real, Whole
 from gemini.stat import as_json
-from gemini.stat.console import Exit, Usage, find, print_json, remark
+from gemini.stat.console import Exit, find, print_json, remark
 from gemini.stat.outputs import Waited
 from gemini.stat.sight import Sight, read
 from gemini.telemetry.discovery import NoRun
@@ -23,13 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="finished",
         help="steady: the warm-up is over, at least two steps are done (default: finished)",
     )
-    group.add_argument("--step", type=int, metavar="N", help="until step N is done")
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after S seconds (default: never)")
+    group.add_argument("--step", type=option(Whole()), metavar="N", help="until step N is done")
+    parser.add_argument("--timeout", type=option(Real(0)), metavar="S", help="give up after S seconds (default: never)")
 
 
 def run(options: argparse.Namespace) -> Exit:
-    if options.timeout is not None and options.timeout < 0:
-        raise Usage(f"--timeout must be 0 or more, got {options.timeout}")
     end = None if options.timeout is None else time.monotonic() + options.timeout
     path, found = None, None
     while True:

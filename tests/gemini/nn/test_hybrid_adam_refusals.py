@@ -31,7 +31,7 @@ def test_complex_parameters_are_refused_and_leave_no_group_behind() -> None:
     [("lr", -1.0), ("betas", (1.0, 0.9)), ("eps", -1e-8), ("weight_decay", -1.0)],
 )
 def test_hyperparameters_out_of_range_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match="beta1" if name == "betas" else name):
+    with pytest.raises(ValueError, match=name):
         HybridAdam([nn.Parameter(torch.ones(2))], **{name: value})
     optimizer = HybridAdam([nn.Parameter(torch.ones(2))])
     with pytest.raises(ValueError):

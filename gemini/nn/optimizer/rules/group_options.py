@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..kernels.arithmetic import AdamHyper
+from .option_ranges import group_faults
 
 # torch.optim.AdamW's keys that mean nothing to us. They are kept so that states load in both directions.
 TORCH_DEFAULTS: dict[str, Any] = {
@@ -30,8 +31,10 @@ def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     """
     full = {**defaults, **group}
     if "adamw_mode" not in group and "decoupled_weight_decay" in group:
-        full["adamw_mode"] = bool(group["decoupled_weight_decay"])
+        full["adamw_mode"] = group["decoupled_weight_decay"]
     full["decoupled_weight_decay"] = full["adamw_mode"]
+    if faults := group_faults("Adam", {}, full):
+        raise ValueError("; ".join(faults))
     refuse_options(full)
     AdamHyper.of_group(full)
     return full
