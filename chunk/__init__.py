@@ -41,7 +41,7 @@ from .state import VALID, ChunkState
 from .tier import Tier
 from .together import Together
 from .values import announce_change, read_part, write_part, write_slot
-from .workers import close_in_background, start_workers
+from .workers import close_in_background, start_workers, thread_refused
 from .write_behind import STORE_BLOCKS
 
 __all__ = [
@@ -130,6 +130,7 @@ __all__ = [
     "read_part",
     "search_chunk_numel",
     "start_workers",
+    "thread_refused",
     "tuned",
     "unmarked",
     "warm_up_codes",

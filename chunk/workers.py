@@ -5,12 +5,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from gemini.errors import OutOfMemory
-from gemini.process_wide import small_stacks
+from gemini.process_wide import memory_is_limited, small_stacks
 
 from .origin import Origin
 
@@ -23,8 +24,35 @@ END_SECONDS = 2.0
 logger = logging.getLogger(__name__)
 
 
+class _Task(Generic[_T]):
+    """Work that waits until it is certain that its submission has not failed.
+
+    The pool of the standard library may run out of memory when the task is in its queue already. The caller is told
+    that it is not, and gives the memory that it works on to others.
+    """
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work = work
+        self._is_wanted = False
+        self._undecided = threading.Lock()
+        self._undecided.acquire()
+
+    def __call__(self) -> _T:
+        with self._undecided:
+            if not self._is_wanted:
+                raise CancelledError
+        return self._work()
+
+    def decide(self, is_wanted: bool) -> None:
+        self._is_wanted = is_wanted
+        self._undecided.release()
+
+
 class Workers(ThreadPoolExecutor):
-    """A pool that refuses tasks in a forked child, where no thread of it would ever do them."""
+    """A pool that refuses tasks in a forked child, where no thread of it would ever do them.
+
+    A task whose submission has failed is not done.
+    """
 
     def __init__(self, count: int, name: str) -> None:
         super().__init__(count, thread_name_prefix=f"gemini-memory-{name}")
@@ -32,7 +60,13 @@ class Workers(ThreadPoolExecutor):
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> "Future[_T]":
         self._origin.refuse_elsewhere()
-        return super().submit(fn, *args, **kwargs)
+        task, is_wanted = _Task(partial(fn, *args, **kwargs)), False
+        try:
+            future = super().submit(task)
+            is_wanted = True
+        finally:
+            task.decide(is_wanted)
+        return future
 
 
 def start_workers(count: int, name: str, stack_bytes: int = 0) -> Workers:
@@ -61,12 +95,27 @@ def start_workers(count: int, name: str, stack_bytes: int = 0) -> Workers:
     except RuntimeError as error:
         here.abort()
         pool.shutdown(wait=False, cancel_futures=True)
-        raise OutOfMemory(
-            f"host tier out of memory. The system refuses a worker thread ({error}); "
-            "lower host_memory, so that more of the limit is left for stacks and activations"
-        ) from error
-    _closer.start()
+        raise thread_refused(error) from error
+    try:
+        _closer.start()
+    except RuntimeError as error:
+        pool.shutdown(wait=False)
+        raise thread_refused(error) from error
     return pool
+
+
+def thread_refused(error: RuntimeError) -> OutOfMemory:
+    """The error where the system gives no thread: it has no memory for a stack, or a limit of threads is reached."""
+    if memory_is_limited():
+        return OutOfMemory(
+            f"host tier out of memory. The system refuses a worker thread ({error}), and a limit on this process's "
+            "memory (ulimit -d, ulimit -v) counts its stack; lower host_memory, so that more of the limit is left for "
+            "stacks and activations"
+        )
+    return OutOfMemory(
+        f"The system refuses a worker thread ({error}): raise the limit of threads (ulimit -u, pids.max of the "
+        "container), or end threads and processes that are not needed"
+    )
 
 
 def close_in_background(work: Callable[[], object]) -> None:

@@ -17,6 +17,8 @@ This file is the bottom of the import order: it imports nothing of ours, so ``ch
 User mistakes (a bad argument) are ``ValueError`` and ``TypeError``.
 """
 
+import errno
+
 import torch
 
 
@@ -67,6 +69,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for every shape in which Python and torch report that an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # of a map of memory
     if not isinstance(error, RuntimeError):
         return False
     return str(error) == _ONEDNN or any(text in str(error) for text in _ALLOCATION_FAILED)

@@ -237,6 +237,16 @@ def default_stack_bytes() -> int:
     return _GLIBC_STACK_BYTES if soft == resource.RLIM_INFINITY else int(soft)
 
 
+def memory_is_limited() -> bool:
+    """True if a limit of this process counts the stacks of its threads."""
+    try:
+        import resource
+    except ImportError:  # not on Unix
+        return False
+    limits = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
+    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
+
+
 def compute_on_this_thread(get_num_threads: Callable[[], int], set_num_threads: Callable[[int], None]) -> None:
     """Have torch run the operations of the calling thread on this thread alone, for good.
 
@@ -254,7 +264,11 @@ def compute_on_this_thread(get_num_threads: Callable[[], int], set_num_threads: 
     of_process = get_num_threads()  # asking is what gives a new thread its number; later, it would undo this
     set_num_threads(1)
     restoring = threading.Thread(target=set_num_threads, args=(of_process,))
-    restoring.start()
+    try:
+        restoring.start()
+    except BaseException:
+        set_num_threads(of_process)  # all threads to come would compute alone
+        raise
     restoring.join()
 
 

@@ -15,7 +15,7 @@ from ..boosted import Boosted
 from ..checkpoint import serve_parts
 from ..chunk import ChunkManager, all_or_none, warm_up_codes
 from ..config import GeminiConfig
-from ..errors import OutOfMemory
+from ..errors import OutOfMemory, is_out_of_memory
 from ..memory.capacity import Capacities, find_capacities
 from ..memory.tracker import NonModelMeter
 from ..nn.optimizer.managed import ManagedOptimizer
@@ -60,9 +60,14 @@ def boost_model(model: nn.Module, optimizer: ManagedOptimizer | None, config: Ge
     seating = Seating(replace(config, quantization=Quantization.for_model(model, config.quantization)))
     try:
         return _boost(model, optimizer, seating)
-    except BaseException:
+    except BaseException as error:
         seating.leave()
-        raise
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"host tier out of memory in booster.boost ({error!r}). Model and optimizer are as they were before; set "
+            "host_memory to less, so that more is left for what is not in chunks"
+        ) from error
 
 
 def _boost(model: nn.Module, optimizer: ManagedOptimizer | None, seating: Seating) -> GeminiModule:

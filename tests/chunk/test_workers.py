@@ -5,6 +5,7 @@ import pytest
 
 from gemini.chunk import close_in_background, start_workers, workers
 from gemini.errors import OutOfMemory
+from gemini.process_wide import compute_on_this_thread
 
 
 def test_all_threads_are_there_before_the_first_task() -> None:
@@ -14,7 +15,10 @@ def test_all_threads_are_there_before_the_first_task() -> None:
     pool.shutdown()
 
 
-def test_a_refused_thread_is_out_of_memory_and_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_memory", [True, False], ids=["memory is limited", "threads are"])
+def test_a_refused_thread_is_out_of_memory_and_leaves_none_behind(
+    is_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start, started = threading.Thread.start, []
 
     def refuse_the_second(thread: threading.Thread) -> None:
@@ -24,10 +28,39 @@ def test_a_refused_thread_is_out_of_memory_and_leaves_none_behind(monkeypatch: p
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse_the_second)
-    with pytest.raises(OutOfMemory, match="lower host_memory"):
+    monkeypatch.setattr(workers, "memory_is_limited", lambda: is_memory)
+    with pytest.raises(OutOfMemory, match="lower host_memory" if is_memory else "raise the limit of threads") as caught:
         start_workers(2, "test")
+    assert is_memory or "host_memory" not in str(caught.value)
     started[0].join(10)
     assert not started[0].is_alive()
+
+
+def test_a_task_whose_submission_failed_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, done = start_workers(1, "test"), list[str]()
+
+    def fail() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_adjust_thread_count", fail)  # the task is in the queue then
+        with pytest.raises(MemoryError):
+            pool.submit(done.append, "lost")
+    pool.submit(done.append, "kept").result(10)
+    assert done == ["kept"]
+    pool.shutdown()
+
+
+def test_torch_keeps_its_number_of_threads_where_none_could_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [4]
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError):
+        compute_on_this_thread(lambda: numbers[-1], numbers.append)
+    assert numbers == [4, 1, 4]
 
 
 # -- the end, asked for by a finalizer
