@@ -18,6 +18,11 @@ from gemini.chunk import DiskBackend
 from gemini.chunk.disk_file import DiskFile
 from gemini.chunk.memory import RamBackend
 
+try:
+    import _testcapi
+except ImportError:  # a Python without its own tests
+    _testcapi = None
+
 SLOW_SECONDS = 0.2
 """A slow operation waits for an event that nobody sets, for so long."""
 
@@ -51,6 +56,35 @@ class Fault:
             if number == self._number:
                 self.is_over = True
             return number == self._number
+
+
+class Interpreter(Fault):
+    """All that Python's own allocators are asked for, by any thread."""
+
+    MOST_UNNOTICED = 25
+    """Allocations cannot be counted. When so many in a row have no effect, the step has no more of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unnoticed = 0
+
+    def arm(self, number: int | None) -> None:
+        self.is_over = True
+        _testcapi.set_nomemory(number, number + 1)
+
+    def disarm(self) -> None:
+        _testcapi.remove_mem_hooks()
+
+    def saw(self, has_failed: bool) -> None:
+        """What the last one has done."""
+        self._unnoticed = 0 if has_failed else self._unnoticed + 1
+        self.is_over = self._unnoticed < self.MOST_UNNOTICED
+
+
+@contextmanager
+def interpreter(fault: Fault) -> Iterator[None]:
+    """Python's own allocators, which an `Interpreter` arms."""
+    yield
 
 
 def no_tensor() -> BaseException:
@@ -200,6 +234,7 @@ ALLOCATIONS: dict[str, Callable[[Fault], Any]] = {
     "backends": backends,
     "python": python,
     "threads": threads,
+    **({"interpreter": interpreter} if hasattr(_testcapi, "set_nomemory") else {}),
     "EMFILE": descriptors(errno.EMFILE),
     "ENFILE": descriptors(errno.ENFILE),
 }

@@ -6,12 +6,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from fault_sites import Fault
+from fault_sites import Fault, Interpreter, interpreter
 from loop import PLACEMENTS, Trained, batch
 from parity import check_at_rest
 from torch import Tensor, nn
@@ -381,9 +381,14 @@ def _attempt(once: Once, setting: Setting, fault: Fault, at: int, held: dict[str
         return Broken("".join(traceback.format_exception(error))[-3000:])
 
 
+def fault_of(site: Site) -> Fault:
+    """What makes an operation of this kind fail."""
+    return Interpreter() if site is interpreter else Fault()
+
+
 def run_steps(setting: Setting, site: Site, first: int, step: int) -> Iterator[tuple[int, Outcome | Broken]]:
     """Each operation of a step fails once, from number ``first`` on; of several, every ``step``-th."""
-    fault, at = Fault(), first
+    fault, at = fault_of(site), first
     pair, rest = settled(setting)
     while True:
         try:
@@ -397,7 +402,9 @@ def run_steps(setting: Setting, site: Site, first: int, step: int) -> Iterator[t
             if not fault.is_over:
                 return
         else:
-            yield at, outcome
-            if not outcome.is_injected:
+            if isinstance(fault, Interpreter):
+                fault.saw(bool(outcome.errors))
+            yield at, replace(outcome, is_injected=fault.is_over)
+            if not fault.is_over:
                 return
         at += step

@@ -1,5 +1,7 @@
+import gc
 import os
 import threading
+from concurrent.futures import Future
 
 import pytest
 
@@ -156,3 +158,55 @@ def test_a_fork_has_nothing_to_end_and_does_not_wait(monkeypatch: pytest.MonkeyP
     pid = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
     close_in_background(lambda: pytest.fail("these threads are not ours"))
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_outlives_what_goes_wrong_around_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, told = start_workers(1, "test"), Future.set_result
+
+    def no_memory(future: Future[int], result: int) -> None:
+        monkeypatch.setattr(Future, "set_result", told)
+        raise MemoryError
+
+    monkeypatch.setattr(Future, "set_result", no_memory)
+    with pytest.raises(MemoryError):
+        pool.submit(lambda: 1).result(20)
+    assert pool.submit(lambda: 2).result(20) == 2
+    pool.shutdown()
+
+
+@pytest.mark.timeout(60)
+def test_who_waits_hears_of_a_result_that_was_set_and_not_told() -> None:
+    pool, may_end = start_workers(1, "test"), threading.Event()
+
+    class Deaf(threading.Condition):
+        """Finds no memory to wake the others, once."""
+
+        def notify_all(self) -> None:
+            if not calls:
+                calls.append(1)
+                raise MemoryError
+            super().notify_all()
+
+    calls: list[int] = []
+    future = pool.submit(may_end.wait, 20)
+    future._condition = Deaf()
+    results: list[bool] = []
+    waiter = threading.Thread(target=lambda: results.append(future.result(20)))
+    waiter.start()
+    may_end.set()
+    waiter.join(20)
+    assert results == [True] and calls == [1]
+    assert pool.submit(lambda: 2).result(20) == 2
+    pool.shutdown()
+
+
+@pytest.mark.timeout(60)
+def test_threads_end_with_their_pool() -> None:
+    pool = start_workers(2, "test-gone")
+    del pool
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("gemini-memory-test-gone"):
+            thread.join(20)
+            assert not thread.is_alive()
