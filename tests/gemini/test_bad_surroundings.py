@@ -83,9 +83,12 @@ def test_telemetry_that_cannot_be_written_costs_one_warning(
             else:
                 monkeypatch.setattr(os, "write", full if what == "full" else broken)
         assert plain_step(plain, step) == plain_step(ours, step)
+    telemetry = boosted(ours.model).telemetry
+    assert telemetry is not None
+    telemetry.close()  # writes what is left
     monkeypatch.undo()
     warnings = [r.message for r in caplog.records if r.levelno >= logging.WARNING and "telemetry" in r.message]
-    assert len(warnings) <= 1
+    assert len(warnings) == 1 or (what in ("deleted", "read-only") and not warnings)  # the file is open, and goes on
     check_same(ours, plain)
 
 
