@@ -215,7 +215,7 @@ class Pair:
         stagings = [queue._staging, manager.device._staging, manager.device._store._staging]
         homes = [home for chunk in manager.chunks for home in chunk.homes.values()]
         gradients = [c.gradient for c in manager.chunks if isinstance(c.gradient, GradientBuffer)]
-        homes += [gradient.buffer for gradient in gradients if gradient.buffer is not None]
+        homes += [g.buffer for g in gradients if g.buffer is not None and not g.is_borrowed]
         in_homes = sum(part.nbytes for home in homes for part in home.parts if part.tier is Tier.HOST)
         return {
             # Homes may have moved to the disk, or back.
@@ -224,7 +224,6 @@ class Pair:
             "staging": [None if each is None else each.free_count for each in stagings],
             **({} if whole.saving.counts.switch_count else _held_of_the_system()),
             "in update": len(queue._pipeline._waiting),
-            "lent": len(manager.gradient_pool._lent),
         }
 
     def faulty_step(self, site: Site, fault: Fault, at: int) -> Outcome:
