@@ -69,9 +69,8 @@ def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torc
     except BaseException:  # a disk that cannot be written to: the model is to be as it was
         for emptied, form in given:
             if id(emptied) in places:
-                give_data(
-                    parameter, form.filled(read_slot(*places[id(emptied)], MASTER, manager.together.communicator))
-                )
+                values = read_slot(*places[id(emptied)], MASTER, manager.together.communicator)
+                give_data(emptied, form.filled(values))
         raise
     for parameter in packing.parameters:
         manager.bind(parameter, *places[id(parameter)])
