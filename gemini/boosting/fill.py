@@ -59,7 +59,7 @@ def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torc
 
     lazy = {id(p) for p in model.parameters() if is_lazy(p)}
     materialize(model, write)
-    given: list[tuple[Tensor, _Form]] = []
+    given: list[tuple[nn.Parameter, _Form]] = []
     try:
         for parameter in model.parameters():
             if id(parameter) not in lazy:
