@@ -40,7 +40,7 @@ from .staging import Staging, pieces
 from .state import VALID, ChunkState
 from .tier import Tier
 from .together import Together
-from .values import announce_change, read_part, write_part, write_slot
+from .values import announce_change, read_part, read_slot, write_part, write_slot
 from .workers import close_in_background, start_workers
 from .write_behind import STORE_BLOCKS
 
@@ -134,6 +134,7 @@ __all__ = [
     "warm_up_codes",
     "write_own_part",
     "write_part",
+    "read_slot",
     "write_slot",
     "reach",
     "accept_replaced",

@@ -17,7 +17,7 @@ import mmap
 import os
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -31,6 +31,15 @@ from .workers import start_workers
 PAGE_BYTES = 4096
 LEAST_DIRECT_BYTES = 1 << 16
 """Below, a direct transfer's latency costs more than the copy that it saves."""
+
+
+_CURES = {
+    errno.EMFILE: "raise this process's limit of open files (ulimit -n), or close some",
+    errno.ENFILE: "raise the system's limit of open files (fs.file-max), or end programs that have many open",
+    errno.ENOSPC: "free some room, or give a folder on another disk",
+    errno.EDQUOT: "free some room or raise the quota, or give a folder on another disk",
+    errno.EIO: "give a folder on another disk",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +98,8 @@ class DiskFile:
         except OSError as error:
             raise OffloadError(
                 error.errno,
-                f"offload_dir {str(folder)!r} cannot be used ({error.strerror}); give a folder that you may write to",
+                f"offload_dir {str(folder)!r} cannot be used ({error.strerror}); "
+                f"{_CURES.get(error.errno or 0, 'give a folder that you may write to')}",
             ) from error
         if direct:
             self._direct_fd = _open_direct(self._fd)
@@ -182,8 +192,9 @@ class DiskFile:
             for request in (first, *rest):
                 do(request, what)
             return
-        futures = [pool.submit(do, request, what) for request in rest]
+        futures: list[Future[None]] = []
         try:
+            futures.extend(pool.submit(do, request, what) for request in rest)
             do(first, what)
         finally:
             wait(futures)  # also after an error: nobody may use the memory once the caller has it back

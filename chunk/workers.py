@@ -2,12 +2,16 @@
 
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import thread as pools
+from functools import partial
 from queue import SimpleQueue
-from typing import ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
+from weakref import ref
 
 from gemini.process_wide import IO_STACK_BYTES, small_stacks
 from gemini.system_limits import refused_thread
@@ -19,12 +23,42 @@ _T = TypeVar("_T")
 
 START_SECONDS = 30.0
 END_SECONDS = 2.0
+_ATTEMPTS = 100
+"""How often it is tried to tell what became of a task, where memory is short."""
 
 logger = logging.getLogger(__name__)
 
 
+class _Task(Generic[_T]):
+    """Work that waits until it is certain that its submission has not failed.
+
+    The pool of the standard library may run out of memory when the task is in its queue already. The caller is told
+    that it is not, and gives the memory that it works on to others.
+    """
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work = work
+        self._is_wanted = False
+        self._undecided = threading.Lock()
+        self._undecided.acquire()
+
+    def __call__(self) -> _T:
+        with self._undecided:
+            if not self._is_wanted:
+                raise CancelledError
+        return self._work()
+
+    def decide(self, is_wanted: bool) -> None:
+        self._is_wanted = is_wanted
+        self._undecided.release()
+
+
 class Workers(ThreadPoolExecutor):
-    """A pool that refuses tasks in a forked child, where no thread of it would ever do them."""
+    """A pool that refuses tasks in a forked child, where no thread of it would ever do them.
+
+    A task whose submission has failed is not done. A thread lives until the pool's end: one of the standard library
+    ends when it runs out of memory between two tasks, and all who wait for the next one would wait forever.
+    """
 
     def __init__(self, count: int, name: str) -> None:
         super().__init__(count, thread_name_prefix=f"gemini-memory-{name}")
@@ -32,7 +66,67 @@ class Workers(ThreadPoolExecutor):
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> "Future[_T]":
         self._origin.refuse_elsewhere()
-        return super().submit(fn, *args, **kwargs)
+        task, is_wanted = _Task(partial(fn, *args, **kwargs)), False
+        try:
+            future = super().submit(task)
+            is_wanted = True
+        finally:
+            task.decide(is_wanted)
+        return future
+
+    if sys.version_info < (3, 14):  # from then on tasks of the standard library are run otherwise
+
+        def _adjust_thread_count(self) -> None:
+            if len(self._threads) == self._max_workers:
+                return
+            name = f"{self._thread_name_prefix}_{len(self._threads)}"
+            wake = partial(_wake, self._work_queue)
+            thread = threading.Thread(name=name, target=_serve, args=(ref(self, wake), self._work_queue))
+            thread.start()
+            self._threads.add(thread)  # type: ignore[attr-defined]
+            pools._threads_queues[thread] = self._work_queue  # type: ignore[index]
+
+
+def _wake(queue: "SimpleQueue[Any]", _: object) -> None:
+    queue.put(None)
+
+
+def _serve(pool: "ref[Workers]", queue: "SimpleQueue[Any]") -> None:
+    """Do tasks until the pool is shut down or gone, or the interpreter ends."""
+    item = None
+    while True:
+        try:
+            item = queue.get()
+            if item is not None:
+                item.run()
+                item = None
+            elif _is_over(pool()):
+                queue.put(None)  # for the next thread
+                return
+        except BaseException as error:
+            if item is not None:
+                _conclude(item.future, error)
+            item = None
+
+
+def _is_over(pool: Workers | None) -> bool:
+    return pool is None or pool._shutdown or pools._shutdown
+
+
+def _conclude(future: "Future[Any]", error: BaseException) -> None:
+    """Have those go on that wait for a task whose result could not be told."""
+    for _ in range(_ATTEMPTS):
+        try:
+            if not future.done():
+                future.set_exception(error)
+                return
+            with future._condition:
+                for waiter in future._waiters:
+                    waiter.event.set()
+                future._condition.notify_all()
+            return
+        except BaseException as again:  # memory is short; the waiters must hear of it
+            error = again
 
 
 def start_workers(count: int, name: str, stack_bytes: int = 0) -> Workers:

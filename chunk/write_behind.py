@@ -86,13 +86,21 @@ class WriteBehind:
             for begin, end, offset in pieces(start, start + source.numel(), self._staging.block_numel):
                 while len(self._writes) >= self._staging.count:
                     self._finish_first()
-                block = self._staging.borrow()
-                piece = block.view(buffer.dtype)[offset : offset + end - begin]
-                piece.copy_(source[begin - start : end - start])
-                write = _Write(buffer, begin, piece, block)
-                self._writes.append(write)
-                assert self._worker is not None
-                write.start(self._worker)
+                self._begin(buffer, begin, source[begin - start : end - start], offset)
+
+    def _begin(self, buffer: Buffer, begin: int, source: Tensor, offset: int) -> None:
+        """Have one piece written, which lies ``offset`` elements into a block."""
+        assert self._staging is not None and self._worker is not None
+        block = self._staging.borrow()
+        try:
+            piece = block.view(buffer.dtype)[offset : offset + source.numel()]
+            piece.copy_(source)
+            write = _Write(buffer, begin, piece, block)
+            write.start(self._worker)
+        except BaseException:
+            self._staging.give_back(block)
+            raise
+        self._writes.append(write)
 
     def _finish_first(self) -> None:
         self._writes[0].finish()

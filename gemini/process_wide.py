@@ -253,7 +253,11 @@ def compute_on_this_thread(get_num_threads: Callable[[], int], set_num_threads: 
     of_process = get_num_threads()  # asking is what gives a new thread its number; later, it would undo this
     set_num_threads(1)
     restoring = threading.Thread(target=set_num_threads, args=(of_process,))
-    restoring.start()
+    try:
+        restoring.start()
+    except BaseException:
+        set_num_threads(of_process)  # all threads to come would compute alone
+        raise
     restoring.join()
 
 

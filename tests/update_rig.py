@@ -29,7 +29,7 @@ from gemini.chunk import (
     Tier,
     pack,
 )
-from gemini.errors import OffloadError
+from gemini.errors import OffloadError, OutOfMemory
 from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.kernels.update import adam_update
 from gemini.nn.optimizer.rules.adam_rule import AdamUpdate
@@ -192,6 +192,6 @@ def wait_for_all(tickets: Sequence[Ticket]) -> list[BaseException]:
             try:
                 ticket.wait()
                 break
-            except OffloadError as error:
+            except (OffloadError, OutOfMemory) as error:
                 errors.append(error)
     return errors

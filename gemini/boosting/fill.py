@@ -1,18 +1,38 @@
 """Values into homes: those of the model, and the states of an optimizer that has stepped before."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..chunk import MASTER, Chunk, ChunkManager, write_slot
+from ..chunk import MASTER, Chunk, ChunkManager, read_slot, write_slot
 from ..lazy import is_lazy, materialize
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing
 from ..step.unfreezing import fill_states
 from ..torch_private import own_buffers
 from .parameter_data import give_data
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How the memory of a parameter was that has given it up."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "_Form":
+        return cls(parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+
+    def filled(self, values: Tensor) -> Tensor:
+        """Memory like it, with these values."""
+        memory = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return memory.copy_(values.view(self.shape))
 
 
 def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torch.device, are_copied: bool) -> None:
@@ -39,9 +59,19 @@ def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torc
 
     lazy = {id(p) for p in model.parameters() if is_lazy(p)}
     materialize(model, write)
-    for parameter in model.parameters():
-        if id(parameter) not in lazy:
-            give_data(parameter, write(parameter, parameter.data))
+    given: list[tuple[nn.Parameter, _Form]] = []
+    try:
+        for parameter in model.parameters():
+            if id(parameter) not in lazy:
+                stand_in, form = write(parameter, parameter.data), _Form.of(parameter)
+                given.append((parameter, form))
+                give_data(parameter, stand_in)
+    except BaseException:  # a disk that cannot be written to: the model is to be as it was
+        for emptied, form in given:
+            if id(emptied) in places:
+                values = read_slot(*places[id(emptied)], MASTER, manager.together.communicator)
+                give_data(emptied, form.filled(values))
+        raise
     for parameter in packing.parameters:
         manager.bind(parameter, *places[id(parameter)])
     if are_copied:

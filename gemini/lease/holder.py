@@ -64,6 +64,8 @@ class Holder:
         self._limits: dict[str, LimitsOf] = {}
         self.watch(limits)
         self._lease: Lease | None = None
+        self._is_unheard = False
+        """True once a failure to tell the others has been logged."""
         try:
             self._lease = folder.begin(self._standing)
         except OSError as error:
@@ -106,7 +108,12 @@ class Holder:
         answer = answer or self._standing.answer
         self._standing = replace(self._standing, holdings=holdings, is_waiting=is_waiting, answer=answer)
         if self._lease is not None:
-            self._lease.say(self._standing)
+            try:
+                self._lease.say(self._standing)
+            except OSError as error:  # a full disk, say: it must not end a training
+                if not self._is_unheard:
+                    logger.warning("other runs do not hear what this one holds of the machine's memory: %s", error)
+                self._is_unheard = True
 
     def look(self) -> dict[str, Look]:
         """What there is of each memory that was told of."""

@@ -1,10 +1,12 @@
 """The error for a computation of the model (activations, temporaries) that found no memory."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..chunk import ChunkManager
-from ..errors import OutOfMemory
+from ..chunk import ChunkManager, Ledger
+from ..errors import OutOfMemory, is_out_of_memory
 from ..sizes import format_bytes, parse_bytes
 
 
@@ -81,3 +83,26 @@ def out_of_memory(
         f"{left[0].upper()}{left[1:]}. Use a smaller batch, checkpoint activations, or set {tier.value}_memory to "
         f"{less} bytes or less"
     )
+
+
+@contextmanager
+def told(ledger: Ledger, doing: str) -> Iterator[None]:
+    """Have an allocation that fails within be an `OutOfMemory`. What is done there is done as a whole or not at all.
+
+    Parameters
+    ----------
+    doing
+        What is done, in words.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        tier = ledger.memory.compute_tier.value
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OutOfMemory(
+            f"{tier} tier out of memory in {doing} ({cause}). Nothing has been changed, and it can be "
+            f"tried again. If it fails again, set {tier}_memory to less than "
+            f"{ledger.capacity(ledger.memory.compute_tier)} bytes, so that more is left beside model data"
+        ) from error

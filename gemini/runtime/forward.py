@@ -19,7 +19,7 @@ from ..activations import Saving
 from ..chunk import reach
 from ..engine import Engine, in_backward
 from ..errors import OutOfMemory, is_out_of_memory
-from ..memory.shortage import out_of_memory
+from ..memory.shortage import out_of_memory, told
 from ..planning.trace import Phase
 from ..signals import uninterrupted
 from ..torch_private import NO_BACKWARD, current_backward, is_compiled, next_number
@@ -156,7 +156,8 @@ class ForwardHooks:
     def _before(self, args: Any, kwargs: Any) -> Before:
         """What the forward has to find if it is repeated."""
         updates, parameters = self._engine.updates, self._engine.memory.packing.parameters
-        return Before(self._model, parameters, args, kwargs, self._habits, lambda: updates.arrivals)
+        with told(self._engine.manager.ledger, "what comes before a forward"):
+            return Before(self._model, parameters, args, kwargs, self._habits, lambda: updates.arrivals)
 
     @uninterrupted
     def _failed(self, error: BaseException, before: Before, attempt: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..chunk import QUIET, Chunk, all_or_none
 from ..engine import Engine, StepFacts
+from ..memory.shortage import told
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing
 from ..signals import uninterrupted
@@ -168,7 +169,7 @@ class ChunkedStep:
         self.averages.refuse_swapped("step")
         self._engine.recover()
         self.manager.refuse_released("step")
-        with self._engine.lock:
+        with self._engine.lock, told(self.manager.ledger, "optimizer.step()"):
             self._changes += 1
             self._step(optimizer)
             self._engine.step_ended(self.facts)

@@ -185,7 +185,11 @@ class UpdatesAhead:
         run = Run(chunk.extent.start, chunk.extent.stop, planned.update.runs[0].at_step)  # what is between stays zero
         update = ChunkUpdate(chunk, (run,), self._filled(chunk, trial, refresh), trial=trial)
         homes, gradient = _identity(chunk), chunk.gradient.version
-        (ticket,) = self._queue.submit([update], self._manager.device.caller())
+        try:
+            (ticket,) = self._queue.submit([update], self._manager.device.caller())
+        except BaseException:
+            trial.call_off()
+            raise
         step.begun[chunk] = _Begun(trial, ticket, planned.terms, homes, gradient)
 
     def _filled(self, chunk: Chunk, trial: Trial, refresh: bool) -> Tensor | None:

@@ -219,10 +219,19 @@ class Block:
 
 
 class Moves:
-    """The reads or writes of one block, one for each of its buffers on disk, all under way at once."""
+    """The reads or writes of one block, one for each of its buffers on disk, all under way at once.
 
-    def __init__(self, futures: Sequence[Future[None]] = ()) -> None:
+    Parameters
+    ----------
+    futures
+        Those that were begun.
+    error
+        Why the others were not.
+    """
+
+    def __init__(self, futures: Sequence[Future[None]] = (), error: Exception | None = None) -> None:
         self._futures = futures
+        self._error = error
 
     @property
     def are_over(self) -> bool:
@@ -236,6 +245,8 @@ class Moves:
     def finish(self) -> None:
         """Wait for all of them; raise what went wrong in one."""
         self.rest()
+        if self._error is not None:
+            raise self._error
         for future in self._futures:
             future.result()
 
@@ -243,7 +254,7 @@ class Moves:
     def have_failed(self) -> bool:
         """True if one of them went wrong. Waits for all."""
         self.rest()
-        return any(future.exception() is not None for future in self._futures)
+        return self._error is not None or any(future.exception() is not None for future in self._futures)
 
 
 _InFlight = tuple[Block, Moves]
@@ -392,11 +403,13 @@ class UpdatePipeline:
         block.update.trial.abandon(block.start)
 
     def _move(self, move: Callable[[Block, str], None], block: Block, names: Iterable[str]) -> Moves:
-        futures = []
-        for name in names:
-            future = self._disk.submit(move, block, name)
-            future.add_done_callback(self._wake)
-            futures.append(future)
+        futures: list[Future[None]] = []
+        try:
+            for name in names:
+                futures.append(self._disk.submit(move, block, name))
+                futures[-1].add_done_callback(self._wake)
+        except Exception as error:  # the others are under way: it comes to light once they are over
+            return Moves(futures, error)
         return Moves(futures)
 
     def _wake(self, future: "Future[None]") -> None:

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from ..chunk import Caller, Chunk, Staging, close_in_background, pieces, start_workers
+from ..errors import OutOfMemory, is_out_of_memory
 from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Rule
 from ..process_wide import compute_on_this_thread
+from ..system_limits import refused_thread
 from .ticket import Ticket
 from .update_pipeline import Block, ChunkUpdate, UpdatePipeline
 
+_NOTHING_LOST = "nothing is lost, and they are tried again; lower host_memory"
 _WARM_UP_NUMEL = {True: 1 << 18, False: 1 << 10}
 """On the CPU enough for several threads; on a device only the kernel counts, and memory is full by then."""
 
@@ -69,7 +72,10 @@ class UpdateQueue:
     def __init__(self, staging: Staging | None) -> None:
         self._staging = staging
         self._thread = start_workers(1, "update")
-        self._thread.submit(compute_on_this_thread, torch.get_num_threads, torch.set_num_threads).result()
+        try:
+            self._thread.submit(compute_on_this_thread, torch.get_num_threads, torch.set_num_threads).result()
+        except RuntimeError as error:
+            raise refused_thread(error) from error
         self._pipeline = UpdatePipeline(staging)
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -86,8 +92,8 @@ class UpdateQueue:
             tickets.append(ticket)
             blocks += [Block(update, caller, ticket, *cut) for cut in cuts]
         with self._lock:
+            self._thread.submit(self._work)  # first: it may fail. It waits for the lock
             self._pipeline.add(blocks)
-            self._thread.submit(self._work)
         return tickets
 
     def arrange(self, chunks: Sequence[Chunk]) -> None:
@@ -117,10 +123,10 @@ class UpdateQueue:
         with self._lock:
             if self._error is None or self._is_closed:
                 return
+            self._thread.submit(self._work)  # first, as in `submit`
             self._error = None
             for block in self._pipeline.left:
                 block.ticket.reopen()
-            self._thread.submit(self._work)
 
     def _work(self) -> None:
         """Do all there is. Runs on the update thread."""
@@ -131,6 +137,8 @@ class UpdateQueue:
         try:
             self._pipeline.run()
         except BaseException as error:  # whatever it is, it surfaces at the waits
+            if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+                error = OutOfMemory(f"host tier out of memory in the optimizer's updates ({error!r}); {_NOTHING_LOST}")
             with self._lock:
                 self._error = error
                 self._fail_all(error)

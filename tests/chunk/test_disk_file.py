@@ -7,7 +7,9 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -184,3 +186,58 @@ def test_a_file_without_depth_has_no_threads_and_closing_ends_those_of_another(t
     file.close()
     file.close()
     assert threads() == before
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
+def test_a_folder_that_cannot_be_used_says_what_would_help(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cures = {
+        errno.EMFILE: "ulimit -n",
+        errno.ENFILE: "fs.file-max",
+        errno.ENOSPC: "free some room",
+        errno.EDQUOT: "quota",
+        errno.EIO: "another disk",
+        errno.EACCES: "that you may write to",
+    }
+
+    def refuse(*args: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OffloadError) as caught:
+        DiskFile(tmp_path)
+    assert cures[number] in str(caught.value)
+    assert ("that you may write to" in str(caught.value)) == (number == errno.EACCES)
+
+
+def test_a_transfer_that_could_not_be_handed_over_leaves_nobody_using_the_memory(
+    file: DiskFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, begun, may_go_on = Memory(), threading.Event(), threading.Event()
+    submit, read, count = ThreadPoolExecutor.submit, os.preadv, [0]
+
+    def refuse_the_third(*args: object) -> object:
+        count[0] += 1
+        if count[0] == 3:
+            assert begun.wait(20)  # by a worker
+            may_go_on.set()
+            raise MemoryError
+        return submit(*args)  # type: ignore[arg-type]
+
+    def slow(*args: Any) -> int:
+        begun.set()
+        assert may_go_on.wait(20)
+        running.append(1)
+        moved = read(*args)
+        running.pop()
+        return moved
+
+    running: list[int] = []
+    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse_the_third)
+    with pytest.raises(MemoryError):
+        file.read(0, memory.address, 8 * REQUESTS.nbytes, "test")
+    assert not running
+    pool = file._pool
+    assert pool is not None and pool._work_queue.empty()

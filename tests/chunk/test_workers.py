@@ -1,10 +1,13 @@
+import gc
 import os
 import threading
+from concurrent.futures import Future
 
 import pytest
 
 from gemini.chunk import close_in_background, start_workers, workers
 from gemini.errors import LimitError
+from gemini.process_wide import compute_on_this_thread
 
 
 def test_all_threads_are_there_before_the_first_task() -> None:
@@ -28,6 +31,33 @@ def test_a_refused_thread_is_a_limit_and_leaves_none_behind(monkeypatch: pytest.
         start_workers(2, "test")
     started[0].join(10)
     assert not started[0].is_alive()
+
+
+def test_a_task_whose_submission_failed_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, done = start_workers(1, "test"), list[str]()
+
+    def fail() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_adjust_thread_count", fail)  # the task is in the queue then
+        with pytest.raises(MemoryError):
+            pool.submit(done.append, "lost")
+    pool.submit(done.append, "kept").result(10)
+    assert done == ["kept"]
+    pool.shutdown()
+
+
+def test_torch_keeps_its_number_of_threads_where_none_could_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [4]
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError):
+        compute_on_this_thread(lambda: numbers[-1], numbers.append)
+    assert numbers == [4, 1, 4]
 
 
 # -- the end, asked for by a finalizer
@@ -123,3 +153,55 @@ def test_a_fork_has_nothing_to_end_and_does_not_wait(monkeypatch: pytest.MonkeyP
     pid = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
     close_in_background(lambda: pytest.fail("these threads are not ours"))
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_outlives_what_goes_wrong_around_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, told = start_workers(1, "test"), Future.set_result
+
+    def no_memory(future: Future[int], result: int) -> None:
+        monkeypatch.setattr(Future, "set_result", told)
+        raise MemoryError
+
+    monkeypatch.setattr(Future, "set_result", no_memory)
+    with pytest.raises(MemoryError):
+        pool.submit(lambda: 1).result(20)
+    assert pool.submit(lambda: 2).result(20) == 2
+    pool.shutdown()
+
+
+@pytest.mark.timeout(60)
+def test_who_waits_hears_of_a_result_that_was_set_and_not_told() -> None:
+    pool, may_end = start_workers(1, "test"), threading.Event()
+
+    class Deaf(threading.Condition):
+        """Finds no memory to wake the others, once."""
+
+        def notify_all(self) -> None:
+            if not calls:
+                calls.append(1)
+                raise MemoryError
+            super().notify_all()
+
+    calls: list[int] = []
+    future = pool.submit(may_end.wait, 20)
+    future._condition = Deaf()
+    results: list[bool] = []
+    waiter = threading.Thread(target=lambda: results.append(future.result(20)))
+    waiter.start()
+    may_end.set()
+    waiter.join(20)
+    assert results == [True] and calls == [1]
+    assert pool.submit(lambda: 2).result(20) == 2
+    pool.shutdown()
+
+
+@pytest.mark.timeout(60)
+def test_threads_end_with_their_pool() -> None:
+    pool = start_workers(2, "test-gone")
+    del pool
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("gemini-memory-test-gone"):
+            thread.join(20)
+            assert not thread.is_alive()

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -139,3 +140,21 @@ def test_an_error_is_told_to_who_waits_for_its_buffer_and_to_the_flush(behind: W
             work()
     behind.flush()
     assert bool(failing.tensor.all())
+
+
+def test_a_write_that_could_not_be_handed_over_costs_no_block(
+    behind: WriteBehind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer, source = Slow(1000), torch.randn(1000)
+
+    def no_memory(*args: object) -> None:
+        raise MemoryError
+
+    for _ in range(10):  # there are three blocks
+        with monkeypatch.context() as patch:
+            patch.setattr(ThreadPoolExecutor, "submit", no_memory)
+            with pytest.raises(MemoryError):
+                behind.write(buffer, 0, source)
+    behind.write(buffer, 0, source)
+    behind.flush()
+    assert torch.equal(buffer.tensor, source)

@@ -1,5 +1,6 @@
 """What there is of one memory, what is promised, and what each holder finds."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,3 +148,19 @@ def test_a_group_has_one_name_wherever_it_is_seen_from(tmp_path: Path) -> None:
 
 def test_folders_on_one_file_system_are_one_pool(tmp_path: Path) -> None:
     assert disk_limit(tmp_path).pool == disk_limit(tmp_path / "not" / "yet").pool
+
+
+def test_a_disk_that_takes_no_lease_is_said_once_and_ends_nothing(
+    two: tuple[Holder, Holder], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _ = two
+
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    for held in range(3):
+        first.say({HOST: Holds(claim=Claim(floor=0, wish=GIB), held=held * GIB)})
+    assert [record.message for record in caplog.records] == [
+        "other runs do not hear what this one holds of the machine's memory: [Errno 28] No space left on device"
+    ]

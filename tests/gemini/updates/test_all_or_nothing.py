@@ -171,7 +171,8 @@ def test_any_failing_allocation_leaves_a_boosted_optimizer_as_it_was(precision: 
         try:
             with FailAt(number):
                 run.optimizer.step()
-        except MemoryError:
+        except (MemoryError, OutOfMemory) as error:
+            assert "in optimizer.step()" in str(error) or "profiler" in str(error)  # of torch, around the step
             check_numbers(numbers(run), before)
             run.optimizer.step()
         check_numbers(numbers(run), expected)  # or it has completed

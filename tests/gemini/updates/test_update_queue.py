@@ -4,7 +4,9 @@ import random
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,3 +220,76 @@ def test_a_waiter_that_wakes_after_another_began_the_retry_waits_for_the_retry(t
         ticket.finish_block(None)
         waiter.join(30)
         assert seen in ([True], ["the error"])  # never that it was over before it was
+
+
+def refuse_some(patch: pytest.MonkeyPatch, of: str, refused: set[int]) -> list[int]:
+    """Have these submissions to a pool (by their number) find no memory. Returns the list that counts them."""
+    submit, count = ThreadPoolExecutor.submit, [0]
+
+    def counted(self: ThreadPoolExecutor, *args: Any, **kwargs: Any) -> Any:
+        if not self._thread_name_prefix.endswith(of):  # type: ignore[attr-defined]
+            return submit(self, *args, **kwargs)
+        number, count[0] = count[0], count[0] + 1
+        if number in refused:
+            raise MemoryError
+        return submit(self, *args, **kwargs)
+
+    patch.setattr(ThreadPoolExecutor, "submit", counted)
+    return count
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_that_could_not_be_handed_over_has_not_begun(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rig(tmp_path, PLACES[place], Faults()) as r:
+        with monkeypatch.context() as patch:
+            refuse_some(patch, "memory-update", {0})
+            before = [{name: value.clone() for name, value in values.items()} for values in r.expected]
+            with pytest.raises(MemoryError):
+                r.submit()
+        r.expected, r.steps = before, 0
+        assert not r.queue._pipeline.left
+        r.check()
+        wait_for_all(r.submit())
+        r.check()
+
+
+def test_a_retry_that_could_not_be_handed_over_is_made_by_the_next_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults()
+    with rig(tmp_path, PLACES["disk"], faults) as r:
+        faults.always = True
+        tickets = r.submit()
+        with pytest.raises(OffloadError):
+            tickets[0].wait()
+        for ticket in tickets:
+            ticket.rest(20)
+        faults.always = False
+        with monkeypatch.context() as patch:
+            refuse_some(patch, "memory-update", {0})
+            with pytest.raises(MemoryError):
+                tickets[0].wait()
+        wait_for_all(tickets)
+        r.check()
+
+
+def test_a_failure_to_hand_over_any_one_move_of_a_block_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = 0
+    while True:
+        with rig(tmp_path / str(number), PLACES["disk"], Faults()) as r:
+            with monkeypatch.context() as patch:
+                count = refuse_some(patch, "update-io", {number})
+                tickets = r.submit()
+                errors = wait_for_all(tickets)
+            r.check()
+            staging = r.queue._staging
+            assert staging is not None and staging.free_count == staging.count
+            assert len(errors) == (count[0] > number)
+        if count[0] <= number:
+            break
+        number += 5
+    assert number > 10

@@ -1,0 +1,47 @@
+"""A few of the operations of which `scripts/faults` has each one fail: training goes on bit for bit."""
+
+import gc
+from pathlib import Path
+
+import pytest
+from fault_sites import ALLOCATIONS, DISK
+from faulty_steps import SETTINGS, Broken, Outcome, run_boosts, run_first_steps, run_steps
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
+
+RUNS = {"step": run_steps, "first step": run_first_steps, "boost": run_boosts}
+SITES = {**ALLOCATIONS, **DISK}
+
+
+@pytest.mark.parametrize(
+    ("setting", "what", "site", "every"),
+    [
+        ("resident, fp32", "step", "tensors", 25),
+        ("resident, fp32", "step", "python", 1),
+        ("streamed, fp32", "step", "tensors", 25),
+        ("streamed, bf16", "step", "python", 1),
+        ("disk, fp32", "step", "python", 23),
+        ("disk, fp32", "first step", "EIO", 29),
+        ("disk, bf16", "step", "spoils", 13),
+        ("disk, fp32", "boost", "threads", 5),
+        ("disk, fp32", "boost", "EMFILE", 3),
+        ("activations, fp32", "step", "tensors", 29),
+        ("activations, fp32", "step", "short", 29),
+        ("activations, bf16", "step", "python", 31),
+    ],
+)
+def test_an_operation_that_fails_costs_a_step_at_most(
+    setting: str, what: str, site: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gc.collect()
+    gc.freeze()
+    try:
+        results = dict(RUNS[what](SETTINGS[setting], SITES[site], 0, every))
+    finally:
+        gc.unfreeze()
+    assert {at: str(result) for at, result in results.items() if isinstance(result, Broken)} == {}
+    outcomes = [result for result in results.values() if isinstance(result, Outcome)]
+    assert any(outcome.is_injected for outcome in outcomes)
+    untyped = [told.trace for outcome in outcomes for told in outcome.errors if told.is_untyped]
+    assert site == "python" or untyped == []
