@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From low to high: a module may import its own row and the rows before it, never a later one. The names are the parts
 # after `gemini.`; a package stands for all of its modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sizes", "cores", "initialize", "process_wide", "torch_private", "colossal"),
+    ("errors", "sizes", "cores", "initialize", "process_wide", "safe_files", "torch_private", "colossal"),
     ("formats",),
     ("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
     ("chunk", "lazy", "telemetry"),
@@ -40,12 +40,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ISOLATED: Mapping[str, frozenset[str]] = {
     "colossal": frozenset(),
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
-    "chunk": frozenset({"errors", "process_wide", "torch_private"}),
+    "chunk": frozenset({"errors", "process_wide", "safe_files", "torch_private"}),
     "lazy": frozenset({"errors", "torch_private"}),
-    "formats": frozenset({"cores", "process_wide"}),
-    "telemetry": frozenset({"sizes", "process_wide"}),
-    "lease": frozenset({"telemetry", "sizes", "process_wide"}),
-    "stat": frozenset({"telemetry", "lease", "formats", "sizes", "cores", "process_wide"}),
+    "formats": frozenset({"cores", "process_wide", "safe_files"}),
+    "telemetry": frozenset({"sizes", "process_wide", "safe_files"}),
+    "lease": frozenset({"telemetry", "sizes", "process_wide", "safe_files"}),
+    "stat": frozenset({"telemetry", "lease", "formats", "sizes", "cores", "process_wide", "safe_files"}),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
@@ -58,6 +58,7 @@ WITHOUT_TORCH = (
     "sizes",
     "cores",
     "process_wide",
+    "safe_files",
     "formats",
     "telemetry",
     "lease",

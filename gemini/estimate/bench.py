@@ -1,7 +1,6 @@
 """``gemini-stat bench``: what this machine's links, disk and processor do, for ``estimate`` and the live screen."""
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from gemini.stat.estimate_outputs import Bench, DiskBench
 from gemini.stat.rates import hardware_file
 from gemini.stat.text import count, size
 from gemini.telemetry.encoding import as_mapping
+from gemini.telemetry.files import read_document
 from gemini.telemetry.layout import disks_folder
 from gemini.telemetry.run_folder import write_document
 
@@ -114,7 +114,7 @@ def _spread(rounds: Sequence[float]) -> str:
 def read_speed(path: Path | None = None) -> dict[str, float]:
     """All measured numbers by name, flat; empty before the first ``bench``."""
     try:
-        content = json.loads((path or hardware_file()).read_text())
+        content = read_document(path or hardware_file())
         return {
             **content["bytes_per_second"],
             **{k: v for k, v in content.items() if k.endswith("_per_second") and isinstance(v, float)},

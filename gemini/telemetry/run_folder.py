@@ -1,6 +1,5 @@
 """Making the folder of a run, and keeping the number of old ones bounded."""
 
-import json
 import os
 import re
 import socket
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini.telemetry.encoding import encode
+from gemini.telemetry.files import read_document
 from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder, start_file
 from gemini.telemetry.liveness import is_locked
 
@@ -60,7 +60,7 @@ def make_run_folder(run_dir: Path | None, run_id: str, rank: int | None = None) 
 def _has_written(run: Path, run_id: str, rank: int) -> bool:
     """True if this very process has written that run before."""
     try:
-        start = json.loads(start_file(run, rank).read_bytes())
+        start = read_document(start_file(run, rank))
         return [start[key] for key in ("run_id", "pid", "host")] == [run_id, os.getpid(), socket.gethostname()]
     except (OSError, ValueError, LookupError, TypeError):
         return False
