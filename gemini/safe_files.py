@@ -16,9 +16,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 OWN_FOLDER, OWN_FILE = 0o700, 0o600
 """Modes of what nobody else has to see."""
+USERS_FILE = 0o666
+"""Mode, less the umask, of what a user asks for."""
 _ROOT = 0
 _MORE_BYTES = 1 << 16
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -110,7 +113,7 @@ def make_own_folder(path: Path, ours: int = 1) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(part))
         is_open = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
         if is_open or (status.st_uid not in (os.geteuid(), _ROOT) and os.geteuid() != _ROOT):
-            raise NotOurs(errno.EPERM, "it must belong to this user and not be writable to all", str(part))
+            raise NotOurs(errno.EPERM, "it must belong to this user and be writable to nobody else", str(part))
 
 
 def refuse_link(path: Path) -> None:
@@ -172,7 +175,7 @@ def open_own(name: "Path | str", flags: int, folder: int | None = None) -> int:
     return descriptor
 
 
-def write_draft(name: str, content: bytes, folder: int | None = None, mode: int = OWN_FILE) -> str:
+def write_draft(name: str, content: bytes, folder: int | None = None) -> str:
     """A new file beside ``name`` that nobody can foresee the name of; that name. A full disk leaves nothing behind.
 
     Raises
@@ -180,9 +183,7 @@ def write_draft(name: str, content: bytes, folder: int | None = None, mode: int 
     OSError
         As the system says.
     """
-    parent, own = os.path.split(name)
-    draft = os.path.join(parent, f".{own[:200]}.{os.getpid()}.{secrets.token_hex(4)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _ALIEN, mode, dir_fd=folder)
+    draft, descriptor = _new_draft(name, folder, OWN_FILE)
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
@@ -200,9 +201,30 @@ def replace_file(name: "Path | str", content: bytes, folder: int | None = None, 
     OSError
         As the system says.
     """
-    draft = write_draft(os.fspath(name), content, folder, mode)
+    with replacing(name, folder, mode) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(name: "Path | str", folder: int | None = None, mode: int = OWN_FILE) -> Iterator[IO[bytes]]:
+    """A file to be written, which takes its place as in `replace_file` if all goes well and else is gone.
+
+    Raises
+    ------
+    OSError
+        As the system says.
+    """
+    draft, descriptor = _new_draft(os.fspath(name), folder, mode)
     try:
+        with open(descriptor, "wb") as file:
+            yield file
         os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
-    except OSError:
+    except BaseException:
         os.unlink(draft, dir_fd=folder)
         raise
+
+
+def _new_draft(name: str, folder: int | None, mode: int) -> tuple[str, int]:
+    parent, own = os.path.split(name)
+    draft = os.path.join(parent, f".{own[:200]}.{os.getpid()}.{secrets.token_hex(4)}")
+    return draft, os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _ALIEN, mode, dir_fd=folder)

@@ -14,6 +14,7 @@ from gemini.chunk import find_accelerator
 from gemini.errors import OffloadError
 from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.safe_files import make_own_folder
 from gemini.sizes import parse_bytes
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.estimate_outputs import Bench, DiskBench
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> Exit:
         disk=None if disk is None else _as_output(Path(options.target), disk),
     )
     file = Path(options.output) if options.output else hardware_file()
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_own_folder(file.parent) if options.output is None else file.parent.mkdir(parents=True, exist_ok=True)
     write_document(file, as_mapping(content))
     if options.json:
         print_json(content)

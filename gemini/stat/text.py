@@ -13,6 +13,11 @@ def printable(text: str, limit: int = 200) -> str:
     )
 
 
+def file_name(text: str) -> str:
+    """A run id as part of a file's name, whatever is in it."""
+    return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "_" for char in text)[:80] or "run"
+
+
 def size(nbytes: float | None) -> str:
     return UNKNOWN if nbytes is None else format_bytes(nbytes)
 
