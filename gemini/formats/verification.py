@@ -93,7 +93,8 @@ def find(path: Path) -> list[Path]:
         If there is no such path, or nothing there is a checkpoint's.
     """
     if path.name == LATEST and path.is_file():  # where links cannot be made
-        path = path.with_name(path.read_text(errors="replace")[:200].strip())
+        with open(path, "rb") as file:
+            path = path.with_name(file.read(200).decode(errors="replace").strip())
     if path.is_file():
         return [path]
     if not path.is_dir():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemini.stat.text import cell
 from gemini.telemetry import history
 from gemini.telemetry.documents import read_chunks, valid
 from gemini.telemetry.encoding import encode
@@ -29,7 +30,7 @@ def as_csv(run: Path, ranks: Sequence[int]) -> Iterator[str]:
         for when, stats in history.steps(run, rank):
             if columns is None:
                 columns = list(stats)
-                yield _row(["t", "rank", *(_cell(name) for name in columns)])
+                yield _row(["t", "rank", *(cell(name) for name in columns)])
             yield _row([when, rank, *(stats.get(name, "") for name in columns)])
 
 
@@ -98,8 +99,3 @@ def _row(values: list[Any]) -> str:
     out = io.StringIO()
     csv.writer(out).writerow(values)
     return out.getvalue()
-
-
-def _cell(text: str) -> str:
-    """A spreadsheet runs what begins like a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
