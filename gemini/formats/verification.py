@@ -127,7 +127,8 @@ def verify(path: Path, tell: Tell = lambda nbytes: None) -> Verified:
         except Damaged as error:
             return Verified(path, None, (_fault(path, MANIFEST_NAME, error),))
         return Verified(path, manifest.id, tuple(_of_manifest(path, manifest, tell)))
-    names = sorted(file.name for file in path.iterdir() if _is_known(file.name) and file.is_file())
+    # A pipe or a link that leads nowhere has a verdict, too: with that name it stands for a file that is not there.
+    names = sorted(file.name for file in path.iterdir() if _is_known(file.name) and not file.is_dir())
     elsewhere = {name for index in names for name in _named_by(path / index) if "/" in name}
     found = [_verdict(path / name, name, tell) for name in (*names, *sorted(elsewhere))]
     if _lost_manifest(path):
