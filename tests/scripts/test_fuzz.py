@@ -1,5 +1,6 @@
 """The fuzzers find nothing in a moment, and do see what they are for."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -28,3 +29,39 @@ def test_nothing_crashes_hangs_or_takes_more_memory(target: str, tmp_path: Path)
     assert counts["ok"], counts["failures"]
     assert counts["inputs"] > 5
     assert not (tmp_path / "failures").exists()
+
+
+CHILDREN = {
+    "is killed": ("os.kill(os.getpid(), 11)", "crashes"),
+    "ends with an error": ("raise SystemExit(3)", "crashes"),
+    "hangs": ("threading.Event().wait(60)", "hangs"),
+    "reports a crash": ("say('ValueError: x', True)", "crashes"),
+    "runs out of memory": ("say('MemoryError: ', True)", "above_memory_limit"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", CHILDREN)
+def test_what_goes_wrong_is_counted_and_kept(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "faults"))
+    fuzz = importlib.import_module("fuzz")
+    code, count = CHILDREN[name]
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import json, os, pathlib, sys, threading\n"
+        "def say(outcome, is_bad):\n"
+        "    line = dict(what='x', outcome=outcome, is_bad=is_bad, peak_mib=1)\n"
+        "    print(json.dumps(line), flush=True)\n"
+        "pathlib.Path(sys.argv[2], 'current').write_text('input')\n"
+        f"say('fine', False)\n{code}\n"
+    )
+    monkeypatch.setattr(fuzz, "CHILD", child)
+    monkeypatch.setattr(fuzz, "HANG_SECONDS", 1.0)
+    monkeypatch.setattr(sys, "path", [sys.path[0], str(ROOT / "tests"), str(ROOT), *sys.path[1:]])
+    found = fuzz.Found(tmp_path / "failures")
+    fuzz._one_child("http", 0, 1.0, found)
+    counts = {"crashes": found.crashes, "hangs": found.hangs, "above_memory_limit": found.above_limit}
+    assert counts == {**dict.fromkeys(counts, 0), count: 1}
+    assert found.first_failures
+    if "say" not in code:
+        assert (tmp_path / "failures" / "lost-0" / "input").read_text() == "input"
