@@ -59,12 +59,12 @@ def find_run(target: str | None = None) -> tuple[Path, str]:
             return Path(chosen), f"the run in ${RUN_DIR_VARIABLE}"
         raise NoRun(f"no run in {chosen}, the folder that {RUN_DIR_VARIABLE} names")
     if target is None:
-        return _newest(list_runs(), runs_folder())
+        return _newest(runs_folder())
     folder = Path(target)
     if _is_run(folder):
         return folder, ""
     if os.path.isdir(folder):
-        return _newest(list_runs(folder), folder)
+        return _newest(folder)
     by_id = runs_folder() / target
     if os.sep not in target and _is_run(by_id):
         return by_id, ""
@@ -78,7 +78,10 @@ def find_run(target: str | None = None) -> tuple[Path, str]:
     raise NoRun(f"{target} is no run folder, run id or process id of a run (looked in {runs_folder()})")
 
 
-def _newest(runs: list[Ranks], folder: Path) -> tuple[Path, str]:
+def _newest(folder: Path) -> tuple[Path, str]:
+    runs, unreadable = look_at_runs(folder)
+    if not runs and unreadable:
+        raise NoRun(f"none of {len(unreadable)} in {folder} can be read: {unreadable[0].reason}")
     if not runs:
         raise NoRun(f"no runs in {folder}; train with GeminiPlugin(), or name a run folder")
     live = [run for run in runs if run.is_live]

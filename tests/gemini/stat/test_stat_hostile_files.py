@@ -66,6 +66,12 @@ def test_an_unreadable_run_is_listed_with_the_reason(capsys: Capture) -> None:
     assert capsys.readouterr().out.count("UNREADABLE") == 2
 
 
+def test_where_no_run_can_be_read_the_reason_is_said(capsys: Capture) -> None:
+    spoil(make_run() / "run.json", "a pipe")
+    assert main([]) == Exit.NO_RUN
+    assert "not a regular file" in capsys.readouterr().err
+
+
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("file", ["run.json", "records", "start", "chunks", "timeline"])
 @pytest.mark.parametrize("kind", ["1 GB of nothing", "a line of 1 GB", "a million lists", "10 million lines"])
