@@ -83,9 +83,13 @@ class Judge:
         answer = b""
         try:
             with socket.create_connection(("127.0.0.1", self._served.port), SECONDS) as client:
-                with suppress(ConnectionError):
+                try:
                     client.sendall(data)
                     client.shutdown(socket.SHUT_WR)
+                except TimeoutError:
+                    raise
+                except OSError:
+                    pass  # the server has answered what came first, and hung up
                 with suppress(ConnectionError):
                     while more := client.recv(1 << 16):
                         answer += more
