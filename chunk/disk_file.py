@@ -24,6 +24,7 @@ from threading import Lock
 
 from gemini.errors import OffloadError
 from gemini.process_wide import IO_STACK_BYTES
+from gemini.safe_files import OWN_FOLDER
 
 from .origin import Origin
 from .workers import start_workers
@@ -93,7 +94,7 @@ class DiskFile:
         self._pool: ThreadPoolExecutor | None = None
         self._direct_fd = -1
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(OWN_FOLDER, parents=True, exist_ok=True)
             self._fd = _open_nameless(folder)
         except OSError as error:
             raise OffloadError(

@@ -7,8 +7,10 @@ import os
 import socket
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from gemini.safe_files import make_own_folder, open_own, read_file, replace_file
 
 from .disk_file import Requests
 
@@ -16,6 +18,7 @@ VERSION = 2
 WAIT_SECONDS = 10.0
 """For another process that measures: several times what a training takes for it."""
 _POLL_SECONDS = 0.05
+_MOST_BYTES = 1 << 16
 
 
 class DiskMemory:
@@ -40,8 +43,8 @@ class DiskMemory:
         Where nothing can be written nobody waits: there is nothing to be learnt from another process then.
         """
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            make_own_folder(self.path.parent)
+            lock = open_own(self.path.with_suffix(".lock"), os.O_RDWR)
         except OSError:
             yield
             return
@@ -56,7 +59,7 @@ class DiskMemory:
     def load(self, allowed: Collection[Requests]) -> Requests | None:
         """What was stored, if it is sound and one of these."""
         try:
-            content = json.loads(self.path.read_text())
+            content = json.loads(read_file(self.path, _MOST_BYTES))
             requests = Requests(nbytes=content["nbytes"], depth=content["depth"])
             is_sound = content["version"] == VERSION and requests in allowed
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -72,13 +75,9 @@ class DiskMemory:
             "nbytes": requests.nbytes,
             "depth": requests.depth,
         }
-        whole = self.path.with_suffix(f".{os.getpid()}")
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            whole.write_text(json.dumps(content, indent=1) + "\n")
-            whole.replace(self.path)
-        except OSError:
-            whole.unlink(missing_ok=True) if self.path.parent.is_dir() else None
+        with suppress(OSError):
+            make_own_folder(self.path.parent)
+            replace_file(self.path, json.dumps(content, indent=1).encode() + b"\n")
         return requests
 
 

@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "system_limits",
         "initialize",
         "process_wide",
+        "safe_files",
         "signals",
         "torch_private",
         "colossal",
@@ -51,12 +52,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ISOLATED: Mapping[str, frozenset[str]] = {
     "colossal": frozenset(),
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
-    "chunk": frozenset({"errors", "sizes", "process_wide", "signals", "system_limits", "torch_private"}),
+    "chunk": frozenset({"errors", "sizes", "process_wide", "safe_files", "signals", "system_limits", "torch_private"}),
     "lazy": frozenset({"errors", "arguments", "torch_private"}),
-    "formats": frozenset({"cores", "process_wide"}),
-    "telemetry": frozenset({"sizes", "arguments", "process_wide"}),
-    "lease": frozenset({"telemetry", "sizes", "arguments", "process_wide"}),
-    "stat": frozenset({"telemetry", "lease", "formats", "sizes", "arguments", "cores", "process_wide", "signals"}),
+    "formats": frozenset({"cores", "process_wide", "safe_files"}),
+    "telemetry": frozenset({"sizes", "arguments", "process_wide", "safe_files"}),
+    "lease": frozenset({"telemetry", "sizes", "arguments", "process_wide", "safe_files"}),
+    "stat": frozenset(
+        {"telemetry", "lease", "formats", "sizes", "arguments", "cores", "process_wide", "safe_files", "signals"}
+    ),
 }
 
 # Decide without tensors: neither they nor any module of ours that they import may import torch. It is the modules that
@@ -71,6 +74,7 @@ WITHOUT_TORCH = (
     "arguments.places",
     "cores",
     "process_wide",
+    "safe_files",
     "signals",
     "formats",
     "telemetry",

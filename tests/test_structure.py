@@ -18,7 +18,7 @@ MOST_LINES_OF_A_CLASS = 300
 MOST_ATTRIBUTES_OF_A_CLASS = 14
 MOST_LINES_OF_THE_CORE = 9_000
 NOT_CORE = (
-    *("lazy", "checkpoint", "estimate", "formats", "integrations", "nn", "stat", "telemetry", "train"),
+    *("lazy", "checkpoint", "estimate", "formats", "integrations", "nn", "safe_files", "stat", "telemetry", "train"),
     *("colossal", "accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"),
 )
 

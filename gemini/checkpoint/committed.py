@@ -23,6 +23,8 @@ from itertools import count
 from pathlib import Path
 
 from gemini.errors import CheckpointError
+from gemini.formats.json_file import LIMIT_BYTES
+from gemini.safe_files import read_text
 
 from .folder import sync_file, sync_folder
 from .manifest import FORMAT, MANIFEST_NAME, Manifest
@@ -229,7 +231,7 @@ def _rename(stage: Path, folder: Path) -> Path:
 def _text(path: Path) -> str:
     """What a file says; empty if it cannot be read."""
     try:
-        return path.read_text(errors="replace")
+        return read_text(path, LIMIT_BYTES, errors="replace")
     except OSError:
         return ""
 

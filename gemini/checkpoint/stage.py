@@ -28,6 +28,8 @@ from pathlib import Path
 from types import TracebackType
 
 from gemini.errors import CheckpointError
+from gemini.formats.json_file import LIMIT_BYTES
+from gemini.safe_files import read_text
 
 from .folder import is_same_file, locked, make_folder, open_folder, sync_file, sync_folder, try_lock
 from .output import Output, failure, make_parent
@@ -335,6 +337,6 @@ def _last_change(folder: Path) -> float:
 
 def _is_named(left: Path, folder: Path) -> bool:
     try:
-        return any(f'"{left.name}/' in index.read_text() for index in folder.glob("*.json"))
+        return any(f'"{left.name}/' in read_text(index, LIMIT_BYTES) for index in folder.glob("*.json"))
     except (OSError, UnicodeDecodeError):
         return True  # when in doubt, keep it

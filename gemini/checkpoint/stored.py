@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gemini.errors import CheckpointError
+from gemini.formats.json_file import LIMIT_BYTES
+from gemini.safe_files import read_file
 
 from . import committed
 from .averages import checked_averages, warn_of_left_out
@@ -152,7 +154,7 @@ class Stored:
         paths = [self._file(part, dataloader_file(index)) for index in range(self.manifest.world_size)]
         if len(paths) == count:
             return paths[rank]
-        if len({path.read_bytes() for path in paths}) > 1:
+        if len({read_file(path, LIMIT_BYTES) for path in paths}) > 1:
             raise CheckpointError(
                 f"{self.folder} holds positions of {part} on {len(paths)} ranks that differ, and cannot be divided "
                 f"among {count}: load with as many ranks, or leave the dataloader out. A loader of "

@@ -1,7 +1,6 @@
 """``gemini-stat bench``: what this machine's links, disk and processor do, for ``estimate`` and the live screen."""
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +17,13 @@ from gemini.chunk import find_accelerator
 from gemini.errors import OffloadError
 from gemini.nn.optimizer.kernels.arithmetic import AdamHyper, scalars
 from gemini.nn.optimizer.kernels.update import adam_update
+from gemini.safe_files import make_own_folder
 from gemini.stat.console import Exit, Usage, print_json
 from gemini.stat.estimate_outputs import Bench, DiskBench
 from gemini.stat.rates import hardware_file
 from gemini.stat.text import count, size
 from gemini.telemetry.encoding import as_mapping
+from gemini.telemetry.files import read_document
 from gemini.telemetry.layout import disks_folder
 from gemini.telemetry.run_folder import write_document
 
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> Exit:
         disk=None if disk is None else _as_output(Path(options.target), disk),
     )
     file = options.output or hardware_file()
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_own_folder(file.parent) if options.output is None else file.parent.mkdir(parents=True, exist_ok=True)
     write_document(file, as_mapping(content))
     if options.json:
         print_json(content)
@@ -121,7 +122,7 @@ def _spread(rounds: Sequence[float]) -> str:
 def read_speed(path: Path | None = None) -> dict[str, float]:
     """All measured numbers by name, flat; empty before the first ``bench``."""
     try:
-        content = json.loads((path or hardware_file()).read_text())
+        content = read_document(path or hardware_file())
         return {
             **content["bytes_per_second"],
             **{k: v for k, v in content.items() if k.endswith("_per_second") and isinstance(v, float)},

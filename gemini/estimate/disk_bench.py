@@ -72,7 +72,7 @@ def measure_disk(folder: Path, nbytes: int, memory: Path) -> DiskFound:
     OffloadError
         If the folder cannot be written to, or has no room.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(0o700, parents=True, exist_ok=True)
     free = os.statvfs(folder)
     nbytes = max(min(nbytes, free.f_bavail * free.f_frsize // 2), LEAST_SPAN_BYTES)
     known = DiskMemory(folder, memory)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemini.safe_files import read_file
+
 Batch = dict[str, Any]
 
 
@@ -144,7 +146,7 @@ def _config(transformers: Any, spec: str, overrides: dict[str, Any]) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(read_file(file, 16 << 20))
             kind = content.pop("model_type")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise NotFound(f"{file} is no configuration of transformers with a model_type: {error!r}") from error

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from gemini.safe_files import open_regular
+
 from .damage import Damaged, Unreadable, listed, shown
 from .json_file import CHECKSUM, check_checksum, checksum_of, read_json
 
@@ -47,7 +49,7 @@ class FileRecord:
             If it cannot be read.
         """
         try:
-            with open(path, "rb") as file:
+            with open(open_regular(path), "rb") as file:
                 nbytes = os.fstat(file.fileno()).st_size
                 left = nbytes
                 if path.suffix == ".safetensors":

@@ -18,6 +18,8 @@ from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
+from gemini.safe_files import open_regular
+
 from .blocks import FileBytes
 from .damage import Damaged, shown
 from .team import Team
@@ -75,7 +77,7 @@ def check_zip(path: Path) -> None:
 
 def refuse_byte_arrays(path: Path) -> None:
     """Raise `Damaged` if a pickle in a file of any format makes a ``bytearray``, whose length is a mere number."""
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return
         with mmap(file.fileno(), 0, access=ACCESS_READ) as content:

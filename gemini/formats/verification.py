@@ -93,7 +93,8 @@ def find(path: Path) -> list[Path]:
         If there is no such path, or nothing there is a checkpoint's.
     """
     if path.name == LATEST and path.is_file():  # where links cannot be made
-        path = path.with_name(path.read_text(errors="replace")[:200].strip())
+        with open(path, "rb") as file:
+            path = path.with_name(file.read(200).decode(errors="replace").strip())
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -126,7 +127,8 @@ def verify(path: Path, tell: Tell = lambda nbytes: None) -> Verified:
         except Damaged as error:
             return Verified(path, None, (_fault(path, MANIFEST_NAME, error),))
         return Verified(path, manifest.id, tuple(_of_manifest(path, manifest, tell)))
-    names = sorted(file.name for file in path.iterdir() if _is_known(file.name) and file.is_file())
+    # A pipe or a link that leads nowhere has a verdict, too: with that name it stands for a file that is not there.
+    names = sorted(file.name for file in path.iterdir() if _is_known(file.name) and not file.is_dir())
     elsewhere = {name for index in names for name in _named_by(path / index) if "/" in name}
     found = [_verdict(path / name, name, tell) for name in (*names, *sorted(elsewhere))]
     if _lost_manifest(path):

@@ -21,12 +21,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gemini.lease.standing import Standing, decoded, encoded
+from gemini.safe_files import make_own_folder
 from gemini.telemetry.layout import runs_folder
 
 _SUFFIX, _ASKED = ".lease", ".ask"
 _MOST_BYTES = 1 << 16
 _ATTEMPTS = 5
-_OWN_ONLY = 0o700
 
 
 def leases_folder() -> Path:
@@ -91,7 +91,7 @@ class LeaseFolder:
         OSError
             If the folder cannot be made, belongs to somebody else, or knows no locks.
         """
-        self.path.mkdir(mode=_OWN_ONLY, parents=True, exist_ok=True)
+        make_own_folder(self.path, ours=2)  # gemini-memory and leases
         with self._opened() as folder:
             for _ in range(_ATTEMPTS):
                 name = f"{os.getpid()}-{secrets.token_hex(4)}"

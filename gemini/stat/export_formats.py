@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemini.stat.text import cell
 from gemini.telemetry import history
 from gemini.telemetry.documents import read_chunks, valid
+from gemini.telemetry.encoding import encode
 from gemini.telemetry.files import number
 from gemini.telemetry.layout import TIERS
 from gemini.telemetry.records import PHASES, Timeline
@@ -18,7 +20,7 @@ def as_jsonl(run: Path, ranks: Sequence[int]) -> Iterator[str]:
     """Every record as it was written, rank after rank; each record names its own."""
     for rank in ranks:
         for record in history.records(run, rank):
-            yield json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+            yield _line(record) + "\n"
 
 
 def as_csv(run: Path, ranks: Sequence[int]) -> Iterator[str]:
@@ -28,7 +30,7 @@ def as_csv(run: Path, ranks: Sequence[int]) -> Iterator[str]:
         for when, stats in history.steps(run, rank):
             if columns is None:
                 columns = list(stats)
-                yield _row(["t", "rank", *(_cell(name) for name in columns)])
+                yield _row(["t", "rank", *(cell(name) for name in columns)])
             yield _row([when, rank, *(stats.get(name, "") for name in columns)])
 
 
@@ -50,6 +52,13 @@ def as_perfetto(run: Path, ranks: Sequence[int]) -> Iterator[str]:
             for event in _events(record, when * 1e6, rank, units):
                 yield ",\n" + json.dumps(event, allow_nan=False)
     yield "\n]}\n"
+
+
+def _line(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(record, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # another program has written NaN
+        return json.dumps(json.loads(encode(record)), separators=(",", ":"))
 
 
 def _named(rank: int) -> str:
@@ -90,8 +99,3 @@ def _row(values: list[Any]) -> str:
     out = io.StringIO()
     csv.writer(out).writerow(values)
     return out.getvalue()
-
-
-def _cell(text: str) -> str:
-    """A spreadsheet runs what begins like a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -9,7 +9,9 @@ from rich.text import Text
 from gemini.stat.sight import Sight
 from gemini.stat.snapshot import STATUS_STYLES
 from gemini.stat.text import UNKNOWN, duration, printable, seconds
+from gemini.telemetry.discovery import UnreadableRun
 
+_LONGEST_REASON = 300
 _HEADINGS = ("status", "step", "time/step", "began", "pid", "run", "ranks", "script")
 
 
@@ -34,3 +36,8 @@ def render(runs: Sequence[Sight]) -> Table:
             printable(identity.name, 40),
         )
     return table
+
+
+def unreadable(run: UnreadableRun) -> str:
+    """A line on a run that is there and cannot be read."""
+    return f"UNREADABLE  {printable(run.path.name, 60)}: {printable(run.reason, _LONGEST_REASON)}"

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from gemini.stat.rates import risk
+from gemini.stat.text import printable
 from gemini.telemetry.records import Process
 from gemini.telemetry.run_status import RunStatus
 from gemini.telemetry.run_view import RunView
@@ -52,7 +53,7 @@ def exposition(look: Callable[[], Iterable[RunView]]) -> bytes:
 
 
 def _labels(run: RunView) -> list[str]:
-    return [run.identity.run_id[:_NAME_LENGTH], str(run.rank)]
+    return [printable(run.identity.run_id, _NAME_LENGTH), str(run.rank)]
 
 
 def _state(runs: list[RunView]) -> Iterator[Metric]:
@@ -62,8 +63,9 @@ def _state(runs: list[RunView]) -> Iterator[Metric]:
         f"{PREFIX}_last_record_timestamp_seconds", "When the newest record was written.", labels=["run", "rank"]
     )
     for run in runs:
-        name, known = run.identity.name[:_NAME_LENGTH], run.identity.facts
-        facts = {key: str(known.get(key, ""))[:_NAME_LENGTH] for key in ("model", "precision", "placement_policy")}
+        name, known = printable(run.identity.name, _NAME_LENGTH), run.identity.facts
+        keys = ("model", "precision", "placement_policy")
+        facts = {key: printable(str(known.get(key, "")), _NAME_LENGTH) for key in keys}
         info.add_metric(_labels(run), {"name": name, **facts})
         for each in RunStatus:
             status.add_metric([*_labels(run), each.value], float(run.status is each))

@@ -142,8 +142,14 @@ class Snapshot(Brief):
     all_ranks: Annotated[AllRanks | None, doc("null: one rank is shown by itself.")]
 
 
+class UnreadableRun(Output):
+    path: str
+    reason: str
+
+
 class Listing(Output):
     runs: list[Brief]
+    unreadable: Annotated[list[UnreadableRun], doc("Folders with files of a run that cannot be read.")] = []
 
 
 class Link(Output):

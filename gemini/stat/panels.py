@@ -112,9 +112,9 @@ def describe_peak(found: Timeline, units: Sequence[str]) -> str:
     """Where the step needs most."""
     peak = found.peak
     index = found.unit[peak]
-    unit = units[index] if 0 <= index < len(units) else "the end of the step"
+    unit = printable(units[index], 48) if 0 <= index < len(units) else "the end of the step"
     phase = {"f": "forward", "b": "backward"}.get(found.phase[peak], "")
-    return f"peak {size(found.total_bytes[peak])} in {phase} of {printable(unit, 48)}" if phase else f"peak at {unit}"
+    return f"peak {size(found.total_bytes[peak])} in {phase} of {unit}" if phase else f"peak at {unit}"
 
 
 def resampled(found: Timeline, columns: int) -> tuple[list[int], list[int]]:

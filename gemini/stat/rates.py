@@ -1,12 +1,11 @@
 """Rates per step and the risk of running out of memory, derived from two step records. Pure."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemini.telemetry.files import number
+from gemini.telemetry.files import number, read_document
 from gemini.telemetry.layout import TIERS, runs_folder
 from gemini.telemetry.run_view import RunView
 
@@ -132,8 +131,8 @@ def hardware_file() -> Path:
 def read_hardware(path: Path | None = None) -> dict[str, float]:
     """Bytes per second by link, such as ``host_to_device``; empty before the first ``bench``."""
     try:
-        content = json.loads((path or hardware_file()).read_text())
-    except (OSError, ValueError, RecursionError):
+        content = read_document(path or hardware_file())
+    except (OSError, ValueError):
         return {}
     links = content.get("bytes_per_second") if isinstance(content, dict) else None
     if not isinstance(links, dict):

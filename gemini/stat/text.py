@@ -3,6 +3,9 @@
 from gemini.sizes import format_bytes
 
 UNKNOWN = "-"
+_LONGEST_CELL = 1000
+_FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""The last four are the same in full width."""
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -11,6 +14,17 @@ def printable(text: str, limit: int = 200) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in shown
     )
+
+
+def cell(text: str) -> str:
+    """A text in a table that a spreadsheet may open, which runs what begins like a formula."""
+    shown = printable(text, _LONGEST_CELL)
+    return f"'{shown}" if text.strip()[:1] in _FORMULAS else shown
+
+
+def file_name(text: str) -> str:
+    """A run id as part of a file's name, whatever is in it."""
+    return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "_" for char in text)[:80] or "run"
 
 
 def size(nbytes: float | None) -> str:

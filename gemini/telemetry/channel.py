@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini.process_wide import at_exit, small_stacks
+from gemini.safe_files import open_folder, open_own, opened_folder
 from gemini.telemetry.encoding import as_mapping
 from gemini.telemetry.job import Job, run_name
 from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file, start_file
@@ -24,7 +25,7 @@ from gemini.telemetry.outcome import outcome, program
 from gemini.telemetry.probes import Probes
 from gemini.telemetry.record_file import RecordFile
 from gemini.telemetry.records import End, EndStatus, Fields, Start, Step
-from gemini.telemetry.run_folder import make_run_folder, prune, write_document, write_run_file
+from gemini.telemetry.run_folder import make_run_dir, make_run_folder, prune, write_document, write_run_file
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,12 @@ class Channel:
         # SimpleQueue, because its put may be called from a finalizer that interrupts another put.
         self._queue: queue.SimpleQueue[tuple[str | Path, float, Any]] = queue.SimpleQueue()
         self._wake_up: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._file = RecordFile(run, rank, start)
+        self._folder = open_folder(run)
+        try:
+            self._file = RecordFile(self._folder, rank, start)
+        except OSError:
+            os.close(self._folder)
+            raise
         self._thread = threading.Thread(
             target=self._run, args=(probes, lock), name="gemini-memory-telemetry", daemon=True
         )
@@ -126,7 +132,7 @@ class Channel:
                     what, when, fields = self._queue.get_nowait()
                     if isinstance(what, Path):
                         header = {"v": VERSION, "t": when, "rank": self.rank}
-                        write_document(what, {**header, **as_mapping(_made(fields))})
+                        write_document(what, {**header, **as_mapping(_made(fields))}, self._folder)
                         continue
                     if what == "end":
                         for kind, seen in probe.due(is_last=True):
@@ -137,7 +143,7 @@ class Channel:
                     heartbeat = time.monotonic()
                     os.utime(lock)
                     with suppress(FileNotFoundError):
-                        request_file(self.run).unlink()
+                        os.unlink(request_file(self.run).name, dir_fd=self._folder)
                         self.is_dump_requested = True
                 with suppress(queue.Empty):
                     self._wake_up.get(timeout=_POLL_SECONDS if what != "end" else 0.0)
@@ -148,6 +154,7 @@ class Channel:
             if _live.get(path := lock_file(self.run, self.rank)) is self:
                 del _live[path]
             self._file.close()
+            os.close(self._folder)
             with suppress(OSError):  # the lock last: an end record is there before it is free
                 os.close(lock)
 
@@ -183,12 +190,13 @@ def open_channel(
     else:
         assert run_dir is not None
         run = run_dir
-        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_run_dir(run)
     path = lock_file(run, rank)
     if path in _live:  # boosted again into the same folder: the newer one has it
         _live[path].request_end("finished", None)
         _live[path].join()
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with opened_folder(run) as folder:
+        lock = open_own(path.name, os.O_RDWR, folder)
     try:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,8 +212,10 @@ def open_channel(
             restart=job.restart,
             attempt=job.attempt,
         )
-        write_document(start_file(run, rank), {"v": VERSION, "t": started, "rank": rank, **as_mapping(start)})
-        write_run_file(run, rank, {"v": VERSION, "rank": rank, **as_mapping(start), "facts": facts})
+        said = {"v": VERSION, "rank": rank, **as_mapping(start)}
+        with opened_folder(run) as folder:
+            write_document(start_file(run, rank), {"t": started, **said}, folder)
+            write_run_file(folder, rank, {**said, "facts": facts})
         channel = _live[path] = Channel(run, rank, start, probes, last, lock)
         if rank == 0 and is_listed:
             with suppress(OSError):

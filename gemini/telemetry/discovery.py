@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from gemini.telemetry.files import Unreadable
 from gemini.telemetry.layout import RUN_DIR_VARIABLE, RUN_FILE, runs_folder
@@ -15,17 +16,31 @@ class NoRun(Exception):
     """No run matches what was asked for."""
 
 
+class UnreadableRun(NamedTuple):
+    """A folder that is a run's by its files, and cannot be read."""
+
+    path: Path
+    reason: str
+
+
 def list_runs(folder: Path | None = None) -> list[Ranks]:
     """Every readable run in the common folder (or in ``folder``), newest first."""
-    runs: dict[Path, Ranks] = {}
+    return look_at_runs(folder)[0]
+
+
+def look_at_runs(folder: Path | None = None) -> tuple[list[Ranks], list[UnreadableRun]]:
+    """Every readable run, newest first, and those that cannot be read, by name."""
+    runs: dict[str, Ranks] = {}
+    unreadable = {}
     for path in _candidates(runs_folder() if folder is None else folder):
         try:
             run = read_ranks(path, tail_bytes=_LISTING_TAIL_BYTES)
-        except Unreadable:
+        except (Unreadable, OSError) as error:
+            unreadable[os.path.realpath(path)] = UnreadableRun(path, str(error))
             continue
         # A folder that several runs used one after another has a link for each; they all show its last run.
-        runs.setdefault(path.resolve(), run)
-    return sorted(runs.values(), key=lambda run: run.identity.started or 0.0, reverse=True)
+        runs.setdefault(os.path.realpath(path), run)
+    return sorted(runs.values(), key=lambda run: run.identity.started or 0.0, reverse=True), [*unreadable.values()]
 
 
 def find_run(target: str | None = None) -> tuple[Path, str]:
@@ -40,18 +55,18 @@ def find_run(target: str | None = None) -> tuple[Path, str]:
         With what was looked for, where, and what to do.
     """
     if target is None and (chosen := os.environ.get(RUN_DIR_VARIABLE)):
-        if (Path(chosen) / RUN_FILE).exists():
+        if _is_run(Path(chosen)):
             return Path(chosen), f"the run in ${RUN_DIR_VARIABLE}"
         raise NoRun(f"no run in {chosen}, the folder that {RUN_DIR_VARIABLE} names")
     if target is None:
-        return _newest(list_runs(), runs_folder())
+        return _newest(runs_folder())
     folder = Path(target)
-    if (folder / RUN_FILE).exists():
+    if _is_run(folder):
         return folder, ""
-    if folder.is_dir():
-        return _newest(list_runs(folder), folder)
+    if os.path.isdir(folder):
+        return _newest(folder)
     by_id = runs_folder() / target
-    if os.sep not in target and (by_id / RUN_FILE).exists():
+    if os.sep not in target and _is_run(by_id):
         return by_id, ""
     runs = list_runs()
     of_pid = [run for run in runs if target in {str(view.identity.pid) for view in run.views}]
@@ -63,7 +78,10 @@ def find_run(target: str | None = None) -> tuple[Path, str]:
     raise NoRun(f"{target} is no run folder, run id or process id of a run (looked in {runs_folder()})")
 
 
-def _newest(runs: list[Ranks], folder: Path) -> tuple[Path, str]:
+def _newest(folder: Path) -> tuple[Path, str]:
+    runs, unreadable = look_at_runs(folder)
+    if not runs and unreadable:
+        raise NoRun(f"none of {len(unreadable)} in {folder} can be read: {unreadable[0].reason}")
     if not runs:
         raise NoRun(f"no runs in {folder}; train with GeminiPlugin(), or name a run folder")
     live = [run for run in runs if run.is_live]
@@ -78,5 +96,10 @@ def _candidates(folder: Path) -> Iterator[Path]:
     except OSError:
         return
     for name in names:
-        if (folder / name / RUN_FILE).exists():
+        if _is_run(folder / name):
             yield folder / name
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether there is something with the name of a run's file: a link that leads nowhere, too."""
+    return os.path.lexists(folder / RUN_FILE)  # of all that this finds impossible it says False

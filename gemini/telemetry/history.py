@@ -1,12 +1,15 @@
 """A run from its beginning: all generations of a rank's records, thinned out to what fits a chart."""
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from gemini.telemetry.files import check_version, number, numbers
+from gemini.safe_files import open_regular
+from gemini.telemetry.files import LONGEST_LINE_BYTES, MOST_RECORDS_BYTES, Unreadable, number, numbers, record_of
 from gemini.telemetry.layout import GENERATIONS, older_records_file, records_file
+
+_BLOCK_BYTES = 1 << 20
 
 
 def records(run: Path, rank: int, *, newest_bytes: int | None = None) -> Iterator[dict[str, Any]]:
@@ -15,31 +18,47 @@ def records(run: Path, rank: int, *, newest_bytes: int | None = None) -> Iterato
     Raises
     ------
     Unreadable
-        A newer major version wrote them.
+        A newer major version wrote them, or they are larger than a run's.
     """
     files = [older_records_file(run, rank, generation) for generation in range(GENERATIONS, 0, -1)]
-    files = [file for file in (*files, records_file(run, rank)) if file.is_file()]
-    skip = 0 if newest_bytes is None else max(0, sum(file.stat().st_size for file in files) - newest_bytes)
-    for file in files:
-        size = file.stat().st_size
+    files = [file for file in (*files, records_file(run, rank)) if os.path.isfile(file)]
+    sizes = {file: os.stat(file).st_size for file in files}
+    for file, size in sizes.items():
+        if size > MOST_RECORDS_BYTES:
+            raise Unreadable(f"{file} has {size} bytes, more than {MOST_RECORDS_BYTES}")
+    skip = 0 if newest_bytes is None else max(0, sum(sizes.values()) - newest_bytes)
+    for file, size in sizes.items():
         if skip >= size:
             skip -= size
             continue
-        with open(file, "rb") as stream:
+        try:
+            descriptor = open_regular(file)
+        except OSError as error:
+            raise Unreadable(f"{file} cannot be read: {error}") from error
+        with open(descriptor, "rb") as stream:
             if skip:
                 stream.seek(skip)
-                stream.readline()
+                stream.readline(LONGEST_LINE_BYTES)
                 skip = 0
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(record, dict) and isinstance(record.get("type"), str):
-                    check_version(record, file)
+            for line in _lines(stream):
+                if (record := record_of(line, file)) is not None:
                     yield record
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Whole lines with anything in them; those that are too long are left out."""
+    begun, is_too_long = b"", False
+    for _ in range(MOST_RECORDS_BYTES // _BLOCK_BYTES + 1):  # it may grow while it is read
+        if not (block := stream.read(_BLOCK_BYTES)):
+            return
+        first, *others = block.split(b"\n")
+        begun += first
+        if len(begun) > LONGEST_LINE_BYTES:
+            begun, is_too_long = b"", True
+        if others:
+            whole = [] if is_too_long else [begun]
+            begun, is_too_long = others.pop(), False
+            yield from filter(None, [*whole, *others])
 
 
 def steps(run: Path, rank: int, *, newest_bytes: int | None = None) -> Iterator[tuple[float, dict[str, float]]]:

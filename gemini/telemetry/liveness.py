@@ -6,6 +6,8 @@ import struct
 import sys
 from pathlib import Path
 
+from gemini.safe_files import open_regular
+
 # struct flock: Linux begins with the type, macOS ends with it. Python has no portable spelling of F_GETLK.
 _LINUX = "hhqqi4x"
 _MACOS = "qqihh"
@@ -18,7 +20,7 @@ def is_locked(path: Path) -> bool:
     False, and closing any descriptor of the file drops the lock.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_regular(path)
     except OSError:
         return False
     try:

@@ -3,13 +3,12 @@
 The newest records count, so only the tail of a file is read: a run of many days opens as fast as a short one.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemini.telemetry.files import Unreadable, check_version, number, numbers, read_regular, read_tail
+from gemini.telemetry.files import Unreadable, check_version, number, numbers, read_document, read_tail
 from gemini.telemetry.layout import RUN_FILE, TIERS, lock_file, records_file
 from gemini.telemetry.run_status import judge
 from gemini.telemetry.run_view import Identity, RunView, Window
@@ -83,8 +82,8 @@ def _identity(path: Path, run_file: Mapping[str, Any], start: Mapping[str, Any])
 def read_run_file(path: Path) -> dict[str, Any]:
     file = path / RUN_FILE
     try:
-        content = json.loads(read_regular(file))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_document(file)
+    except (OSError, ValueError) as error:
         raise Unreadable(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise Unreadable(f"{file} holds no JSON object")

@@ -8,11 +8,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from gemini.safe_files import open_own
 from gemini.telemetry.encoding import as_mapping, encode
 from gemini.telemetry.layout import GENERATIONS, VERSION, older_records_file, records_file
 from gemini.telemetry.records import Fields, Start
 
 ROTATE_BYTES = 64 << 20
+_HERE = Path()
 
 
 class RecordFile:
@@ -21,12 +23,12 @@ class RecordFile:
     Parameters
     ----------
     run, rank
-        Folder of the run, and whose file it is.
+        A descriptor of the run's folder, and whose file it is.
     start
         The start record; each file begins with it, so that it can be read by itself.
     """
 
-    def __init__(self, run: Path, rank: int, start: Start) -> None:
+    def __init__(self, run: int, rank: int, start: Start) -> None:
         self._run = run
         self._rank = rank
         self._start = start
@@ -65,18 +67,20 @@ class RecordFile:
             os.close(self._file)
 
     def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._file = os.open(records_file(self._run, self._rank), flags, 0o600)
+        self._file = open_own(records_file(_HERE, self._rank), os.O_WRONLY | os.O_APPEND, self._run)
         self._good_bytes = os.fstat(self._file).st_size
 
     def _rotate(self, dropped: int) -> None:
         for generation in range(GENERATIONS - 1, 0, -1):
             with suppress(FileNotFoundError):
-                os.replace(
-                    older_records_file(self._run, self._rank, generation),
-                    older_records_file(self._run, self._rank, generation + 1),
+                self._rename(
+                    older_records_file(_HERE, self._rank, generation),
+                    older_records_file(_HERE, self._rank, generation + 1),
                 )
-        os.replace(records_file(self._run, self._rank), older_records_file(self._run, self._rank))
+        self._rename(records_file(_HERE, self._rank), older_records_file(_HERE, self._rank))
         os.close(self._file)
         self._open()
         self.start(dropped)
+
+    def _rename(self, old: Path, new: Path) -> None:
+        os.replace(old, new, src_dir_fd=self._run, dst_dir_fd=self._run)

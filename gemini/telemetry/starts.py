@@ -1,21 +1,23 @@
 """Which processes write into a run's folder now."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemini.telemetry.files import Unreadable, check_version, number, read_regular
+from gemini.telemetry.files import Unreadable, check_version, number, read_document
 from gemini.telemetry.layout import start_file
+
+_MOST_RANKS = 1 << 14
+"""All of them are looked at to show one."""
 
 
 def read_start(path: Path, rank: int) -> dict[str, Any]:
     """What the process that writes the rank's records now has said of itself; empty where an older version writes."""
     file = start_file(path, rank)
     try:
-        content = json.loads(read_regular(file))
-    except (OSError, ValueError, RecursionError):
+        content = read_document(file)
+    except (OSError, ValueError):
         return {}
     if not isinstance(content, dict):
         return {}
@@ -37,6 +39,8 @@ def ranks_of(path: Path) -> list[int]:
     ranks = sorted({int(text) for text in digits if text.isdecimal() and text.isascii() and len(text) < 10})
     if len(ranks) < 2:
         return ranks
+    if len(ranks) > _MOST_RANKS:
+        raise Unreadable(f"{path} has records of {len(ranks)} ranks, more than {_MOST_RANKS}")
     starts = {rank: read_start(path, rank) for rank in ranks}
     last = max(starts.values(), key=lambda start: number(start.get("started")) or 0.0)
     return [rank for rank, start in starts.items() if run_of(start)[:2] == run_of(last)[:2]]

@@ -19,6 +19,7 @@ from typing import Any
 
 from gemini.checkpoint import committed_checkpoints, find_checkpoint, load_checkpoint
 from gemini.errors import CheckpointError
+from gemini.safe_files import read_file
 
 OLD_STATE_FILE = "training_state.json"
 OLD_OPTIMIZER, OLD_SCHEDULE = "optimizer", "lr_scheduler.pt"
@@ -104,7 +105,7 @@ def show_newest(folder: Path) -> None:
 
 def _read_old(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(read_file(path, 1 << 20))
         if content["version"] != 1 or not set(needed) <= set(content["options"]):
             raise KeyError("version")
     except (ValueError, KeyError, TypeError) as error:

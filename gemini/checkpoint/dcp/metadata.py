@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from gemini.errors import CheckpointError
+from gemini.safe_files import open_regular
 
 from ...torch_private import checkpoint_classes
 
@@ -49,7 +50,7 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / METADATA_NAME
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             is_short = os.fstat(file.fileno()).st_size <= _LIMIT_BYTES
             data = file.read() if is_short else b""  # not read(limit), which takes that memory first
     except OSError as error:

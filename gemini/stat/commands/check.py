@@ -1,7 +1,6 @@
 """``gemini-stat check``: thresholds for CI."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from gemini.stat.outputs import Check, Checks
 from gemini.stat.over_ranks import OverRanks, Spread, highest_risk, spread
 from gemini.stat.rates import Rates
 from gemini.stat.text import percent, printable, size
-from gemini.telemetry.files import number
+from gemini.telemetry.files import SMALL_DOCUMENT_BYTES, number, parsed
 from gemini.telemetry.layout import TIERS
 from gemini.telemetry.ranks import Ranks
 from gemini.telemetry.run_status import RunStatus
@@ -116,9 +115,10 @@ def _three_digits(value: float | None) -> str:
 
 def _against(over: OverRanks, file: Path, tolerance: float) -> Iterator[Check]:
     try:
-        tiers = json.loads(file.read_text())["tiers"]
+        estimate = parsed(_estimate(file))
+        tiers = estimate["tiers"]
         expected = {tier: number(tiers[tier]["model_bytes"]) for tier in TIERS if tier in tiers}
-        non_model = number(json.loads(file.read_text()).get("non_model_bytes"))
+        non_model = number(estimate.get("non_model_bytes"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Usage(f"{file} is not what gemini-stat estimate --json prints: {error!r}") from error
     numbers = {f"model data on {tier}": (_peak(tier), value) for tier, value in expected.items()}
@@ -133,6 +133,15 @@ def _against(over: OverRanks, file: Path, tolerance: float) -> Iterator[Check]:
         text = f"{name}: measured {size(seen)}, estimated {size(value)} ({'-' if off is None else f'{off:+.1%}'})"
         rank = _rank(found, over, is_most=True)
         yield Check(name, seen, value, ok, text + ("" if rank is None else f", on rank {rank}"), rank)
+
+
+def _estimate(file: Path) -> bytes:
+    """What is in a file that the user names; a pipe, too, as a shell makes for ``<(gemini-stat estimate --json)``."""
+    with open(file, "rb") as stream:
+        text = stream.read(SMALL_DOCUMENT_BYTES + 1)
+    if len(text) > SMALL_DOCUMENT_BYTES:
+        raise ValueError(f"it has more than {SMALL_DOCUMENT_BYTES} bytes")
+    return text
 
 
 def _compared(name: str, found: Spread | None, limit: float, show: Show, over: OverRanks, *, is_most: bool) -> Check:

@@ -15,6 +15,7 @@ import psutil
 
 from gemini import __version__
 from gemini.cores import cpu_quota, usable_cores
+from gemini.safe_files import make_own_folder
 from gemini.stat.console import Exit, print_json
 from gemini.stat.outputs import Finding, Findings
 from gemini.stat.rates import hardware_file, read_hardware
@@ -160,7 +161,7 @@ def _file_system(folder: Path) -> str:
 def _run_folder() -> Finding:
     folder = runs_folder()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_own_folder(folder, ours=2)
         free = shutil.disk_usage(folder).free
         with tempfile.TemporaryFile(dir=folder):
             pass

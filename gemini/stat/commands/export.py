@@ -1,17 +1,18 @@
 """``gemini-stat export``: a run in formats of other programs."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gemini.arguments.command_line import option
 from gemini.arguments.places import Folder, Name
+from gemini.safe_files import USERS_FILE, replacing
 from gemini.stat import export_formats
 from gemini.stat.console import Exit, Usage, find, print_json
 from gemini.stat.outputs import Export
 from gemini.stat.sight import read
+from gemini.stat.text import file_name
 from gemini.telemetry.run_view import RunView
 
 HELP = "Writes a run for Prometheus, as records, as a table of steps, or as a trace for ui.perfetto.dev."
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> Exit:
     parts = _prom(views) if options.format == "prom" else _FORMATS[options.format](path, ranks)
     target = options.output
     if options.textfile is not None:
-        target = options.textfile / f"gemini_memory_{run.identity.run_id}.prom"
+        target = options.textfile / f"gemini_memory_{file_name(run.identity.run_id)}.prom"
     if target is None:
         if options.json:
             raise Usage("--json tells where a file was written: give --output or --textfile")
@@ -67,14 +68,10 @@ def _prom(runs: Sequence[RunView]) -> Iterator[str]:
 
 def _write(target: Path, parts: Iterator[str]) -> int:
     """Write the file atomically, so that a scraper of the folder never sees half of it."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with open(draft, "w", encoding="utf-8", newline="") as file:
+        with replacing(target, mode=USERS_FILE) as file:
             for part in parts:
-                file.write(part)
-            nbytes = file.tell()
-        os.replace(draft, target)
+                file.write(part.encode())
+            return file.tell()
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise Usage(f"{target} cannot be written: {error}") from error
-    return nbytes

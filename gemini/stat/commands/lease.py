@@ -11,6 +11,7 @@ from gemini.lease.machine import Machine, read_machine
 from gemini.lease.standing import Standing
 from gemini.stat.console import Exit, Usage, console, print_json, remark, show
 from gemini.stat.lease_outputs import LeaseAnswer, LeasedMemory, LeaseState, MachineState, SharedMemory
+from gemini.stat.text import printable
 from gemini.telemetry.discovery import NoRun, find_run
 from gemini.telemetry.ranks import read_ranks
 
@@ -137,7 +138,7 @@ def _answer(options: argparse.Namespace, is_done: bool, text: str, name: str, st
     if options.json:
         print_json(LeaseAnswer(is_done, text, name, standing.pid))
     elif is_done:
-        print(f"process {standing.pid} has {text} now")
+        print(f"process {standing.pid} has {printable(text)} now")
     else:
         remark(text)
     return Exit.OK if is_done else Exit.NEGATIVE

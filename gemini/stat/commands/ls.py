@@ -5,9 +5,9 @@ from pathlib import Path
 
 from gemini.stat import as_json
 from gemini.stat.console import Exit, console, print_json, remark, show
-from gemini.stat.outputs import Listing
+from gemini.stat.outputs import Listing, UnreadableRun
 from gemini.stat.sight import over
-from gemini.telemetry.discovery import list_runs
+from gemini.telemetry.discovery import look_at_runs
 from gemini.telemetry.layout import runs_folder
 
 HELP = "Lists runs, newest first: of this user, or those in the folder TARGET."
@@ -19,13 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Exit:
     folder = Path(options.target) if options.target else None
-    runs = [over(ranks) for ranks in list_runs(folder)]
+    found, unreadable = look_at_runs(folder)
+    runs = [over(ranks) for ranks in found]
     if options.json:
-        print_json(Listing([as_json.brief(run) for run in runs]))
-    elif runs:
+        bad = [UnreadableRun(str(run.path), run.reason) for run in unreadable]
+        print_json(Listing([as_json.brief(run) for run in runs], bad))
+    elif runs or unreadable:
         from gemini.stat import listing
 
-        show(console(options), listing.render(runs))
+        if runs:
+            show(console(options), listing.render(runs))
+        for line in map(listing.unreadable, unreadable):
+            print(line)
     else:
         remark(f"no runs in {folder or runs_folder()}")
     return Exit.OK

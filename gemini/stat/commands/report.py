@@ -3,17 +3,18 @@
 import argparse
 import base64
 import hashlib
-import os
 import time
 from pathlib import Path
 
 from gemini.arguments.command_line import option
 from gemini.arguments.places import Name
+from gemini.safe_files import USERS_FILE, replace_file
 from gemini.stat import page_data, web_files
 from gemini.stat.console import Exit, Usage, as_text, find, print_json, remark
 from gemini.stat.follow import Follower
 from gemini.stat.outputs import Report
 from gemini.stat.screen import Shown
+from gemini.stat.text import file_name
 
 HELP = "Writes the run as one HTML file that works offline."
 
@@ -31,14 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Exit:
     path = find(options)
     shown = Follower(path, options).look()
-    target = options.output or Path(f"gemini-stat-{_safe(shown.run.identity.run_id)}.html")
+    target = options.output or Path(f"gemini-stat-{file_name(shown.run.identity.run_id)}.html")
     page = render(path, shown)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        draft.write_text(page, encoding="utf-8")
-        os.replace(draft, target)
+        replace_file(target, page.encode(), mode=USERS_FILE)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise Usage(f"{target} cannot be written: {error}") from error
     if options.json:
         nbytes = len(page.encode())
@@ -85,8 +83,3 @@ def render(path: Path, shown: Shown) -> str:
 
 def _hashes(texts: list[str]) -> str:
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
-
-
-def _safe(text: str) -> str:
-    """A run id as part of a file's name, whatever is in it."""
-    return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "_" for char in text)[:80] or "run"

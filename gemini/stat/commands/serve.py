@@ -22,13 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; not loopback: asks for a token")
     parser.add_argument("--port", type=option(Whole(0, 65535)), default=8765, help="0 takes a free one (8765)")
     parser.add_argument("--token", action="store_true", help="ask for a token on loopback, too")
+    parser.add_argument("--all-users", action="store_true", help="other users of this machine need no token")
     parser.add_argument("--open", action="store_true", help="open it in a browser")
 
 
 def run(options: argparse.Namespace) -> Exit:
     path = find(options)
     try:
-        server = Server((options.host, options.port), path, options, token_for(options.host, options.token))
+        token = token_for(options.host, options.token)
+        server = Server((options.host, options.port), path, options, token, options.all_users)
     except (OSError, OverflowError) as error:
         raise Usage(f"cannot listen on {options.host}:{options.port}: {error}; --port 0 takes a free one") from error
     address = address_of(server)

@@ -12,7 +12,7 @@ from gemini.stat.console import Exit, Usage, console, find, is_ascii, print_json
 from gemini.stat.outputs import Moment, Moments, RankPeak, RunMoments
 from gemini.stat.over_ranks import spread
 from gemini.stat.sight import read
-from gemini.stat.text import printable, size
+from gemini.stat.text import cell, printable, size
 from gemini.telemetry import history
 from gemini.telemetry.documents import read_chunks, read_timeline, valid
 from gemini.telemetry.files import Unreadable
@@ -40,7 +40,9 @@ def run(options: argparse.Namespace) -> Exit:
     elif options.csv:
         writer = csv.writer(sys.stdout)
         writer.writerow(Moment.__struct_fields__)
-        writer.writerows(astuple(replace(row, unit=_cell(row.unit))) for row in moments_of(timeline, names).moments)
+        writer.writerows(
+            astuple(replace(row, unit=cell(row.unit or ""))) for row in moments_of(timeline, names).moments
+        )
     else:
         _show(timeline, names, peaks, options)
     return Exit.OK
@@ -103,12 +105,6 @@ def _row(timeline: Timeline, moment: int, names: list[str]) -> Moment:
         disk_bytes=timeline.disk_bytes[moment],
         non_model_bytes=timeline.non_model_bytes[moment],
     )
-
-
-def _cell(text: str | None) -> str:
-    """A spreadsheet runs what begins like a formula."""
-    text = printable(text or "")
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def _show(timeline: Timeline, names: list[str], peaks: list[RankPeak], options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 from gemini.arguments.command_line import option
+from gemini.safe_files import USERS_FILE, replace_file
 from gemini.signals import signals_to
 from gemini.stat import as_json
 from gemini.stat.console import INTERVAL, Exit, Usage, console, find, is_ascii, of_run, print_json, show
@@ -117,7 +118,8 @@ def _save(shown: Shown, view: View, plain: bool) -> str:
     with page.capture() as capture:
         page.print(screen(shown, View(hidden=view.hidden), 120, 40, plain, keys=False))
     try:
-        file.write_text("\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n", encoding="utf-8")
+        text = "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+        replace_file(file, text.encode(), mode=USERS_FILE)
     except OSError as error:
         return f"not saved: {error}"
     return f"saved as {file.absolute()}"

@@ -192,7 +192,8 @@ def test_what_cannot_be_read_has_its_own_code(tmp_path: Path, capsys: Capture) -
     assert "it is 0 bytes long" in capsys.readouterr().out
     os.remove(tmp_path / "other.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")
-    assert main(["verify", str(tmp_path)]) == 0
+    assert main(["verify", str(tmp_path)]) == 3
+    assert "is not a file" in capsys.readouterr().out
 
 
 def test_names_from_files_cannot_steer_the_terminal(tmp_path: Path, capsys: Capture) -> None:

@@ -1,10 +1,8 @@
 """The page, its API and the report."""
 
-import argparse
 import http.client
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,46 +10,14 @@ from typing import Any
 
 import pytest
 from ranked_runs import close, numbers, open_ranks
+from served_run import Served
 from stat_runs import MOMENTS, PREDICTION, chunks, make_run, open_run, stats
 
 from gemini.stat import web_files
 from gemini.stat.cli import main
-from gemini.stat.server import Server, address_of
 from gemini.telemetry.layout import chunks_file
 
 Capture = pytest.CaptureFixture[str]
-
-
-class Served:
-    """A run that is served on a free port of loopback."""
-
-    def __init__(self, run: Path, token: str | None = None) -> None:
-        options = argparse.Namespace(rank=None, json=True, target=str(run))
-        self.server = Server(("127.0.0.1", 0), run, options, token)
-        self.port = int(self.server.server_address[1])
-        self.address = address_of(self.server)
-        self._thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.start()
-
-    def request(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            connection.request(method, path, headers=headers)
-            answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
-        finally:
-            connection.close()
-
-    def json(self, path: str) -> Any:
-        status, _, body = self.request(path)
-        assert status == 200, body
-        return json.loads(body)
-
-    def close(self) -> None:
-        self.server.is_closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-        self._thread.join(20)
 
 
 @pytest.fixture
@@ -99,7 +65,7 @@ def test_a_strange_rank_is_refused(served: Served, rank: str) -> None:
 
 def test_only_get_and_only_our_own_name(served: Served) -> None:
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
-        assert served.request("/", method)[0] == 501
+        assert served.request("/", method)[0] == 405
     assert served.request("/", Host="evil.example")[0] == 421
     assert served.request("/", Host=f"evil.example:{served.port}")[0] == 421
     assert served.request("/", Host=f"localhost:{served.port}")[0] == 200
