@@ -1,4 +1,4 @@
-"""A long training to which everything happens: it stays bit-equal to plain PyTorch, and takes no more memory in the end.
+"""A long training to which everything happens: bit-equal to plain PyTorch all along, and no more memory in the end.
 
 Training, evaluation, saving (also in the background) and loading, batches of many shapes, exceptions and Ctrl-C in
 forward and backward, other budgets, models made and dropped, parameters read and written. Plain PyTorch does the same
@@ -33,7 +33,10 @@ SLOPE_BYTES = 512
 """A step, at most, of what is resident beside the ledger: 1 MiB over 2,000 steps."""
 BAND_BYTES = 4 << 20
 """How far what is resident beside the ledger may be from its median at rest."""
-_WARM_UP_SHARE = 0.15
+_WARM_UP_SHARE = 0.3
+"""Of the steps: until then each kind of event and each placement has been there for the first time."""
+_TELLING = 500
+"""From so many steps on it says how far it is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,12 +87,18 @@ def _soak(asked: dict[str, Any]) -> dict[str, Any]:
     events = drawn(asked["steps"], asked["seed"], asked["events"])
     folder = Path(asked["folder"])
     plain: Any = Plain(folder / "plain")
-    wanted = [plain.happen(event) for event in events]
+    wanted, control = [], list[Reading]()
+    for event in events:
+        wanted.append(plain.happen(event))
+        if event.number % asked["every"] == asked["every"] - 1:
+            control.append(read(event.number + 1, "plain", 0))
     weights = {name: value.clone() for name, value in plain.model.state_dict().items()}
     del plain
     ours = Ours(folder / "ours")
     readings: list[Reading] = []
     for event, value in zip(events, wanted, strict=True):
+        if asked["steps"] >= _TELLING and event.number % (asked["steps"] // 10) == 0:
+            print(f"step {event.number} of {asked['steps']}", file=sys.stderr, flush=True)
         got = ours.happen(event)
         if got != value:
             return {"ok": False, "different_at": asdict(event), "placement": ours.placement, "got": got, "want": value}
@@ -106,6 +115,7 @@ def _soak(asked: dict[str, Any]) -> dict[str, Any]:
         "events": dict(Counter(event.kind for event in events)),
         "equal": same,
         **{name: value for name, value in found.items() if name != "ok"},
+        "slope_of_plain_bytes_a_step": judged(control)["slope_bytes_a_step"],
         "thread_names": thread_names(),
         "readings": [asdict(reading) for reading in readings],
     }
@@ -116,7 +126,8 @@ def judged(readings: list[Any]) -> dict[str, Any]:
     from soaking.readings import slope
 
     steady = readings[int(_WARM_UP_SHARE * len(readings)) :]
-    beside = slope([(reading.step, reading.beside_bytes) for reading in steady])
+    by_placement = [[r for r in steady if r.placement == name] for name in sorted({r.placement for r in steady})]
+    beside = slope([[(reading.step, reading.beside_bytes) for reading in each] for each in by_placement])
     middle = median(reading.beside_bytes for reading in steady)
     band = max(abs(reading.beside_bytes - middle) for reading in steady)
     kinds = {
@@ -130,8 +141,12 @@ def judged(readings: list[Any]) -> dict[str, Any]:
     return {
         "ok": abs(beside) <= SLOPE_BYTES and band <= BAND_BYTES and all(constant.values()),
         "slope_bytes_a_step": beside,
-        "slope_of_resident_bytes_a_step": slope([(reading.step, reading.resident_bytes) for reading in steady]),
-        "slope_of_vmdata_bytes_a_step": slope([(reading.step, reading.data_bytes) for reading in steady]),
+        "slope_of_resident_bytes_a_step": slope(
+            [[(reading.step, reading.resident_bytes) for reading in each] for each in by_placement]
+        ),
+        "slope_of_vmdata_bytes_a_step": slope(
+            [[(reading.step, reading.data_bytes) for reading in each] for each in by_placement]
+        ),
         "beside_the_ledger_bytes": middle,
         "furthest_from_it_bytes": band,
         **kinds,

@@ -75,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything measured to FILE")
     parser.add_argument("--update-baseline", action="store_true", help="take what is measured as the new baseline")
     parser.add_argument(
-        "--baselines", metavar="FILE", type=Path, default=DEFAULT_BASELINES, help="other baselines than the repository's"
+        "--baselines",
+        metavar="FILE",
+        type=Path,
+        default=DEFAULT_BASELINES,
+        help="other baselines than the repository's",
     )
     parser.add_argument("--small", action="store_true", help="small models: to test this script, not the package")
     parser.add_argument(

@@ -24,8 +24,9 @@ def list_cases(cases: Sequence[Case], known: Mapping[str, Mapping[str, Any]]) ->
         baseline = known.get(case.name)
         said = "no baseline"
         if baseline is not None:
-            share = baseline["chunk_bytes"] / max(1, baseline["rest_bytes"])
-            said = f"cap {format_bytes(baseline['cap_bytes'])}, {baseline['evictions']} evictions, a chunk is {share:.0%}"
+            share = baseline["chunk_bytes"] / baseline["peak_bytes"]
+            cap, count = format_bytes(baseline["cap_bytes"]), baseline["evictions"]
+            said = f"cap {cap}, {count} evictions, a chunk is {share:.1%} of the peak"
         print(f"  {case.name:<44}  {said}")
 
 

@@ -50,10 +50,14 @@ def read(step: int, placement: str, ledger_bytes: int) -> Reading:
     )
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The median of the slopes between each two points (Theil and Sen): a few outliers do not change it."""
+def slope(series: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """The median of the slopes between each two points of the same series (Theil and Sen).
+
+    A few outliers do not change it, nor what one series has more of than another.
+    """
     slopes = [
         (y - before_y) / (x - before_x)
+        for points in series
         for number, (x, y) in enumerate(points)
         for before_x, before_y in points[:number]
         if x != before_x

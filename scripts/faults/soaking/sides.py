@@ -102,7 +102,9 @@ class Side(ABC):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = folder / "checkpoints"
+        self.checkpoints.mkdir(parents=True)
+        self._old_folders: list[Path] = []
         self.model: Any = None
         self.optimizer: Any = None
         self.has_saved = False
@@ -185,7 +187,12 @@ class Side(ABC):
 
     def rebuild(self, event: Event) -> float:
         self.model = self.optimizer = None
-        shutil.rmtree(self._folder / "checkpoints", ignore_errors=True)
+        # A save may still be under way: the model before this one has its folder until the next one goes.
+        self._old_folders.append(self.checkpoints)
+        for folder in self._old_folders[:-1]:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.checkpoints = self._folder / f"checkpoints-{event.number}"
+        self.checkpoints.mkdir()
         self.has_saved = False
         self.build(event)
         return self.evaluate(event)
@@ -247,10 +254,10 @@ class Plain(Side):
         loss.backward()
 
     def _save(self, *, in_background: bool) -> None:
-        torch.save((self.model.state_dict(), self.optimizer.state_dict()), self._folder / "saved.pt")
+        torch.save((self.model.state_dict(), self.optimizer.state_dict()), self.checkpoints / "saved.pt")
 
     def _load(self) -> None:
-        of_model, of_optimizer = torch.load(self._folder / "saved.pt")
+        of_model, of_optimizer = torch.load(self.checkpoints / "saved.pt")
         self.model.load_state_dict(of_model)
         self.optimizer.load_state_dict(of_optimizer)
 
@@ -296,9 +303,7 @@ class Ours(Side):
         self.booster.backward(loss, optimizer)
 
     def _save(self, *, in_background: bool) -> None:
-        folder = self._folder / "checkpoints"
-        self.booster.save(folder, model=self.model, optimizer=self.optimizer, keep=1, use_async=in_background)
+        self.booster.save(self.checkpoints, model=self.model, optimizer=self.optimizer, keep=1, use_async=in_background)
 
     def _load(self) -> None:
-        folder = self._folder / "checkpoints"
-        self.booster.load(folder, model=self.model, optimizer=self.optimizer, rng=False)
+        self.booster.load(self.checkpoints, model=self.model, optimizer=self.optimizer, rng=False)

@@ -143,13 +143,13 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _clean() -> None:
     deadline = time.monotonic() + _END_SECONDS
-    gc.collect()
+    for _ in range(3):  # what a graph's hooks hold goes with the second collection
+        gc.collect()
     # Of several ranks each keeps its part until all are done with it.
     while any(t.name.startswith("gemini-memory-goodbye") for t in threading.enumerate()):
         if time.monotonic() > deadline:
             raise RuntimeError("the ranks have not said goodbye")
         time.sleep(_LOOK_SECONDS)
-    for _ in range(3):  # what a graph's hooks hold goes with the second collection
         gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -239,13 +239,13 @@ def _get_ready() -> None:
     warnings.filterwarnings("ignore")
     import peft  # noqa: F401
     import torch
-    from matrix import models
 
     from gemini.activations import make
     from gemini.booster import Booster  # noqa: F401
     from gemini.nn.optimizer import HybridAdam
     from gemini.nn.optimizer.rules.adam_rule import ADAM
     from gemini.updates.update_queue import warm_up
+    from matrix import models
 
     for name in ("gpt", "llama", "t5", "moe", "vit", "lora"):
         model = models.build(name, tiny=True)

@@ -17,6 +17,7 @@ _LR, _DECAY = 1e-3, 0.01
 _SEED = 11
 _CHUNKS = 6
 """How many chunks a model has, about: few, so that one that is kept by mistake is more than the tolerance of a peak."""
+_RING_CHUNKS = 12
 _SLACK_BYTES = 2 << 20
 """Beside what is in proportion to the model."""
 
@@ -74,9 +75,7 @@ class Ours:
         Nothing is said but where the disk tier is.
     """
 
-    def __init__(
-        self, case: Case, folder: Path, *, tiny: bool, size: Size = USUAL, only_folder: bool = False
-    ) -> None:
+    def __init__(self, case: Case, folder: Path, *, tiny: bool, size: Size = USUAL, only_folder: bool = False) -> None:
         from gemini.booster import Booster
         from gemini.booster.plugin import GeminiPlugin
         from gemini.lazy import LazyInitContext
@@ -133,14 +132,14 @@ def _loss(case: Case, size: Size, model: Any, step: int, rank: int) -> torch.Ten
 
 
 def _options(case: Case, model: nn.Module, folder: Path) -> dict[str, Any]:
-    """What `GeminiPlugin` is told. All capacities are in units of the model data, so that sizes of models may change."""
+    """What `GeminiPlugin` is told; capacities are in units of the model data, so that sizes of models may change."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     width = 4 if case.precision == "fp32" else 2
     full = width * (trained + frozen)
     masters = (4 * trained + width * frozen) // case.ranks
     states = 8 * trained // case.ranks
-    beside = full // 2 if case.ranks > 1 else 0  # gradients on their way between ranks
+    beside = full if case.ranks > 1 else 0  # gradients on their way between ranks
     largest = max(p.numel() for p in model.parameters())
     options: dict[str, Any] = {
         "precision": "fp32" if case.precision == "fp32" else "bf16",
@@ -154,7 +153,10 @@ def _options(case: Case, model: nn.Module, folder: Path) -> dict[str, Any]:
     }
     if case.policy == "static":
         options |= {"offload_optim_frac": 1.0, "offload_param_frac": 0.5}
-    if case.tier == "ram":
+    if case.tier == "ring":
+        options |= {"chunk_config_dict": {1: {"chunk_size": max(largest, -(-(trained + frozen) // _RING_CHUNKS))}}}
+        options |= {"device_memory": full, "offload_param_frac": 0.1, "host_memory": full // 6 + _SLACK_BYTES}
+    elif case.tier == "ram":
         options["host_memory"] = masters + states + full + _SLACK_BYTES
     elif case.tier == "device":
         options |= {"device_memory": full // 2 + _SLACK_BYTES, "host_memory": beside + masters + _SLACK_BYTES}

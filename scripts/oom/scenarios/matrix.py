@@ -9,10 +9,10 @@ import baseline
 from matrix import cases
 from matrix.cases import Case
 from matrix.keeper import Keeper
-from matrix.proof import measure, prove
+from matrix.proof import measure, prove, taken
 from outcome import Failure, Report, Scenario, Settings
 
-_BASELINE_RUNS = 4
+_BASELINE_RUNS = 3
 
 
 def run(settings: Settings) -> Report:
@@ -22,7 +22,6 @@ def run(settings: Settings) -> Report:
     for case in chosen:
         todo.put(case)
     reports: dict[str, Report] = {}
-    measured: dict[str, dict[str, object]] = {}
     known = baseline.matrix(settings.baselines)
     lock = threading.Lock()
 
@@ -37,8 +36,10 @@ def run(settings: Settings) -> Report:
                     if settings.updating:
                         found = measure(keeper, case, _BASELINE_RUNS)
                         with lock:
-                            measured[case.name] = found
-                    report = prove(keeper, case, measured.get(case.name, known.get(case.name)), settings.sabotage)
+                            baseline.update_matrix(settings.baselines, {case.name: found})
+                        report = taken(case, found)
+                    else:
+                        report = prove(keeper, case, known.get(case.name), settings.sabotage)
                 except Failure as error:
                     report = Report.failed(case.name, str(error))
                 with lock:
@@ -52,8 +53,6 @@ def run(settings: Settings) -> Report:
         thread.start()
     for thread in threads:
         thread.join()
-    if measured:
-        baseline.update_matrix(settings.baselines, measured)
     return joined([reports.get(case.name, Report.failed(case.name, "its process ended")) for case in chosen])
 
 
