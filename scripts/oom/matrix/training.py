@@ -157,7 +157,7 @@ def _options(case: Case, model: nn.Module, folder: Path) -> dict[str, Any]:
         options |= {"chunk_config_dict": {1: {"chunk_size": max(largest, -(-(trained + frozen) // _RING_CHUNKS))}}}
         options |= {"device_memory": full, "offload_param_frac": 0.1, "host_memory": full // 6 + _SLACK_BYTES}
     elif case.tier == "ram":
-        options["host_memory"] = masters + states + full + _SLACK_BYTES
+        options["host_memory"] = beside + masters + states + full + _SLACK_BYTES
     elif case.tier == "device":
         options |= {"device_memory": full // 2 + _SLACK_BYTES, "host_memory": beside + masters + _SLACK_BYTES}
     else:
