@@ -8,7 +8,8 @@ from pathlib import Path
 import baseline
 import scenarios
 import table
-from outcome import Failure, Report, Settings
+from matrix import capacity, cases
+from outcome import DEFAULT_BASELINES, Failure, Report, Settings
 
 _EPILOG = """\
 A baseline is a peak that was measured once; a later run may be above it by the
@@ -20,14 +21,27 @@ not be run, 2 wrong usage.
 
 def main() -> int:
     options = _parser().parse_args()
-    chosen = [s for s in scenarios.ALL if (not options.quick or s.quick) and options.only in (None, s.name)]
+    only = "matrix" if options.case or options.all else options.only
+    chosen = [s for s in scenarios.ALL if (not options.quick or s.quick) and only in (None, s.name)]
     if options.list:
         table.list_scenarios(scenarios.ALL)
+        table.list_cases(cases.all_cases() if options.all else cases.covering(), baseline.matrix(options.baselines))
         return 0
+    if options.capacity:
+        return capacity.main(options.capacity, options.cap)
     if not chosen:
-        print(f"no scenario {options.only!r}" + (" among the quick ones" if options.quick else ""), file=sys.stderr)
+        print(f"no scenario {only!r}" + (" among the quick ones" if options.quick else ""), file=sys.stderr)
         return 2
-    settings = Settings(small=options.small, headroom_ratio=options.headroom_ratio)
+    settings = Settings(
+        small=options.small,
+        headroom_ratio=options.headroom_ratio,
+        baselines=options.baselines,
+        updating=options.update_baseline,
+        cases=tuple(options.case or ()),
+        every_case=options.all,
+        jobs=options.jobs,
+        sabotage=options.sabotage,
+    )
     known = {} if options.update_baseline else baseline.load(options.baselines, settings)
     reports = []
     for scenario in chosen:
@@ -61,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything measured to FILE")
     parser.add_argument("--update-baseline", action="store_true", help="take what is measured as the new baseline")
     parser.add_argument(
-        "--baselines", metavar="FILE", type=Path, default=baseline.DEFAULT, help="other baselines than the repository's"
+        "--baselines",
+        metavar="FILE",
+        type=Path,
+        default=DEFAULT_BASELINES,
+        help="other baselines than the repository's",
     )
     parser.add_argument("--small", action="store_true", help="small models: to test this script, not the package")
     parser.add_argument(
@@ -70,6 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="another limit, to see a scenario fail",
     )
+    matrix = parser.add_argument_group("matrix")
+    matrix.add_argument("--case", metavar="NAME", action="append", help="only this one (more than once: these)")
+    matrix.add_argument("--all", action="store_true", help="the whole product, and not only a selection with each pair")
+    matrix.add_argument("--jobs", type=int, metavar="N", help="cases at a time (one for each core)")
+    matrix.add_argument("--sabotage", metavar="FILE:FUNCTION", help="called before our trainings, to see them fail")
+    search = parser.add_argument_group("capacity")
+    search.add_argument(
+        "--capacity", choices=["layers", "batch"], help="find the largest that trains under --cap, plain and ours"
+    )
+    search.add_argument("--cap", metavar="SIZE", default="400MiB", help="above what a warm process has (%(default)s)")
     return parser
 
 

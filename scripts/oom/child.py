@@ -25,11 +25,13 @@ _POLL_SECONDS = 0.001
 _READY, _RESULT = "ready", "result"
 
 # One thread and a malloc that gives back what is freed: then a peak is the same in every run.
-_QUIET_MALLOC = {
+QUIET_MALLOC = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    "LRU_CACHE_CAPACITY": "16",
 }
 
 
@@ -67,7 +69,7 @@ def run_child(script: str, arguments: dict[str, Any], *, timeout_seconds: float)
     """
     command = [sys.executable, str(Path(__file__).parent / "scenarios" / f"{script}.py"), json.dumps(arguments)]
     paths = [str(Path(__file__).parent), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **_QUIET_MALLOC, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, **QUIET_MALLOC, "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=_ROOT, start_new_session=True
     )

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+DEFAULT_BASELINES = Path(__file__).resolve().parent / "baselines.json"
 
 
 class Failure(Exception):
@@ -17,6 +20,17 @@ class Settings:
     """Small models, with baselines of their own."""
     headroom_ratio: float | None = None
     """Overrides the limit: times the bytes of the parameters, or of the chunks in RAM."""
+    baselines: Path = DEFAULT_BASELINES
+    updating: bool = False
+    """What is measured becomes the baseline."""
+    cases: tuple[str, ...] = ()
+    """Of the matrix: only these."""
+    every_case: bool = False
+    """Of the matrix: the whole product."""
+    jobs: int | None = None
+    """Of the matrix: how many cases at a time; None: one for each core."""
+    sabotage: str | None = None
+    """Of the matrix: ``FILE:FUNCTION``, called before our training, to see the case fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +41,10 @@ class Check:
     expected: str
     got: str
     passed: bool
+
+    def named(self, of: str) -> "Check":
+        """The same check of one of several."""
+        return replace(self, what=f"{of}: {self.what}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,17 +1,33 @@
 """Results for people, on stdout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from matrix.cases import Case
 from outcome import Report, Scenario
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from gemini.sizes import format_bytes
 
 
 def list_scenarios(scenarios: Sequence[Scenario]) -> None:
     width = max(len(scenario.name) for scenario in scenarios)
     for scenario in scenarios:
         print(f"{scenario.name:<{width}}  {'quick' if scenario.quick else '     '}  {scenario.summary}")
+
+
+def list_cases(cases: Sequence[Case], known: Mapping[str, Mapping[str, Any]]) -> None:
+    """The cases of the matrix; of those with a baseline how much of it a chunk is."""
+    for case in cases:
+        baseline = known.get(case.name)
+        said = "no baseline"
+        if baseline is not None:
+            share = baseline["chunk_bytes"] / baseline["peak_bytes"]
+            cap, count = format_bytes(baseline["cap_bytes"]), baseline["evictions"]
+            said = f"cap {cap}, {count} evictions, a chunk is {share:.1%} of the peak"
+        print(f"  {case.name:<44}  {said}")
 
 
 def show(reports: Sequence[Report]) -> None:

@@ -7,6 +7,7 @@ from . import (
     budgets_held,
     lazy_boost_peak,
     lora_on_disk,
+    matrix,
     nothing_but_offload_dir,
     plain_dies_gemini_trains,
     pretrained_larger_than_limit,
@@ -20,4 +21,5 @@ ALL: tuple[Scenario, ...] = (
     *lora_on_disk.SCENARIOS,
     pretrained_larger_than_limit.SCENARIO,
     nothing_but_offload_dir.SCENARIO,
+    matrix.SCENARIO,
 )

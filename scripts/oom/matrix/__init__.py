@@ -1,0 +1,1 @@
+"""The matrix: one short training for each selected combination of model, policy, tier, precision and so on."""
