@@ -16,6 +16,9 @@ from gemini.sizes import parse_bytes
 
 
 class Spelled(os.PathLike[str]):
+    def __repr__(self) -> str:  # without the address: it is a part of a test's name
+        return "Spelled()"
+
     def __fspath__(self) -> str:
         return "somewhere"
 
