@@ -131,7 +131,7 @@ def test_what_is_in_use_is_never_evicted_and_the_message_says_how_much_is_enough
         rig.manager.fetch(rig.chunks[2])
     message = str(raised.value)
     assert "device tier out of memory" in message and "(with w4)" in message
-    assert "0.0 MiB are free" in message
+    assert "0 B are free" in message
     enough = int(message.split("set device_memory to ")[1].split()[0])
     assert enough == rig.capacity + NUMEL * 2
     assert rig.chunks[2].state is ChunkState.HOME and rig.used_bytes_agree()

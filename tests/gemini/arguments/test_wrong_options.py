@@ -58,7 +58,7 @@ STAT: Mapping[str, Mapping[str, Sequence[str]]] = {
     "doctor": {},
     "schema": {},
     "export": {"--format": WORDS, "--output": NAMES, "--textfile": FOLDERS},
-    "serve": {"--host": (), "--port": (*WHOLES, "65536"), "--token": (), "--open": ()},
+    "serve": {"--host": (), "--port": (*WHOLES, "65536"), "--token": (), "--all-users": (), "--open": ()},
     "report": {"--output": NAMES},
     "estimate": {
         **dict.fromkeys(("--batch-size", "--seq-len", "--ranks", "--per-node"), COUNTS),
