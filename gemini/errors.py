@@ -74,6 +74,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for every shape in which Python and torch report that an allocation failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, GeminiError):
+        return False  # it may quote one of another rank's
     if type(error) is OSError:  # of mmap; ours say what they were about
         return error.errno == errno.ENOMEM
     if not isinstance(error, RuntimeError):

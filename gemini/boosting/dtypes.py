@@ -8,8 +8,8 @@ import torch
 from ..packing.packing import Packing
 
 _SHOWN = 4
-_CALLS_UP_TO_THE_USER = 7
-"""From here over `_decide`, `_boost`, `boost_model`, the plugin and the booster."""
+_CALLS_UP_TO_THE_USER = 9
+"""From here over `_decide`, `_boost`, `boost_model`, the plugin and the booster, both of which are decorated."""
 
 
 def warn_of_other_dtypes(packing: Packing, precision: str) -> None:

@@ -199,7 +199,13 @@ def prune(folder: Path, keep: int | None) -> None:
             os.rename(path, folder / f".{path.name}{_REMOVING}{secrets.token_hex(4)}")
         except OSError as error:
             logger.warning("%s could not be removed: %s", path, error.strerror or error)
-    for left in folder.glob(f".*{_REMOVING}*"):
+    hidden = list(folder.glob(f".*{_REMOVING}*"))
+    try:
+        if hidden:
+            sync_folder(folder)  # else a power loss may leave a checkpoint under its old name, with files missing
+    except OSError:
+        return
+    for left in hidden:
         shutil.rmtree(left, ignore_errors=True)
 
 

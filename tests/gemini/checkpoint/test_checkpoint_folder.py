@@ -220,9 +220,9 @@ def test_parts_that_are_not_there_are_an_error_unless_they_may_be(tmp_path: Path
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"keep": 0}, ValueError, "keep is how many checkpoints stay"),
-        ({"keep": True}, ValueError, "keep is how many checkpoints stay"),
-        ({"size_per_shard": 0}, ValueError, "size_per_shard must be positive"),
+        ({"keep": 0}, ValueError, "keep must be None or a whole number of 1 or more, got 0"),
+        ({"keep": True}, TypeError, "keep must be None or a whole number of 1 or more, got True"),
+        ({"size_per_shard": 0}, ValueError, "size_per_shard must be a whole number of MiB, 1 or more"),
         ({"model": [nn.Linear(1, 1)]}, TypeError, "give several as a dict"),
         ({"model": {"a/b": nn.Linear(1, 1)}}, ValueError, "becomes the name of a folder"),
         ({"model": {"a.b": nn.Linear(1, 1)}}, ValueError, "becomes the name of a folder"),

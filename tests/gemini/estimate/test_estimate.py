@@ -196,7 +196,7 @@ def test_each_optimizer_has_its_own_states(capsys: pytest.CaptureFixture[str]) -
     for wrong, reason in (
         ("Adamw", "the name of one of torch.optim"),
         ("Adafactor", "factors the second moment"),
-        ("SGD momentum", "expected NAME=VALUE, got 'momentum'"),
+        ("SGD momentum", "must be NAME=VALUE, got 'momentum'"),
         ("SGD nonsense=1", "nonsense"),
         ("AdamW differentiable=true", "does not support differentiable"),
     ):
