@@ -145,7 +145,7 @@ def test_a_policy_without_a_place_is_refused_before_anything_changes() -> None:
         Booster(plugin=GeminiPlugin(**OFFLOAD)).boost(model)
     assert type(model) is torch.nn.Sequential
     assert dict(model.named_parameters()) == before
-    with pytest.raises(ValueError, match="activation_policy must be None or .keep., .offload., .recompute. or .auto., got .everything."):
+    with pytest.raises(ValueError, match=r"activation_policy must be None or .*, got 'everything'"):
         GeminiPlugin(activation_policy="everything")
 
 
