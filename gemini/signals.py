@@ -20,6 +20,7 @@ the user's handlers are where the user has put them. Between the sections of a `
 
 import _signal  # type: ignore[import-not-found]  # ``signal`` makes enums of answers, which takes ten times as long
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,6 +80,15 @@ class _Uninterrupted:
                 return function(*args, **kwargs)
 
         return run
+
+    def let_in(self) -> None:
+        """Have held signals reach their handlers now: at a place of a long section where it may end with an error."""
+        if threading.get_ident() == _MAIN_THREAD:
+            while self._came:
+                number = next(iter(self._came))
+                del self._came[number]
+                if number in self._handlers:
+                    self._handlers[number](number, sys._getframe(1))
 
     def in_methods(self, *names: str) -> Callable[[type[T]], type[T]]:
         """Decorates these methods of a class."""

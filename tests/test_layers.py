@@ -54,7 +54,7 @@ ISOLATED: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("accelerator", "cluster", "logging", "pipeline", "shardformer", "utils"), frozenset({"colossal"})),
     "chunk": frozenset({"errors", "sizes", "process_wide", "safe_files", "signals", "system_limits", "torch_private"}),
     "lazy": frozenset({"errors", "arguments", "torch_private"}),
-    "formats": frozenset({"cores", "process_wide", "safe_files"}),
+    "formats": frozenset({"cores", "process_wide", "safe_files", "signals"}),
     "telemetry": frozenset({"sizes", "arguments", "process_wide", "safe_files"}),
     "lease": frozenset({"telemetry", "sizes", "arguments", "process_wide", "safe_files"}),
     "stat": frozenset(

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from gemini.cores import usable_cores
 from gemini.process_wide import IO_STACK_BYTES, small_stacks
+from gemini.signals import uninterrupted
 
 MOST_THREADS = 4
 """More do not make one disk faster."""
@@ -20,7 +21,8 @@ class Team(Generic[B]):
     """Does tasks on some threads; on the calling one only if the system refuses them all. A context manager.
 
     Each task has a buffer to itself while it runs. The first error ends the work: tasks that have not begun are
-    dropped, and `do` or `settle` raises it.
+    dropped, and `do` or `settle` raises it. Within the context signals are heard in `do` and `settle` only, so that all
+    threads have ended when it is left.
 
     Parameters
     ----------
@@ -51,9 +53,17 @@ class Team(Generic[B]):
         self._done_bytes = 0
         self._fault: BaseException | None = None
         self._is_over = False
-        self._threads = self._started(make_buffer, min(usable_cores() + 1, MOST_THREADS) if count is None else count)
+        self._make_buffer = make_buffer
+        self._count = min(usable_cores() + 1, MOST_THREADS) if count is None else count
+        self._threads: list[Thread] = []
 
     def __enter__(self) -> "Team[B]":
+        uninterrupted.__enter__()
+        try:
+            self._start()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
@@ -63,12 +73,7 @@ class Team(Generic[B]):
             if error is None:
                 self.settle()
         finally:
-            with self._changed:
-                self._is_over = True
-                self._tasks.clear()
-                self._changed.notify_all()
-            for thread in self._threads:
-                thread.join()
+            self._end()
 
     def do(self, task: Callable[[B], int]) -> None:
         """Have a task done soon; it returns how many bytes it was. Waits while as many wait as there are threads.
@@ -101,6 +106,7 @@ class Team(Generic[B]):
 
     def _wait_until(self, is_so: Callable[[], bool]) -> None:
         while True:
+            uninterrupted.let_in()
             with self._changed:
                 if not (is_over := is_so() or self._fault is not None):
                     self._changed.wait()
@@ -110,17 +116,24 @@ class Team(Generic[B]):
             if is_over:
                 return
 
-    def _started(self, make_buffer: Callable[[], B], count: int) -> list[Thread]:
-        threads: list[Thread] = []
-        for _ in range(count):
-            thread = Thread(target=self._help, args=(make_buffer(),), name="gemini-memory-file", daemon=True)
+    def _start(self) -> None:
+        for _ in range(self._count):
+            thread = Thread(target=self._help, args=(self._make_buffer(),), name="gemini-memory-file", daemon=True)
             try:
                 with small_stacks(IO_STACK_BYTES):
                     thread.start()
             except RuntimeError:
                 break  # a memory limit leaves no room for a stack
-            threads.append(thread)
-        return threads
+            self._threads.append(thread)
+
+    def _end(self) -> None:
+        with self._changed:
+            self._is_over = True
+            self._tasks.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        uninterrupted.__exit__()
 
     def _help(self, buffer: B) -> None:
         with suppress(RuntimeError):

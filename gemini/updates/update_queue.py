@@ -8,7 +8,7 @@ was computed but not written is kept), the error surfaces at the next wait, whic
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ def warm_up(
             at_step.apply_split(full, low, states, gradient)
 
 
+class Prepared(NamedTuple):
+    """The update of a chunk, cut into blocks, and its ticket."""
+
+    ticket: Ticket
+    blocks: list[Block]
+
+
 class UpdateQueue:
     """Runs updates on a background thread, one after the other, also when one of them has to be tried again.
 
@@ -80,21 +87,43 @@ class UpdateQueue:
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         """What stopped the pipeline. What was submitted since waits behind it."""
+        self._is_working = False
+        """The thread is at work, and looks for more under the lock before it ends."""
         self._is_closed = False
 
     def submit(self, updates: Sequence[ChunkUpdate], caller: Caller) -> list[Ticket]:
         """Start updating, in the order given; one ticket per chunk."""
-        blocks: list[Block] = []
-        tickets = []
-        for update in updates:
-            cuts = self._cuts(update)
-            ticket = Ticket(self.retry, len(cuts))
-            tickets.append(ticket)
-            blocks += [Block(update, caller, ticket, *cut) for cut in cuts]
+        prepared = [self.prepare(update, caller) for update in updates]
+        self.add(prepared)
+        return [each.ticket for each in prepared]
+
+    def prepare(self, update: ChunkUpdate, caller: Caller) -> Prepared:
+        """All that `add` needs, which then needs no memory but to hand it over."""
+        cuts = self._cuts(update)
+        ticket = Ticket(self.retry, len(cuts))
+        return Prepared(ticket, [Block(update, caller, ticket, *cut) for cut in cuts])
+
+    def add(self, prepared: Sequence[Prepared], *, is_certain: bool = False) -> None:
+        """Start updating, in the order given.
+
+        Parameters
+        ----------
+        is_certain
+            Other updates of the step are taken already. If these cannot be handed over, that surfaces at the waits for
+            them, which have it tried again; else nothing has been changed then.
+        """
+        blocks = [block for each in prepared for block in each.blocks]
         with self._lock:
-            self._thread.submit(self._work)  # first: it may fail. It waits for the lock
+            try:
+                self._thread.submit(self._work)  # first: it may fail. It waits for the lock
+            except BaseException as error:
+                if not is_certain:
+                    raise
+                if not self._is_working:  # else it comes to these, too
+                    self._error = self._error or _as_ours(error)
             self._pipeline.add(blocks)
-        return tickets
+            if self._error is not None:
+                self._fail_all(self._error)
 
     def arrange(self, chunks: Sequence[Chunk]) -> None:
         """Do what has not begun in this order of chunks."""
@@ -134,14 +163,20 @@ class UpdateQueue:
             if self._error is not None:
                 self._fail_all(self._error)
                 return
-        try:
-            self._pipeline.run()
-        except BaseException as error:  # whatever it is, it surfaces at the waits
-            if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
-                error = OutOfMemory(f"host tier out of memory in the optimizer's updates ({error!r}); {_NOTHING_LOST}")
+            self._is_working = True
+        while True:
+            error: BaseException | None = None
+            try:
+                self._pipeline.run()
+            except BaseException as raised:  # whatever it is, it surfaces at the waits
+                error = _as_ours(raised)
             with self._lock:
-                self._error = error
-                self._fail_all(error)
+                if error is not None:
+                    self._error = error
+                    self._fail_all(error)
+                if error is not None or not self._pipeline.left:
+                    self._is_working = False
+                    return
 
     def _fail_all(self, error: BaseException) -> None:
         for block in self._pipeline.left:
@@ -155,6 +190,12 @@ class UpdateQueue:
     def _end(self) -> None:
         self._thread.shutdown(wait=True)
         self._pipeline.close()
+
+
+def _as_ours(error: BaseException) -> BaseException:
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+        return OutOfMemory(f"host tier out of memory in the optimizer's updates ({error!r}); {_NOTHING_LOST}")
+    return error
 
 
 def _divided(start: int, stop: int, boundaries: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,7 @@
 """From a chunk's gradients to its update under way: which step each parameter takes, and what that makes stale."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -174,11 +173,19 @@ class Updater:
         self._manager.evict(chunk)
         return None
 
-    def start(self, planned: Sequence[Planned], begun: Mapping[Chunk, Ticket] = MappingProxyType({})) -> None:
-        """Hand updates to the queue, in this order; ``begun`` are those of them that are there already."""
-        others = [each for each in planned if each.chunk not in begun]
-        submitted = self._queue.submit([each.update for each in others], self._manager.device.caller())
-        tickets = {**begun, **{each.chunk: ticket for each, ticket in zip(others, submitted, strict=True)}}
+    def start(self, planned: Sequence[Planned], take: Callable[[], Mapping[Chunk, Ticket]] = dict) -> None:
+        """Hand updates to the queue, in this order.
+
+        Parameters
+        ----------
+        take
+            Takes those of them that have begun already, which cannot be undone: called when all else is ready.
+        """
+        caller = self._manager.device.caller()
+        prepared = {each.chunk: self._queue.prepare(each.update, caller) for each in planned}
+        begun = take()
+        self._queue.add([each for chunk, each in prepared.items() if chunk not in begun], is_certain=bool(begun))
+        tickets = {**{chunk: each.ticket for chunk, each in prepared.items()}, **begun}
         if begun:
             self._queue.arrange([each.chunk for each in planned])
         for each in planned:

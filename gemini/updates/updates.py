@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Container, Sequence, Set
+from functools import partial
 
 from torch import Tensor
 
@@ -165,8 +166,10 @@ class Updates:
     def start(self, planned: Sequence[Planned]) -> None:
         """Start updates, in this order; from now on the chunks' gradients are theirs."""
         assert self._options is not None
-        begun = {} if self.schedule.consumes_gradients else self._ahead.take(planned, self._options)
-        self._updater.start(planned, begun)
+        if self.schedule.consumes_gradients:
+            self._updater.start(planned)
+        else:
+            self._updater.start(planned, partial(self._ahead.take, planned, self._options))
         for chunk in (each.chunk for each in planned):
             if chunk.gradient is not None and chunk.gradient.present:
                 self.gradients.hand_over(chunk)

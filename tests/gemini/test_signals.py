@@ -117,6 +117,16 @@ def test_a_handler_that_raises_while_a_section_begins_leaves_everything_as_it_wa
         assert came == ["SIGUSR1"]
 
 
+def test_a_long_section_lets_signals_in_where_it_says_so(came: list[str]) -> None:
+    with uninterrupted:
+        uninterrupted.let_in()
+        signal.raise_signal(NUMBER)
+        assert came == []
+        uninterrupted.let_in()
+        assert came == ["SIGUSR1"]
+    assert came == ["SIGUSR1"]
+
+
 def test_other_threads_have_no_part_in_it(came: list[str]) -> None:
     handler, found = signal.getsignal(NUMBER), []
 

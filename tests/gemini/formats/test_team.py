@@ -1,9 +1,12 @@
 """Threads that share tasks: all are done, an error ends the work, and refused threads are done without."""
 
+import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
+from interrupting import AtLine
 
 from gemini.formats.team import Team
 
@@ -67,6 +70,26 @@ def test_an_error_of_the_caller_ends_the_threads() -> None:
     with pytest.raises(KeyboardInterrupt), Team(list, count=2):
         raise KeyboardInterrupt
     assert not [thread for thread in threading.enumerate() if thread.name == "gemini-memory-file"]
+
+
+def test_ctrl_c_before_any_line_ends_the_threads() -> None:
+    def work() -> None:
+        with Team(list, count=2) as team:
+            for number in range(5):
+                team.do(task([], number))
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        counting = AtLine()
+        with counting.armed():
+            work()
+        for place, times in counting.counts.items():
+            for nth in {1, times}:
+                with suppress(KeyboardInterrupt), AtLine(place, nth).armed():
+                    work()
+                assert not [thread for thread in threading.enumerate() if thread.name == "gemini-memory-file"]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_without_room_for_threads_the_caller_works(monkeypatch: pytest.MonkeyPatch) -> None:

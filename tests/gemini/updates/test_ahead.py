@@ -1,6 +1,7 @@
 """Updates that begin in backward by themselves change no number, whatever the user does before the step."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import gemini
 from gemini.boosted import boosted
 from gemini.chunk import Tier
+from gemini.errors import OutOfMemory
 from gemini.sizes import parse_bytes
 from gemini.updates.ahead import MOST_STEPS_WITHOUT, Trust, UpdatesAhead
 
@@ -343,3 +345,32 @@ def test_a_habit_that_contradicts_costs_few_updates_in_the_long_run(placement: d
         accumulates(ours, step)
     assert ahead_of(ours).taken_count == 0
     assert not ahead_of(ours).trust.is_given
+
+
+def test_a_step_that_has_taken_updates_is_not_torn_where_the_others_cannot_be_handed_over(
+    placement: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, in_ram = Deep(placement, "fp32"), Deep({}, "fp32")
+    for step in range(4):
+        assert ours.step(step) == in_ram.step(step)
+    backward(ours, 4)
+    workers = boosted(ours.model).step._updater._queue._thread
+    for chunk in boosted(ours.model).manager.chunks:
+        chunk.settle()
+    taken = ahead_of(ours).taken_count
+
+    def refuse(*args: Any) -> None:
+        monkeypatch.undo()
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr(workers, "submit", refuse)
+    ours.optimizer.step()  # it has been taken
+    assert ahead_of(ours).taken_count > taken
+    with suppress(OutOfMemory):  # the others were handed over by nobody, but where the thread was still at work
+        boosted(ours.model).manager.settle()
+    ours.optimizer.zero_grad()
+    backward(in_ram, 4)
+    end(in_ram)
+    for step in range(5, 7):
+        assert ours.step(step) == in_ram.step(step)
+    check_same(ours, in_ram)
