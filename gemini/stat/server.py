@@ -141,6 +141,12 @@ class Handler(BaseHTTPRequestHandler):
         except (OSError, RequestTooLong):
             self.close_connection = True
 
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """Begin an answer, which has headers also for those who ask as in HTTP/0.9."""
+        if self.request_version == "HTTP/0.9":
+            self.request_version = "HTTP/1.0"
+        super().send_response(code, message)
+
     def handle_expect_100(self) -> bool:
         """There is no body to be waited for."""
         return True

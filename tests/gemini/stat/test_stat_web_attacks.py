@@ -169,6 +169,7 @@ BYTES: dict[str, tuple[bytes, list[int]]] = {
     "a greeting of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505]),
     "HTTP/0.9": (b"GET /\r\n\r\n", [400]),
     "HTTP/0.9 with POST": (b"POST /\r\n\r\n", [400]),
+    "HTTP/0.9 by its number": (b"GET / HTTP/0.9\r\nno header\r\n\r\n", [400]),
     "HTTP/9": (b"GET / HTTP/9.9\r\n\r\n", [505]),
     "no version": (b"GET / HTTP\r\n\r\n", [400]),
     "a huge version": (b"GET / HTTP/" + b"9" * 5000 + b".1\r\n\r\n", [400]),
