@@ -178,29 +178,31 @@ class UpdatesAhead:
         except (OutOfMemory, OffloadError, ValueError, TypeError):
             self.trust.after_step(was_right=False)  # the step says what is wrong, if it is not only the room
             return
-        if not _covers_all(chunk, planned):
+        try:
+            begun = self._submitted(trial, planned, refresh) if _covers_all(chunk, planned) else None
+        except BaseException:
             trial.call_off()
-            return
+            raise
+        if begun is None:
+            trial.call_off()
+        else:
+            step.begun[chunk] = begun
+
+    def _submitted(self, trial: Trial, planned: Planned, refresh: bool) -> "_Begun":
+        chunk = trial.chunk
+        assert isinstance(chunk.gradient, GradientBuffer)
         self._gradients.watch(chunk)
         run = Run(chunk.extent.start, chunk.extent.stop, planned.update.runs[0].at_step)  # what is between stays zero
         update = ChunkUpdate(chunk, (run,), self._filled(chunk, trial, refresh), trial=trial)
         homes, gradient = _identity(chunk), chunk.gradient.version
-        try:
-            (ticket,) = self._queue.submit([update], self._manager.device.caller())
-        except BaseException:
-            trial.call_off()
-            raise
-        step.begun[chunk] = _Begun(trial, ticket, planned.terms, homes, gradient)
+        (ticket,) = self._queue.submit([update], self._manager.device.caller())
+        return _Begun(trial, ticket, planned.terms, homes, gradient)
 
     def _filled(self, chunk: Chunk, trial: Trial, refresh: bool) -> Tensor | None:
         """The memory of the full copy, for the results: what it has now, others find at home until the step."""
         if not (refresh and chunk.plan.update_reaches_full):
             return None
-        try:
-            return self._manager.full_copies.hand_out(chunk, trial.end)
-        except BaseException:
-            trial.call_off()
-            raise
+        return self._manager.full_copies.hand_out(chunk, trial.end)
 
     def _arrival_of(self, gradient: GradientBuffer) -> Callable[[], None]:
         """What returns when the update can read a gradient: in RAM, when downloads are over, for which it waits."""
