@@ -62,7 +62,7 @@ class Interpreter(Fault):
     """All that Python's own allocators are asked for, by any thread."""
 
     MOST_UNNOTICED = 25
-    """Allocations cannot be counted. When so many in a row have no effect, the step has no more of them."""
+    """Allocations cannot be counted. When this number in a row has no effect, the step has no more of them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from gemini.telemetry.liveness import is_locked
 
 _KEEP_RUNS = 100
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-"""What may be the name of a folder among the others, whoever has agreed upon it."""
+"""What may be the name of a run's folder, also where the ranks have agreed upon it."""
 _RUN_ID = re.compile(r"\d{8}T\d{6}Z(-\d+){1,3}")
 _OUR_FILES = re.compile(
     r"run\.json|rank\d+(\.\d+|\.old)?\.jsonl|rank\d+\.lock|rank\d+\.(start|chunks|oom|timeline)\.json|request-dump"

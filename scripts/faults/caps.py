@@ -1,6 +1,6 @@
 """Training under hard limits of the system: it has the losses of a run without, or ends with an error whose cure works.
 
-Each trial is a forked child under RLIMIT_DATA (what is there after imports, and so many times the model's size in
+Each trial is a forked child under RLIMIT_DATA (what is there after imports, and a multiple of the model's size in
 float32), RLIMIT_NPROC or RLIMIT_NOFILE. An error has to be of `gemini.errors`; the cure that it names is read from its
 message, followed in another child under the same limit (or under the limit that it asks for), and has to work.
 """

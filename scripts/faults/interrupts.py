@@ -3,7 +3,7 @@
     python scripts/faults interrupts [--signals 2000] [--lines N]
 
 A signal comes after a random time (``--signals``, over all placements and phases), or before a line of our code runs
-(``--lines``: before so many of them, evenly spread, in each placement and phase; 0 takes all). What counts as broken: a
+(``--lines N``: N lines, evenly spread, in each placement and phase; 0 takes all). What counts as broken: a
 hang, an error that is not the interrupt's own, other numbers than plain PyTorch's from then on, a checkpoint that is
 neither the old one nor the new one. A step is taken whole or not at all.
 """
@@ -86,7 +86,7 @@ class _Cell:
             self._interrupt(AfterSeconds(next(delays)))
 
     def interrupt_before_lines(self, count: int) -> None:
-        """Before each line's first and last time, or before so many of these."""
+        """Interrupt before the first and the last time that a line runs, ``count`` times in all; 0 takes every line."""
         places = lines_of(self._run, self._phase)
         moments = [(place, nth) for place, times in places for nth in sorted({1, times})]
         for place, nth in moments[:: max(1, len(moments) // count) if count else 1]:

@@ -1,8 +1,8 @@
-"""A long training to which everything happens: bit-equal to plain PyTorch all along, and no more memory in the end.
+"""A long training to which everything happens: bit-equal to plain PyTorch all along, in bounded memory.
 
 Training, evaluation, saving (also in the background) and loading, batches of many shapes, exceptions and Ctrl-C in
 forward and backward, other budgets, models made and dropped, parameters read and written. Plain PyTorch does the same
-first. Of what the system says at rest every so many steps
+first. Every some steps, at rest, the system is asked:
 
 - what is resident beside our ledger's bytes has no slope, and stays within some MiB: so the ledger is right, too;
 - descriptors and threads are as many as ever at this placement.
@@ -40,7 +40,7 @@ BAND_BYTES = 4 << 20
 _WARM_UP_SHARE = 0.3
 """Of the steps: until then each kind of event and each placement has been there for the first time."""
 _TELLING = 500
-"""From so many steps on it says how far it is."""
+"""Runs of at least this number of steps say how far they are."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
