@@ -1,8 +1,8 @@
 """Adapters of peft on a frozen GPT2 in bf16: plain, with accelerate, and ours with the base in RAM, on a disk, in nf4.
 
 Each trains the same adapters on the same batch in a process of its own, in turns of some steps. Losses are compared
-first: plain, accelerate and ours with a whole base, ``==``; a quantised base has other numbers. A step, the peak and the
-traffic are what `offload_step` says.
+first: plain, accelerate and ours with a whole base, ``==``; a quantised base has other numbers. A step, the peak and
+the traffic are what `offload_step` says.
 
     python scripts/bench lora [--layers 12 --hidden 1024 --budget 200MiB]
 """
