@@ -12,6 +12,7 @@ from gemini.stat.text import UNKNOWN, duration, printable, seconds
 from gemini.telemetry.discovery import UnreadableRun
 
 _LONGEST_REASON = 300
+_LONGEST_NAME = 40
 _HEADINGS = ("status", "step", "time/step", "began", "pid", "run", "ranks", "script")
 
 
@@ -21,7 +22,8 @@ def render(runs: Sequence[Sight]) -> Table:
         table.add_column(justify=justify, no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    # The only one that may wrap is the first that gives way where the line is too long.
+    table.add_column(overflow="ellipsis", max_width=_LONGEST_NAME)
     table.add_row(*(Text(word, style="dim") for word in _HEADINGS))
     for sight in runs:
         run, identity, status = sight.run, sight.run.identity, sight.status
@@ -33,7 +35,7 @@ def render(runs: Sequence[Sight]) -> Table:
             UNKNOWN if identity.pid is None else str(identity.pid),
             Text(printable(identity.run_id, 40), style="cyan"),
             str(identity.world_size),
-            printable(identity.name, 40),
+            Text(printable(identity.name, _LONGEST_NAME), no_wrap=True, overflow="ellipsis"),
         )
     return table
 

@@ -10,6 +10,9 @@ from gemini.stat.sight import over
 from gemini.telemetry.discovery import look_at_runs
 from gemini.telemetry.layout import runs_folder
 
+_PIPE_COLUMNS = 80
+"""Enough for whole ids; a pipe has no width of its own."""
+
 HELP = "Lists runs, newest first: of this user, or those in the folder TARGET."
 
 
@@ -28,7 +31,10 @@ def run(options: argparse.Namespace) -> Exit:
         from gemini.stat import listing
 
         if runs:
-            show(console(options), listing.render(runs))
+            made = console(options)
+            if not made.is_terminal:
+                made.width = max(made.width, _PIPE_COLUMNS)
+            show(made, listing.render(runs))
         for line in map(listing.unreadable, unreadable):
             print(line)
     else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -318,3 +319,20 @@ def test_many_runs_are_listed_quickly() -> None:
     begin = time.perf_counter()
     assert main(["ls"]) == 0
     assert time.perf_counter() - begin < 5
+
+
+@pytest.mark.parametrize("columns", ["80", "40", None])
+def test_ids_are_whole_in_pipes_and_in_80_columns(
+    columns: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_run()
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert main(["ls"]) == 0
+    piped = capsys.readouterr().out
+    assert made.name in piped
+    if columns == "80":
+        assert main(["ls", "--color", "always"]) == 0
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert made.name in shown and max(map(len, shown.splitlines())) <= 80
