@@ -27,7 +27,7 @@ LOSSES = 10
 """Shown in the given time, beside the first one."""
 WARM_UP_STEPS = 20
 
-Step = Callable[[tuple[Any, Any, Any]], Any]
+Step = Callable[[tuple[Any, Any, Any]], None]
 
 
 class Pages:
@@ -75,7 +75,7 @@ def begin_as_identity(model: Any) -> None:
         weight.copy_(torch.eye(weight.size(0)))
 
 
-def plain(folder: Path, layers: int, rate: float) -> tuple[Any, Step]:
+def plain(folder: Path, layers: int, rate: float) -> tuple[Any, Any, Step]:
     """The head and the last layers train, the rest is frozen; -1 for all, with the embedding."""
     model = Masked(folder)
     begin_as_identity(model)
@@ -87,17 +87,16 @@ def plain(folder: Path, layers: int, rate: float) -> tuple[Any, Step]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, fused=True)
 
-    def step(batch: tuple[Any, Any, Any]) -> Any:
+    def step(batch: tuple[Any, Any, Any]) -> None:
         loss = model(*batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return optimizer
 
-    return model, step
+    return model, optimizer, step
 
 
-def ours(folder: Path, offload: str, rate: float, host_memory: int | None) -> tuple[Any, Step]:
+def ours(folder: Path, offload: str, rate: float, host_memory: int | None) -> tuple[Any, Any, Step]:
     """All of it, with nothing but a folder for what does not fit."""
     from gemini.booster import Booster
     from gemini.booster.plugin import GeminiPlugin
@@ -111,13 +110,12 @@ def ours(folder: Path, offload: str, rate: float, host_memory: int | None) -> tu
     model, optimizer, *_ = booster.boost(model, optimizer)
     begin_as_identity(model)
 
-    def step(batch: tuple[Any, Any, Any]) -> Any:
+    def step(batch: tuple[Any, Any, Any]) -> None:
         booster.backward(model(*batch), optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        return optimizer
 
-    return model, step
+    return model, optimizer, step
 
 
 def data_bytes() -> int:
@@ -139,18 +137,25 @@ def main() -> None:
     if asked["cap"] is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + asked["cap"],) * 2)
     if asked["kind"] == "plain":
-        model, step = plain(folder, asked["layers"], asked["rate"])
+        model, optimizer, step = plain(folder, asked["layers"], asked["rate"])
     else:
-        model, step = ours(folder, asked["offload"], asked["rate"], asked.get("host"))
+        model, optimizer, step = ours(folder, asked["offload"], asked["rate"], asked.get("host"))
     total, trained = (
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     print(json.dumps({"parameters": total, "trained": trained}), file=out, flush=True)
-    train(pages, model, step, asked, lambda values: print(json.dumps(values), file=out, flush=True))
+    train(pages, model, optimizer, step, asked, lambda values: print(json.dumps(values), file=out, flush=True))
 
 
-def train(pages: Pages, model: Any, step: Step, asked: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+def train(
+    pages: Pages,
+    model: Any,
+    optimizer: Any,
+    step: Step,
+    asked: dict[str, Any],
+    tell: Callable[[dict[str, Any]], None],
+) -> None:
     """Until the seconds, or the steps, are over. Looking at the loss does not count."""
     spent, shown, number = 0.0, 0.0, 0
     while True:
@@ -160,10 +165,10 @@ def train(pages: Pages, model: Any, step: Step, asked: dict[str, Any], tell: Cal
         if number >= asked["steps"] or (asked["seconds"] and spent >= asked["seconds"]):
             break
         begin = time.perf_counter()
-        optimizer = step(pages.batch(number, is_held_out=False))
-        number += 1
         for group in optimizer.param_groups:
             group["lr"] = asked["rate"] * min(1.0, (number + 1) / WARM_UP_STEPS)
+        step(pages.batch(number, is_held_out=False))
+        number += 1
         spent += time.perf_counter() - begin
     tell({"ended": True, "steps": number, "seconds": spent, "data_bytes": data_bytes()})
 

@@ -38,10 +38,10 @@ def folder(tmp_path: Path) -> Path:
 def trained(script: Any, folder: Path, build: Any) -> list[float]:
     worker, told = script("demo_worker"), []
     torch.manual_seed(1)  # of the head, which the weights don't have
-    model, step = build(worker)
+    model, optimizer, step = build(worker)
     asked = {"seconds": 0, "steps": 3, "rate": 1e-2}
     pages = worker.Pages(folder)
-    worker.train(pages, model, step, asked, told.append)
+    worker.train(pages, model, optimizer, step, asked, told.append)
     assert told[-1]["ended"] and told[-1]["steps"] == 3
     return [worker.held_out_loss(pages, model)]
 
