@@ -14,7 +14,7 @@ from ..updates.updater import Updater
 from ..updates.values import Values
 from .saved_states import codec_of, home_of, read_state, write_state
 from .shown_states import ShownStates
-from .state_checks import STEP, check_signs, check_value
+from .state_checks import STEP, check_side, check_signs, check_value
 from .state_home import StateHome
 from .state_tensor import StateTensor
 
@@ -83,6 +83,8 @@ class KeptStates:
         """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
         if name == STEP:
             return torch.empty((), dtype=torch.float32, device="meta")
+        if name in self._sides(parameter):
+            return self._side(parameter)[name].to("meta")
         dtype, slot = codec_of(self._manager, self._rule, parameter, name).dtype, self._manager.slot(parameter)
         return torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device="meta")
 
@@ -90,7 +92,20 @@ class KeptStates:
         return id(parameter) in self._updater.steps or self._rule.has_initial_state
 
     def _known(self, parameter: Tensor) -> list[str]:
-        return [*([STEP] if self._rule.takes_step else []), *self._rule.codecs(self._chunk(parameter).states)]
+        counted = [STEP] if self._rule.takes_step else []
+        in_chunk, sides = self._rule.codecs(self._chunk(parameter).states), self._sides(parameter)
+        return (
+            [*counted, *in_chunk, *sides] if self._rule.is_whole else [*counted, *sides, *in_chunk]
+        )  # as torch has them
+
+    def _sides(self, parameter: Tensor) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of its side states."""
+        return self._rule.side(tuple(parameter.shape))
+
+    def _side(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Its side states, after the update that may be under way."""
+        self._chunk(parameter).settle()
+        return self._updater.sides.setdefault(id(parameter), {})
 
     def _chunk(self, parameter: Tensor) -> Chunk:
         place = self._manager.find(parameter)
@@ -99,7 +114,7 @@ class KeptStates:
 
     def values_of(self, parameter: Tensor, name: Any) -> tuple[str, ...]:
         """The values of its chunk that an entry of its state is read from; none for a note or a number of steps."""
-        if name == STEP or name in self._notes.get(id(parameter), ()):
+        if name == STEP or name in self._sides(parameter) or name in self._notes.get(id(parameter), ()):
             return ()
         return tuple(spec.name for spec in codec_of(self._manager, self._rule, parameter, name).specs)
 
@@ -122,6 +137,8 @@ class KeptStates:
             return notes[name]
         if name not in self.names(parameter):
             raise KeyError(name)
+        if name == STEP and isinstance(steps := self._rule.counted(self.count(parameter)), int):
+            return steps
         return self.shown.place(self, parameter, name).show()
 
     def copy(self, parameter: Tensor, name: Any) -> Any:
@@ -130,7 +147,10 @@ class KeptStates:
         if name in notes:
             return notes[name].detach().to("cpu", copy=True) if isinstance(notes[name], Tensor) else notes[name]
         if name == STEP:
-            return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
+            return self._rule.counted(self.count(parameter))
+        if name in self._sides(parameter):
+            self._values.check_readable()
+            return self._side(parameter)[name].detach().clone()
         return read_state(self._values, self._rule, parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
@@ -138,6 +158,8 @@ class KeptStates:
         self._values.check_readable()
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
+        if name in self._sides(parameter):
+            return self._side(parameter)[name]
         home = home_of(self._manager, self._rule, parameter, name)
         return read_state(self._values, self._rule, parameter, name).to(parameter.device) if home is None else home
 
@@ -151,6 +173,8 @@ class KeptStates:
         """Bring home what was changed in what `open` returned."""
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(values)
+        elif name in self._sides(parameter):
+            pass  # what was opened is what is kept
         elif home_of(self._manager, self._rule, parameter, name) is None:
             check_value(self._chunk(parameter), parameter, name, values)
             write_state(self._values, self._rule, parameter, name, values)
@@ -172,7 +196,12 @@ class KeptStates:
             if name in self.names(parameter):
                 self.unset(parameter, name)
         else:
-            check_value(self._chunk(parameter), parameter, name, value)
+            self._check_value(parameter, name, value)
+            if self._sides(parameter) and not self._is_begun(parameter) and name != MASTER:
+                raise ValueError(
+                    f"a parameter that has not been stepped has no {name}: assign its whole state "
+                    f"({', '.join(self._known(parameter))}) at once"
+                )
             self.load(parameter, name, value)
             if name != MASTER:
                 self._updater.steps.setdefault(id(parameter), 0 if self._rule.takes_step else 1)
@@ -215,7 +244,7 @@ class KeptStates:
                 f"{', '.join(known)}, which {self._rule.name} keeps, or {{}} to begin anew"
             )
         for name, value in given.items():
-            check_value(self._chunk(parameter), parameter, name, value)
+            self._check_value(parameter, name, value)
 
     def replace(
         self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value
@@ -248,6 +277,9 @@ class KeptStates:
             self._updater.steps[id(parameter)] = whole_steps(value)
         elif name == MASTER:
             self._values.write(parameter, MASTER, value)
+        elif name in self._sides(parameter):
+            side = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
+            self._side(parameter)[name] = side
         else:
             write_state(self._values, self._rule, parameter, name, value)
 
@@ -256,6 +288,9 @@ class KeptStates:
         kept = {slot.name for slot in self._chunk(parameter).states}
         known = {*kept, *self._known(parameter), STEP, MASTER}
         given = {name: value for name, value in saved.items() if name in known}
+        for name in self._sides(parameter):
+            if given.get(name) is not None:
+                self.load(parameter, name, given[name])
         self._begin(parameter, given, {name: saved[name] for name in saved.keys() - known if saved[name] is not None})
 
     def forget(self, parameter: Tensor) -> None:
@@ -283,6 +318,7 @@ class KeptStates:
                 former.shown.release(parameter)
                 former.shown.let_go(parameter, *former._known(parameter))
                 self._updater.steps.pop(id(parameter), None)
+                self._updater.sides.pop(id(parameter), None)
                 if was_begun or self._rule.has_initial_state:
                     self._fill(parameter)
 
@@ -300,6 +336,14 @@ class KeptStates:
         self.shown.let_go(parameter, *self._known(parameter))
         self._fill(parameter)
         self._updater.steps.pop(id(parameter), None)
+        self._updater.sides.pop(id(parameter), None)
+
+    def _check_value(self, parameter: Tensor, name: str, value: Any) -> None:
+        shape = self._sides(parameter).get(name)
+        if shape is None:
+            check_value(self._chunk(parameter), parameter, name, value)
+        else:
+            check_side(name, shape, value)
 
     def _fill(self, parameter: Tensor) -> None:
         for slot in self._chunk(parameter).states:

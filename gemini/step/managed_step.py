@@ -189,6 +189,7 @@ class ChunkedStep:
         updates, prepared = work
         self._updates.start(updates)
         optimizer.commit_parameters(prepared)
+        optimizer.rule.after_step(optimizer.param_groups)
         self.averages.stepped()
         self.scaling.stepped()
         self._updates.after_step()
