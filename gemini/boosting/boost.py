@@ -37,7 +37,7 @@ from .local_parts import check_groups, local_parts
 from .mixing import mix_in
 from .module import GeminiModule
 from .parts import guard_parts
-from .refusals import refuse_model, refuse_optimizer, refuse_sharing, refuse_whole, refuse_split_master
+from .refusals import refuse_model, refuse_optimizer, refuse_sharing, refuse_split_master, refuse_whole
 from .seating import Seating
 from .succession import bind_optimizer
 

@@ -106,8 +106,8 @@ def refuse_whole(model: nn.Module, name: str, ranks: int) -> None:
     """Raise where an optimizer that looks at whole parameters would find parts of them."""
     if ranks > 1:
         raise ValueError(
-            f"{name} looks at whole parameters, and with {ranks} ranks each keeps a part of every chunk; train with one "
-            "process, or with an element-wise optimizer (HybridAdam)"
+            f"{name} looks at whole parameters, and with {ranks} ranks each keeps a part of every chunk; train with "
+            "one process, or with an element-wise optimizer (HybridAdam)"
         )
     if parts := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
         raise ValueError(

@@ -5,22 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from ..chunk import MASTER, BufferSpec, Chunk, Together
+from ..chunk import MASTER
 from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..signals import uninterrupted
-from ..updates.updater import Updater
-from ..updates.values import Values
-from .saved_states import codec_of, home_of, read_state, write_state
-from .shown_states import ShownStates
-from .state_checks import STEP, check_side, check_signs, check_value
-from .state_home import StateHome
+from .saved_states import home_of, read_state, write_state
+from .state_checks import STEP, check_signs, check_value
+from .state_questions import StateQuestions
 from .state_tensor import StateTensor
 
 
 @uninterrupted.in_methods("get", "copy", "open", "close", "set", "unset", "replace", "load", "begin", "forget", "drop")
-class KeptStates:
+class KeptStates(StateQuestions):
     """Says which parameters have a state, and reads, replaces and forgets it.
 
     What the optimizer keeps of a parameter is whole or not there at all: what nobody has set in it is what the first
@@ -33,94 +29,6 @@ class KeptStates:
     rule
         The optimizer's arithmetic.
     """
-
-    def __init__(self, values: Values, rule: Rule, updater: Updater) -> None:
-        self._values = values
-        self._manager = values.manager
-        self._rule = rule
-        self._updater = updater
-        self._notes: dict[int, dict[Any, Any]] = {}
-        """By the id of a parameter."""
-        self.shown = ShownStates()
-
-    # -- questions
-
-    @property
-    def together(self) -> Together:
-        """What the ranks that keep the states do together."""
-        return self._manager.together
-
-    def keeps(self, parameter: Any) -> bool:
-        """True if the states of this parameter are in its chunk. Those of others, frozen ones too, are elsewhere."""
-        place = self._manager.find(parameter)
-        return place is not None and place[0].is_trainable
-
-    def has(self, parameter: Tensor) -> bool:
-        """Whether there is anything in the state of a parameter; before its first step there mostly is not."""
-        return self._is_begun(parameter) or bool(self._notes.get(id(parameter)))
-
-    def room(self, optimizer: Optimizer) -> dict[int, tuple[BufferSpec, ...]]:
-        """By the index of a group: the states that all chunks with parameters of it have room for."""
-        room: dict[int, tuple[BufferSpec, ...]] = {}
-        for index, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                place = self._manager.find(parameter)
-                if place is not None and place[0].is_trainable:
-                    states = place[0].states
-                    room[index] = tuple(spec for spec in room.get(index, states) if spec in states)
-        return room
-
-    def count(self, parameter: Tensor) -> int:
-        """How many steps it has taken."""
-        return self._updater.steps.get(id(parameter), 0)
-
-    def names(self, parameter: Tensor) -> list[Any]:
-        """The keys of its state."""
-        known = self._known(parameter) if self._is_begun(parameter) else []
-        return [*known, *self._notes.get(id(parameter), ())]
-
-    def form(self, parameter: Tensor, name: str) -> Tensor:
-        """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
-        if name == STEP:
-            return torch.empty((), dtype=torch.float32, device="meta")
-        if name in self._sides(parameter):
-            return self._side(parameter)[name].to("meta")
-        dtype, slot = codec_of(self._manager, self._rule, parameter, name).dtype, self._manager.slot(parameter)
-        return torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device="meta")
-
-    def _is_begun(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._updater.steps or self._rule.has_initial_state
-
-    def _known(self, parameter: Tensor) -> list[str]:
-        counted = [STEP] if self._rule.takes_step else []
-        in_chunk, sides = self._rule.codecs(self._chunk(parameter).states), self._sides(parameter)
-        return (
-            [*counted, *in_chunk, *sides] if self._rule.is_whole else [*counted, *sides, *in_chunk]
-        )  # as torch has them
-
-    def _sides(self, parameter: Tensor) -> Mapping[str, tuple[int, ...]]:
-        """The shapes of its side states."""
-        return self._rule.side(tuple(parameter.shape))
-
-    def _side(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Its side states, after the update that may be under way."""
-        self._chunk(parameter).settle()
-        return self._updater.sides.setdefault(id(parameter), {})
-
-    def _chunk(self, parameter: Tensor) -> Chunk:
-        place = self._manager.find(parameter)
-        assert place is not None
-        return place[0]
-
-    def values_of(self, parameter: Tensor, name: Any) -> tuple[str, ...]:
-        """The values of its chunk that an entry of its state is read from; none for a note or a number of steps."""
-        if name == STEP or name in self._sides(parameter) or name in self._notes.get(id(parameter), ()):
-            return ()
-        return tuple(spec.name for spec in codec_of(self._manager, self._rule, parameter, name).specs)
-
-    def home(self, parameter: Tensor, name: str) -> StateHome:
-        """Where an entry of a state is."""
-        return StateHome(self._values, self._rule, self.shown, parameter, name)
 
     # -- reading
 
@@ -148,9 +56,9 @@ class KeptStates:
             return notes[name].detach().to("cpu", copy=True) if isinstance(notes[name], Tensor) else notes[name]
         if name == STEP:
             return self._rule.counted(self.count(parameter))
-        if name in self._sides(parameter):
+        if name in self._sides.shapes(parameter):
             self._values.check_readable()
-            return self._side(parameter)[name].detach().clone()
+            return self._sides.get(parameter, name).detach().clone()
         return read_state(self._values, self._rule, parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
@@ -158,8 +66,8 @@ class KeptStates:
         self._values.check_readable()
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
-        if name in self._sides(parameter):
-            return self._side(parameter)[name]
+        if name in self._sides.shapes(parameter):
+            return self._sides.get(parameter, name)
         home = home_of(self._manager, self._rule, parameter, name)
         return read_state(self._values, self._rule, parameter, name).to(parameter.device) if home is None else home
 
@@ -173,7 +81,7 @@ class KeptStates:
         """Bring home what was changed in what `open` returned."""
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(values)
-        elif name in self._sides(parameter):
+        elif name in self._sides.shapes(parameter):
             pass  # what was opened is what is kept
         elif home_of(self._manager, self._rule, parameter, name) is None:
             check_value(self._chunk(parameter), parameter, name, values)
@@ -197,7 +105,7 @@ class KeptStates:
                 self.unset(parameter, name)
         else:
             self._check_value(parameter, name, value)
-            if self._sides(parameter) and not self._is_begun(parameter) and name != MASTER:
+            if self._sides.shapes(parameter) and not self._is_begun(parameter) and name != MASTER:
                 raise ValueError(
                     f"a parameter that has not been stepped has no {name}: assign its whole state "
                     f"({', '.join(self._known(parameter))}) at once"
@@ -277,9 +185,8 @@ class KeptStates:
             self._updater.steps[id(parameter)] = whole_steps(value)
         elif name == MASTER:
             self._values.write(parameter, MASTER, value)
-        elif name in self._sides(parameter):
-            side = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
-            self._side(parameter)[name] = side
+        elif name in self._sides.shapes(parameter):
+            self._sides.load(parameter, name, value)
         else:
             write_state(self._values, self._rule, parameter, name, value)
 
@@ -288,7 +195,7 @@ class KeptStates:
         kept = {slot.name for slot in self._chunk(parameter).states}
         known = {*kept, *self._known(parameter), STEP, MASTER}
         given = {name: value for name, value in saved.items() if name in known}
-        for name in self._sides(parameter):
+        for name in self._sides.shapes(parameter):
             if given.get(name) is not None:
                 self.load(parameter, name, given[name])
         self._begin(parameter, given, {name: saved[name] for name in saved.keys() - known if saved[name] is not None})
@@ -318,7 +225,7 @@ class KeptStates:
                 former.shown.release(parameter)
                 former.shown.let_go(parameter, *former._known(parameter))
                 self._updater.steps.pop(id(parameter), None)
-                self._updater.sides.pop(id(parameter), None)
+                self._sides.forget(parameter)
                 if was_begun or self._rule.has_initial_state:
                     self._fill(parameter)
 
@@ -336,14 +243,13 @@ class KeptStates:
         self.shown.let_go(parameter, *self._known(parameter))
         self._fill(parameter)
         self._updater.steps.pop(id(parameter), None)
-        self._updater.sides.pop(id(parameter), None)
+        self._sides.forget(parameter)
 
     def _check_value(self, parameter: Tensor, name: str, value: Any) -> None:
-        shape = self._sides(parameter).get(name)
-        if shape is None:
-            check_value(self._chunk(parameter), parameter, name, value)
+        if name in self._sides.shapes(parameter):
+            self._sides.check(parameter, name, value)
         else:
-            check_side(name, shape, value)
+            check_value(self._chunk(parameter), parameter, name, value)
 
     def _fill(self, parameter: Tensor) -> None:
         for slot in self._chunk(parameter).states:

@@ -95,8 +95,8 @@ class Updater:
         """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
         means nothing; where it does, it may be 0, if somebody has set it."""
         self.sides: dict[int, dict[str, Tensor]] = {}
-        """id of a parameter -> its side states, if the optimizer keeps some. Those of whole rules are replaced by updates
-        under way."""
+        """id of a parameter -> its side states, if the optimizer keeps some. Updates under way replace those of whole
+        rules."""
         self.averages = Averages()
         self._manager = manager
         self._queue = queue

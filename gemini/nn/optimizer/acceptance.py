@@ -24,7 +24,7 @@ _WHOLE_TENSOR = {
 }
 """By lower-case name: what it does that no part of a tensor can do alone."""
 
-_OF_ITS_OWN = {
+_OF_ITS_OWN: dict[type[Optimizer], str] = {
     torch.optim.SparseAdam: "it is for sparse gradients, which cannot live in chunks",
 }
 """Element-wise otherwise, but a chunk has no place for what they keep."""

@@ -74,7 +74,7 @@ def let_ask(given: Optimizer, returned: Optimizer) -> None:
     cls = type(given)
     step = given.__dict__.pop("step", None)
     given.__dict__["_returned"] = ref(returned)
-    # Behind its own class, else Python finds another layout in that of an abstract base class; so what it does is copied.
+    # Behind its own class, since Python finds another layout in that of an abstract one; so what it does is copied.
     names = ("__dict__", "__weakref__", "__doc__", "__module__")
     does = {name: value for name, value in vars(GivenOptimizer).items() if name not in names}
     told = {"__module__": cls.__module__, "__doc__": cls.__doc__}

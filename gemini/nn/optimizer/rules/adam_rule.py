@@ -49,7 +49,7 @@ class AdamRule:
     takes_step = True
     has_initial_state = False
     is_whole = False
-    kept_in_group = ()
+    kept_in_group: tuple[str, ...] = ()
 
     def __init__(self, states: str = "fp32") -> None:
         self.states = states

@@ -42,7 +42,7 @@ class ElementwiseRule:
         self.name = kind.name
         self.takes_step = kind.takes_step
         self.is_whole = kind.is_whole
-        self.kept_in_group = (_GROUP_STEP,) if kind.counts_in_group else ()
+        self.kept_in_group: tuple[str, ...] = (_GROUP_STEP,) if kind.counts_in_group else ()
         self.has_initial_state = kind.initial is not None
         self._initial = kind.initial(optimizer.defaults) if kind.initial is not None else {}
         self._step = _own_step(kind.cls)
@@ -186,13 +186,16 @@ class ElementwiseUpdate:
         self._side_after: dict[str, Tensor] | None = None
 
     def side_after(self) -> Mapping[str, Tensor]:
+        names = self._rule.side((1,))
         if self._side_after is None:
+            self._side_after = {}
+        if names and not self._side_after:
             param = _one()
             states = {name: torch.zeros_like(param) for name in self._names}
             state = self._rule.state_before(self._step, states, self._is_fresh, self._side)
             with torch.no_grad():
                 self._rule.run(self._options, param, state)
-            self._side_after = {name: _scalar(state[name]) for name in self._rule.side((1,))}
+            self._side_after = {name: _scalar(state[name]) for name in names}
         return self._side_after
 
     def atomic_numel(self, device: torch.device) -> int | None:

@@ -1,8 +1,8 @@
 """Which optimizers look at whole parameters, and how they are accepted: their own ``step`` gets one at a time.
 
-The slot of a parameter is contiguous in its chunk, and so are those of its states, so the optimizer can be given them in
-the parameter's shape (`whole_rule`). What has another shape, as the rows and columns of Adafactor, is small, and stays
-in RAM beside the chunks.
+The slot of a parameter is contiguous in its chunk, and so are those of its states, so the optimizer can be given them
+in the parameter's shape (`whole_rule`). What has another shape, as the rows and columns of Adafactor, is small, and
+stays in RAM beside the chunks.
 """
 
 from collections.abc import Mapping
