@@ -48,6 +48,8 @@ class Bindings:
         self._looked_at: list[int] | None = None
         """The versions of parameters that are away when ``data`` was ours in all of them; None: look at it again."""
         self._all: list[Binding] = []
+        self._coming: list[Binding] = []
+        """Of parameters that are to follow."""
         self._versions: list[int] = []
         """Per binding, torch's count of in-place operations when home and full copy were last the same."""
 
@@ -62,16 +64,31 @@ class Bindings:
 
     def add(self, parameter: Tensor, view: Tensor, is_pinned: bool) -> None:
         """Make ``parameter``, whose position is the next one, follow its slot in the full copy from now on."""
+        self._follow(self._prepared(parameter, view), is_pinned)
+
+    def prepare(self, parameters: Iterable[Tensor], views: Iterable[Tensor]) -> None:
+        """Ask for all memory that `follow` needs. The parameters stay where they are."""
+        self._coming = [self._prepared(*each) for each in zip(parameters, views, strict=True)]
+
+    def follow(self, is_pinned: bool) -> None:
+        """Make the parameters that were prepared follow their slots from now on, which asks for no memory."""
+        coming, self._coming = self._coming, []
+        for binding in coming:
+            self._follow(binding, is_pinned)
+
+    def _prepared(self, parameter: Tensor, view: Tensor) -> Binding:
         nan = torch.full((), float("nan"), dtype=view.dtype, device=view.device)
         plain = plain_class(type(parameter))
         pinned = copied_class(plain) if self._are_copies else plain
         away = away_class(plain) if is_linked(parameter) else pinned
-        binding = Binding(parameter, view, nan.expand(view.shape), pinned, away)
+        return Binding(parameter, view, nan.expand(view.shape), pinned, away)
+
+    def _follow(self, binding: Binding, is_pinned: bool) -> None:
         self._all.append(binding)
         with QUIET():
-            self._versions.append(version_of(parameter))
-            parameter.data = binding.nan if self.is_hidden else view
-        parameter.__class__ = pinned if is_pinned else away
+            self._versions.append(version_of(binding.parameter))
+            binding.parameter.data = binding.nan if self.is_hidden else binding.view
+        binding.parameter.__class__ = binding.pinned if is_pinned else binding.away
 
     def entrust(self, keeper: Keeper, last_value: Callable[[int], Tensor], is_pinned: bool) -> None:
         """Have ``keeper`` answer for the parameters while nothing has the chunk pinned.

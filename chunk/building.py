@@ -63,6 +63,7 @@ class ChunkBuilder:
                 self._carry(old, new)
                 if fill is not None:
                     fill(new)
+                new.prepare(old)
         return built
 
     def _carry(self, old: Chunk, new: Chunk) -> None:

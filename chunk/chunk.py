@@ -309,17 +309,23 @@ class Chunk:
         self.homes.update(added)
         return [self.homes.pop(name) for name in self.homes.keys() - plan.specs.keys()]
 
+    def prepare(self, chunk: "Chunk") -> None:
+        """Ask for the memory that `rehome` of this other chunk needs, which is built of this one then."""
+        parameters = [binding.parameter for binding in chunk.bindings]
+        self.bindings.prepare(parameters, self.views if chunk._changes_full(self) else chunk.views)
+
     def rehome(self, built: "Chunk") -> None:
-        """Have the homes and the full copy of a chunk that was built for the same slots; the parameters follow.
+        """Have the homes and the full copy of a chunk that was built and prepared for this; the parameters follow.
 
         Both are at rest. A full copy that is no home, before and after, keeps its storage: graphs that are still to run
-        may need it.
+        may need it. Asks for no memory.
         """
-        parameters = [binding.parameter for binding in self.bindings]
-        if self.full_is_home or built.full_is_home:
+        if self._changes_full(built):
             self.full, self.views, self.own_full = built.full, built.views, built.own_full
         self.plan, self.codecs = built.plan, built.codecs
         self.homes, self.gradient, self.state, self.loan = built.homes, built.gradient, built.state, None
-        self.bindings = Bindings(is_hidden=not built.full_is_home, are_copies=not built.full_is_home)
-        for position, parameter in enumerate(parameters):
-            self.bind(position, parameter)
+        self.bindings = built.bindings
+        self.bindings.follow(is_pinned=self.pins > 0)
+
+    def _changes_full(self, built: "Chunk") -> bool:
+        return self.full_is_home or built.full_is_home

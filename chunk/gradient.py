@@ -90,10 +90,10 @@ class GradientBuffer:
 
     def relocate(self, buffer: Buffer) -> None:
         """Lie in another buffer from now on, which has the same gradients. Nobody holds what `view` gave out."""
+        views = _views(self.layout, buffer)
+        addresses = [view.data_ptr() for view in views]
         self.changes += 1  # what reads the former one reads another's
-        self.buffer = buffer
-        self._views = _views(self.layout, buffer)
-        self._addresses = [view.data_ptr() for view in self._views]
+        self.buffer, self._views, self._addresses = buffer, views, addresses
 
     def add(self, position: int, gradient: Tensor) -> None:
         """Put or add the gradient of the slot at ``position``.

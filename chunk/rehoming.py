@@ -108,9 +108,15 @@ class Rehoming:
         for tier in (Tier.DEVICE, Tier.HOST):
             self._eviction.make_room_for(tier, plan.nbytes_on(tier, coming))
         becomes_home, before = plan.full_is_home and not chunk.full_is_home, chunk.full
-        relocation.move(chunk, plan)
         if becomes_home:  # graphs that are still to run have views of what was the full copy, and it is theirs now
             self._builder.device.grow(before)
+        try:
+            relocation.move(chunk, plan)
+        except BaseException:
+            if becomes_home:
+                self._builder.device.shrink(before)
+            raise
+        if becomes_home:
             before.copy_(chunk.full)
 
     def extend(self, plans: Sequence[ChunkPlan]) -> None:

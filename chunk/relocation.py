@@ -61,13 +61,17 @@ class Relocation:
             for name, codec in plan.codecs.items():
                 self._carry(chunk, plan, homes, name, codec)
             gradient, buffer = self._new_gradient(chunk, plan)
-        if buffer is not None:
-            assert isinstance(gradient, GradientBuffer)
-            gradient.relocate(buffer)
-        if plan.full_is_home is chunk.full_is_home and gradient is chunk.gradient:
+            built = None
+            if plan.full_is_home is not chunk.full_is_home or gradient is not chunk.gradient:
+                built = self._builder.assemble(plan, homes, gradient)
+                built.prepare(chunk)
+            if buffer is not None:
+                assert isinstance(gradient, GradientBuffer)
+                gradient.relocate(buffer)  # the last that may fail
+        if built is None:
             chunk.replan(plan, homes)
         else:
-            chunk.rehome(self._builder.assemble(plan, homes, gradient))
+            chunk.rehome(built)
         after = homes_of(chunk)
         for home in before:
             if all(home is not other for other in after):

@@ -5,9 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import FakeBackend
+from fault_sites import Fault, tensors
 from manager_rig import FROZEN, NUMEL, TRAINABLE, Rig, plan_of
 
-from gemini.chunk import MASTER, Chunk, ChunkPlan, ChunkState, DiskBackend, Ledger, MemoryMap, Tier, write_slot
+from gemini.chunk import (
+    GRADIENT,
+    MASTER,
+    Chunk,
+    ChunkPlan,
+    ChunkState,
+    DiskBackend,
+    Ledger,
+    MemoryMap,
+    Tier,
+    write_slot,
+)
 from gemini.chunk.disk_file import PAGE_BYTES
 from gemini.errors import OffloadError, OutOfMemory
 
@@ -142,4 +154,61 @@ def test_a_rebuild_that_fails_has_given_its_room_back_on_every_tier(tier: Tier, 
         if tier is not Tier.DEVICE:
             rig.use(chunk)
             assert rig.has_values(chunk)
+    rig.manager.close()
+
+
+MOVES = {
+    "trained": (FROZEN, TRAINABLE),
+    "trained on disk": (FROZEN_ON_DISK, ON_DISK),
+    "to disk": (TRAINABLE, ON_DISK),
+    "from disk": (ON_DISK, TRAINABLE),
+    "to the device": (TRAINABLE, dict.fromkeys(TRAINABLE, Tier.DEVICE)),
+    "from the device": (dict.fromkeys(TRAINABLE, Tier.DEVICE), TRAINABLE),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("unified", [False, True], ids=["emulated", "unified"])
+@pytest.mark.parametrize("moves", MOVES)
+def test_without_memory_for_a_tensor_chunks_have_the_old_homes_or_the_new_ones(
+    moves: str, unified: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    before, after = MOVES[moves]
+    counts = Ledger({Tier.DISK: 1 << 20}, MemoryMap.EMULATED)
+    disk = DiskBackend(tmp_path, counts)
+    rig = Rig([before, before], room=40, unified=unified, disk=disk, dtype=dtype)
+
+    def held() -> tuple[int, ...]:
+        in_homes = sum(home.nbytes for chunk in rig.chunks for home in chunk.homes.values() if home.tier is Tier.HOST)
+        return rig.ledger.used(Tier.DEVICE), rig.ledger.used(Tier.HOST), counts.used(Tier.DISK), in_homes
+
+    def change(tiers: dict[str, Tier]) -> None:
+        plans = [plan_of(chunk.layout, tiers, dtype, memory=rig.ledger.memory) for chunk in rig.chunks]
+        rig.manager.rebuild(plans) if GRADIENT not in before else rig.manager.rehoming.move(plans)
+
+    expected = {}
+    for tiers in (after, before):
+        change(tiers)
+        expected[id(tiers)] = held()
+    is_given_back = tuple(expected.values())[1]
+    fault, at, failed = Fault(), 0, 0
+    while True:
+        with tensors(fault):
+            fault.arm(at)
+            try:
+                change(after)
+            except RuntimeError:
+                failed += 1
+            fault.disarm()
+        assert held() in expected.values()
+        for chunk in rig.chunks:
+            for position, value in enumerate(rig.values[chunk.index]):
+                read = rig.manager.read(rig.parameters[chunk.index][position], MASTER)
+                assert torch.equal(read.to(dtype), value.to(dtype))
+        change(before)
+        assert held() == is_given_back
+        if not fault.is_over:
+            break
+        at += 1
+    assert failed > 3
     rig.manager.close()
