@@ -109,9 +109,13 @@ def console(options: argparse.Namespace) -> Any:
     return made
 
 
-def show(shown_on: Any, renderable: Any) -> None:
-    """Print without the blanks that fill a line up to its edge, which a pipe should not see."""
+def show(shown_on: Any, renderable: Any, pipe_columns: int = 0) -> None:
+    """Print without the blanks that fill a line up to its edge, which a pipe should not see.
+
+    A pipe has so many columns at least: whatever reads it, its lines need not fit a terminal.
+    """
+    width = shown_on.width if shown_on.is_terminal else max(shown_on.width, pipe_columns)
     with shown_on.capture() as capture:
-        shown_on.print(renderable)
+        shown_on.print(renderable, width=width)
     for line in capture.get().splitlines():
         print(line.rstrip(" "))

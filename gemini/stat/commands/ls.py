@@ -31,10 +31,7 @@ def run(options: argparse.Namespace) -> Exit:
         from gemini.stat import listing
 
         if runs:
-            made = console(options)
-            if not made.is_terminal:
-                made.width = max(made.width, _PIPE_COLUMNS)
-            show(made, listing.render(runs))
+            show(console(options), listing.render(runs), _PIPE_COLUMNS)
         for line in map(listing.unreadable, unreadable):
             print(line)
     else:
