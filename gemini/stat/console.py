@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from enum import IntEnum
 from pathlib import Path
@@ -93,8 +94,11 @@ def is_ascii(options: argparse.Namespace) -> bool:
     return bool(options.ascii) or "utf" not in encoding
 
 
-def console(options: argparse.Namespace) -> Any:
-    """A rich console that writes to stdout, with colour on a terminal only."""
+def console(options: argparse.Namespace, pipe_columns: int | None = None) -> Any:
+    """A rich console that writes to stdout, with colour on a terminal only.
+
+    A pipe has so many columns at least, if that is given: whatever reads it, its lines need not fit a terminal.
+    """
     # rich is imported where it is used: --json and the error paths start without it.
     from rich.console import Console
 
@@ -105,17 +109,15 @@ def console(options: argparse.Namespace) -> Any:
         on_terminal = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
         wanted = options.color == "auto" and on_terminal and not os.environ.get("NO_COLOR")
         wanted = wanted and os.environ.get("TERM") != "dumb"
-        made = Console(markup=False, highlight=False, emoji=False, color_system="auto" if wanted else None)
+        in_pipe = pipe_columns is not None and not sys.stdout.isatty()
+        width = max(shutil.get_terminal_size().columns, pipe_columns or 0) if in_pipe else None
+        made = Console(markup=False, highlight=False, emoji=False, color_system="auto" if wanted else None, width=width)
     return made
 
 
-def show(shown_on: Any, renderable: Any, pipe_columns: int = 0) -> None:
-    """Print without the blanks that fill a line up to its edge, which a pipe should not see.
-
-    A pipe has so many columns at least: whatever reads it, its lines need not fit a terminal.
-    """
-    width = shown_on.width if shown_on.is_terminal else max(shown_on.width, pipe_columns)
+def show(shown_on: Any, renderable: Any) -> None:
+    """Print without the blanks that fill a line up to its edge, which a pipe should not see."""
     with shown_on.capture() as capture:
-        shown_on.print(renderable, width=width)
+        shown_on.print(renderable)
     for line in capture.get().splitlines():
         print(line.rstrip(" "))

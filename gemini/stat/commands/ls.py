@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> Exit:
         from gemini.stat import listing
 
         if runs:
-            show(console(options), listing.render(runs), _PIPE_COLUMNS)
+            show(console(options, _PIPE_COLUMNS), listing.render(runs))
         for line in map(listing.unreadable, unreadable):
             print(line)
     else:
