@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             eval_dataset=ByteWindows(16, 64),
             gemini_plugin=GeminiPlugin(precision="fp32", host_memory=options.host_memory, offload_dir=folder),
         )
+        trainer.remove_callback(transformers.PrinterCallback)  # shows times, too
         trainer.train()
         for record in trainer.state.log_history:
             if "loss" in record:

@@ -19,7 +19,6 @@ from torch import nn
 import gemini
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
-from gemini.integrations.hugging_face import GeminiTrainerCallback, GeminiTrainerMixin
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
 

@@ -208,7 +208,11 @@ def test_readme_is_short_and_claims_what_was_measured() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]))
-    listed -= {"index.md", "examples.md", "contributing.md"}  # made by scripts/site_pages.py of the pages of their folders
+    listed -= {
+        "index.md",
+        "examples.md",
+        "contributing.md",
+    }  # made by scripts/site_pages.py of the pages of their folders
     assert listed == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
 
 
@@ -228,7 +232,9 @@ def test_the_checks_fire() -> None:
     assert rows_without_test("## Where do I change\n| what | where |\n| a | [b](../tests/x.py) |\n| c | d |\n") == [
         "| c | d |"
     ]
-    assert unproved_numbers("## Results\n| a | 1093 ms, 7.77 | [row](docs/benchmarks.md#row-step) |\n| b | 5 | |\n") == [
+    assert unproved_numbers(
+        "## Results\n| a | 1093 ms, 7.77 | [row](docs/benchmarks.md#row-step) |\n| b | 5 | |\n"
+    ) == [
         "7.77",
         "| b | 5 | |",
     ]
