@@ -47,6 +47,10 @@ class Lion(torch.optim.Optimizer):
                     average.lerp_(parameter.grad, 0.01)
 
 
+class Lamb(torch.optim.AdamW):
+    """Stands for one that looks at a whole parameter; the page only registers it."""
+
+
 PLAIN: dict[str, Any] = {
     "torch": torch,
     "transformers": transformers,
@@ -61,6 +65,7 @@ PLAIN: dict[str, Any] = {
     "LoraConfig": peft.LoraConfig,
     "lora_config": peft.LoraConfig(r=2, target_modules="all-linear"),
     "config": CONFIG,
+    "Lamb": Lamb,
     "Lion": Lion,
     "evaluate": lambda model: None,
     "resume": False,

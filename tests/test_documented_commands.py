@@ -184,7 +184,7 @@ def test_gemini_stat_answers_what_the_documents_ask(
 
 @pytest.mark.own_process(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 def test_the_checks_fire(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "    gemini-stat gone --never  # a\n    words\n\n```sh\nscripts/gone\n```\n\n`python -m gemini.train --nope`\n"
+    text = "    gemini-stat gone --never  # a\n    b\n\n```sh\nscripts/gone\n```\n\n`python -m gemini.train --nope`\n"
     found = list(commands(text))
     assert found == ["gemini-stat gone --never", "scripts/gone", "python -m gemini.train --nope"]
     for command in (*found, "torchrun --nope x.py", "pip install 'gemini-memory[gone]'", "python examples/gone.py"):
