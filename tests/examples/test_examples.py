@@ -89,6 +89,8 @@ def test_an_example_says_how_it_is_called(
 
 
 @in_its_own_process
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls transformers so
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # Lightning calls torch so
 @pytest.mark.parametrize(
     "script", [each if each in AT_HAND else pytest.param(each, marks=pytest.mark.heavy) for each in EXPECTED]
 )
