@@ -22,6 +22,8 @@ from .rule import BoundRule, BoundUpdate, BufferSpec, Form, counted
 from .sgd import SgdUpdate, is_plain_form
 
 _REFUSED = ("differentiable", "capturable")
+_OTHER_BITS_IN_LISTS = (torch.optim.RAdam, torch.optim.NAdam, torch.optim.ASGD)
+"""Their form for lists of tensors (``foreach``), which torch takes on accelerators, rounds otherwise than that for one."""
 _GROUP_STEP = "step"
 """What some optimizers count their steps by, in each group."""
 
@@ -107,7 +109,12 @@ class ElementwiseRule:
     def options_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the options of a group, as a step finds them."""
         begun = dict.fromkeys(self.kept_in_group, 0)
-        return {**begun, **{k: _kept(value) for k, value in group.items() if k not in ("params", "param_names")}}
+        kept = {k: _kept(value) for k, value in group.items() if k not in ("params", "param_names")}
+        if self.kind.cls in _OTHER_BITS_IN_LISTS and kept["foreach"] is None:
+            # What torch takes for the parameter's device, also for pieces that are at home on the CPU.
+            on_device = any(parameter.device.type != "cpu" for parameter in group.get("params", ())[:1])
+            kept["foreach"] = True if on_device and not isinstance(kept["lr"], Tensor) else None
+        return {**begun, **kept}
 
     def update(
         self,
