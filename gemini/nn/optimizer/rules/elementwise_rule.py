@@ -23,7 +23,7 @@ from .sgd import SgdUpdate, is_plain_form
 
 _REFUSED = ("differentiable", "capturable")
 _OTHER_BITS_IN_LISTS = (torch.optim.RAdam, torch.optim.NAdam, torch.optim.ASGD)
-"""Their form for lists of tensors (``foreach``), which torch takes on accelerators, rounds otherwise than that for one."""
+"""Their form for lists of tensors (``foreach``), torch's on accelerators, rounds otherwise than that for one tensor."""
 _GROUP_STEP = "step"
 """What some optimizers count their steps by, in each group."""
 
