@@ -197,19 +197,11 @@ class ChunkedStep:
             return _Begun([], deque([ended]))
         updates, prepared = work
         left = deque[Callable[[], None]](partial(optimizer.commit_parameters, [each]) for each in prepared)
+        left += (partial(optimizer.rule.after_step, [group]) for group in optimizer.param_groups)
         left += (self.averages.stepped, self.scaling.stepped, self._updates.after_step, self._prefetch, ended)
         begun = _Begun(updates, left)
         self._updates.start(updates)
-<<<<<<< HEAD
-        optimizer.commit_parameters(prepared)
-        optimizer.rule.after_step(optimizer.param_groups)
-        self.averages.stepped()
-        self.scaling.stepped()
-        self._updates.after_step()
-        self._prefetch()
-=======
         return begun
->>>>>>> main
 
     def _plan(
         self, optimizer: ManagedOptimizer, groups: Groups, chunks: Sequence[Chunk]

@@ -217,15 +217,6 @@ class Updater:
         if begun:
             surely(self._queue.arrange, order)
         for each in planned:
-<<<<<<< HEAD
-            chunk, ticket = each.chunk, tickets[each.chunk]
-            self.steps.update(each.taken)
-            for parameter, side in each.sides.items():
-                self.sides[parameter] = dict(side)
-            positions = chunk.gradient.present if chunk.gradient is not None else ()
-            chunk.begin_update(ticket, positions, fills_full=self._manager.full_copies.take_over(chunk))
-            self._manager.release_gradient_after(chunk, ticket)
-=======
             surely(self._begin, each, begun.get(each.chunk) or prepared[each.chunk].ticket)
 
     def _add(self, left: Mapping[Chunk, Prepared], is_certain: bool) -> None:
@@ -238,12 +229,12 @@ class Updater:
         """Note that an update is under way."""
         chunk = planned.chunk
         self.steps.update(planned.taken)
+        self.sides.update((parameter, dict(side)) for parameter, side in planned.sides.items())
         full_copies = self._manager.full_copies
         positions = chunk.gradient.present if chunk.gradient is not None else ()
         chunk.begin_update(ticket, positions, fills_full=chunk in full_copies.taken)
         full_copies.take_over(chunk)
         self._manager.release_gradient_after(chunk, ticket)
->>>>>>> main
 
     def wait_for_holders(self, planned: Sequence[Planned]) -> None:
         """Wait for those updates that read or write memory which code outside of the manager holds.
