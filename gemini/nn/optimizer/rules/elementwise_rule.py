@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from gemini.chunk import Codec, Plain
 
 from . import pieces
-from .kind import Kind
+from .kind import LOOK_AT_WHOLE_TENSORS, Kind
 from .rule import BoundRule, BoundUpdate, BufferSpec, Form, counted
 from .sgd import SgdUpdate, is_plain_form
 
@@ -79,8 +79,9 @@ class ElementwiseRule:
         for option in _REFUSED:
             if group.get(option):
                 raise ValueError(f"{self.name}({option}=True) cannot be boosted; set it to False, or train unmanaged")
-        for option in self._options if self.kind.options is not None else ():
-            if option not in self.kind.options and group.get(option):  # type: ignore[operator]
+        allowed = self.kind.options
+        for option in () if allowed is None else (*self._options, *(LOOK_AT_WHOLE_TENSORS & group.keys())):
+            if allowed is not None and option not in allowed and group.get(option):
                 raise ValueError(
                     f"{self.name}({option}={group[option]!r}) cannot be boosted: it is not known to treat each element "
                     "by itself; leave it out, or train unmanaged"
