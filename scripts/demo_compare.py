@@ -1,6 +1,6 @@
 """The demo: a pretrained model that plain PyTorch cannot train whole under a cap on RAM, beside ours that can.
 
-    scripts/demo [--seconds 60] [--cap 460MiB] [--out FOLDER]
+    scripts/demo compare [--seconds 60] [--cap 460MiB] [--out FOLDER]
 
 First it finds how many of the last layers plain PyTorch can train under the cap. Then that and ours, which trains all
 of the model with its optimizer states on a disk, get the same time, the same cap and the same batches, one after the
