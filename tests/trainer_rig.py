@@ -78,7 +78,8 @@ class Maker:
     def plugin(self) -> GeminiPlugin:
         assert self.place is not None
         folder = {"offload_dir": self.folder, "disk_memory": "100MiB"} if self.place == "disk" else {}
-        return GeminiPlugin(precision="fp32", telemetry=False, **PLACES[self.place], **folder, **self._plugin)
+        fixed = {"precision": "fp32", "telemetry": False}
+        return GeminiPlugin(**{**fixed, **PLACES[self.place], **folder, **self._plugin})
 
     def trainer(self, of: Any, args: Any = None, **options: Any) -> Any:
         options = {"args": args or arguments(self.folder), "train_dataset": Tokens(), **options}
