@@ -47,11 +47,11 @@ class ManagedTrainer(GeminiTrainerMixin, transformers.Trainer):  # type: ignore[
     pass
 
 
-def model() -> Any:
+def model(layers: int = 2) -> Any:
     torch.manual_seed(0)
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0,
+            n_layer=layers, n_embd=32, n_head=2, vocab_size=64, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0,
             attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip

@@ -99,6 +99,8 @@ class GeminiTrainerMixin(TrainerCheckpoints):
         For an optimizer that cannot be managed, with the reason.
     """
 
+    train_dataset: Any
+
     def __init__(self, *args: Any, gemini_plugin: GeminiPlugin | None = None, **kwargs: Any) -> None:
         self.gemini_plugin = gemini_plugin
         super().__init__(*args, **kwargs)

@@ -31,8 +31,8 @@ PREFIX = "memory/"
 class ManagedPrecision(Precision):
     """Lightning's fp32 precision, which clips the gradients of a boosted optimizer wherever they are.
 
-    Batches of a LightningModule that is boosted itself come in its dtype, as with Lightning's ``"bf16-true"``: its parts
-    are called without it, and only the call of a boosted module converts what goes in.
+    Batches of a LightningModule that is boosted itself come in its dtype, as with Lightning's ``"bf16-true"``: only the
+    call of a boosted module converts what goes in, and a step calls its parts.
     """
 
     def __init__(self, root: nn.Module) -> None:
