@@ -63,7 +63,7 @@ class ChunkBuilder:
                 self._carry(old, new)
                 if fill is not None:
                     fill(new)
-                new.prepare(old)
+                prepare(old, new)
         return built
 
     def _carry(self, old: Chunk, new: Chunk) -> None:
@@ -192,6 +192,12 @@ def _copy(source: Buffer, target: Buffer) -> None:
         piece = torch.empty(min(_PIECE_NUMEL, source.numel - start), dtype=source.dtype, device="cpu")
         source.read(start, piece)
         target.write(start, piece)
+
+
+def prepare(chunk: Chunk, built: Chunk) -> None:
+    """Ask for the memory that `Chunk.rehome` of a chunk needs, for which another one was built."""
+    views = built.views if chunk.full_is_home or built.full_is_home else chunk.views
+    built.bindings.prepare([binding.parameter for binding in chunk.bindings], views)
 
 
 def homes_of(chunk: Chunk) -> list[Buffer | Room]:

@@ -214,7 +214,8 @@ class Chunk:
         Nobody finds the old values from here on, but in a chunk that is in use: its update is to be settled at once.
         """
         self._update = update
-        self._move_to(ChunkState.READY_UPDATING if fills_full else UPDATING.get(self.state, self.state))
+        if self.state not in SETTLED:  # else this was done before, by a step that had to be completed again
+            self._move_to(ChunkState.READY_UPDATING if fills_full else UPDATING.get(self.state, self.state))
         self.bindings.bump_versions(positions)
         if not self.pins:
             self.bindings.hide()
@@ -309,23 +310,14 @@ class Chunk:
         self.homes.update(added)
         return [self.homes.pop(name) for name in self.homes.keys() - plan.specs.keys()]
 
-    def prepare(self, chunk: "Chunk") -> None:
-        """Ask for the memory that `rehome` of this other chunk needs, which is built of this one then."""
-        parameters = [binding.parameter for binding in chunk.bindings]
-        self.bindings.prepare(parameters, self.views if chunk._changes_full(self) else chunk.views)
-
     def rehome(self, built: "Chunk") -> None:
-        """Have the homes and the full copy of a chunk that was built and prepared for this; the parameters follow.
+        """Have the homes and the full copy of a chunk that was prepared for this; the parameters follow.
 
-        Both are at rest. A full copy that is no home, before and after, keeps its storage: graphs that are still to run
-        may need it. Asks for no memory.
+        Both are at rest. A full copy that is no home, before and after, stays: graphs that are to run may need it.
         """
-        if self._changes_full(built):
+        if self.full_is_home or built.full_is_home:
             self.full, self.views, self.own_full = built.full, built.views, built.own_full
         self.plan, self.codecs = built.plan, built.codecs
         self.homes, self.gradient, self.state, self.loan = built.homes, built.gradient, built.state, None
         self.bindings = built.bindings
         self.bindings.follow(is_pinned=self.pins > 0)
-
-    def _changes_full(self, built: "Chunk") -> bool:
-        return self.full_is_home or built.full_is_home

@@ -128,12 +128,11 @@ class FullCopies:
         self._taken[chunk] = end
         return chunk.full
 
-    def take_over(self, chunk: Chunk) -> bool:
-        """The update that fills a chunk's memory is the step's: it is its full copy again. False if it has none."""
-        if self._taken.pop(chunk, None) is None:
-            return False
-        self.resident[chunk] = None
-        return True
+    def take_over(self, chunk: Chunk) -> None:
+        """The update that fills a chunk's memory, if one does, is the step's: it is its full copy again."""
+        if chunk in self._taken:
+            self.resident[chunk] = None
+            del self._taken[chunk]
 
     def reclaim(self, chunk: Chunk) -> bool:
         """Free the memory that an update is filling, which is worth nothing then. False if there is none."""

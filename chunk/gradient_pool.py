@@ -159,9 +159,9 @@ class GradientPool:
 
     def retire(self, gradient: GradientBuffer, use: Use) -> None:
         """Take back what was lent to ``gradient`` once ``use`` is over."""
-        buffer = gradient.give_up()
-        assert buffer is not None
-        self._in_update.append((gradient, buffer, use))
+        assert gradient.buffer is not None
+        self._in_update.append((gradient, gradient.buffer, use))
+        gradient.give_up()
 
     def release(self, gradient: Gradient, use: Use | None = None) -> None:
         """Take back the memory of a gradient that is not wanted any more, once ``use`` is over."""

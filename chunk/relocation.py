@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from .buffer import Buffer
-from .building import ChunkBuilder, homes_of
+from .building import ChunkBuilder, homes_of, prepare
 from .chunk import Chunk
 from .content import Codec
 from .gradient import GradientBuffer
@@ -64,7 +64,7 @@ class Relocation:
             built = None
             if plan.full_is_home is not chunk.full_is_home or gradient is not chunk.gradient:
                 built = self._builder.assemble(plan, homes, gradient)
-                built.prepare(chunk)
+                prepare(chunk, built)
             if buffer is not None:
                 assert isinstance(gradient, GradientBuffer)
                 gradient.relocate(buffer)  # the last that may fail

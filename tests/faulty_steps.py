@@ -381,7 +381,11 @@ def _attempt(once: Once, setting: Setting, fault: Fault, at: int, held: dict[str
     except Broken as broken:
         return broken
     except Exception as error:
-        return Broken("".join(traceback.format_exception(error))[-3000:])
+        return Broken(_text(error))
+
+
+def _text(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-3000:]
 
 
 def fault_of(site: Site) -> Fault:
@@ -392,15 +396,21 @@ def fault_of(site: Site) -> Fault:
 def run_steps(setting: Setting, site: Site, first: int, step: int) -> Iterator[tuple[int, Outcome | Broken]]:
     """Each operation of a step fails once, from number ``first`` on; of several, every ``step``-th."""
     fault, at = fault_of(site), first
+    held = _held_of_the_system()
     pair, rest = settled(setting)
     while True:
         try:
             outcome = pair.faulty_step(site, fault, at)
             pair.check(rest)
         except Exception as error:
-            yield at, error if isinstance(error, Broken) else Broken("".join(traceback.format_exception(error))[-3000:])
+            broken = Broken(str(error) if isinstance(error, Broken) else _text(error))
+            each: BaseException | None = error
+            while each is not None:
+                traceback.clear_frames(each.__traceback__)  # they hold the pair
+                each = each.__cause__ or each.__context__
             del pair
-            gc.collect()
+            _after_collection(held)
+            yield at, broken
             pair, rest = settled(setting)  # nothing can be said of what comes after it
             if not fault.is_over:
                 return

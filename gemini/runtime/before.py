@@ -82,6 +82,7 @@ class Before:
         habits: BufferHabits,
         count_gradients: Callable[[], int],
     ) -> None:
+        self._is_grad_enabled = torch.is_grad_enabled()
         self._habits = habits
         self._count_gradients, self._gradients = count_gradients, count_gradients()
         self._given, self._inputs = (args, kwargs), Inputs(args, kwargs)
@@ -158,6 +159,7 @@ class Before:
         self._held.restore()
         for set_state, state in self._random:
             set_state(state)
+        torch.set_grad_enabled(self._is_grad_enabled)
 
 
 def _all_modules(model: nn.Module) -> Iterator[nn.Module]:

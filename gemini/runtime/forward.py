@@ -113,8 +113,13 @@ class ForwardHooks:
         """
         if self._depth or in_backward():
             return self._run(forward, args, kwargs)
-        with uninterrupted.watched():
-            return self._call(forward, args, kwargs)
+        had_grad = torch.is_grad_enabled()
+        try:
+            with uninterrupted.watched():
+                return self._call(forward, args, kwargs)
+        except BaseException:
+            torch.set_grad_enabled(had_grad)  # leaving `torch.no_grad` takes memory, which may have run out
+            raise
 
     def _call(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         attempt, before = 0, self._before(args, kwargs)

@@ -1,8 +1,11 @@
 """What a boosted optimizer does: unscale, clip, and hand each chunk's update to the queue."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from ..nn.optimizer.managed import ManagedOptimizer
 from ..packing.packing import Packing
 from ..signals import uninterrupted
 from ..updates.averages import Average, Averages
+from ..updates.commitment import surely
 from ..updates.gradient_norm import find_gradients
 from ..updates.options import Options
 from ..updates.updater import Groups, Planned, Updater
@@ -172,14 +176,18 @@ class ChunkedStep:
         self.averages.refuse_swapped("step")
         self._engine.recover()
         self.manager.refuse_released("step")
-        with self._engine.lock, told(self.manager.ledger, "optimizer.step()"):
+        with self._engine.lock:
             self._changes += 1
-            self._step(optimizer)
-            self._engine.step_ended(self.facts)
+            # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an
+            # error.
+            with told(self.manager.ledger, "optimizer.step()"):
+                work = self._begun(optimizer)
+            surely(_do_all, work.left)
+            surely(self._updates.wait_for_holders, work.updates)
 
-    def _step(self, optimizer: ManagedOptimizer) -> None:
+    def _begun(self, optimizer: ManagedOptimizer) -> "_Begun":
+        """Begin the updates of chunks."""
         self._engine.pins.release_held()
-        # All that can fail comes first, then what cannot: a step is all or nothing, and can be repeated after an error.
         self._updates.before_step(optimizer)
         self._unfreezing.admit_all(optimizer, self.kept)
         doing = f"optimizer.step() number {self._engine.step.number + 1}"
@@ -187,15 +195,15 @@ class ChunkedStep:
         options = Options.of(optimizer)
         with all_or_none(self.manager.together.communicator, f"the updates of {doing}", lambda: repr(options.copied())):
             work = self._plan(optimizer, self._updater.groups(options), chunks)
+        ended = partial(self._engine.step_ended, self.facts)
         if work is None:
-            return
+            return _Begun([], deque([ended]))
         updates, prepared = work
+        left = deque[Callable[[], None]](partial(optimizer.commit_parameters, [each]) for each in prepared)
+        left += (self.averages.stepped, self.scaling.stepped, self._updates.after_step, self._prefetch, ended)
+        begun = _Begun(updates, left)
         self._updates.start(updates)
-        optimizer.commit_parameters(prepared)
-        self.averages.stepped()
-        self.scaling.stepped()
-        self._updates.after_step()
-        self._prefetch()
+        return begun
 
     def _plan(
         self, optimizer: ManagedOptimizer, groups: Groups, chunks: Sequence[Chunk]
@@ -325,6 +333,23 @@ class ChunkedStep:
             for i, group in enumerate(optimizer.param_groups)
             if (parameters := [p for p in group["params"] if self.manager.find(p) is None and p.grad is not None])
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A step that cannot be undone."""
+
+    updates: Sequence[Planned]
+    """Those of chunks."""
+    left: deque[Callable[[], None]]
+    """What else belongs to it."""
+
+
+def _do_all(left: deque[Callable[[], None]]) -> None:
+    """Do what is left, and take away what is done."""
+    while left:
+        left[0]()
+        left.popleft()
 
 
 def _parameters(optimizer: ManagedOptimizer) -> Set[int]:

@@ -9,7 +9,7 @@ clips by hand or looks at gradients makes every guess wrong: after a wrong one s
 each time (`Trust`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, DiskBuffer, GradientBuffer, Tier
 from ..errors import OffloadError, OutOfMemory
 from ..nn.optimizer.rules.rule import Rule
+from .commitment import surely
 from .gradients import Gradients
 from .options import Options, first_change
 from .ticket import Ticket
@@ -211,41 +212,55 @@ class UpdatesAhead:
         return partial(self._manager.device.wait_for_stored, gradient.buffer)
 
     def take(self, planned: Sequence[Planned], options: Options) -> dict[Chunk, Ticket]:
-        step, self._step = self._step, _Step(reads=self._gradients.reads)
+        step, after = self._step, _Step(reads=self._gradients.reads)
         are_same = step.has(options)
-        taken = {
-            each.chunk: begun.ticket
+        wanted = [
+            begun
             for each in planned
-            if are_same and (begun := step.begun.get(each.chunk)) is not None and self._takes(each, begun)
-        }
+            if are_same and (begun := step.begun.get(each.chunk)) is not None and self._is_right(each, begun)
+        ]
+        taken: dict[Chunk, Ticket] = {}
+        self._step = after
+        for begun in wanted:
+            surely(self._take, begun, taken)
         for begun in step.begun.values():
-            begun.trial.call_off()  # those that are not confirmed
-            if begun.trial.rest(REST_SECONDS) and begun.trial.is_off:  # so that a step leaves nothing behind
-                self._manager.full_copies.reclaim(begun.trial.chunk)
+            surely(self._let_go, begun)
+        surely(self._judge, step, taken)
+        return taken
+
+    def _take(self, begun: _Begun, taken: dict[Chunk, Ticket]) -> None:
+        """Confirm an update. The full copy has older values then, and goes."""
+        chunk = begun.trial.chunk
+        if begun.trial.confirm():
+            taken[chunk] = begun.ticket
+            if chunk.is_resident:
+                self._manager.evict(chunk)
+
+    def _let_go(self, begun: _Begun) -> None:
+        begun.trial.call_off()  # if it is not confirmed
+        if begun.trial.rest(REST_SECONDS) and begun.trial.is_off:  # so that a step leaves nothing behind
+            self._manager.full_copies.reclaim(begun.trial.chunk)
+
+    def _judge(self, step: _Step, taken: Sized) -> None:
+        """Learn from what has become of the guesses."""
         self.taken_count += len(taken)
         self.dropped_count += len(step.begun) - len(taken)
         untouched = step.backwards == 1 and step.reads == self._gradients.reads
         wanted = [begun for begun in step.begun.values() if begun.trial.has_begun]
         self.trust.after_step(untouched and len(taken) >= len(wanted))
-        return taken
 
-    def _takes(self, planned: Planned, begun: _Begun) -> bool:
-        """Confirm an update if it is the planned one. The full copy has older values then, and goes."""
+    def _is_right(self, planned: Planned, begun: _Begun) -> bool:
+        """True if an update is the planned one."""
         chunk = planned.chunk
-        if (
-            not begun.trial.has_begun  # as it was planned it writes through to the full copy
-            or not _can_be_tried(chunk)
-            or not isinstance(chunk.gradient, GradientBuffer)
-            or begun.terms != planned.terms
-            or begun.homes != _identity(chunk)
-            or begun.gradient != chunk.gradient.version
-            or self._gradients.were_seen(chunk)
-            or not begun.trial.confirm()
-        ):
-            return False
-        if chunk.is_resident:
-            self._manager.evict(chunk)
-        return True
+        return (
+            begun.trial.has_begun  # else, as it was planned, it writes through to the full copy
+            and _can_be_tried(chunk)
+            and isinstance(chunk.gradient, GradientBuffer)
+            and begun.terms == planned.terms
+            and begun.homes == _identity(chunk)
+            and begun.gradient == chunk.gradient.version
+            and not self._gradients.were_seen(chunk)
+        )
 
     def call_off(self) -> None:
         for begun in self._step.begun.values():

@@ -22,14 +22,15 @@ class Ticket:
     def __init__(self, retry: Callable[[], None], block_count: int) -> None:
         self._retry = retry
         self._blocks_left = block_count
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered itself: to leave a `Condition` takes memory, which may have run out
+        self._changed = threading.Condition(self._lock)
         self._error: BaseException | None = None
         self._end: Transfer | None = None
         """Of the last piece: pieces are done in order."""
 
     def wait(self) -> None:
         """Return when the update is over; raise what stopped it, and have it tried again meanwhile."""
-        with self._changed:
+        with self._lock:
             # A condition, not an event: a waiter that wakes after another has begun the retry must wait for that.
             self._changed.wait_for(self.done)
             error = self._error
@@ -45,7 +46,7 @@ class Ticket:
 
     def rest(self, seconds: float) -> None:
         """Return when nothing of it is under way, or after so long. Raises nothing, and has nothing tried again."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(self.done, seconds)
 
     @property
@@ -55,18 +56,18 @@ class Ticket:
 
     def finish_block(self, end: Transfer | None) -> None:
         """One piece less is left. ``end`` is its end on the device; None if it was done here."""
-        with self._changed:
+        with self._lock:
             self._end = end
             self._blocks_left -= 1
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Something stopped it."""
-        with self._changed:
+        with self._lock:
             self._error = error
             self._changed.notify_all()
 
     def reopen(self) -> None:
         """It is tried again."""
-        with self._changed:
+        with self._lock:
             self._error = None

@@ -13,7 +13,7 @@ anything else than to step.
 
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
-from threading import Condition
+from threading import Condition, RLock
 
 from ..chunk import Buffer, Chunk, DiskBackend, DiskBuffer
 from ..errors import StateError
@@ -70,7 +70,8 @@ class Trial:
         self._numel_left = len(chunk.extent)
         self._under_way: set[int] = set()
         """The first elements of blocks."""
-        self._lock = Condition()
+        self._lock = RLock()  # entered itself: to leave a `Condition` takes memory, which may have run out
+        self._rested = Condition(self._lock)
         self._pairs: dict[str, tuple[DiskBuffer, DiskBuffer]] = {}
         """Each home, and the room of its results, while there is such a room."""
         try:
@@ -127,7 +128,8 @@ class Trial:
         with self._lock:
             if self.is_off:
                 return False
-            self._move_to(TrialState.CONFIRMED)
+            if self.state is TrialState.PENDING:
+                self._move_to(TrialState.CONFIRMED)
             self._end()
             return True
 
@@ -147,18 +149,18 @@ class Trial:
     def rest(self, seconds: float | None) -> bool:
         """Return when nothing of what was called off is under way, or after so long: then False."""
         with self._lock:
-            return self._lock.wait_for(lambda: not (self.is_off and self._under_way), seconds)
+            return self._rested.wait_for(lambda: not (self.is_off and self._under_way), seconds)
 
     # -- with the lock
 
     def _end(self) -> None:
         if self.state is TrialState.CONFIRMED and not self._numel_left:
-            for home, result in self._pairs.values():
+            while self._pairs:
+                _, (home, result) = self._pairs.popitem()
                 self._disk.exchange(home, result)
-            self._pairs.clear()
         elif self.is_off and not self._under_way:
             self._free()
-            self._lock.notify_all()
+            self._rested.notify_all()
 
     def _free(self) -> None:
         for _, result in self._pairs.values():

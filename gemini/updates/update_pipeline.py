@@ -39,6 +39,7 @@ from ..chunk import (
 from ..errors import OffloadError, OutOfMemory
 from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate
 from .averages import PIECE_NUMEL, UNCHANGED, BoundAverage
+from .commitment import surely
 from .ticket import Ticket
 from .trial import Trial
 
@@ -282,21 +283,28 @@ class UpdatePipeline:
         self._waiting: deque[Block] = deque()
         self._reading: deque[_InFlight] = deque()
         self._writing: deque[_InFlight] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered itself: to leave a `Condition` takes memory, which may have run out
+        self._changed = threading.Condition(self._lock)
         """Something was added, or has been read or written."""
 
     def add(self, blocks: Iterable[Block]) -> None:
-        """Put blocks behind all others. They are done if `run` is under way, or is called later."""
-        with self._changed:
-            self._waiting.extend(blocks)
-            self._changed.notify_all()
+        """Put all of these blocks behind the others, or none. They are done if `run` is under way, or called later."""
+        with self._lock:
+            before = len(self._waiting)
+            try:
+                self._waiting.extend(blocks)
+            except BaseException:
+                while len(self._waiting) > before:
+                    self._waiting.pop()
+                raise
+            surely(self._changed.notify_all)
 
     def arrange(self, ranks: Mapping[Chunk, int]) -> None:
         """Have the updates that have not begun come in the order of these ranks of their chunks.
 
         Those that failed come first, as they did: they hold staging, which the others may be waiting for.
         """
-        with self._changed:
+        with self._lock:
             waiting = sorted(self._waiting, key=lambda each: (not each.staged, ranks.get(each.update.chunk, -1)))
             self._waiting = deque(waiting)
             self._changed.notify_all()
@@ -324,7 +332,7 @@ class UpdatePipeline:
         if self._reading and _is_over(self._reading):
             self._compute_first()
         elif self._reading or self._writing:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(self._can_advance)
         return bool(self._reading or self._writing or self._waiting)
 
@@ -346,7 +354,7 @@ class UpdatePipeline:
 
     def _begin_next(self) -> bool:
         """Have the next block read; False if none can begin now."""
-        with self._changed:  # another thread may be about to arrange what waits
+        with self._lock:  # another thread may be about to arrange what waits
             if not self._may_begin():
                 return False
             block = self._waiting[0]
@@ -413,7 +421,7 @@ class UpdatePipeline:
         return Moves(futures)
 
     def _wake(self, future: "Future[None]") -> None:
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def _release(self, block: Block) -> None:
@@ -442,7 +450,7 @@ class UpdatePipeline:
                 reads.rest()
                 undone.append(block)
                 self._reading.popleft()
-        with self._changed:
+        with self._lock:
             self._waiting.extendleft(reversed(undone))
             for block in self._waiting if undone else ():
                 if not block.computed_numel:

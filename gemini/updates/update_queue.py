@@ -18,6 +18,7 @@ from ..errors import OutOfMemory, is_out_of_memory
 from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Rule
 from ..process_wide import compute_on_this_thread
 from ..system_limits import refused_thread
+from .commitment import surely
 from .ticket import Ticket
 from .update_pipeline import Block, ChunkUpdate, UpdatePipeline
 
@@ -121,9 +122,12 @@ class UpdateQueue:
                     raise
                 if not self._is_working:  # else it comes to these, too
                     self._error = self._error or _as_ours(error)
-            self._pipeline.add(blocks)
+            if is_certain:
+                surely(self._pipeline.add, blocks)
+            else:
+                self._pipeline.add(blocks)
             if self._error is not None:
-                self._fail_all(self._error)
+                surely(self._fail_all, self._error)
 
     def arrange(self, chunks: Sequence[Chunk]) -> None:
         """Do what has not begun in this order of chunks."""

@@ -8,10 +8,11 @@ from torch import Tensor
 from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
 from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
 from .averages import UNCHANGED, Averages
+from .commitment import surely
 from .options import Options
 from .ticket import Ticket
 from .update_pipeline import ChunkUpdate, Run
-from .update_queue import UpdateQueue
+from .update_queue import Prepared, UpdateQueue
 
 
 class GroupRule:
@@ -183,17 +184,31 @@ class Updater:
         """
         caller = self._manager.device.caller()
         prepared = {each.chunk: self._queue.prepare(each.update, caller) for each in planned}
+        left, order = dict(prepared), [each.chunk for each in planned]
         begun = take()
-        self._queue.add([each for chunk, each in prepared.items() if chunk not in begun], is_certain=bool(begun))
-        tickets = {**{chunk: each.ticket for chunk, each in prepared.items()}, **begun}
+        for chunk in begun:
+            del left[chunk]
+        self._add(left, is_certain=bool(begun))
         if begun:
-            self._queue.arrange([each.chunk for each in planned])
+            surely(self._queue.arrange, order)
         for each in planned:
-            chunk, ticket = each.chunk, tickets[each.chunk]
-            self.steps.update(each.taken)
-            positions = chunk.gradient.present if chunk.gradient is not None else ()
-            chunk.begin_update(ticket, positions, fills_full=self._manager.full_copies.take_over(chunk))
-            self._manager.release_gradient_after(chunk, ticket)
+            surely(self._begin, each, begun.get(each.chunk) or prepared[each.chunk].ticket)
+
+    def _add(self, left: Mapping[Chunk, Prepared], is_certain: bool) -> None:
+        if is_certain:
+            self._queue.add(surely(list, left.values()), is_certain=True)
+        else:
+            self._queue.add(list(left.values()))
+
+    def _begin(self, planned: Planned, ticket: Ticket) -> None:
+        """Note that an update is under way."""
+        chunk = planned.chunk
+        self.steps.update(planned.taken)
+        full_copies = self._manager.full_copies
+        positions = chunk.gradient.present if chunk.gradient is not None else ()
+        chunk.begin_update(ticket, positions, fills_full=chunk in full_copies.taken)
+        full_copies.take_over(chunk)
+        self._manager.release_gradient_after(chunk, ticket)
 
     def wait_for_holders(self, planned: Sequence[Planned]) -> None:
         """Wait for those updates that read or write memory which code outside of the manager holds.

@@ -15,6 +15,7 @@ from ..chunk import Chunk, ChunkManager, all_or_none
 from ..errors import RankError
 from ..nn.optimizer.managed import ManagedOptimizer
 from .ahead import Ahead
+from .commitment import surely
 from .gradients import Gradients
 from .options import Options
 from .scaling import Scaling
@@ -125,6 +126,7 @@ class Updates:
         if not planned.is_empty:
             self.schedule.updating(chunk, max(planned.taken.values(), default=0), self._options)
             self.start([planned])
+            self.wait_for_holders([planned])
 
     # -- the step
 
@@ -170,15 +172,21 @@ class Updates:
             self._updater.start(planned)
         else:
             self._updater.start(planned, partial(self._ahead.take, planned, self._options))
-        for chunk in (each.chunk for each in planned):
-            if chunk.gradient is not None and chunk.gradient.present:
-                self.gradients.hand_over(chunk)
+        for each in planned:
+            surely(self._hand_over, each.chunk)
         self._manager.together.communicator.advance()  # those who hold memory are to see what other owners update, too
-        self._updater.wait_for_holders(planned)
+
+    def _hand_over(self, chunk: Chunk) -> None:
+        if chunk.gradient is not None and chunk.gradient.present:
+            self.gradients.hand_over(chunk)
 
     def after_step(self) -> None:
         """Every parameter has taken the step."""
         self.schedule.after_step()
+
+    def wait_for_holders(self, planned: Sequence[Planned]) -> None:
+        """See `Updater.wait_for_holders`."""
+        self._updater.wait_for_holders(planned)
 
     # -- gradients that are not wanted
 

@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
 RUNS = {"step": run_steps, "first step": run_first_steps, "boost": run_boosts}
 SITES = {**ALLOCATIONS, **DISK}
+of_the_interpreter = pytest.mark.skipif("interpreter" not in ALLOCATIONS, reason="this Python has no _testcapi")
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,7 @@ SITES = {**ALLOCATIONS, **DISK}
         ("disk, fp32", "step", "python", 23),
         ("disk, fp32", "first step", "EIO", 29),
         ("disk, bf16", "step", "spoils", 13),
+        pytest.param("resident, fp32", "step", "interpreter", 1201, marks=of_the_interpreter),
         ("disk, fp32", "boost", "threads", 5),
         ("disk, fp32", "boost", "EMFILE", 3),
         ("activations, fp32", "step", "tensors", 29),
@@ -44,4 +46,4 @@ def test_an_operation_that_fails_costs_a_step_at_most(
     outcomes = [result for result in results.values() if isinstance(result, Outcome)]
     assert any(outcome.is_injected for outcome in outcomes)
     untyped = [told.trace for outcome in outcomes for told in outcome.errors if told.is_untyped]
-    assert site == "python" or untyped == []
+    assert site in ("python", "interpreter") or untyped == []
