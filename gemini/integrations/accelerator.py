@@ -30,6 +30,11 @@ class ManagedAccelerator(Accelerator):
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, **options: Any) -> nn.Module:
         if not is_boosted(model):
             return super().prepare_model(model, device_placement, **options)  # type: ignore[no-any-return]
+        if self.scaler is not None:
+            raise ValueError(
+                'mixed_precision="fp16" of the accelerator unscales gradients through p.grad: leave it at "no", and '
+                'give GeminiPlugin(precision="fp16"), which has a loss scale of its own'
+            )
         # As for evaluation: not within DistributedDataParallel, since chunks sum the gradients of the ranks themselves.
         return super().prepare_model(model, False, **{**options, "evaluation_mode": True})  # type: ignore[no-any-return]
 
@@ -38,10 +43,11 @@ class ManagedAccelerator(Accelerator):
         is_managed = isinstance(inner, ManagedOptimizer) and inner._managed is not None
         if not is_managed:
             return super().prepare_optimizer(optimizer, device_placement)  # type: ignore[no-any-return]
-        prepared = super().prepare_optimizer(optimizer, device_placement=False)
-        if type(prepared) is AcceleratedOptimizer:
-            prepared.__class__ = ManagedOptimizerWrapper
-        return prepared  # type: ignore[no-any-return]
+        if not isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = ManagedOptimizerWrapper(optimizer, device_placement=False, scaler=self.scaler)
+        if not any(known is optimizer for known in self._optimizers):
+            self._optimizers.append(optimizer)
+        return optimizer
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """As accelerate's; on the scaled loss where the model computes in fp16."""

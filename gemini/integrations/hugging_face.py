@@ -1,7 +1,5 @@
 """``transformers.Trainer``: training under management, and memory statistics in its logs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -135,8 +133,13 @@ class GeminiTrainerMixin(TrainerCheckpoints):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if not is_boosted(self.model):
             self._boost_for_evaluation()
-        with _without_full_eval(self.args):
+        arguments = self.args
+        if arguments.bf16_full_eval or arguments.fp16_full_eval:
+            self.args = _NothingConverted(arguments)
+        try:
             return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args = arguments
 
     def _boost_for_evaluation(self) -> None:
         """Put a model into chunks that has not been trained; with room for training, if it is to be trained later.
@@ -174,18 +177,16 @@ class GeminiTrainerMixin(TrainerCheckpoints):
         return self.optimizer  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _without_full_eval(arguments: TrainingArguments) -> Iterator[None]:
-    """A model in chunks computes in that precision already, and is not to be converted."""
-    names = ("bf16_full_eval", "fp16_full_eval")
-    before = {name: getattr(arguments, name) for name in names}
-    for name in names:
-        setattr(arguments, name, False)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(arguments, name, value)
+class _NothingConverted:
+    """A trainer's arguments without ``full_eval``: a model in chunks computes in that precision already."""
+
+    bf16_full_eval = fp16_full_eval = False
+
+    def __init__(self, arguments: TrainingArguments) -> None:
+        self._arguments = arguments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._arguments, name)
 
 
 _REFUSED = {

@@ -92,6 +92,14 @@ def test_ours_scales_the_loss_in_fp16(tmp_path: Path) -> None:
     assert steady.parts[3].get_last_lr() == [2.5e-3]
 
 
+def test_accelerates_own_loss_scale_is_refused(tmp_path: Path) -> None:
+    trained, *_ = Booster(plugin=Maker("default", tmp_path).plugin()).boost(model())
+    accelerator = ManagedAccelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # as with mixed_precision="fp16" on a GPU
+    with pytest.raises(ValueError, match=r'give GeminiPlugin\(precision="fp16"\)'):
+        accelerator.prepare(trained)
+
+
 def test_what_is_prepared_first_is_refused_with_the_order(tmp_path: Path) -> None:
     trained = model()
     prepared = accelerate.Accelerator(cpu=True).prepare(torch.optim.AdamW(trained.parameters()))
