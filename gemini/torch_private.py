@@ -508,3 +508,11 @@ versions since 1.0 name it. If it goes: write the files with ``torch.save``, whi
 
 rebuild_tensor_of_dtype: Callable[..., Tensor] = torch._utils._rebuild_tensor_v3
 """The same for dtypes whose storages have no class of their own; the dtype comes last."""
+
+# -- operations on lists of tensors
+
+FOREACH: Mapping[str, Callable[..., Any]] = {
+    name: getattr(torch, f"_foreach_{name}") for name in ("norm", "mul_", "clamp_min_", "clamp_max_")
+}
+"""What ``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_`` do to all gradients of a device in one call. If one
+goes: look in torch/nn/utils/clip_grad.py for what does it now."""

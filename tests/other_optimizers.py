@@ -22,8 +22,13 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adam amsgrad": (torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.1}),
     "AdamW maximize": (torch.optim.AdamW, {"maximize": True}),
     "Rprop": (torch.optim.Rprop, {}),
+    "NAdam decoupled": (torch.optim.NAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "NAdam foreach": (torch.optim.NAdam, {"weight_decay": 0.1, "foreach": True}),
+    "ASGD": (torch.optim.ASGD, {"weight_decay": 0.1, "t0": 2, "lambd": 0.01}),
+    "Adafactor": (torch.optim.Adafactor, {"weight_decay": 0.1}),
     "Rprop foreach": (torch.optim.Rprop, {"foreach": True}),
 }
+ELEMENTWISE = [name for name in OPTIMIZERS if name != "Adafactor"]
 
 OTHER_PLACEMENTS = {
     "resident": {},

@@ -43,6 +43,13 @@ class Mode(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("name", private.FOREACH)
+def test_operations_on_lists_ask_the_class_of_their_tensors(name: str, told: Tensor) -> None:
+    numbers = () if name == "norm" else (2.0,)
+    private.FOREACH[name]([told, told], *numbers)
+    assert Told.asked == [f"_foreach_{name}"]
+
+
 @pytest.fixture
 def told() -> Tensor:
     tensor = torch.ones(2).as_subclass(Told)

@@ -72,9 +72,10 @@ class Booster(Checkpointing):
             Plain or built inside ``LazyInitContext``. Changed in place.
         optimizer
             `HybridAdam`, ``torch.optim.Adam`` or ``AdamW`` over the model's parameters; the latter two come back as
-            a `HybridAdam` with the same groups. Or an element-wise one: torch's SGD, Adagrad, RMSprop, Adadelta,
-            Adamax, RAdam, Rprop, or one given to `gemini.nn.optimizer.register_elementwise`; it comes back as an
-            optimizer with the same groups, the same arithmetic and the same ``state_dict()``. None: inference only.
+            a `HybridAdam` with the same groups. Or another one of torch's (but for SparseAdam and LBFGS), Lion, NAdamW,
+            Adan or Adafactor of a well-known package, or one given to `gemini.nn.optimizer.register_elementwise` or
+            `register_whole_parameter`; it comes back as an optimizer with the same groups, the same
+            arithmetic and the same ``state_dict()``. None: inference only.
         criterion, dataloader, lr_scheduler
             Come back as they are; the scheduler steers the optimizer that comes back.
 
@@ -227,7 +228,9 @@ def _kinds(given: list[Any]) -> list[str | None]:
     for value in given:
         kind = None if value is None else _kind(value, has_model="model" in kinds)
         if kind is not None and kind in kinds:
-            raise TypeError(f"boost got two objects of the kind {kind}; the second is a {type(value).__name__}")
+            is_second = kind == "optimizer"
+            more = ": boost with that of most parameters, and step the other yourself" if is_second else ""
+            raise TypeError(f"boost got two objects of the kind {kind}; the second is a {type(value).__name__}{more}")
         kinds.append(kind)
     return kinds
 
@@ -255,8 +258,9 @@ def _kind(value: Any, has_model: bool) -> str:
 _ONE_OF_EACH: tuple[tuple[type, str], ...] = (
     (
         Optimizer,
-        "optimizers, expected one: give one optimizer with several parameter groups, or, where they take turns (as "
-        "those of a GAN do), boost each model with its own",
+        "optimizers, expected one: give one optimizer with several parameter groups; or, as for Muon and AdamW, boost "
+        "with that of most parameters and step the other yourself; or, where they take turns (as those of a GAN do), "
+        "boost each model with its own",
     ),
     (
         LRScheduler,

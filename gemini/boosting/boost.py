@@ -37,7 +37,7 @@ from .local_parts import check_groups, local_parts
 from .mixing import mix_in
 from .module import GeminiModule
 from .parts import guard_parts
-from .refusals import refuse_model, refuse_optimizer, refuse_sharing, refuse_split_master
+from .refusals import refuse_model, refuse_optimizer, refuse_sharing, refuse_split_master, refuse_whole
 from .seating import Seating
 from .succession import bind_optimizer
 
@@ -119,6 +119,8 @@ def _refuse(model: nn.Module, optimizer: ManagedOptimizer | None, config: Gemini
     refuse_model(model)
     if optimizer is not None:
         refuse_optimizer(model, optimizer)
+        if optimizer.rule.is_whole:
+            refuse_whole(model, optimizer.rule.name, config.communicator.owner.count)
     if not config.communicator.owner.is_alone:
         refuse_sharing(model)
     if config.split_master:
@@ -148,11 +150,11 @@ def _decide(
     param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
     left = beside_activations(config, capacities)
     try:
-        packing = decide(model, param_groups, config, left, rule.slots)
+        packing = decide(model, param_groups, config, left, rule.slots, rule.is_whole)
     except OutOfMemory:
         if left is capacities:
             raise
-        packing = decide(model, param_groups, config, capacities, rule.slots)
+        packing = decide(model, param_groups, config, capacities, rule.slots, rule.is_whole)
     warn_of_other_dtypes(packing, config.precision)
     return packing
 

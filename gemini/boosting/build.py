@@ -20,7 +20,6 @@ from ..config import GeminiConfig
 from ..memory.capacity import Capacities, device_headroom
 from ..packing.packing import Packing
 from ..telemetry.layout import disks_folder
-from ..updates.update_pipeline import BLOCK_SETS
 from ..updates.update_queue import UpdateQueue
 
 
@@ -41,7 +40,7 @@ def build(packing: Packing, config: GeminiConfig, capacities: Capacities) -> tup
         pin = capacities.device.type != "cpu" and config.pin_memory
         fetch_staging = Staging(FETCH_WORKERS, packing.staging_block_numel, pin)
         store_staging = Staging(STORE_BLOCKS, packing.staging_block_numel, pin)
-        update_staging = Staging(BLOCK_SETS * packing.updated_buffer_count, packing.staging_block_numel, pin)
+        update_staging = Staging(*packing.update_staging, pin)
         ledger.take(Tier.HOST, packing.staging_bytes, "staging for the disk tier")
     device: DeviceBackend
     if capacities.device.type == "cpu":

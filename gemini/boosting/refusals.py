@@ -15,6 +15,7 @@ from ..lazy.session import is_recording
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.unmanaged.fitting import overlaps_itself
 from ..packing.packing import managed_parameters
+from ..tensor_parallel import is_sharded
 from .aliases import sharing
 from .alive import is_managed
 from .module import GeminiModule
@@ -98,6 +99,20 @@ def refuse_sharing(model: nn.Module) -> None:
             f"max_norm in {', '.join(renormalised)} changes weights in each forward, on each rank those that its batch "
             "uses, and with several ranks all need the same weights; build it with max_norm=None, and renormalise on "
             "all ranks between steps: with torch.no_grad(): weight.renorm_(2, 0, max_norm)"
+        )
+
+
+def refuse_whole(model: nn.Module, name: str, ranks: int) -> None:
+    """Raise where an optimizer that looks at whole parameters would find parts of them."""
+    if ranks > 1:
+        raise ValueError(
+            f"{name} looks at whole parameters, and with {ranks} ranks each keeps a part of every chunk; train with "
+            "one process, or with an element-wise optimizer (HybridAdam)"
+        )
+    if parts := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
+        raise ValueError(
+            f"{name} looks at whole parameters, and {parts[0]} is a DTensor, of which this rank has a part; train with "
+            "an element-wise optimizer (HybridAdam)"
         )
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ..chunk import FETCH_WORKERS, STORE_BLOCKS, BufferSpec, ChunkPlan, MemoryMap, TensorSpec, Tier
+from ..chunk.layout import align
 from ..config import GeminiConfig
 from ..memory.capacity import Capacities
 from ..nn.optimizer.rules.adam_rule import ADAM
 from ..planning.placement import Capacity, on_tier
 from ..units.units import nested_parameters
-from ..updates.update_pipeline import BLOCK_SETS, buffer_count
+from ..updates.update_pipeline import BLOCK_SETS, PAGE_NUMEL, buffer_count
 from .group import Group, plans
 from .problem import Problem, Use
 from .quantised import quantised_parameters
@@ -38,6 +39,15 @@ class Packing(Solution):
     plans: tuple[ChunkPlan, ...]
     updated_buffer_count: int
     """Most buffers that the update of a chunk reads: blocks of as many are staged for one that is on DISK."""
+    whole_numel: int = 0
+    """Elements of a staged block in which any parameter fits, where updates take whole parameters; else 0."""
+
+    @property
+    def update_staging(self) -> tuple[int, int]:
+        """How many blocks updates stage, and their elements."""
+        if self.whole_numel:
+            return self.updated_buffer_count, self.whole_numel
+        return BLOCK_SETS * self.updated_buffer_count, self.staging_block_numel
 
     def with_plans(self, plans: Sequence[ChunkPlan]) -> "Packing":
         """The same with other plans for some chunks."""
@@ -67,6 +77,7 @@ def decide(
     config: GeminiConfig,
     capacities: Capacities,
     slots_of: SlotsOf = ADAM.slots,
+    is_whole: bool = False,
 ) -> Packing:
     """Choose the chunk size, pack, and place. Changes nothing.
 
@@ -76,6 +87,8 @@ def decide(
         Of the optimizer; empty without one (nothing is trainable then).
     slots_of
         From a group to what the optimizer keeps for each element of its parameters.
+    is_whole
+        The optimizer takes whole parameters.
 
     Raises
     ------
@@ -85,6 +98,7 @@ def decide(
     named = managed_parameters(model)
     groups = _groups(model, named, param_groups, config, slots_of)
     buffers = max((buffer_count(group.states) for group in groups), default=0)
+    whole_numel = _whole_numel(param_groups) if is_whole else 0
     problem = Problem(
         tensors=tuple(_spec(*item, group) for item, group in zip(named.items(), groups, strict=True)),
         needs=tuple(group.need for group in groups),
@@ -97,7 +111,8 @@ def decide(
         compute_itemsize=_most_common_itemsize(named.values(), groups),
         max_prefetch=config.max_prefetch,
         borrows_gradients=config.update_in_backward,
-        staging_blocks=FETCH_WORKERS + STORE_BLOCKS + BLOCK_SETS * buffers,
+        staging_blocks=FETCH_WORKERS + STORE_BLOCKS + (0 if is_whole else BLOCK_SETS * buffers),
+        whole_staging_bytes=buffers * whole_numel * 4,
     )
     found = solve(problem)
     if isinstance(found, Shortfall):
@@ -110,7 +125,14 @@ def decide(
         groups=groups,
         plans=plans(found.layouts, of_chunks, found.placement, capacities.memory),
         updated_buffer_count=buffers,
+        whole_numel=whole_numel,
     )
+
+
+def _whole_numel(param_groups: Sequence[Mapping[str, Any]]) -> int:
+    """Elements of a block in which any parameter fits, wherever in its page it begins."""
+    largest = max((p.numel() for group in param_groups for p in group["params"]), default=0)
+    return align(largest, PAGE_NUMEL) + PAGE_NUMEL
 
 
 def _groups(

@@ -55,3 +55,9 @@ class Problem:
     """Gradients have no home where there is RAM for a few of them."""
     staging_blocks: int
     """Blocks of fp32 elements on HOST that stand between DISK and everything else, if there are homes on DISK."""
+    whole_staging_bytes: int = 0
+    """The same for updates that take whole parameters."""
+
+    def staging_bytes(self, block_numel: int) -> int:
+        """What stands on HOST between DISK and everything else, with blocks of so many elements."""
+        return self.staging_blocks * block_numel * 4 + self.whole_staging_bytes

@@ -100,7 +100,7 @@ def _spare(problem: Problem, each: _Candidate, placement: Placement) -> tuple[in
     if capacity.memory.compute_tier is Tier.HOST:
         room -= each.capacity.ring_bytes
     for block in (min(each.block_numel, SPARE_BLOCK_NUMEL), SMALLEST_BLOCK_NUMEL):
-        nbytes = problem.staging_blocks * block * 4
+        nbytes = problem.staging_bytes(block)
         if capacity.nbytes.get(Tier.DISK, 0) and nbytes <= room:
             return block, nbytes
     return 0, 0
@@ -118,7 +118,7 @@ def _candidates(problem: Problem) -> Iterator[_Candidate]:
         layouts = pack(problem.tensors, search.numel)
         use = problem.use.of_chunks({slot.key: layout.index for layout in layouts for slot in layout.slots})
         block = _staging_block(layouts, problem)
-        staging = problem.staging_blocks * block * 4
+        staging = problem.staging_bytes(block)
         for borrow in (True, False) if has_choice else (problem.borrows_gradients,):
             needs = [problem.needs[layout.slots[0].key](layout.numel, borrow) for layout in layouts]
             gradients = {i: need.full_nbytes for i, need in enumerate(needs) if need.borrows_gradient}

@@ -5,22 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from ..chunk import MASTER, BufferSpec, Chunk, Together
+from ..chunk import MASTER
 from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
 from ..signals import uninterrupted
-from ..updates.updater import Updater
-from ..updates.values import Values
-from .saved_states import codec_of, home_of, read_state, write_state
-from .shown_states import ShownStates
+from .saved_states import home_of, read_state, write_state
 from .state_checks import STEP, check_signs, check_value
-from .state_home import StateHome
+from .state_questions import StateQuestions
 from .state_tensor import StateTensor
 
 
 @uninterrupted.in_methods("get", "copy", "open", "close", "set", "unset", "replace", "load", "begin", "forget", "drop")
-class KeptStates:
+class KeptStates(StateQuestions):
     """Says which parameters have a state, and reads, replaces and forgets it.
 
     What the optimizer keeps of a parameter is whole or not there at all: what nobody has set in it is what the first
@@ -33,79 +29,6 @@ class KeptStates:
     rule
         The optimizer's arithmetic.
     """
-
-    def __init__(self, values: Values, rule: Rule, updater: Updater) -> None:
-        self._values = values
-        self._manager = values.manager
-        self._rule = rule
-        self._updater = updater
-        self._notes: dict[int, dict[Any, Any]] = {}
-        """By the id of a parameter."""
-        self.shown = ShownStates()
-
-    # -- questions
-
-    @property
-    def together(self) -> Together:
-        """What the ranks that keep the states do together."""
-        return self._manager.together
-
-    def keeps(self, parameter: Any) -> bool:
-        """True if the states of this parameter are in its chunk. Those of others, frozen ones too, are elsewhere."""
-        place = self._manager.find(parameter)
-        return place is not None and place[0].is_trainable
-
-    def has(self, parameter: Tensor) -> bool:
-        """Whether there is anything in the state of a parameter; before its first step there mostly is not."""
-        return self._is_begun(parameter) or bool(self._notes.get(id(parameter)))
-
-    def room(self, optimizer: Optimizer) -> dict[int, tuple[BufferSpec, ...]]:
-        """By the index of a group: the states that all chunks with parameters of it have room for."""
-        room: dict[int, tuple[BufferSpec, ...]] = {}
-        for index, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                place = self._manager.find(parameter)
-                if place is not None and place[0].is_trainable:
-                    states = place[0].states
-                    room[index] = tuple(spec for spec in room.get(index, states) if spec in states)
-        return room
-
-    def count(self, parameter: Tensor) -> int:
-        """How many steps it has taken."""
-        return self._updater.steps.get(id(parameter), 0)
-
-    def names(self, parameter: Tensor) -> list[Any]:
-        """The keys of its state."""
-        known = self._known(parameter) if self._is_begun(parameter) else []
-        return [*known, *self._notes.get(id(parameter), ())]
-
-    def form(self, parameter: Tensor, name: str) -> Tensor:
-        """A meta tensor with the shape, the strides and the dtype of a state, as state dicts have it."""
-        if name == STEP:
-            return torch.empty((), dtype=torch.float32, device="meta")
-        dtype, slot = codec_of(self._manager, self._rule, parameter, name).dtype, self._manager.slot(parameter)
-        return torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device="meta")
-
-    def _is_begun(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._updater.steps or self._rule.has_initial_state
-
-    def _known(self, parameter: Tensor) -> list[str]:
-        return [*([STEP] if self._rule.takes_step else []), *self._rule.codecs(self._chunk(parameter).states)]
-
-    def _chunk(self, parameter: Tensor) -> Chunk:
-        place = self._manager.find(parameter)
-        assert place is not None
-        return place[0]
-
-    def values_of(self, parameter: Tensor, name: Any) -> tuple[str, ...]:
-        """The values of its chunk that an entry of its state is read from; none for a note or a number of steps."""
-        if name == STEP or name in self._notes.get(id(parameter), ()):
-            return ()
-        return tuple(spec.name for spec in codec_of(self._manager, self._rule, parameter, name).specs)
-
-    def home(self, parameter: Tensor, name: str) -> StateHome:
-        """Where an entry of a state is."""
-        return StateHome(self._values, self._rule, self.shown, parameter, name)
 
     # -- reading
 
@@ -122,6 +45,8 @@ class KeptStates:
             return notes[name]
         if name not in self.names(parameter):
             raise KeyError(name)
+        if name == STEP and isinstance(steps := self._rule.counted(self.count(parameter)), int):
+            return steps
         return self.shown.place(self, parameter, name).show()
 
     def copy(self, parameter: Tensor, name: Any) -> Any:
@@ -130,7 +55,10 @@ class KeptStates:
         if name in notes:
             return notes[name].detach().to("cpu", copy=True) if isinstance(notes[name], Tensor) else notes[name]
         if name == STEP:
-            return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
+            return self._rule.counted(self.count(parameter))
+        if name in self._sides.shapes(parameter):
+            self._values.check_readable()
+            return self._sides.get(parameter, name).detach().clone()
         return read_state(self._values, self._rule, parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
@@ -138,6 +66,8 @@ class KeptStates:
         self._values.check_readable()
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
+        if name in self._sides.shapes(parameter):
+            return self._sides.get(parameter, name)
         home = home_of(self._manager, self._rule, parameter, name)
         return read_state(self._values, self._rule, parameter, name).to(parameter.device) if home is None else home
 
@@ -151,6 +81,8 @@ class KeptStates:
         """Bring home what was changed in what `open` returned."""
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(values)
+        elif name in self._sides.shapes(parameter):
+            pass  # what was opened is what is kept
         elif home_of(self._manager, self._rule, parameter, name) is None:
             check_value(self._chunk(parameter), parameter, name, values)
             write_state(self._values, self._rule, parameter, name, values)
@@ -172,7 +104,12 @@ class KeptStates:
             if name in self.names(parameter):
                 self.unset(parameter, name)
         else:
-            check_value(self._chunk(parameter), parameter, name, value)
+            self._check_value(parameter, name, value)
+            if self._sides.shapes(parameter) and not self._is_begun(parameter) and name != MASTER:
+                raise ValueError(
+                    f"a parameter that has not been stepped has no {name}: assign its whole state "
+                    f"({', '.join(self._known(parameter))}) at once"
+                )
             self.load(parameter, name, value)
             if name != MASTER:
                 self._updater.steps.setdefault(id(parameter), 0 if self._rule.takes_step else 1)
@@ -215,7 +152,7 @@ class KeptStates:
                 f"{', '.join(known)}, which {self._rule.name} keeps, or {{}} to begin anew"
             )
         for name, value in given.items():
-            check_value(self._chunk(parameter), parameter, name, value)
+            self._check_value(parameter, name, value)
 
     def replace(
         self, parameter: Tensor, state: Mapping[Any, Any], read: Callable[[Any], Any] = lambda value: value
@@ -248,6 +185,8 @@ class KeptStates:
             self._updater.steps[id(parameter)] = whole_steps(value)
         elif name == MASTER:
             self._values.write(parameter, MASTER, value)
+        elif name in self._sides.shapes(parameter):
+            self._sides.load(parameter, name, value)
         else:
             write_state(self._values, self._rule, parameter, name, value)
 
@@ -256,6 +195,9 @@ class KeptStates:
         kept = {slot.name for slot in self._chunk(parameter).states}
         known = {*kept, *self._known(parameter), STEP, MASTER}
         given = {name: value for name, value in saved.items() if name in known}
+        for name in self._sides.shapes(parameter):
+            if given.get(name) is not None:
+                self.load(parameter, name, given[name])
         self._begin(parameter, given, {name: saved[name] for name in saved.keys() - known if saved[name] is not None})
 
     def forget(self, parameter: Tensor) -> None:
@@ -283,6 +225,7 @@ class KeptStates:
                 former.shown.release(parameter)
                 former.shown.let_go(parameter, *former._known(parameter))
                 self._updater.steps.pop(id(parameter), None)
+                self._sides.forget(parameter)
                 if was_begun or self._rule.has_initial_state:
                     self._fill(parameter)
 
@@ -300,6 +243,13 @@ class KeptStates:
         self.shown.let_go(parameter, *self._known(parameter))
         self._fill(parameter)
         self._updater.steps.pop(id(parameter), None)
+        self._sides.forget(parameter)
+
+    def _check_value(self, parameter: Tensor, name: str, value: Any) -> None:
+        if name in self._sides.shapes(parameter):
+            self._sides.check(parameter, name, value)
+        else:
+            check_value(self._chunk(parameter), parameter, name, value)
 
     def _fill(self, parameter: Tensor) -> None:
         for slot in self._chunk(parameter).states:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ..chunk import BufferSpec, copy_fault
 from ..formats import listed, shown
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rules.option_ranges import brief, group_faults
+from ..nn.optimizer.rules.option_ranges import brief, group_faults, number_of
 from ..nn.optimizer.rules.rule import Rule, whole_steps
 
 _BESIDE = ("step", "master")
@@ -87,16 +87,22 @@ def _faults(
 ) -> Iterator[str]:
     found = {name: value for name, value in state.items() if value is not None and name not in _BESIDE}
     shape = tuple(parameter.shape)
+    side = rule.side(shape)
+    kept_beside = kept_beside | side.keys()
     # What looks like a value for each element tells of another optimizer; other entries are somebody's notes.
     unknown = [name for name in found if name not in known | kept_beside and _shape_of(found[name]) == shape]
     if unknown:
         yield f"parameter {number} has {listed(unknown)}, which {rule.name} does not keep"
     elif found or (rule.takes_step and state.get("step") is not None):
-        yield from (f"{number}.{name} is missing" for name in sorted(wanted - found.keys()))
+        yield from (f"{number}.{name} is missing" for name in sorted((wanted | side.keys()) - found.keys()))
     for name in sorted(known | {"master"}):
         if state.get(name) is not None and (fault := _value_fault(state[name], shape)):
             yield f"{name} of parameter {number}: {fault}"
-    for name in found.keys() - known:
+    for name in sorted(side.keys() & found.keys()):
+        is_number = side[name] == () and number_of(found[name]) is not None
+        if not is_number and (fault := _value_fault(found[name], side[name])):
+            yield f"{name} of parameter {number}: {fault}"
+    for name in found.keys() - known - side.keys():
         if fault := _copy_fault(found[name]):
             yield f"{shown(name)} of parameter {number}: {fault}"
     if rule.takes_step and found and state.get("step") is None:

@@ -34,6 +34,22 @@ def check_value(chunk: Chunk, parameter: Tensor, name: str, value: Any) -> None:
     _check_sign(chunk, name, value)
 
 
+def check_side(name: str, shape: tuple[int, ...], value: Any) -> None:
+    """Raise what is wrong with a side state.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no number and no tensor of its shape.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and shape == ():
+        return
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+        raise TypeError(f"{name} is a tensor of floating-point numbers, got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} of this parameter has the shape {shape}, got {tuple(value.shape)}")
+
+
 def check_signs(chunk: Chunk, state: Mapping[Any, Any], read: Callable[[Any], Any]) -> None:
     """Raise ``ValueError`` if a state is negative whose signs belong to split masters. Reads no other states.
 

@@ -19,7 +19,7 @@ from ..packing.packing import Packing
 from ..planning.placement import AutoPlacementPolicy, Capacity, Placement, on_tier, place
 from ..runtime.arrivals import watch_gradients
 from ..sizes import format_bytes
-from ..updates.update_pipeline import buffer_count
+from ..updates.update_pipeline import PAGE_NUMEL, buffer_count
 from .kept_states import KeptStates
 
 _NAMES_SHOWN = 4
@@ -171,6 +171,8 @@ class Unfreezing:
         is_shared = ledger.memory.shares(Tier.HOST, Tier.DEVICE)
         resident = manager.full_copies.nbytes if is_shared else 0
         can_stage = manager.disk is not None and buffer_count(slots) <= self.packing.updated_buffer_count
+        if whole := self.packing.whole_numel:
+            can_stage = can_stage and all(slot.numel + PAGE_NUMEL <= whole for c in chunks for slot in c.layout.slots)
         on_disk = ledger.free(Tier.DISK) + more_on_disk if can_stage else 0
         return Capacity(
             nbytes={Tier.DEVICE: 0, Tier.HOST: ledger.free(Tier.HOST) + resident, Tier.DISK: on_disk},

@@ -17,7 +17,7 @@ _METADATA: frozenset[Any] = frozenset(
     }
 )
 
-_CLIP = (
+CLIP = (
     "Clip with optimizer.clip_grad_by_norm(max_norm) or GeminiPlugin(max_norm=...), which see all gradients; forget "
     "them with optimizer.zero_grad()"
 )
@@ -31,11 +31,10 @@ class AbsentGradient(Tensor):
     reason: str
     remedy: str
 
-    @staticmethod
-    def of(parameter: Tensor, reason: str, remedy: str = _CLIP) -> "AbsentGradient":
+    @classmethod
+    def of(cls, parameter: Tensor, reason: str, remedy: str = CLIP) -> "AbsentGradient":
         """A stand-in (no memory) for the gradient of ``parameter``; ``reason`` says where that is."""
-        nan = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device)
-        stand_in: AbsentGradient = nan.expand(parameter.shape).as_subclass(AbsentGradient)
+        stand_in = without_memory(parameter).as_subclass(cls)
         stand_in.reason = reason
         stand_in.remedy = remedy
         return stand_in
@@ -49,8 +48,13 @@ class AbsentGradient(Tensor):
             with QUIET():
                 return func(*args, **(kwargs or {}))
         told = next(((a.reason, a.remedy) for a in _flat(args) if isinstance(a, AbsentGradient)), None)
-        reason, remedy = told or ("it is in a chunk", _CLIP)
+        reason, remedy = told or ("it is in a chunk", CLIP)
         raise RuntimeError(f"this gradient cannot be read through p.grad: {reason}. {remedy}")
+
+
+def without_memory(parameter: Tensor) -> Tensor:
+    """A tensor like a parameter, without memory."""
+    return torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 
 
 def _flat(values: Iterable[Any]) -> Iterable[Any]:

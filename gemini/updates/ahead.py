@@ -168,6 +168,8 @@ class UpdatesAhead:
 
     def begin(self, chunk: Chunk, options: Options, refresh: bool) -> None:
         step, disk = self._step, self._manager.disk
+        if options.rule.is_whole:
+            return  # side states have no place beside themselves
         if not self.trust.is_given or step.backwards != 1 or chunk in step.begun or disk is None:
             return
         if not _can_be_tried(chunk) or not self._has_room(chunk):

@@ -22,6 +22,7 @@ from ..errors import StateError
 from ..tensor_parallel import is_sharded
 from ..torch_private import put_hook_last
 from .absent_gradient import AbsentGradient
+from .computed_gradient import renewed
 from .held_gradient import KeptForHolders, is_held, is_shared_memory, references
 
 
@@ -324,7 +325,7 @@ class GradientSlot:
         _watch(self.parameter, Watching(_arriving, ref(self)))
 
     def _show(self, state: GradState) -> None:
-        shown = self.stand_in if self.stand_in is not None else self.buffer.view(self.position)
+        shown = self.buffer.view(self.position) if self.stand_in is None else renewed(self.stand_in)
         assert shown is not None
         self._set(shown)
         self._shown = shown

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..chunk import QUIET, Chunk, ChunkManager, GradientTensors, Room
 from ..tensor_parallel import is_sharded
 from .absent_gradient import BOOST_WITHOUT, AbsentGradient
+from .computed_gradient import ComputedGradient
 from .gradient_slot import GradientSlot
 
 _USED_UP = "with update_in_backward=True the optimizer uses it up within backward"
@@ -86,7 +87,8 @@ class Gradients:
         if chunk.is_shared:
             return AbsentGradient.of(parameter, "it is summed over the processes that train the model together")
         where = buffer.tier.value if isinstance(buffer, Room) or buffer.tensor is None else str(buffer.tensor.device)
-        return AbsentGradient.of(parameter, f"it is kept on {where}, and the parameter is on {parameter.device}")
+        reason = f"it is kept on {where}, and the parameter is on {parameter.device}"
+        return ComputedGradient.at(chunk, position, parameter, reason)
 
     # -- updates ahead of the step
 

@@ -24,7 +24,8 @@ class Options:
 
     @staticmethod
     def of(optimizer: ManagedOptimizer) -> "Options":
-        return Options(optimizer.rule, optimizer.param_groups, tuple(optimizer.defaults))
+        names = (*optimizer.defaults, *optimizer.rule.kept_in_group)
+        return Options(optimizer.rule, optimizer.param_groups, names)
 
     def copied(self) -> list[Mapping[str, Any]]:
         """The values that each group has now."""

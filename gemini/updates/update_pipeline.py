@@ -49,6 +49,8 @@ _READS = 2
 """Blocks that are read or computed at a time."""
 IO_WORKERS = 4
 """Buffers that are read or written at a time: what one of them waits for, the disk has from another."""
+PAGE_NUMEL = 2048
+"""What begins at a multiple of so many elements begins at a page, in every dtype."""
 _NAMES_SHOWN = 4
 _REFRESHED = "full copy"
 
@@ -62,6 +64,8 @@ class Run:
     at_step: BoundUpdate
     gradient: Tensor | None = None
     """Their gradient (flat) where it is not in the chunk's buffer."""
+    is_whole: bool = False
+    """They are one parameter, and the step takes them at once."""
 
     def gradient_of(self, start: int, stop: int) -> Tensor | None:
         """The part of `gradient` for some of the elements."""

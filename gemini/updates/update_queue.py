@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..chunk import Caller, Chunk, Staging, close_in_background, pieces, start_workers
 from ..errors import OutOfMemory, is_out_of_memory
-from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Rule
+from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Form, Rule
 from ..process_wide import compute_on_this_thread
 from ..system_limits import refused_thread
 from .commitment import surely
 from .ticket import Ticket
-from .update_pipeline import Block, ChunkUpdate, UpdatePipeline
+from .update_pipeline import PAGE_NUMEL, Block, ChunkUpdate, UpdatePipeline
 
 _NOTHING_LOST = "nothing is lost, and they are tried again; lower host_memory"
 _WARM_UP_NUMEL = {True: 1 << 18, False: 1 << 10}
@@ -48,12 +48,14 @@ def warm_up(
     split_master
         Masters may be in two halves, too.
     """
+    if rule.is_whole:
+        return  # it is torch's own arithmetic on matrices, of no fixed size
     numel = _WARM_UP_NUMEL[device.type == "cpu"]
     for slots, group in {rule.slots(group): group for group in reversed(param_groups)}.items():
         master = torch.zeros(numel, dtype=torch.float32, device=device)
         states = [slot.zeros(numel, device) for slot in slots]
         gradient, full = (torch.zeros(numel, dtype=dtype, device=device) for _ in range(2))
-        at_step = rule.bind(group, slots)(1, 1.0)
+        at_step = rule.bind(group, slots)(1, 1.0, None, Form((numel,), (1,)))
         for out in (None, full):
             at_step.apply(master, states, gradient, out)
         if split_master and dtype is torch.bfloat16 and isinstance(at_step, BoundSplitUpdate):
@@ -142,8 +144,15 @@ class UpdateQueue:
         return [
             (first + start, first + stop, offset, run.at_step, run.gradient_of(first + start, first + stop))
             for run in update.runs
-            for part in _divided(run.start - first, run.stop - first, boundaries)
-            for start, stop, offset in pieces(*part, size)
+            for start, stop, offset in (
+                [_whole(run.start - first, run.stop - first)]
+                if run.is_whole
+                else (
+                    piece
+                    for part in _divided(run.start - first, run.stop - first, boundaries)
+                    for piece in pieces(*part, size)
+                )
+            )
         ]
 
     @property
@@ -200,6 +209,11 @@ def _as_ours(error: BaseException) -> BaseException:
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
         return OutOfMemory(f"host tier out of memory in the optimizer's updates ({error!r}); {_NOTHING_LOST}")
     return error
+
+
+def _whole(start: int, stop: int) -> tuple[int, int, int]:
+    """All of a parameter; it begins in staging where it begins in its page."""
+    return start, stop, start % PAGE_NUMEL
 
 
 def _divided(start: int, stop: int, boundaries: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -1,12 +1,13 @@
 """From a chunk's gradients to its update under way: which step each parameter takes, and what that makes stale."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 from torch import Tensor
 
-from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState
-from ..nn.optimizer.rules.rule import BoundRule, BoundUpdate
+from ..chunk import BufferSpec, Chunk, ChunkManager, ChunkState, Slot
+from ..nn.optimizer.rules.rule import BoundRule, BoundSideUpdate, BoundUpdate, Form
 from .averages import UNCHANGED, Averages
 from .commitment import surely
 from .options import Options
@@ -24,18 +25,24 @@ class GroupRule:
         Makes the update of one step.
     keeps_state
         Whether a step of it is counted.
+    is_whole
+        Whether it takes whole parameters.
     """
 
-    def __init__(self, bind: BoundRule, keeps_state: bool) -> None:
+    def __init__(self, bind: BoundRule, keeps_state: bool, is_whole: bool = False) -> None:
         self.keeps_state = keeps_state
+        self.is_whole = is_whole
         self._bind = bind
-        self._bound: dict[tuple[int, float, bool], BoundUpdate] = {}
+        self._bound: dict[tuple[Hashable, ...], BoundUpdate] = {}
 
-    def at(self, step: int, grad_scale: float, is_fresh: bool) -> BoundUpdate:
+    def at(self, step: int, grad_scale: float, is_fresh: bool, form: Form | None = None) -> BoundUpdate:
         """The update of a step: one object for all parameters that take the same."""
-        key = step, grad_scale, is_fresh
+        if self.is_whole:
+            return self._bind(step, grad_scale, is_fresh, form)
+        numbers = () if form is None else tuple(float(value) for value in form.side.values())
+        key = step, grad_scale, is_fresh, numbers
         if key not in self._bound:
-            self._bound[key] = self._bind(step, grad_scale, is_fresh)
+            self._bound[key] = self._bind(step, grad_scale, is_fresh, form)
         return self._bound[key]
 
 
@@ -43,6 +50,8 @@ class GroupRule:
 class Groups:
     """The optimizer's parameter groups as they are now, which need not be those of the packing."""
 
+    has_sides: bool
+    """Whether a parameter may have side states."""
     of: Mapping[int, int]
     """id of a parameter -> the index of its group. Those that have been taken out of theirs are not updated."""
     rules: Mapping[tuple[int, tuple[BufferSpec, ...]], GroupRule]
@@ -61,9 +70,12 @@ class Planned:
     taken: Mapping[int, int]
     is_empty: bool
     """No parameter of the chunk takes a step, wherever its elements are at home."""
-    terms: Sequence[tuple[int, int, int, float, bool]] = ()
+    terms: Sequence[tuple[int, int, int, float, bool, tuple[float, ...]]] = ()
     """Of each parameter that takes a step: its position, its group, the number of the step, what the gradient is
-    multiplied by, and whether its states begin. With the options of the groups they say all that is computed."""
+    multiplied by, whether its states begin, and its side states. With the options of the groups they say all that is
+    computed."""
+    sides: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Side states after it, by the id of the parameter."""
 
     @property
     def chunk(self) -> Chunk:
@@ -83,6 +95,9 @@ class Updater:
         self.steps: dict[int, int] = {}
         """id of a parameter that has a state -> how many steps it has taken. Where the rule does not count, the number
         means nothing; where it does, it may be 0, if somebody has set it."""
+        self.sides: dict[int, dict[str, Tensor]] = {}
+        """id of a parameter -> its side states, if the optimizer keeps some. Updates under way replace those of whole
+        rules."""
         self.averages = Averages()
         self._manager = manager
         self._queue = queue
@@ -109,8 +124,9 @@ class Updater:
                 for index in {of.get(id(binding.parameter)) for binding in chunk.bindings}:
                     if index is not None and (index, states) not in rules:
                         group = groups[index]
-                        rules[index, states] = GroupRule(rule.bind(group, states), rule.keeps_state(group))
-        return Groups(of, rules)
+                        bound = rule.bind(group, states)
+                        rules[index, states] = GroupRule(bound, rule.keeps_state(group), rule.is_whole)
+        return Groups(rule.is_whole or bool(rule.side((1,))), of, rules)
 
     def plan(self, groups: Groups, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
         """The next step of the parameters of a chunk that have a gradient. Changes nothing but full copies.
@@ -124,7 +140,8 @@ class Updater:
         """
         taken: dict[int, int] = {}
         runs: list[Run] = []
-        terms: list[tuple[int, int, int, float, bool]] = []
+        terms: list[tuple[int, int, int, float, bool, tuple[float, ...]]] = []
+        sides: dict[int, Mapping[str, Tensor]] = {}
         gradient = chunk.gradient
         assert gradient is not None
         previous, is_empty = -2, True
@@ -138,8 +155,13 @@ class Updater:
             step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
             if group.keeps_state:
                 taken[id(parameter)] = step
-            at_step = group.at(step, grad_scale, is_fresh)
-            terms.append((position, index, step, grad_scale, is_fresh))
+            form = self._form(slot, parameter) if groups.has_sides else None
+            at_step = group.at(step, grad_scale, is_fresh, form)
+            numbers: tuple[float, ...] = ()
+            if form is not None and not group.is_whole:
+                numbers = tuple(float(value) for value in form.side.values())
+                sides[id(parameter)] = cast(BoundSideUpdate, at_step).side_after()
+            terms.append((position, index, step, grad_scale, is_fresh, numbers))
             is_empty = False
             start, stop = max(slot.offset, chunk.extent.start), min(slot.stop, chunk.extent.stop)
             if start >= stop:  # other owners update all of it
@@ -147,14 +169,17 @@ class Updater:
             if runs and position == previous + 1 and runs[-1].at_step is at_step and gradient.continues(position):
                 runs[-1] = Run(runs[-1].start, stop, at_step)  # the zeros between them stay zeros
             else:
-                runs.append(Run(start, stop, at_step))
+                runs.append(Run(start, stop, at_step, is_whole=group.is_whole))
             previous = position
-        runs = [Run(run.start, run.stop, run.at_step, gradient.memory(run.start, run.stop)) for run in runs]
+        runs = [replace(run, gradient=gradient.memory(run.start, run.stop)) for run in runs]
         averages = self.averages.of(chunk)
         if averages:
             runs, is_empty = _without_gaps(runs, chunk.extent), False
         update = ChunkUpdate(chunk, tuple(runs), self._refreshed(chunk, refresh), averages)
-        return Planned(update, taken, is_empty, terms)
+        return Planned(update, taken, is_empty, terms, sides)
+
+    def _form(self, slot: Slot, parameter: Tensor) -> Form:
+        return Form(slot.shape, slot.stride, self.sides.setdefault(id(parameter), {}))
 
     def plan_averages(self, chunk: Chunk) -> Planned:
         """Have the averages of a chunk go on that no gradient has come to."""
@@ -204,6 +229,8 @@ class Updater:
         """Note that an update is under way."""
         chunk = planned.chunk
         self.steps.update(planned.taken)
+        for parameter, side in planned.sides.items():
+            self.sides[parameter] = dict(side)
         full_copies = self._manager.full_copies
         positions = chunk.gradient.present if chunk.gradient is not None else ()
         chunk.begin_update(ticket, positions, fills_full=chunk in full_copies.taken)

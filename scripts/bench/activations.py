@@ -1,6 +1,6 @@
 """The longest sequence and the largest batch that a GPT trains under a cap on RAM, by what becomes of its activations.
 
-    python scripts/bench/activations.py [--layers 12 --hidden 768 --cap 1.5GiB --folder FOLDER --json FILE]
+    python scripts/bench activations [--layers 12 --hidden 768 --cap 1.5GiB --folder FOLDER]
 
 Each trial is a child under ``RLIMIT_DATA``, set before it imports anything. All of them have their model data on our
 tiers, with a disk; they differ in what becomes of tensors that are saved for backward:
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import report
+from gemini.sizes import parse_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES = ("keep", "checkpoint", "auto")
@@ -34,10 +34,10 @@ OF_KEEP, OF_CHECKPOINT = 4.0, 1.5
 CLOSE_ENOUGH = 1.1
 """A limit is known when something that is so much larger does not train."""
 TRIAL_SECONDS = 3600
+LIMITS = ("keep", "checkpoint", "auto, at least", "auto")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--cap", default="1.5GiB")
@@ -47,15 +47,9 @@ def main() -> int:
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to use")
     parser.add_argument("--only", choices=("sequence", "batch"))
     parser.add_argument("--limits", action="store_true", help="of auto, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        child(json.loads(options.child))
-        return 0
-    sys.path.insert(0, str(ROOT))
-    from gemini.sizes import parse_bytes
 
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     asked = {name: getattr(options, name) for name in ("layers", "hidden", "steps", "folder", "host_memory")}
     asked["cap"] = parse_bytes(options.cap)
     kinds = {
@@ -63,14 +57,17 @@ def main() -> int:
         "batch": lambda size: {**asked, "batch_size": size, "seq_len": options.short},
     }
     units = {"sequence": 64, "batch": 1}
-    found: dict[str, Any] = {"benchmark": "activations", "machine": report.machine(), **asked}
+    found: dict[str, Any] = {**asked}
     answers: list[bool] = []
     for kind, trial in kinds.items():
         if options.only in (None, kind):
             found[kind] = compare(kind, trial, units[kind], options.limits, answers)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if all(answers) else 1
+    table = [
+        {"longest, by policy": kind, **{name: str(found[kind][name]) for name in LIMITS if name in found[kind]}}
+        for kind in kinds
+        if kind in found
+    ]
+    return {"table": table, "ok": all(answers), **found}
 
 
 def compare(
@@ -83,7 +80,7 @@ def compare(
         print(f"{'ok  ' if holds else 'FAIL'}  {kind}: {what}", flush=True)
 
     def losses(policy: str, size: int) -> Any:
-        result = run({**trial(size), "policy": policy})
+        result = trained({**trial(size), "policy": policy})
         print(f"      {policy} {size}: {result.get('error') or result}", flush=True)
         return result.get("losses")
 
@@ -122,9 +119,9 @@ def limit(losses: Callable[[int], Any], unit: int, start: int = 0) -> int:
     return low
 
 
-def run(asked: dict[str, Any]) -> dict[str, Any]:
+def trained(asked: dict[str, Any]) -> dict[str, Any]:
     """What the child printed last; ``error`` if it did not get there."""
-    command = [sys.executable, __file__, "--child", json.dumps(asked)]
+    command = [sys.executable, __file__, json.dumps(asked)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         with tempfile.TemporaryDirectory() as state:  # the cap alone counts, not what others on this machine lease
@@ -190,4 +187,4 @@ def child(asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    child(json.loads(sys.argv[1]))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import buffers
 import peers
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             python = peers.install(arguments.peers)
         except peers.PeerError as error:
             errors["installation"] = str(error)
-    results = []
+    results: list[dict[str, Any]] = []
     for threads in arguments.threads or sorted({1, len(cores)}):
         # Both kinds of threads: torch's, and our pool's, which takes its size from the cores of the process.
         torch.set_num_threads(threads)
@@ -164,7 +165,20 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         print(f"\n{peer} did not run:\n{error}\n  earlier figure, ns a parameter: {EARLIER.get(peer, 'none')}")
     kept = _main_thread(Buffers(memory, arguments.numel), len(cores)) if len(cores) > 1 else None
     os.close(memory)
+    table = [
+        {
+            "one step of Adam": name,
+            "threads": str(found["threads"]),
+            "ns a parameter": f"{row['ns_per_parameter']:.2f}",
+            "best": f"{row['best_ns_per_parameter']:.2f}",
+            "GB/s": f"{row['gb_per_second']:.1f}",
+            "to ours": f"{row['ratio_to_ours']:.2f}",
+        }
+        for found in results
+        for name, row in found["rows"].items()
+    ]
     return {
+        "table": table,
         "numel": arguments.numel,
         "repeats": arguments.repeats,
         "runs": results,
@@ -173,7 +187,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _measure(numel: int, repeats: int, threads: int, b: Buffers, others: peers.Peers | None) -> dict[str, object]:
+def _measure(numel: int, repeats: int, threads: int, b: Buffers, others: peers.Peers | None) -> dict[str, Any]:
     actions = {name: report.timed(action) for name, action in candidates(b).items()}
     if others is not None:
         actions |= {name: _of_peer(others, name) for name in others.names}
@@ -184,7 +198,7 @@ def _measure(numel: int, repeats: int, threads: int, b: Buffers, others: peers.P
     seconds["the best of torch fused in blocks"] = seconds[blocked]
     return {
         "threads": threads,
-        "rows": _print_rows(numel, threads, seconds),
+        "rows": _rows(numel, seconds),
         "targets": _print_targets(seconds),
         "versions": others.versions if others is not None else {},
     }
@@ -204,10 +218,8 @@ def _of_peer(others: peers.Peers, name: str) -> Callable[[], float]:
     return lambda: others.run(name)
 
 
-def _print_rows(numel: int, threads: int, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def _rows(numel: int, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     rows = {}
-    print(f"\n{numel} parameters, {threads} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    print(f"{'':48}{'ns/parameter':>14}{'best':>8}{'ms':>9}{'GB/s':>8}{'to ours':>9}")
     for name, times in seconds.items():
         median, best, nbytes = statistics.median(times), min(times), NBYTES.get(name, 28)
         rows[name] = {
@@ -216,8 +228,6 @@ def _print_rows(numel: int, threads: int, seconds: dict[str, list[float]]) -> di
             "gb_per_second": nbytes * numel / median / 1e9,
             "ratio_to_ours": report.ratio(seconds, name, OURS),
         }
-        ns, best_ns, rate, to_ours = rows[name].values()
-        print(f"{name:48}{ns:14.2f}{best_ns:8.2f}{median * 1e3:9.1f}{rate:8.1f}{to_ours:9.2f}")
     return rows
 
 

@@ -28,7 +28,7 @@ SETTLING = 4
 _MEBI = 1 << 20
 
 
-class Run:
+class Training:
     """A model that trains and is saved."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -84,8 +84,7 @@ def peak_bytes() -> int:
     return int(line.split()[1]) << 10
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -96,34 +95,39 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--offload-dir", type=Path)
     parser.add_argument("--folder", type=Path, help="where checkpoints go; a temporary one by default")
-    options = parser.parse_args()
-    run = Run(options)
-    run.steps(SETTLING)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    training = Training(options)
+    training.steps(SETTLING)
     rows: list[tuple[float, ...]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         now, later = Path(name, "now"), Path(name, "later")
         for _ in range(options.rounds):
             forget_peak()
-            without, peak = run.steps(options.steps), peak_bytes()
+            without, peak = training.steps(options.steps), peak_bytes()
             forget_peak()
-            during, call, copies = run.steps_while_saving(later)
-            rows.append((without, during, call, run.save(now, is_async=False), copies, peak_bytes() - peak))
+            during, call, copies = training.steps_while_saving(later)
+            rows.append((without, during, call, training.save(now, is_async=False), copies, peak_bytes() - peak))
             print(f"{without:.3f} s without, {during:.3f} s while saving", flush=True)
-        run.save(later, is_async=True)
-        run.booster.wait_until_finished()
+        training.save(later, is_async=True)
+        training.booster.wait_until_finished()
         (one,), (other,) = now.glob("checkpoint-*"), later.glob("checkpoint-*")
         same = all(filecmp.cmp(file, other / file.name, shallow=False) for file in one.glob("*.safetensors"))
     without, during, call, plain, copies, more = (statistics.median(column) for column in zip(*rows, strict=True))
     ratio = statistics.median(row[1] / row[0] for row in rows)
-    print(f"{run.numel / 1e6:.0f}M parameters, {run.numel * 12 / _MEBI:.0f} MiB a checkpoint")
-    print(f"a step without a save  {without:8.3f} s")
-    print(f"a step while saving    {during:8.3f} s   {ratio:.3f} times, median of {len(rows)} pairs")
-    print(f"the call               {call:8.3f} s")
-    print(f"a save without async   {plain:8.3f} s")
-    print(f"copies at most         {copies / _MEBI:8.0f} MiB   limit {run.snapshots.limit_bytes / _MEBI:.0f} MiB")
-    print(f"resident set, more by  {more / _MEBI:8.0f} MiB")
-    print(f"files are the same     {same}")
-
-
-if __name__ == "__main__":
-    main()
+    limit = training.snapshots.limit_bytes
+    print(f"{training.numel / 1e6:.0f}M parameters, {training.numel * 12 / _MEBI:.0f} MiB a checkpoint")
+    table = [
+        {
+            "s a step without a save": f"{without:.3f}",
+            "while saving": f"{during:.3f}",
+            "ratio": f"{ratio:.3f}",
+            "the call": f"{call:.3f}",
+            "a save without async": f"{plain:.3f}",
+            "MiB of copies": f"{copies / _MEBI:.0f} of {limit / _MEBI:.0f}",
+            "resident, more": f"{more / _MEBI:.0f}",
+            "same files": "yes" if same else "NO",
+        }
+    ]
+    return {"table": table, "ok": same, "rounds": rows}

@@ -103,8 +103,7 @@ def _largest(options: argparse.Namespace, asked: dict[str, Any]) -> dict[str, ob
         }
         for name, found in results.items()
     ]
-    print(report.table(table))
-    return {"rows": results, "ok": results[OURS]["layers"] > 0}
+    return {"table": table, "rows": results, "ok": results[OURS]["layers"] > 0}
 
 
 def most_layers(trains: Callable[[int], bool], most: int) -> int:

@@ -9,6 +9,7 @@ of them (``POSIX_FADV_DONTNEED``), and warm.
 import argparse
 import os
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,7 +48,18 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             rows += _rows("model", _OfModel(booster, model), folder, arguments)
         if "optimizer" in arguments.only and optimizer is not None:
             rows += _rows("optimizer", _OfOptimizer(booster, optimizer), folder, arguments)
-        return {"rows": rows}
+        table = [
+            {
+                "what": str(row["what"]),
+                "GB": f"{row['bytes'] / 1e9:.2f}",
+                "doing": str(row["doing"]),
+                "by": str(row["name"]),
+                "GB/s": f"{row['bytes'] / statistics.median(row['seconds']) / 1e9:.2f}",
+                "ours / this": f"{row['ours_to_this']:.2f}",
+            }
+            for row in rows
+        ]
+        return {"table": table, "rows": rows}
     finally:
         shutil.rmtree(folder)
 
@@ -70,7 +82,7 @@ class _OfOptimizer:
         return {f"{i}.{name}": v for i, each in state.items() for name, v in each.items() if name != "step"}
 
 
-def _rows(what: str, ours: Any, folder: Path, arguments: argparse.Namespace) -> list[dict[str, object]]:
+def _rows(what: str, ours: Any, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     values = ours.state_dict()
     nbytes = sum(value.nbytes for value in values.values())
     files = {name: folder / f"{what}-{name}" for name in (OURS, *arguments.peers)}
@@ -92,10 +104,9 @@ def _rows(what: str, ours: Any, folder: Path, arguments: argparse.Namespace) -> 
                 action()
         seconds = report.take_turns(timed, arguments.rounds)
         for name in actions:
-            times = sorted(seconds[name])
-            rate, ratio = nbytes / times[len(times) // 2] / 1e9, report.ratio(seconds, OURS, name)
-            print(f"{what:10} {nbytes / 1e9:5.2f} GB  {doing:11} {name:12} {rate:6.2f} GB/s   ours / this {ratio:5.2f}")
-            rows.append({"what": what, "doing": doing, "name": name, "seconds": seconds[name], "ours_to_this": ratio})
+            ratio = report.ratio(seconds, OURS, name)
+            row = {"what": what, "doing": doing, "bytes": nbytes, "name": name}
+            rows.append({**row, "seconds": seconds[name], "ours_to_this": ratio})
     return rows
 
 

@@ -1,6 +1,6 @@
 """How fast the disk of a folder is, in the ways in which the disk tier could use it.
 
-    python scripts/bench/disk.py [FOLDER] [--gigabytes 4]
+    python scripts/bench disk [FOLDER] [--gigabytes 4]
 
 Threads read and write a preallocated file in order, ``preadv`` and ``pwritev`` and nothing else: around the page cache
 (O_DIRECT) and through it, reading and writing alone and both at once. Through the page cache the time includes
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 REQUEST_BYTES = 1 << 20
 DEPTH = 8
@@ -60,16 +61,18 @@ def seconds(fd: int, reads: range, writes: range, depth: int = DEPTH, request_by
     return time.perf_counter() - begin
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--gigabytes", type=float, default=4.0)
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     nbytes = int(options.gigabytes * 1e9) // (2 * REQUEST_BYTES) * 2 * REQUEST_BYTES
     half, nothing = nbytes // 2, range(0)
+    table: list[dict[str, str]] = []
 
     def show(what: str, took: float) -> None:
-        print(f"{what:<52}{nbytes / took / 1e9:6.2f} GB/s", flush=True)
+        table.append({"how": what, "GB/s": f"{nbytes / took / 1e9:.2f}"})
 
     with scratch(options.folder, nbytes, direct=True) as fd:
         show("direct, first write to preallocated space", seconds(fd, nothing, range(nbytes)))
@@ -89,7 +92,4 @@ def main() -> None:
         show("page cache, read what is still there", seconds(fd, range(nbytes), nothing))
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         show("page cache, read after dropping it", seconds(fd, range(nbytes), nothing))
-
-
-if __name__ == "__main__":
-    main()
+    return {"table": table, "bytes": nbytes}

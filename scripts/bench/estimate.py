@@ -89,13 +89,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     }  # fmt: skip
     for key, value in before.items():
         print(f"{key:<30}{value:>12.3g} before {after[key]:>12.3g} after")
-    print(f"{'seconds':<30}{'estimate':>12}{'measured':>12}{'ratio':>8}")
-    for key, (estimate, measured) in parts.items():
-        print(f"{key:<30}{estimate:>12.3f}{measured:>12.3f}{estimate / measured if measured > 0 else 0:>8.2f}")
-    return {"parts": parts, "speed": {"before": before, "after": after}}
-
-
-if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    add_arguments(arguments)
-    run(arguments.parse_args())
+    table = [
+        {
+            "seconds": key,
+            "estimate": f"{estimate:.3f}",
+            "measured": f"{measured:.3f}",
+            "ratio": f"{estimate / measured:.2f}" if measured > 0 else "-",
+        }
+        for key, (estimate, measured) in parts.items()
+    ]
+    return {"table": table, "parts": parts, "speed": {"before": before, "after": after}}

@@ -1,6 +1,6 @@
 """Lazy against eager initialisation of a Llama, side by side in one process: ratios, not absolutes.
 
-    python scripts/bench/lazy.py [--model 1.3b | 160m] [--rounds 3]
+    python scripts/bench lazy [--model 1.3b | 160m] [--rounds 3]
 
 Eager is: build the model, then copy every parameter into fp32 chunks. Lazy is: build it in a LazyInitContext, then
 replay it straight into such chunks. Both write into memory that was touched before, so that what is compared is the
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -53,11 +54,12 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=sorted(SIZES), default="1.3b")
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
 
     def build(**sizes: int) -> nn.Module:
@@ -95,7 +97,7 @@ def main() -> None:
 
     flat = Flat(sum(sizes))
     print(f"{flat.memory.numel() / 1e6:.0f} M parameters, {torch.get_num_threads()} threads")
-    ratios = []
+    ratios, rounds = [], []
     for _ in range(options.rounds):
         flat.used = 0
         eager_seconds = timed(lambda: [flat(parameter, parameter.data) for parameter in build().parameters()])
@@ -107,13 +109,9 @@ def main() -> None:
         materialize(model, flat)
         done = time.perf_counter()
         ratios.append((done - start) / eager_seconds)
-        print(
-            f"eager and copy {eager_seconds:.2f} s   lazy: context {recorded - start:.2f} s, into chunks "
-            f"{done - recorded:.2f} s   ratio {ratios[-1]:.2f}"
-        )
+        rounds.append({"eager": eager_seconds, "lazy, context": recorded - start, "lazy, into chunks": done - recorded})
         del model
-    print(f"lazy / eager: {statistics.median(ratios):.2f} (median)")
-
-
-if __name__ == "__main__":
-    main()
+    medians = {name: f"{statistics.median(each[name] for each in rounds):.2f}" for name in rounds[0]}
+    table = [{"model": options.model, **medians, "lazy / eager": f"{statistics.median(ratios):.2f}"}]
+    boost = {"seconds": seconds, "growth_bytes": growth, "chunks_bytes": chunks, "largest_bytes": 4 * max(sizes)}
+    return {"table": table, "ratios": ratios, "seconds": rounds, "boost": boost}

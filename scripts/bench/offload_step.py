@@ -84,7 +84,7 @@ def _is_asked(name: str, only: Sequence[str]) -> bool:
 class Training:
     """A worker that trains one row."""
 
-    def __init__(self, name: str, row: Row, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, row: Row, options: argparse.Namespace, worker: Path = WORKER) -> None:
         asked = {
             "manager": row.manager,
             "options": dict(row.options),
@@ -104,7 +104,7 @@ class Training:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
         log = options.folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
-        self._worker = WorkerProcess([python, WORKER, json.dumps(asked)], environment, log)
+        self._worker = WorkerProcess([python, worker, json.dumps(asked)], environment, log)
         self._steps: int = options.steps
         self.turns: list[dict[str, Any]] = []
         self.begun_at: list[int] = []
@@ -208,10 +208,10 @@ def _compare(options: argparse.Namespace, asked: Mapping[str, Row]) -> dict[str,
     alone = statistics.median(results[RESIDENT]["step_seconds"]) if RESIDENT in results else None
     for name, training in trainings.items():
         results[name]["of_bound"] = of_bound(training.counted, training.rates(rates), alone)
-    _show(options, results, rates, equal)
+    table = _table(options, results, rates, equal)
     for name, text in errors.items():
         print(f"{name}: did not run: {text}")
-    return {"rows": results, "mixed_bytes_per_second": rates, "losses_equal": equal, "errors": errors}
+    return {"table": table, "rows": results, "mixed_bytes_per_second": rates, "losses_equal": equal, "errors": errors}
 
 
 def _started(
@@ -248,9 +248,9 @@ def of_bound(turns: Sequence[Mapping[str, Any]], rates: Sequence[float], alone: 
     return ratio
 
 
-def _show(
+def _table(
     options: argparse.Namespace, results: Mapping[str, Mapping[str, Any]], rates: Sequence[float], equal: bool | None
-) -> None:
+) -> list[dict[str, str]]:
     print(
         f"{options.layers} x {options.hidden}, vocabulary {options.vocabulary}{', untied' if options.untied else ''}, "
         f"batch {options.batch_size} x {options.seq_len}, {options.threads} threads, {options.repeats} rounds of "
@@ -282,4 +282,4 @@ def _show(
                 "last loss": f"{result['losses'][-1]:.4f}",
             }
         )
-    print(report.table(table))
+    return table

@@ -45,19 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     keep_freed_memory()  # as training is where RAM is not short; for both
     cores = sorted(os.sched_getaffinity(0))
-    results = []
+    results: list[dict[str, Any]] = []
     for threads in arguments.threads or sorted({1, len(cores)}):
         torch.set_num_threads(threads)
         os.sched_setaffinity(0, cores[:threads])
         kernel_pool._of_process = PerProcess(partial(kernel_pool.KernelPool, threads))
         with ThreadPoolExecutor(1) as background:
             background.submit(compute_on_this_thread, torch.get_num_threads, torch.set_num_threads).result()
-            print(f"\n{threads} threads, {arguments.numel} parameters, ms a step and how many times torch's")
-            print(f"{'':<30}{'fp32: torch':>12}{'ours':>8}{'ratio':>7}{'bf16: torch':>14}{'ours':>8}{'ratio':>7}")
             rows = {name: _measure(name, arguments, background) for name in OPTIMIZERS}
         results.append({"threads": threads, "rows": rows})
         os.sched_setaffinity(0, cores)
-    return {"numel": arguments.numel, "repeats": arguments.repeats, "runs": results}
+    table = [
+        {"ms a step": name, "threads": str(found["threads"]), **{key: f"{value:.2f}" for key, value in row.items()}}
+        for found in results
+        for name, row in found["rows"].items()
+    ]
+    return {"table": table, "numel": arguments.numel, "repeats": arguments.repeats, "runs": results}
 
 
 def _measure(name: str, arguments: argparse.Namespace, background: ThreadPoolExecutor) -> dict[str, float]:
@@ -96,9 +99,4 @@ def _measure(name: str, arguments: argparse.Namespace, background: ThreadPoolExe
     seconds = report.take_turns({key: report.timed(action) for key, action in actions.items()}, arguments.repeats)
     row = {key: statistics.median(values) * 1e3 for key, values in seconds.items()}
     row |= {f"ratio {kind}": report.ratio(seconds, f"ours {kind}", f"torch {kind}") for kind in ("fp32", "bf16")}
-    print(
-        f"{name:<30}{row['torch fp32']:>12.1f}{row['ours fp32']:>8.1f}{row['ratio fp32']:>7.2f}"
-        f"{row['torch bf16']:>14.1f}{row['ours bf16']:>8.1f}{row['ratio bf16']:>7.2f}",
-        flush=True,
-    )
     return row

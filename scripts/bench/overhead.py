@@ -1,8 +1,8 @@
 """What management costs where everything fits: managed steps against unmanaged ones with the same optimizer.
 
-    python scripts/bench/overhead.py [--layers 16 --hidden 768 --seq-len 256]
-    python scripts/bench/overhead.py --split-master [--bytes-a-parameter 14.2]
-    python scripts/bench/overhead.py --activations
+    python scripts/bench overhead [--layers 16 --hidden 768 --seq-len 256]
+    python scripts/bench overhead --split-master [--bytes-a-parameter 14.2]
+    python scripts/bench overhead --activations
 
 Both models in one process, in turns, a few steps at a time; a turn of a managed one ends when its last update does, so
 that none of its work falls into the other's time. fp32, where both do the same arithmetic with the same kernel. The
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from tempfile import gettempdir
 from typing import Any
 
+import report
 import torch
 
 from gemini.booster import Booster
@@ -79,8 +80,7 @@ class Contenders:
         return turn
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -90,7 +90,9 @@ def main() -> None:
     parser.add_argument("--split-master", action="store_true", help="compare split masters with whole ones")
     parser.add_argument("--bytes-a-parameter", type=float, help="host_memory of these two")
     parser.add_argument("--activations", action="store_true", help='compare the policies "auto" and "keep"')
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     config = GPTConfig(
         layers=options.layers, hidden=options.hidden, heads=options.hidden // 64, seq_len=options.seq_len
     )
@@ -123,17 +125,23 @@ def main() -> None:
         f"{config.parameter_count() / 1e6:.1f}M parameters, {tuple(contenders.tokens.shape)} tokens, "
         f"{torch.get_num_threads()} threads, losses {'equal' if losses[first] == losses[second] else 'DIFFER'}"
     )
-    for name, of_turn in seconds.items():
-        print(f"{name:<12}{1e3 * statistics.median(of_turn):9.1f} ms a step")
-    for what, times in (("wall clock", seconds), ("CPU time (other programs matter less)", cpu_seconds)):
+    wanted = report.UNKNOWN if options.split_master else f"{1.01 if options.activations else 1.03} or less"
+    table = []
+    for what, times in (("wall clock", seconds), ("CPU time", cpu_seconds)):
         ratios = [a / b for a, b in zip(times[first], times[second], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(
-            f"{first} / {second}, {what}: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}, {len(ratios)} pairs"
+        table.append(
+            {
+                "compared": f"{first} / {second}, {what}",
+                f"{first} ms": f"{1e3 * statistics.median(times[first]):.1f}",
+                f"{second} ms": f"{1e3 * statistics.median(times[second]):.1f}",
+                "ratio": f"{middle:.3f}",
+                "quartiles": f"{low:.3f} to {high:.3f}",
+                "pairs": str(len(ratios)),
+                "wanted": wanted,
+            }
         )
-    if not options.split_master:
-        print(f"wanted: {1.01 if options.activations else 1.03} or less")
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "table": table, "parameters": config.parameter_count(), "losses_equal": losses[first] == losses[second],
+        "seconds": seconds, "cpu_seconds": cpu_seconds,
+    }  # fmt: skip

@@ -1,6 +1,6 @@
 """Are the moves hidden? Everything but the ring on disk, and enough computing to hide behind.
 
-    python scripts/bench/overlap.py [--tokens 2048 --layers 8 --hidden 768 --folder FOLDER]
+    python scripts/bench overlap [--tokens 2048 --layers 8 --hidden 768 --folder FOLDER]
 
 After the warm-up: the share of fetches that had been started before they were needed, and the share of the step that
 units waited for chunks (for a fetch, or for the update before it). Beside them what a step moves and how long computing
@@ -59,8 +59,7 @@ def train(config: GPTConfig, tokens: torch.Tensor, steps: int, **plugin: Any) ->
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -68,7 +67,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="after the warm-up")
     parser.add_argument("--host-memory", default="120MiB")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to use")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     config = GPTConfig(
         layers=options.layers, hidden=options.hidden, heads=options.hidden // 64, seq_len=options.seq_len
     )
@@ -77,19 +78,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         streamed = train(config, tokens, options.steps, host_memory=options.host_memory, offload_dir=folder)
     if not streamed["fetches"]:
-        parser.error(f"nothing moves: with --host-memory {options.host_memory} the model fits")
+        raise SystemExit(f"nothing moves: with --host-memory {options.host_memory} the model fits")
     moved = streamed["read_bytes"] + streamed["written_bytes"]
     print(
         f"{config.parameter_count() / 1e6:.0f}M parameters, {options.tokens} tokens, {torch.get_num_threads()} "
         f"threads, {streamed['disk_bytes'] / 1e9:.2f} GB on disk, {streamed['host_bytes'] / 1e6:.0f} MB in RAM"
     )
-    print(f"a step with all in RAM {resident['seconds']:.2f} s, streamed {streamed['seconds']:.2f} s, moving "
-          f"{moved / 1e9:.2f} GB: {moved / streamed['seconds'] / 1e9:.2f} GB/s of the disk")  # fmt: skip
-    print(f"prefetched {streamed['hits']:.1f} of {streamed['fetches']:.1f} fetches a step: "
-          f"{streamed['hits'] / streamed['fetches']:.4f} (wanted: 0.99 or more)")  # fmt: skip
-    print(f"waited {streamed['stall_seconds']:.3f} s a step: {streamed['stall_seconds'] / streamed['seconds']:.2%} "
-          "(wanted: under 2 %)")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+    seconds, fetches = streamed["seconds"], streamed["fetches"]
+    table = [
+        {
+            "s a step, in RAM": f"{resident['seconds']:.2f}",
+            "streamed": f"{seconds:.2f}",
+            "GB moved": f"{moved / 1e9:.2f}",
+            "GB/s": f"{moved / seconds / 1e9:.2f}",
+            "fetches": f"{fetches:.1f}",
+            "prefetched (0.99)": f"{streamed['hits'] / fetches:.4f}",
+            "waited (0.02)": f"{streamed['stall_seconds'] / seconds:.4f}",
+        }
+    ]
+    return {"table": table, "parameters": config.parameter_count(), "in RAM": resident, "streamed": streamed}

@@ -100,7 +100,6 @@ def run(options: argparse.Namespace) -> dict[str, object]:
                 "loss": f"{losses[-1]:.4f}",
             }
         )
-    print(report.table(table))
     for kind, text in errors.items():
         print(f"{kind}: did not run: {text}")
-    return {"parameters": parameters, "rows": rows, "errors": errors}
+    return {"table": table, "parameters": parameters, "rows": rows, "errors": errors}

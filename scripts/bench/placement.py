@@ -130,7 +130,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
-    rows = []
+    rows: list[dict[str, object]] = []
+    table: list[dict[str, str]] = []
     for tied in (True, False):
         numels = chunk_numels(options.layers, options.hidden, options.vocabulary, tied)
         for homes in options.homes:
@@ -138,8 +139,11 @@ def run(options: argparse.Namespace) -> dict[str, object]:
                 for stay in (1.0, 0.75, 0.5):
                     found = compared(numels, homes * MIB, options.seconds, options.rate * 1e9, tied, begin, stay)
                     rows.append({"tied": tied, "homes_mib": homes, "begin": begin.value, "stay": stay, **found})
-                    print(
-                        f"{'tied' if tied else 'untied':<7}{homes:>5} MiB, updates {begin.value:<14}{stay:>4.0%} stay  "
-                        + "  ".join(f"{name} {took:.2f}" for name, took in found.items())
-                    )
-    return {"rows": rows}
+                    setting = {
+                        "head": "tied" if tied else "untied",
+                        "homes MiB": f"{homes}",
+                        "updates": begin.value,
+                        "stay": f"{stay:.0%}",
+                    }
+                    table.append({**setting, **{name: f"{took:.2f}" for name, took in found.items()}})
+    return {"table": table, "rows": rows}

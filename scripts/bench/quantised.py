@@ -35,13 +35,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         action()  # compiles
     seconds = report.take_turns({name: _timed(action) for name, action in actions.items()}, arguments.repeats)
     found = {name: statistics.median(measured) for name, measured in seconds.items()}
+    table = []
     for name, median in found.items():
         if name.startswith("quantised"):
             count = 1 << 20 if name.endswith("by torch") else numel
-            print(f"{name:<40}{count / median / 1e6:>10.0f} million numbers/s")
+            rate = f"{count / median / 1e6:.0f} million numbers/s"
         else:
-            print(f"{name:<40}{full.nbytes / median / 1e9:>10.2f} GB/s")
-    return {"numel": numel, "seconds": found}
+            rate = f"{full.nbytes / median / 1e9:.2f} GB/s"
+        table.append({"what": name, "rate": rate})
+    return {"table": table, "numel": numel, "seconds": found}
 
 
 def _timed(action: Callable[[], object]) -> Callable[[], float]:

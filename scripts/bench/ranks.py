@@ -234,10 +234,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, object]:
     kinds = [kind for kind in options.kinds if kind != options.base]
     print(f"{options.world} ranks, a batch of {options.batch_size} x {options.seq_len} each, one thread each")
-    columns = "".join(f"{name:>9}" for name in ("ratio", "cpu ms", "ratio", "peak", "set-up", "together", "received"))
-    print(f"{'':<30}{'ms a step':>9}{columns}  losses")
     rows: dict[str, list[dict[str, object]]] = {}
     errors: dict[str, str] = {}
+    table: list[dict[str, str]] = []
     for kind in kinds or [options.base]:
         try:
             pair = compare(list(dict.fromkeys([options.base, kind])), options)
@@ -249,8 +248,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             ratio = report.ratio({n: r.seconds for n, r in pair.items()}, name, options.base)
             cpu_ratio = report.ratio({n: r.cpu_seconds for n, r in pair.items()}, name, options.base)
             rows.setdefault(name, []).append({"beside": kind, "ratio": ratio, "cpu_ratio": cpu_ratio, **asdict(row)})
-            print(_line(name, ratio, cpu_ratio, row), flush=True)
-    return {"rows": rows, "errors": errors}
+            table.append(_shown(name, kind, ratio, cpu_ratio, row))
+    return {"table": table, "rows": rows, "errors": errors}
 
 
 def compare(kinds: list[str], options: argparse.Namespace) -> dict[str, Measured]:
@@ -269,11 +268,19 @@ def compare(kinds: list[str], options: argparse.Namespace) -> dict[str, Measured
             ranks.close()
 
 
-def _line(name: str, ratio: float, cpu_ratio: float, row: Measured) -> str:
-    times = (1e3 * statistics.median(row.seconds), ratio, 1e3 * statistics.median(row.cpu_seconds), cpu_ratio)
-    took = "{:>9.0f}{:>9.2f}{:>9.0f}{:>9.2f}".format(*times)
-    nbytes = (row.peak_bytes, row.set_up_peak_bytes, row.together_bytes, row.received_bytes)
-    mib = "".join(f"{each >> 20:>9}" for each in nbytes)
-    losses = " ".join(f"{loss:.4f}" for loss in row.losses[:WARM_UP] + row.losses[-1:])
-    data = "" if row.model_data_bytes is None else f"  model data {row.model_data_bytes >> 20}"
-    return f"{name:<30}{took}{mib}  {losses}{data}"
+def _shown(name: str, beside: str, ratio: float, cpu_ratio: float, row: Measured) -> dict[str, str]:
+    data = report.UNKNOWN if row.model_data_bytes is None else str(row.model_data_bytes >> 20)
+    return {
+        "run": name,
+        "beside": beside,
+        "ms a step": f"{1e3 * statistics.median(row.seconds):.0f}",
+        "ratio": f"{ratio:.2f}",
+        "CPU ms": f"{1e3 * statistics.median(row.cpu_seconds):.0f}",
+        "CPU ratio": f"{cpu_ratio:.2f}",
+        "peak MiB": str(row.peak_bytes >> 20),
+        "set-up": str(row.set_up_peak_bytes >> 20),
+        "together": str(row.together_bytes >> 20),
+        "received": str(row.received_bytes >> 20),
+        "model data": data,
+        "losses": " ".join(f"{loss:.4f}" for loss in row.losses[:WARM_UP] + row.losses[-1:]),
+    }

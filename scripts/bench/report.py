@@ -4,15 +4,18 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-import torch
 
 UNKNOWN = "-"
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "torchao", "bitsandbytes")
 REST_SECONDS = 10.0
 """Longer than any OpenMP runtime spins unless it was told to, also where other programs want the cores."""
 
@@ -105,6 +108,34 @@ def machine() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load": os.getloadavg()[0],
-        "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": commit(),
+        "versions": versions(),
     }
+
+
+def commit() -> str:
+    """Of this checkout; with a plus if files differ from it."""
+    asked = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 60}
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **asked)  # type: ignore[call-overload]
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **asked)  # type: ignore[call-overload]
+    except OSError:
+        return UNKNOWN
+    return f"{found.stdout.strip() or UNKNOWN}{'+' if changed.stdout.strip() else ''}"
+
+
+def versions() -> dict[str, str]:
+    """Of torch and of packages that are compared with, where they are installed."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """The same rows for a document."""
+    head = list(rows[0]) if rows else []
+    lines = [head, ["---"] * len(head), *([row[name] for name in head] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

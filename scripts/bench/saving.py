@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    results = {}
+    results, table = {}, []
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             rounds = _rounds(ranks, folder, arguments)
@@ -40,9 +40,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for kind in kinds:
             seconds = [each[kind] for each in rounds]
             ratio = statistics.median(each[kind] / each["FSDP2 + dcp.save"] for each in rounds)
-            print(f"  {kind:24} {statistics.median(seconds):6.2f} s  {ratio:5.2f} of FSDP2 + dcp.save")
+            table.append(
+                {
+                    "saving": f"{kind}, {ranks} rank{'s' * (ranks > 1)}",
+                    "seconds": f"{statistics.median(seconds):.2f}",
+                    "of FSDP2 + dcp.save": f"{ratio:.2f}",
+                }
+            )
         results[ranks] = rounds
-    return {"seconds": results}
+    return {"table": table, "seconds": results}
 
 
 def _rounds(ranks: int, folder: str, arguments: argparse.Namespace) -> list[dict[str, float]]:

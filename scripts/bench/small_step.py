@@ -1,7 +1,7 @@
 """CPU time of a small managed step, where hooks are most of it: this checkout against another one, or none.
 
     git worktree add ../before REVISION
-    python scripts/bench/small_step.py --against ../before [--pairs 8] [--json FILE]
+    python scripts/bench small_step --against ../before [--pairs 8]
 
 A GPT of 6 layers of 64, everything resident (roomy) or with chunks moving (tight), and the first forward of 800
 modules. Each measurement is a process of its own with one thread; the two checkouts take turns, and the ratio is the
@@ -9,7 +9,6 @@ median over the pairs. CPU time of the process, so that neighbours disturb less.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -63,13 +62,13 @@ def measure(checkout: Path, what: str) -> float:
     return float(child.stdout.split()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    results = {}
+
+
+def run(options: argparse.Namespace) -> dict[str, object]:
+    results, table = {}, []
     for what in ("roomy", "tight", "first forward"):
         ours, theirs = [], []
         for _ in range(options.pairs):
@@ -77,16 +76,11 @@ def main() -> None:
             if options.against is not None:
                 theirs.append(measure(options.against.resolve(), what))
         results[what] = {"ms": statistics.median(ours)}
-        line = f"{what:14} {statistics.median(ours):8.2f} ms"
+        row = {"what": what, "ms": f"{statistics.median(ours):.2f}"}
         if theirs:
             ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
             results[what] |= {"against_ms": statistics.median(theirs), "ratio": statistics.median(ratios)}
-            line += f"   against {statistics.median(theirs):8.2f} ms   ratio {statistics.median(ratios):.3f}"
-            line += f" ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        print(line, flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+            row |= {"against": f"{statistics.median(theirs):.2f}", "ratio": f"{statistics.median(ratios):.3f}"}
+            row["range"] = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
+        table.append(row)
+    return {"table": table, "rows": results}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import report
 import torch
 from torch import nn
 
@@ -88,14 +89,16 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         shape = f"batch {options.batch_size} x {options.seq_len}"
         print(f"{parameters / 1e6:.1f}M parameters, {shape}, {torch.get_num_threads()} threads")
         results: dict[str, dict[str, float]] = {}
+        table: list[dict[str, str]] = []
         for name, (_, model) in rows.items():
             base = seconds["plain bf16 (no masters)" if "bf16" in name else "plain fp32"]
             ratio = statistics.median(s / b for s, b in zip(seconds[name], base, strict=True))
             results[name] = {"seconds": statistics.median(seconds[name]), "ratio_to_plain": ratio}
-            line = f"{name:<58}{1e3 * results[name]['seconds']:9.1f} ms{ratio:8.2f} x"
+            row = {"run": name, "ms a step": f"{1e3 * results[name]['seconds']:.1f}", "to plain": f"{ratio:.2f}"}
+            row |= {"prefetched": report.UNKNOWN, "waited ms": report.UNKNOWN}
             if model is not None:
                 stats = model.memory_stats()
                 waited = stats["move/stall_seconds"] / (options.steps + 3)
-                line += f"   prefetched {stats['move/prefetch_hit_ratio']:.0%}, waited {1e3 * waited:.0f} ms a step"
-            print(line)
-    return {"parameters": parameters, "rows": results}
+                row |= {"prefetched": f"{stats['move/prefetch_hit_ratio']:.0%}", "waited ms": f"{1e3 * waited:.0f}"}
+            table.append(row)
+    return {"table": table, "parameters": parameters, "rows": results}

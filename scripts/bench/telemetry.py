@@ -1,6 +1,6 @@
 """What telemetry costs the training thread, side by side in one process: the same model with and without it.
 
-    python scripts/bench/telemetry.py [--rounds 200]
+    python scripts/bench telemetry [--rounds 200]
 
 Three numbers. The time inside the hook that runs after each step, on the training thread (median, mean and 99th
 percentile). The processor time of the telemetry thread, all of which training would lose if no core were free and the
@@ -66,13 +66,14 @@ def telemetry_thread_seconds() -> float:
     return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=200)
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.randint(0, 256, (options.batch_size, 128))
     with tempfile.TemporaryDirectory() as folder:
         rows = {"without": Row(False, options), "with telemetry": Row(Path(folder), options)}
@@ -87,13 +88,19 @@ def main() -> None:
         writer = boosted(rows["with telemetry"].model).telemetry
         assert writer is not None
         print(f"{options.rounds} steps each, {torch.get_num_threads()} threads")
+        table = []
         for name, row in rows.items():
             hook = sorted(row.hook_seconds)
             median, p99 = (1e6 * hook[len(hook) * percent // 100] for percent in (50, 99))
             step, mean = 1e3 * statistics.median(row.step_seconds), 1e6 * statistics.fmean(hook)
-            print(
-                f"{name:<16} step {step:8.2f} ms   hook after it: median {median:6.1f} us, mean {mean:6.1f} us, "
-                f"p99 {p99:7.1f} us"
+            table.append(
+                {
+                    "run": name,
+                    "ms a step": f"{step:.2f}",
+                    "hook after it, median us": f"{median:.1f}",
+                    "mean": f"{mean:.1f}",
+                    "p99": f"{p99:.1f}",
+                }
             )
         without, with_ = rows["without"], rows["with telemetry"]
         added = statistics.median(with_.hook_seconds) - statistics.median(without.hook_seconds)
@@ -106,7 +113,4 @@ def main() -> None:
         print(f"added to the training thread: {1e6 * added:.1f} us a step at the median ({added / 0.05:.3%} of 50 ms)")
         print(f"whole steps, median of with/without in the same round: {ratio:.4f}")
         writer.close()
-
-
-if __name__ == "__main__":
-    main()
+    return {"table": table, "added_seconds": added, "share_of_50_ms": share, "step_ratio": ratio}

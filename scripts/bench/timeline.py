@@ -225,8 +225,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
                 for each in rows.values():
                     each.turn(tokens, recording)
         rate = (rate_before + mixed_rate(Path(folder), RATE_BYTES)) / 2
-    for name, each in rows.items():
-        print(f"{name}: " + "  ".join(f"{key} {each.median(key):.2f}" for key in each.phases[0]))
+    for each in rows.values():
         if options.picture:
             print(*each.picture, sep="\n")
     traffic = (rows["on disk"].median("read MiB") + rows["on disk"].median("written MiB")) * MIB / rate
@@ -238,10 +237,6 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         pairs = zip(rows["on disk"].counted("seconds"), late.counted("seconds"), strict=True)
         ratio = statistics.median(a / b for a, b in pairs)
         print(f"{seconds['on disk'] / bound:.2f} of the bound {bound:.2f} s; {ratio:.2f} of updates in step() only")
-    return {"seconds": seconds, "traffic_seconds": traffic, "rate_bytes": rate, "losses": rows["on disk"].losses}
-
-
-if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    add_arguments(arguments)
-    run(arguments.parse_args())
+    table = [{"run": name, **{k: f"{each.median(k):.2f}" for k in each.phases[0]}} for name, each in rows.items()]
+    losses = rows["on disk"].losses
+    return {"table": table, "seconds": seconds, "traffic_seconds": traffic, "rate_bytes": rate, "losses": losses}

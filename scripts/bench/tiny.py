@@ -27,8 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     print(f"{arguments.count} tensors, {torch.get_num_threads()} threads, microseconds a tensor")
-    print(f"{'elements':>10}{OURS:>12}{FUSED:>14}{'ours / torch':>14}")
-    return {"rows": [_row(numel, arguments.count, arguments.repeats) for numel in arguments.numels]}
+    rows = [_row(numel, arguments.count, arguments.repeats) for numel in arguments.numels]
+    table = [
+        {
+            "elements": f"{row['numel']}",
+            OURS: f"{row['ours_us']:.2f}",
+            FUSED: f"{row['fused_us']:.2f}",
+            "ours / torch": f"{row['ratio']:.2f}",
+            "wanted": "1 or less" if row["numel"] == WANTED_AT else report.UNKNOWN,
+        }
+        for row in rows
+    ]
+    return {"table": table, "rows": rows}
 
 
 def _row(numel: int, count: int, repeats: int) -> dict[str, float]:
@@ -39,8 +49,6 @@ def _row(numel: int, count: int, repeats: int) -> dict[str, float]:
     seconds = report.take_turns(actions, repeats)
     ours, fused = (statistics.median(seconds[name]) * 1e6 / count for name in (OURS, FUSED))
     ratio = report.ratio(seconds, OURS, FUSED)
-    verdict = ("  holds" if ratio <= 1 else "  MISSED") if numel == WANTED_AT else ""
-    print(f"{numel:10}{ours:12.2f}{fused:14.2f}{ratio:14.2f}{verdict}")
     return {"numel": numel, "ours_us": ours, "fused_us": fused, "ratio": ratio}
 
 

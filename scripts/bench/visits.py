@@ -1,6 +1,6 @@
 """What a visit of a unit costs when chunks stream, beside the moves themselves.
 
-    python scripts/bench/visits.py [--layers 12 --hidden 64 --seq-len 64]
+    python scripts/bench visits [--layers 12 --hidden 64 --seq-len 64]
 
 A GPT whose full copies stay on DEVICE, and the same one with room for a few chunks, in turns. A training step calls
 every layer once, and backward comes to it once: that is a visit. What a streaming step takes more, less the seconds
@@ -94,14 +94,15 @@ class Contender:
         return count / steps
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10, help="in a turn")
     parser.add_argument("--turns", type=int, default=15)
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     config = GPTConfig(
         layers=options.layers, hidden=options.hidden, heads=max(1, options.hidden // 64), seq_len=options.seq_len
@@ -122,10 +123,12 @@ def main() -> None:
     fetches = streaming.model.memory_stats()["move/fetch_count"] / ((options.turns + 1) * options.steps + 5)
     print(f"{visits:.0f} visits and {fetches:.0f} fetches a step")
     low, middle, high = statistics.quantiles(costs, n=4)
-    print(f"a visit, beside the moves: median {middle:.1f} us, quartiles {low:.1f} to {high:.1f} (wanted: 40 or less)")
-    print(f"Python functions that a visit calls, beside the moves: {calls:.1f}")
-    print(f"streaming / resident, CPU time: median {statistics.median(ratios):.3f}")
-
-
-if __name__ == "__main__":
-    main()
+    table = [
+        {
+            "us a visit, beside the moves (40)": f"{middle:.1f}",
+            "quartiles": f"{low:.1f} to {high:.1f}",
+            "functions called": f"{calls:.1f}",
+            "streaming / resident, CPU time": f"{statistics.median(ratios):.3f}",
+        }
+    ]
+    return {"table": table, "microseconds": costs, "ratios": ratios}

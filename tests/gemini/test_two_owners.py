@@ -123,7 +123,9 @@ def test_states_that_a_block_of_elements_shares_are_cut_between_blocks(place: st
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("kind", ["SGD", "SGD of Nesterov", "Adagrad", "RMSprop with all", "Adam amsgrad", "Rprop"])
+@pytest.mark.parametrize(
+    "kind", ["SGD", "SGD of Nesterov", "Adagrad", "RMSprop with all", "Adam amsgrad", "Rprop", "NAdam decoupled"]
+)
 @pytest.mark.parametrize("place", ["streamed"])
 def test_other_optimizers_have_their_bits(place: str, kind: str) -> None:
     cls, options = OPTIMIZERS[kind]

@@ -1,4 +1,4 @@
-"""Optimizers for parameters on any tier: Adam with one definition of its arithmetic, and torch's element-wise ones.
+"""Optimizers for parameters on any tier: Adam with one definition of its arithmetic, and torch's others as themselves.
 
 ::
 
@@ -16,8 +16,8 @@ Importing this package imports neither numba nor Triton: the first update does.
 """
 
 from .hybrid_adam import HybridAdam
-from .rules.elementwise import register_elementwise
+from .rules.registration import register_elementwise, register_whole_parameter
 
 CPUAdam = FusedAdam = HybridAdam  # ColossalAI's names for Adam on the CPU and on a GPU: here one class does both
 
-__all__ = ["CPUAdam", "FusedAdam", "HybridAdam", "register_elementwise"]
+__all__ = ["CPUAdam", "FusedAdam", "HybridAdam", "register_elementwise", "register_whole_parameter"]

@@ -6,12 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch.optim import Optimizer
 
-from .elementwise_optimizer import ElementwiseOptimizer
+from .elementwise_optimizer import ElementwiseOptimizer, rule_of
 from .hybrid_adam import HybridAdam
 from .managed import ManagedOptimizer
 from .rules import elementwise
 from .rules.adam_rule import ADAM
-from .rules.elementwise_rule import ElementwiseRule
 from .rules.rule import Rule
 
 _WHOLE_TENSOR = {
@@ -25,9 +24,7 @@ _WHOLE_TENSOR = {
 }
 """By lower-case name: what it does that no part of a tensor can do alone."""
 
-_OF_ITS_OWN = {
-    torch.optim.ASGD: "it keeps eta and mu, two numbers for each tensor, from step to step",
-    torch.optim.NAdam: "it keeps mu_product, a number for each tensor, from step to step",
+_OF_ITS_OWN: dict[type[Optimizer], str] = {
     torch.optim.SparseAdam: "it is for sparse gradients, which cannot live in chunks",
 }
 """Element-wise otherwise, but a chunk has no place for what they keep."""
@@ -94,7 +91,7 @@ def known_rule(optimizer: Optimizer) -> Rule | None:
     if isinstance(optimizer, ManagedOptimizer):
         return optimizer.rule
     kind = elementwise.kind_of(optimizer) or elementwise.adam_kind(optimizer)
-    return None if kind is None else ElementwiseRule(kind, optimizer)
+    return None if kind is None else rule_of(kind, optimizer)
 
 
 def _why_not(optimizer: Optimizer) -> str:
@@ -109,7 +106,8 @@ def _why_not(optimizer: Optimizer) -> str:
         if does is not None:
             return (
                 f"got {name}: it {does}, and states in chunks are updated in pieces, wherever each piece is. "
-                "Train it unmanaged, or use HybridAdam"
+                f"If it looks at one parameter at a time, call gemini.nn.optimizer.register_whole_parameter({name}, "
+                "[its states]); else train it unmanaged, or use HybridAdam"
             )
     if type(optimizer) in _OF_ITS_OWN:
         return f"got {name}: {_OF_ITS_OWN[type(optimizer)]}. Train it unmanaged, or use HybridAdam"

@@ -1,4 +1,4 @@
-"""What an element-wise torch optimizer becomes when it is boosted."""
+"""What a torch optimizer that runs as itself becomes when it is boosted."""
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .managed import ManagedOptimizer
-from .rules.elementwise import Kind
 from .rules.elementwise_check import check_elementwise
 from .rules.elementwise_rule import ElementwiseRule
+from .rules.kind import Kind
+from .rules.whole_check import check_whole
+from .rules.whole_rule import WholeRule
 from .unmanaged.fitting import called, check_gradient, check_parameter, check_state
 
 
@@ -28,16 +30,19 @@ class ElementwiseOptimizer(ManagedOptimizer):
     Raises
     ------
     ValueError
-        If a group has an option that is not supported, or the arithmetic turns out not to be element-wise.
+        If a group has an option that is not supported, or the arithmetic turns out not to be what is known of it.
     """
 
     rule: ElementwiseRule
 
     def __init__(self, kind: Kind, optimizer: Optimizer) -> None:
-        self.rule = ElementwiseRule(kind, optimizer)
+        self.rule = rule_of(kind, optimizer)
         for group in optimizer.param_groups:
             self.rule.refuse(group)
-        check_elementwise(self.rule, optimizer.param_groups)
+        if isinstance(self.rule, WholeRule):
+            check_whole(self.rule, optimizer.param_groups)
+        else:
+            check_elementwise(self.rule, optimizer.param_groups)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.state = optimizer.state
         self._take_hooks(optimizer)
@@ -46,7 +51,7 @@ class ElementwiseOptimizer(ManagedOptimizer):
     def prepare_parameters(
         self, group: Mapping[str, Any], params: Iterable[Tensor], grad_scale: float = 1.0
     ) -> list["PreparedCopy"]:
-        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        options = self.rule.options_of(group)
         having = [param for param in params if param.grad is not None]
         for param in having:
             self._check(group, param)
@@ -75,6 +80,11 @@ class ElementwiseOptimizer(ManagedOptimizer):
         state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in known.items()}
         self.rule.run(options, new, state)
         return PreparedCopy(param, new.detach(), state)
+
+
+def rule_of(kind: Kind, optimizer: Optimizer) -> ElementwiseRule:
+    """The arithmetic of an optimizer of a kind that runs as itself."""
+    return WholeRule(kind, optimizer) if kind.is_whole else ElementwiseRule(kind, optimizer)
 
 
 @dataclass(frozen=True, slots=True)

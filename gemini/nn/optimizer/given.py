@@ -74,7 +74,11 @@ def let_ask(given: Optimizer, returned: Optimizer) -> None:
     cls = type(given)
     step = given.__dict__.pop("step", None)
     given.__dict__["_returned"] = ref(returned)
-    given.__class__ = type(cls.__name__, (GivenOptimizer, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    # Behind its own class, since Python finds another layout in that of an abstract one; so what it does is copied.
+    names = ("__dict__", "__weakref__", "__doc__", "__module__")
+    does = {name: value for name, value in vars(GivenOptimizer).items() if name not in names}
+    told = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    given.__class__ = type(cls.__name__, (cls, GivenOptimizer), {**does, **told})
     if step is not None:  # a scheduler has put it there, and warns if what it finds is not marked
         forwarded = _forwarding(ref(given))
         forwarded.__dict__.update(getattr(step, "__dict__", {}))

@@ -225,10 +225,8 @@ class ManagedOptimizer(OptimizerNames, Optimizer):
         tensors = {
             name: value.to(param.device, copy=True) for name, value in saved.items() if isinstance(value, Tensor)
         }
-        counted = (
-            {"step": torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")} if "step" in saved else {}
-        )
-        self.state[param] = {**saved, **tensors, **counted}
+        steps = {"step": self.rule.counted(int(saved["step"]))} if "step" in saved else {}
+        self.state[param] = {**saved, **tensors, **steps}
 
     def saved_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a group as a state dict has them, without the parameters."""

@@ -191,5 +191,5 @@ def _overhead() -> Finding:
             taken.append(time.perf_counter() - begin)
         writer.close()
     median = sorted(taken)[len(taken) // 2]
-    hint = "the machine is very busy; scripts/bench/telemetry.py measures whole steps"
+    hint = "the machine is very busy; scripts/bench telemetry measures whole steps"
     return _finding("telemetry", f"{1e6 * median:.1f} us to hand over a record", median < 20e-6, hint)

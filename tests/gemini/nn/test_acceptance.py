@@ -27,17 +27,12 @@ class Unheard(Optimizer):
 
 
 REFUSED = [
-    (torch.optim.Adafactor, "Adafactor: it factors the second moment"),
     (Lamb, "Lamb: it scales each tensor's update by norms"),
     (torch.optim.LBFGS, "LBFGS: it searches"),
-    (torch.optim.NAdam, "NAdam: it keeps mu_product, a number for each tensor"),
-    (torch.optim.ASGD, "ASGD: it keeps eta and mu"),
     (torch.optim.SparseAdam, "SparseAdam: it is for sparse gradients"),
     (MyAdamW, r"MyAdamW, a subclass, .* call gemini.nn.optimizer.register_elementwise\(MyAdamW"),
     (Unheard, "Unheard, which is not known to be element-wise"),
 ]
-if hasattr(torch.optim, "Muon"):
-    REFUSED.append((torch.optim.Muon, "Muon: it makes each matrix's update orthogonal"))
 
 
 @pytest.mark.parametrize(("kind", "reason"), REFUSED)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from other_optimizers import OPTIMIZERS, make
+from other_optimizers import ELEMENTWISE, make
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +20,7 @@ from gemini.nn.optimizer.elementwise_optimizer import ElementwiseOptimizer
 from gemini.nn.optimizer.kernels import kernel_pool
 from gemini.nn.optimizer.kernels.kernel_pool import KernelPool
 from gemini.nn.optimizer.rules import elementwise, elementwise_rule, pieces
+from gemini.nn.optimizer.rules.rule import Form
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -50,12 +51,17 @@ class Flat:
         self.param = value.clone()
         self.slots = self.rule.slots(self.group)
         self.states = [torch.full_like(value, self.rule.initial(slot.name)) for slot in self.slots]
+        self.side: dict[str, Tensor] = {}
 
     def step(self, number: int, grad: Tensor, cuts: list[int], grad_scale: float = 1.0, out: Any = None) -> None:
-        at_step = self.rule.bind(self.group, self.slots)(number, grad_scale)
+        form = Form(tuple(self.param.shape), (1,), self.side)
+        at_step = self.rule.bind(self.group, self.slots)(number, grad_scale, None, form)
+        sides = isinstance(at_step, elementwise_rule.ElementwiseUpdate)
+        after = dict(at_step.side_after()) if sides else {}  # type: ignore[attr-defined]
         for start, stop in zip([0, *cuts], [*cuts, len(self.param)], strict=True):
             cut = slice(start, stop)
             at_step.apply(self.param[cut], [s[cut] for s in self.states], grad[cut], None if out is None else out[cut])
+        self.side = after
 
     def state(self, name: str) -> Tensor:
         return self.states[[slot.name for slot in self.slots].index(name)]
@@ -63,7 +69,7 @@ class Flat:
 
 @settings(deadline=None, max_examples=12)
 @given(cuts=st.lists(st.integers(0, NUMEL), max_size=5).map(sorted), seed=st.integers(0, 1000))
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 def test_any_cut_of_a_buffer_has_the_bits_of_torchs_own_step(name: str, cuts: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     value = torch.randn(NUMEL, generator=generator)
@@ -81,7 +87,7 @@ def test_any_cut_of_a_buffer_has_the_bits_of_torchs_own_step(name: str, cuts: li
             assert torch.equal(ours.state(slot.name), plain.state[theirs][slot.name])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_are_widened_and_scaled_and_the_copy_is_rounded_once(
     name: str, dtype: torch.dtype, small_pieces: int
@@ -123,7 +129,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pool.close()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("number", [1, 3], ids=["first step", "later"])
 def test_any_failing_allocation_leaves_the_elements_in_work_as_they_were(
     name: str, number: int, small_pieces: int, one_thread: None, monkeypatch: pytest.MonkeyPatch

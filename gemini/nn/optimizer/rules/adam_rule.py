@@ -15,7 +15,7 @@ from ..kernels.forms import SPLIT
 from ..kernels.update import adam_update, atomic_numel
 from . import moments
 from .group_options import refuse_options
-from .rule import BoundRule, BufferSpec
+from .rule import BoundRule, BufferSpec, Form, counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class AdamRule:
     name = "Adam"
     takes_step = True
     has_initial_state = False
+    is_whole = False
+    kept_in_group: tuple[str, ...] = ()
 
     def __init__(self, states: str = "fp32") -> None:
         self.states = states
@@ -65,6 +67,15 @@ class AdamRule:
     def keeps_state(self, group: Mapping[str, Any]) -> bool:
         return True
 
+    def side(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
+    def counted(self, steps: int) -> Any:
+        return counted(steps)
+
+    def after_step(self, param_groups: Sequence[Any]) -> None:
+        pass
+
     def initial(self, name: str) -> float:
         return 0.0
 
@@ -75,5 +86,12 @@ class AdamRule:
 ADAM = AdamRule()
 
 
-def _at_step(states: str, hyper: AdamHyper, step: int, grad_scale: float, is_fresh: bool | None = None) -> AdamUpdate:
+def _at_step(
+    states: str,
+    hyper: AdamHyper,
+    step: int,
+    grad_scale: float,
+    is_fresh: bool | None = None,
+    form: Form | None = None,
+) -> AdamUpdate:
     return AdamUpdate(states, scalars(hyper, step, grad_scale))

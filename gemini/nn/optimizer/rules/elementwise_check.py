@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .elementwise_rule import ElementwiseRule
+from .elementwise_rule import ElementwiseRule, ElementwiseUpdate
+from .rule import Form
 
 _NUMEL = 1003
 _CUTS = (0, 1, 34, 130, 517, 1000, _NUMEL)
@@ -42,15 +43,20 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
     value = torch.randn(_NUMEL, generator=generator, **plain)
     gradients = [torch.randn(_NUMEL, generator=generator, **plain) * 10.0**-i for i in range(_STEPS)]
     names = [slot.name for slot in rule.slots(options)]
+    sides = list(rule.side((_NUMEL,)))
     first = {name: torch.full((_NUMEL,), rule.initial(name), **plain) for name in names}
     drawn = torch.random.get_rng_state()
 
-    whole = value.clone()
+    def at_step(number: int) -> Mapping[str, Any]:
+        return {**options, **dict.fromkeys(rule.kept_in_group, number - 1)}
+
+    whole, numbers = value.clone(), [dict[str, Tensor]()]
     state = rule.state_before(1, {name: tensor.clone() for name, tensor in first.items()}, is_fresh=True)
     for number, gradient in enumerate(gradients, 1):
         whole.grad = gradient.clone()
-        kept = rule.run(options, whole, state)
-        _check_state(rule, state, names if rule.keeps_state(options) else [], number)
+        kept = rule.run(at_step(number), whole, state)
+        _check_state(rule, state, names if rule.keeps_state(options) else [], sides, number)
+        numbers.append({name: torch.as_tensor(state[name]).clone() for name in sides})
         if kept and not rule.kind.cls.__module__.startswith("torch."):  # torch's keep notes of what they have checked
             raise ValueError(
                 f"{rule.name} changes {', '.join(kept)} of its group or of itself in a step; only a step count and "
@@ -58,11 +64,16 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
             )
 
     pieces, states = value.clone(), {name: tensor.clone() for name, tensor in first.items()}
-    make = rule.bind(options, rule.slots(options))
     for number, gradient in enumerate(gradients, 1):
+        make, form = rule.bind(at_step(number), rule.slots(options)), Form((_NUMEL,), (1,), numbers[number - 1])
+        update = make(number, 1.0, None, form)
         for start, stop in pairwise(_CUTS):
             cut = slice(start, stop)
-            make(number, 1.0).apply(pieces[cut], [states[name][cut] for name in names], gradient[cut])
+            update.apply(pieces[cut], [states[name][cut] for name in names], gradient[cut])
+        if isinstance(update, ElementwiseUpdate):
+            found, told = update.side_after(), numbers[number]
+            if different := [name for name in sides if not torch.equal(found[name], told[name])]:
+                raise ValueError(f"{rule.name}: {', '.join(different)} depend on the parameter's elements")
 
     if not torch.equal(torch.random.get_rng_state(), drawn):
         torch.random.set_rng_state(drawn)
@@ -78,7 +89,9 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_state(rule: ElementwiseRule, state: Mapping[str, Any], names: list[str], number: int) -> None:
+def _check_state(
+    rule: ElementwiseRule, state: Mapping[str, Any], names: list[str], sides: list[str], number: int
+) -> None:
     counted = int(state["step"]) if "step" in state else None
     if counted != (number if rule.takes_step else None):
         raise ValueError(
@@ -86,7 +99,7 @@ def _check_state(rule: ElementwiseRule, state: Mapping[str, Any], names: list[st
             f"takes_step={rule.takes_step}"
         )
     found = [name for name, value in state.items() if name != "step" and value is not None]
-    if sorted(found) != sorted(names):
+    if sorted(found) != sorted([*names, *sides]):
         raise ValueError(f"{rule.name} keeps {found or 'nothing'} for each parameter; it is registered with {names}")
     for name in names:
         value = state[name]

@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 from gemini.chunk import Codec, Plain
 
 from . import pieces
-from .elementwise import Kind
-from .rule import BoundRule, BoundUpdate, BufferSpec
+from .kind import Kind
+from .rule import BoundRule, BoundUpdate, BufferSpec, Form, counted
 from .sgd import SgdUpdate, is_plain_form
 
 _REFUSED = ("differentiable", "capturable")
+_GROUP_STEP = "step"
+"""What some optimizers count their steps by, in each group."""
 
 
 class ElementwiseRule:
@@ -39,11 +41,15 @@ class ElementwiseRule:
         self.kind = kind
         self.name = kind.name
         self.takes_step = kind.takes_step
+        self.is_whole = kind.is_whole
+        self.kept_in_group: tuple[str, ...] = (_GROUP_STEP,) if kind.counts_in_group else ()
         self.has_initial_state = kind.initial is not None
         self._initial = kind.initial(optimizer.defaults) if kind.initial is not None else {}
         self._step = _own_step(kind.cls)
         left_out = ("param_groups", "state", "step")  # schedulers put a wrapped step there
         self._attributes = {name: value for name, value in vars(optimizer).items() if name not in left_out}
+        self._options = dict(optimizer.defaults)
+        self._counts_with_int: bool | None = False if kind.cls.__module__.startswith("torch.") else None
 
     def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         return tuple(BufferSpec(name) for name in self.kind.states(group))
@@ -57,10 +63,26 @@ class ElementwiseRule:
     def initial(self, name: str) -> float:
         return float(self._initial.get(name, 0.0))
 
+    def side(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        return self.kind.side(shape)
+
+    def counted(self, steps: int) -> Any:
+        if self._counts_with_int is None:  # found out by a step: numbers computed with either differ
+            state: dict[str, Any] = {}
+            self.run(self.options_of(self._options), _one(), state)
+            self._counts_with_int = isinstance(state.get("step"), int)
+        return steps if self._counts_with_int else counted(steps)
+
     def refuse(self, group: Mapping[str, Any]) -> None:
         for option in _REFUSED:
             if group.get(option):
                 raise ValueError(f"{self.name}({option}=True) cannot be boosted; set it to False, or train unmanaged")
+        for option in self._options if self.kind.options is not None else ():
+            if option not in self.kind.options and group.get(option):  # type: ignore[operator]
+                raise ValueError(
+                    f"{self.name}({option}={group[option]!r}) cannot be boosted: it is not known to treat each element "
+                    "by itself; leave it out, or train unmanaged"
+                )
 
     def bind(self, group: Mapping[str, Any], slots: Sequence[BufferSpec]) -> BoundRule:
         self.refuse(group)
@@ -71,17 +93,35 @@ class ElementwiseRule:
                 "when it was boosted, so there is no room for it; set these options before booster.boost"
             )
         # A copy: the step may be done when the user has changed the group for the next.
-        options = {name: _kept(value) for name, value in group.items() if name not in ("params", "param_names")}
+        options = self.options_of(group)
         names = tuple(slot.name for slot in slots)
 
-        def at_step(step: int, grad_scale: float, is_fresh: bool | None = None) -> BoundUpdate:
-            if self.kind.cls is torch.optim.SGD and is_plain_form(options):
-                return SgdUpdate.of(options, step, grad_scale)
-            return ElementwiseUpdate(
-                self, options, names, step, grad_scale, step == 1 if is_fresh is None else is_fresh
-            )
+        def at_step(
+            step: int, grad_scale: float, is_fresh: bool | None = None, form: Form | None = None
+        ) -> BoundUpdate:
+            is_first = step == 1 if is_fresh is None else is_fresh
+            return self.update(options, names, step, grad_scale, is_first, form)
 
         return at_step
+
+    def options_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of the options of a group, as a step finds them."""
+        begun = dict.fromkeys(self.kept_in_group, 0)
+        return {**begun, **{k: _kept(value) for k, value in group.items() if k not in ("params", "param_names")}}
+
+    def update(
+        self,
+        options: Mapping[str, Any],
+        names: Sequence[str],
+        step: int,
+        grad_scale: float,
+        is_fresh: bool,
+        form: Form | None,
+    ) -> BoundUpdate:
+        """One step with these options, on these states."""
+        if self.kind.cls is torch.optim.SGD and is_plain_form(options):
+            return SgdUpdate.of(options, step, grad_scale)
+        return ElementwiseUpdate(self, options, names, step, grad_scale, is_fresh, {} if form is None else form.side)
 
     def run(self, options: Mapping[str, Any], param: Tensor, state: dict[str, Any]) -> list[str]:
         """Let the optimizer take one step of ``param``, which has its gradient; ``state`` is written, too.
@@ -99,25 +139,32 @@ class ElementwiseRule:
         self._step(scratch)
         state.update(scratch.state[param])
         (group,) = scratch.param_groups
-        replaced = [name for name, value in group.items() if name != "params" and value is not options.get(name)]
+        as_is = {"params": group["params"], **{name: options[name] + 1 for name in self.kept_in_group}}
+        replaced = [n for n, v in group.items() if v is not options.get(n) and not (n in as_is and v == as_is[n])]
         return replaced + [
             name
             for name, value in vars(scratch).items()
             if name not in ("param_groups", "state") and value is not self._attributes.get(name)
         ]
 
-    def state_before(self, step: int, states: Mapping[str, Tensor], is_fresh: bool) -> dict[str, Any]:
-        """The state that the optimizer finds in its step of this number."""
+    def state_before(
+        self, step: int, states: Mapping[str, Tensor], is_fresh: bool, side: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """The state that the optimizer finds in its step of this number; it gets copies of the side states."""
         if is_fresh and not self.has_initial_state:
             return {}  # it makes them itself
-        counted: dict[str, Any] = (
-            {"step": torch.tensor(float(step - 1), dtype=torch.float32, device="cpu")} if self.takes_step else {}
-        )
-        return {**counted, **states}
+        steps: dict[str, Any] = {"step": self.counted(step - 1)} if self.takes_step else {}
+        return {**steps, **states, **{name: value.clone() for name, value in (side or {}).items()}}
+
+    def after_step(self, param_groups: Sequence[Any]) -> None:
+        """Count a step that has been taken in the groups."""
+        for group in param_groups:
+            for name in self.kept_in_group:
+                group[name] = group.get(name, 0) + 1
 
 
 class ElementwiseUpdate:
-    """One step of a torch optimizer (a `BoundUpdate`)."""
+    """One step of a torch optimizer (a `BoundSideUpdate`)."""
 
     def __init__(
         self,
@@ -127,6 +174,7 @@ class ElementwiseUpdate:
         step: int,
         grad_scale: float,
         is_fresh: bool,
+        side: Mapping[str, Tensor],
     ) -> None:
         self._rule = rule
         self._options = options
@@ -134,6 +182,21 @@ class ElementwiseUpdate:
         self._step = step
         self._grad_scale = grad_scale
         self._is_fresh = is_fresh
+        self._side = side
+        self._side_after: dict[str, Tensor] | None = None
+
+    def side_after(self) -> Mapping[str, Tensor]:
+        names = self._rule.side((1,))
+        if self._side_after is None:
+            self._side_after = {}
+        if names and not self._side_after:
+            param = _one()
+            states = {name: torch.zeros_like(param) for name in self._names}
+            state = self._rule.state_before(self._step, states, self._is_fresh, self._side)
+            with torch.no_grad():
+                self._rule.run(self._options, param, state)
+            self._side_after = {name: _scalar(state[name]) for name in names}
+        return self._side_after
 
     def atomic_numel(self, device: torch.device) -> int | None:
         return pieces.atomic_numel(device)
@@ -152,13 +215,24 @@ class ElementwiseUpdate:
         if self._grad_scale != 1.0:
             grad.mul_(self._grad_scale)
         named = dict(zip(self._names, states, strict=True))
-        state = self._rule.state_before(self._step, named, self._is_fresh)
+        state = self._rule.state_before(self._step, named, self._is_fresh, self._side)
         seen = param.view(param.shape)  # its own object: `grad` and ``.data`` are set on it
         seen.grad = grad
         self._rule.run(self._options, seen, state)
         for tensor, new in ((param, seen), *((named[name], state.get(name)) for name in self._names)):
             if new is not None and new.data_ptr() != tensor.data_ptr():
                 tensor.copy_(new)
+
+
+def _one() -> Tensor:
+    """A parameter of one element, with a gradient."""
+    param = torch.zeros(1, dtype=torch.float32, device="cpu")
+    param.grad = torch.ones_like(param)
+    return param
+
+
+def _scalar(value: Any) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device="cpu").detach().clone()
 
 
 def _kept(value: Any) -> Any:

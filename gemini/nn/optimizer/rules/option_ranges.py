@@ -163,7 +163,8 @@ def group_faults(rule: str | None, present: Mapping[str, Any], saved: Mapping[st
     saved
         Options that neither the tables nor ``present`` have are somebody's notes, and may be anything.
     """
-    table = {**_ALL, **_OWN[rule]} if rule is not None and rule in _OWN else {"lr": _ANY}
+    unknown = {} if present.get("lr", 0.0) is None else {"lr": _ANY}  # None: the optimizer makes its own
+    table = {**_ALL, **_OWN[rule]} if rule is not None and rule in _OWN else unknown
     faults = []
     for name, value in saved.items():
         if name in ("params", "param_names"):

@@ -1,10 +1,15 @@
 """The rule protocol: an optimizer's arithmetic, and the states that its manager keeps for it.
 
-A rule is element-wise: what happens to an element depends on this element's values and on numbers that are the same for
-all, so any cut of a flat buffer into pieces gives the same bits, and pieces may lie anywhere.
+Most rules are element-wise: what happens to an element depends on this element's values and on numbers that are the
+same for all, so any cut of a flat buffer into pieces gives the same bits, and pieces may lie anywhere. The others are
+whole: a step of theirs gets all elements of one parameter at once, and its shape.
+
+What they keep has one value for each element, and has a place in the chunk (a slot), or it is small and stays in RAM by
+itself: **side states**, such as a number for each parameter, or the rows and columns of Adafactor.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,10 +21,13 @@ from .option_ranges import brief, number_of
 
 __all__ = [
     "BoundUpdate",
+    "BoundSideUpdate",
+    "Form",
     "Rule",
     "BoundSplitUpdate",
     "BufferSpec",
     "BoundRule",
+    "counted",
     "has_state",
     "steps_of",
     "whole_steps",
@@ -64,10 +72,29 @@ class BoundSplitUpdate(BoundUpdate, Protocol):
         """As `apply` on the masters that these are the halves of. See [Note: Split master]."""
 
 
+class BoundSideUpdate(BoundUpdate, Protocol):
+    """A step of an element-wise rule with side states, which are numbers that do not depend on elements."""
+
+    def side_after(self) -> Mapping[str, Tensor]:
+        """The side states after the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a parameter is beside its elements."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    side: dict[str, Tensor] = field(default_factory=dict)
+    """Its side states; empty before its first step. A step of a whole rule replaces what is in it."""
+
+
 class BoundRule(Protocol):
     """Makes the steps of a group."""
 
-    def __call__(self, step: int, grad_scale: float, is_fresh: bool | None = None, /) -> BoundUpdate:
+    def __call__(
+        self, step: int, grad_scale: float, is_fresh: bool | None = None, form: Form | None = None, /
+    ) -> BoundUpdate:
         """A step of parameters.
 
         Parameters
@@ -79,6 +106,8 @@ class BoundRule(Protocol):
         is_fresh
             Whether the parameters have no state yet. None: they have none in their first step. They may have one then,
             too: whose count of steps somebody has set to 0.
+        form
+            Of the parameter, for a rule that is whole or has side states.
         """
 
 
@@ -91,6 +120,10 @@ class Rule(Protocol):
     """Whether the state of a parameter has a ``step``, the number of steps that it has taken."""
     has_initial_state: bool
     """Whether a parameter has states before its first step."""
+    is_whole: bool
+    """Whether a step needs all elements of a parameter at once; else any piece of them will do."""
+    kept_in_group: tuple[str, ...]
+    """What it changes in a group in each step: nothing, or a ``step`` that counts those of the group."""
 
     def slots(self, group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
         """What it keeps for each element of the parameters of a group."""
@@ -100,6 +133,15 @@ class Rule(Protocol):
 
     def keeps_state(self, group: Mapping[str, Any]) -> bool:
         """Whether a step with these options leaves a state behind. Plain SGD's does not."""
+
+    def side(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        """The side states of a parameter of this shape, by name, and their shapes."""
+
+    def counted(self, steps: int) -> Any:
+        """A number of steps as the state has it: a scalar tensor on the CPU, or an int."""
+
+    def after_step(self, param_groups: Sequence[Any]) -> None:
+        """Change in the groups what a step changes there."""
 
     def initial(self, name: str) -> float:
         """What the elements of this state are before a parameter's first step."""
@@ -136,6 +178,11 @@ def whole_steps(value: Any) -> int:
             f"step counts the steps of a parameter, below 2**53: a whole number of 0 or more, got {brief(value)}"
         )
     return int(number)
+
+
+def counted(steps: int) -> Tensor:
+    """A number of steps as torch's optimizers have it."""
+    return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
 
 
 def steps_of(rule: Rule, saved: Mapping[str, Any]) -> int:
