@@ -220,7 +220,11 @@ class AcceleratorBackend:
 
     def download(self, gradient: Tensor, into: Tensor, accumulate: bool) -> None:
         if not self._driver.is_host(into):
+            came_from_ranks = self._driver.is_host(gradient)
+            gradient = gradient.to(into.device)
             into.add_(gradient) if accumulate else into.copy_(gradient)
+            if came_from_ranks:  # on the thread that sums, in its own stream: it is there when this returns
+                self._driver.current().mark().wait()
             return
         if self._driver.is_host(gradient):
             self._wait_for_copies()  # the host copies at once: what is on its way would come on top

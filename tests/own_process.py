@@ -120,7 +120,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     environment = _environment(item)
     if environment is None:
         return None
@@ -128,6 +128,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in _reports(item, environment):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # A test before this one left its module set up, as this one is of it, too; nobody else knows when it is the last.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 

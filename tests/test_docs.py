@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
+from documented import PAGES
 from test_layers import HEIGHT, ROOT, sources
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 DRAWING = ROOT / "docs" / "architecture.svg"
-DOCUMENTS = {
-    str(path.relative_to(ROOT)): path
-    for path in (*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md")))
-}
+DOCUMENTS = PAGES
 
 _FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -36,7 +35,7 @@ def broken_links(path_in_root: str, text: str) -> list[str]:
         target = folder / file if file else ROOT / path_in_root
         if not target.exists():
             found.append(link)
-        elif heading and heading not in _headings(text if not file else target.read_text()):
+        elif heading and heading not in _anchors(text if not file else target.read_text()):
             found.append(link)
     return found
 
@@ -84,6 +83,33 @@ def rows_without_test(text: str) -> list[str]:
     """Rows of the last table that name no test."""
     rows = text.partition("## Where do I change")[2].splitlines()
     return [row for row in rows if row.startswith("| ") and "](../tests/" not in row and not row.startswith("| what ")]
+
+
+def unproved_numbers(text: str) -> list[str]:
+    """Numbers in README's table of results that are not in the rows or paragraphs of benchmarks.md that it links to."""
+    rows = text.partition("## Results")[2].partition("\n## ")[0].splitlines()
+    found = []
+    for row in (row for row in rows if row.startswith("| ") and not row.startswith("| what ")):
+        anchors = re.findall(r"\(docs/benchmarks\.md#(row-[\w-]+)\)", row)
+        proof = " ".join(_proof(anchor) for anchor in anchors)
+        said = re.findall(r"\d+(?:\.\d+)?", re.sub(r"\(docs/\S+\)|`[^`]*`", "", row))
+        found += [number for number in said if number not in proof] if anchors else [row]
+    return found
+
+
+def _proof(anchor: str) -> str:
+    """The row of a table, or the paragraph, that has the anchor, with what its section begins with."""
+    text = BENCHMARKS.read_text()
+    place = text.index(f'<a id="{anchor}"></a>')
+    start, end = text.rfind("\n", 0, place), text.index("\n", place)
+    if not text[start:].lstrip().startswith("|"):
+        end = text.index("\n\n", place)
+    section = text[text.rindex("\n## ", 0, place) : place]
+    return text[start:end] + section.partition("\n|")[0]
+
+
+def _anchors(text: str) -> set[str]:
+    return _headings(text) | set(re.findall(r'<a id="([\w-]+)"></a>', text))
 
 
 def _headings(text: str) -> set[str]:
@@ -174,6 +200,22 @@ def test_what_can_be_changed_is_held_by_a_test() -> None:
     assert rows_without_test(ARCHITECTURE.read_text()) == []
 
 
+def test_readme_is_short_and_claims_what_was_measured() -> None:
+    text = DOCUMENTS["README.md"].read_text()
+    assert len(text.splitlines()) <= 120
+    assert unproved_numbers(text) == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]))
+    listed -= {
+        "index.md",
+        "examples.md",
+        "contributing.md",
+    }  # made by scripts/site_pages.py of the pages of their folders
+    assert listed == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+
+
 def test_the_checks_fire() -> None:
     assert broken_links("docs/lazy.md", "# A b\n[a](../README.md) [b](#a-b) [c](gone.md) [d](#c) [e](https://x.y)") == [
         "gone.md",
@@ -189,4 +231,10 @@ def test_the_checks_fire() -> None:
     assert "planning" in unordered_layers("## Layers\n| `gemini/planning/` | a |\n| `gemini/engine/` | b |\n")
     assert rows_without_test("## Where do I change\n| what | where |\n| a | [b](../tests/x.py) |\n| c | d |\n") == [
         "| c | d |"
+    ]
+    assert unproved_numbers(
+        "## Results\n| a | 1093 ms, 7.77 | [row](docs/benchmarks.md#row-step) |\n| b | 5 | |\n"
+    ) == [
+        "7.77",
+        "| b | 5 | |",
     ]

@@ -201,9 +201,6 @@ def _unread(optimizer: ManagedOptimizer, parameter: Tensor, record: TensorRecord
     kept = step.kept.values_of(parameter, name) if step is not None and step.kept.keeps(parameter) else ()
     in_chunks = tuple(InChunk(step.manager, parameter, each) for each in kept) if step is not None else ()
     read = partial(_read, optimizer, parameter, name)
-    if step is not None and not kept and name in optimizer.rule.side(tuple(parameter.shape)):
-        value = read()  # now: it is small, and steps go on while others are written
-        return UnreadTensor(record, lambda: value)
     if step is None or not kept:
         return UnreadTensor(record, read)
     return UnreadTensor(record, read, in_chunks, step.kept.home(parameter, name).open)

@@ -58,7 +58,7 @@ class KeptStates(StateQuestions):
             return self._rule.counted(self.count(parameter))
         if name in self._sides.shapes(parameter):
             self._values.check_readable()
-            return self._sides.get(parameter, name).detach().clone()
+            return self._sides.get(parameter, name).detach().to("cpu", copy=True)
         return read_state(self._values, self._rule, parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
@@ -67,7 +67,7 @@ class KeptStates(StateQuestions):
         if name == STEP:
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         if name in self._sides.shapes(parameter):
-            return self._sides.get(parameter, name)
+            return self._sides.get(parameter, name).to(self.device(parameter, name))
         home = home_of(self._manager, self._rule, parameter, name)
         return read_state(self._values, self._rule, parameter, name).to(parameter.device) if home is None else home
 
@@ -82,7 +82,7 @@ class KeptStates(StateQuestions):
         if name == STEP:
             self._updater.steps[id(parameter)] = whole_steps(values)
         elif name in self._sides.shapes(parameter):
-            pass  # what was opened is what is kept
+            self._sides.load(parameter, name, values)
         elif home_of(self._manager, self._rule, parameter, name) is None:
             check_value(self._chunk(parameter), parameter, name, values)
             write_state(self._values, self._rule, parameter, name, values)

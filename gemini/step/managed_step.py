@@ -200,7 +200,7 @@ class ChunkedStep:
             return _Begun([], deque([ended]))
         updates, prepared = work
         left = deque[Callable[[], None]](partial(optimizer.commit_parameters, [each]) for each in prepared)
-        left.append(partial(optimizer.rule.after_step, optimizer.param_groups))
+        left += (partial(optimizer.rule.after_step, [group]) for group in optimizer.param_groups)
         left += (self.averages.stepped, self.scaling.stepped, self._updates.after_step, self._prefetch, ended)
         begun = _Begun(updates, left)
         self._updates.start(updates)

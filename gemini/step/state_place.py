@@ -17,6 +17,9 @@ class Values(Protocol):
     def form(self, parameter: Tensor, name: str) -> Tensor:
         """A meta tensor with the shape, the strides and the dtype of a state, as it is shown."""
 
+    def device(self, parameter: Tensor, name: str) -> torch.device:
+        """Where a state is shown to be."""
+
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself, or a copy."""
 
@@ -54,7 +57,8 @@ class StatePlace:
         """The tensor that stands for it, the same one as long as somebody has it."""
         shown = self._shown() if self._shown is not None else None
         if shown is None:
-            device = torch.device("cpu") if self._name == "step" else self._parameter.device
-            shown = StateTensor.stand_for(self, self._values.form(self._parameter, self._name), device)
+            device = self._values.device(self._parameter, self._name)
+            form = self._values.form(self._parameter, self._name)
+            shown = StateTensor.stand_for(self, form, device)
             self._shown = ref(shown)
         return shown

@@ -81,6 +81,11 @@ class StateQuestions:
         dtype, slot = codec_of(self._manager, self._rule, parameter, name).dtype, self._manager.slot(parameter)
         return torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device="meta")
 
+    def device(self, parameter: Tensor, name: str) -> torch.device:
+        """Where a state is shown to be: numbers are on the CPU, as torch has them."""
+        is_number = name == STEP or (not self._rule.is_whole and name in self._sides.shapes(parameter))
+        return torch.device("cpu") if is_number else parameter.device
+
     def _is_begun(self, parameter: Tensor) -> bool:
         return id(parameter) in self._updater.steps or self._rule.has_initial_state
 

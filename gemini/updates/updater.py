@@ -229,8 +229,7 @@ class Updater:
         """Note that an update is under way."""
         chunk = planned.chunk
         self.steps.update(planned.taken)
-        for parameter, side in planned.sides.items():
-            self.sides[parameter] = dict(side)
+        self.sides.update((parameter, dict(side)) for parameter, side in planned.sides.items())
         full_copies = self._manager.full_copies
         positions = chunk.gradient.present if chunk.gradient is not None else ()
         chunk.begin_update(ticket, positions, fills_full=chunk in full_copies.taken)

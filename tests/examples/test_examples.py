@@ -21,6 +21,12 @@ GPT = ("gpt_gemini", "--train_step", "12", "--batch_size", "4", "--seq_len", "64
 BERT = ("bert_finetune", "--num_epochs", "3", "--hidden_size", "64", "--learning_rate", "0.002")
 LLAMA = ("llama_pretrain", "--num_steps", "8", "--batch_size", "2", "--max_length", "64")
 LLAMA_FP32 = (*LLAMA, "--precision", "fp32")
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "reference_text")
+EXPECTED = sorted(path.stem for path in (EXAMPLES / "expected").glob("*.txt"))
+ARGUMENTS = {"several_ranks": ("--accumulate", "2")}
+"""With which the expected output was written, where there are any."""
+AT_HAND = ("plain_module", "several_ranks")
+NUMBER = r"\d+\.\d+"
 LEAST_FALL = {GPT: 0.5, BERT: 0.1, LLAMA: 0.5}
 
 in_its_own_process = pytest.mark.own_process(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -35,6 +41,17 @@ def run(capfd: pytest.CaptureFixture[str], script: str, *arguments: object) -> s
     finally:
         sys.argv, sys.path = before
     return "".join(capfd.readouterr())
+
+
+def written_by(capsys: pytest.CaptureFixture[str], script: str) -> str:
+    """What the script writes to stdout with the arguments of its expected output."""
+    before = sys.argv, list(sys.path)
+    sys.argv, sys.path = [script, *ARGUMENTS.get(script, ())], [str(EXAMPLES), *sys.path]
+    try:
+        runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+    finally:
+        sys.argv, sys.path = before
+    return capsys.readouterr().out
 
 
 def losses(written: str) -> list[float]:
@@ -54,7 +71,7 @@ def test_an_example_runs_and_its_loss_falls(example: tuple[str, ...], capfd: pyt
 
 
 @in_its_own_process
-@pytest.mark.parametrize("script", [example[0] for example in LEAST_FALL])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_an_example_says_how_it_is_called(
     script: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +86,35 @@ def test_an_example_says_how_it_is_called(
     assert len(commands) >= 2
     for command in commands:
         names["parse"](command.split())
+
+
+@in_its_own_process
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls transformers so
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # Lightning calls torch so
+@pytest.mark.parametrize(
+    "script", [each if each in AT_HAND else pytest.param(each, marks=pytest.mark.heavy) for each in EXPECTED]
+)
+def test_an_example_writes_what_it_is_expected_to(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    written, expected = written_by(capsys, script), (EXAMPLES / "expected" / f"{script}.txt").read_text()
+    assert re.sub(NUMBER, "#", written) == re.sub(NUMBER, "#", expected)
+    # Other processors add in another order, and steps multiply that.
+    numbers = [[float(each) for each in re.findall(NUMBER, text)] for text in (written, expected)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.02)
+
+
+@pytest.mark.heavy
+@in_its_own_process
+def test_two_ranks_write_what_one_writes_that_accumulates() -> None:
+    (written,) = torchrun([("several_ranks",)])
+    losses = [line for line in written.splitlines() if line.startswith("step ")]
+    assert losses == (EXAMPLES / "expected" / "several_ranks.txt").read_text().splitlines()
+
+
+@in_its_own_process
+def test_every_example_is_expected_to_write_something_or_to_learn() -> None:
+    assert sorted({*EXPECTED, *(example[0] for example in LEAST_FALL)}) == SCRIPTS
+    readme = (EXAMPLES / "README.md").read_text()
+    assert [script for script in SCRIPTS if f"]({script}.py)" not in readme] == []
 
 
 @in_its_own_process

@@ -150,7 +150,10 @@ class Other(OnDevice):
 
 
 @pytest.mark.parametrize("name", ["device", "mixed", "host"])
-@pytest.mark.parametrize("optimizer", ["SGD of Nesterov", "Adagrad", "RMSprop with all", "Adam amsgrad"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["SGD of Nesterov", "Adagrad", "RMSprop with all", "Adam amsgrad", "NAdam decoupled", "RAdam", "Adafactor"],
+)
 def test_other_optimizers_give_the_numbers_that_they_have_without_management(
     device: SimulatedDevice, name: str, optimizer: str
 ) -> None:

@@ -153,3 +153,20 @@ def test_the_memory_of_a_gradient_is_lent_again_behind_the_update_that_reads_it(
         torch.accelerator.synchronize()
         assert seen.item() == 256
         backend.close()
+
+
+def test_what_other_ranks_have_sent_is_in_homes_on_the_device_when_download_returns(device: SimulatedDevice) -> None:
+    """It is done by the thread that sums, in its own stream, and read by an update in another."""
+    backend = AcceleratorBackend(driver_of(torch.device("sim", 0)), None, True)
+    for seed in range(4):
+        device.seed(seed, eager=0.0, lazy=1.0)
+        home = torch.zeros(1000, device="sim")
+        torch.accelerator.synchronize()
+        other = torch.Stream(torch.device("sim", 0))
+        before = torch.accelerator.current_stream()
+        torch.accelerator.set_stream(other)
+        for number in range(3):
+            backend.download(torch.full((1000,), 2.0**number), home, accumulate=number > 0)
+        torch.accelerator.set_stream(before)
+        assert torch.equal(home.cpu(), torch.full((1000,), 7.0))
+    backend.close()

@@ -142,7 +142,9 @@ def test_options_that_look_at_the_whole_tensor_are_refused(cls: Any, options: di
     (option,) = options
     with pytest.raises(ValueError, match=rf"{cls.__name__}\({option}=.* cannot be boosted: it is not known to treat"):
         booster.boost(model, cls(model.parameters(), **options))
-    booster.boost(model, cls(model.parameters()))
+    with pytest.raises(ValueError, match="cannot be boosted"):
+        booster.boost(model, cls([{"params": model.parameters(), "use_gc": True}]))  # an option of its group alone
+    booster.boost(model, cls([{"params": model.parameters(), "note": "of the user's own"}]))
 
 
 def test_a_class_of_another_module_is_not_taken_for_it() -> None:

@@ -108,6 +108,13 @@ def test_two_dtypes_in_a_forward_name_the_module_and_both_cures(kind: type[nn.Mo
     assert str(caught.value).startswith(str(raw.value))
 
 
+def test_the_forward_that_called_one_of_torchs_modules_is_named_with_its_line() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"made in the forward of blocks.1 \(Embeds\), which calls it in test_dtype_.*:\d"
+    ):
+        boosted(Net(Embeds()))(torch.ones(2, 8))
+
+
 def test_the_second_cure_works() -> None:
     model = boosted(Net(Cell()), precision="fp32")
     with torch.autocast("cpu", dtype=torch.bfloat16):

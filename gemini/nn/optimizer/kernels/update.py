@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .arithmetic import AdamScalars
+from .compiled import traced_update
 from .forms import check
 from .reference import SLICE_NUMEL
 
@@ -69,6 +70,9 @@ def adam_update(
     CUDA the work is queued on the current stream. Payloads of NaN are not defined, that a NaN stays one is. See
     [Note: Adam arithmetic].
     """
+    if torch.compiler.is_compiling():
+        traced_update(form, list(buffers), grad, scalars, out)
+        return
     check(form, buffers, grad, out)
     if grad.numel() > 0:
         KERNELS[grad.device.type, form](buffers, grad, scalars, out)

@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 from gemini.chunk import Codec, Plain
 
 from . import pieces
-from .kind import Kind
+from .kind import LOOK_AT_WHOLE_TENSORS, Kind
 from .rule import BoundRule, BoundUpdate, BufferSpec, Form, counted
 from .sgd import SgdUpdate, is_plain_form
 
 _REFUSED = ("differentiable", "capturable")
+_OTHER_BITS_IN_LISTS = (torch.optim.RAdam, torch.optim.NAdam, torch.optim.ASGD)
+"""Their form for lists of tensors (``foreach``), torch's on accelerators, rounds otherwise than that for one tensor."""
 _GROUP_STEP = "step"
 """What some optimizers count their steps by, in each group."""
 
@@ -77,8 +79,9 @@ class ElementwiseRule:
         for option in _REFUSED:
             if group.get(option):
                 raise ValueError(f"{self.name}({option}=True) cannot be boosted; set it to False, or train unmanaged")
-        for option in self._options if self.kind.options is not None else ():
-            if option not in self.kind.options and group.get(option):  # type: ignore[operator]
+        allowed = self.kind.options
+        for option in () if allowed is None else (*self._options, *(LOOK_AT_WHOLE_TENSORS & group.keys())):
+            if allowed is not None and option not in allowed and group.get(option):
                 raise ValueError(
                     f"{self.name}({option}={group[option]!r}) cannot be boosted: it is not known to treat each element "
                     "by itself; leave it out, or train unmanaged"
@@ -107,7 +110,12 @@ class ElementwiseRule:
     def options_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the options of a group, as a step finds them."""
         begun = dict.fromkeys(self.kept_in_group, 0)
-        return {**begun, **{k: _kept(value) for k, value in group.items() if k not in ("params", "param_names")}}
+        kept = {k: _kept(value) for k, value in group.items() if k not in ("params", "param_names")}
+        if self.kind.cls in _OTHER_BITS_IN_LISTS and kept["foreach"] is None:
+            # What torch takes for the parameter's device, also for pieces that are at home on the CPU.
+            on_device = any(parameter.device.type != "cpu" for parameter in group.get("params", ())[:1])
+            kept["foreach"] = True if on_device and not isinstance(kept["lr"], Tensor) else None
+        return {**begun, **kept}
 
     def update(
         self,

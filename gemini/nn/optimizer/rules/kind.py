@@ -15,6 +15,15 @@ def _nothing(shape: Shape) -> Mapping[str, Shape]:
     return {}
 
 
+LOOK_AT_WHOLE_TENSORS = frozenset(
+    {
+        *("adanorm", "caution", "cautious", "clip_threshold", "clipping_threshold", "max_grad_norm", "restart_cond"),
+        *("adagc", "agc", "fixed_norm", "trust_ratio", "use_gc", "use_orthograd"),
+    }
+)
+"""Options of other people's optimizers with which the update of an element depends on others, also of a group alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One class of optimizers."""
@@ -38,7 +47,7 @@ class Kind:
     is_whole: bool = False
     """Whether it looks at whole parameters, and is no element-wise optimizer."""
     options: tuple[str, ...] | None = None
-    """The options that may be on; None: all."""
+    """Of the constructor's arguments those that may be on; None: all."""
 
     @property
     def name(self) -> str:

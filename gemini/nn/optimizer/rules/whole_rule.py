@@ -70,7 +70,8 @@ class WholeUpdate:
             gradient.mul_(self._grad_scale)
         new.grad = gradient
         named = {name: self._shaped(flat.clone()) for name, flat in zip(self._names, states, strict=True)}
-        state = self._rule.state_before(self._step, named, self._is_fresh, self._form.side)
+        known = {name: value.to(param.device) for name, value in self._form.side.items()}
+        state = self._rule.state_before(self._step, named, self._is_fresh, known)
         self._rule.run(self._options, new, state)
         side = {name: torch.as_tensor(state[name], dtype=torch.float32) for name in self._rule.side(self._form.shape)}
         self._shaped(param).copy_(new)
