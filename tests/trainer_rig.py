@@ -47,11 +47,11 @@ class ManagedTrainer(GeminiTrainerMixin, transformers.Trainer):  # type: ignore[
     pass
 
 
-def model() -> Any:
+def model(layers: int = 2) -> Any:
     torch.manual_seed(0)
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0,
+            n_layer=layers, n_embd=32, n_head=2, vocab_size=64, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0,
             attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
@@ -78,7 +78,8 @@ class Maker:
     def plugin(self) -> GeminiPlugin:
         assert self.place is not None
         folder = {"offload_dir": self.folder, "disk_memory": "100MiB"} if self.place == "disk" else {}
-        return GeminiPlugin(precision="fp32", telemetry=False, **PLACES[self.place], **folder, **self._plugin)
+        fixed = {"precision": "fp32", "telemetry": False}
+        return GeminiPlugin(**{**fixed, **PLACES[self.place], **folder, **self._plugin})
 
     def trainer(self, of: Any, args: Any = None, **options: Any) -> Any:
         options = {"args": args or arguments(self.folder), "train_dataset": Tokens(), **options}

@@ -66,6 +66,14 @@ class GeminiModule(nn.Module):
             "Run one process per device with torchrun"
         )
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DistributedDataParallel asks a module first."""
+        raise RuntimeError(
+            "a boosted model cannot be within DistributedDataParallel: its chunks sum the gradients of the ranks "
+            "themselves. Leave the wrapper off; in accelerate, use gemini.integrations.accelerator.ManagedAccelerator"
+        )
+
     def __init_subclass__(cls, **options: Any) -> None:
         """Not the user's own hook, which may want options and keeps lists of the classes that the user writes."""
 

@@ -83,7 +83,8 @@ def refuse_conversion(module: nn.Module, fn: Convert, recurse: bool, what: str) 
                 f"{what} cannot be moved or converted with .to(), .cuda(), .half() and the like, which would change "
                 f"{name} ({tensor.dtype} on {tensor.device}): its chunks decide where parameters are. Convert before "
                 "booster.boost, or choose GeminiPlugin(precision=...); for other values assign to p.data, and for a "
-                "converted copy load model.state_dict() into a second model"
+                "converted copy load model.state_dict() into a second model. In accelerate, use "
+                "gemini.integrations.accelerator.ManagedAccelerator, or prepare it with device_placement=[False, ...]"
             )
 
 

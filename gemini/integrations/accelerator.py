@@ -1,10 +1,11 @@
 """accelerate's `Accelerator`, for a model whose parameters are where chunks are."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,20 +16,48 @@ from gemini.nn.optimizer.managed import ManagedOptimizer
 from .clipping import clip_by_norm, has_all
 
 
+class ManagedOptimizerWrapper(AcceleratedOptimizer):
+    """accelerate's wrapper of an optimizer, which knows of steps that were skipped since fp16 gradients overflowed."""
+
+    @property
+    def step_was_skipped(self) -> bool:
+        return bool(super().step_was_skipped) or bool(self.optimizer.step_was_skipped)
+
+
 class ManagedAccelerator(Accelerator):
     """Moves data to the device, and leaves a boosted model and its optimizer where they are. Clips their gradients."""
 
     def prepare_model(self, model: nn.Module, device_placement: bool | None = None, **options: Any) -> nn.Module:
         if not is_boosted(model):
             return super().prepare_model(model, device_placement, **options)  # type: ignore[no-any-return]
+        if self.scaler is not None:
+            raise ValueError(
+                'mixed_precision="fp16" of the accelerator unscales gradients through p.grad: leave it at "no", and '
+                'give GeminiPlugin(precision="fp16"), which has a loss scale of its own'
+            )
         # As for evaluation: not within DistributedDataParallel, since chunks sum the gradients of the ranks themselves.
         return super().prepare_model(model, False, **{**options, "evaluation_mode": True})  # type: ignore[no-any-return]
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
         inner = unwrapped(optimizer)
         is_managed = isinstance(inner, ManagedOptimizer) and inner._managed is not None
-        placement = False if is_managed else device_placement
-        return super().prepare_optimizer(optimizer, device_placement=placement)  # type: ignore[no-any-return]
+        if not is_managed:
+            return super().prepare_optimizer(optimizer, device_placement)  # type: ignore[no-any-return]
+        if not isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = ManagedOptimizerWrapper(optimizer, device_placement=False, scaler=self.scaler)
+        if not any(known is optimizer for known in self._optimizers):
+            self._optimizers.append(optimizer)
+        return optimizer
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """As accelerate's; on the scaled loss where the model computes in fp16."""
+        scaling = [optimizer for config, optimizer in self._boosted() if config.precision == "fp16"]
+        if len(scaling) > 1:
+            raise ValueError("several models in fp16 have a loss scale each: call optimizer.backward(loss) of one")
+        if scaling:
+            scaling[0].backward(loss / self.gradient_accumulation_steps)
+        else:
+            super().backward(loss, **kwargs)
 
     def clip_grad_norm_(
         self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2
@@ -58,12 +87,17 @@ class ManagedAccelerator(Accelerator):
 
         Gradients of a part of a model are clipped through ``p.grad``, which says so where it cannot be.
         """
-        for model in self._models:
-            if is_boosted(model):
-                config, optimizer = boosted(model).config, boosted(model).optimizer
-                if optimizer is not None and has_all(optimizer, parameters):
-                    return config, optimizer
+        parameters = list(parameters)
+        for config, optimizer in self._boosted():
+            if has_all(optimizer, parameters):
+                return config, optimizer
         return None, None
+
+    def _boosted(self) -> Iterator[tuple[GeminiConfig, ManagedOptimizer]]:
+        """How each model that is trained in chunks is boosted, and its optimizer."""
+        for model in self._models:
+            if is_boosted(model) and (optimizer := boosted(model).optimizer) is not None:
+                yield boosted(model).config, optimizer
 
 
 def managed(accelerator: Accelerator) -> Accelerator:

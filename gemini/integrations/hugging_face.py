@@ -13,6 +13,7 @@ from gemini.boosting.succession import give_optimizer, optimizer_of
 from gemini.config import GeminiConfig
 
 from .accelerator import managed, unwrapped
+from .precision import accelerators, check_full_eval, default_precision
 from .trainer_checkpoints import TrainerCheckpoints
 
 PREFIX = "memory/"
@@ -69,8 +70,12 @@ class GeminiTrainerMixin(TrainerCheckpoints):
     The optimizer is the one that the trainer is given or makes by its arguments (``optim="adamw_torch_fused"``,
     ``"sgd"``, ...), as `Booster.boost` takes it over. The model keeps its identity. A second trainer over it trains on,
     with an optimizer that keeps the same states. ``max_grad_norm`` clips, unless the plugin has a ``max_norm`` of its
-    own. A model that is evaluated before it has been trained is on the device in whole, as without the mixin; to have
-    it in chunks boost it first, without an optimizer.
+    own. ``evaluate()`` and ``predict()`` put a model that has not been trained into chunks, with room for gradients and
+    states only if the trainer has a ``train_dataset`` or an optimizer.
+
+    ``bf16=True`` and ``fp16=True`` of the trainer mean ``GeminiPlugin(precision=...)`` of that name: compute copies of
+    fp32 masters, with the plugin's loss scale for fp16. Beside ``GeminiPlugin(precision="fp32")``, ``bf16=True`` is the
+    trainer's own autocast.
 
     Checkpoints have the trainer's own layout, and a plain trainer resumes from them. Their tensors are written one at a
     time; a folder ``checkpoint-N`` appears when all of it is on the disk, with a manifest of its files and their
@@ -79,18 +84,20 @@ class GeminiTrainerMixin(TrainerCheckpoints):
     Parameters
     ----------
     gemini_plugin
-        None: ``GeminiPlugin(gradient_reduction="mean")``. It counts when the model is boosted; a model that has been
-        boosted keeps its own.
+        None: ``GeminiPlugin(gradient_reduction="mean")``, with the precision that the trainer's arguments ask for. It
+        counts when the model is boosted; a model that has been boosted keeps its own.
 
     Raises
     ------
     ValueError
-        For arguments that management cannot keep: fp16 and bf16 of the trainer, ``torch_compile`` of the whole model,
-        DeepSpeed, FSDP, clipping beside ``update_in_backward``, the sum of several ranks' gradients instead of their
-        mean.
+        For arguments that management cannot keep: ``fp16`` or ``bf16`` beside another precision of the plugin,
+        ``torch_compile`` of the whole model, DeepSpeed, FSDP, clipping beside ``update_in_backward``, the sum of
+        several ranks' gradients instead of their mean.
     TypeError
         For an optimizer that cannot be managed, with the reason.
     """
+
+    train_dataset: Any
 
     def __init__(self, *args: Any, gemini_plugin: GeminiPlugin | None = None, **kwargs: Any) -> None:
         self.gemini_plugin = gemini_plugin
@@ -98,11 +105,54 @@ class GeminiTrainerMixin(TrainerCheckpoints):
 
     def create_accelerator_and_postprocess(self) -> None:
         _refuse(self.args)
+        precision = self._precision()
+        for name in ("bf16", "fp16"):
+            if getattr(self.args, f"{name}_full_eval"):
+                check_full_eval(name, precision)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         self.accelerator = managed(self.accelerator)  # type: ignore[has-type]
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        made: dict[str, Any] = super()._build_accelerator_args(**kwargs)  # type: ignore[misc]
+        return {**made, "mixed_precision": accelerators(self.args.mixed_precision, self._precision())}
+
+    def _precision(self) -> str:
+        """That of the model's chunks, which it may not have yet."""
+        model: nn.Module | None = self.model
+        config = boosted(model).config if model is not None and is_boosted(model) else self._plugin().config
+        return config.precision
+
+    def _plugin(self) -> GeminiPlugin:
+        if self.gemini_plugin is not None:
+            return self.gemini_plugin
+        return GeminiPlugin(gradient_reduction="mean", precision=default_precision(self.args.mixed_precision))
+
     def _move_model_to_device(self, model: nn.Module, device: Any) -> None:
-        """Chunks decide where parameters are; before there are any the accelerator moves what is evaluated."""
+        """Chunks decide where parameters are."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_boosted(self.model):
+            self._boost_for_evaluation()
+        arguments = self.args
+        if arguments.bf16_full_eval or arguments.fp16_full_eval:
+            self.args = _NothingConverted(arguments)
+        try:
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.args = arguments
+
+    def _boost_for_evaluation(self) -> None:
+        """Put a model into chunks that has not been trained; with room for training, if it is to be trained later.
+
+        Room that is made later cannot be on an accelerator, and chunks have their size by then.
+        """
+        if self.train_dataset is None and self.optimizer is None:
+            Booster(plugin=self._plugin()).boost(self.model)
+            return
+        is_given = self.optimizer is not None
+        self.create_optimizer()
+        if not is_given:
+            self.optimizer = None  # `train` makes one of the arguments of then, which takes the place of this one
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         model: nn.Module = self.model
@@ -111,7 +161,7 @@ class GeminiTrainerMixin(TrainerCheckpoints):
             if current is not given:
                 self.optimizer = current
             return self.optimizer  # type: ignore[no-any-return]
-        plugin = self.gemini_plugin or GeminiPlugin(gradient_reduction="mean")
+        plugin = self._plugin()
         _check(boosted(model).config if is_boosted(model) else plugin.config, self.args)
         is_sum = (
             boosted(model).manager.together.communicator.gradient_factor == 1.0
@@ -127,12 +177,19 @@ class GeminiTrainerMixin(TrainerCheckpoints):
         return self.optimizer  # type: ignore[no-any-return]
 
 
-_OURS = "leave {0} off: GeminiPlugin(precision=...) decides the compute dtype"
+class _NothingConverted:
+    """A trainer's arguments without ``full_eval``: a model in chunks computes in that precision already."""
+
+    bf16_full_eval = fp16_full_eval = False
+
+    def __init__(self, arguments: TrainingArguments) -> None:
+        self._arguments = arguments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._arguments, name)
+
+
 _REFUSED = {
-    "fp16": _OURS,
-    "bf16": _OURS,
-    "fp16_full_eval": _OURS,
-    "bf16_full_eval": _OURS,
     "torch_compile": "leave {0} off: torch.compile the model or its blocks before the trainer gets it",
     "deepspeed": "leave {0} off: it manages the same memory; without it chunks offload to RAM and disk",
     "fsdp": "leave {0} off: it manages the same memory; without it chunks offload to RAM and disk",
@@ -148,8 +205,6 @@ def _refuse(arguments: TrainingArguments) -> None:
 
 def _check(config: GeminiConfig, arguments: TrainingArguments) -> None:
     """Raise if a model in this configuration cannot be trained with a trainer's arguments."""
-    if config.precision == "fp16":
-        raise ValueError("a Trainer calls backward itself, without a loss scale: use precision='bf16' or 'fp32'")
     if config.update_in_backward:
         if arguments.max_grad_norm:
             raise ValueError(

@@ -12,9 +12,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 
-from gemini.boosted import is_boosted
+from gemini.boosted import boosted, is_boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.boosting.succession import give_optimizer
@@ -28,7 +29,23 @@ PREFIX = "memory/"
 
 
 class ManagedPrecision(Precision):
-    """Lightning's fp32 precision, which clips the gradients of a boosted optimizer wherever they are."""
+    """Lightning's fp32 precision, which clips the gradients of a boosted optimizer wherever they are.
+
+    Batches of a LightningModule that is boosted itself come in its dtype, as with Lightning's ``"bf16-true"``: only the
+    call of a boosted module converts what goes in, and a step calls its parts.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self._root = root
+
+    def convert_input(self, data: Any) -> Any:
+        dtype = boosted(self._root).config.compute_dtype if is_boosted(self._root) else None
+        if dtype is None or dtype is torch.float32:
+            return data
+        return apply_to_collection(
+            data, function=lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, dtype=torch.Tensor
+        )
 
     def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         if _is_managed(optimizer):
@@ -59,8 +76,8 @@ class GeminiStrategy(Checkpoints, SingleDeviceStrategy):
     plugin
         None: ``GeminiPlugin()``.
     module
-        Name of the submodule that is managed, whose ``forward`` holds all uses of its parameters. None: the only
-        submodule with parameters, where there is one.
+        Name of the submodule that is managed; ``""`` is the LightningModule itself. None: the only submodule with
+        parameters, where there is one that has all, else the LightningModule itself.
     device
         What computes; None: the current CUDA device, else the CPU.
     kwargs
@@ -87,7 +104,8 @@ class GeminiStrategy(Checkpoints, SingleDeviceStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         self._refuse(trainer)
-        self.precision_plugin = ManagedPrecision()
+        assert self.lightning_module is not None
+        self.precision_plugin = ManagedPrecision(self.lightning_module)
         super().setup(trainer)
 
     def _refuse(self, trainer: Trainer) -> None:
@@ -120,6 +138,8 @@ class GeminiStrategy(Checkpoints, SingleDeviceStrategy):
             kept = [self.managed_module]
         else:
             kept = [module for module in root.modules() if is_boosted(module)]
+        if any(module is root for module in kept):
+            kept = list(root.children())  # the call itself tells Lightning the device
         with _taken_out(root, kept):
             root.to(self.root_device)
 
@@ -162,12 +182,8 @@ class GeminiStrategy(Checkpoints, SingleDeviceStrategy):
         if self._module is not None:
             return root.get_submodule(self._module)
         children = [child for child in root.children() if any(True for _ in child.parameters())]
-        if len(children) != 1 or next(root.parameters(recurse=False), None) is not None:
-            raise ValueError(
-                f"which part of {type(root).__name__} is to be managed? It has {len(children)} submodules with "
-                "parameters; give GeminiStrategy(module='name')"
-            )
-        return children[0]
+        has_own = next(root.parameters(recurse=False), None) is not None
+        return children[0] if len(children) == 1 and not has_own else root
 
 
 def _unwrapped(optimizer: Any) -> Any:

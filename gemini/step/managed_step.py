@@ -158,6 +158,9 @@ class ChunkedStep:
     def gradient_norm(self) -> float | None:
         return self.scaling.grad_norm
 
+    def was_skipped(self) -> bool:
+        return self.scaling.was_skipped
+
     def zero_gradients(self, set_to_none: bool, parameters: Set[int] | None = None) -> None:
         """Forget what is in the chunks (of these parameters, by id), or fill it with zeros."""
         if set_to_none:

@@ -26,7 +26,7 @@ class Superseded:
             "optimizer"
         )
 
-    backward = gradient_norm = _refuse
+    backward = gradient_norm = was_skipped = _refuse
     step = zero_grad = state_dict = load_state_dict = add_param_group = _refuse
     states = replace_states = clip_grad_by_norm = clip_grad_by_value = _refuse
 

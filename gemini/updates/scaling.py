@@ -34,6 +34,8 @@ class Scaling:
     ) -> None:
         self.scaler = scaler
         self.skipped_steps = 0
+        self.was_skipped = False
+        """The last step was."""
         self.grad_norm: float | None = None
         """The last norm computed, unscaled."""
         self._manager = manager
@@ -101,6 +103,7 @@ class Scaling:
         before = scaler.scale
         scaler.update(overflow=True)
         self.skipped_steps += 1
+        self.was_skipped = True
         logger.info(
             "step skipped: the gradient of %s overflows fp16 at loss scale %g; the scale is now %g",
             first_nonfinite(found),
@@ -111,6 +114,7 @@ class Scaling:
 
     def stepped(self) -> None:
         """The step has used the factor."""
+        self.was_skipped = False
         self._clipping = 1.0
         if self.scaler is not None:
             self.scaler.update(overflow=False)

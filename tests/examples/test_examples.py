@@ -202,3 +202,14 @@ def test_llama_in_two_ranks_is_llama_that_accumulates_and_either_goes_on_for_the
     then = run(capfd, *one, "--load", two_ranks.checkpoint)
     assert "Going on from step 5" in then
     assert losses(then) == straight[5:]
+
+
+@in_its_own_process
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore")  # TRL's own, about arguments of transformers that it sets
+def test_the_example_of_trl_is_trl_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    plain = run(capfd, "trl_dpo", "--precision", "fp32", "--plain")
+    ours = run(capfd, "trl_dpo", "--precision", "fp32", "--host_memory", "2MiB")
+    assert len(losses(plain)) == 8
+    assert losses(ours) == losses(plain)

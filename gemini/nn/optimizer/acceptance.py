@@ -96,6 +96,11 @@ def known_rule(optimizer: Optimizer) -> Rule | None:
 
 def _why_not(optimizer: Optimizer) -> str:
     name = type(optimizer).__name__
+    if isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        return (
+            f"got {name} around {type(inner).__name__}: boost the model with its optimizer first, and wrap what comes "
+            "back (accelerator.prepare, ...)"
+        )
     for cls in type(optimizer).__mro__:
         does = _WHOLE_TENSOR.get(cls.__name__.lower())
         if does is not None:

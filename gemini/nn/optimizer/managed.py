@@ -38,6 +38,9 @@ class ManagedStep(Protocol):
     def gradient_norm(self) -> float | None:
         """The last norm of all gradients that was computed, unscaled; None before that."""
 
+    def was_skipped(self) -> bool:
+        """True if the last step was skipped because gradients overflowed."""
+
     def step(self, optimizer: "ManagedOptimizer") -> None:
         """Update every parameter that has a gradient. The closure, if any, has run."""
 
@@ -147,6 +150,11 @@ class ManagedOptimizer(OptimizerNames, Optimizer):
                 loss = closure()
         self._step()
         return loss
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """True if the last step changed nothing because gradients overflowed fp16 at this loss scale."""
+        return self._managed is not None and self._managed.was_skipped()
 
     @uninterrupted  # around the other: an interrupt within `no_grad` would leave gradients disabled
     @torch.no_grad()

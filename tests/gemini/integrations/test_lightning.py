@@ -133,9 +133,7 @@ def test_several_optimizers_are_refused(tmp_path: Path) -> None:
     assert not is_boosted(module.net)
 
 
-def test_the_managed_part_must_be_clear(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"module='name'"):
-        trainer(tmp_path, strategy()).fit(Two(), data())
+def test_a_part_that_is_named_is_managed_alone(tmp_path: Path) -> None:
     module = Two()
     module.configure_optimizers = lambda: HybridAdam(module.net.parameters(), lr=1e-2)  # type: ignore[method-assign]
     trainer(tmp_path, strategy(module="net")).fit(module, data())
