@@ -184,10 +184,10 @@ class UpdatesAhead:
         try:
             begun = self._submitted(trial, planned, refresh) if _covers_all(chunk, planned) else None
         except BaseException:
-            trial.call_off()
+            surely(trial.call_off)
             raise
         if begun is None:
-            trial.call_off()
+            surely(trial.call_off)
         else:
             step.begun[chunk] = begun
 
@@ -266,7 +266,7 @@ class UpdatesAhead:
 
     def call_off(self) -> None:
         for begun in self._step.begun.values():
-            begun.trial.call_off()
+            surely(begun.trial.call_off)
         self.dropped_count += len(self._step.begun)
         self._step.begun.clear()
 

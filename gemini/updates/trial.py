@@ -138,7 +138,7 @@ class Trial:
         with self._lock:
             if self.state is TrialState.PENDING:
                 self._move_to(TrialState.CALLED_OFF)
-                self._end()
+            self._end()
 
     def end(self) -> bool:
         """Call it off, and return when nothing of it is under way; False if the step has confirmed it."""
@@ -163,9 +163,9 @@ class Trial:
             self._rested.notify_all()
 
     def _free(self) -> None:
-        for _, result in self._pairs.values():
+        while self._pairs:
+            _, (_, result) = self._pairs.popitem()
             self._disk.free(result)
-        self._pairs.clear()
 
     def _move_to(self, state: TrialState) -> None:
         if state not in _TRANSITIONS[self.state]:

@@ -408,11 +408,12 @@ class UpdatePipeline:
 
     def _drop(self, queue: "deque[_InFlight]") -> None:
         """Leave out the first block of a queue, which nobody wants any more."""
-        block, moves = queue.popleft()
+        block, moves = queue[0]
         moves.rest()
-        self._release(block)
+        surely(self._release, block)
         assert block.update.trial is not None
-        block.update.trial.abandon(block.start)
+        surely(block.update.trial.abandon, block.start)
+        queue.popleft()
 
     def _move(self, move: Callable[[Block, str], None], block: Block, names: Iterable[str]) -> Moves:
         futures: list[Future[None]] = []
@@ -429,10 +430,9 @@ class UpdatePipeline:
             self._changed.notify_all()
 
     def _release(self, block: Block) -> None:
-        for staged in block.staged.values():
+        while block.staged:
             assert self._staging is not None
-            self._staging.give_back(staged)
-        block.staged.clear()
+            self._staging.give_back(block.staged.popitem()[1])
 
     def _settle(self) -> None:
         """Wait for what is in flight, and put back what is not done: begun ones with their staging."""
