@@ -46,6 +46,11 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
+def fences(text: str, language: str) -> list[str]:
+    """What stands in the blocks of that language."""
+    return [textwrap.dedent(fence[3]) for fence in _FENCE.finditer(text) if fence[2] == language]
+
+
 def commands(text: str) -> Iterator[str]:
     """Command lines: lines indented by four, in ``sh`` fences, behind ``$`` in others, and in inline code."""
     lines = [line for line in _FENCE.sub("", text).splitlines() if line.startswith("    ")]

@@ -182,6 +182,22 @@ def test_gemini_stat_answers_what_the_documents_ask(
     assert {"gemini-stat", "gemini-stat ls", "gemini-stat report", "gemini-stat chunks"} <= set(answered)
 
 
+@pytest.mark.heavy
+@pytest.mark.own_process(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+def test_gemini_stat_estimates_and_measures_as_the_how_tos_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    how_tos = [path for name, path in PAGES.items() if name == "README.md" or name.startswith("docs/howto/")]
+    asked = {each for path in how_tos for each in commands(path.read_text())}
+    mine = sorted(each for each in asked if re.match(r"gemini-stat (estimate gpt2|bench) ", each))
+    for command in mine:
+        code = gemini_stat(shlex.split(command)[1:] if "bench" not in command else ["bench", str(tmp_path)])
+        assert code in CAN_ANSWER, (command, code, capsys.readouterr().err)
+    assert len(mine) >= 5
+
+
 @pytest.mark.own_process(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 def test_the_checks_fire(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "    gemini-stat gone --never  # a\n    b\n\n```sh\nscripts/gone\n```\n\n`python -m gemini.train --nope`\n"

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from documented import PAGES, Block, blocks
+from documented import PAGES, Block, blocks, fences
 
 from gemini.logging import disable_existing_loggers
 
@@ -59,6 +59,13 @@ def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest
 def test_a_fragment_is_python(page: str) -> None:
     for block in blocks(PAGES[page].read_text()):
         ast.parse(block.code)
+
+
+def test_manifests_are_yaml_and_run_what_exists() -> None:
+    yaml = pytest.importorskip("yaml", reason="pyyaml is not installed")
+    found = [yaml.safe_load(each) for path in PAGES.values() for each in fences(path.read_text(), "yaml")]
+    containers = [each for job in found for each in job["spec"]["template"]["spec"]["containers"]]
+    assert [each["command"][0] for each in containers] == ["torchrun"]
 
 
 def test_most_blocks_run() -> None:
