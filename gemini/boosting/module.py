@@ -1,9 +1,11 @@
 """What a boosted model can do besides what it could before."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import full_state_dict, load_by_modules, load_named, own_loading
 from ..monitor.stats import summary
@@ -68,7 +70,9 @@ class GeminiModule(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> Any:
-        """What DistributedDataParallel asks a module first."""
+        """What DistributedDataParallel asks a module first. Others, who look at all attributes, find none."""
+        if sys._getframe(1).f_globals.get("__name__") != DistributedDataParallel.__module__:
+            raise AttributeError("_ddp_params_and_buffers_to_ignore")
         raise RuntimeError(
             "a boosted model cannot be within DistributedDataParallel: its chunks sum the gradients of the ranks "
             "themselves. Leave the wrapper off; in accelerate, use gemini.integrations.accelerator.ManagedAccelerator"

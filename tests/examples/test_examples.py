@@ -1,5 +1,6 @@
 """The examples run as their README says, and learn something."""
 
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,8 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "re
 EXPECTED = sorted(path.stem for path in (EXAMPLES / "expected").glob("*.txt"))
 ARGUMENTS = {"several_ranks": ("--accumulate", "2")}
 """With which the expected output was written, where there are any."""
+OF_TRL = [] if importlib.util.find_spec("trl") else ["trl_dpo"]
+"""Cannot be imported where TRL is not installed, which no extra of ours does; tests/gemini/integrations/test_trl.py."""
 AT_HAND = ("plain_module", "several_ranks")
 NUMBER = r"\d+\.\d+"
 LEAST_FALL = {GPT: 0.5, BERT: 0.1, LLAMA: 0.5}
@@ -71,7 +74,7 @@ def test_an_example_runs_and_its_loss_falls(example: tuple[str, ...], capfd: pyt
 
 
 @in_its_own_process
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [each for each in SCRIPTS if each not in OF_TRL])
 def test_an_example_says_how_it_is_called(
     script: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +115,7 @@ def test_two_ranks_write_what_one_writes_that_accumulates() -> None:
 
 @in_its_own_process
 def test_every_example_is_expected_to_write_something_or_to_learn() -> None:
-    assert sorted({*EXPECTED, *(example[0] for example in LEAST_FALL)}) == SCRIPTS
+    assert sorted({*EXPECTED, *(example[0] for example in LEAST_FALL), "trl_dpo"}) == SCRIPTS
     readme = (EXAMPLES / "README.md").read_text()
     assert [script for script in SCRIPTS if f"]({script}.py)" not in readme] == []
 

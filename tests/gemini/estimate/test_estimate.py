@@ -195,7 +195,7 @@ def test_each_optimizer_has_its_own_states(capsys: pytest.CaptureFixture[str]) -
     assert list(found.values()) == [2, 0, 1, 3, 3]
     for wrong, reason in (
         ("Adamw", "the name of one of torch.optim"),
-        ("Adafactor", "factors the second moment"),
+        ("LBFGS", "searches along directions"),
         ("SGD momentum", "must be NAME=VALUE, got 'momentum'"),
         ("SGD nonsense=1", "nonsense"),
         ("AdamW differentiable=true", "does not support differentiable"),
