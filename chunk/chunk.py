@@ -213,8 +213,8 @@ class Chunk:
 
         Nobody finds the old values from here on, but in a chunk that is in use: its update is to be settled at once.
         """
-        self._update = update
-        if self.state not in SETTLED:  # else this was done before, by a step that had to be completed again
+        is_again, self._update = self._update is update, update
+        if not (is_again and self.state in SETTLED):  # else a step that had to be completed again has done this before
             self._move_to(ChunkState.READY_UPDATING if fills_full else UPDATING.get(self.state, self.state))
         self.bindings.bump_versions(positions)
         if not self.pins:

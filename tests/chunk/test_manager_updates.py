@@ -116,3 +116,14 @@ def test_no_update_begins_while_the_full_copy_is_arriving() -> None:
     rig.manager.fetch(chunk, background=True)
     with pytest.raises(StateError, match="chunk 0: FETCHING"):
         pending(rig, chunk)
+
+
+def test_an_update_may_be_noted_twice_and_another_one_not_while_it_is_under_way() -> None:
+    rig = Rig([TRAINABLE])
+    (chunk,) = rig.chunks
+    rig.use(chunk)
+    update = pending(rig, chunk)
+    chunk.begin_update(update, range(len(chunk.bindings)))
+    assert chunk.state is ChunkState.READY_UPDATING and chunk.update is update
+    with pytest.raises(StateError, match="READY_UPDATING -> READY_UPDATING"):
+        pending(rig, chunk)
