@@ -190,12 +190,14 @@ def torchrun(runs: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 @in_its_own_process
+@pytest.mark.heavy
 @pytest.mark.parametrize("example", LEAST_FALL, ids=lambda example: example[0])
 def test_an_example_runs_in_two_ranks_and_its_loss_falls(example: tuple[str, ...], two_ranks: TwoRanks) -> None:
     check_it_learns(example, two_ranks.written[example])
 
 
 @in_its_own_process
+@pytest.mark.heavy
 def test_llama_in_two_ranks_is_llama_that_accumulates_and_either_goes_on_for_the_other(
     two_ranks: TwoRanks, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.heavy
 def test_under_hard_limits_it_trains_or_its_error_has_a_cure_that_works(tmp_path: Path) -> None:
     file = tmp_path / "counts.json"
     limits = ("--caps", "2", "--lowest", "2", "--counts", "RLIMIT_NPROC=6,RLIMIT_NOFILE=4")

@@ -46,6 +46,7 @@ def saved_and_merged(folder: str) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.merge_and_unload().state_dict().items()}
 
 
+@pytest.mark.heavy
 def test_adapters_are_saved_by_all_or_the_first_and_merged_into_a_shared_base(worlds: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -45,7 +45,8 @@ class TwoRows(TensorParallel):
         return ended
 
 
-@pytest.mark.parametrize("tiers", [pytest.param({}, marks=pytest.mark.heavy), STREAMED], ids=["resident", "streamed"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("tiers", [{}, STREAMED], ids=["resident", "streamed"])
 def test_two_rows_of_two_ranks_train_as_one_row_does_in_plain_torch(worlds, tiers):
     check_tensor_parallel(worlds(4), TwoRows, max_norm=0.05, **tiers)
 
