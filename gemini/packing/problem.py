@@ -59,5 +59,5 @@ class Problem:
     """The same for updates that take whole parameters."""
 
     def staging_bytes(self, block_numel: int) -> int:
-        """What stands on HOST between DISK and everything else, with blocks of so many elements."""
+        """The staging on HOST between DISK and everything else, with blocks of ``block_numel`` elements each."""
         return self.staging_blocks * block_numel * 4 + self.whole_staging_bytes

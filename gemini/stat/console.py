@@ -97,7 +97,7 @@ def is_ascii(options: argparse.Namespace) -> bool:
 def console(options: argparse.Namespace, pipe_columns: int | None = None) -> Any:
     """A rich console that writes to stdout, with colour on a terminal only.
 
-    A pipe has so many columns at least, if that is given: whatever reads it, its lines need not fit a terminal.
+    A pipe is at least ``pipe_columns`` wide, if that is given: its reader need not be a terminal.
     """
     # rich is imported where it is used: --json and the error paths start without it.
     from rich.console import Console

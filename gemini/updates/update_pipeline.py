@@ -50,7 +50,7 @@ _READS = 2
 IO_WORKERS = 4
 """Buffers that are read or written at a time: what one of them waits for, the disk has from another."""
 PAGE_NUMEL = 2048
-"""What begins at a multiple of so many elements begins at a page, in every dtype."""
+"""An element at a multiple of this number begins a page of its file, in every dtype."""
 _NAMES_SHOWN = 4
 _REFRESHED = "full copy"
 

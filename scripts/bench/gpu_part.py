@@ -42,7 +42,7 @@ def answers(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _largest(device: Device, settings: Settings, layers: int) -> Iterator[dict[str, Any]]:
-    """Whether a model of so many layers trains, on all memory that there is."""
+    """Says whether a model with this number of layers trains, on all memory that there is."""
     size = Size(name=f"{layers} layers", layers=layers, hidden=settings.widest)
     few = replace(settings, tokens=(settings.tokens[0],), steps=1)
     config = gpu_step.config_of(size, few)

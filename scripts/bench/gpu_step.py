@@ -23,7 +23,7 @@ WARM_UP = 2
 """Compiling and the warm-up step of a plan, and the first step by it, at each number of tokens."""
 PLACEMENTS = ("resident", "host", "streamed")
 STREAMED_SHARE = 4
-"""Full copies get one part in so many of their bytes."""
+"""The bytes of all full copies, divided by the room that they get."""
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 

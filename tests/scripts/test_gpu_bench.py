@@ -60,7 +60,7 @@ def test_what_a_part_told_before_it_failed_or_took_too_long_is_kept(bench: Any, 
     says = "import sys; print('{\"tokens\": 1}', flush=True); "
     (kept, error) = run_part([sys.executable, "-c", says + "sys.exit('no room')"], tmp_path / "log", 60)
     assert kept == {"tokens": 1} and error == {"error": "ended with 1: no room"}
-    (kept, error) = run_part([sys.executable, "-c", says + "sys.stdin.read(); import time; time.sleep(60)"],
+    (kept, error) = run_part([sys.executable, "-c", says + "import threading; threading.Event().wait()"],
                              tmp_path / "log", 1)  # fmt: skip
     assert kept == {"tokens": 1} and error == {"error": "took longer than 1 s"}
 
