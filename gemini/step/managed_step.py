@@ -174,6 +174,8 @@ class ChunkedStep:
     def step(self, optimizer: ManagedOptimizer) -> None:
         self.manager.snapshots.raise_fault()
         self.averages.refuse_swapped("step")
+        if optimizer.whole is not optimizer:
+            self._refuse_alone()
         self._engine.recover()
         self.manager.refuse_released("step")
         with self._engine.lock:
@@ -184,6 +186,23 @@ class ChunkedStep:
                 work = self._begun(optimizer)
             surely(_do_all, work.left)
             surely(self._updates.wait_for_holders, work.updates)
+            surely(self._updates.serve, optimizer.whole)
+
+    def _refuse_alone(self) -> None:
+        """Raise where a step of one of several optimizers would use up, or count, what belongs to a step of all."""
+        reasons = {
+            "precision='fp16' decides of all gradients whether a step is skipped": self.scaling.scaler is not None,
+            "max_norm=... clips all gradients together": self.scaling.clips,
+            "clip_grad_by_norm has clipped the gradients of all": self.scaling.has_clipped,
+            "update_in_backward=True has begun the step of all": self._updates.schedule.consumes_gradients,
+            "a running average follows the steps of all": any(chunk.plan.averages for chunk in self.manager.chunks),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(
+                    f"one of several optimizers cannot step by itself here: {reason}. Call step() of what "
+                    "booster.boost returned for them, which steps all (model, optimizer, *_ = booster.boost(model, [a, b]))"
+                )
 
     def _begun(self, optimizer: ManagedOptimizer) -> "_Begun":
         """Begin the updates of chunks."""
@@ -200,7 +219,7 @@ class ChunkedStep:
             return _Begun([], deque([ended]))
         updates, prepared = work
         left = deque[Callable[[], None]](partial(optimizer.commit_parameters, [each]) for each in prepared)
-        left += (partial(optimizer.rule.after_step, [group]) for group in optimizer.param_groups)
+        left += (partial(optimizer.rules.of_group(group).after_step, [group]) for group in optimizer.param_groups)
         left += (self.averages.stepped, self.scaling.stepped, self._updates.after_step, self._prefetch, ended)
         begun = _Begun(updates, left)
         self._updates.start(updates)
