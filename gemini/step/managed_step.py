@@ -25,6 +25,7 @@ from ..updates.updater import Groups, Planned, Updater
 from ..updates.updates import Updates
 from .average_room import AverageRoom
 from .kept_states import KeptStates
+from .one_of_several import refuse_alone
 from .state_id import OPTIMIZER, StateId
 from .state_mapping import OptimizerStates
 from .states import States
@@ -175,7 +176,7 @@ class ChunkedStep:
         self.manager.snapshots.raise_fault()
         self.averages.refuse_swapped("step")
         if optimizer.whole is not optimizer:
-            self._refuse_alone()
+            refuse_alone(self.manager, self._updates)
         self._engine.recover()
         self.manager.refuse_released("step")
         with self._engine.lock:
@@ -187,22 +188,6 @@ class ChunkedStep:
             surely(_do_all, work.left)
             surely(self._updates.wait_for_holders, work.updates)
             surely(self._updates.serve, optimizer.whole)
-
-    def _refuse_alone(self) -> None:
-        """Raise where a step of one of several optimizers would use up, or count, what belongs to a step of all."""
-        reasons = {
-            "precision='fp16' decides of all gradients whether a step is skipped": self.scaling.scaler is not None,
-            "max_norm=... clips all gradients together": self.scaling.clips,
-            "clip_grad_by_norm has clipped the gradients of all": self.scaling.has_clipped,
-            "update_in_backward=True has begun the step of all": self._updates.schedule.consumes_gradients,
-            "a running average follows the steps of all": any(chunk.plan.averages for chunk in self.manager.chunks),
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                raise ValueError(
-                    f"one of several optimizers cannot step by itself here: {reason}. Call step() of what "
-                    "booster.boost returned for them, which steps all (model, optimizer, *_ = booster.boost(model, [a, b]))"
-                )
 
     def _begun(self, optimizer: ManagedOptimizer) -> "_Begun":
         """Begin the updates of chunks."""

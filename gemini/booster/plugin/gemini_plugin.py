@@ -286,7 +286,7 @@ class GeminiPlugin(DPPluginBase):
         """The communicator of one boosted model: all ranks of the process group call this at once."""
         return join(self.process_group, self.hybrid_shard_size, self.gradient_reduction)
 
-    def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
+    def backward(self, loss: Tensor, optimizer: Optimizer | Sequence[Optimizer]) -> None:
         """See `Booster.backward`."""
         _step_of(optimizer).backward(loss)
 
