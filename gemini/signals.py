@@ -108,11 +108,14 @@ class _Uninterrupted:
             return
         watches = self._watches
         try:
-            self._stand_in()
-            self._watches = watches + 1
-            yield
+            try:
+                self._stand_in()
+                self._watches = watches + 1
+                yield
+            finally:
+                self._watches = watches
         finally:
-            self._watches = watches
+            self._watches = watches  # an interrupt may have come before the same line above
             if not (watches or self._sections):
                 self._stand_back()
 

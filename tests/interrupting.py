@@ -30,6 +30,9 @@ class Interrupt:
 
     was_raised = False
 
+    def __str__(self) -> str:
+        return "nowhere"
+
     @contextmanager
     def armed(self) -> Iterator[None]:
         yield
@@ -40,6 +43,9 @@ class AfterSeconds(Interrupt):
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+
+    def __str__(self) -> str:
+        return f"after {self._seconds} s"
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -63,6 +69,12 @@ class AtLine(Interrupt):
         self.counts: collections.Counter[tuple[CodeType, int]] = collections.Counter()
         self._place = place
         self._nth = nth
+
+    def __str__(self) -> str:
+        if self._place is None:
+            return "nowhere"
+        code, line = self._place
+        return f"at {Path(code.co_filename).relative_to(ROOT)}:{line}, time {self._nth}"
 
     @contextmanager
     def armed(self) -> Iterator[None]:

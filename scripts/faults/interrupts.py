@@ -96,6 +96,8 @@ class _Cell:
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         outcome = outcome_of(self._run, self._phase, interrupt)
         faulthandler.cancel_dump_traceback_later()
+        if "wrong" in outcome:
+            outcome += f" (interrupted {interrupt})"
         self.outcomes[outcome] += 1
         if "wrong" in outcome or "torn" in outcome:
             self._run = self._begin()
