@@ -312,7 +312,6 @@ def test_an_average_follows_the_steps_of_all() -> None:
     run, plain = Run({}), Run(None)
     average = gemini.EMA(run.model, 0.5)
     reference = AveragedModel(plain.model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    reference.update_parameters(plain.model)
     for number in range(2):
         run.backward(number)
         with pytest.raises(ValueError, match="a running average follows the steps of all"):
