@@ -19,7 +19,7 @@ from gemini.nn.optimizer import HybridAdam
 BLOCKS, ROWS, WIDTH = 8, 4096, 1024
 CAP_BYTES = 440 << 20
 """Beyond what the process has when training begins. Blocks save 32 MiB each."""
-MORE_BYTES = 280 << 20
+MORE_BYTES = 384 << 20
 
 
 class Greedy(torch.autograd.Function):
