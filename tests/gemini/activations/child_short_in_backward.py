@@ -19,7 +19,7 @@ from gemini.nn.optimizer import HybridAdam
 
 BLOCKS, ROWS, WIDTH = 8, 4096, 1024
 CAP_BYTES = 760 << 20
-"""Beyond what the process has when training begins: room for all that the blocks save, 32 MiB each, and as much again."""
+"""Beyond what the process has when training begins: twice what the blocks save, 32 MiB each, and more."""
 MORE_BYTES = 64 << 20
 """What backward asks for beyond all that is free when it comes for the first time."""
 
