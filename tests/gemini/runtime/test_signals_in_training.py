@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from interrupting import PHASES, AfterSeconds, AtLine, Interrupt, Interrupted, lines_of, outcome_of, random_delays
+from interrupting import (
+    PHASES,
+    AfterSeconds,
+    AtLine,
+    Interrupt,
+    Interrupted,
+    Twice,
+    lines_of,
+    outcome_of,
+    random_delays,
+)
 from loop import PLACEMENTS, Trained, batch, build
 
 from gemini.booster import Booster
@@ -49,6 +59,8 @@ def test_a_training_that_is_interrupted_goes_on(placement: str, phase: str, tmp_
     outcomes: Counter[str] = Counter()
     for interrupt in spread(lines_of(run, phase), LINES):
         outcomes[outcome_of(run, phase, interrupt)] += 1
+    for number, interrupt in enumerate(spread(lines_of(run, phase), LINES // 2)):
+        outcomes[outcome_of(run, phase, Twice(*interrupt.moment, lines_between=1 + 7 * number))] += 1
     outcome_of(run, phase, Interrupt())
     delays = random_delays(0, 1.1 * run.seconds[phase])
     for _ in range(LINES):
