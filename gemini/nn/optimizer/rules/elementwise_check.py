@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .elementwise_rule import ElementwiseRule, ElementwiseUpdate
 from .rule import Form
+from .trial_steps import refuse_changes, refuse_drawing
 
 _NUMEL = 1003
 _CUTS = (0, 1, 34, 130, 517, 1000, _NUMEL)
@@ -44,8 +45,8 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
     gradients = [torch.randn(_NUMEL, generator=generator, **plain) * 10.0**-i for i in range(_STEPS)]
     names = [slot.name for slot in rule.slots(options)]
     sides = list(rule.side((_NUMEL,)))
-    first = {name: torch.full((_NUMEL,), rule.initial(name), **plain) for name in names}
     drawn = torch.random.get_rng_state()
+    first = {name: torch.full((_NUMEL,), rule.initial(name), **plain) for name in names}
 
     def at_step(number: int) -> Mapping[str, Any]:
         return {**options, **dict.fromkeys(rule.kept_in_group, number - 1)}
@@ -57,11 +58,7 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
         kept = rule.run(at_step(number), whole, state)
         _check_state(rule, state, names if rule.keeps_state(options) else [], sides, number)
         numbers.append({name: torch.as_tensor(state[name]).clone() for name in sides})
-        if kept and not rule.kind.cls.__module__.startswith("torch."):  # torch's keep notes of what they have checked
-            raise ValueError(
-                f"{rule.name} changes {', '.join(kept)} of its group or of itself in a step; only a step count and "
-                "states with the parameter's shape can be kept from step to step"
-            )
+        refuse_changes(rule, kept)
 
     pieces, states = value.clone(), {name: tensor.clone() for name, tensor in first.items()}
     for number, gradient in enumerate(gradients, 1):
@@ -75,9 +72,7 @@ def _check(rule: ElementwiseRule, options: Mapping[str, Any]) -> None:
             if different := [name for name in sides if not torch.equal(found[name], told[name])]:
                 raise ValueError(f"{rule.name}: {', '.join(different)} depend on the parameter's elements")
 
-    if not torch.equal(torch.random.get_rng_state(), drawn):
-        torch.random.set_rng_state(drawn)
-        raise ValueError(f"{rule.name} draws random numbers, which come in another order where pieces are updated")
+    refuse_drawing(rule, drawn)
     compared = {"the parameter": (pieces, whole), **{name: (states[name], state.get(name)) for name in names}}
     different = [what for what, (ours, theirs) in compared.items() if not _same(ours, theirs)]
     if different:

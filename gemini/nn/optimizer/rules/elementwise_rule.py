@@ -8,6 +8,7 @@ temporaries small: run over a whole buffer each of them would go through DRAM.
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class ElementwiseRule:
             step: int, grad_scale: float, is_fresh: bool | None = None, form: Form | None = None
         ) -> BoundUpdate:
             is_first = step == 1 if is_fresh is None else is_fresh
-            return self.update(options, names, step, grad_scale, is_first, form)
+            return self.update(Step(options, names, step, grad_scale, is_first), form)
 
         return at_step
 
@@ -117,19 +118,11 @@ class ElementwiseRule:
             kept["foreach"] = True if on_device and not isinstance(kept["lr"], Tensor) else None
         return {**begun, **kept}
 
-    def update(
-        self,
-        options: Mapping[str, Any],
-        names: Sequence[str],
-        step: int,
-        grad_scale: float,
-        is_fresh: bool,
-        form: Form | None,
-    ) -> BoundUpdate:
-        """One step with these options, on these states."""
-        if self.kind.cls is torch.optim.SGD and is_plain_form(options):
-            return SgdUpdate.of(options, step, grad_scale)
-        return ElementwiseUpdate(self, options, names, step, grad_scale, is_fresh, {} if form is None else form.side)
+    def update(self, step: "Step", form: Form | None) -> BoundUpdate:
+        """One step."""
+        if self.kind.cls is torch.optim.SGD and is_plain_form(step.options):
+            return SgdUpdate.of(step.options, step.number, step.grad_scale)
+        return ElementwiseUpdate(self, step, {} if form is None else form.side)
 
     def run(self, options: Mapping[str, Any], param: Tensor, state: dict[str, Any]) -> list[str]:
         """Let the optimizer take one step of ``param``, which has its gradient; ``state`` is written, too.
@@ -171,25 +164,25 @@ class ElementwiseRule:
                 group[name] = group.get(name, 0) + 1
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step of a group's parameters is made of."""
+
+    options: Mapping[str, Any]
+    names: Sequence[str]
+    """Of the states, in the order of the buffers."""
+    number: int
+    grad_scale: float
+    is_fresh: bool
+    """The parameters have no state yet."""
+
+
 class ElementwiseUpdate:
     """One step of a torch optimizer (a `BoundSideUpdate`)."""
 
-    def __init__(
-        self,
-        rule: ElementwiseRule,
-        options: Mapping[str, Any],
-        names: Sequence[str],
-        step: int,
-        grad_scale: float,
-        is_fresh: bool,
-        side: Mapping[str, Tensor],
-    ) -> None:
+    def __init__(self, rule: ElementwiseRule, step: Step, side: Mapping[str, Tensor]) -> None:
         self._rule = rule
-        self._options = options
-        self._names = names
         self._step = step
-        self._grad_scale = grad_scale
-        self._is_fresh = is_fresh
         self._side = side
         self._side_after: dict[str, Tensor] | None = None
 
@@ -199,10 +192,10 @@ class ElementwiseUpdate:
             self._side_after = {}
         if names and not self._side_after:
             param = _one()
-            states = {name: torch.zeros_like(param) for name in self._names}
-            state = self._rule.state_before(self._step, states, self._is_fresh, self._side)
+            states = {name: torch.zeros_like(param) for name in self._step.names}
+            state = self._rule.state_before(self._step.number, states, self._step.is_fresh, self._side)
             with torch.no_grad():
-                self._rule.run(self._options, param, state)
+                self._rule.run(self._step.options, param, state)
             self._side_after = {name: _scalar(state[name]) for name in names}
         return self._side_after
 
@@ -220,14 +213,14 @@ class ElementwiseUpdate:
 
     def _apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
         grad = grad.to(torch.float32, copy=True)  # a copy, since the optimizer may write into it
-        if self._grad_scale != 1.0:
-            grad.mul_(self._grad_scale)
-        named = dict(zip(self._names, states, strict=True))
-        state = self._rule.state_before(self._step, named, self._is_fresh, self._side)
+        if self._step.grad_scale != 1.0:
+            grad.mul_(self._step.grad_scale)
+        named = dict(zip(self._step.names, states, strict=True))
+        state = self._rule.state_before(self._step.number, named, self._step.is_fresh, self._side)
         seen = param.view(param.shape)  # its own object: `grad` and ``.data`` are set on it
         seen.grad = grad
-        self._rule.run(self._options, seen, state)
-        for tensor, new in ((param, seen), *((named[name], state.get(name)) for name in self._names)):
+        self._rule.run(self._step.options, seen, state)
+        for tensor, new in ((param, seen), *((named[name], state.get(name)) for name in self._step.names)):
             if new is not None and new.data_ptr() != tensor.data_ptr():
                 tensor.copy_(new)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .rule import Form
+from .trial_steps import refuse_changes, refuse_drawing
 from .whole_rule import WholeRule
 
 _STEPS = 3
@@ -43,13 +44,10 @@ def _check(rule: WholeRule, options: Mapping[str, Any], shape: tuple[int, ...]) 
         gradient = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * 10.0**-number
         whole.grad = gradient.clone()
         kept = rule.run(counted, whole, state)
-        if kept and not rule.kind.cls.__module__.startswith("torch."):  # torch's keep notes of what they have checked
-            raise ValueError(f"{rule.name} changes {', '.join(kept)} of its group or of itself in a step")
+        refuse_changes(rule, kept)
         _check_state(rule, state, {slot.name: shape for slot in slots} | dict(rule.side(shape)))
         rule.bind(counted, slots)(number, 1.0, None, form).apply(ours, states, gradient.flatten())
-    if not torch.equal(torch.random.get_rng_state(), drawn):
-        torch.random.set_rng_state(drawn)
-        raise ValueError(f"{rule.name} draws random numbers, which come in another order where chunks are updated")
+    refuse_drawing(rule, drawn)
     pairs = {"the parameter": (ours.view(shape), whole)}
     pairs |= {slot.name: (flat.view(shape), state[slot.name]) for slot, flat in zip(slots, states, strict=True)}
     if different := [what for what, (mine, theirs) in pairs.items() if not torch.equal(mine, theirs)]:

@@ -5,51 +5,29 @@ or nothing. Matrices are large, so that the copies cost little beside what it co
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .elementwise_rule import ElementwiseRule
+from .elementwise_rule import ElementwiseRule, Step
 from .rule import BoundUpdate, Form
 
 
 class WholeRule(ElementwiseRule):
     """A torch optimizer that is given one whole parameter at a time (a `Rule`)."""
 
-    def update(
-        self,
-        options: Mapping[str, Any],
-        names: Sequence[str],
-        step: int,
-        grad_scale: float,
-        is_fresh: bool,
-        form: Form | None,
-    ) -> BoundUpdate:
+    def update(self, step: Step, form: Form | None) -> BoundUpdate:
         assert form is not None
-        return WholeUpdate(self, options, names, step, grad_scale, is_fresh, form)
+        return WholeUpdate(self, step, form)
 
 
 class WholeUpdate:
     """One step of one parameter (a `BoundUpdate`). Its side states are replaced when it has been computed."""
 
-    def __init__(
-        self,
-        rule: WholeRule,
-        options: Mapping[str, Any],
-        names: Sequence[str],
-        step: int,
-        grad_scale: float,
-        is_fresh: bool,
-        form: Form,
-    ) -> None:
+    def __init__(self, rule: WholeRule, step: Step, form: Form) -> None:
         self._rule = rule
-        self._options = options
-        self._names = names
         self._step = step
-        self._grad_scale = grad_scale
-        self._is_fresh = is_fresh
         self._form = form
 
     def atomic_numel(self, device: torch.device) -> int | None:
@@ -66,16 +44,16 @@ class WholeUpdate:
     @torch.no_grad()
     def _apply(self, param: Tensor, states: Sequence[Tensor], grad: Tensor) -> None:
         new, gradient = (self._shaped(flat.to(torch.float32, copy=True)) for flat in (param, grad))
-        if self._grad_scale != 1.0:
-            gradient.mul_(self._grad_scale)
+        if self._step.grad_scale != 1.0:
+            gradient.mul_(self._step.grad_scale)
         new.grad = gradient
-        named = {name: self._shaped(flat.clone()) for name, flat in zip(self._names, states, strict=True)}
+        named = {name: self._shaped(flat.clone()) for name, flat in zip(self._step.names, states, strict=True)}
         known = {name: value.to(param.device) for name, value in self._form.side.items()}
-        state = self._rule.state_before(self._step, named, self._is_fresh, known)
-        self._rule.run(self._options, new, state)
+        state = self._rule.state_before(self._step.number, named, self._step.is_fresh, known)
+        self._rule.run(self._step.options, new, state)
         side = {name: torch.as_tensor(state[name], dtype=torch.float32) for name in self._rule.side(self._form.shape)}
         self._shaped(param).copy_(new)
-        for name, flat in zip(self._names, states, strict=True):
+        for name, flat in zip(self._step.names, states, strict=True):
             if (value := state.get(name)) is not None:
                 self._shaped(flat).copy_(value)
         self._form.side.update(side)
