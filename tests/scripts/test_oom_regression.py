@@ -32,15 +32,8 @@ def baselines(folder: Path, peaks: dict[str, Any]) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    "which",
-    [
-        pytest.param(("--only", "plain_dies_gemini_trains"), id="plain dies, Gemini trains"),
-        pytest.param(("--quick",), id="quick", marks=pytest.mark.heavy),
-    ],
-)
-def test_the_quick_scenarios_pass(which: tuple[str, ...], tmp_path: Path) -> None:
-    said = oom_regression(*which, "--small", "--json", tmp_path / "out.json", expect=0)
+def test_the_quick_scenarios_pass(tmp_path: Path) -> None:
+    said = oom_regression("--quick", "--small", "--json", tmp_path / "out.json", expect=0)
     assert "all as expected" in said
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["passed"]
