@@ -236,7 +236,12 @@ def _kinds(given: list[Any]) -> list[str | None]:
 
 
 def _kind(value: Any, has_model: bool) -> str:
-    if isinstance(value, list | tuple) and value and all(isinstance(each, Optimizer) for each in value):
+    if isinstance(value, list | tuple) and not value:
+        raise TypeError(
+            f"boost got an empty {type(value).__name__}, which may stand for optimizers or for data: leave it out, or "
+            "give what belongs in it"
+        )
+    if isinstance(value, list | tuple) and all(isinstance(each, Optimizer) for each in value):
         return "optimizer"
     several = _several(value)
     if several is not None:
