@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from gemini.environment import number_of_ranks
+
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Threads that a process of this rank should compute with; at least 1.
@@ -18,13 +20,18 @@ def usable_cores(root: Path = Path("/")) -> int:
     ----------
     root
         Where ``proc`` and ``sys`` are.
+
+    Raises
+    ------
+    ValueError
+        If ``LOCAL_WORLD_SIZE`` is no whole number.
     """
     try:
         mine = len(os.sched_getaffinity(0))
         parents = len(os.sched_getaffinity(os.getppid()))
     except (AttributeError, OSError):  # not on every platform; a parent that is gone or in another namespace
         mine = parents = _all_cores()
-    return share(mine, parents, cpu_quota(root), _local_ranks())
+    return share(mine, parents, cpu_quota(root), number_of_ranks("LOCAL_WORLD_SIZE"))
 
 
 def share(mine: int, parents: int, quota: float | None, ranks: int) -> int:
@@ -71,13 +78,6 @@ def _ratio(quota: str = "", period: str = "") -> Iterator[float]:
     """``"200000", "100000"`` are two cores; ``"max"``, ``"-1"`` and what is missing are no limit."""
     if quota.strip().isdecimal() and period.strip().isdecimal() and int(period) > 0:
         yield int(quota) / int(period)
-
-
-def _local_ranks() -> int:
-    try:
-        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    except ValueError:
-        return 1
 
 
 def _all_cores() -> int:

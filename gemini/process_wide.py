@@ -86,6 +86,8 @@ def trim_freed_memory() -> None:
 
     `return_freed_memory` does not reach all: what fits into a hole on the heap is put there, whatever the threshold,
     and its pages stay when it is freed. Takes some 0.2 ms. Does nothing where malloc is not glibc's.
+
+    What is free at the end of another thread's arena stays (measured: 17 MiB) until that arena frees a block again.
     """
     if _is_ours():
         _call("malloc_trim", 0)

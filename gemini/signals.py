@@ -68,10 +68,10 @@ class _Uninterrupted:
             return
         self._sections -= 1  # from here on everything does, also in what follows: each line may be the last one
         if not self._sections:
-            if not self._watches:
-                self._stand_back()
             if self._came:
                 self._raise_held()
+            elif not self._watches:
+                self._stand_back()
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
         @wraps(function)
@@ -108,11 +108,14 @@ class _Uninterrupted:
             return
         watches = self._watches
         try:
-            self._stand_in()
-            self._watches = watches + 1
-            yield
+            try:
+                self._stand_in()
+                self._watches = watches + 1
+                yield
+            finally:
+                self._watches = watches
         finally:
-            self._watches = watches
+            self._watches = watches  # an interrupt may have come before the same line above
             if not (watches or self._sections):
                 self._stand_back()
 
@@ -137,16 +140,21 @@ class _Uninterrupted:
             now = time.monotonic()
             if now - self._came.setdefault(number, now) < PATIENCE_SECONDS:
                 return
-            del self._came[number]
+        self._came.pop(number, None)  # one that was held and is about to be raised is this one, too
         handler = self._handlers.get(number)
         if handler is not None:
             handler(number, frame)
 
     def _raise_held(self) -> None:
-        while self._came:
-            number = next(iter(self._came))
-            del self._came[number]
-            signal.raise_signal(number)
+        """Before ours are taken back: what comes meanwhile goes through them, and is not raised a second time later."""
+        try:
+            while self._came:
+                number = next(iter(self._came))
+                del self._came[number]
+                signal.raise_signal(number)
+        finally:
+            if not self._watches:
+                self._stand_back()
 
 
 _MAIN_THREAD = threading.main_thread().ident

@@ -186,10 +186,11 @@ def _get_ready() -> None:
 
     from gemini.nn.optimizer import HybridAdam
     from gemini.nn.optimizer.rules.adam_rule import ADAM
+    from gemini.nn.optimizer.rules.rules import OneRule
     from gemini.updates.update_queue import warm_up
 
     optimizer = HybridAdam([torch.nn.Parameter(torch.zeros(1))])
-    warm_up(ADAM, optimizer.param_groups, torch.device("cpu"), torch.float32, False)
+    warm_up(OneRule(ADAM), optimizer.param_groups, torch.device("cpu"), torch.float32, False)
 
 
 if __name__ == "__main__":

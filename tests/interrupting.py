@@ -30,6 +30,9 @@ class Interrupt:
 
     was_raised = False
 
+    def __str__(self) -> str:
+        return "nowhere"
+
     @contextmanager
     def armed(self) -> Iterator[None]:
         yield
@@ -40,6 +43,9 @@ class AfterSeconds(Interrupt):
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+
+    def __str__(self) -> str:
+        return f"after {self._seconds} s"
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -63,6 +69,18 @@ class AtLine(Interrupt):
         self.counts: collections.Counter[tuple[CodeType, int]] = collections.Counter()
         self._place = place
         self._nth = nth
+
+    @property
+    def moment(self) -> tuple[tuple[CodeType, int], int]:
+        """The place, and the how many-th time."""
+        assert self._place is not None
+        return self._place, self._nth
+
+    def __str__(self) -> str:
+        if self._place is None:
+            return "nowhere"
+        code, line = self._place
+        return f"at {Path(code.co_filename).relative_to(ROOT)}:{line}, time {self._nth}"
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -90,6 +108,36 @@ class AtLine(Interrupt):
             self.was_raised = True
             sys.settrace(None)
             signal.raise_signal(signal.SIGINT)
+        return self._line
+
+
+class Twice(AtLine):
+    """Ctrl-C before a line of our code runs, and again before another one that runs a few lines later."""
+
+    def __init__(self, place: tuple[CodeType, int], nth: int, lines_between: int) -> None:
+        super().__init__(place, nth)
+        self._left = self._between = lines_between
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, and {self._between} lines later"
+
+    def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(OURS) else None
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event != "line":
+            return self._line
+        if not self.was_raised:
+            place = (frame.f_code, frame.f_lineno)
+            self.counts[place] += 1
+            if place == self._place and self.counts[place] == self._nth:
+                self.was_raised = True
+                signal.raise_signal(signal.SIGINT)
+        else:
+            self._left -= 1
+            if not self._left:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
         return self._line
 
 

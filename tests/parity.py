@@ -16,6 +16,7 @@ from gemini.chunk.disk import PAGE_BYTES
 from gemini.errors import OutOfMemory
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
+from gemini.signals import uninterrupted
 
 Build = Callable[[], nn.Module]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -115,8 +116,10 @@ def masters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_at_rest(model: nn.Module) -> None:
-    """No pin is left, and the ledger says what the chunks say."""
+    """No pin is left, no call is under way, and the ledger says what the chunks say."""
     manager = boosted(model).manager
+    assert boosted(model).hooks._depth == 0
+    assert uninterrupted._watches == uninterrupted._sections == 0
     manager.settle()
     boosted(model).saving.rest(10.0)
     boosted(model).step._updater._queue._thread.submit(int).result(10.0)  # behind updates that were called off

@@ -287,3 +287,9 @@ def run_uncaught(rank: int, programs: Sequence[Sequence[str]]) -> None:
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def batches_of_a_loader(rank: int) -> list[list[int]]:
+    """What the plugin deals out to this rank of ten numbers."""
+    loader = GeminiPlugin(telemetry=False).prepare_dataloader(list(range(10)), 2, shuffle=True)
+    return [batch.tolist() for batch in loader]

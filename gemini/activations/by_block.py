@@ -7,7 +7,7 @@ there is no hook: neither for saved tensors nor on blocks.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -92,16 +92,25 @@ class ByBlock:
             yield
             return
         try:
-            with explain_transforms(self._policy), ExitStack() as self._call:
-                yield
-            if self._forward is not None and self._forward.is_measured:
-                self._advice.ended(self._rest.nbytes, self._rest.movable_bytes)
+            try:
+                with explain_transforms(self._policy), ExitStack() as self._call:
+                    yield
+                if self._forward is not None and self._forward.is_measured:
+                    self._advice.ended(self._rest.nbytes, self._rest.movable_bytes)
+            finally:
+                self._end_call()
         finally:
-            if self._running is not None and self._running.watch is not None:
-                self._running.watch.end()
-            self._call = self._running = self._forward = None
+            self._end_call()  # an interrupt may have come before the end of the one above
         if self._offload is not None:
             self._offload.settle()
+
+    @uninterrupted
+    def _end_call(self) -> None:
+        if self._running is not None and self._running.watch is not None:
+            self._running.watch.end()
+        if self._call is not None:
+            self._call.close()  # an interrupt may have come before the context was left
+        self._call = self._running = self._forward = None
 
     def begin(self, batch: Batch) -> None:
         if self._call is None or self._forward is not None or not torch.is_grad_enabled():
@@ -197,9 +206,6 @@ class ByBlock:
         return KeptTensor(tensor)
 
     # -- the rest of a `Saving`
-
-    def moving(self, may_move: bool) -> AbstractContextManager[None]:
-        return self._offload.moving(may_move) if self._offload is not None else nullcontext()
 
     def ran_short(self, others_help: bool) -> bool:
         return self._advice.ran_short()

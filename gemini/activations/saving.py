@@ -1,7 +1,7 @@
 """The hooks for tensors that a model's forward saves for backward: which may leave, and which stay."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 from torch import Tensor
@@ -44,9 +44,6 @@ class Saving(Protocol):
     def begin(self, batch: Batch) -> None:
         """The model's forward begins, in the call that is under way."""
 
-    def moving(self, may_move: bool) -> AbstractContextManager[None]:
-        """A context within a call: what is saved in it may leave, or stays. The innermost one counts."""
-
     @property
     def keeps_until_short(self) -> bool:
         """True if everything is kept now, and less would be if memory ran out."""
@@ -87,9 +84,6 @@ class KeepAll:
     def begin(self, batch: Batch) -> None:
         pass
 
-    def moving(self, may_move: bool) -> AbstractContextManager[None]:
-        return self._nothing
-
     def ran_short(self, others_help: bool) -> bool:
         return False
 
@@ -117,15 +111,19 @@ class Offload:
         self.counts = store.counts
         self._store = store
         self._leavers = leavers
-        self._may_move = True
 
     @contextmanager
     def of_call(self) -> Iterator[None]:
         if saving_is_taken():  # by hooks of the user's around the model, which are to see what it saves
             yield
             return
-        with explain_transforms("offload"), saved_tensors_hooks(self.pack, unpack):
-            yield
+        hooks = ExitStack()
+        try:
+            with explain_transforms("offload"), hooks:
+                hooks.enter_context(saved_tensors_hooks(self.pack, unpack))
+                yield
+        finally:
+            hooks.close()  # an interrupt may have come before the context was left
         self.settle()
 
     def begin(self, batch: Batch) -> None:
@@ -136,14 +134,6 @@ class Offload:
     def settle(self) -> None:
         """Let all leave that only graphs hold, as far as that needs no waiting."""
         self._store.settle()
-
-    @contextmanager
-    def moving(self, may_move: bool) -> Iterator[None]:
-        before, self._may_move = self._may_move, may_move
-        try:
-            yield
-        finally:
-            self._may_move = before
 
     def ran_short(self, others_help: bool) -> bool:
         return False
@@ -158,6 +148,6 @@ class Offload:
     def pack(self, tensor: Tensor) -> Packed:
         """What the graph holds in place of a tensor, which leaves if it may."""
         with without_torch_function():  # none of this is an operation of the model's
-            if self._may_move and self._leavers.may_leave(tensor):
+            if self._leavers.may_leave(tensor):
                 return MovedTensor(tensor, self._store.save(tensor.untyped_storage()), self._store)
             return KeptTensor(tensor)

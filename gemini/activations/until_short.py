@@ -66,9 +66,6 @@ class KeepUntilShort:
     def begin(self, batch: Batch) -> None:
         self._saving.begin(batch)
 
-    def moving(self, may_move: bool) -> AbstractContextManager[None]:
-        return self._saving.moving(may_move)
-
     def rest(self, seconds: float = 0.0) -> None:
         self._saving.rest(seconds)
 

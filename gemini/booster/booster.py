@@ -1,6 +1,6 @@
 """`Booster`: wraps the objects of a training loop with what its plugin does."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,7 +75,8 @@ class Booster(Checkpointing):
             a `HybridAdam` with the same groups. Or another one of torch's (but for SparseAdam and LBFGS), Lion, NAdamW,
             Adan or Adafactor of a well-known package, or one given to `gemini.nn.optimizer.register_elementwise` or
             `register_whole_parameter`; it comes back as an optimizer with the same groups, the same
-            arithmetic and the same ``state_dict()``. None: inference only.
+            arithmetic and the same ``state_dict()``. A list of several, each with parameters of its own (Muon for
+            matrices, AdamW for the rest), comes back as one that is a sequence of them. None: inference only.
         criterion, dataloader, lr_scheduler
             Come back as they are; the scheduler steers the optimizer that comes back.
 
@@ -104,7 +105,7 @@ class Booster(Checkpointing):
         return tuple(result[kind] if kind is not None else None for kind in kinds)
 
     @checked(BACKWARD)
-    def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
+    def backward(self, loss: Tensor, optimizer: Optimizer | Sequence[Optimizer]) -> None:
         """Run backward; with fp16, on the scaled loss.
 
         After an exception nothing stays pinned and the gradients of this backward are dropped.
@@ -228,14 +229,20 @@ def _kinds(given: list[Any]) -> list[str | None]:
     for value in given:
         kind = None if value is None else _kind(value, has_model="model" in kinds)
         if kind is not None and kind in kinds:
-            is_second = kind == "optimizer"
-            more = ": boost with that of most parameters, and step the other yourself" if is_second else ""
+            more = ": give several as a list, boost(model, [a, b])" if kind == "optimizer" else ""
             raise TypeError(f"boost got two objects of the kind {kind}; the second is a {type(value).__name__}{more}")
         kinds.append(kind)
     return kinds
 
 
 def _kind(value: Any, has_model: bool) -> str:
+    if isinstance(value, list | tuple) and not value:
+        raise TypeError(
+            f"boost got an empty {type(value).__name__}, which may stand for optimizers or for data: leave it out, or "
+            "give what belongs in it"
+        )
+    if isinstance(value, list | tuple) and all(isinstance(each, Optimizer) for each in value):
+        return "optimizer"
     several = _several(value)
     if several is not None:
         raise TypeError(f"boost got a {type(value).__name__} of {several}")
@@ -258,9 +265,8 @@ def _kind(value: Any, has_model: bool) -> str:
 _ONE_OF_EACH: tuple[tuple[type, str], ...] = (
     (
         Optimizer,
-        "optimizers, expected one: give one optimizer with several parameter groups; or, as for Muon and AdamW, boost "
-        "with that of most parameters and step the other yourself; or, where they take turns (as those of a GAN do), "
-        "boost each model with its own",
+        "optimizers and other things: give several optimizers of one model as a list of them, boost(model, [a, b]), "
+        "and boost each model with its own",
     ),
     (
         LRScheduler,

@@ -98,7 +98,7 @@ def check_optimizers(model: nn.Module, optimizer: ManagedOptimizer | None, commu
     own: dict[str, Word] = {}
     for index, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
         assert optimizer is not None
-        kept = [f"{spec.name}: {spec.dtype}" for spec in optimizer.rule.slots(group)]
+        kept = [f"{spec.name}: {spec.dtype}" for spec in optimizer.rules.of_group(group).slots(group)]
         own |= {names[id(parameter)]: [str(index), *kept] for parameter in group["params"] if id(parameter) in names}
     words = _words_of_all(communicator, "booster.boost with the same optimizer", own)
     if (difference := _first_difference(words)) is not None:

@@ -20,6 +20,7 @@ from ..monitor.monitor import Monitor, Silent
 from ..monitor.stats import Statistics
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.adam_rule import ADAM
+from ..nn.optimizer.rules.rules import OneRule
 from ..packing.packing import Packing
 from ..runtime.arrivals import watch_gradients
 from ..runtime.backward import BackwardHooks
@@ -85,7 +86,7 @@ def assemble(
     memory = Memory(manager, room, homes, pacing, sampling, listener, saving)
     engine = Engine(manager, units, updates, pacing, room, memory, sampling, listener)
 
-    kept = KeptStates(values, optimizer.rule if optimizer is not None else ADAM, updater)
+    kept = KeptStates(values, optimizer.rules if optimizer is not None else OneRule(ADAM), updater)
     unfreezing = Unfreezing(engine, config)
     state_id = StateId(origin, lambda: engine.step.number)
     step = ChunkedStep(engine, updater, updates, unfreezing, kept, state_id)

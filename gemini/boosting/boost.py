@@ -1,7 +1,7 @@
 """Boosting a model: from a plain (or lazy) module and its optimizer to chunks, hooks and a managed step."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import nn
 from ..activations import Saving, beside_activations, check_place, make_saving
 from ..boosted import Boosted
 from ..checkpoint import serve_parts
-from ..chunk import ChunkManager, all_or_none, warm_up_codes
+from ..chunk import BufferSpec, ChunkManager, all_or_none, warm_up_codes
 from ..config import GeminiConfig
 from ..errors import GeminiError, OutOfMemory, is_out_of_memory
 from ..memory.capacity import Capacities, find_capacities
@@ -21,6 +21,7 @@ from ..memory.system_memory import check_least_room, is_of_ram, refused_memory
 from ..memory.tracker import NonModelMeter, host_budget, host_headroom
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.adam_rule import ADAM
+from ..nn.optimizer.rules.rules import OneRule
 from ..packing.packing import MANAGED_DTYPES, Packing, decide
 from ..process_wide import bound_kernels, return_freed_memory
 from ..quantization import Quantization
@@ -119,8 +120,9 @@ def _refuse(model: nn.Module, optimizer: ManagedOptimizer | None, config: Gemini
     refuse_model(model)
     if optimizer is not None:
         refuse_optimizer(model, optimizer)
-        if optimizer.rule.is_whole:
-            refuse_whole(model, optimizer.rule.name, config.communicator.owner.count)
+        rules = [optimizer.rules.of_group(group) for group in optimizer.param_groups]
+        if whole := [rule for rule in rules if rule.is_whole]:
+            refuse_whole(model, whole[0].name, config.communicator.owner.count)
     if not config.communicator.owner.is_alone:
         refuse_sharing(model)
     if config.split_master:
@@ -140,21 +142,28 @@ def _warm_up(
     for dtype in dtypes if optimizer is not None else ():
         for device in devices:
             assert optimizer is not None
-            warm_up(optimizer.rule, optimizer.param_groups, device, dtype, config.split_master)
+            warm_up(optimizer.rules, optimizer.param_groups, device, dtype, config.split_master)
 
 
 def _decide(
     model: nn.Module, optimizer: ManagedOptimizer | None, config: GeminiConfig, capacities: Capacities
 ) -> Packing:
-    rule = optimizer.rule if optimizer is not None else ADAM
+    rules = optimizer.rules if optimizer is not None else OneRule(ADAM)
     param_groups: Sequence[dict[str, Any]] = optimizer.param_groups if optimizer is not None else ()
     left = beside_activations(config, capacities)
+
+    def slots_of(group: Mapping[str, Any]) -> tuple[BufferSpec, ...]:
+        return rules.of_group(group).slots(group)
+
+    def is_whole(group: Mapping[str, Any]) -> bool:
+        return rules.of_group(group).is_whole
+
     try:
-        packing = decide(model, param_groups, config, left, rule.slots, rule.is_whole)
+        packing = decide(model, param_groups, config, left, slots_of, is_whole)
     except OutOfMemory:
         if left is capacities:
             raise
-        packing = decide(model, param_groups, config, capacities, rule.slots, rule.is_whole)
+        packing = decide(model, param_groups, config, capacities, slots_of, is_whole)
     warn_of_other_dtypes(packing, config.precision)
     return packing
 

@@ -88,9 +88,9 @@ def fill(model: nn.Module, packing: Packing, manager: ChunkManager, device: torc
 
 def take_over_states(optimizer: ManagedOptimizer, manager: ChunkManager) -> None:
     """An optimizer that has stepped before goes on where it was; one that starts with states gets them."""
-    if optimizer.rule.has_initial_state:
-        for chunk in manager.chunks:
-            fill_states(optimizer.rule, chunk)
+    for chunk in manager.chunks:
+        if chunk.is_trainable and (rule := optimizer.rules.of(chunk.bindings[0].parameter)).has_initial_state:
+            fill_states(rule, chunk)
     for parameter, saved in optimizer.state.items():
         place = manager.find(parameter)
         if place is None or not place[0].is_trainable:

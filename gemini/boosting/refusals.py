@@ -46,6 +46,8 @@ def refuse_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     ValueError
         Nothing has been changed.
     """
+    for part in getattr(optimizer, "parts", ()):
+        refuse_optimizer(model, part)
     name = type(optimizer).__name__
     if getattr(optimizer, "_managed", None) is not None:
         raise ValueError(
@@ -119,12 +121,12 @@ def refuse_whole(model: nn.Module, name: str, ranks: int) -> None:
 def refuse_split_master(model: nn.Module, optimizer: ManagedOptimizer | None) -> None:
     """Raise where masters cannot be in two halves, or would be changed in place."""
     if optimizer is not None:
-        slots = {slot for group in optimizer.param_groups for slot in optimizer.rule.slots(group)}
+        slots = {slot for group in optimizer.param_groups for slot in optimizer.rules.of_group(group).slots(group)}
         if not any(slot.has_spare_sign for slot in slots):
             kept = ", ".join(sorted(f"{slot.name} in {slot.dtype}" for slot in slots)) or "nothing"
             raise ValueError(
                 f"split_master=True needs HybridAdam with states='fp32', in whose second moment there is a bit to "
-                f"spare; {optimizer.rule.name} here keeps {kept}"
+                f"spare; {optimizer.rules.name} here keeps {kept}"
             )
     if renormalised := [name for name in _renormalised(model) if model.get_submodule(name).weight.requires_grad]:
         raise ValueError(

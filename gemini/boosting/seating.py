@@ -137,7 +137,9 @@ def _state_bytes(optimizer: ManagedOptimizer | None) -> dict[int, int]:
     found: dict[int, int] = {}
     if optimizer is not None:
         for group in optimizer.param_groups:
-            nbytes = sum(-(-spec.dtype.itemsize // spec.block_numel) for spec in optimizer.rule.slots(group))
+            nbytes = sum(
+                -(-spec.dtype.itemsize // spec.block_numel) for spec in optimizer.rules.of_group(group).slots(group)
+            )
             found |= {id(p): nbytes for p in group["params"] if p.requires_grad}
     return found
 

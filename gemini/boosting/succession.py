@@ -17,8 +17,9 @@ def bind_optimizer(state: Boosted, optimizer: ManagedOptimizer) -> None:
     """Let the optimizer hand its work to the model's step."""
     state.serve(optimizer)
     optimizer.be_managed(state.step)
-    if (given := optimizer.stands_for()) is not None:
-        let_ask(given, optimizer)
+    for each in (optimizer, *optimizer.parts):
+        if (given := each.stands_for()) is not None:
+            let_ask(given, each)
 
 
 def optimizer_of(model: nn.Module, given: Optimizer | None) -> ManagedOptimizer | None:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from gemini.nn.optimizer.joint import whole_of
+
 MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER = "model", "optimizer", "lr_scheduler", "dataloader"
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -65,6 +67,8 @@ def pairs(parts: Sequence[Part]) -> list[tuple[str, nn.Module, Optimizer | None]
 def _parts(kind: str, value: Any) -> Iterator[Part]:
     if value is None:
         return
+    if kind == OPTIMIZER and (whole := whole_of(value)) is not None:
+        value = whole
     if isinstance(value, list | tuple):
         raise TypeError(f"{kind}=[...] has no names: give several as a dict, such as {kind}={{'a': ..., 'b': ...}}")
     for name, each in value.items() if isinstance(value, Mapping) else [("", value)]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gemini.errors import CheckpointError
-from gemini.nn.optimizer.acceptance import known_rule, rule_name
+from gemini.nn.optimizer.acceptance import known_rules, rule_name
 from gemini.nn.optimizer.managed import ManagedOptimizer
 from gemini.nn.optimizer.rules.option_ranges import group_faults
 from gemini.step.saved_groups import check_groups
@@ -43,7 +43,7 @@ def checked_saved(optimizer: Optimizer, saved: SavedOptimizer, path: Path) -> Sa
     try:
         step = managed(optimizer)
         room = step.kept.room(optimizer) if step is not None else {}
-        check_groups(optimizer, known_rule(optimizer), saved.param_groups, saved.states, room)
+        check_groups(optimizer, known_rules(optimizer), saved.param_groups, saved.states, room)
         if saved.loss_scaler is not None:
             LossScaler.of_state(saved.loss_scaler)
     except ValueError as error:
@@ -64,11 +64,11 @@ def check_options(optimizer: Optimizer, doing: str) -> None:
     CheckpointError
         Naming groups and options.
     """
-    rule = known_rule(optimizer)
+    rules = known_rules(optimizer)
     faults = [
         f"group {index}: {fault}"
         for index, group in enumerate(optimizer.param_groups)
-        for fault in group_faults(None if rule is None else rule.name, group, group)
+        for fault in group_faults(None if rules is None else rules.of_group(group).name, group, group)
     ]
     if faults:
         raise CheckpointError(

@@ -59,7 +59,7 @@ def whole_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     if scaler is not None:
         state["loss_scaler"] = scaler.state_dict()
     if isinstance(optimizer, ManagedOptimizer):
-        state |= {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
+        state |= {"optimizer": optimizer.rules.name, "id": id_metadata(optimizer).get(ID_KEY)}
     return state
 
 
@@ -103,28 +103,32 @@ class States:
 
 def _content(optimizer: ManagedOptimizer, path: Path) -> tuple[dict[str, Any], list[UnreadTensor]]:
     """What the JSON says but for where the tensors are, and the tensors."""
-    rule, scaler = optimizer.rule, loss_scaler(optimizer)
+    scaler, parameters = loss_scaler(optimizer), _parameters(optimizer)
     steps: dict[int, int] = {}
     found: list[UnreadTensor] = []
     if optimizer.has_state_dict_post_hooks:
         saved, states = _hooked(optimizer, path)
         for index, state in states.items():
-            steps[index] = steps_of(rule, state)
+            rule = optimizer.rules.of(parameters[index])
+            if rule.takes_step:
+                steps[index] = steps_of(rule, state)
             found += [UnreadTensor(r, partial(_on_cpu, state, _key(r))) for r in _records(rule, index, state, path)]
     else:
         optimizer.before_state_dict()
         saved = [optimizer.saved_options(group) for group in optimizer.param_groups]
-        for index, parameter in enumerate(_parameters(optimizer)):
+        for index, parameter in enumerate(parameters):
             if _has_state(optimizer, parameter):
-                steps[index] = _step_of(optimizer, parameter)
+                rule = optimizer.rules.of(parameter)
+                if rule.takes_step:
+                    steps[index] = _step_of(optimizer, parameter)
                 records = _records(rule, index, _shown(optimizer, parameter), path)
                 found += [_unread(optimizer, parameter, record) for record in records]
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "optimizer": rule.name,
+        "optimizer": optimizer.rules.name,
         "param_groups": _groups(optimizer, saved, path),
-        "steps": steps if rule.takes_step else {},
+        "steps": steps,
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
         "id": id_metadata(optimizer).get(ID_KEY),
     }
@@ -154,7 +158,7 @@ def unread_state(optimizer: ManagedOptimizer) -> dict[str, Any]:
         groups.append(optimizer.saved_options(group) | {"params": list(range(count, count + len(group["params"])))})
         count += len(group["params"])
     scaler = loss_scaler(optimizer)
-    more: dict[str, Any] = {"optimizer": optimizer.rule.name, "id": id_metadata(optimizer).get(ID_KEY)}
+    more: dict[str, Any] = {"optimizer": optimizer.rules.name, "id": id_metadata(optimizer).get(ID_KEY)}
     if scaler is not None:
         more["loss_scaler"] = scaler.state_dict()
     return {"state": states, "param_groups": groups, **more}
@@ -263,4 +267,4 @@ def _step_of(optimizer: ManagedOptimizer, parameter: Tensor) -> int:
     step = managed(optimizer)
     if step is not None and step.kept.keeps(parameter):
         return step.kept.count(parameter)
-    return steps_of(optimizer.rule, optimizer.state.get(parameter, {}))
+    return steps_of(optimizer.rules.of(parameter), optimizer.state.get(parameter, {}))

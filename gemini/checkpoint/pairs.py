@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gemini.errors import CheckpointError
+from gemini.nn.optimizer.managed import ManagedOptimizer
 
 from ..step.state_id import MODEL, OPTIMIZER, StateId
 from .safetensors_stream import ID_KEY
@@ -70,6 +71,8 @@ def check_pairs(found: Sequence[Checked]) -> None:
 
 def tell_loaded(of: nn.Module | Optimizer, id: str | None) -> None:
     """Values are about to be replaced: by those of a file of a state, or by any others."""
+    if isinstance(of, ManagedOptimizer) and of.whole is not of:
+        id = None  # the states of the other optimizers of the model are to come
     if (state_id := state_id_of(of)) is not None:
         state_id.loaded(_kind(of), id)
 

@@ -40,10 +40,15 @@ class DistCoordinator:
         ------
         RuntimeError
             If there are several processes and no ``LOCAL_RANK``.
+        ValueError
+            If that is no whole number.
         """
         told = os.environ.get("LOCAL_RANK")
         if told is not None:
-            return int(told)
+            try:
+                return int(told)
+            except ValueError:
+                raise ValueError(f"environment variable LOCAL_RANK must be a whole number, got {told!r}") from None
         if self.world_size > 1:
             raise RuntimeError(
                 f"rank {self.rank} of {self.world_size} has no LOCAL_RANK in its environment: start the script with "

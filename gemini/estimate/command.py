@@ -284,7 +284,8 @@ def _slots(name: str, *assignments: str) -> tuple[BufferSpec, ...]:
         optimizer = accepted(cls([torch.zeros(1)], **dict(assignment(text) for text in assignments)))
     except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise Usage(f"--optimizer {name}: {error}") from error
-    return optimizer.rule.slots(optimizer.param_groups[0])
+    (group,) = optimizer.param_groups
+    return optimizer.rules.of_group(group).slots(group)
 
 
 def _config(options: argparse.Namespace, slots: Sequence[BufferSpec]) -> GeminiConfig:

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from gemini.cores import usable_cores
+from gemini.environment import whole_number
 from gemini.errors import LaunchError
 from gemini.process_wide import at_exit, set_variables
 
@@ -257,15 +258,10 @@ def _address() -> tuple[str, int]:
 
 
 def _integer_variable(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "")
-    if not text:
-        if default is None:
-            raise ValueError(_missing(name))
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"environment variable {name} must be a whole number, got {text!r}") from None
+    number = whole_number(name, default)
+    if number is None:
+        raise ValueError(_missing(name))
+    return number
 
 
 def _missing(name: str) -> str:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from gemini.environment import whole_number
+
 _FIRST_PORT = 10_000
 _PORTS = 20_000
 """Below 32768, from where Linux takes the ports of outgoing connections."""
@@ -85,7 +87,7 @@ def tasks_per_node(counts: str) -> Iterator[int]:
 def _tasks_here(environment: Mapping[str, str], world_size: int) -> int:
     """Tasks of the step on this node; all of them where Slurm does not say."""
     counts = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or str(world_size)
-    per_node, node = list(tasks_per_node(counts)), int(environment.get("SLURM_NODEID") or 0)
+    per_node, node = list(tasks_per_node(counts)), whole_number("SLURM_NODEID", environment=environment) or 0
     return per_node[node] if node < len(per_node) else world_size
 
 

@@ -1,15 +1,14 @@
 """Lightning: a strategy that trains under management, and a callback that logs memory statistics."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -20,16 +19,40 @@ from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.boosting.succession import give_optimizer
 from gemini.chunk import find_accelerator
+from gemini.config import GeminiConfig
+from gemini.environment import number_of_ranks
 
 from ..torch_private import own_modules
 from .clipping import clip_by_norm
 from .lightning_checkpoints import Checkpoints
+from .precision import NONE, accelerators
 
 PREFIX = "memory/"
+_MIXED: Literal["bf16-mixed"] = "bf16-mixed"
 
 
-class ManagedPrecision(Precision):
-    """Lightning's fp32 precision, which clips the gradients of a boosted optimizer wherever they are.
+class _Clipping:
+    """The part of a precision that clips the gradients of a boosted optimizer wherever they are."""
+
+    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        if _is_managed(optimizer):
+            clip_by_norm(optimizer, list(self.main_params(optimizer)), clip_val)  # type: ignore[attr-defined]
+        else:
+            super().clip_grad_by_norm(optimizer, clip_val)  # type: ignore[misc]
+
+    def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
+        if _is_managed(optimizer):
+            optimizer.clip_grad_by_value(clip_val)
+        else:
+            super().clip_grad_by_value(optimizer, clip_val)  # type: ignore[misc]
+
+
+class ManagedAutocast(_Clipping, MixedPrecision):
+    """Lightning's ``"bf16-mixed"`` over the fp32 parameters of a boosted module."""
+
+
+class ManagedPrecision(_Clipping, Precision):
+    """Lightning's fp32 precision; the boosted module computes in its own.
 
     Batches of a LightningModule that is boosted itself come in its dtype, as with Lightning's ``"bf16-true"``: only the
     call of a boosted module converts what goes in, and a step calls its parts.
@@ -47,25 +70,20 @@ class ManagedPrecision(Precision):
             data, function=lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, dtype=torch.Tensor
         )
 
-    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        if _is_managed(optimizer):
-            clip_by_norm(optimizer, list(self.main_params(optimizer)), clip_val)
-        else:
-            super().clip_grad_by_norm(optimizer, clip_val)
 
-    def clip_grad_by_value(self, optimizer: Any, clip_val: float) -> None:
-        if _is_managed(optimizer):
-            optimizer.clip_grad_by_value(clip_val)
-        else:
-            super().clip_grad_by_value(optimizer, clip_val)
+_PRECISIONS = (Precision, MixedPrecision, ManagedPrecision, ManagedAutocast)
 
 
 class GeminiStrategy(Checkpoints, SingleDeviceStrategy):
     """``Trainer(strategy=GeminiStrategy(...))``, or ``strategy="gemini"``.
 
     The module is boosted with the one optimizer of ``configure_optimizers`` when it is first fitted. A later ``fit``
-    goes on with it, under an optimizer that keeps the same states. Before that, ``validate``, ``test`` and ``predict``
-    have it on the device in whole, as Lightning does; to have it in chunks boost it first, without an optimizer.
+    goes on with it, under an optimizer that keeps the same states. ``validate``, ``test`` and ``predict`` before that
+    put it into chunks without room for training, which the first ``fit`` makes, in RAM or on disk; with
+    ``update_in_backward`` they have it on the device in whole.
+
+    ``Trainer(precision="bf16-mixed")`` means ``GeminiPlugin(precision="bf16")``: compute copies of fp32 masters. Beside
+    ``precision="fp32"`` it is Lightning's own autocast, with the numbers of a plain trainer.
 
     Checkpoints are the files that Lightning writes, and ``load_from_checkpoint`` reads them. They are written one
     tensor at a time, appear when they are whole and on the disk, and are compared with their checksums when they are
@@ -105,20 +123,44 @@ class GeminiStrategy(Checkpoints, SingleDeviceStrategy):
     def setup(self, trainer: Trainer) -> None:
         self._refuse(trainer)
         assert self.lightning_module is not None
-        self.precision_plugin = ManagedPrecision(self.lightning_module)
+        self.precision_plugin = self._precision(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._boost_for_evaluation()
         super().setup(trainer)
+
+    def _precision(self, trainer: Trainer) -> Precision:
+        asked = "bf16" if trainer.precision == _MIXED else NONE
+        if accelerators(asked, self._config.precision) == NONE:
+            return ManagedPrecision(self.lightning_module)
+        return ManagedAutocast(_MIXED, self.root_device.type)
+
+    @property
+    def _config(self) -> GeminiConfig:
+        """What the module is boosted with, or will be."""
+        managed = self.managed_module
+        return boosted(managed).config if is_boosted(managed) else self.plugin.config
+
+    def _boost_for_evaluation(self) -> None:
+        """Put a module into chunks that has not been fitted; ``fit`` makes room for gradients and states later."""
+        managed, root = self.managed_module, self.lightning_module
+        assert root is not None
+        is_there = any(is_boosted(module) for module in root.modules())
+        has_values = next(managed.parameters(), None) is not None
+        if has_values and not is_there and not self.plugin.config.update_in_backward:
+            Booster(plugin=self.plugin).boost(managed)
 
     def _refuse(self, trainer: Trainer) -> None:
         config = self.plugin.config
-        if (ranks := dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        if (ranks := dist.get_world_size() if dist.is_initialized() else number_of_ranks("WORLD_SIZE")) > 1:
             raise ValueError(
                 f"GeminiStrategy trains in one process, and this is one of {ranks}: start one (python, not torchrun); "
                 "on several train with a loop of your own and booster.boost, or with GeminiTrainerMixin"
             )
-        if trainer.precision != "32-true" or type(self.precision_plugin) not in (Precision, ManagedPrecision):
+        if type(self.precision_plugin) not in _PRECISIONS or trainer.precision not in ("32-true", _MIXED):
             raise ValueError(
-                f"leave the trainer's precision at its default, got {type(self.precision_plugin).__name__} with "
-                f"{trainer.precision}: GeminiPlugin(precision=...) decides the compute dtype"
+                f"leave the trainer's precision at its default, or give precision={_MIXED!r}; got "
+                f"{type(self.precision_plugin).__name__} with {trainer.precision}: GeminiPlugin(precision=...) decides "
+                "the compute dtype"
             )
         if config.precision == "fp16":
             raise ValueError("Lightning calls backward itself, without a loss scale: use precision='bf16' or 'fp32'")

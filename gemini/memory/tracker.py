@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemini.environment import number_of_ranks
 from gemini.lease.limits import ROOT, Limit, disk_limit, fields, machine, number, ram_limits, read, tightest
 from gemini.lease.room import HOST_SHARE, LEAST_SHARE, capacity_of
 from gemini.sizes import format_bytes
@@ -182,11 +183,7 @@ def _check_fraction(fraction: float) -> None:
 
 def local_world_size() -> int:
     """The ranks of this training on this machine."""
-    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    try:
-        return max(1, int(text))
-    except ValueError:
-        raise ValueError(f"environment variable LOCAL_WORLD_SIZE must be a whole number, got {text!r}") from None
+    return number_of_ranks("LOCAL_WORLD_SIZE")
 
 
 def _resident_bytes(proc: Path) -> tuple[int, int, int]:

@@ -24,6 +24,7 @@ from .solve import Shortfall, Solution, solve
 
 SlotsOf = Callable[[Mapping[str, Any]], tuple[BufferSpec, ...]]
 """As `Rule.slots`."""
+IsWhole = Callable[[Mapping[str, Any]], bool]
 MANAGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +41,7 @@ class Packing(Solution):
     updated_buffer_count: int
     """Most buffers that the update of a chunk reads: blocks of as many are staged for one that is on DISK."""
     whole_numel: int = 0
-    """Elements of a staged block in which any parameter fits, where updates take whole parameters; else 0."""
+    """Elements of a staged block in which any parameter fits that an update takes as a whole; 0 if there are none."""
 
     @property
     def update_staging(self) -> tuple[int, int]:
@@ -77,7 +78,7 @@ def decide(
     config: GeminiConfig,
     capacities: Capacities,
     slots_of: SlotsOf = ADAM.slots,
-    is_whole: bool = False,
+    is_whole: IsWhole = lambda group: False,
 ) -> Packing:
     """Choose the chunk size, pack, and place. Changes nothing.
 
@@ -88,7 +89,7 @@ def decide(
     slots_of
         From a group to what the optimizer keeps for each element of its parameters.
     is_whole
-        The optimizer takes whole parameters.
+        Whether the optimizer takes whole parameters of a group.
 
     Raises
     ------
@@ -98,7 +99,7 @@ def decide(
     named = managed_parameters(model)
     groups = _groups(model, named, param_groups, config, slots_of)
     buffers = max((buffer_count(group.states) for group in groups), default=0)
-    whole_numel = _whole_numel(param_groups) if is_whole else 0
+    whole_numel = _whole_numel([group for group in param_groups if is_whole(group)])
     problem = Problem(
         tensors=tuple(_spec(*item, group) for item, group in zip(named.items(), groups, strict=True)),
         needs=tuple(group.need for group in groups),
@@ -111,7 +112,7 @@ def decide(
         compute_itemsize=_most_common_itemsize(named.values(), groups),
         max_prefetch=config.max_prefetch,
         borrows_gradients=config.update_in_backward,
-        staging_blocks=FETCH_WORKERS + STORE_BLOCKS + (0 if is_whole else BLOCK_SETS * buffers),
+        staging_blocks=FETCH_WORKERS + STORE_BLOCKS + (0 if whole_numel else BLOCK_SETS * buffers),
         whole_staging_bytes=buffers * whole_numel * 4,
     )
     found = solve(problem)
@@ -130,9 +131,9 @@ def decide(
 
 
 def _whole_numel(param_groups: Sequence[Mapping[str, Any]]) -> int:
-    """Elements of a block in which any parameter fits, wherever in its page it begins."""
+    """Elements of a block in which any parameter of these groups fits, wherever in its page it begins; 0 if none."""
     largest = max((p.numel() for group in param_groups for p in group["params"]), default=0)
-    return align(largest, PAGE_NUMEL) + PAGE_NUMEL
+    return align(largest, PAGE_NUMEL) + PAGE_NUMEL if param_groups else 0
 
 
 def _groups(

@@ -151,11 +151,14 @@ class ForwardHooks:
     def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         depth = self._depth
         try:
-            self._depth = depth + 1
-            with self._saving.of_call():
-                return forward(*args, **kwargs)
+            try:
+                self._depth = depth + 1
+                with self._saving.of_call():
+                    return forward(*args, **kwargs)
+            finally:
+                self._depth = depth
         finally:
-            self._depth = depth
+            self._depth = depth  # an interrupt may have come before the same line above
 
     @uninterrupted
     def _before(self, args: Any, kwargs: Any) -> Before:

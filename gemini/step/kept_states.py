@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..chunk import MASTER
-from ..nn.optimizer.rules.rule import Rule, has_state, steps_of, whole_steps
+from ..nn.optimizer.rules.rule import has_state, steps_of, whole_steps
+from ..nn.optimizer.rules.rules import Rules
 from ..signals import uninterrupted
 from .saved_states import home_of, read_state, write_state
 from .state_checks import STEP, check_signs, check_value
@@ -26,7 +27,7 @@ class KeptStates(StateQuestions):
     ----------
     values, updater
         Reads and replaces the values, and counts the steps.
-    rule
+    rules
         The optimizer's arithmetic.
     """
 
@@ -45,7 +46,7 @@ class KeptStates(StateQuestions):
             return notes[name]
         if name not in self.names(parameter):
             raise KeyError(name)
-        if name == STEP and isinstance(steps := self._rule.counted(self.count(parameter)), int):
+        if name == STEP and isinstance(steps := self._rules.of(parameter).counted(self.count(parameter)), int):
             return steps
         return self.shown.place(self, parameter, name).show()
 
@@ -55,11 +56,11 @@ class KeptStates(StateQuestions):
         if name in notes:
             return notes[name].detach().to("cpu", copy=True) if isinstance(notes[name], Tensor) else notes[name]
         if name == STEP:
-            return self._rule.counted(self.count(parameter))
+            return self._rules.of(parameter).counted(self.count(parameter))
         if name in self._sides.shapes(parameter):
             self._values.check_readable()
             return self._sides.get(parameter, name).detach().to("cpu", copy=True)
-        return read_state(self._values, self._rule, parameter, name)
+        return read_state(self._values, self._rules.of(parameter), parameter, name)
 
     def open(self, parameter: Tensor, name: str) -> Tensor:
         """The values, for an operation on them: the home itself where it has them as they are shown, else a copy."""
@@ -68,8 +69,12 @@ class KeptStates(StateQuestions):
             return torch.tensor(float(self.count(parameter)), dtype=torch.float32, device="cpu")
         if name in self._sides.shapes(parameter):
             return self._sides.get(parameter, name).to(self.device(parameter, name))
-        home = home_of(self._manager, self._rule, parameter, name)
-        return read_state(self._values, self._rule, parameter, name).to(parameter.device) if home is None else home
+        home = home_of(self._manager, self._rules.of(parameter), parameter, name)
+        return (
+            read_state(self._values, self._rules.of(parameter), parameter, name).to(parameter.device)
+            if home is None
+            else home
+        )
 
     # -- writing
 
@@ -83,9 +88,9 @@ class KeptStates(StateQuestions):
             self._updater.steps[id(parameter)] = whole_steps(values)
         elif name in self._sides.shapes(parameter):
             self._sides.load(parameter, name, values)
-        elif home_of(self._manager, self._rule, parameter, name) is None:
+        elif home_of(self._manager, self._rules.of(parameter), parameter, name) is None:
             check_value(self._chunk(parameter), parameter, name, values)
-            write_state(self._values, self._rule, parameter, name, values)
+            write_state(self._values, self._rules.of(parameter), parameter, name, values)
 
     def set(self, parameter: Tensor, name: Any, value: Any) -> None:
         """Replace one entry of a state, which begins with it if there was none. Copies, but for notes.
@@ -112,7 +117,7 @@ class KeptStates(StateQuestions):
                 )
             self.load(parameter, name, value)
             if name != MASTER:
-                self._updater.steps.setdefault(id(parameter), 0 if self._rule.takes_step else 1)
+                self._updater.steps.setdefault(id(parameter), 0 if self._rules.of(parameter).takes_step else 1)
 
     def unset(self, parameter: Tensor, name: Any) -> None:
         """Take one entry away: a note, or the only thing that is kept.
@@ -149,7 +154,7 @@ class KeptStates(StateQuestions):
         if missing and has_state(given):
             raise ValueError(
                 f"the state of a parameter of shape {tuple(parameter.shape)} lacks {', '.join(missing)}: assign all of "
-                f"{', '.join(known)}, which {self._rule.name} keeps, or {{}} to begin anew"
+                f"{', '.join(known)}, which {self._rules.of(parameter).name} keeps, or {{}} to begin anew"
             )
         for name, value in given.items():
             self._check_value(parameter, name, value)
@@ -188,7 +193,7 @@ class KeptStates(StateQuestions):
         elif name in self._sides.shapes(parameter):
             self._sides.load(parameter, name, value)
         else:
-            write_state(self._values, self._rule, parameter, name, value)
+            write_state(self._values, self._rules.of(parameter), parameter, name, value)
 
     def begin(self, parameter: Tensor, saved: Mapping[Any, Any]) -> None:
         """Say that a parameter has this state, whose values are in their places: count steps, and keep the notes."""
@@ -210,9 +215,9 @@ class KeptStates(StateQuestions):
         self.shown.release(parameter)
         self.forget(parameter)
 
-    def successor(self, rule: Rule) -> "KeptStates":
+    def successor(self, rules: Rules) -> "KeptStates":
         """States of another optimizer for the same parameters; `succeed` makes them count."""
-        return KeptStates(self._values, rule, self._updater)
+        return KeptStates(self._values, rules, self._updater)
 
     def succeed(self, former: "KeptStates") -> None:
         """Take the places of the states of another optimizer. All are what they are before the first step.
@@ -226,12 +231,12 @@ class KeptStates(StateQuestions):
                 former.shown.let_go(parameter, *former._known(parameter))
                 self._updater.steps.pop(id(parameter), None)
                 self._sides.forget(parameter)
-                if was_begun or self._rule.has_initial_state:
+                if was_begun or self._rules.of(parameter).has_initial_state:
                     self._fill(parameter)
 
     def _begin(self, parameter: Tensor, given: Mapping[str, Any], notes: Mapping[Any, Any]) -> None:
         if has_state(given):
-            self._updater.steps[id(parameter)] = steps_of(self._rule, given)
+            self._updater.steps[id(parameter)] = steps_of(self._rules.of(parameter), given)
         if notes:
             self._notes[id(parameter)] = dict(notes)
         else:
@@ -253,7 +258,7 @@ class KeptStates(StateQuestions):
 
     def _fill(self, parameter: Tensor) -> None:
         for slot in self._chunk(parameter).states:
-            initial = torch.full((), self._rule.initial(slot.name), dtype=torch.float32, device="cpu")
+            initial = torch.full((), self._rules.of(parameter).initial(slot.name), dtype=torch.float32, device="cpu")
             self._values.write(parameter, slot.name, initial)
 
     def check_signs(

@@ -25,6 +25,7 @@ from ..updates.updater import Groups, Planned, Updater
 from ..updates.updates import Updates
 from .average_room import AverageRoom
 from .kept_states import KeptStates
+from .one_of_several import refuse_alone
 from .state_id import OPTIMIZER, StateId
 from .state_mapping import OptimizerStates
 from .states import States
@@ -174,6 +175,8 @@ class ChunkedStep:
     def step(self, optimizer: ManagedOptimizer) -> None:
         self.manager.snapshots.raise_fault()
         self.averages.refuse_swapped("step")
+        if optimizer.whole is not optimizer:
+            refuse_alone(self.manager, self._updates)
         self._engine.recover()
         self.manager.refuse_released("step")
         with self._engine.lock:
@@ -184,6 +187,7 @@ class ChunkedStep:
                 work = self._begun(optimizer)
             surely(_do_all, work.left)
             surely(self._updates.wait_for_holders, work.updates)
+            surely(self._updates.serve, optimizer.whole)
 
     def _begun(self, optimizer: ManagedOptimizer) -> "_Begun":
         """Begin the updates of chunks."""
@@ -200,7 +204,7 @@ class ChunkedStep:
             return _Begun([], deque([ended]))
         updates, prepared = work
         left = deque[Callable[[], None]](partial(optimizer.commit_parameters, [each]) for each in prepared)
-        left += (partial(optimizer.rule.after_step, [group]) for group in optimizer.param_groups)
+        left += (partial(optimizer.rules.of_group(group).after_step, [group]) for group in optimizer.param_groups)
         left += (self.averages.stepped, self.scaling.stepped, self._updates.after_step, self._prefetch, ended)
         begun = _Begun(updates, left)
         self._updates.start(updates)

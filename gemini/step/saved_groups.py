@@ -12,6 +12,7 @@ from ..formats import listed, shown
 from ..nn.optimizer.managed import ManagedOptimizer
 from ..nn.optimizer.rules.option_ranges import brief, group_faults, number_of
 from ..nn.optimizer.rules.rule import Rule, whole_steps
+from ..nn.optimizer.rules.rules import Rules
 
 _BESIDE = ("step", "master")
 """What a state has beside the slots of the optimizer's rule."""
@@ -19,7 +20,7 @@ _BESIDE = ("step", "master")
 
 def check_groups(
     optimizer: Optimizer,
-    rule: Rule | None,
+    rules: Rules | None,
     saved_groups: Sequence[Mapping[str, Any]],
     states: Mapping[int, Mapping[str, Any]],
     room: Mapping[int, Sequence[BufferSpec]],
@@ -28,7 +29,7 @@ def check_groups(
 
     Parameters
     ----------
-    rule
+    rules
         The optimizer's arithmetic; None if it is of no known kind, and then not all can be compared.
     room
         By group: the states that its chunks have room for; groups without chunks have none.
@@ -45,6 +46,7 @@ def check_groups(
         )
     faults: list[str] = []
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        rule = None if rules is None else rules.of_group(group)
         if wrong := group_faults(rule.name if rule is not None else None, group, saved):
             faults += [f"group {index}: {fault}" for fault in wrong]
             continue

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..chunk import ChunkManager
-from ..nn.optimizer.rules.rule import Rule
+from ..nn.optimizer.rules.rules import Rules
 from ..updates.updater import Updater
 from .state_checks import check_side
 
@@ -17,18 +17,18 @@ class SideStates:
 
     Parameters
     ----------
-    manager, rule, updater
+    manager, rules, updater
         Knows which update is under way, which side states there are, and has them.
     """
 
-    def __init__(self, manager: ChunkManager, rule: Rule, updater: Updater) -> None:
+    def __init__(self, manager: ChunkManager, rules: Rules, updater: Updater) -> None:
         self._manager = manager
-        self._rule = rule
+        self._rules = rules
         self._updater = updater
 
     def shapes(self, parameter: Tensor) -> Mapping[str, tuple[int, ...]]:
         """The side states that a parameter has when it has been stepped, by name."""
-        return self._rule.side(tuple(parameter.shape))
+        return self._rules.of(parameter).side(tuple(parameter.shape))
 
     def get(self, parameter: Tensor, name: str) -> Tensor:
         """One of them, itself."""

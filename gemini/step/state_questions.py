@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..chunk import BufferSpec, Chunk, Together
-from ..nn.optimizer.rules.rule import Rule
+from ..nn.optimizer.rules.rules import Rules
 from ..updates.updater import Updater
 from ..updates.values import Values
 from .saved_states import codec_of
@@ -24,16 +24,16 @@ class StateQuestions:
     ----------
     values, updater
         Has the values, and counts the steps.
-    rule
+    rules
         The optimizer's arithmetic.
     """
 
-    def __init__(self, values: Values, rule: Rule, updater: Updater) -> None:
+    def __init__(self, values: Values, rules: Rules, updater: Updater) -> None:
         self._values = values
         self._manager = values.manager
-        self._rule = rule
+        self._rules = rules
         self._updater = updater
-        self._sides = SideStates(values.manager, rule, updater)
+        self._sides = SideStates(values.manager, rules, updater)
         self._notes: dict[int, dict[Any, Any]] = {}
         """By the id of a parameter."""
         self.shown = ShownStates()
@@ -78,22 +78,25 @@ class StateQuestions:
             return torch.empty((), dtype=torch.float32, device="meta")
         if name in self._sides.shapes(parameter):
             return self._sides.get(parameter, name).to("meta")
-        dtype, slot = codec_of(self._manager, self._rule, parameter, name).dtype, self._manager.slot(parameter)
+        dtype, slot = (
+            codec_of(self._manager, self._rules.of(parameter), parameter, name).dtype,
+            self._manager.slot(parameter),
+        )
         return torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device="meta")
 
     def device(self, parameter: Tensor, name: str) -> torch.device:
         """Where a state is shown to be: numbers are on the CPU, as torch has them."""
-        is_number = name == STEP or (not self._rule.is_whole and name in self._sides.shapes(parameter))
+        is_number = name == STEP or (not self._rules.of(parameter).is_whole and name in self._sides.shapes(parameter))
         return torch.device("cpu") if is_number else parameter.device
 
     def _is_begun(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._updater.steps or self._rule.has_initial_state
+        return id(parameter) in self._updater.steps or self._rules.of(parameter).has_initial_state
 
     def _known(self, parameter: Tensor) -> list[str]:
-        counted = [STEP] if self._rule.takes_step else []
-        in_chunk, sides = self._rule.codecs(self._chunk(parameter).states), self._sides.shapes(parameter)
+        counted = [STEP] if self._rules.of(parameter).takes_step else []
+        in_chunk, sides = self._rules.of(parameter).codecs(self._chunk(parameter).states), self._sides.shapes(parameter)
         return (
-            [*counted, *in_chunk, *sides] if self._rule.is_whole else [*counted, *sides, *in_chunk]
+            [*counted, *in_chunk, *sides] if self._rules.of(parameter).is_whole else [*counted, *sides, *in_chunk]
         )  # as torch has them
 
     def _chunk(self, parameter: Tensor) -> Chunk:
@@ -105,8 +108,8 @@ class StateQuestions:
         """The values of its chunk that an entry of its state is read from; none for a note or a number of steps."""
         if name == STEP or name in self._sides.shapes(parameter) or name in self._notes.get(id(parameter), ()):
             return ()
-        return tuple(spec.name for spec in codec_of(self._manager, self._rule, parameter, name).specs)
+        return tuple(spec.name for spec in codec_of(self._manager, self._rules.of(parameter), parameter, name).specs)
 
     def home(self, parameter: Tensor, name: str) -> StateHome:
         """Where an entry of a state is."""
-        return StateHome(self._values, self._rule, self.shown, parameter, name)
+        return StateHome(self._values, self._rules.of(parameter), self.shown, parameter, name)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from .state_mapping import OptimizerStates
 
 
 class States:
-    """Shows, saves and loads the states of one optimizer; then those of another that takes its place.
+    """Shows, saves and loads the states of a model's optimizer; then those of another that takes its place.
 
     Parameters
     ----------
@@ -24,23 +24,28 @@ class States:
 
     def __init__(self, kept: KeptStates) -> None:
         self.kept = kept
-        self._shown: ref[OptimizerStates] | None = None
+        self._shown = WeakKeyDictionary[ManagedOptimizer, ref[OptimizerStates]]()
 
     def shown(self, optimizer: ManagedOptimizer) -> OptimizerStates:
         """What ``optimizer.state`` is: the same object for as long as somebody has it."""
-        shown = None if self._shown is None else self._shown()
+        shown = self._held(optimizer)
         if shown is None:
             of = ref(optimizer)  # weak: the optimizer leads here
             shown = OptimizerStates(self.kept, lambda: getattr(of(), "param_groups", []), optimizer.outside)
-            self._shown = ref(shown)
+            self._shown[optimizer] = ref(shown)
         return shown
+
+    def _held(self, optimizer: ManagedOptimizer) -> OptimizerStates | None:
+        """What somebody has of `shown`."""
+        found = self._shown.get(optimizer)
+        return None if found is None else found()
 
     def replace(self, optimizer: ManagedOptimizer, states: Mapping[Any, Any]) -> None:
         """Take over what is assigned to ``optimizer.state``."""
         shown = self.shown(optimizer)
         if id(states) != id(shown):
             shown.replace(states)
-            self._shown = None  # what it was shows what there was
+            del self._shown[optimizer]  # what it was shows what there was
 
     def succeed(self, optimizer: ManagedOptimizer) -> None:
         """Have the states of another optimizer. They begin anew, or with those that it brings. All or nothing.
@@ -50,14 +55,15 @@ class States:
         TypeError, ValueError
             If it brings what cannot be kept.
         """
-        kept = self.kept.successor(optimizer.rule)
+        kept = self.kept.successor(optimizer.rules)
         brought = [p for p in optimizer.outside if isinstance(p, Tensor) and kept.keeps(p)]
         for parameter in brought:
             kept.check(parameter, optimizer.exported_state(parameter))
-        if (shown := None if self._shown is None else self._shown()) is not None:
+        for shown in [held for of in list(self._shown) if (held := self._held(of)) is not None]:
             shown.let_go()  # as in plain PyTorch: what the first optimizer had stays with those who have it
         kept.succeed(self.kept)
-        self.kept, self._shown = kept, None
+        self.kept = kept
+        self._shown.clear()
         for parameter in brought:
             kept.replace(parameter, optimizer.exported_state(parameter))
             del optimizer.outside[parameter]
@@ -86,7 +92,7 @@ class States:
         saved_groups, states = state_dict["param_groups"], state_dict["state"]
         together = self.kept.together
         with all_or_none(together.communicator, "the check of optimizer.load_state_dict"):
-            check_groups(optimizer, optimizer.rule, saved_groups, states, self.kept.room(optimizer))
+            check_groups(optimizer, optimizer.rules, saved_groups, states, self.kept.room(optimizer))
             for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
                 for parameter, number in zip(group["params"], saved["params"], strict=True):
                     self.kept.check_signs(parameter, states.get(number, {}))

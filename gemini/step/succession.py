@@ -40,7 +40,8 @@ def check_room(manager: ChunkManager, optimizer: ManagedOptimizer) -> None:
         If they differ.
     """
     for index, group in enumerate(optimizer.param_groups):
-        wanted = optimizer.rule.slots(group)
+        rule = optimizer.rules.of_group(group)
+        wanted = rule.slots(group)
         for parameter in group["params"]:
             place = manager.find(parameter)
             if place is None or not place[0].is_trainable:
@@ -49,7 +50,7 @@ def check_room(manager: ChunkManager, optimizer: ManagedOptimizer) -> None:
             if (room := chunk.states) != wanted:
                 raise ValueError(
                     f"the model was boosted with an optimizer that keeps {_listed(room)} of "
-                    f"{chunk.layout.slots[position].name}, and the {optimizer.rule.name} that is to go on with it "
+                    f"{chunk.layout.slots[position].name}, and the {rule.name} that is to go on with it "
                     f"keeps {_listed(wanted)} (group {index}). {_WAY_OUT}"
                 )
 

@@ -92,8 +92,10 @@ class Unfreezing:
         places = {p: place for p in parameters if (place := self._manager.find(p)) is not None}
         if not places:
             return
-        rule = optimizer.rule
-        slots = rule.slots(optimizer.param_groups[index])
+        group = optimizer.param_groups[index]
+        index = next(i for i, each in enumerate(optimizer.whole.param_groups) if each is group)
+        rule = optimizer.rules.of_group(group)
+        slots = rule.slots(group)
         chunks = {chunk.index: chunk for chunk, _ in places.values()}
         for chunk, position in places.values():
             name = chunk.layout.slots[position].name

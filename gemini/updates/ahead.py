@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..chunk import GRADIENT, Chunk, ChunkManager, ChunkState, DiskBuffer, GradientBuffer, Tier
 from ..errors import OffloadError, OutOfMemory
-from ..nn.optimizer.rules.rule import Rule
+from ..nn.optimizer.rules.rules import Rules
 from .commitment import surely
 from .gradients import Gradients
 from .options import Options, first_change
@@ -118,7 +118,7 @@ class _Step:
     backwards: int = 0
     reads: int = 0
     """Of gradients, by the user, since the start and until it began."""
-    rule: Rule | None = None
+    rules: Rules | None = None
     options: Sequence[Mapping[str, Any]] = ()
     groups: Groups | None = None
     """Those that updates were begun with."""
@@ -132,13 +132,13 @@ class _Step:
     def groups_of(self, updater: Updater, options: Options) -> Groups:
         """The groups with their options at the first update that is begun: if they change, all were guessed wrong."""
         if self.groups is None:
-            self.rule, self.options = options.rule, options.copied()
+            self.rules, self.options = options.rules, options.copied()
             self.groups = updater.groups(options)
         return self.groups
 
     def has(self, options: Options) -> bool:
         """True if updates were begun, and with these options."""
-        return self.rule is options.rule and first_change(self.options, options.copied()) is None
+        return self.rules == options.rules and first_change(self.options, options.copied()) is None
 
 
 class UpdatesAhead:
@@ -168,7 +168,7 @@ class UpdatesAhead:
 
     def begin(self, chunk: Chunk, options: Options, refresh: bool) -> None:
         step, disk = self._step, self._manager.disk
-        if options.rule.is_whole:
+        if options.rules.of(chunk.bindings[0].parameter).is_whole:
             return  # side states have no place beside themselves
         if not self.trust.is_given or step.backwards != 1 or chunk in step.begun or disk is None:
             return

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..nn.optimizer.managed import ManagedOptimizer
-from ..nn.optimizer.rules.rule import Rule
+from ..nn.optimizer.rules.rules import Rules
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """An optimizer's arithmetic and its parameter groups, as they are at any time."""
 
-    rule: Rule
+    rules: Rules
     param_groups: Sequence[Mapping[str, Any]]
     """The optimizer's own list and groups."""
     names: Collection[str]
@@ -24,8 +24,8 @@ class Options:
 
     @staticmethod
     def of(optimizer: ManagedOptimizer) -> "Options":
-        names = (*optimizer.defaults, *optimizer.rule.kept_in_group)
-        return Options(optimizer.rule, optimizer.param_groups, names)
+        names = (*optimizer.defaults, *optimizer.rules.kept_in_group)
+        return Options(optimizer.rules, optimizer.param_groups, names)
 
     def copied(self) -> list[Mapping[str, Any]]:
         """The values that each group has now."""

@@ -46,6 +46,16 @@ class Scaling:
         self._max_norm = max_norm
 
     @property
+    def clips(self) -> bool:
+        """True if each step clips the gradients."""
+        return self._max_norm > 0
+
+    @property
+    def has_clipped(self) -> bool:
+        """True if the next step uses clipped gradients."""
+        return self._clipping != 1.0
+
+    @property
     def scale(self) -> float:
         """What the gradients are multiplied by as they are."""
         return self.scaler.scale if self.scaler is not None and self._is_scaled else 1.0

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..chunk import Caller, Chunk, Staging, close_in_background, pieces, start_workers
 from ..errors import OutOfMemory, is_out_of_memory
-from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Form, Rule
+from ..nn.optimizer.rules.rule import BoundSplitUpdate, BoundUpdate, Form
+from ..nn.optimizer.rules.rules import Rules
 from ..process_wide import compute_on_this_thread
 from ..system_limits import refused_thread
 from .commitment import surely
@@ -28,7 +29,7 @@ _WARM_UP_NUMEL = {True: 1 << 18, False: 1 << 10}
 
 
 def warm_up(
-    rule: Rule,
+    rules: Rules,
     param_groups: Sequence[Mapping[str, Any]],
     device: torch.device,
     dtype: torch.dtype,
@@ -41,17 +42,17 @@ def warm_up(
 
     Parameters
     ----------
-    rule, param_groups
+    rules, param_groups
         The optimizer's arithmetic and groups; groups that keep the same states count as one.
     dtype
         Of gradients and full copies.
     split_master
         Masters may be in two halves, too.
     """
-    if rule.is_whole:
-        return  # it is torch's own arithmetic on matrices, of no fixed size
     numel = _WARM_UP_NUMEL[device.type == "cpu"]
-    for slots, group in {rule.slots(group): group for group in reversed(param_groups)}.items():
+    known = [(rules.of_group(group), group) for group in reversed(param_groups)]
+    elementwise = [(rule, group) for rule, group in known if not rule.is_whole]  # the others' matrices have no one size
+    for (rule, slots), group in {(rule, rule.slots(group)): group for rule, group in elementwise}.items():
         master = torch.zeros(numel, dtype=torch.float32, device=device)
         states = [slot.zeros(numel, device) for slot in slots]
         gradient, full = (torch.zeros(numel, dtype=dtype, device=device) for _ in range(2))

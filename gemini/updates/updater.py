@@ -27,11 +27,14 @@ class GroupRule:
         Whether a step of it is counted.
     is_whole
         Whether it takes whole parameters.
+    has_sides
+        Whether its parameters may have side states.
     """
 
-    def __init__(self, bind: BoundRule, keeps_state: bool, is_whole: bool = False) -> None:
+    def __init__(self, bind: BoundRule, keeps_state: bool, is_whole: bool = False, has_sides: bool = False) -> None:
         self.keeps_state = keeps_state
         self.is_whole = is_whole
+        self.has_sides = is_whole or has_sides
         self._bind = bind
         self._bound: dict[tuple[Hashable, ...], BoundUpdate] = {}
 
@@ -50,8 +53,6 @@ class GroupRule:
 class Groups:
     """The optimizer's parameter groups as they are now, which need not be those of the packing."""
 
-    has_sides: bool
-    """Whether a parameter may have side states."""
     of: Mapping[int, int]
     """id of a parameter -> the index of its group. Those that have been taken out of theirs are not updated."""
     rules: Mapping[tuple[int, tuple[BufferSpec, ...]], GroupRule]
@@ -115,7 +116,7 @@ class Updater:
         ValueError
             If an option is out of range, or needs a state that there is no room for.
         """
-        rule, groups = options.rule, options.param_groups
+        groups = options.param_groups
         of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
         rules: dict[tuple[int, tuple[BufferSpec, ...]], GroupRule] = {}
         for chunk in self._manager.chunks:
@@ -123,10 +124,11 @@ class Updater:
                 states = chunk.states
                 for index in {of.get(id(binding.parameter)) for binding in chunk.bindings}:
                     if index is not None and (index, states) not in rules:
-                        group = groups[index]
+                        group, rule = groups[index], options.rules.of_group(groups[index])
                         bound = rule.bind(group, states)
-                        rules[index, states] = GroupRule(bound, rule.keeps_state(group), rule.is_whole)
-        return Groups(rule.is_whole or bool(rule.side((1,))), of, rules)
+                        has_sides = bool(rule.side((1,)))
+                        rules[index, states] = GroupRule(bound, rule.keeps_state(group), rule.is_whole, has_sides)
+        return Groups(of, rules)
 
     def plan(self, groups: Groups, chunk: Chunk, grad_scale: float = 1.0, refresh: bool = True) -> Planned:
         """The next step of the parameters of a chunk that have a gradient. Changes nothing but full copies.
@@ -155,7 +157,7 @@ class Updater:
             step, is_fresh = self.steps.get(id(parameter), 0) + 1, id(parameter) not in self.steps
             if group.keeps_state:
                 taken[id(parameter)] = step
-            form = self._form(slot, parameter) if groups.has_sides else None
+            form = self._form(slot, parameter) if group.has_sides else None
             at_step = group.at(step, grad_scale, is_fresh, form)
             numbers: tuple[float, ...] = ()
             if form is not None and not group.is_whole:

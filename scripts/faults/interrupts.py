@@ -1,11 +1,11 @@
 """Ctrl-C at any moment of training, caught by a user who trains on.
 
-    python scripts/faults interrupts [--signals 2000] [--lines N]
+    python scripts/faults interrupts [--signals 2000] [--lines N [--twice]]
 
 A signal comes after a random time (``--signals``, over all placements and phases), or before a line of our code runs
-(``--lines N``: N lines, evenly spread, in each placement and phase; 0 takes all). What counts as broken: a
-hang, an error that is not the interrupt's own, other numbers than plain PyTorch's from then on, a checkpoint that is
-neither the old one nor the new one. A step is taken whole or not at all.
+(``--lines N``: N lines, evenly spread, in each placement and phase; 0 takes all; ``--twice``: and again a few lines
+later). What counts as broken: a hang, an error that is not the interrupt's own, other numbers than plain PyTorch's from
+then on, a checkpoint that is neither the old one nor the new one. A step is taken whole or not at all.
 """
 
 import argparse
@@ -18,10 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interrupting import PHASES, AfterSeconds, AtLine, Interrupt, Interrupted, lines_of, outcome_of, random_delays
+from interrupting import (
+    PHASES,
+    AfterSeconds,
+    AtLine,
+    Interrupt,
+    Interrupted,
+    Twice,
+    lines_of,
+    outcome_of,
+    random_delays,
+)
 from loop import PLACEMENTS
 
 HANG_SECONDS = 60.0
+LINES_BETWEEN = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144)
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
     "offload": {"activation_policy": "offload"},
@@ -33,6 +44,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--signals", type=int, default=2000, help="how many, over all placements and phases")
     parser.add_argument("--lines", type=int, metavar="N", help="interrupt before N lines of each phase instead")
+    parser.add_argument("--twice", action="store_true", help="with --lines: and again some lines later")
     parser.add_argument("--variant", choices=VARIANTS, default="plain", help="options of the plugin")
     parser.add_argument("--placement", choices=PLACEMENTS, help="only this one")
     parser.add_argument("--phase", choices=PHASES, help="only this one")
@@ -56,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 share = options.signals // len(cells) + (number < options.signals % len(cells))
                 cell.interrupt_at_random(share, seed=number)
             else:
-                cell.interrupt_before_lines(options.lines)
+                cell.interrupt_before_lines(options.lines, options.twice)
             os.chdir("/")
         found[f"{placement}, {phase}"] = {**cell.outcomes}
         print(f"{placement}, {phase}: {dict(cell.outcomes)}", flush=True)
@@ -85,17 +97,20 @@ class _Cell:
         while _came(self.outcomes) < count:
             self._interrupt(AfterSeconds(next(delays)))
 
-    def interrupt_before_lines(self, count: int) -> None:
+    def interrupt_before_lines(self, count: int, twice: bool) -> None:
         """Interrupt before the first and the last time that a line runs, ``count`` times in all; 0 takes every line."""
         places = lines_of(self._run, self._phase)
         moments = [(place, nth) for place, times in places for nth in sorted({1, times})]
-        for place, nth in moments[:: max(1, len(moments) // count) if count else 1]:
-            self._interrupt(AtLine(place, nth))
+        for number, (place, nth) in enumerate(moments[:: max(1, len(moments) // count) if count else 1]):
+            between = LINES_BETWEEN[number % len(LINES_BETWEEN)]
+            self._interrupt(Twice(place, nth, between) if twice else AtLine(place, nth))
 
     def _interrupt(self, interrupt: Interrupt) -> None:
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         outcome = outcome_of(self._run, self._phase, interrupt)
         faulthandler.cancel_dump_traceback_later()
+        if "wrong" in outcome:
+            outcome += f" (interrupted {interrupt})"
         self.outcomes[outcome] += 1
         if "wrong" in outcome or "torn" in outcome:
             self._run = self._begin()

@@ -152,7 +152,7 @@ def test_a_plain_function_is_a_criterion() -> None:
     assert result[2] is torch.nn.functional.mse_loss
 
 
-@pytest.mark.parametrize("wrong", [42, "a model", b"", torch.ones(2)])
+@pytest.mark.parametrize("wrong", [42, "a model", b"", torch.ones(2), [], ()])
 def test_an_object_of_no_known_kind_is_named(wrong: Any) -> None:
     objects = make()
     with pytest.raises(TypeError, match=type(wrong).__name__):

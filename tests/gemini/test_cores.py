@@ -70,9 +70,13 @@ def test_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert usable_cores(tmp_path) == 8
-    for ranks, threads in [("2", 4), ("100", 1), ("0", 8), ("nonsense", 8)]:
+    for ranks, threads in [("2", 4), ("100", 1), ("0", 8), ("", 8)]:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert usable_cores(tmp_path) == threads
+    for wrong in ("nonsense", "2.5", "0x2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", wrong)
+        with pytest.raises(ValueError, match=f"LOCAL_WORLD_SIZE must be a whole number, got '{wrong}'"):
+            usable_cores(tmp_path)
 
 
 def test_a_process_bound_by_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

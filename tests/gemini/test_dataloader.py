@@ -1,20 +1,19 @@
 """Batches for each rank: those of a plain ``DataLoader``, in turn, each sample once, also after a resume."""
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import starter
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_programs import batches_of_a_loader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -301,28 +300,9 @@ def test_the_users_function_for_workers_is_called_last() -> None:
     assert drawn == {float(worker): np.random.RandomState(worker).rand() for worker in range(2)}
 
 
-OF_RANKS = """
-import json, torch.distributed as dist, gemini
-
-gemini.launch_from_torch(timeout=60)
-loader = gemini.GeminiPlugin(telemetry=False).prepare_dataloader(list(range(10)), 2, shuffle=True)
-print(json.dumps([batch.tolist() for batch in loader]))
-dist.barrier()
-"""
-
-
-def test_the_plugin_deals_out_to_the_ranks_of_the_process_group() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    run = [sys.executable, "-c", OF_RANKS]
-    ranks = [subprocess.Popen(run, env={**shared, "RANK": rank}, stdout=subprocess.PIPE) for rank in ("0", "1")]
-    try:
-        first, second = (json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+def test_the_plugin_deals_out_to_the_ranks_of_the_process_group(tmp_path: Path) -> None:
+    ranks = starter().run(batches_of_a_loader, tmp_path)
+    assert all(rank.is_well for rank in ranks), [rank.log for rank in ranks]
+    first, second = (rank.value for rank in ranks)
     assert [len(batch) for batch in first] == [len(batch) for batch in second] == [2, 2, 1]
     assert sorted(chain.from_iterable(first + second)) == list(range(10))

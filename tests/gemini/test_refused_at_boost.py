@@ -254,8 +254,8 @@ def test_collections_of_what_is_given_once_are_no_dataloaders() -> None:
     adams = [HybridAdam(a.parameters()), HybridAdam(b.parameters())]
     schedulers = [torch.optim.lr_scheduler.ConstantLR(adam) for adam in adams]
     for arguments, says in (
-        ((a, adams), "list of optimizers, expected one: give one optimizer with several parameter groups"),
-        ((a, tuple(adams)), "tuple of optimizers"),
+        ((a, [*adams, a]), "list of optimizers and other things: give several optimizers of one model as a list"),
+        ((a, (*adams, None)), "tuple of optimizers"),
         ((a, {"g": adams[0]}), "dict of optimizers"),
         ((a, [{"optimizer": adams[0], "lr_scheduler": schedulers[0]}]), "list of optimizers"),
         ((a, adams[0], schedulers), "list of learning rate schedulers"),
@@ -264,6 +264,8 @@ def test_collections_of_what_is_given_once_are_no_dataloaders() -> None:
     ):
         with pytest.raises(TypeError, match=says):
             booster().boost(*arguments)
+    with pytest.raises(ValueError, match="none of the 6 parameters of this HybridAdam is one of the model's"):
+        booster().boost(a, adams)
     batches = [{"x": torch.ones(2)}, {"x": torch.ones(2)}]
     assert booster().boost(a, adams[0], None, batches)[3] is batches
 

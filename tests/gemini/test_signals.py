@@ -1,6 +1,7 @@
 """Signals wait for the end of a section of ours, and reach the user's handlers everywhere else."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -50,6 +51,35 @@ def test_what_a_held_signal_raises_comes_out_of_the_section() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == ["before", "after"]
+
+
+@pytest.mark.parametrize("function", ["__exit__", "_raise_held"])
+def test_one_that_comes_while_another_is_raised_is_not_raised_again_later(function: str) -> None:
+    """Ctrl-C twice: the second would have come out of whatever the program does when it has caught the first."""
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        if frame.f_code.co_name == function and frame.f_code.co_filename == signals.__file__:
+            if event == "line" and not uninterrupted._sections:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+            return trace
+        return None
+
+    before, tracing = signal.signal(signal.SIGINT, signal.default_int_handler), sys.gettrace()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with uninterrupted:
+                signal.raise_signal(signal.SIGINT)
+                sys.settrace(trace)  # type: ignore[arg-type]
+        assert sys.gettrace() is None
+        try:
+            with uninterrupted:
+                pass
+        except KeyboardInterrupt:
+            pytest.fail("raised again")
+    finally:
+        sys.settrace(tracing)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_error_of_the_section_is_the_context_of_what_the_signal_raises() -> None:

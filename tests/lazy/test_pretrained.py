@@ -361,7 +361,7 @@ print(sum(p.numel() for p in model.parameters()), recorded, status("VmHWM:") - s
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's resettable peak RSS")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.heavy), "bfloat16"])
 def test_peak_memory_of_a_pretrained_model_is_about_its_largest_tensor(dtype, tmp_path):
     config = transformers.LlamaConfig(
         hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=8192

@@ -46,9 +46,7 @@ def eagerly(build):
     return build(), torch.get_rng_state()
 """
 
-CORRECTNESS = (
-    PRELUDE
-    + r"""
+CORRECTNESS = r"""
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -130,11 +128,8 @@ go(Shard(0))
 compare(eager, state, lazy)
 print("done")
 """
-)
 
-MEMORY = (
-    PRELUDE
-    + r"""
+MEMORY = r"""
 def status(key):
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
@@ -147,8 +142,8 @@ with open("/proc/self/clear_refs", "w") as f:
 start = status("VmRSS:")
 materialize(model, device_mesh=mesh, placements=Shard(0))
 print(status("VmRSS:") - start, status("VmHWM:") - start)
+del model
 """
-)
 
 
 # gloo's threads abort the process now and then when the interpreter tears them down ("terminate called ...").
@@ -172,15 +167,22 @@ def run(script: str, folder: Path, size: int = 2) -> list[str]:
     return [output for output, _ in outputs]
 
 
-def test_shards_put_together_are_the_eager_model_and_misuse_is_refused(tmp_path):
-    assert [output.split()[-1] for output in run(CORRECTNESS, tmp_path)] == ["done", "done"]
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What each of two ranks says, one line of its memory and one at the end."""
+    of_memory = MEMORY if Path("/proc/self/clear_refs").exists() else ""
+    return [output.splitlines() for output in run(PRELUDE + of_memory + CORRECTNESS, tmp_path_factory.mktemp("ranks"))]
+
+
+def test_shards_put_together_are_the_eager_model_and_misuse_is_refused(said):
+    assert [lines[-1] for lines in said] == ["done", "done"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's resettable peak RSS")
-def test_each_rank_holds_its_shards_and_one_tensor(tmp_path):
+def test_each_rank_holds_its_shards_and_one_tensor(said):
     tensor, shards = 4 << 20, 24 * (2 << 20)
-    for output in run(MEMORY, tmp_path):
-        kept, peak = map(int, output.split()[-2:])
+    for lines in said:
+        kept, peak = map(int, lines[-2].split())
         print(f"kept {kept / 2**20:.1f} MiB of shards {shards / 2**20:.0f} MiB, peak {peak / 2**20:.1f} MiB")
         assert kept < shards + 2 * tensor
         assert peak < shards + 4 * tensor  # the whole model would be shards + 12 tensors

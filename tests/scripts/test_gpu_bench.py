@@ -44,6 +44,7 @@ def test_each_part_answers_on_a_cpu(bench: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"] and trace["moves_beside_kernels"] is None
 
 
+@pytest.mark.heavy  # tests/sim trains on that device by default, and the parts of the benchmark run on a CPU above
 def test_a_streamed_step_and_the_link_on_the_simulated_device(bench: Any, tmp_path: Path) -> None:
     run_part = bench("part_process").run_part
     worker = str(BENCH / "gpu_part.py")

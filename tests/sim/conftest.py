@@ -29,15 +29,31 @@ def _registered() -> SimulatedDevice:
         simulated = register()
     except Unavailable as error:
         pytest.skip(str(error))
-    collect_all()
-    gc.freeze()  # what imports have made: the collection before each test would look at all of it
     return simulated
+
+
+_modules_frozen = 0
+
+
+def _freeze_imports() -> None:
+    """Keep what imports have made out of the collection before each test: that takes up to half a second.
+
+    What a test before holds on the device would stay there until the process ends, so there must be nothing.
+    """
+    global _modules_frozen
+    if len(sys.modules) > _modules_frozen + _MANY and not torch.accelerator.memory_allocated():
+        gc.freeze()
+        _modules_frozen = len(sys.modules)
+
+
+_MANY = 50
 
 
 @pytest.fixture
 def device(_registered: SimulatedDevice) -> Iterator[SimulatedDevice]:
     """The simulated device, at rest, with all its memory."""
     collect_all()  # what failed tests and their errors have held
+    _freeze_imports()
     torch.accelerator.synchronize()
     torch.accelerator.empty_cache()
     _registered.seed(SEED)

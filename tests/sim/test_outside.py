@@ -1,19 +1,18 @@
 """Uses outside of forward, where parameters are on a device with memory of its own."""
 
-import gc
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from outside.catalogue import USES, cases
 from outside.placements import SIMULATED
 from simulated import SimulatedDevice
 
 pytestmark = [
-    pytest.mark.one_in(6, by="placement"),
+    pytest.mark.one_in(12, by="placement"),
     pytest.mark.own_process(),
+    pytest.mark.usefixtures("_libraries"),
     pytest.mark.filterwarnings("ignore"),
 ]  # libraries' own warnings
 
@@ -24,22 +23,6 @@ def _libraries() -> None:
     for library in {library for use in USES.values() for library in use.libraries}:
         if find_spec(library) is not None:
             import_module(library)
-
-
-@pytest.fixture(autouse=True)
-def _imports_stay(_libraries: None, device: SimulatedDevice) -> None:
-    """Keep what imports have made out of the collection before each test: that took half a second.
-
-    Tests of other files may have run before. What they hold on the device would stay there until the process ends.
-    """
-    global _is_frozen
-    if not _is_frozen and not torch.accelerator.memory_allocated():
-        gc.collect()
-        gc.freeze()
-        _is_frozen = True
-
-
-_is_frozen = False
 
 
 @pytest.mark.parametrize(("name", "placement"), cases(SIMULATED))

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from gemini.colossal.boosted import give_names
 from gemini.config import KEEP, PRECISIONS, GeminiConfig
 from gemini.lease.budget import Budget
 from gemini.nn.optimizer.acceptance import accepted, unchanged_on_failure
+from gemini.nn.optimizer.joint import whole_of
 from gemini.planning.placement import AutoPlacementPolicy, PlacementPolicy, StaticPlacementPolicy
 from gemini.quantization import Quantization
 from gemini.ranks import group_of, join
@@ -263,7 +264,12 @@ class GeminiPlugin(DPPluginBase):
 
     @uninterrupted
     def configure(
-        self, model: nn.Module, optimizer: Optimizer | None, criterion: Any, dataloader: Any, lr_scheduler: Any
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        criterion: Any,
+        dataloader: Any,
+        lr_scheduler: Any,
     ) -> tuple[Any, Any, Any, Any, Any]:
         """What `Booster.boost` calls, with each object in its place."""
         with unchanged_on_failure(optimizer):
@@ -280,7 +286,7 @@ class GeminiPlugin(DPPluginBase):
         """The communicator of one boosted model: all ranks of the process group call this at once."""
         return join(self.process_group, self.hybrid_shard_size, self.gradient_reduction)
 
-    def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
+    def backward(self, loss: Tensor, optimizer: Optimizer | Sequence[Optimizer]) -> None:
         """See `Booster.backward`."""
         _step_of(optimizer).backward(loss)
 
@@ -302,8 +308,9 @@ class GeminiPlugin(DPPluginBase):
         raise TypeError("with several ranks no_sync needs the model or the optimizer: booster.no_sync(model)")
 
 
-def _step_of(optimizer: Optimizer) -> ChunkedStep:
-    step = getattr(optimizer, "_managed", None)
+def _step_of(optimizer: Optimizer | Sequence[Optimizer]) -> ChunkedStep:
+    whole = whole_of(optimizer)
+    step = getattr(optimizer if whole is None else whole, "_managed", None)
     if not isinstance(step, ChunkedStep):
         raise TypeError(f"expected the optimizer that boost returned, got {type(optimizer).__name__}")
     return step

@@ -80,7 +80,7 @@ class OptimizerLoad:
             if form is None:
                 yield read_object(name)
             elif prod(form.size) * form.properties.dtype.itemsize > _SMALL_BYTES:
-                raise CheckpointError(f"{self._folder}: {name} is a tensor that {self._optimizer.rule.name} has not")
+                raise CheckpointError(f"{self._folder}: {name} is a tensor that {self._optimizer.rules.name} has not")
             else:
                 yield from arrivals.plan(name, form, self._taken(name, form))
 

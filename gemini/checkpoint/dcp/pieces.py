@@ -174,7 +174,7 @@ class Contents:
         assert values is not None
         if name not in self.state_names(parameter):
             return self._whole(path, kept.copy(parameter, name))
-        read = partial(read_own_state, values, self.optimizer.rule, parameter, name)
+        read = partial(read_own_state, values, self.optimizer.rules.of(parameter), parameter, name)
         write = partial(_write_state, values, self.optimizer, kept, parameter, name)
         return _part(values, parameter, (path,), kept.form(parameter, name).dtype, self.seat, read, write)
 
@@ -185,7 +185,7 @@ class Contents:
             return []
         found = self.step.manager.find(parameter)
         assert found is not None
-        return list(self.optimizer.rule.codecs(found[0].states))
+        return list(self.optimizer.rules.of(parameter).codecs(found[0].states))
 
     def path(self, parameter: Tensor, name: str) -> Path:
         """Where an entry of its state is."""
@@ -204,7 +204,7 @@ class Contents:
         """What state dicts of torch's optimizers do not have."""
         assert self.optimizer is not None
         scale = None if self.scaler is None else self.scaler.state_dict()
-        return {(OURS,): {"version": 1, "optimizer": self.optimizer.rule.name, "loss_scaler": scale}}
+        return {(OURS,): {"version": 1, "optimizer": self.optimizer.rules.name, "loss_scaler": scale}}
 
     def _whole(self, path: Path, value: Tensor) -> Piece:
         return Piece.whole(path, value, self.seat, partial(_same, value), _refuse)
@@ -290,7 +290,7 @@ def _write_state(
 ) -> None:
     kept.shown.release(parameter)
     kept.shown.let_go(parameter, name)
-    write_own_state(values, optimizer.rule, parameter, name, own)
+    write_own_state(values, optimizer.rules.of(parameter), parameter, name, own)
 
 
 def _same(value: Tensor) -> Tensor:

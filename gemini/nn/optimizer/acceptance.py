@@ -1,17 +1,18 @@
 """Which optimizers can be boosted, and what to tell about the others."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.optim import Optimizer
 
 from .elementwise_optimizer import ElementwiseOptimizer, rule_of
 from .hybrid_adam import HybridAdam
+from .joint import JointOptimizer
 from .managed import ManagedOptimizer
 from .rules import elementwise
 from .rules.adam_rule import ADAM
-from .rules.rule import Rule
+from .rules.rules import OneRule, Rules
 
 _WHOLE_TENSOR = {
     "adafactor": "factors the second moment of a matrix into its rows and columns",
@@ -30,8 +31,8 @@ _OF_ITS_OWN: dict[type[Optimizer], str] = {
 """Element-wise otherwise, but a chunk has no place for what they keep."""
 
 
-def accepted(optimizer: Optimizer) -> ManagedOptimizer:
-    """What an optimizer is, or becomes, under management.
+def accepted(optimizer: Optimizer | Sequence[Optimizer]) -> ManagedOptimizer:
+    """What an optimizer is, or becomes, under management; several become one.
 
     Raises
     ------
@@ -42,6 +43,8 @@ def accepted(optimizer: Optimizer) -> ManagedOptimizer:
     """
     if isinstance(optimizer, ManagedOptimizer):
         return optimizer
+    if not isinstance(optimizer, Optimizer):
+        return JointOptimizer([accepted(each) for each in optimizer])
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         kind = elementwise.asks_for_torchs_own(optimizer)
         if kind is None:
@@ -55,13 +58,19 @@ def accepted(optimizer: Optimizer) -> ManagedOptimizer:
 
 
 @contextmanager
-def unchanged_on_failure(optimizer: Optimizer | None) -> Iterator[None]:
+def unchanged_on_failure(optimizer: Optimizer | Sequence[Optimizer] | None) -> Iterator[None]:
     """Where the body raises, the optimizer has the states and the groups that it came with.
 
     What `accepted` makes takes over both, and what comes after it may find that the model does not fit.
     """
     if optimizer is None:
         yield
+        return
+    if not isinstance(optimizer, Optimizer):
+        with ExitStack() as until_known:
+            for each in optimizer:
+                until_known.enter_context(unchanged_on_failure(each))
+            yield
         return
     states = dict(optimizer.state)
     groups = [(group, dict(group)) for group in optimizer.param_groups]
@@ -79,19 +88,19 @@ def unchanged_on_failure(optimizer: Optimizer | None) -> Iterator[None]:
 def rule_name(optimizer: Optimizer) -> str | None:
     """What checkpoints call the arithmetic of an optimizer, boosted or not; None if it is of no known kind."""
     if isinstance(optimizer, ManagedOptimizer):
-        return optimizer.rule.name
+        return optimizer.rules.name
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         return ADAM.name
     kind = elementwise.kind_of(optimizer)
     return None if kind is None else kind.name
 
 
-def known_rule(optimizer: Optimizer) -> Rule | None:
+def known_rules(optimizer: Optimizer) -> Rules | None:
     """The arithmetic of an optimizer, boosted or not; None if it is of no known kind."""
     if isinstance(optimizer, ManagedOptimizer):
-        return optimizer.rule
+        return optimizer.rules
     kind = elementwise.kind_of(optimizer) or elementwise.adam_kind(optimizer)
-    return None if kind is None else rule_of(kind, optimizer)
+    return None if kind is None else OneRule(rule_of(kind, optimizer))
 
 
 def _why_not(optimizer: Optimizer) -> str:

@@ -14,6 +14,7 @@ from gemini.lazy.session import is_recording
 from ...signals import uninterrupted
 from ...torch_private import OPTIMIZER_HOOKS, mark_stepped
 from .rules.rule import Rule
+from .rules.rules import OneRule, Rules
 
 _Self = TypeVar("_Self", bound="ManagedOptimizer")
 
@@ -88,16 +89,42 @@ class ManagedOptimizer(OptimizerNames, Optimizer):
     having its attributes, such as Lightning's, ask the optimizer for what they do not find."""
 
     rule: Rule
-    """The arithmetic."""
+    """The arithmetic, of those that have one for all parameters."""
 
     stands_for: Callable[[], Optimizer | None]
     """The optimizer whose place this one has taken, if there is one and somebody still has it."""
+
+    parts: tuple["ManagedOptimizer", ...] = ()
+    """The optimizers that it consists of, if these are several."""
+
+    _whole: Callable[[], "ManagedOptimizer | None"]
 
     def __new__(cls: type[_Self], *args: Any, **kwargs: Any) -> _Self:
         optimizer = super().__new__(cls)
         optimizer._managed = None  # before __init__, in which ``Optimizer`` calls our methods already
         optimizer.stands_for = lambda: None
+        optimizer._whole = lambda: None
         return optimizer
+
+    @property
+    def rules(self) -> Rules:
+        """The arithmetic of each parameter."""
+        return OneRule(self.rule)
+
+    @property
+    def whole(self) -> "ManagedOptimizer":
+        """The optimizer of all that the model's step updates; another one if this is one of several."""
+        of_all = self._whole()
+        return self if of_all is None else of_all
+
+    @property
+    def itself(self) -> "ManagedOptimizer":
+        """Also of the optimizer whose place this one has taken."""
+        return self
+
+    def join(self, of_all: "ManagedOptimizer") -> None:
+        """Be one of several optimizers of a model."""
+        self._whole = weakref.ref(of_all)
 
     def be_managed(self, step: ManagedStep) -> None:
         """Hand the work over from now on."""
@@ -150,6 +177,16 @@ class ManagedOptimizer(OptimizerNames, Optimizer):
                 loss = closure()
         self._step()
         return loss
+
+    def before_step(self) -> None:
+        """Call the hooks that come before a step, for one that takes this optimizer's as well."""
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            hook(self, (), {})
+
+    def after_step(self) -> None:
+        """Call the hooks that come after a step, for one that has taken this optimizer's as well."""
+        for hook in list(self._optimizer_step_post_hooks.values()):
+            hook(self, (), {})
 
     @property
     def step_was_skipped(self) -> bool:

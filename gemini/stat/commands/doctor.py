@@ -129,7 +129,10 @@ def _locked_memory() -> Finding:
 
 
 def _threads() -> Finding:
-    fair, quota = usable_cores(), cpu_quota()
+    try:
+        fair, quota = usable_cores(), cpu_quota()
+    except ValueError as error:
+        return _finding("threads", str(error), False, "the launcher sets it; unset it where there is none")
     asked = os.environ.get("OMP_NUM_THREADS")
     # Unset, torch takes every core of the affinity: too many under a quota, which the affinity does not show.
     taken = (

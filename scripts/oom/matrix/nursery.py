@@ -243,7 +243,6 @@ def _get_ready() -> None:
     from gemini.activations import make
     from gemini.booster import Booster  # noqa: F401
     from gemini.nn.optimizer import HybridAdam
-    from gemini.nn.optimizer.rules.adam_rule import ADAM
     from gemini.updates.update_queue import warm_up
     from matrix import models
 
@@ -253,7 +252,7 @@ def _get_ready() -> None:
     models.adapted(models.build("lora", tiny=True))
     optimizer = HybridAdam([torch.nn.Parameter(torch.zeros(1))])
     for dtype in (torch.float32, torch.bfloat16):
-        warm_up(ADAM, optimizer.param_groups, torch.device("cpu"), dtype, False)
+        warm_up(optimizer.rules, optimizer.param_groups, torch.device("cpu"), dtype, False)
     make.LIMIT_BYTES = _ON_THEIR_WAY_BYTES
     gc.collect()
     gc.freeze()

@@ -14,16 +14,20 @@ from gemini.boosted import boosted
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.errors import OutOfMemory
+from gemini.memory.tracker import host_headroom
 from gemini.nn.optimizer import HybridAdam
 
 BLOCKS, ROWS, WIDTH = 8, 4096, 1024
-CAP_BYTES = 440 << 20
-"""Beyond what the process has when training begins. Blocks save 32 MiB each."""
-MORE_BYTES = 280 << 20
+CAP_BYTES = 760 << 20
+"""Beyond what the process has when training begins: twice what the blocks save, 32 MiB each, and more."""
+MORE_BYTES = 64 << 20
+"""What backward asks for beyond all that is free when it comes for the first time."""
 
 
 class Greedy(torch.autograd.Function):
-    """Takes much memory in backward, when all that was kept is there."""
+    """Takes more memory in the first backward than there is, and as much in each later one."""
+
+    asks_bytes = 0
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -31,7 +35,9 @@ class Greedy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        torch.empty(MORE_BYTES, dtype=torch.uint8).fill_(1)
+        Greedy.asks_bytes = Greedy.asks_bytes or host_headroom()[0] + MORE_BYTES
+        if resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY:
+            torch.empty(Greedy.asks_bytes, dtype=torch.uint8).fill_(1)
         return gradient
 
 

@@ -261,7 +261,7 @@ def view_widths(where: Any) -> bool:
     return where in (a_view, one_of_two_views)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("policy", ["offload", "recompute", "auto"])
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("change", CHANGES)

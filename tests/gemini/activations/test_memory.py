@@ -37,7 +37,8 @@ def test_a_batch_whose_backward_runs_out_of_memory_fits_the_next_time(tmp_path: 
     ends = {}
     for limit in ("limited", "free"):
         *failures, ends[limit] = child("child_short_in_backward.py", str(tmp_path), limit).splitlines()
-        assert failures == (["OutOfMemory"] if limit == "limited" else [])
+        assert set(failures) == ({"OutOfMemory"} if limit == "limited" else set())
+        assert len(failures) <= 2  # each failure has the next forward keep less
     digests = {end.split()[0] for end in ends.values()}
     assert len(digests) == 1
     assert ends["limited"].endswith("True")

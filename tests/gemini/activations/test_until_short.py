@@ -38,6 +38,7 @@ def trained(limit_mib: int, folder: Path, *policy: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.heavy  # below the failures are made, and test_small_limits.py has a real limit
 def test_a_sequence_that_does_not_fit_is_trained_with_nothing_but_a_folder(tmp_path: Path) -> None:
     losses, switched = trained(0, tmp_path)
     assert not switched

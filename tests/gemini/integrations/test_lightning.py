@@ -101,7 +101,8 @@ def test_the_callback_logs_statistics(tmp_path: Path) -> None:
     [
         ({"max_norm": 1.0}, {"gradient_clip_val": 1.0}, "clipped twice"),
         ({"update_in_backward": True}, {"gradient_clip_val": 1.0}, "cannot clip"),
-        ({}, {"precision": "bf16-mixed"}, "precision="),
+        ({}, {"precision": "bf16-true"}, "precision='bf16-mixed'"),
+        ({"precision": "fp16"}, {"precision": "bf16-mixed"}, "loss scale"),
         ({}, {"precision": "64-true"}, "precision="),
         ({"precision": "fp16"}, {}, "loss scale"),
     ],

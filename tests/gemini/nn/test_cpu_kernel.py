@@ -294,36 +294,30 @@ def test_without_numba_the_reference_takes_over_with_one_warning() -> None:
     assert done.stderr.count("numba cannot be used") == 1
 
 
-def test_the_kernel_is_vector_code(tmp_path: Path) -> None:
+SHOW_ASSEMBLY = """
+from gemini.nn.optimizer.kernels.cpu_kernel import part_kernels
+from gemini.nn.optimizer.kernels.update import adam_update
+tensors[3] = tensors[3].bfloat16()
+result(adam_fp32, tensors, s, torch.bfloat16)
+halves = [torch.zeros(64, dtype=dtype) for dtype in (torch.bfloat16, torch.int16)]
+adam_update('split', (*halves, torch.zeros(64), torch.zeros(64)), torch.zeros(64).bfloat16(), s)
+for kernel in ('fp32', 'split'):
+    for assembly in part_kernels[kernel].inspect_asm().values():
+        print(kernel, *(assembly.count(name) for name in ('vsqrtps', 'vdivps', 'vfmadd', 'vsqrtss', 'vmovnt')))
+"""
+
+
+def test_the_kernels_are_vector_code(tmp_path: Path) -> None:
     if "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("looks for x86 vector instructions")
     # In another process with an empty cache: numba cannot show the assembly of what it loaded.
-    show = (
-        "from gemini.nn.optimizer.kernels.cpu_kernel import part_kernels\n"
-        "tensors[3] = tensors[3].bfloat16()\n"
-        "result(adam_fp32, tensors, s, torch.bfloat16)\n"
-        "for assembly in part_kernels['fp32'].inspect_asm().values():\n"
-        "    print(*(assembly.count(name) for name in ('vsqrtps', 'vsqrtss', 'vdivps', 'vfmadd', 'vmovnt')))\n"
-    )
-    done = run_python(SMALL_UPDATE + show, NUMBA_CACHE_DIR=str(tmp_path))
-    without_copy, with_copy = ([int(count) for count in line.split()] for line in done.stdout.splitlines())
-    assert min(without_copy[:4]) > 0, done.stderr
+    done = run_python(SMALL_UPDATE + SHOW_ASSEMBLY, NUMBA_CACHE_DIR=str(tmp_path))
+    kernels, counts = zip(*(line.split(maxsplit=1) for line in done.stdout.splitlines()), strict=True)
+    assert kernels == ("fp32", "fp32", "split"), done.stderr
+    without_copy, with_copy, split = ([int(count) for count in each.split()] for each in counts)
+    assert min(without_copy[:4]) > 0
     assert without_copy[4] == 0
     assert min(with_copy) > 0
     # Of both loops: the one that streams and the one that does not.
     assert with_copy[0] >= without_copy[0]
-
-
-def test_the_kernel_of_split_masters_is_vector_code(tmp_path: Path) -> None:
-    if "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("looks for x86 vector instructions")
-    show = (
-        "from gemini.nn.optimizer.kernels.cpu_kernel import part_kernels\n"
-        "from gemini.nn.optimizer.kernels.update import adam_update\n"
-        "halves = [torch.zeros(64, dtype=dtype) for dtype in (torch.bfloat16, torch.int16)]\n"
-        "adam_update('split', (*halves, torch.zeros(64), torch.zeros(64)), torch.zeros(64).bfloat16(), s)\n"
-        "(assembly,) = part_kernels['split'].inspect_asm().values()\n"
-        "print(*(assembly.count(name) for name in ('vsqrtps', 'vdivps', 'vfmadd')))\n"
-    )
-    done = run_python(SMALL_UPDATE + show, NUMBA_CACHE_DIR=str(tmp_path))
-    assert min(int(count) for count in done.stdout.split()) > 0, done.stderr
+    assert min(split[:3]) > 0

@@ -1,12 +1,12 @@
 """Ranks whose programs differ: the numbers of one process that does the same, or an error on all, never a hang."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import SECONDS, Ended, Starter
+from forked_ranks import SECONDS, Ended, Starter, starter
 from rank_oracle import expected, programs_of
 from rank_programs import Training, run_operations, run_uncaught
 from torch import Tensor
@@ -18,11 +18,9 @@ DEFAULT_SEEDS = 3
 HEAVY_SEEDS = 200
 
 
-@pytest.fixture(scope="module")
-def starter() -> Iterator[Starter]:
-    starter = Starter()
-    yield starter
-    starter.end()
+@pytest.fixture(name="starter")
+def shared_starter() -> Starter:
+    return starter()
 
 
 def check(ranks: Sequence[Ended], want: dict[str, Tensor] | None) -> None:

@@ -11,13 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from interrupting import PHASES, AfterSeconds, AtLine, Interrupt, Interrupted, lines_of, outcome_of, random_delays
+from interrupting import (
+    PHASES,
+    AfterSeconds,
+    AtLine,
+    Interrupt,
+    Interrupted,
+    Twice,
+    lines_of,
+    outcome_of,
+    random_delays,
+)
 from loop import PLACEMENTS, Trained, batch, build
 
 from gemini.booster import Booster
 from gemini.booster.plugin import GeminiPlugin
 from gemini.lazy import LazyInitContext
 from gemini.nn.optimizer import HybridAdam
+from gemini.torch_private import saving_is_taken
 
 pytestmark = [
     pytest.mark.timeout(180),
@@ -48,12 +59,27 @@ def test_a_training_that_is_interrupted_goes_on(placement: str, phase: str, tmp_
     outcomes: Counter[str] = Counter()
     for interrupt in spread(lines_of(run, phase), LINES):
         outcomes[outcome_of(run, phase, interrupt)] += 1
+    for number, interrupt in enumerate(spread(lines_of(run, phase), LINES // 2)):
+        outcomes[outcome_of(run, phase, Twice(*interrupt.moment, lines_between=1 + 7 * number))] += 1
     outcome_of(run, phase, Interrupt())
     delays = random_delays(0, 1.1 * run.seconds[phase])
     for _ in range(LINES):
         outcomes[outcome_of(run, phase, AfterSeconds(next(delays)))] += 1
     assert not [outcome for outcome in outcomes if "wrong" in outcome], outcomes
     assert outcomes["interrupted"] + outcomes["interrupted, not taken"] >= LINES / 2
+
+
+@pytest.mark.parametrize("policy", ["keep", "offload", "recompute"])
+def test_no_call_is_under_way_after_an_interrupt_where_it_ends(policy: str, tmp_path: Path) -> None:
+    """A call that seemed to be under way for ever had all later forwards pass for parts of it."""
+    run = Interrupted("disk", tmp_path, activation_policy=policy)
+    codes = {"call", "_call", "_run", "of_call", "_end_call", "watched"}
+    lines = [(place, times) for place, times in lines_of(run, PHASES[0]) if place[0].co_name in codes]
+    interrupts = [AtLine(place, nth) for place, times in lines for nth in sorted({1, times})]
+    outcomes = {str(interrupt): outcome_of(run, PHASES[0], interrupt) for interrupt in interrupts}
+    assert len(outcomes) > 20
+    assert not [outcome for outcome in outcomes.items() if "wrong" in outcome[1]]
+    assert not saving_is_taken()
 
 
 @pytest.mark.parametrize("phase", PHASES[:2])

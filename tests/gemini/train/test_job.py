@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -264,10 +265,21 @@ def test_a_bug_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         main(TINY)
 
 
-def test_torchrun_with_one_process_works(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+OF_ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.heavy), pytest.param((), id="its variables")]
+)
+def test_torchrun_with_one_process_works(launcher: tuple[str, ...], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, *launcher, "-m", "gemini.train", *TINY, "--steps", "2"]
     done = subprocess.run(
-        [*command, "-m", "gemini.train", *TINY, "--steps", "2", "--checkpoint", str(tmp_path / "checkpoint")],
+        [*command, "--checkpoint", str(tmp_path / "checkpoint")],
+        env=dict(os.environ) if launcher else {**os.environ, **OF_ONE_RANK, "MASTER_PORT": port},
         capture_output=True,
         text=True,
         timeout=150,

@@ -96,8 +96,8 @@ class Deep(Trained):
 @pytest.mark.parametrize(
     ("precision", "options"),
     [
-        ("fp32", {}),
-        ("bf16", {"max_norm": 0.1}),
+        pytest.param("fp32", {}, marks=pytest.mark.heavy),
+        pytest.param("bf16", {"max_norm": 0.1}, marks=pytest.mark.heavy),
         ("bf16", {"disk_checksums": True}),
         ("bf16", {"split_master": True, "host_memory": "640KiB"}),
     ],
