@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -96,9 +97,10 @@ def _soak(asked: dict[str, Any]) -> dict[str, Any]:
     events = drawn(asked["steps"], asked["seed"], asked["events"])
     folder = Path(asked["folder"])
     plain: Any = Plain(folder / "plain")
-    wanted, control = [], list[Reading]()
-    for event in events:
-        wanted.append(plain.happen(event))
+    control = list[Reading]()
+    wanted = array("d", [0.0]) * len(events)  # has its memory now, so that what is measured does not grow with it
+    for position, event in enumerate(events):
+        wanted[position] = plain.happen(event)
         if event.number % asked["every"] == asked["every"] - 1:
             control.append(read(event.number + 1, "plain", 0))
     weights = {name: value.clone() for name, value in plain.model.state_dict().items()}
