@@ -28,7 +28,7 @@ def main() -> int:
         table.list_cases(cases.all_cases() if options.all else cases.covering(), baseline.matrix(options.baselines))
         return 0
     if options.capacity:
-        return capacity.main(options.capacity, options.cap)
+        return capacity.main(options.capacity, options.cap, options.seconds)
     if not chosen:
         print(f"no scenario {only!r}" + (" among the quick ones" if options.quick else ""), file=sys.stderr)
         return 2
@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         "--capacity", choices=["layers", "batch"], help="find the largest that trains under --cap, plain and ours"
     )
     search.add_argument("--cap", metavar="SIZE", default="400MiB", help="above what a warm process has (%(default)s)")
+    search.add_argument(
+        "--seconds", type=float, default=120.0, metavar="N", help="for each of the two searches (%(default)s)"
+    )
     return parser
 
 

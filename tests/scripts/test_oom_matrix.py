@@ -44,6 +44,7 @@ def failed_checks(case: str, *sabotages: str | None, attempts: int = 2) -> list[
     return [[what for what, _, _ in json.loads(line)] for line in done.stdout.splitlines()]
 
 
+UNCOUNTED = "full copies have, beside what is counted for them"
 RING = "gpt-static-ring-fp32-lazy-1-keep"
 
 
@@ -64,7 +65,7 @@ def test_a_case_passes() -> None:
 @pytest.mark.parametrize(
     ("sabotage", "shown_by"),
     [
-        ("leak_a_full_copy", "peak of the resident set"),
+        ("leak_a_full_copy", UNCOUNTED),
         ("enlarge_full_copies", "at rest, beside what the ledger counts"),
         ("forget_to_unpin", "chunks in use after the last step"),
     ],
@@ -75,8 +76,19 @@ def test_a_mistake_in_the_product_makes_a_case_fail(sabotage: str, shown_by: str
 
 
 @pytest.mark.heavy
-def test_a_leak_of_one_chunk_is_seen_in_another_case() -> None:
-    assert failed_checks("gpt-static-device-fp32-lazy-1-offload", "leak_a_full_copy")[0]
+@pytest.mark.parametrize(
+    "case",
+    [
+        "gpt-static-device-fp32-lazy-1-offload",
+        "moe-static-disk-fp32-eager-1-recompute",
+        "gpt-static-device-fp32-lazy-2-keep",
+        "llama-static-ram-bf16-lazy-2-keep",
+    ],
+)
+def test_a_leak_of_one_chunk_is_seen_in_other_cases(case: str) -> None:
+    """Also where it is less than the noise of a peak, as with two ranks."""
+    passed, leaking = failed_checks(case, None, "leak_a_full_copy", attempts=1)
+    assert UNCOUNTED not in passed and UNCOUNTED in leaking
 
 
 def listed(*arguments: str) -> list[list[str]]:

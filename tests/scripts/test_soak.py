@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-_SLOPE, _STEPS = 2048, 100
+_SLOPE, _SMALL, _STEPS = 2048, 100, 100
 
 
 def soak(folder: Path, *arguments: object) -> dict[str, Any]:
@@ -36,7 +36,9 @@ def test_thirty_steps_are_equal_and_each_look_is_told(tmp_path: Path) -> None:
     assert (tmp_path / "soak.svg").read_text().endswith("</svg>\n")
 
 
-def judge(leak_bytes_a_step: float = 0.0, extra_thread_at: int = -1, band_at: int = -1) -> dict[str, Any]:
+def judge(
+    leak_bytes_a_step: float = 0.0, extra_thread_at: int = -1, band_at: int = -1, of_plain_bytes: float = 0.0
+) -> dict[str, Any]:
     """What is said of made-up readings at two placements."""
     spec = importlib.util.spec_from_file_location("soak", ROOT / "scripts/faults/soak.py")
     assert spec is not None and spec.loader is not None
@@ -60,7 +62,7 @@ def judge(leak_bytes_a_step: float = 0.0, extra_thread_at: int = -1, band_at: in
             )
             for n in range(_STEPS)
         ]
-        found: dict[str, Any] = module.judged(readings)
+        found: dict[str, Any] = module.judged(readings, of_plain_bytes)
     finally:
         sys.path.remove(str(ROOT / "scripts/faults"))
         for name in [name for name in sys.modules if name.partition(".")[0] == "soaking"]:
@@ -71,6 +73,9 @@ def judge(leak_bytes_a_step: float = 0.0, extra_thread_at: int = -1, band_at: in
 def test_what_stays_as_it_is_passes_and_what_grows_fails() -> None:
     assert judge()["ok"] and judge()["slope_bytes_a_step"] == 0
     assert not judge(leak_bytes_a_step=_SLOPE)["ok"]
+    assert judge(leak_bytes_a_step=_SMALL)["interval_bytes_a_step"] == [_SMALL, _SMALL]
+    assert not judge(leak_bytes_a_step=_SMALL)["ok"]
+    assert judge(leak_bytes_a_step=_SMALL, of_plain_bytes=_SMALL)["ok"], "plain PyTorch grows as much"
     assert judge(leak_bytes_a_step=_SLOPE)["slope_bytes_a_step"] == _SLOPE
     assert not judge(extra_thread_at=90)["ok"]
     assert not judge(band_at=80)["ok"]

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 WEIGHTS = {
@@ -38,11 +38,20 @@ class Event:
     """In [0, 1): which parameter, which budget, which placement."""
 
 
+_PLACEMENTS = 5
+_TOUR_FROM = 500
+"""Soaks of at least this number of steps begin with a tour."""
+
+
 def drawn(steps: int, seed: int, kinds: Sequence[str] = tuple(WEIGHTS)) -> list[Event]:
-    """The events of a soak. The same for the same arguments."""
+    """The events of a soak. The same for the same arguments.
+
+    A long one begins with a tour: each placement, and there each kind once. What is made at the first time of anything
+    (compiled kernels, threads, caches) is then made before growth is measured.
+    """
     rng = random.Random(seed)
     weights = [WEIGHTS[kind] for kind in kinds]
-    return [
+    events = [
         Event(
             number,
             rng.choices(kinds, weights)[0],
@@ -52,6 +61,15 @@ def drawn(steps: int, seed: int, kinds: Sequence[str] = tuple(WEIGHTS)) -> list[
         )
         for number in range(steps)
     ]
+    if steps < _TOUR_FROM or "rebuild" not in kinds:
+        return events
+    stops = ["rebuild", *(kind for kind in kinds if kind != "rebuild")]
+    tour = [
+        replace(events[each * len(stops) + number], kind=kind, choice=(each + 0.5) / _PLACEMENTS)
+        for each in range(_PLACEMENTS)
+        for number, kind in enumerate(stops)
+    ]
+    return [*tour, *events[len(tour) :]]
 
 
 def chosen(event: Event, among: Sequence[Any]) -> Any:

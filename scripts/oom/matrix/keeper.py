@@ -46,7 +46,13 @@ class Keeper:
         self._process.wait(_SECONDS)
 
     def train(
-        self, case: Case, kind: str, headroom: int | None, sabotage: str | None = None, size: Size = USUAL
+        self,
+        case: Case,
+        kind: str,
+        headroom: int | None,
+        sabotage: str | None = None,
+        size: Size = USUAL,
+        seconds: float = _SECONDS,
     ) -> list[Told | str]:
         """Train a case as ``plain`` or ``ours``; what each rank told, or how it ended without a word.
 
@@ -60,7 +66,7 @@ class Keeper:
             "headroom_bytes": headroom,
             "processes": processes,
             "port": _free_port() if processes > 1 else None,
-            "seconds": _SECONDS,
+            "seconds": seconds,
             "sabotage": sabotage,
         }
         assert self._process.stdin is not None

@@ -35,6 +35,8 @@ _WORDS = {
     "left": "left when the model is gone",
 }
 
+_UNCOUNTED = "full copies have, beside what is counted for them"
+
 
 @dataclass(slots=True)
 class Seen:
@@ -92,6 +94,7 @@ def prove(
         told = [each for each in ranks if not isinstance(each, str)]
         seen.add(told)
         facts = told[0].facts
+        uncounted = max(each.facts["uncounted_bytes"] for each in told)
         if all(seen.least[name] <= most for name, most in allowed.items()):
             break
     for rank, each in enumerate(ranks):
@@ -102,6 +105,7 @@ def prove(
         checks.append(Check(_WORDS[name], f"at most {format_bytes(most)}", format_bytes(nbytes), nbytes <= most))
     if facts:
         in_use = facts["pinned"]
+        checks.append(Check(_UNCOUNTED, "0 B", format_bytes(uncounted), uncounted == 0))
         checks.append(Check("chunks in use after the last step", "0", str(in_use), in_use == 0))
     return Report(name=case.name, checks=tuple(checks), facts={**facts, **seen.least, "cap_bytes": cap})
 

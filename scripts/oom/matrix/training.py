@@ -1,6 +1,7 @@
 """A training of a case, by plain PyTorch and by ours. Both draw the same values and see the same micro-batches."""
 
 import gc
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class Ours:
             options = {"precision": "fp32", "offload_dir": str(folder), "telemetry": False}
         self._booster = Booster(plugin=GeminiPlugin(**options))
         self._model, self._optimizer, *_ = self._booster.boost(model, optimizer)
+        self._uncounted_bytes = _watch_evictions(self._model)
 
     def step(self, number: int, rank: int) -> list[float]:
         """One step; the loss of this rank."""
@@ -118,8 +120,31 @@ class Ours:
             "chunk_bytes": max((chunk.full_nbytes for chunk in chunks), default=0),
             "evictions": state.manager.moves.evict_count,
             "ledger_bytes": state.manager.ledger.ram_bytes,
+            "uncounted_bytes": max(self._uncounted_bytes, default=0),
             "saved_tensors_left": int(stats.get("activation/offload_bytes", 0)),
         }
+
+
+def _watch_evictions(model: Any) -> list[int]:
+    """At each eviction from now on, the memory that full copies have less what is counted for them, to the byte.
+
+    It does not depend on other ranks, nor on what else is resident. A full copy that was not freed is seen between its
+    eviction and its next fetch only, so it is not enough to look at the end.
+    """
+    from gemini.boosted import boosted
+
+    found: list[int] = []
+    manager: Any = weakref.ref(boosted(model).manager)  # what this holds must not keep the model
+    evict = type(manager().full_copies).evict
+
+    def watched(chunk: Any) -> None:
+        copies = manager().full_copies
+        evict(copies, chunk)
+        there = sum(each.full.untyped_storage().nbytes() for each in manager().chunks if each.full_nbytes)
+        found.append(there - copies.nbytes)
+
+    manager().full_copies.evict = watched
+    return found
 
 
 def _loss(case: Case, size: Size, model: Any, step: int, rank: int) -> torch.Tensor:
