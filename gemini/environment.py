@@ -4,15 +4,20 @@ import os
 from collections.abc import Mapping
 
 
-def whole_number(name: str, default: int | None = None, *, environment: Mapping[str, str] = os.environ) -> int | None:
+def whole_number(name: str, default: int | None = None, *, environment: Mapping[str, str] | None = None) -> int | None:
     """The number in a variable; the default where it is not set, or empty.
+
+    Parameters
+    ----------
+    environment
+        By default that of the process, as it is now.
 
     Raises
     ------
     ValueError
         If it is no whole number; names the variable.
     """
-    text = environment.get(name, "")
+    text = (os.environ if environment is None else environment).get(name, "")
     if not text.strip():
         return default
     try:
