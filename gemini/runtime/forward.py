@@ -25,6 +25,7 @@ from ..signals import uninterrupted
 from ..torch_private import NO_BACKWARD, current_backward, is_compiled, next_number
 from ..units.bracket import Bracket, bracket
 from ..units.observer import Observer, needing_gradients, tensors_in
+from ..units.promotions import HALF, Promotions
 from ..units.results import Mark
 from ..units.units import Unit, Visit, bracketed_modules
 from .backward import BackwardHooks
@@ -203,7 +204,9 @@ class ForwardHooks:
             # used outside of its unit then comes operation by operation, until a forward with gradients has shown it.
             if grad and not self._discovery.has_watched((grad, model.training)):
                 self._brackets.refine()
-                self._discovery.begin(Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave))
+                promotions = Promotions() if self._cast_inputs in HALF else None
+                observer = Observer(bracketed_modules(model), self._on_use, self._on_foreign_leave, promotions)
+                self._discovery.begin(observer)
             elif self._engine.needs_each_unit:
                 self._brackets.refine()
             else:
@@ -219,6 +222,7 @@ class ForwardHooks:
         if observer is not None and self._depth <= 1 and not in_backward():
             for module in list(self._discovery.foreign):
                 self._on_foreign_leave(module, observer.begin, output if module is model else None)
+            observer.returns(model, output)
             self._discovery.end(None if output is None else (torch.is_grad_enabled(), model.training))
         return cast(output, torch.float32) if self._force_outputs_fp32 and output is not None else None
 

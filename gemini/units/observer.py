@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..torch_private import is_compiled
+from .promotions import Promotions
 from .results import Mark, Results
 
 READING_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
@@ -38,6 +39,8 @@ class Observer(Results):
         Asked before the operation runs; brings the parameter if need be.
     on_leave
         Told when a module's forward ends, with when it began and its output (None after an exception).
+    promotions
+        What follows float32 tensors in a model that computes in half precision; None if it does not.
     """
 
     def __init__(
@@ -45,11 +48,13 @@ class Observer(Results):
         modules: Iterable[nn.Module],
         on_use: Callable[[nn.Parameter, nn.Module], None],
         on_leave: Callable[[nn.Module, Mark, Any], None],
+        promotions: Promotions | None = None,
     ) -> None:
         super().__init__()
         self._modules = tuple(modules)
         self._on_use = on_use
         self._on_leave = on_leave
+        self._promotions = promotions
         self.begin = self.mark()
         """When the model began."""
         self._running: list[tuple[nn.Module, Mark]] = [(self._modules[0], self.begin)]
@@ -80,13 +85,22 @@ class Observer(Results):
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if len(self._running) > 1 and self._running[-1][0] is module:
             self._on_leave(*self._running.pop(), output)
+            self.returns(module, output)
+
+    def returns(self, module: nn.Module, output: Any) -> None:
+        """A module returns; hooks of ours tell it, for the model those of its forward."""
+        if self._promotions is not None:
+            self._promotions.leaves(module, output)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if reads_values(func):
             for parameter in _parameters((args, kwargs)):
                 self._on_use(parameter, self._running[-1][0])
-        return super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if self._promotions is not None:
+            self._promotions.saw(self._running[-1][0], args, kwargs, result)
+        return result
 
 
 def reads_values(func: Any) -> bool:
