@@ -14,8 +14,9 @@ environment variables      `set_variables`: those that torchrun sets, when a   n
 signal handlers            ``signals.py``: `signals_to` in ``gemini-stat top`` at the end of the context
                            and training by command, `uninterrupted` while our
                            code runs
-calls at exit and fork     `at_exit`, `before_fork`, `after_fork_in_child`:    never: they look for what is alive
-                           when their modules are imported; in a launch
+calls at exit and fork     `at_exit`, `at_exit_of_forked`, `before_fork`,      never: they look for what is alive
+                           `after_fork_in_child`: when their modules are
+                           imported; in a launch
 =========================  ==================================================  =======================================
 
 Only `lazy` sets more: functions of torch that read weights, while a ``LazyInitContext`` is open (``interception.py``),
@@ -51,6 +52,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from multiprocessing import util
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -277,6 +279,15 @@ def set_variables(**variables: str | int) -> None:
 def at_exit(call: Callable[[], object]) -> None:
     """Have something called when the interpreter ends."""
     atexit.register(call)
+
+
+def at_exit_of_forked(call: Callable[[], object]) -> None:
+    """Have a function of a module called when a process ends that ``multiprocessing`` has forked.
+
+    Such a process runs no exit handlers. An exception that ends it is the one that is being handled then.
+    """
+    # It forgets all finalizers in the child, and then calls what is registered for after a fork.
+    util.register_after_fork(call, lambda given: util.Finalize(None, given, exitpriority=0))
 
 
 def before_threads_end(call: Callable[[], object]) -> None:

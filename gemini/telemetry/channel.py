@@ -16,12 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gemini.process_wide import at_exit, small_stacks
+from gemini.process_wide import at_exit, at_exit_of_forked, small_stacks
 from gemini.safe_files import open_folder, open_own, opened_folder
 from gemini.telemetry.encoding import as_mapping
 from gemini.telemetry.job import Job, run_name
 from gemini.telemetry.layout import HEARTBEAT_SECONDS, VERSION, lock_file, request_file, start_file
-from gemini.telemetry.outcome import outcome, program
+from gemini.telemetry.outcome import outcome, outcome_of_forked, program
 from gemini.telemetry.probes import Probes
 from gemini.telemetry.record_file import RecordFile
 from gemini.telemetry.records import End, EndStatus, Fields, Start, Step
@@ -227,7 +227,14 @@ def open_channel(
 
 
 def _end_all_at_exit() -> None:
-    status, error = outcome()
+    _end_all(*outcome())
+
+
+def _end_all_of_forked() -> None:
+    _end_all(*outcome_of_forked())
+
+
+def _end_all(status: EndStatus, error: str | None) -> None:
     for channel in list(_live.values()):
         channel.request_end(status, None, error)
     for channel in list(_live.values()):
@@ -235,3 +242,4 @@ def _end_all_at_exit() -> None:
 
 
 at_exit(_end_all_at_exit)
+at_exit_of_forked(_end_all_of_forked)

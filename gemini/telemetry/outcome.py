@@ -24,4 +24,16 @@ def outcome() -> tuple[EndStatus, str | None]:
     error = getattr(sys, "last_value", None)
     if error is None or hasattr(sys, "ps1") or threading.main_thread().is_alive():
         return "finished", None
+    return _crashed(error)
+
+
+def outcome_of_forked() -> tuple[EndStatus, str | None]:
+    """How a process ends that ``multiprocessing`` has forked: it handles the exception that ends it."""
+    error = sys.exc_info()[1]
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return "finished", None
+    return _crashed(error)
+
+
+def _crashed(error: BaseException) -> tuple[EndStatus, str | None]:
     return "crashed", f"{type(error).__name__}: {error}"[:500]

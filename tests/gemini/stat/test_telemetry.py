@@ -91,6 +91,30 @@ def test_how_a_script_ended_is_known(ending: str, status: RunStatus, reason: str
     assert (view.status, view.reason) == (status, reason)
 
 
+@pytest.mark.parametrize(
+    ("ending", "status", "reason"),
+    [
+        ("pass", RunStatus.FINISHED, ""),
+        ("sys.exit(0)", RunStatus.FINISHED, ""),
+        ("sys.exit(3)", RunStatus.CRASHED, "SystemExit: 3"),
+        ("raise ValueError('no data')", RunStatus.CRASHED, "ValueError: no data"),
+    ],
+)
+def test_how_a_forked_process_of_multiprocessing_ended_is_known(ending: str, status: RunStatus, reason: str) -> None:
+    script(
+        "w.close(); import multiprocessing\n"
+        "def train():\n"
+        "    global inner\n"
+        "    inner = TelemetryWriter(min_interval_seconds=0.0)\n"
+        f"    {ending}\n"
+        "child = multiprocessing.get_context('fork').Process(target=train)\n"
+        "child.start(); child.join(20)"
+    )
+    (first, view) = sorted(list_runs(), key=lambda ranks: ranks.views[0].identity.started)
+    assert first.status is RunStatus.FINISHED
+    assert (view.status, view.reason) == (status, reason)
+
+
 def test_kill_9_turns_a_running_run_into_a_crashed_one() -> None:
     with living_child() as child:
         assert child.stdout is not None
