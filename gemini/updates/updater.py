@@ -219,7 +219,7 @@ class Updater:
         if begun:
             surely(self._queue.arrange, order)
         for each in planned:
-            surely(self._begin, each, begun.get(each.chunk) or prepared[each.chunk].ticket)
+            surely(self._begin, each, prepared[each.chunk].ticket, begun.get(each.chunk))
 
     def _add(self, left: Mapping[Chunk, Prepared], is_certain: bool) -> None:
         if is_certain:
@@ -227,15 +227,20 @@ class Updater:
         else:
             self._queue.add(list(left.values()))
 
-    def _begin(self, planned: Planned, ticket: Ticket) -> None:
-        """Note that an update is under way."""
+    def _begin(self, planned: Planned, prepared: Ticket, begun: Ticket | None) -> None:
+        """Note that an update is under way: as it was prepared, or one that had begun before.
+
+        Memory that an update has which was called off is no full copy. It is freed when it is wanted.
+        """
         chunk = planned.chunk
         self.steps.update(planned.taken)
         self.sides.update((parameter, dict(side)) for parameter, side in planned.sides.items())
         full_copies = self._manager.full_copies
         positions = chunk.gradient.present if chunk.gradient is not None else ()
-        chunk.begin_update(ticket, positions, fills_full=chunk in full_copies.taken)
-        full_copies.take_over(chunk)
+        ticket = begun or prepared
+        chunk.begin_update(ticket, positions, fills_full=begun is not None and chunk in full_copies.taken)
+        if begun is not None:
+            full_copies.take_over(chunk)
         self._manager.release_gradient_after(chunk, ticket)
 
     def wait_for_holders(self, planned: Sequence[Planned]) -> None:

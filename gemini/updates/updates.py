@@ -148,8 +148,7 @@ class Updates:
         RankError
             If they are not, or a backward has failed on one of them. The gradients are dropped then, on all.
         """
-        device = self._manager.device
-        device.synchronize()
+        self._stored()
         together, early = self._manager.together, self.schedule.updated_early
         try:
             has_changed = together.collect_gradients(doing, self.gradients.have_changed)
@@ -160,10 +159,18 @@ class Updates:
             with all_or_none(together.communicator, f"the changed gradients of {doing}"):
                 self.gradients.collect(early)
         chunks = [c for c in self._manager.chunks if c.gradient is not None and c.gradient.present]
-        device.synchronize()  # what the user replaced, or other owners have sent, may be on its way
+        self._stored()  # what the user replaced, or other owners have sent, may be on its way
         for chunk in chunks:
             self._manager.quiet(chunk)  # an error of the last step surfaces before anything of this one is changed
         return chunks
+
+    def _stored(self) -> None:
+        """Return when gradients are where they belong. What could not be written stops updates ahead of it, too."""
+        try:
+            self._manager.device.synchronize()
+        except BaseException:
+            self._ahead.call_off()  # the step, tried again, would take them and tell the same error once more
+            raise
 
     def start(self, planned: Sequence[Planned]) -> None:
         """Start updates, in this order; from now on the chunks' gradients are theirs."""

@@ -1,13 +1,15 @@
 """Updates that begin in backward by themselves change no number, whatever the user does before the step."""
 
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loop import SMALL, Trained, check_same
+from loop import PLACEMENTS, SMALL, Trained, check_same
 from parity import check_at_rest
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
 from gemini.sizes import parse_bytes
 from gemini.updates.ahead import MOST_STEPS_WITHOUT, Trust, UpdatesAhead
+from gemini.updates.trial import Trial
+from gemini.updates.update_pipeline import UpdatePipeline
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -37,15 +41,19 @@ def ahead_of(run: Trained) -> UpdatesAhead:
     return found
 
 
-class Deep(Trained):
+class Seeded(Trained):
+    """Dropout is the same in runs that take turns."""
+
+    def loss(self, step: int) -> Tensor:
+        torch.manual_seed(step)
+        return super().loss(step)
+
+
+class Deep(Seeded):
     """A model that is deep enough for several chunks on disk."""
 
     def build_model(self) -> nn.Module:
         return nn.Sequential(*(layer for _ in range(2) for layer in list(super(Deep, self).build_model())[:-2]))
-
-    def loss(self, step: int) -> Tensor:
-        torch.manual_seed(step)  # dropout: the runs take turns
-        return super().loss(step)
 
 
 def backward(run: Trained, step: int) -> float:
@@ -247,6 +255,30 @@ def freezes_one(run: Trained, step: int) -> float:
     return run.step(step)
 
 
+def forgets_a_layer(run: Trained, step: int) -> float:
+    loss = backward(run, step)
+    next(run.model.children()).zero_grad()
+    end(run)
+    return loss
+
+
+def goes_back_twice(run: Trained, step: int) -> float:
+    loss = run.loss(step)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    end(run)
+    return loss.item()
+
+
+def has_them_called_off(run: Trained, step: int) -> float:
+    loss = backward(run, step)
+    ahead = boosted(run.model).engine.updates._ahead
+    if isinstance(ahead, UpdatesAhead):
+        ahead.call_off()
+    end(run)
+    return loss
+
+
 HABITS: list[Habit] = [
     accumulates, clips_by_hand, doubles_a_gradient, doubles_it_unseen_by_torch, replaces_a_gradient, leaves_one_out,
     changes_the_rate, changes_the_rate_after_the_step, forgets_every_second, never_zeroes, changes_weights,
@@ -265,6 +297,43 @@ def test_what_comes_before_the_step_counts_as_in_plain_pytorch(placement: dict[s
         ahead_of(ours).trust.steps_without = 0  # as if nothing were learned from it
         assert habit(ours, step) == habit(plain, step)
     check_same(ours, plain)
+
+
+@pytest.mark.parametrize(
+    "habit", [forgets_a_layer, goes_back_twice, has_them_called_off], ids=lambda each: each.__name__
+)
+def test_the_memory_that_updates_have_when_they_are_called_off_is_no_full_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, habit: Habit
+) -> None:
+    ours, in_ram = Seeded({**PLACEMENTS["disk"], "offload_dir": tmp_path}, "bf16"), Seeded({}, "bf16")
+    decided, run, call_off, confirm = threading.Event(), UpdatePipeline.run, Trial.call_off, Trial.confirm
+    decided.set()
+
+    def runs_late(pipeline: UpdatePipeline) -> None:
+        assert decided.wait(20)
+        run(pipeline)
+
+    def decides(decide: Callable[[Trial], Any]) -> Callable[[Trial], Any]:
+        def decided_now(trial: Trial) -> Any:
+            try:
+                return decide(trial)
+            finally:
+                decided.set()
+
+        return decided_now
+
+    monkeypatch.setattr(UpdatePipeline, "run", runs_late)
+    monkeypatch.setattr(Trial, "call_off", decides(call_off))
+    monkeypatch.setattr(Trial, "confirm", decides(confirm))
+    for step in range(8):
+        ahead_of(ours).trust.steps_without = 0 if step else 1
+        if step > 1:
+            decided.clear()  # updates that backward begins wait
+        assert habit(ours, step) == habit(in_ram, step)
+        decided.set()
+        theirs = in_ram.weights()
+        assert not [name for name, value in ours.weights().items() if not torch.equal(value, theirs[name])]
+    assert ahead_of(ours).dropped_count
 
 
 @pytest.mark.parametrize("use_async", [False, True], ids=["at once", "in the background"])

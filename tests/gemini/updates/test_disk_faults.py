@@ -15,7 +15,9 @@ from parity import check_at_rest
 from torch import nn
 
 from gemini.boosted import boosted
+from gemini.chunk import DiskBuffer
 from gemini.errors import OffloadError
+from gemini.updates.trial import Trial
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 
@@ -132,6 +134,61 @@ def test_after_a_failure_of_any_one_call_of_a_step_training_goes_on_bit_for_bit(
         failed_calls, number = failed_calls + 1, number + 1
     assert failed_calls > 20 and len(errors) > failed_calls // 2
     assert any(chunk.is_split for chunk in boosted(run.model).manager.chunks) == ("split_master" in options)
+    check_same(run, sound)
+
+
+def test_a_gradient_that_cannot_be_written_is_told_once_however_late_its_update_learns_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {**PLACEMENTS["disk"], "disk_checksums": True}
+    sound, run = Trained(options, "bf16"), Trained(options, "bf16")
+    errors: list[str] = []
+    for number in range(2):
+        assert one_step(run, number, errors) == one_step(sound, number, errors)
+    begun, decided = threading.Event(), threading.Event()
+    last = "gradient of chunk 0"  # the others are told in backward, after which all gradients are dropped
+
+    def begins(trial: Trial, start: int) -> bool:
+        result = begin(trial, start)
+        if trial.chunk.index == 0:
+            begun.set()
+        return result
+
+    def learns_late(trial: Trial) -> bool:
+        if trial.chunk.index == 0:
+            decided.wait(20)
+        return fail(trial)
+
+    def decides(decide: Callable[[Trial], Any]) -> Callable[[Trial], Any]:
+        def decided_now(trial: Trial) -> Any:
+            result = decide(trial)
+            if trial.chunk.index == 0:
+                decided.set()
+            return result
+
+        return decided_now
+
+    def fails_once(buffer: DiskBuffer, *arguments: Any) -> None:
+        if last in buffer.what and not failed:
+            failed.append(buffer.what)
+            begun.wait(20)
+            raise OffloadError(errno.EIO, f"it is {buffer.what}")
+        write(buffer, *arguments)
+
+    failed: list[str] = []
+    write, begin, fail = DiskBuffer.write, Trial.begin, Trial.fail
+    expected = one_step(sound, 2, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskBuffer, "write", fails_once)
+        patch.setattr(Trial, "begin", begins)
+        patch.setattr(Trial, "fail", learns_late)
+        for name in ("confirm", "call_off"):
+            patch.setattr(Trial, name, decides(getattr(Trial, name)))
+        assert one_step(run, 2, errors) == expected
+        until_it_works(lambda: run.model.memory_stats() and check_at_rest(run.model), errors)
+    assert failed and begun.is_set() and len(errors) == 1, errors
+    assert one_step(run, 3, errors) == one_step(sound, 3, errors)
     check_same(run, sound)
 
 
