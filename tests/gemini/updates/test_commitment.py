@@ -34,7 +34,13 @@ AFTER = {
     "a result called off": (Trial, "call_off"),
     "guesses judged": (UpdatesAhead, "_judge"),
 }
-OF_UPDATES_AHEAD = ("updates arranged", "a result confirmed", "a result called off", "guesses judged")
+OF_UPDATES_AHEAD = (
+    "a full copy taken over",
+    "updates arranged",
+    "a result confirmed",
+    "a result called off",
+    "guesses judged",
+)
 
 
 class Seeded(Trained):
