@@ -18,6 +18,7 @@ import gemini
 from gemini.boosted import boosted
 from gemini.chunk import Tier
 from gemini.errors import OutOfMemory
+from gemini.nn.optimizer import HybridAdam
 from gemini.sizes import parse_bytes
 from gemini.updates.ahead import MOST_STEPS_WITHOUT, Trust, UpdatesAhead
 from gemini.updates.trial import Trial
@@ -54,6 +55,14 @@ class Deep(Seeded):
 
     def build_model(self) -> nn.Module:
         return nn.Sequential(*(layer for _ in range(2) for layer in list(super(Deep, self).build_model())[:-2]))
+
+
+class Joint(Seeded):
+    """Two optimizers, boosted as one."""
+
+    def make_optimizer(self, model: nn.Module) -> Any:
+        parameters = list(model.parameters())
+        return [HybridAdam(some, lr=1e-2) for some in (parameters[:1], parameters[1:])]
 
 
 def backward(run: Trained, step: int) -> float:
@@ -255,19 +264,19 @@ def freezes_one(run: Trained, step: int) -> float:
     return run.step(step)
 
 
-def forgets_a_layer(run: Trained, step: int) -> float:
-    loss = backward(run, step)
-    next(run.model.children()).zero_grad()
-    end(run)
-    return loss
-
-
-def goes_back_twice(run: Trained, step: int) -> float:
+def goes_back_for_one_more(run: Trained, step: int) -> float:
     loss = run.loss(step)
     loss.backward(retain_graph=True)
-    loss.backward()
+    loss.backward(inputs=[list(run.model.parameters())[-1]])
     end(run)
     return loss.item()
+
+
+def forgets_those_of_one_optimizer(run: Trained, step: int) -> float:
+    loss = backward(run, step)
+    run.optimizer.parts[0].zero_grad()
+    end(run)
+    return loss
 
 
 def has_them_called_off(run: Trained, step: int) -> float:
@@ -300,12 +309,14 @@ def test_what_comes_before_the_step_counts_as_in_plain_pytorch(placement: dict[s
 
 
 @pytest.mark.parametrize(
-    "habit", [forgets_a_layer, goes_back_twice, has_them_called_off], ids=lambda each: each.__name__
+    "habit",
+    [goes_back_for_one_more, forgets_those_of_one_optimizer, has_them_called_off],
+    ids=lambda each: each.__name__,
 )
 def test_the_memory_that_updates_have_when_they_are_called_off_is_no_full_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, habit: Habit
 ) -> None:
-    ours, in_ram = Seeded({**PLACEMENTS["disk"], "offload_dir": tmp_path}, "bf16"), Seeded({}, "bf16")
+    ours, in_ram = Joint({**PLACEMENTS["disk"], "offload_dir": tmp_path}, "bf16"), Joint({}, "bf16")
     decided, run, call_off, confirm = threading.Event(), UpdatePipeline.run, Trial.call_off, Trial.confirm
     decided.set()
 
