@@ -92,7 +92,7 @@ ALLOWED: Mapping[str, str] = {
 }
 
 # The core's lines of today. The core may not grow: lower the number as lines go, and delete it at the limit above.
-CORE_LINES_STILL = 38377
+CORE_LINES_STILL = 38374
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..torch_private import is_compiled, next_number
-from ..units.observer import tensors_in
+from ..units.nested import tensors_in
 from ..units.results import Mark, Results
 from ..units.subgraph import first_nodes, is_contained, unreachable
 

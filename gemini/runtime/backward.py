@@ -29,7 +29,7 @@ from ..engine import Engine
 from ..planning.trace import Phase
 from ..signals import uninterrupted
 from ..torch_private import at_end_of_backward, current_backward, next_number, number_of
-from ..units.observer import tensors_in
+from ..units.nested import tensors_in
 from ..units.results import Mark, Results
 from ..units.subgraph import first_nodes, is_contained, unreachable
 from ..units.units import Unit, Visit

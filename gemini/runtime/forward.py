@@ -24,7 +24,8 @@ from ..planning.trace import Phase
 from ..signals import uninterrupted
 from ..torch_private import NO_BACKWARD, current_backward, is_compiled, next_number
 from ..units.bracket import Bracket, bracket
-from ..units.observer import Observer, needing_gradients, tensors_in
+from ..units.nested import needing_gradients, tensors_in
+from ..units.observer import Observer
 from ..units.promotions import HALF, Promotions
 from ..units.results import Mark
 from ..units.units import Unit, Visit, bracketed_modules

@@ -16,7 +16,7 @@ from ..chunk import Chunk, Keeper, announce_change
 from ..engine import Engine
 from ..signals import uninterrupted
 from ..torch_private import is_transformed, next_number, storage_key, without_transforms
-from ..units.observer import tensors_in
+from ..units.nested import tensors_in
 from .backward import BackwardHooks
 
 

@@ -8,12 +8,13 @@ alone, and so is what does not leave the module that made it.
 
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .nested import tensors_in
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,10 +41,10 @@ class Promotions:
 
     def saw(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """An operation has run in the forward of a module."""
-        made = [each for each in _tensors(result) if each.dtype is torch.float32 and each.dim()]
+        made = [each for each in tensors_in(result) if each.dtype is torch.float32 and each.dim()]
         if not made:
             return
-        given = [each for each in _tensors((args, kwargs)) if each.is_floating_point() and each.dim()]
+        given = [each for each in tensors_in((args, kwargs)) if each.is_floating_point() and each.dim()]
         halves = [each.dtype for each in given if each.dtype in HALF]
         full = [each for each in given if each.dtype is torch.float32 and not isinstance(each, nn.Parameter)]
         known = [each for each in full if each in self._computed]
@@ -57,7 +58,7 @@ class Promotions:
 
     def leaves(self, module: nn.Module, output: Any) -> None:
         """Warn, at the line where they met, if what a module returns is float32 by a meeting in its forward."""
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             meeting = self._computed.get(tensor) if tensor.dtype is torch.float32 else None
             if meeting is not None and meeting.module is module:
                 _warn(meeting)
@@ -90,14 +91,3 @@ def _meeting(dtype: torch.dtype, module: nn.Module) -> Meeting:
 
 def _is_within(name: str) -> bool:
     return name.startswith(("torch.", "gemini.")) or name in ("torch", "gemini")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)

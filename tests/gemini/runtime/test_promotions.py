@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def test_the_module_that_makes_it_is_named_where_it_returns() -> None:
     inner = Says(PROMOTED["ones"])
     (hint,) = hints(nn.Sequential(nn.Linear(8, 8), inner), torch.randn(4, 8))
     assert "Says" in str(hint.message)
+
+
+@dataclass
+class Output:
+    hidden: Tensor
+
+
+def test_it_is_found_in_what_outputs_hold() -> None:
+    held = Says(PROMOTED["ones"])
+    held.then = lambda x: Output(x * torch.ones(8))  # type: ignore[assignment, return-value]
+    assert hints(held, torch.randn(4, 8))
 
 
 def test_other_precisions_and_later_forwards_have_no_hint() -> None:
